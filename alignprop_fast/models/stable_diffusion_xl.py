@@ -1,0 +1,46 @@
+"""Stable Diffusion XL: two text encoders, pooled text and size conditioning, a decoder that fp16 overflows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from alignprop_fast.models.stable_diffusion import Conditioning, StableDiffusionAdapter
+
+
+class StableDiffusionXLAdapter(StableDiffusionAdapter):
+    """As `StableDiffusionAdapter`, for `StableDiffusionXLPipeline` (Podell et al. 2023)."""
+
+    def _text_encoders(self) -> Sequence[nn.Module]:
+        return [encoder for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2) if encoder is not None]
+
+    def _check(self) -> None:
+        super()._check()
+        if self.pipe.vae.dtype == torch.float16 and self.pipe.vae.config.force_upcast:
+            raise ValueError(
+                "SDXL's own VAE overflows in fp16: load the pipeline in bfloat16, or the VAE in float32 or from the "
+                "fp16-fix weights"
+            )
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+    ) -> Conditioning:
+        cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=guided, negative_prompt=negative_prompts
+        )
+        if guided:
+            cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
+        # Original size, top left of the crop, target size.
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=cond.dtype, device=cond.device).expand(len(cond), -1)
+        return Conditioning(cond, {"text_embeds": pooled, "time_ids": sizes}, 1 + guided)
+
+    def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
+        config = self.pipe.vae.config
+        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
+            return super()._unscaled(x)
+        mean, std = (
+            torch.tensor(values, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return x * std / config.scaling_factor + mean

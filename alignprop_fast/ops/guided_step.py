@@ -1,0 +1,74 @@
+"""guided_step: classifier-free guidance and the scheduler's affine update, out = a x + sum_k w_k y_k + sigma z.
+
+With two branches (unconditional u, conditional c) and guidance scale s, u + s (c - u) enters an update of weight b
+as w = (b (1 - s), b s) (Ho & Salimans 2022, eq. 6). The op is linear, so its adjoint needs the coefficients only:
+neither function here is recorded by autograd; the chain (`runtime/chain.py`) calls the adjoint itself.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+
+def guided_step_reference(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
+) -> torch.Tensor:
+    """Plain PyTorch in fp32 (float64 stays float64). x, z: [B, ...]; y: [len(weights) * B, ...]; returns x's dtype."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = a * x.to(compute)
+    for weight, branch in zip(weights, y.chunk(len(weights)), strict=True):
+        out = out.add_(branch.to(compute), alpha=weight)
+    if z is not None:
+        out = out.add_(z.to(compute), alpha=sigma)
+    return out.to(x.dtype)
+
+
+def guided_step_adjoint_reference(
+    g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adjoint of `guided_step_reference`: (a g, [w_0 g, ..., w_K g] stacked along the batch in y_dtype)."""
+    return a * g, torch.cat([(weight * g).to(y_dtype) for weight in weights])
+
+
+@cache
+def _triton_kernels():
+    """The Triton module, or None where Triton is not installed (every CPU build of PyTorch)."""
+    try:
+        from alignprop_fast.kernels import guided_step as kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def backend(x: torch.Tensor) -> str:
+    """Which implementation serves x: "triton" on a CUDA device where Triton is installed, else "reference"."""
+    return "triton" if x.is_cuda and _triton_kernels() is not None else "reference"
+
+
+def guided_step(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float = 0.0
+) -> torch.Tensor:
+    """One denoising update, out = a x + sum_k weights[k] y_k + sigma z, in one pass over memory.
+
+    Args:
+        x: latents [B, ...].
+        y: predictions [len(weights) * B, ...], branch-major (unconditional first), any floating dtype.
+        z: step noise [B, ...], or None for none.
+        a, weights, sigma: the coefficients of the step (`sampling.StepTable`).
+
+    Returns:
+        The next latents [B, ...] in x's dtype; sums are taken in fp32.
+    """
+    if backend(x) == "triton":
+        return _triton_kernels().guided_step(x, y, z, a, tuple(weights), sigma)
+    return guided_step_reference(x, y, z, a, weights, sigma)
+
+
+def guided_step_adjoint(
+    g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `guided_step` with respect to x [B, ...] and y [len(weights) * B, ...], from the gradient g [B, ...]."""
+    if backend(g) == "triton":
+        return _triton_kernels().guided_step_adjoint(g, a, tuple(weights), y_dtype)
+    return guided_step_adjoint_reference(g, a, weights, y_dtype)

@@ -1,0 +1,41 @@
+"""Memory sizes as people write them, and the error for a budget that no plan can keep."""
+
+import re
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class BudgetInfeasible(ValueError):
+    """No plan keeps the budget. `smallest_bytes` is the least budget that would do; the message names it and a remedy."""
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int):
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+        super().__init__(
+            f"a memory budget of {format_bytes(budget_bytes)} is too small: the leanest plan needs "
+            f"{format_bytes(smallest_bytes, up=True)}; raise the budget, or lower the batch size or the resolution"
+        )
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from 25769803776, "24GiB", "512 MiB" or "24GB" (powers of ten without the i).
+
+    Raises:
+        ValueError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"memory budget {size!r} is no size: write bytes or, for example, 24GiB or 512MiB")
+    size_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size_bytes <= 0:
+        raise ValueError(f"memory budget {size!r} must be more than zero, for example 24GiB")
+    return size_bytes
+
+
+def format_bytes(size_bytes: float, up: bool = False) -> str:
+    """"1.50 GiB" or "12.3 MiB"; up rounds away from zero, so that the text read back is never less than size_bytes."""
+    unit, name, digits = (2**30, "GiB", 2) if size_bytes >= 2**30 else (2**20, "MiB", 1)
+    value = size_bytes / unit
+    if up and float(f"{value:.{digits}f}") < value:
+        value += 10**-digits
+    return f"{value:.{digits}f} {name}"

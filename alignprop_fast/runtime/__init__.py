@@ -1,0 +1,7 @@
+"""Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
+
+from alignprop_fast.runtime.chain import Chain, run_chain
+from alignprop_fast.runtime.measure import PeakMeter, measure_chain, measure_option
+from alignprop_fast.runtime.segments import apply_by_image, checkpointed
+
+__all__ = ["Chain", "PeakMeter", "apply_by_image", "checkpointed", "measure_chain", "measure_option", "run_chain"]

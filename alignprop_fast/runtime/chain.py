@@ -1,0 +1,154 @@
+"""The chain: T steps, each an expensive network and a cheap affine update, as ONE autograd function.
+
+    y_i = network(i, x_i)        x_{i+1} = advance(i, x_i, y_i)
+
+Forward keeps the input latents of the gradient steps (and the graph of the resident ones); everything else is gone
+at once. Backward walks from the last step to the first: a step without gradient passes the gradient on by its affine
+path alone (Prabhudesai et al. 2023, randomised truncation), a gradient step adds the network's vector-Jacobian product,
+from its kept graph or by running the network again. So the memory is that of one network evaluation, whatever T.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from alignprop_fast.planner import Plan
+from alignprop_fast.runtime.segments import checkpointed
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What runs, without a word on how it is kept.
+
+    network: (i, x) -> y, deterministic: a replay must see what the forward pass saw.
+    advance: (i, x, y) -> next x. May draw random numbers: it is never replayed.
+    adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
+    parameters: the tensors besides x that the network's gradient is wanted for.
+    segments: modules of the network by segment name, for the plan's options.
+    """
+
+    num_steps: int
+    network: Callable[[int, torch.Tensor], torch.Tensor]
+    advance: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+    adjoint: Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+    parameters: Sequence[torch.Tensor]
+    segments: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
+
+
+def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
+    """Run the chain from x [B, ...] under the plan and return the last latents [B, ...].
+
+    Gradients reach `chain.parameters`, and x if it asks for one. The graph can be used once: it frees itself as it is
+    used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
+    """
+    grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
+    if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
+        return _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
+    with torch.no_grad():
+        return _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+
+
+class _Tape:
+    """What one run of the chain keeps for its backward pass."""
+
+    def __init__(self, chain: Chain, plan: Plan, grad_steps: set[int], wants_gx: bool):
+        self.chain, self.plan, self.grad_steps, self.wants_gx = chain, plan, grad_steps, wants_gx
+        # No earlier step is of use to the backward pass, unless the initial latents want a gradient.
+        self.first = 0 if wants_gx else min(grad_steps, default=chain.num_steps)
+        self.graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.used = False
+
+
+class _ChainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.tape, ctx.autocast = tape, _autocast_state(x.device.type)
+        return _forward(tape, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tape: _Tape = ctx.tape
+        if tape.used:
+            raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
+        tape.used = True
+        with ctx.autocast():
+            gx, grads = _backward(tape, g)
+        return None, gx if tape.wants_gx else None, *grads
+
+
+def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
+    chain = tape.chain
+    for i in range(chain.num_steps):
+        if i in tape.grad_steps and i in tape.plan.resident_steps:
+            tape.graphs[i] = _record(tape, i, x, tape.plan.resident_options)
+            y = tape.graphs[i][1].detach()
+        else:
+            if i in tape.grad_steps:
+                tape.inputs[i] = x
+            with torch.inference_mode():
+                y = chain.network(i, x)
+        # Outside inference mode: a replay saves x for its backward pass, which inference tensors refuse.
+        x = chain.advance(i, x, y)
+        del y
+    return x
+
+
+def _backward(tape: _Tape, g: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    chain = tape.chain
+    sums: list[torch.Tensor | None] = [None] * len(chain.parameters)
+    for i in range(chain.num_steps - 1, tape.first - 1, -1):
+        if i in tape.graphs:
+            x, y = tape.graphs.pop(i)
+        elif i in tape.inputs:
+            x, y = _record(tape, i, tape.inputs.pop(i), tape.plan.replay_options)
+        else:
+            g, _ = chain.adjoint(i, g, g.dtype)
+            continue
+        g, gy = chain.adjoint(i, g, y.dtype)
+        gx = _network_backward(x, y, gy, chain.parameters, sums)
+        if gx is not None:
+            g = g + gx
+        del x, y, gy, gx
+    return g, [s if s is None else s.to(p.dtype) for s, p in zip(sums, chain.parameters, strict=True)]
+
+
+def _record(tape: _Tape, i: int, x: torch.Tensor, options: Mapping[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the network of step i with a graph. Returns its (input, output)."""
+    modules = [m for name, option in options.items() if option == "recompute" for m in tape.chain.segments[name]]
+    # The first gradient step has no one to pass a gradient of x on to.
+    x = x.detach().requires_grad_(i > tape.first or tape.wants_gx)
+    with torch.enable_grad(), checkpointed(modules):
+        return x, tape.chain.network(i, x)
+
+
+def _network_backward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gy: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    sums: list[torch.Tensor | None],
+) -> torch.Tensor | None:
+    """Add the parameters' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
+    wanted = [*parameters, x] if x.requires_grad else list(parameters)
+    *grads, gx = (*torch.autograd.grad(y, wanted, gy, allow_unused=True), *(() if x.requires_grad else (None,)))
+    for k, grad in enumerate(grads):
+        if grad is not None:
+            # Sums of many low-precision terms lose the small ones.
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            sums[k] = wide if sums[k] is None else sums[k] + wide
+    return gx
+
+
+def _autocast_state(device_type: str) -> Callable[[], AbstractContextManager]:
+    """A factory of contexts that restore today's autocast state: the backward pass runs outside the caller's."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype)

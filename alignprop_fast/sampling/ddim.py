@@ -1,0 +1,77 @@
+"""DDIM (Song et al. 2021) as a table of coefficients: every update is x_next = a x + b y + sigma z.
+
+x are the latents, y the (guided) model output, z unit noise. With alpha = alphas_cumprod[t], alpha' that of the next
+step and sigma = eta sqrt((1 - alpha') / (1 - alpha)) sqrt(1 - alpha / alpha') (eq. 16), eq. 12 reads
+
+    x_next = sqrt(alpha') x0 + sqrt(1 - alpha' - sigma^2) eps + sigma z
+
+and x0 and eps are linear in x and y for each prediction type, which gives a and b.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Coefficients of a chain of T steps, index 0 the noisiest: x_next = a x + b y + sigma z at model time `timesteps`."""
+
+    timesteps: tuple[int, ...]
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+    sigma: tuple[float, ...]
+    noisy: bool
+    """Whether noise is drawn at every step (also where sigma happens to be zero), as diffusers does for eta > 0."""
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def _x0_eps(prediction_type: str, alpha: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((x0 per x, x0 per y), (eps per x, eps per y)) at signal level alpha."""
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    if prediction_type == "epsilon":
+        if alpha == 0:
+            raise ValueError("a zero-terminal-SNR schedule cannot predict epsilon: use a v_prediction model")
+        return (1 / signal, -noise / signal), (0.0, 1.0)
+    if prediction_type == "v_prediction":
+        return (signal, -noise), (noise, signal)
+    if prediction_type == "sample":
+        return (0.0, 1.0), (1 / noise, -signal / noise)
+    raise ValueError(f"unknown prediction type {prediction_type!r}: use epsilon, v_prediction or sample")
+
+
+def ddim_table(
+    alphas_cumprod: Sequence[float],
+    final_alpha_cumprod: float,
+    timesteps: Sequence[int],
+    stride: int,
+    eta: float,
+    prediction_type: str = "epsilon",
+) -> StepTable:
+    """Coefficients of DDIM sampling.
+
+    Args:
+        alphas_cumprod: signal level per training timestep.
+        final_alpha_cumprod: the level that stands for "before timestep 0".
+        timesteps: the T timesteps, noisiest first.
+        stride: distance in training timesteps from one step to the next.
+        eta: 0 is deterministic, 1 has the noise of DDPM.
+
+    Raises:
+        ValueError: eta outside [0, 1], an unknown prediction type, or epsilon prediction at zero signal.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, but must lie between 0 (deterministic) and 1 (DDPM noise)")
+    a, b, sigmas = [], [], []
+    for t in timesteps:
+        alpha = float(alphas_cumprod[t])
+        alpha_next = float(alphas_cumprod[t - stride]) if t >= stride else float(final_alpha_cumprod)
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
+        # Rounding can leave a difference of -1e-17 where eta = 1 takes all of the noise.
+        direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
+        x0, eps = _x0_eps(prediction_type, alpha)
+        a.append(alpha_next**0.5 * x0[0] + direction * eps[0])
+        b.append(alpha_next**0.5 * x0[1] + direction * eps[1])
+        sigmas.append(sigma)
+    return StepTable(tuple(int(t) for t in timesteps), tuple(a), tuple(b), tuple(sigmas), noisy=eta > 0)

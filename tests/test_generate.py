@@ -1,0 +1,262 @@
+"""The sampler against diffusers' own pipeline (images) and against plain autograd (gradients), in fp32.
+
+Tolerances: images and gradients of fp32 chains differ by rounding alone. Measured here: 1e-6 (images), 1e-5 (gradients,
+relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten times that. The contract is 1e-3.
+"""
+
+import pytest
+import torch
+from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.planner import BudgetInfeasible, Plan
+from alignprop_fast.runtime import PeakMeter
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+
+PROMPTS = ["red cat", "dog and cat"]
+STEPS = 4
+DECODERS = {"resident": "keep", "replayed": "image", "mixed": "block"}
+
+
+def add_adapters(pipe):
+    """LoRA with both factors random: with B = 0, as PEFT starts, A would get no gradient to compare."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+    pipe.unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return pipe
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
+def pipe(request):
+    return add_adapters(request.getfixturevalue(request.param))
+
+
+def reward(images):
+    """A smooth scalar of the images with no symmetry that could hide a wrong index."""
+    ramp = torch.linspace(-1, 2, images[0].numel()).reshape(images[0].shape)
+    return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
+
+
+def plain_chain(pipe, grad_steps, scale, eta, rescale=0.0, seed=5, negative=None, latents=None):
+    """Images by the same chain, written with diffusers' scheduler and plain autograd."""
+    with torch.no_grad():
+        if hasattr(pipe, "text_encoder_2"):
+            cond, uncond, pooled, neg_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=negative)
+            side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+            ids = torch.tensor([[side, side, 0, 0, side, side]] * 4, dtype=cond.dtype)
+            added = {"text_embeds": torch.cat([neg_pooled, pooled]), "time_ids": ids}
+        else:
+            cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative)
+            added = None
+    generator = torch.Generator().manual_seed(seed)
+    size = pipe.unet.config.sample_size
+    x = latents if latents is not None else torch.randn(2, 4, size, size, generator=generator)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    for i, t in enumerate(scheduler.timesteps):
+        y = pipe.unet(torch.cat([x, x]), t, torch.cat([uncond, cond]), added_cond_kwargs=added).sample
+        y = y if i in grad_steps else y.detach()
+        y_uncond, y_cond = y.chunk(2)
+        y = y_uncond + scale * (y_cond - y_uncond)
+        y = rescale_noise_cfg(y, y_cond, rescale) if rescale else y
+        x = scheduler.step(y, t, x, eta=eta, generator=generator).prev_sample
+    return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+def gradients(pipe, images):
+    named = {n: p for n, p in pipe.unet.named_parameters() if p.requires_grad}
+    for parameter in named.values():
+        parameter.grad = None
+    reward(images).backward()
+    return {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+
+
+def assert_equal_gradients(ours, theirs, tolerance=1e-4):
+    assert theirs and ours.keys() == theirs.keys()
+    for name, theirs_grad in theirs.items():
+        scale = theirs_grad.abs().max()
+        assert scale > 0
+        assert (ours[name] - theirs_grad).abs().max() <= tolerance * scale, name
+
+
+def make_plan(kind, grad_steps):
+    """Resident, replayed, or mixed (the last step resident, the others replayed) with every block recomputed."""
+    resident = {"resident": grad_steps, "replayed": (), "mixed": grad_steps[-1:]}[kind]
+    option = {"unet": "recompute" if kind == "mixed" else "keep"}
+    replayed = tuple(i for i in grad_steps if i not in resident)
+    return Plan(STEPS, resident, replayed, option, option, {"decoder": DECODERS[kind]})
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_images_equal_diffusers(pipe, eta, scale):
+    for negative in (None, "dog"):
+        sampler = DifferentiableSampler(pipe, STEPS, guidance_scale=scale, eta=eta)
+        ours = sampler(PROMPTS, negative, torch.Generator().manual_seed(1))
+        theirs = pipe(
+            PROMPTS,
+            negative_prompt=None if negative is None else [negative] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=scale,
+            eta=eta,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+        ).images
+        assert theirs.std() > 0.01
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+# Each value of each setting, and each plan, with every other kind of value at least once, for SD and SDXL.
+@pytest.mark.parametrize(
+    ("grad_steps", "kind", "eta", "scale", "rescale"),
+    [
+        ((0, 1, 2, 3), "resident", 1.0, 5.0, 0.0),
+        ((0, 1, 2, 3), "replayed", 0.0, 5.0, 0.0),
+        ((0, 1, 2, 3), "mixed", 0.5, 2.0, 0.0),
+        ((1, 3), "replayed", 0.5, 7.5, 0.7),
+        ((0, 2), "mixed", 1.0, 7.5, 0.0),
+        ((0, 2), "resident", 0.0, 2.0, 0.7),
+        ((3,), "replayed", 1.0, 2.0, 0.0),
+        ((3,), "resident", 0.5, 5.0, 0.0),
+        ((1, 2, 3), "mixed", 0.0, 1.5, 0.7),
+    ],
+)
+def test_gradients_equal_plain_autograd(pipe, grad_steps, kind, eta, scale, rescale):
+    theirs_images = plain_chain(pipe, grad_steps, scale, eta, rescale, negative=["dog", "cat"])
+    theirs = gradients(pipe, theirs_images)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, eta, guidance_rescale=rescale)
+    generator = torch.Generator().manual_seed(5)
+    images = sampler(PROMPTS, ["dog", "cat"], generator, plan=make_plan(kind, grad_steps))
+    assert (images - theirs_images).abs().max() < 1e-5
+    assert_equal_gradients(gradients(pipe, images), theirs)
+
+
+def test_every_plan_gives_the_same_bits(pipe):
+    results = []
+    for kind in DECODERS:
+        sampler = DifferentiableSampler(pipe, STEPS)
+        images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=make_plan(kind, (1, 2, 3)))
+        results.append((images.detach(), gradients(pipe, images)))
+    for images, grads in results[1:]:
+        assert (images - results[0][0]).abs().max() < 1e-5
+        assert_equal_gradients(grads, results[0][1], tolerance=1e-4)
+
+
+def test_gradient_of_the_initial_latents(tiny_sd):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    add_adapters(tiny_sd)
+    grads = []
+    for run in (
+        lambda x: DifferentiableSampler(tiny_sd, STEPS, eta=0.0)(PROMPTS, latents=x, grad_steps=(1, 2)),
+        lambda x: plain_chain(tiny_sd, (1, 2), 5.0, 0.0, latents=x),
+    ):
+        x = latents.clone().requires_grad_()
+        grads.append(torch.autograd.grad(reward(run(x)), x)[0])
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[1].abs().max()
+
+
+def test_budget_decides_what_is_resident(tiny_sd):
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, memory_budget="8GiB")
+    sampler(PROMPTS)
+    fastest = sampler.plan
+    with pytest.raises(BudgetInfeasible) as error:
+        DifferentiableSampler(tiny_sd, STEPS, memory_budget="1MiB")(PROMPTS)
+    smallest = error.value.smallest_bytes
+    lean = DifferentiableSampler(tiny_sd, STEPS, memory_budget=int(smallest * 1.02))
+    lean(PROMPTS)
+    assert fastest.peak_bytes > lean.plan.peak_bytes
+    assert len(fastest.resident_steps) > len(lean.plan.resident_steps)
+    assert "resident" in lean.plan.explain()
+
+
+def test_budget_error_comes_before_any_random_number_is_drawn(tiny_sd):
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, memory_budget="1MiB")
+    state = torch.get_rng_state()
+    with pytest.raises(BudgetInfeasible, match="raise the budget"):
+        sampler(PROMPTS)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_memory_is_that_of_one_step_whatever_the_length(tiny_sd):
+    """Replayed: from 3 to 12 gradient steps the peak may grow by the kept latents alone."""
+    add_adapters(tiny_sd)
+    peaks = []
+    for steps in (3, 12):
+        sampler = DifferentiableSampler(tiny_sd, steps)
+        with PeakMeter(torch.device("cpu")) as meter:
+            reward(sampler(PROMPTS)).backward()
+        peaks.append(meter.peak_bytes)
+        tiny_sd.unet.zero_grad()
+    latent_bytes = 2 * 4 * 8 * 8 * 4
+    assert peaks[0] <= peaks[1] <= peaks[0] + 2 * 9 * latent_bytes
+
+
+def test_no_gradient_without_steps_or_under_no_grad(tiny_sd):
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS)
+    assert not sampler(PROMPTS, grad_steps=()).requires_grad
+    with torch.no_grad():
+        assert not sampler(PROMPTS).requires_grad
+    assert sampler.plan.replayed_steps == ()
+
+
+def test_unused_noise_is_drawn_on_request(tiny_sd):
+    """trl draws step noise also at eta = 0: the same images, another state of the random numbers."""
+    states, images = [], []
+    for draw in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        images.append(DifferentiableSampler(tiny_sd, STEPS, eta=0.0, draw_unused_noise=draw)(PROMPTS, None, generator))
+        states.append(generator.get_state())
+    assert torch.equal(*images) and not torch.equal(*states)
+
+
+def test_adapters_stay_ordinary_peft_parameters(tiny_sd, tmp_path):
+    add_adapters(tiny_sd)
+    before = {name: value.clone() for name, value in tiny_sd.unet.state_dict().items()}
+    reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS)).backward()
+    after = tiny_sd.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(tiny_sd.unet))
+    tiny_sd.save_lora_weights(tmp_path, unet_lora_layers=lora)
+    tiny_sd.unload_lora_weights()
+    tiny_sd.load_lora_weights(tmp_path)
+    reloaded = tiny_sd.unet.state_dict()
+    assert all(torch.equal(before[n], reloaded[n.replace("default", "default_0")]) for n in before if "lora_A" in n)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, {"eta": 2.0}, "eta"),
+        ({}, {"num_inference_steps": 0}, "inference steps"),
+        ({}, {"height": 13}, "multiple of 8"),
+        ({}, {"memory_budget": "much"}, "24GiB"),
+        ({"clip_sample": True}, {}, "clip_sample=False"),
+    ],
+)
+def test_bad_settings_are_refused_with_a_remedy(tiny_sd, change, arguments, message):
+    tiny_sd.scheduler = DDIMScheduler.from_config({**tiny_sd.scheduler.config, **change})
+    with pytest.raises(ValueError, match=message):
+        DifferentiableSampler(tiny_sd, **arguments)
+
+
+def test_other_schedulers_and_pipelines_are_refused(tiny_sd):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline"):
+        DifferentiableSampler(tiny_sd.unet)
+    tiny_sd.scheduler = EulerDiscreteScheduler.from_config(tiny_sd.scheduler.config)
+    with pytest.raises(ValueError, match="DDIMScheduler.from_config"):
+        DifferentiableSampler(tiny_sd)
+
+
+def test_second_backward_is_refused(tiny_sd):
+    add_adapters(tiny_sd)
+    loss = reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="sample again"):
+        loss.backward()
