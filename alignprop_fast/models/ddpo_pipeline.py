@@ -1,0 +1,157 @@
+"""The pipeline class of trl's AlignProp scripts, for Stable Diffusion and SDXL alike."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignprop_fast.models.load import load_pipeline
+from alignprop_fast.models.lora import (
+    WEIGHTS_NAME,
+    add_lora,
+    has_lora,
+    load_lora,
+    save_lora,
+    train_loaded_lora,
+    trainable_in_fp32,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class DefaultDDPOStableDiffusionPipeline:
+    """A diffusers pipeline with what a trainer needs: trainable parameters, and saving and loading them.
+
+    Args:
+        pretrained_model_name: a folder in the diffusers format, a Hub id, or "demo". LoRA weights that lie in the
+            folder beside the model are loaded, and training goes on from them.
+        pretrained_model_revision: of a Hub model.
+        use_lora: train adapters; otherwise the whole UNet. True in any case where the folder holds LoRA weights.
+
+    The diffusers pipeline itself is the attribute `sd_pipeline`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `load_pipeline`.
+    """
+
+    def __init__(
+        self, pretrained_model_name: str | Path, *, pretrained_model_revision: str = "main", use_lora: bool = True
+    ):
+        self.pretrained_model = str(pretrained_model_name)
+        self.pretrained_revision = pretrained_model_revision
+        self.use_lora = use_lora
+        self.sd_pipeline = load_pipeline(pretrained_model_name, revision=pretrained_model_revision)
+        folder = Path(pretrained_model_name).expanduser()
+        if (folder / WEIGHTS_NAME).is_file():
+            load_lora(self.sd_pipeline, folder)
+            self.use_lora = True
+            logger.info("training goes on from the LoRA weights in %s", folder)
+        # trl's chain ends at the first training timestep, never at alpha = 1.
+        scheduler = self.sd_pipeline.scheduler
+        self.sd_pipeline.scheduler = type(scheduler).from_config(scheduler.config, set_alpha_to_one=False)
+        self.sd_pipeline.unet.requires_grad_(not self.use_lora)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample with diffusers' own pipeline (its arguments, its output), without gradient."""
+        return self.sd_pipeline(*args, **kwargs)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.sd_pipeline.unet
+
+    @property
+    def vae(self) -> nn.Module:
+        return self.sd_pipeline.vae
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.sd_pipeline.tokenizer
+
+    @property
+    def scheduler(self) -> Any:
+        return self.sd_pipeline.scheduler
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        return self.sd_pipeline.text_encoder
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Every text encoder: one for Stable Diffusion, two for SDXL."""
+        second = getattr(self.sd_pipeline, "text_encoder_2", None)
+        return [self.text_encoder] if second is None else [self.text_encoder, second]
+
+    @property
+    def autocast(self) -> Callable[[], Any] | None:
+        """The context to train in; None asks the trainer for its mixed-precision autocast (full fine-tuning)."""
+        return contextlib.nullcontext if self.use_lora else None
+
+    def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
+        self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
+
+    def get_trainable_layers(self, rank: int = 4, alpha: float = 4) -> nn.Module:
+        """The UNet, its trainable parameters in fp32: adapters (new ones of that rank, or those loaded) or all."""
+        if not self.use_lora:
+            trainable_in_fp32(self.unet)
+        elif has_lora(self.sd_pipeline):
+            train_loaded_lora(self.sd_pipeline)
+        else:
+            add_lora(self.sd_pipeline, rank, alpha)
+        return self.unet
+
+    def save_pretrained(self, output_dir: str | Path) -> None:
+        """Write the pipeline, and the adapters beside it as `pytorch_lora_weights.safetensors`.
+
+        The model in the folder is the one without adapters, so that `from_pretrained(folder)` followed by
+        `load_lora_weights(folder)` gives what was trained.
+        """
+        if not self.use_lora:
+            self.sd_pipeline.save_pretrained(output_dir)
+            return
+        save_lora(self.sd_pipeline, output_dir)
+        parts = {**self.sd_pipeline.components, "unet": _without_adapters(self.unet)}
+        type(self.sd_pipeline)(**parts).save_pretrained(output_dir)
+
+    def save_checkpoint(self, models: list[nn.Module], weights: list[Any], output_dir: str | Path) -> None:
+        """Write the trained weights into a checkpoint folder: the adapters, or the UNet under `unet/`."""
+        self._check_models(models)
+        if self.use_lora:
+            save_lora(self.sd_pipeline, output_dir)
+        else:
+            self.unet.save_pretrained(Path(output_dir) / "unet")
+
+    def load_checkpoint(self, models: list[nn.Module], input_dir: str | Path) -> None:
+        """Read back what `save_checkpoint` wrote, into the parameters that are there.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_lora`.
+        """
+        self._check_models(models)
+        if self.use_lora:
+            load_lora(self.sd_pipeline, input_dir)
+            return
+        saved = type(self.unet).from_pretrained(Path(input_dir) / "unet", local_files_only=True)
+        self.unet.load_state_dict(saved.state_dict())
+
+    def _check_models(self, models: list[nn.Module]) -> None:
+        if len(models) != 1 or models[0] is not self.unet:
+            raise ValueError("a checkpoint holds one model, this pipeline's UNet: pass [pipeline.unet]")
+
+
+def _without_adapters(unet: Any) -> Any:
+    """A UNet that shares the frozen weights of one with PEFT adapters and has no adapters itself."""
+    with torch.device("meta"):
+        plain = type(unet).from_config(unet.config)
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in unet.state_dict().items()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+    plain.load_state_dict(state, assign=True)
+    return plain

@@ -1,0 +1,124 @@
+"""Pipelines from a folder, the Hub or the package itself, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def load_pipeline(
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str = "main",
+) -> Any:
+    """A Stable Diffusion or SDXL pipeline, ready for `DifferentiableSampler`.
+
+    The scheduler becomes DDIM without clipping, the safety checker goes, every weight is frozen, and the modules are
+    in evaluation mode.
+
+    Args:
+        model: a folder in the diffusers format, a Hub id "owner/name", or "demo" for the bundled model.
+        revision: of a Hub model.
+
+    Raises:
+        FileNotFoundError: no such folder, or a folder without `model_index.json`.
+        ValueError: an unsupported pipeline class, or a file that is damaged or does not fit.
+        OSError: a Hub model that cannot be reached.
+    """
+    source = _resolve(model)
+    if isinstance(source, Path):
+        _check_folder(source)
+    pipe = _from_pretrained(source, dtype, revision)
+    if type(pipe).__name__ not in SUPPORTED:
+        raise ValueError(f"{model} is a {type(pipe).__name__}: use one of {', '.join(SUPPORTED)}")
+    pipe.scheduler = _ddim(pipe.scheduler.config)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+def _resolve(model: str | Path) -> Path | str:
+    """A local folder, or the name of a Hub model."""
+    if model == "demo":
+        from alignprop_fast.demo import model_path
+
+        return Path(model_path())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{model} is a file: give the folder that holds model_index.json")
+    if isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+        return model
+    raise FileNotFoundError(
+        f"no model folder {model}: give a folder in the diffusers format, a Hub id such as owner/name, or demo"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    """Find what is wrong with a folder before anything large is read."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model_index.json: give the top folder of a pipeline saved by save_pretrained"
+        )
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is damaged: copy or save the model anew") from error
+    if name not in SUPPORTED:
+        raise ValueError(f"{folder} holds a {name}, which is not supported: use one of {', '.join(SUPPORTED)}")
+    for file in sorted(folder.rglob("*.safetensors")):
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Compare a safetensors file's length with its header.
+
+    Raises:
+        ValueError: the file is damaged, for example cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({file.stat().st_size} bytes): copy or download it again") from error
+
+
+def _from_pretrained(source: Path | str, dtype: torch.dtype, revision: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    local = isinstance(source, Path)
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(source), dtype=dtype, revision=None if local else revision, local_files_only=local
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = _first_line(error)
+        if local:
+            raise ValueError(f"cannot load the pipeline in {source}: {reason}; save or download it again") from error
+        raise OSError(f"cannot load {source} from the Hub: {reason}; give the folder of a downloaded copy") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:;") if lines else type(error).__name__
+
+
+def _ddim(config: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    # PNDM and Euler configurations have no such field, and DDIM's own default is to clip, which is for pixels.
+    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)

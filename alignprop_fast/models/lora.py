@@ -1,0 +1,136 @@
+"""LoRA adapters (Hu et al. 2021) on a UNet's attention projections, over PEFT, in the file format of diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignprop_fast.models.load import check_safetensors
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+def add_lora(pipe: Any, rank: int = 4, alpha: float = 4) -> list[torch.nn.Parameter]:
+    """Freeze `pipe.unet` and give it trainable fp32 adapters; returns their parameters.
+
+    y = W x + (alpha / rank) B A x on every query, key, value and output projection, A drawn from N(0, 1 / rank^2) with
+    the global generator and B zero, so that at first nothing changes.
+
+    Raises:
+        ValueError: a rank below 1, or a UNet that already has adapters.
+    """
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}: use at least 1")
+    if has_lora(pipe):
+        raise ValueError("the UNet already has adapters: train those, or load the model without them")
+    pipe.unet.requires_grad_(False)
+    pipe.unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGET_MODULES))
+    )
+    return trainable_in_fp32(pipe.unet)
+
+
+def has_lora(pipe: Any) -> bool:
+    """Whether the UNet carries PEFT adapters."""
+    return bool(getattr(pipe.unet, "peft_config", None))
+
+
+def train_loaded_lora(pipe: Any) -> list[torch.nn.Parameter]:
+    """Make the adapters that `pipe.load_lora_weights` put into the UNet trainable, in fp32; returns their parameters."""
+    pipe.unet.requires_grad_(False)
+    for name, parameter in pipe.unet.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            parameter.requires_grad_(True)
+    return trainable_in_fp32(pipe.unet)
+
+
+def trainable_in_fp32(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Give the trainable parameters fp32 storage, whatever the frozen ones have, and return them."""
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.to(torch.float32)
+    return trainable
+
+
+def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write the UNet's adapters to `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
+
+    The file is written whole: a temporary name, then a rename. `metadata` goes into its header, beside the adapter's
+    own configuration, which carries rank and alpha.
+
+    Raises:
+        ValueError: a UNet without adapters.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if not has_lora(pipe):
+        raise ValueError("the UNet has no adapters to save: call add_lora first")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = next(iter(pipe.unet.peft_config))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name=name))
+    tensors = {f"unet.{key}": tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+    header = {
+        "format": "pt",
+        **(metadata or {}),
+        "lora_adapter_metadata": _adapter_metadata(pipe.unet.peft_config[name]),
+    }
+    temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    save_file(tensors, temporary, metadata=header)
+    return temporary.replace(folder / WEIGHTS_NAME)
+
+
+def _adapter_metadata(config: Any) -> str:
+    """What `load_lora_weights` needs to know beside the shapes, as diffusers stores it.
+
+    Only fields that every version of PEFT has: a file with all of LoraConfig loads nowhere but in the same version.
+    """
+    fields = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    return json.dumps({f"unet.{key}": value for key, value in fields.items()}, sort_keys=True)
+
+
+def load_lora(pipe: Any, folder: str | Path) -> None:
+    """Put the adapters of `folder/pytorch_lora_weights.safetensors` into the UNet.
+
+    Where the UNet has adapters already, their values are overwritten in place, so that an optimizer keeps its hold on
+    them; otherwise this is `pipe.load_lora_weights`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or adapters of another shape or in other places.
+    """
+    file = Path(folder) / WEIGHTS_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}: give the folder that training wrote")
+    check_safetensors(file)
+    if has_lora(pipe):
+        _overwrite(pipe.unet, file)
+        return
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"the adapters in {file} do not fit this model: load the model they were made for") from error
+
+
+def _overwrite(unet: torch.nn.Module, file: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    name = next(iter(unet.peft_config))
+    state = {key.removeprefix("unet."): tensor for key, tensor in load_file(file).items()}
+    mine = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=name))
+    if {key: tensor.shape for key, tensor in mine.items()} != {key: tensor.shape for key, tensor in state.items()}:
+        raise ValueError(f"the adapters in {file} have another rank or other places: use the LoRA rank they have")
+    # PEFT's own loader puts new parameters in, which an optimizer would not know.
+    with torch.no_grad():
+        for key, tensor in mine.items():
+            tensor.copy_(state[key])

@@ -1,0 +1,93 @@
+"""Loading pipelines, and every way in which it goes wrong in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from alignprop_fast.models.load import load_pipeline
+from diffusers import DDIMScheduler
+
+
+@pytest.fixture
+def copied(tiny_sd_folder, tmp_path):
+    return shutil.copytree(tiny_sd_folder, tmp_path / "model")
+
+
+def _one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_loads_frozen_with_ddim(kind, request):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    pipe = load_pipeline(str(folder), dtype=torch.bfloat16)
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
+    assert not pipe.unet.training
+
+
+def test_clipping_is_turned_off_where_the_config_is_silent(copied):
+    """PNDM configurations say nothing about clipping, and DDIM's default would clip."""
+    (copied / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler", "steps_offset": 1}')
+    index = json.loads((copied / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (copied / "model_index.json").write_text(json.dumps(index))
+    pipe = load_pipeline(copied)
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config.clip_sample is False
+    assert pipe.scheduler.config.steps_offset == 1
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(tmp_path / "nowhere")
+    assert "nowhere" in _one_line(error) and "demo" in _one_line(error)
+
+
+def test_a_file_is_not_a_folder(copied):
+    with pytest.raises(ValueError) as error:
+        load_pipeline(copied / "model_index.json")
+    assert "folder" in _one_line(error)
+
+
+def test_folder_without_index(copied):
+    (copied / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(copied)
+    assert "model_index.json" in _one_line(error)
+
+
+def test_damaged_index(copied):
+    (copied / "model_index.json").write_text("{")
+    with pytest.raises(ValueError) as error:
+        load_pipeline(copied)
+    assert "model_index.json is damaged" in _one_line(error)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 5, 1000])
+def test_truncated_weights_name_the_file(copied, keep_bytes):
+    file = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep_bytes])
+    with pytest.raises(ValueError) as error:
+        load_pipeline(copied)
+    assert str(file) in _one_line(error) and "damaged" in _one_line(error)
+
+
+def test_missing_weights(copied):
+    (copied / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        load_pipeline(copied)
+    assert "cannot load the pipeline" in _one_line(error)
+
+
+def test_unsupported_class_is_named(copied):
+    index = json.loads((copied / "model_index.json").read_text())
+    index["_class_name"] = "FluxPipeline"
+    (copied / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError) as error:
+        load_pipeline(copied)
+    assert "FluxPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)

@@ -1,0 +1,91 @@
+"""Adapters: what is trained, and the round trip through files and through diffusers' own loader."""
+
+import pytest
+import torch
+from alignprop_fast.models.lora import add_lora, has_lora, load_lora, save_lora
+from safetensors import safe_open
+
+
+def _noise_prediction(pipe):
+    generator = torch.Generator().manual_seed(3)
+    x_BCHW = torch.randn(1, 4, 8, 8, generator=generator)
+    text_BLC = torch.randn(1, 77, pipe.unet.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(x_BCHW, 500, text_BLC, return_dict=False)[0]
+
+
+def _train_a_little(parameters):
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def test_only_adapters_train_and_nothing_changes_at_first(tiny_sd):
+    before = _noise_prediction(tiny_sd)
+    parameters = add_lora(tiny_sd, rank=3, alpha=6)
+    names = [name for name, parameter in tiny_sd.unet.named_parameters() if parameter.requires_grad]
+    assert len(names) == len(parameters) == sum("lora_" in name for name, _ in tiny_sd.unet.named_parameters())
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert all(3 in parameter.shape for parameter in parameters)
+    torch.testing.assert_close(_noise_prediction(tiny_sd), before, rtol=0, atol=0)
+
+
+def test_adapters_stay_fp32_on_a_half_precision_model(tiny_sd):
+    tiny_sd.unet.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in add_lora(tiny_sd)} == {torch.float32}
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4), (3, 12)])
+def test_diffusers_loads_what_we_save(tiny_sd, tiny_sd_folder, tmp_path, rank, alpha):
+    from diffusers import StableDiffusionPipeline
+
+    _train_a_little(add_lora(tiny_sd, rank, alpha))
+    save_lora(tiny_sd, tmp_path, {"reward": "colorfulness"})
+    other = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, local_files_only=True)
+    before = _noise_prediction(other)
+    other.load_lora_weights(tmp_path)
+    # alpha != rank is lost by loaders that ignore the header, and the scale with it
+    torch.testing.assert_close(_noise_prediction(other), _noise_prediction(tiny_sd), rtol=1e-6, atol=1e-6)
+    assert (_noise_prediction(other) - before).abs().max() > 1e-2
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert file.metadata()["reward"] == "colorfulness"
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+def test_sdxl_round_trip(tiny_sdxl, tmp_path):
+    parameters = add_lora(tiny_sdxl)
+    _train_a_little(parameters)
+    saved = [parameter.detach().clone() for parameter in parameters]
+    save_lora(tiny_sdxl, tmp_path)
+    _train_a_little(parameters)
+    load_lora(tiny_sdxl, tmp_path)
+    for parameter, expected in zip(parameters, saved, strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_two_adapters_are_refused(tiny_sd):
+    add_lora(tiny_sd)
+    with pytest.raises(ValueError, match="already has adapters"):
+        add_lora(tiny_sd)
+
+
+def test_saving_without_adapters_is_refused(tiny_sd, tmp_path):
+    assert not has_lora(tiny_sd)
+    with pytest.raises(ValueError, match="add_lora"):
+        save_lora(tiny_sd, tmp_path)
+
+
+def test_load_errors_name_the_file(tiny_sd, tmp_path):
+    with pytest.raises(FileNotFoundError, match="pytorch_lora_weights"):
+        load_lora(tiny_sd, tmp_path)
+    add_lora(tiny_sd, rank=2)
+    file = save_lora(tiny_sd, tmp_path)
+    tiny_sd.unet.delete_adapters("default")
+    tiny_sd.unet.peft_config = {}
+    add_lora(tiny_sd, rank=5)
+    with pytest.raises(ValueError, match="another rank"):
+        load_lora(tiny_sd, tmp_path)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="damaged"):
+        load_lora(tiny_sd, tmp_path)
