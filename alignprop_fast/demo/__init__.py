@@ -1,0 +1,25 @@
+"""The bundled demo: a small text-to-image model, a CLIP model for the same pictures, prompts and example pictures."""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+
+def model_path() -> Path:
+    """Folder of the bundled `StableDiffusionPipeline` (64 x 64 pictures, fp16 safetensors)."""
+    return _FOLDER / "model"
+
+
+def clip_path() -> Path:
+    """Folder of the bundled transformers `CLIPModel` and its processor, trained on the same kind of pictures."""
+    return _FOLDER / "clip"
+
+
+def prompts_path(heldout: bool = False) -> Path:
+    """File with one prompt per line; `heldout=True` gives the prompts that never appear in the training file."""
+    return _FOLDER / ("prompts_heldout.txt" if heldout else "prompts.txt")
+
+
+def pictures_path() -> Path:
+    """Folder of example training pictures (PNG, 64 x 64) with `captions.json`, a map from file name to caption."""
+    return _FOLDER / "pictures"

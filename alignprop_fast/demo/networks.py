@@ -1,0 +1,134 @@
+"""Sizes of the demo networks, and the tokenizer built from the caption words."""
+
+import json
+from pathlib import Path
+
+from alignprop_fast.demo.scenes import PICTURE_PIXELS
+from alignprop_fast.demo.vocabulary import all_words
+
+MAX_TOKENS = 24
+TEXT_WIDTH = 128
+LATENT_CHANNELS = 8
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_tokenizer(folder: Path):
+    """Trains CLIP's byte-level BPE on the caption words, writes it to `folder` and returns the `CLIPTokenizer`.
+
+    Every caption word becomes one token; any other text is spelled in bytes, so no prompt is unknown.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(all_words())], trainer)
+    merges = [
+        pair if isinstance(pair, list) else pair.split(" ") for pair in json.loads(bpe.to_str())["model"]["merges"]
+    ]
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _text_settings(tokenizer, width: int, layers: int) -> dict:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 4 * width if layers > 2 else 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "projection_dim": 64,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(**_text_settings(tokenizer, TEXT_WIDTH, layers=2)))
+
+
+def build_vae():
+    """64 x 64 x 3 pictures to 8 x 8 x 8 latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=PICTURE_PIXELS,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=PICTURE_PIXELS // 8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(96, 112),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # diffusers' name for the number of heads in this class
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler():
+    """Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def build_clip(tokenizer):
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = {
+        "image_size": PICTURE_PIXELS,
+        "patch_size": 8,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "projection_dim": 64,
+    }
+    text = _text_settings(tokenizer, 96, layers=2)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def build_image_processor():
+    from transformers import CLIPImageProcessor
+
+    size = PICTURE_PIXELS
+    return CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )

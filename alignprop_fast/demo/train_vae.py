@@ -1,0 +1,79 @@
+"""Trains the demo autoencoder: L1 on pixels and on their differences (edges), and a small KL term."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignprop_fast.demo.loop import Settings, fit
+from alignprop_fast.demo.networks import build_vae
+from alignprop_fast.demo.scenes import save_grid, to_signed
+
+KL_WEIGHT = 1e-4
+EDGE_WEIGHT = 1.0
+
+
+def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of the pixels [B, 3, H, W] and of their horizontal and vertical differences."""
+    error = picture - target
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + EDGE_WEIGHT * edges
+
+
+def train_vae(pictures: Tensor, settings: Settings, folder: Path, seed: int):
+    """Trains on uint8 pictures [N, 3, 64, 64]; returns the averaged `AutoencoderKL` with its scaling factor set."""
+    torch.manual_seed(seed)
+    vae = build_vae()
+
+    def loss_at(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pictures), (settings.batch_size,), generator=generator)
+        target = to_signed(pictures[index])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(target).latent_dist
+            decoded = vae.decode(posterior.sample(generator)).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return reconstruction_loss(decoded.float(), target) + KL_WEIGHT * kl
+
+    vae = fit({"vae": vae}, loss_at, settings, folder / "vae.pt", seed, _preview(pictures, folder / "vae.png"))["vae"]
+    vae.register_to_config(scaling_factor=1.0 / encode(vae, pictures[:1000]).std().item())
+    return vae
+
+
+def train_decoder(vae, pictures: Tensor, settings: Settings, folder: Path, seed: int):
+    """Trains the decoder further with the encoder frozen, so that latents encoded before stay valid."""
+    vae = copy.deepcopy(vae).train()
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name.startswith(("decoder", "post_quant_conv")))
+
+    def loss_at(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pictures), (settings.batch_size,), generator=generator)
+        target = to_signed(pictures[index])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(target).latent_dist.mean
+            decoded = vae.decode(latents).sample
+        return reconstruction_loss(decoded.float(), target)
+
+    show = _preview(pictures, folder / "decoder.png")
+    return fit({"vae": vae}, loss_at, settings, folder / "decoder.pt", seed, show)["vae"]
+
+
+def _preview(pictures: Tensor, path: Path):
+    def show(step: int, averages: dict) -> None:
+        shown = pictures[:32]
+        with torch.no_grad():
+            decoded = averages["vae"](to_signed(shown)).sample
+        save_grid(torch.stack([shown.float() / 255, decoded / 2 + 0.5], 1).flatten(0, 1), path, columns=16)
+
+    return show
+
+
+@torch.no_grad()
+def encode(vae, pictures: Tensor, batch_size: int = 64) -> Tensor:
+    """Latent means, unscaled: uint8 pictures [N, 3, 64, 64] to fp32 [N, 8, 8, 8]."""
+    parts = []
+    for batch in pictures.split(batch_size):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(to_signed(batch)).latent_dist.mean.float())
+    return torch.cat(parts)
