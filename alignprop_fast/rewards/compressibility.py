@@ -1,8 +1,8 @@
 """Compressibility and incompressibility: the JPEG file size, made differentiable.
 
 DDPO (Black et al., 2023, section 5.1; also an objective of AlignProp) rewards the size of the image's JPEG file at
-quality 95, in kB of 1000 bytes: incompressibility = size, compressibility = -size. Here the size is the smooth estimate of
-`jpeg.py`, within a few per cent of the true one, so scores compare with DDPO's.
+quality 95, in kB of 1000 bytes: incompressibility = size, compressibility = -size. Here the size is the smooth estimate
+of `jpeg.py`, mostly within a few per cent of the true one, so scores compare with DDPO's.
 """
 
 from collections.abc import Sequence

@@ -2,11 +2,11 @@
 
     python tests/rewards/calibrate_jpeg.py FOLDER [FOLDER ...] [--sizes 64 256 512] [--limit 400]
 
-Each folder is one set of pictures, taken at each size; the fit uses every other picture with equal weight for each set and
-size and minimises the squared relative error; the table is measured on the other half, once with the fitted constants and
-once with those in the code. Those in the code come from 12 photographs of scikit-image, 76 wallpapers (Debian packages
-mate-backgrounds, gnome-backgrounds, plasma-workspace-wallpapers), 400 stamps (Debian tuxpaint-stamps-default) and 300 emoji
-(Noto, Fluent and Twemoji).
+Each folder is one set of pictures, taken at each size; the fit uses every other picture, with equal weight for each set
+and size, and minimises the squared relative error; the table is measured on the other half, once with the fitted
+constants and once with those in the code. Those in the code come from the 12 photographs beside this script, 76
+wallpapers (Debian packages mate-backgrounds, gnome-backgrounds, plasma-workspace-wallpapers), 400 stamps (Debian
+tuxpaint-stamps-default) and 300 emoji (Noto, Fluent and Twemoji).
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""Weighted sum of rewards, with a check of what each of them returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (images [B, 3, H, W] in [0, 1], B prompts, B metadata) -> (scores [B], info), the form of trl.
+Reward = Callable[[Tensor, Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward of a mixture. `name` is the key of its scores in `info`."""
+
+    name: str
+    weight: float
+    reward: Callable[..., Any]
+
+
+class WeightedSum:
+    """score = sum over parts of weight * score of the part; info = {part name: its scores, unweighted and detached}."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+
+    def __call__(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """images_BCHW: [B, 3, H, W] in [0, 1]. Returns scores, fp32 or wider, [B], and info.
+
+        Raises ValueError when images or prompts are of the wrong shape or number, or a part returns something else than
+        B scores with a gradient.
+        """
+        if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or not images_BCHW.is_floating_point():
+            raise ValueError(f"rewards take float images [B, 3, H, W], not {_describe(images_BCHW)}")
+        if len(prompts) != len(images_BCHW):
+            raise ValueError(f"rewards take one prompt per image, not {len(prompts)} for {len(images_BCHW)}")
+        total_B, info = None, {}
+        for part in self.parts:
+            scores_B = checked_scores(part.name, part.reward(images_BCHW, prompts, metadata), images_BCHW)
+            info[part.name] = scores_B.detach()
+            total_B = part.weight * scores_B if total_B is None else total_B + part.weight * scores_B
+        assert total_B is not None
+        return total_B, info
+
+
+def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:
+    """The scores, [B], in what a reward returned (scores, or scores and info), on the images' device, fp32 or wider.
+
+    Raises ValueError, naming the reward, for another shape or type, and for scores that have lost the images' gradient.
+    """
+    scores_B = result[0] if isinstance(result, tuple) and len(result) == 2 else result
+    batch = len(images_BCHW)
+    if not isinstance(scores_B, Tensor) or scores_B.shape != (batch,) or not scores_B.is_floating_point():
+        raise ValueError(
+            f"reward {name!r} must return a float tensor of shape [{batch}], one score per image, or (scores, info); "
+            f"it returned {_describe(scores_B)}"
+        )
+    if torch.is_grad_enabled() and images_BCHW.requires_grad and not scores_B.requires_grad:
+        raise ValueError(
+            f"reward {name!r} returned scores without gradient; compute them from the images by differentiable torch "
+            "operations, without detach(), no_grad(), numpy or PIL"
+        )
+    return scores_B.to(images_BCHW.device, torch.promote_types(scores_B.dtype, torch.float32))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

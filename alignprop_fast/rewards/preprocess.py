@@ -1,0 +1,108 @@
+"""An image processor's steps on tensors, so that the gradient passes: resize, centre crop, normalise.
+
+The steps and constants come from the processor's own file. Resizing is PIL's antialiased filter, which torch has too;
+the one difference is that PIL rounds to 8 bits after each of its two passes, and this does not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# By Pillow's numbers. The others have no antialiased counterpart in torch.
+_RESAMPLING = {2: "bilinear", 3: "bicubic"}
+# What transformers' CLIPImageProcessor takes for a key that the file leaves out.
+_CLIP_DEFAULTS = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Images in [0, 1] of any size -> what a vision tower expects. None leaves a step out."""
+
+    shortest_edge: int | None = None  # pixels; the other edge keeps the proportions
+    exact_size: tuple[int, int] | None = None  # (height, width), in place of shortest_edge
+    resampling: str = "bicubic"
+    crop: tuple[int, int] | None = None  # (height, width)
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Preprocess:
+        """Read a CLIP folder's `preprocessor_config.json`, or its part of transformers 5's `processor_config.json`.
+
+        Raises FileNotFoundError when the folder has neither, ValueError for a file that cannot be understood.
+        """
+        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"{folder} has no {_FILES[0]}, which says how to prepare images; copy it from where the model came from"
+            )
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return cls._from_config(_CLIP_DEFAULTS | stored.get("image_processor", stored))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged or of an unknown kind ({error}); copy it again") from error
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> Preprocess:
+        size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
+        crop = config["crop_size"]
+        crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+        exact = None if size.get("shortest_edge") else (size["height"], size["width"])
+        if config["resample"] not in _RESAMPLING:
+            raise ValueError(f"resample {config['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
+        return cls(
+            shortest_edge=size.get("shortest_edge") if config["do_resize"] else None,
+            exact_size=exact if config["do_resize"] else None,
+            resampling=_RESAMPLING[config["resample"]],
+            crop=crop if config["do_center_crop"] else None,
+            mean=tuple(config["image_mean"]) if config["do_normalize"] else cls.mean,
+            std=tuple(config["image_std"]) if config["do_normalize"] else cls.std,
+        )
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1], any float dtype -> [B, 3, crop height, crop width] in fp32 or wider."""
+        images_BCHW = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
+        images_BCHW = _centre_crop(self._resize(images_BCHW), self.crop)
+        mean_C11 = images_BCHW.new_tensor(self.mean)[:, None, None]
+        std_C11 = images_BCHW.new_tensor(self.std)[:, None, None]
+        return (images_BCHW - mean_C11) / std_C11
+
+    def _resize(self, images_BCHW: Tensor) -> Tensor:
+        height, width = images_BCHW.shape[-2:]
+        size = self.exact_size or (height, width)
+        if self.shortest_edge is not None:
+            short = min(height, width)
+            size = (self.shortest_edge * height // short, self.shortest_edge * width // short)
+        if size == (height, width):
+            return images_BCHW
+        resized_BCHW = F.interpolate(images_BCHW, size=size, mode=self.resampling, antialias=True)
+        return resized_BCHW.clamp(0, 1)  # bicubic overshoots at edges, and 8-bit pictures cannot
+
+
+_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def _centre_crop(images_BCHW: Tensor, crop: tuple[int, int] | None) -> Tensor:
+    if crop is None:
+        return images_BCHW
+    height, width = images_BCHW.shape[-2:]
+    if height < crop[0] or width < crop[1]:
+        raise ValueError(f"the image processor cuts {crop[0]} x {crop[1]} pixels out of images of {height} x {width}")
+    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+    return images_BCHW[..., top : top + crop[0], left : left + crop[1]]
