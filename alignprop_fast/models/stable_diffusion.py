@@ -13,6 +13,8 @@ from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from alignprop_fast.models.surgery import put_ops_in
+
 Generator = torch.Generator | list[torch.Generator] | None
 
 
@@ -28,8 +30,9 @@ class Conditioning:
 class StableDiffusionAdapter:
     """A diffusers pipeline as the sampler needs it. The pipeline stays an ordinary one.
 
-    Freezes the decoder and the text encoders (only the denoiser's trainable parameters get gradients) and lays the
-    convolutions out channels_last; no name, value or adapter changes.
+    Freezes the decoder and the text encoders (only the denoiser's trainable parameters get gradients), lays the
+    convolutions out channels_last and puts the frozen-aware ops in (`surgery.take_ops_out` takes them out); no name,
+    value or adapter changes.
 
     Raises:
         ValueError: a scheduler or model option that the chain cannot reproduce; the message says how to change it.
@@ -40,9 +43,10 @@ class StableDiffusionAdapter:
         self._check()
         for module in (pipe.vae, *self._text_encoders()):
             module.requires_grad_(False)
-        # For 4-d weights only: linear layers are not touched.
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
+        for module in (pipe.unet, pipe.vae.decoder):
+            # Convolutions only: linear layers have no memory format.
+            module.to(memory_format=torch.channels_last)
+            put_ops_in(module)
 
     def _text_encoders(self) -> Sequence[nn.Module]:
         return [self.pipe.text_encoder]
