@@ -115,6 +115,8 @@ class AlignPropConfig:
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:
             self.optimizer = "adamw8bit"
+        if isinstance(self.truncated_rand_backprop_minmax, list):  # YAML and JSON know no tuples
+            self.truncated_rand_backprop_minmax = tuple(self.truncated_rand_backprop_minmax)
         self._check_counts()
         self._check_optimizer()
         self._check_choices()

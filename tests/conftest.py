@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from alignprop_fast.models.random_weights import make_sd_folder, make_sdxl_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """On tensors this small a second thread costs time, and on a busy machine a great deal of it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

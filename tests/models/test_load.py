@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from alignprop_fast.models.load import load_pipeline
 from diffusers import DDIMScheduler
+
+from alignprop_fast.models.load import load_pipeline
 
 
 @pytest.fixture

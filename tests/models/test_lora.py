@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from alignprop_fast.models.lora import add_lora, has_lora, load_lora, save_lora
 from safetensors import safe_open
+
+from alignprop_fast.models.lora import add_lora, has_lora, load_lora, save_lora
 
 
 def _noise_prediction(pipe):

@@ -1,0 +1,103 @@
+"""What is known about one optimizer step once it is done."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all micro-batches and processes.
+
+    step: optimizer steps done, this one included.
+    reward_mean, reward_std: over the images of the step (the mean of the micro-batches' values, as trl logs them).
+    reward_parts: mean of each part that the reward reports in its info.
+    loss: mean of the micro-batches' losses.
+    grad_norm: before clipping; 0 where there was no gradient.
+    gradient_steps: denoising steps that carried gradient, summed over this process's micro-batches.
+    status: "ok"; "no_gradient": the random gates left no step open; "not_finite": the update was skipped.
+    images_per_second: images of all processes over seconds.
+    peak_bytes: peak of the device's memory in this step; on the CPU the process's peak so far (resident set).
+    seconds: wall time of the step, without checkpoints and hooks.
+    """
+
+    step: int
+    reward_mean: float
+    reward_std: float
+    reward_parts: dict[str, float]
+    loss: float
+    grad_norm: float
+    gradient_steps: int
+    status: str
+    images_per_second: float
+    peak_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain numbers, texts and one nested dictionary."""
+        return asdict(self)
+
+    def to_log(self) -> dict[str, float]:
+        """The numbers alone, flat, for a tracker."""
+        fields = self.to_dict()
+        parts = {f"reward/{name}": value for name, value in fields.pop("reward_parts").items()}
+        return {**{name: value for name, value in fields.items() if name not in ("step", "status")}, **parts}
+
+
+@dataclass(frozen=True)
+class BatchMetrics:
+    """One micro-batch: the fields of `StepMetrics` that are averaged over them; rewards are those of all processes."""
+
+    reward_mean: float
+    reward_std: float
+    reward_parts: dict[str, float]
+    loss: float
+    gradient_steps: int
+
+
+def averages(batches: Sequence[BatchMetrics]) -> dict[str, Any]:
+    """Reward, parts, loss (means) and gradient steps (sum) of the micro-batches of one step."""
+
+    def mean(values: Iterable[float]) -> float:
+        return fmean([*values])
+
+    names = [name for name in batches[0].reward_parts if all(name in batch.reward_parts for batch in batches)]
+    return {
+        "reward_mean": mean(batch.reward_mean for batch in batches),
+        "reward_std": mean(batch.reward_std for batch in batches),
+        "reward_parts": {name: mean(batch.reward_parts[name] for batch in batches) for name in names},
+        "loss": mean(batch.loss for batch in batches),
+        "gradient_steps": sum(batch.gradient_steps for batch in batches),
+    }
+
+
+def reward_parts(info: Any) -> dict[str, float]:
+    """Mean of every numeric entry of a reward's info; anything else in it is the user's own business."""
+    parts = {}
+    for name, value in info.items() if isinstance(info, Mapping) else ():
+        try:
+            parts[str(name)] = float(torch.as_tensor(value, dtype=torch.float64).detach().mean())
+        except (TypeError, ValueError, RuntimeError):
+            continue
+    return parts
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Begin a new peak where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak since `reset_peak_bytes` on a GPU; elsewhere the process's peak resident set so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,121 @@
+"""A trainer's state to and from checkpoints: what goes in, so that a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+
+from alignprop_fast.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    read_checkpoint,
+    rng_state,
+    set_rng_state,
+    write_checkpoint,
+)
+from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.placement import checkpoint_root
+
+if TYPE_CHECKING:
+    from alignprop_fast.trainer import AlignPropTrainer
+
+logger = logging.getLogger(__name__)
+
+_COUNTERS = ("steps_done", "global_step", "skipped_steps")
+_PACKAGES = ("alignprop-fast", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def find_resume(config: AlignPropConfig) -> Path | None:
+    """The checkpoint that `resume_from` means, checked; None for a fresh run.
+
+    Raises:
+        FileNotFoundError: nothing to resume from.
+        ValueError: a damaged checkpoint, or a fresh run into a folder that holds checkpoints already.
+    """
+    if config.resume_from:
+        folder = find_checkpoint(config.resume_from)
+        read_checkpoint(folder)
+        return folder
+    root = checkpoint_root(config)
+    if checkpoints(root):
+        raise ValueError(
+            f"{root} holds checkpoints of an earlier run: set resume_from={str(root)!r}, or choose another output_dir"
+        )
+    return None
+
+
+def save_training(trainer: AlignPropTrainer) -> Path:
+    """Write `checkpoint_<steps done>`. Every process takes part; the main one writes, the others wait for it."""
+    rng_states = gather_object([rng_state()])
+    root, config = checkpoint_root(trainer.config), trainer.config
+    if trainer.accelerator.is_main_process:
+        state = {name: getattr(trainer, name) for name in _COUNTERS}
+        scaler = trainer.accelerator.scaler
+
+        def fill(folder: Path) -> None:
+            trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], [], folder)
+            moments = {"optimizer": trainer.optimizer.state_dict(), "scaler": scaler and scaler.state_dict()}
+            torch.save(moments, folder / "optimizer.pt")
+            torch.save(rng_states, folder / "rng.pt")
+            (folder / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+
+        keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit
+        write_checkpoint(root, trainer.steps_done, {**state, "versions": versions()}, fill, keep)
+    trainer.accelerator.wait_for_everyone()
+    return root / f"checkpoint_{trainer.steps_done}"
+
+
+def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
+    """Put weights, optimizer, random-number states and counters back, in place. Random states last of all.
+
+    Raises:
+        ValueError: the checkpoint was made with another rank, optimizer or number of processes.
+    """
+    state = read_checkpoint(folder)
+    _check_same(trainer.config, json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+    try:
+        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        rng_states = torch.load(folder / "rng.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read by this torch: resume with the one that wrote it"
+        ) from error
+    trainer.sd_pipeline.load_checkpoint([trainer.sd_pipeline.unet], folder)
+    trainer.optimizer.load_state_dict(moments["optimizer"])
+    if trainer.accelerator.scaler is not None and moments["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(moments["scaler"])
+    processes = trainer.accelerator.num_processes
+    if len(rng_states) != processes:
+        raise ValueError(f"checkpoint {folder} was made by {len(rng_states)} processes: resume with as many")
+    for name in _COUNTERS:
+        setattr(trainer, name, state[name])
+    trainer.first_epoch = trainer.steps_done
+    set_rng_state(rng_states[trainer.accelerator.process_index])
+    logger.info("resumed from %s after %d steps", folder, trainer.steps_done)
+
+
+def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) -> None:
+    """What the saved tensors cannot be read into without; other options may change between runs."""
+    for name in ("optimizer", "lora_rank", "lora_alpha"):
+        if getattr(config, name) != saved.get(name):
+            raise ValueError(f"checkpoint {folder} was made with {name}={saved.get(name)}: resume with the same")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
