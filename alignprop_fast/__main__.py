@@ -1,0 +1,6 @@
+"""`python -m alignprop_fast` is the command line."""
+
+from alignprop_fast.cli import main
+
+if __name__ == "__main__":
+    main()
