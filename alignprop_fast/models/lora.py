@@ -69,7 +69,7 @@ def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = N
     """
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if not has_lora(pipe):
         raise ValueError("the UNet has no adapters to save: call add_lora first")
@@ -84,8 +84,20 @@ def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = N
         "lora_adapter_metadata": _adapter_metadata(pipe.unet.peft_config[name]),
     }
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    save_file(tensors, temporary, metadata=header)
+    temporary.write_bytes(_with_metadata(save(tensors), header))
     return temporary.replace(folder / WEIGHTS_NAME)
+
+
+def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with that metadata in a fixed order; the library's own order changes from run to run.
+
+    Format: 8 bytes length of the header (little endian), the header in JSON padded to a multiple of 8, the tensors.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _adapter_metadata(config: Any) -> str:

@@ -1,0 +1,172 @@
+"""A resumed run is the uninterrupted run, to the last byte of its adapters; also after SIGKILL."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from alignprop_fast.checkpoint import checkpoints
+from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.trainer import AlignPropTrainer
+
+PROMPTS = ("the red cat", "a dog", "the cat and the dog")
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def draw_prompt():
+    return random.choice(PROMPTS), {}
+
+
+def ramp_reward(images_BCHW, prompts, metadata):
+    ramp_W = torch.linspace(0, 1, images_BCHW.shape[-1])
+    return -((images_BCHW - ramp_W) ** 2).mean(dim=(1, 2, 3)), {}
+
+
+def make_trainer(folder, output_dir, use_lora=True, **options):
+    defaults = {
+        "mixed_precision": "no",
+        "sample_num_steps": 2,
+        "train_batch_size": 2,
+        "truncated_rand_backprop_minmax": (0, 2),
+        "num_epochs": STEPS,
+    }
+    config = AlignPropConfig(**{**defaults, "output_dir": str(output_dir), **options})
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(folder), use_lora=use_lora)
+    return AlignPropTrainer(config, ramp_reward, draw_prompt, pipeline)
+
+
+def adapter_bytes(folder):
+    return (folder / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def newest(output_dir):
+    return checkpoints(output_dir / "checkpoints")[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer):
+    make_trainer(tiny_sd_folder, tmp_path / "whole", optimizer=optimizer, train_gradient_accumulation_steps=2).train()
+    parts = {"optimizer": optimizer, "train_gradient_accumulation_steps": 2, "save_freq": 2}
+    make_trainer(tiny_sd_folder, tmp_path / "parts", **parts).train(2)
+    torch.randn(11), random.random()  # whatever else the process did in between
+    resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **parts)
+    assert (resumed.first_epoch, resumed.global_step) == (2, 2)
+    resumed.train()
+    assert [path.name for path in checkpoints(tmp_path / "parts" / "checkpoints")] == [
+        "checkpoint_2",
+        "checkpoint_4",
+        "checkpoint_5",
+    ]
+    assert adapter_bytes(newest(tmp_path / "parts")) == adapter_bytes(newest(tmp_path / "whole"))
+    assert adapter_bytes(newest(tmp_path / "whole")) != adapter_bytes(
+        newest(tmp_path / "whole").with_name("checkpoint_4")
+    )
+
+
+def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path):
+    make_trainer(tiny_sd_folder, tmp_path / "whole", use_lora=False).train(2)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", use_lora=False).train(1)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", use_lora=False, resume_from=str(tmp_path / "parts")).train(2)
+    file = "unet/diffusion_pytorch_model.safetensors"
+    assert (newest(tmp_path / "parts") / file).read_bytes() == (newest(tmp_path / "whole") / file).read_bytes()
+
+
+def test_trl_project_options_say_where_and_how_many(tiny_sd_folder, tmp_path):
+    project = {
+        "logging_dir": str(tmp_path / "logs"),
+        "automatic_checkpoint_naming": True,
+        "total_limit": 2,
+        "project_dir": str(tmp_path / "save"),
+    }
+    make_trainer(tiny_sd_folder, "", project_kwargs=project).train(4)
+    found = checkpoints(tmp_path / "save" / "checkpoints")
+    assert [path.name for path in found] == ["checkpoint_3", "checkpoint_4"]
+    resumed = make_trainer(
+        tiny_sd_folder, "", project_kwargs=project, resume_from=str(tmp_path / "save/checkpoints/checkpoint_3")
+    )
+    assert resumed.first_epoch == 3
+
+
+def test_a_checkpoint_loads_as_lora_in_diffusers(tiny_sd, tiny_sd_folder, tmp_path):
+    trainer = make_trainer(tiny_sd_folder, tmp_path)
+    trainer.train(1)
+    tiny_sd.load_lora_weights(newest(tmp_path))
+    loaded = dict(tiny_sd.unet.named_parameters())
+    for name, parameter in trainer.sd_pipeline.unet.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, loaded[name.replace(".default.", ".default_0.")])
+
+
+def test_refusals_are_one_line(tiny_sd_folder, tmp_path):
+    make_trainer(tiny_sd_folder, tmp_path).train(3)
+
+    def refused(match, error=ValueError, **options):
+        with pytest.raises(error, match=match) as caught:
+            make_trainer(tiny_sd_folder, tmp_path, **options)
+        assert "\n" not in str(caught.value)
+
+    resume = {"resume_from": str(tmp_path)}
+    refused("holds checkpoints of an earlier run")
+    refused("no checkpoint to resume from", FileNotFoundError, resume_from=str(tmp_path / "elsewhere"))
+    refused("lora_rank=4: resume with the same", lora_rank=8, **resume)
+    refused("optimizer=adamw: resume with the same", optimizer="adafactor", **resume)
+    damaged = newest(tmp_path) / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    refused("checkpoint_3 is damaged .*: resume from .*checkpoint_2", **resume)
+    good = make_trainer(tiny_sd_folder, tmp_path, resume_from=str(tmp_path / "checkpoints" / "checkpoint_2"))
+    good.train(3)
+    assert make_trainer(tiny_sd_folder, tmp_path, **resume).first_epoch == 3
+
+
+KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)  # no threads before the forks
+from pathlib import Path
+from test_trainer_resume import checkpoints, make_trainer
+folder, output, steps = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+
+def start():
+    child = os.fork()
+    if child:
+        return child
+    resume = {"resume_from": str(output)} if checkpoints(output / "checkpoints") else {}
+    make_trainer(folder, output, num_checkpoint_limit=2, **resume).train(steps)
+    os._exit(0)
+
+for kill in range(3):
+    seen = checkpoints(output / "checkpoints")[-1:]
+    child = start()
+    while checkpoints(output / "checkpoints")[-1:] == seen:
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    killed_by = os.WTERMSIG(os.waitpid(child, 0)[1])
+    assert killed_by == signal.SIGKILL, "the run was over before it could be killed"
+assert os.waitpid(start(), 0)[1] == 0
+"""
+
+
+def test_sigkill_at_any_moment_loses_nothing(tiny_sd_folder, tmp_path, request):
+    """A run in processes that are killed three times, at random moments after they have saved something new."""
+    steps, output = 24, tmp_path / "killed"
+    make_trainer(tiny_sd_folder, tmp_path / "whole", save_freq=1000).train(steps)
+    here = str(request.path.parent)
+    arguments = [here, str(tiny_sd_folder), str(output), str(steps)]
+    run = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert newest(output).name == newest(tmp_path / "whole").name == f"checkpoint_{steps}"
+    assert adapter_bytes(newest(output)) == adapter_bytes(newest(tmp_path / "whole"))
