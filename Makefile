@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/alignprop-fast demo --output-dir demo_output
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -13,10 +13,18 @@ import torch
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.stable_diffusion import Conditioning, Generator
-from alignprop_fast.ops.guided_step import guided_step, guided_step_adjoint
 from alignprop_fast.planner import CostTable, Option, Plan, Segment, leanest, parse_bytes, solve
 from alignprop_fast.runtime import Chain, apply_by_image, measure_chain, measure_option, run_chain
-from alignprop_fast.sampling import ddim_table, rescaled_guidance
+from alignprop_fast.sampling import (
+    ddim_table,
+    draw_gates,
+    guided_step,
+    guided_step_adjoint,
+    rescaled_guidance,
+    trl_gates,
+)
+
+__all__ = ["DifferentiableSampler", "draw_gates", "trl_gates"]
 
 
 class DifferentiableSampler:
