@@ -42,7 +42,7 @@ class DifferentiableSampler:
             measuring, every gradient step is replayed, which is the leanest way to run.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
         height, width: pixels; the model's own size where None.
-        draw_unused_noise: draw step noise even at eta = 0, where it has no effect, as trl does; for equal random states.
+        draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, the reward model above all.
 
     Raises:
@@ -152,7 +152,7 @@ class DifferentiableSampler:
         """The cost table at this batch size, from running each option once; draws no random numbers."""
         device = self.model.device
         scale = self.model.pipe.vae_scale_factor
-        x = torch.zeros(batch, self.model.denoiser.config.in_channels, *(side // scale for side in self.size))
+        x = torch.zeros(batch, self.model.latent_channels, *(side // scale for side in self.size))
         x = x.to(device=device, dtype=torch.promote_types(self.model.dtype, torch.float32))
 
         def decode(option: str) -> Option:

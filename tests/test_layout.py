@@ -8,9 +8,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import alignprop_fast
 import alignprop_fast.kernels
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alignprop_fast"
@@ -99,7 +100,7 @@ def test_kernels_is_ours_alone():
 
 
 def test_a_script_in_the_root_does_not_take_the_folder_for_the_kernels_package():
-    """Python puts the script's folder first on its path: what diffusers and transformers probe for must not be found."""
+    """Python puts the root first on its path there; the probes of diffusers and transformers must find nothing."""
     if importlib.util.find_spec("kernels") is not None:
         pytest.skip("the real package `kernels` is installed here")
     code = (

@@ -64,11 +64,17 @@ class StableDiffusionAdapter:
                 "clip_sample=False and thresholding=False, e.g. DDIMScheduler.from_config(config, clip_sample=False)"
             )
         if unet.config.time_cond_proj_dim is not None:
-            raise ValueError("a UNet with embedded guidance (LCM) is not supported: use the model it was distilled from")
+            raise ValueError(
+                "a UNet with embedded guidance (LCM) is not supported: use the model it was distilled from"
+            )
 
     @property
     def denoiser(self) -> nn.Module:
         return self.pipe.unet
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.unet.config.in_channels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,8 +123,7 @@ class StableDiffusionAdapter:
         self, batch: int, size: tuple[int, int], generator: Generator, latents: torch.Tensor | None
     ) -> torch.Tensor:
         """[B, C, h, w] in fp32 (or wider): drawn as the pipeline draws them, or the given ones."""
-        channels = self.pipe.unet.config.in_channels
-        x = self.pipe.prepare_latents(batch, channels, *size, self.dtype, self.device, generator, latents)
+        x = self.pipe.prepare_latents(batch, self.latent_channels, *size, self.dtype, self.device, generator, latents)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def noise(self, like: torch.Tensor, generator: Generator) -> torch.Tensor:

@@ -30,14 +30,20 @@ class FrozenConv2d(nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _applies(input, self):
             return super().forward(input)
         return frozen_conv2d(
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups  # type: ignore[arg-type]
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
         )
 
 
 class LeanGEGLU(GEGLU):
     """`diffusers` GEGLU that keeps its projection alone."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(hidden_states.device.type):
             return super().forward(hidden_states)
         return geglu(self.proj(hidden_states))
@@ -46,9 +52,13 @@ class LeanGEGLU(GEGLU):
 class LeanResnetBlock2D(ResnetBlock2D):
     """`diffusers` ResnetBlock2D with norm and SiLU as one op, in whatever memory format its input has."""
 
-    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
         plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
-        if not plain or not isinstance(self.nonlinearity, nn.SiLU) or not _applies(input_tensor, self.norm1, self.norm2):
+        if (
+            not plain
+            or not isinstance(self.nonlinearity, nn.SiLU)
+            or not _applies(input_tensor, self.norm1, self.norm2)
+        ):
             return super().forward(input_tensor, temb)
         h = self.conv1(_norm_silu(self.norm1, input_tensor))
         if self.time_emb_proj is not None:

@@ -12,11 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 
 def frozen_conv2d_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
 ) -> torch.Tensor:
     """Plain PyTorch, which saves x."""
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -45,7 +51,8 @@ class _FrozenConv2d(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         # Rows of x that a stride greater than one never reached; their gradient is zero.
         missing = tuple(
-            ctx.size[d] - ((g.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1)
+            ctx.size[d]
+            - ((g.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1)
             for d in range(2)
         )
         dx = F.conv_transpose2d(g, weight, None, stride, padding, missing, groups, dilation)

@@ -68,7 +68,7 @@ def guided_step(
 def guided_step_adjoint(
     g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `guided_step` with respect to x [B, ...] and y [len(weights) * B, ...], from the gradient g [B, ...]."""
+    """Gradients of `guided_step` for x [B, ...] and for y [len(weights) * B, ...], from the gradient g [B, ...]."""
     if backend(g) == "triton":
         return _triton_kernels().guided_step_adjoint(g, a, tuple(weights), y_dtype)
     return guided_step_adjoint_reference(g, a, weights, y_dtype)

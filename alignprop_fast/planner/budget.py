@@ -6,7 +6,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 class BudgetInfeasible(ValueError):
-    """No plan keeps the budget. `smallest_bytes` is the least budget that would do; the message names it and a remedy."""
+    """No plan keeps the budget; `smallest_bytes` is the least that would do. The message names it and a remedy."""
 
     def __init__(self, budget_bytes: int, smallest_bytes: int):
         self.budget_bytes = budget_bytes
@@ -33,7 +33,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(size_bytes: float, up: bool = False) -> str:
-    """"1.50 GiB" or "12.3 MiB"; up rounds away from zero, so that the text read back is never less than size_bytes."""
+    """ "1.50 GiB" or "12.3 MiB"; up rounds away from zero, so that the text read back is never less than size_bytes."""
     unit, name, digits = (2**30, "GiB", 2) if size_bytes >= 2**30 else (2**20, "MiB", 1)
     value = size_bytes / unit
     if up and float(f"{value:.{digits}f}") < value:

@@ -13,7 +13,7 @@ class Plan:
     resident_steps: keep their activations from the forward pass, with `resident_options` per segment.
     replayed_steps: keep their input latents only and run again in the backward pass, with `replay_options` per segment.
     decoder_options: option per segment of the decoder.
-    peak_bytes, seconds: predicted; None where nothing was measured (no budget given).
+    peak_bytes, seconds: predicted; zero where nothing was measured (no budget given).
     phases: predicted bytes alive at the worst moment of each phase of the training step.
     """
 
@@ -23,8 +23,8 @@ class Plan:
     resident_options: Mapping[str, str] = field(default_factory=dict)
     replay_options: Mapping[str, str] = field(default_factory=dict)
     decoder_options: Mapping[str, str] = field(default_factory=dict)
-    peak_bytes: int | None = None
-    seconds: float | None = None
+    peak_bytes: int = 0
+    seconds: float = 0.0
     phases: Mapping[str, int] = field(default_factory=dict)
     budget_bytes: int | None = None
 
@@ -41,7 +41,7 @@ class Plan:
             ("decoder", self.decoder_options),
         ):
             lines += [f"  {what}: {segment} -> {option}" for segment, option in options.items()]
-        if self.peak_bytes is None:
+        if not self.phases:
             return "\n".join([*lines, "no memory budget: nothing measured, the leanest way of running is taken"])
         worst = max(self.phases, key=lambda phase: self.phases[phase])
         lines.append(f"predicted peak {format_bytes(self.peak_bytes)} in phase '{worst}', {self.seconds:.2f} s a step")

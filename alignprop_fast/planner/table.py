@@ -1,4 +1,4 @@
-"""The cost table: what each part of one training step keeps, needs for a moment, and takes, under each of its options."""
+"""The cost table: what each part of a training step keeps, needs for a moment, and takes, under each option."""
 
 from dataclasses import dataclass
 

@@ -137,13 +137,14 @@ def _network_backward(
 ) -> torch.Tensor | None:
     """Add the parameters' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
     wanted = [*parameters, x] if x.requires_grad else list(parameters)
-    *grads, gx = (*torch.autograd.grad(y, wanted, gy, allow_unused=True), *(() if x.requires_grad else (None,)))
-    for k, grad in enumerate(grads):
+    grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    for k, grad in enumerate(grads[: len(parameters)]):
         if grad is not None:
             # Sums of many low-precision terms lose the small ones.
             wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            sums[k] = wide if sums[k] is None else sums[k] + wide
-    return gx
+            total = sums[k]
+            sums[k] = wide if total is None else total + wide
+    return grads[-1] if x.requires_grad else None
 
 
 def _autocast_state(device_type: str) -> Callable[[], AbstractContextManager]:

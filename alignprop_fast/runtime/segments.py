@@ -17,14 +17,14 @@ def checkpointed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
     found = [(module, module.__dict__.get("forward")) for module in modules]
     for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
         for module, own_forward in found:
             del module.forward
             if own_forward is not None:
-                module.forward = own_forward  # type: ignore[method-assign]
+                module.forward = own_forward
 
 
 def apply_by_image(

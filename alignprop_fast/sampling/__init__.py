@@ -5,4 +5,12 @@ from alignprop_fast.sampling.ddim import StepTable, ddim_table
 from alignprop_fast.sampling.gates import draw_gates, trl_gates
 from alignprop_fast.sampling.guidance import rescaled_guidance
 
-__all__ = ["StepTable", "ddim_table", "draw_gates", "guided_step", "guided_step_adjoint", "rescaled_guidance", "trl_gates"]
+__all__ = [
+    "StepTable",
+    "ddim_table",
+    "draw_gates",
+    "guided_step",
+    "guided_step_adjoint",
+    "rescaled_guidance",
+    "trl_gates",
+]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepTable:
-    """Coefficients of a chain of T steps, index 0 the noisiest: x_next = a x + b y + sigma z at model time `timesteps`."""
+    """Coefficients of T steps, index 0 the noisiest: x_next = a x + b y + sigma z at model time `timesteps`."""
 
     timesteps: tuple[int, ...]
     a: tuple[float, ...]

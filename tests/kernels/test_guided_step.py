@@ -6,6 +6,7 @@ GPU: the interpreter's bf16 arithmetic is wrong.
 
 import pytest
 import torch
+
 from alignprop_fast.ops.guided_step import guided_step_adjoint_reference, guided_step_reference
 
 triton = pytest.importorskip("triton")

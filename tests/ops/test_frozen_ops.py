@@ -5,6 +5,7 @@ Tolerance: error against the float64 reference at most twice that of plain PyTor
 
 import pytest
 import torch
+
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d, frozen_conv2d_reference
 from alignprop_fast.ops.geglu import geglu, geglu_reference
 from alignprop_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference

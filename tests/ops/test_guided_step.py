@@ -1,6 +1,7 @@
 """guided_step: the reference against the formula written out, and its adjoint against autograd."""
 
 import torch
+
 from alignprop_fast.ops.guided_step import backend, guided_step, guided_step_adjoint
 
 

@@ -4,7 +4,17 @@ import random
 from itertools import product
 
 import pytest
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Option, Segment, format_bytes, leanest, parse_bytes, solve
+
+from alignprop_fast.planner import (
+    BudgetInfeasible,
+    CostTable,
+    Option,
+    Segment,
+    format_bytes,
+    leanest,
+    parse_bytes,
+    solve,
+)
 
 
 def random_table(rng):
@@ -24,7 +34,9 @@ def brute_force(table, num_steps, grad_steps, budget):
     best = None
     step_choices = list(product(*(s.options for s in table.step)))
     for resident in range(len(grad_steps) + 1):
-        for keep, replay, decode in product(step_choices, step_choices, list(product(*(s.options for s in table.decoder)))):
+        for keep, replay, decode in product(
+            step_choices, step_choices, list(product(*(s.options for s in table.decoder)))
+        ):
             kept = [sum(o.kept_bytes for o in keep)] * resident
             base = table.fixed_bytes + table.latent_bytes * (2 + len(grad_steps))
             moments = [base + sum(kept[:-1]) + table.sampling_bytes]

@@ -5,9 +5,10 @@ Tolerance: float64, so results that differ by the order of sums alone agree to 1
 
 import pytest
 import torch
+from torch import nn
+
 from alignprop_fast.planner import Plan
 from alignprop_fast.runtime import Chain, PeakMeter, apply_by_image, checkpointed, run_chain
-from torch import nn
 
 CPU = torch.device("cpu")
 

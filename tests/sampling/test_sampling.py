@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
-from alignprop_fast.sampling import ddim_table, draw_gates, rescaled_guidance, trl_gates
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from alignprop_fast.sampling import ddim_table, draw_gates, rescaled_guidance, trl_gates
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
