@@ -86,6 +86,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """The frozen model and its tokenizer. Where transformers would fill missing weights with noise, raises OSError."""
     from transformers import AutoTokenizer, CLIPModel
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # else transformers invents one
+        raise FileNotFoundError(f"the CLIP model in {folder} has no tokenizer (tokenizer.json); copy the model again")
     try:
         loaded: Any = CLIPModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True

@@ -15,8 +15,8 @@ nonzero one) is replaced, for the real-valued coefficients q_k, k = 1..63 in zig
 
 and the score is (623 bytes of headers and tables + bits / 8) / 1000. The five constants are a least-squares fit
 (relative error) to Pillow's byte counts of about 800 pictures at quality 95, each at 64, 256 and 512 pixels where it is
-large enough; `tests/rewards/calibrate_jpeg.py` repeats the fit. On pictures outside the fit the relative error is 1 to
-5 % (root mean square, by kind of picture), and the estimate follows the true count when pixels are optimised against it.
+large enough; `jpeg_calibration.py` repeats the fit. On pictures outside the fit the relative error is 1 to
+5 % (root mean square, by kind of picture), and the estimate follows the true count when pixels are optimised for it.
 """
 
 import math
@@ -67,8 +67,7 @@ class JpegSize(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """images_BCHW: [B, 3, H, W] in [0, 1], any size, any float dtype (fp32 or wider inside). Returns kB, [B]."""
-        features_BF = self.features(images_BCHW)
-        bits_B = features_BF @ self.bits_per_feature.to(features_BF.dtype)
+        bits_B = (self.features(images_BCHW) * self.bits_per_feature).sum(-1)
         return (_HEADER_BYTES + bits_B / 8) / 1000
 
     def features(self, images_BCHW: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class Preprocess:
     def _from_config(cls, config: dict[str, Any]) -> Preprocess:
         size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
         crop = config["crop_size"]
-        crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-        exact = None if size.get("shortest_edge") else (size["height"], size["width"])
+        crop = (int(crop["height"]), int(crop["width"])) if isinstance(crop, dict) else (int(crop), int(crop))
+        exact = None if size.get("shortest_edge") else (int(size["height"]), int(size["width"]))
         if config["resample"] not in _RESAMPLING:
             raise ValueError(f"resample {config['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
         return cls(
@@ -91,8 +91,11 @@ class Preprocess:
             size = (self.shortest_edge * height // short, self.shortest_edge * width // short)
         if size == (height, width):
             return images_BCHW
-        resized_BCHW = F.interpolate(images_BCHW, size=size, mode=self.resampling, antialias=True)
-        return resized_BCHW.clamp(0, 1)  # bicubic overshoots at edges, and 8-bit pictures cannot
+        # Bicubic overshoots at edges and 8-bit pictures cannot: PIL resizes rows, clips, resizes columns, clips (since
+        # version 13 columns first where the height shrinks more than the width; only by rounding can it do so here).
+        for target in ((height, size[1]), size):
+            images_BCHW = F.interpolate(images_BCHW, size=target, mode=self.resampling, antialias=True).clamp(0, 1)
+        return images_BCHW
 
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
