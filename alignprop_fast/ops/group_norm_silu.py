@@ -49,7 +49,8 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """The format that native_group_norm runs in: on CUDA it knows the contiguous one alone."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() and not x.is_cuda
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

@@ -10,6 +10,7 @@ from alignprop_fast.ops.frozen_conv2d import frozen_conv2d, frozen_conv2d_refere
 from alignprop_fast.ops.geglu import geglu, geglu_reference
 from alignprop_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRIES = [
     ((2, 6, 9, 11), (8, 6, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     ((2, 6, 10, 7), (8, 6, 3, 3), (2, 2), (1, 1), (1, 1), 1),
@@ -35,7 +36,7 @@ def check(op, reference, x, g, dtype):
 
 
 def randn(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
