@@ -19,12 +19,11 @@ from accelerate.utils import set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
-from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
-from alignprop_fast.sampling import draw_gates, trl_gates
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
 logger = logging.getLogger(__name__)
