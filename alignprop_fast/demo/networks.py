@@ -63,16 +63,16 @@ def build_text_encoder(tokenizer):
 
 
 def build_vae():
-    """64 x 64 x 3 pictures to 8 x 8 x 8 latents."""
+    """64 x 64 x 3 pictures to 16 x 16 x 8 latents."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(16, 24, 48),
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=PICTURE_PIXELS,
         mid_block_add_attention=False,
     )
@@ -82,13 +82,13 @@ def build_unet():
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=PICTURE_PIXELS // 8,
+        sample_size=PICTURE_PIXELS // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(96, 112),
+        block_out_channels=(48, 96, 112),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads in this class
         norm_num_groups=16,

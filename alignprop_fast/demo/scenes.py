@@ -9,49 +9,47 @@ import torch
 from PIL import Image
 
 from alignprop_fast.demo.sprites import Sprites
-from alignprop_fast.demo.vocabulary import BACKGROUNDS, STYLES, THINGS, Thing, noun_phrase
+from alignprop_fast.demo.vocabulary import BACKGROUNDS, THINGS, Thing, noun_phrase
 
 PICTURE_PIXELS = 64
 
-# Centres of the things in a picture of side 1, by count. Jitter and mirroring make them vary.
+# Centres of the things in a picture of side 1, by count. Jitter makes them vary, and mirroring.
 _LAYOUTS = {
     1: [[(0.50, 0.50)]],
     2: [[(0.27, 0.50), (0.73, 0.50)], [(0.28, 0.28), (0.72, 0.72)]],
     3: [[(0.27, 0.72), (0.73, 0.72), (0.50, 0.27)], [(0.27, 0.28), (0.73, 0.28), (0.50, 0.73)]],
     4: [[(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]],
 }
-_SIDE_PIXELS = {1: (42, 54), 2: (25, 30), 3: (25, 29), 4: (25, 29)}  # smallest, largest longer side
+_SIDE_PIXELS = {1: (46, 54), 2: (27, 30), 3: (26, 29), 4: (26, 29)}  # smallest, largest longer side
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`things` holds one entry per drawn thing (so its length is the count); all share one style."""
+    """`things` holds one entry per drawn thing (so its length is the count)."""
 
     things: tuple[Thing, ...]
-    style: str
     background: str
     caption: str
 
 
 def random_scene(rng: random.Random) -> Scene:
     """35 % one thing, 40 % two to four of a kind, 25 % two different things; half of them on white."""
-    style = rng.choices(STYLES, weights=(7, 3))[0]
     background = "white" if rng.random() < 0.5 else rng.choice([name for name in BACKGROUNDS if name != "white"])
     first, second = rng.sample(THINGS, 2)
     kind = rng.random()
     count = 1 if kind < 0.35 or kind >= 0.75 else rng.choice((2, 3, 4))
-    caption = noun_phrase(first, count, style, name_colour=rng.random() < 0.7)
+    caption = noun_phrase(first, count, name_colour=rng.random() < 0.7)
     things = (first,) * count
     if kind >= 0.75:
         things = (first, second)
-        caption += " and " + noun_phrase(second, 1, style, name_colour=rng.random() < 0.7)
+        caption += " and " + noun_phrase(second, 1, name_colour=rng.random() < 0.7)
     if background != "white" or rng.random() < 0.2:
         caption += f" on a {background} background"
-    return Scene(things, style, background, caption)
+    return Scene(things, background, caption)
 
 
 def draw_scene(scene: Scene, sprites: Sprites, rng: random.Random) -> Image.Image:
-    """An RGB picture of `PICTURE_PIXELS` squared: random layout, place, size, tilt and mirroring."""
+    """An RGB picture of `PICTURE_PIXELS` squared: random layout, place, size and tilt."""
     colour = tuple(min(255, max(0, channel + rng.randint(-4, 4))) for channel in BACKGROUNDS[scene.background])
     if scene.background == "white":
         colour = BACKGROUNDS["white"]
@@ -59,12 +57,10 @@ def draw_scene(scene: Scene, sprites: Sprites, rng: random.Random) -> Image.Imag
     centres = list(rng.choice(_LAYOUTS[len(scene.things)]))
     if rng.random() < 0.5:
         centres = [(1 - x, y) for x, y in centres]
-    jitter = 0.05 if len(centres) == 1 else 0.03
+    jitter = 0.04 if len(centres) == 1 else 0.02
     for thing, (x, y) in zip(scene.things, centres, strict=True):
-        sprite = sprites[scene.style, thing]
-        if rng.random() < 0.5:
-            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+        sprite = sprites[thing]
+        sprite = sprite.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, expand=True)
         scale = rng.uniform(*_SIDE_PIXELS[len(centres)]) / max(sprite.size)
         size = (round(sprite.width * scale), round(sprite.height * scale))
         sprite = sprite.resize(size, Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
 """Trains the bundled demo models (autoencoder, text encoder and UNet, CLIP) on composed emoji scenes.
 
-    npm install @iconify-json/noto @lobehub/fluent-emoji-3d
+    npm install @iconify-json/noto
     pip install 'alignprop-fast[demo-train]'
     python -m alignprop_fast.demo.train --data node_modules --output-dir demo-run
 
@@ -11,9 +11,11 @@ The result is `model/` and `clip/` in the output folder.
 import argparse
 import copy
 import os
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from alignprop_fast.demo import train_clip, train_unet, train_vae
 from alignprop_fast.demo.loop import Settings
@@ -22,11 +24,11 @@ from alignprop_fast.demo.scenes import make_pictures
 from alignprop_fast.demo.sprites import load_sprites
 
 SEED, HELDOUT_SEED = 0, 1
-NUM_PICTURES, NUM_HELDOUT = 20_000, 1_000
+NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000
 SETTINGS = {
-    "vae": Settings(steps=2000, batch_size=24, learning_rate=2e-3, weight_decay=0.0),
+    "vae": Settings(steps=3000, batch_size=8, learning_rate=4e-3, weight_decay=0.0, average_decay=0.99),
     "unet": Settings(steps=8000, batch_size=64, learning_rate=1e-3),
-    "decoder": Settings(steps=2000, batch_size=24, learning_rate=1e-3, weight_decay=0.0),
+    "decoder": Settings(steps=2000, batch_size=8, learning_rate=1e-3, weight_decay=0.0),
     "clip": Settings(steps=3000, batch_size=128, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")
@@ -42,7 +44,7 @@ def load_pictures(data: Path, folder: Path, number: int, seed: int):
 
 
 def load_latents(vae, pictures, folder: Path):
-    """The latents [N, 8, 8, 8] of the pictures, encoded once and kept in `folder`."""
+    """The latents [N, 8, 16, 16] of the pictures, encoded once and kept in `folder`."""
     path = folder / "latents.pt"
     if not path.exists():
         torch.save(train_vae.encode(vae, pictures), path.with_suffix(".part"))
@@ -51,13 +53,22 @@ def load_latents(vae, pictures, folder: Path):
 
 
 def export(pipe, clip, tokenizer, folder: Path) -> None:
-    """Writes `model/` and `clip/` in half precision."""
+    """Writes `model/` and `clip/`, weights in half precision."""
     for name in ("vae", "text_encoder", "unet"):
         setattr(pipe, name, copy.deepcopy(getattr(pipe, name)).half())
     pipe.save_pretrained(folder / "model")
     copy.deepcopy(clip).half().save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
     build_image_processor().save_pretrained(folder / "clip")
+    for target in (folder / "model" / "tokenizer", folder / "clip"):
+        for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads; version 5 writes tokenizer.json alone
+            shutil.copy(folder / "tokenizer" / name, target)
+    weights = folder / "model" / "text_encoder" / "model.safetensors"  # transformers 4 needs the prefix
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}
+    save_file(state, weights, metadata={"format": "pt"})
+    for config in (folder / "model" / "text_encoder" / "config.json", folder / "clip" / "config.json"):
+        # transformers 5 loads in the precision named here, diffusers in float32: let them agree.
+        config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
 def run(data: Path, folder: Path, stages: tuple[str, ...]) -> None:

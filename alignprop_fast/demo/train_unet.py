@@ -21,7 +21,7 @@ PREVIEW_PROMPTS = (
     "four fish",
     "a blue car",
     "a dog and a red car",
-    "a 3d strawberry",
+    "a strawberry",
     "three red hearts",
     "a panda on a yellow background",
     "two boats on a pink background",
@@ -56,12 +56,15 @@ def build_pipeline(modules: dict, vae, tokenizer):
 
 
 def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: Settings, folder: Path, seed: int):
-    """Trains on unscaled latents [N, 8, 8, 8]; returns the pipeline with averaged weights.
+    """Trains on unscaled latents [N, 8, 16, 16]; returns the pipeline with averaged weights.
 
     A preview grid `unet.png` is drawn at every tenth checkpoint.
     """
+    from diffusers.models.attention_processor import AttnProcessor
+
     torch.manual_seed(seed)
     modules = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
+    modules["unet"].set_attn_processor(AttnProcessor())  # on the CPU the fused attention has a slow backward
     scheduler = build_scheduler()
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     alphas = scheduler.alphas_cumprod

@@ -1,4 +1,4 @@
-"""What the demo model can draw: things, colours, counts, styles and backgrounds, and how they are said in a caption."""
+"""What the demo model can draw: things, colours, counts and backgrounds, and how they are said in a caption."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,6 @@ BACKGROUNDS = {
     "pink": (250, 175, 205),
     "black": (25, 25, 30),
 }
-
-# The drawing style by the word in the caption. The empty word (Noto) is the default.
-STYLES = ("", "3d")
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,6 @@ THINGS = (
     Thing("moon", "moons", "", "1f319"),
     Thing("heart", "hearts", "red", "2764"),
     Thing("heart", "hearts", "blue", "1f499", default_colour=False),
-    Thing("heart", "hearts", "yellow", "1f49b", default_colour=False),
-    Thing("heart", "hearts", "green", "1f49a", default_colour=False),
     Thing("car", "cars", "red", "1f697"),
     Thing("car", "cars", "blue", "1f699", default_colour=False),
     Thing("boat", "boats", "", "26f5"),
@@ -58,10 +53,10 @@ THINGS = (
 )
 
 
-def noun_phrase(thing: Thing, count: int, style: str, name_colour: bool) -> str:
-    """ "a red apple", "two 3d cats": article or count word, style word, colour word, noun."""
+def noun_phrase(thing: Thing, count: int, name_colour: bool) -> str:
+    """ "a red apple", "two cats": article or count word, colour word, noun."""
     colour = thing.colour if name_colour or not thing.default_colour else ""
-    words = [word for word in (style, colour, thing.noun if count == 1 else thing.plural) if word]
+    words = [word for word in (colour, thing.noun if count == 1 else thing.plural) if word]
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([COUNT_WORDS.get(count, article), *words])
 
@@ -69,7 +64,6 @@ def noun_phrase(thing: Thing, count: int, style: str, name_colour: bool) -> str:
 def all_words() -> list[str]:
     """Every word that a caption can hold: the corpus of the tokenizer."""
     words = {"a", "an", "and", "on", "background", *COUNT_WORDS.values(), *BACKGROUNDS}
-    words.update(style for style in STYLES if style)
     for thing in THINGS:
         words.update(word for word in (thing.noun, thing.plural, thing.colour) if word)
     return sorted(words)
