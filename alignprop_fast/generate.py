@@ -95,7 +95,7 @@ class DifferentiableSampler:
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
-            ValueError: a gradient step outside the chain, or prompts of different numbers.
+            ValueError: a gradient step outside the chain, prompts of different numbers, or dropout in the denoiser.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts, negative_prompts)
@@ -126,8 +126,7 @@ class DifferentiableSampler:
         def adjoint(i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             return guided_step_adjoint(g, table.a[i], weights[i], y_dtype)
 
-        parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
-        return Chain(len(table), network, advance, adjoint, parameters, model.step_segments())
+        return Chain(len(table), network, advance, adjoint, model.trainable(), model.step_segments())
 
     def _decode(self, x: torch.Tensor, option: str) -> torch.Tensor:
         modules = [module for group in self.model.decoder_segments().values() for module in group]

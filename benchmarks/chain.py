@@ -1,6 +1,6 @@
 """One training step through the chain under several memory budgets: seconds and peak bytes, predicted and measured.
 
-    python benchmarks/chain.py --model sd15 --output chain.csv            # real architecture, random weights, bf16, CUDA
+    python benchmarks/chain.py --model sd15 --output chain.csv     # real architecture, random weights, bf16, CUDA
     python benchmarks/chain.py --model small --device cpu --dtype float32
 
 The reward is the mean of the image, which costs nothing: what is measured is the chain and the decoder.

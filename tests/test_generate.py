@@ -255,6 +255,16 @@ def test_other_schedulers_and_pipelines_are_refused(tiny_sd):
         DifferentiableSampler(tiny_sd)
 
 
+def test_dropout_is_refused(tiny_sd):
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1))
+    sampler = DifferentiableSampler(tiny_sd, STEPS)
+    tiny_sd.unet.train()
+    with pytest.raises(ValueError, match="lora_dropout"):
+        sampler(PROMPTS)
+    tiny_sd.unet.eval()
+    assert sampler(PROMPTS).requires_grad
+
+
 def test_second_backward_is_refused(tiny_sd):
     add_adapters(tiny_sd)
     loss = reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS))

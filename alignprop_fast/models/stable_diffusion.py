@@ -84,6 +84,16 @@ class StableDiffusionAdapter:
     def device(self) -> torch.device:
         return self.pipe.unet.device
 
+    def trainable(self) -> list[nn.Parameter]:
+        """The denoiser's parameters that ask for a gradient.
+
+        Raises:
+            ValueError: active dropout, which would make a replayed step another than the one that was run.
+        """
+        if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in self.denoiser.modules()):
+            raise ValueError("dropout is on in the denoiser: set lora_dropout to 0, or call pipe.unet.eval()")
+        return [p for p in self.denoiser.parameters() if p.requires_grad]
+
     def modules(self) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs."""
         return [self.pipe.unet, self.pipe.vae, *self._text_encoders()]
