@@ -1,0 +1,41 @@
+"""The command line `alignprop-fast`: demo, train, sample. Heavy libraries are imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from alignprop_fast.cli_options import ConfigCommand
+from alignprop_fast.cli_sample import sample
+from alignprop_fast.cli_support import BAD_INPUT, INTERRUPTED, fail
+from alignprop_fast.cli_train import train
+
+# What bad options and arguments raise: ClickException, which new typer carries itself and old typer takes from click.
+_USAGE_ERRORS = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="alignprop-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune a text-to-image diffusion model with the gradient of a reward (AlignProp).\n\n"
+    "`alignprop-fast demo` shows it at work on the bundled model: any computer, no download.",
+)
+app.command(cls=ConfigCommand)(train)
+app.command()(sample)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process: exit code 0, 2 after bad input, 130 after Ctrl-C."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except _USAGE_ERRORS as error:
+        fail(error.format_message())  # type: ignore[attr-defined]
+        code = BAD_INPUT
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    sys.exit(code or 0)

@@ -1,0 +1,264 @@
+"""Options of the command line: names, meaning, defaults, and how YAML file and command line combine."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from alignprop_fast.config import AlignPropConfig
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+    adafactor = "adafactor"
+
+
+class Tracker(StrEnum):
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `train`, by their names on the command line (and in YAML), with their defaults."""
+
+    output_dir: str = "alignprop-output"
+    model: str = "demo"
+    reward: str = "clip"
+    reward_model: str | None = None
+    prompts: str = "demo"
+    steps: int = 100
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    eta: float = 1.0
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    lora_rank: int = 4
+    lora_alpha: float | None = None
+    optimizer: str = "adamw"
+    mixed_precision: str = "auto"
+    memory_budget: str | None = None
+    truncation: str = "uniform"
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    save_every: int = 10
+    sample_every: int = 10
+    log_with: str | None = None
+    device: str = "auto"
+
+
+DEFAULTS = TrainOptions()
+
+# Options whose field in AlignPropConfig, which keeps trl's names, is called otherwise.
+_FIELDS = {
+    "steps": "num_epochs",
+    "num_inference_steps": "sample_num_steps",
+    "guidance_scale": "sample_guidance_scale",
+    "eta": "sample_eta",
+    "batch_size": "train_batch_size",
+    "gradient_accumulation_steps": "train_gradient_accumulation_steps",
+    "learning_rate": "train_learning_rate",
+    "save_every": "save_freq",
+    "negative_prompt": "negative_prompts",
+}
+_SAME_NAME = (
+    *("lora_rank", "optimizer", "mixed_precision", "memory_budget", "truncation", "seed", "log_with"),
+    *("height", "width"),
+)
+
+
+def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPropConfig:
+    """The trainer's config. `device`: "cpu" or a CUDA device.
+
+    Raises:
+        ValueError: a value that cannot work, called by its name on the command line.
+    """
+    from alignprop_fast.config import AlignPropConfig
+
+    values = asdict(options)
+    fields: dict[str, Any] = {field: values[name] for name, field in _FIELDS.items()}
+    fields |= {name: values[name] for name in _SAME_NAME}
+    try:
+        return AlignPropConfig(
+            exp_name="alignprop-fast",
+            tracker_project_name="alignprop-fast",
+            lora_alpha=options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+            output_dir=options.output_dir,
+            logdir=options.output_dir,
+            resume_from=resume_from,
+            accelerator_kwargs={"cpu": device == "cpu"},
+            **fields,
+        )
+    except ValueError as error:
+        flags = {field: "--" + name.replace("_", "-") for name, field in _FIELDS.items()}
+        message = re.sub(r"^\w+", lambda word: flags.get(word[0], word[0]), str(error))
+        raise ValueError(message) from error
+
+
+class ConfigCommand(TyperCommand):
+    """A command whose defaults come from the YAML file of --config and, with --resume, from the run's own config.yaml.
+
+    The command line beats --config, which beats the resumed run's file, which beats the built-in defaults.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        defaults: dict[str, str] = {}
+        if not given.get("help"):
+            config = given.get("config")
+            defaults = self._read(Path(config)) if config else {}
+            if given.get("resume") or given.get("resume_from"):
+                folder = Path(given.get("output_dir") or defaults.get("output_dir") or DEFAULTS.output_dir)
+                own = folder.expanduser() / "config.yaml"
+                if not own.is_file():
+                    raise typer.BadParameter(f"nothing to resume in {folder} (no config.yaml): leave --resume out")
+                defaults = {**self._read(own), **defaults}
+        ctx.default_map = defaults
+        return super().parse_args(ctx, args)
+
+    def _read(self, path: Path) -> dict[str, str]:
+        """Options in a YAML file, as the texts that would stand on the command line."""
+        import yaml
+
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise typer.BadParameter(
+                f"cannot read the config file {path}: {error.strerror}; give a YAML file"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" in line {mark.line + 1}" if mark else ""
+            raise typer.BadParameter(f"{path} is not valid YAML{where}: write lines such as 'batch_size: 4'") from error
+        if not isinstance(content, dict):
+            raise typer.BadParameter(f"{path} holds no options: write lines such as 'batch_size: 4'")
+        known = [
+            parameter.name for parameter in self.params if parameter.name not in ("config", "resume", "resume_from")
+        ]
+        for key, value in content.items():
+            if key not in known:
+                close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
+                raise typer.BadParameter(f"{path} has an unknown option {key!r}; {hint}")
+            if isinstance(value, dict | list):
+                raise typer.BadParameter(f"{path}: {key} must be a single value, such as '{key}: {_example(key)}'")
+        return {key: str(value) for key, value in content.items() if value is not None}
+
+
+def _example(name: str) -> Any:
+    default = getattr(DEFAULTS, name, None)
+    return "VALUE" if default is None else default
+
+
+def _option(panel: str, text: str, **limits: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, **limits)
+
+
+_MODEL, _REWARD, _SAMPLING, _TRAINING, _DEVICE, _OUTPUT = (
+    *("Model", "Reward and prompts", "Sampling", "Training", "Device and memory", "Output"),
+)
+
+Model = Annotated[
+    str,
+    _option(_MODEL, "Folder in the diffusers format (SD or SDXL), a Hub id (owner/name), or demo: the bundled model."),
+]
+LoraRank = Annotated[int, _option(_MODEL, "Rank of the LoRA adapters; their size grows with it.", min=1)]
+LoraAlpha = Annotated[
+    float | None,
+    _option(_MODEL, "Adapters are scaled by alpha / rank.", show_default="the rank"),
+]
+Reward = Annotated[
+    str,
+    _option(
+        _REWARD,
+        "clip, colorfulness, compressibility, incompressibility; a weighted sum such as clip:1.0,compressibility:0.3; "
+        "or a function of yours, my_module:my_function.",
+    ),
+]
+RewardModel = Annotated[
+    str | None,
+    _option(_REWARD, "Folder of the CLIP model that clip scores with.", show_default="the bundled one"),
+]
+Prompts = Annotated[
+    str,
+    _option(
+        _REWARD,
+        "Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout.",
+    ),
+]
+NegativePrompt = Annotated[str | None, _option(_SAMPLING, "Negative prompt of every picture.")]
+InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture; time grows with it.", min=1)]
+GuidanceScale = Annotated[float, _option(_SAMPLING, "Classifier-free guidance; 1 or less turns it off.")]
+Eta = Annotated[float, _option(_SAMPLING, "DDIM noise: 0 none, 1 as much as DDPM.", min=0, max=1)]
+Height = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
+Width = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
+Steps = Annotated[int, _option(_TRAINING, "Optimizer steps in all.", min=1)]
+BatchSize = Annotated[int, _option(_TRAINING, "Pictures that are drawn at once.", min=1)]
+Accumulation = Annotated[int, _option(_TRAINING, "Batches per optimizer step; costs time, not memory.", min=1)]
+LearningRate = Annotated[float, _option(_TRAINING, "Step size of the optimizer; 1e-4 to 1e-3 for most models.")]
+OptimizerChoice = Annotated[
+    OptimizerName,
+    _option(_TRAINING, "adamw8bit needs an NVIDIA GPU and bitsandbytes; adafactor keeps one moment less."),
+]
+Truncation = Annotated[
+    str,
+    _option(
+        _TRAINING,
+        "Denoising steps that carry gradient: uniform (drawn anew each time, about half of them, as in AlignProp), "
+        "full, or last:K (DRaFT-K; last:1 is fastest).",
+    ),
+]
+Seed = Annotated[int, _option(_TRAINING, "Seed of all random numbers; sample picture i has seed + i.", min=0)]
+MixedPrecision = Annotated[
+    Precision, _option(_DEVICE, "Precision of the frozen weights; auto: bf16 on a GPU, fp32 (no) on the CPU.")
+]
+MemoryBudget = Annotated[
+    str | None,
+    _option(
+        _DEVICE,
+        "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
+        "of being computed again.",
+        show_default="the leanest way",
+    ),
+]
+Device = Annotated[str, _option(_DEVICE, "auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+OutputDir = Annotated[str, _option(_OUTPUT, "Folder to write to; made if it is not there, never overwritten.")]
+SaveEvery = Annotated[int, _option(_OUTPUT, "Optimizer steps between checkpoints; the last 5 are kept.", min=1)]
+SampleEvery = Annotated[
+    int, _option(_OUTPUT, "Optimizer steps between sample pictures (same prompts and seeds each time).", min=1)
+]
+LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send the numbers to a tracker as well.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the newest checkpoint in --output-dir, with that run's options.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+ResumeFrom = Annotated[
+    str | None, _option(_OUTPUT, "Go on from this checkpoint folder instead, for example if the newest is damaged.")
+]
+Config = Annotated[
+    str | None,
+    _option(_OUTPUT, "YAML file of options, 'batch_size: 4' a line; the command line beats it."),
+]

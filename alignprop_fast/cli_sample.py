@@ -1,0 +1,134 @@
+"""The command `sample`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from alignprop_fast import cli_options as o
+from alignprop_fast.cli_options import DEFAULTS
+from alignprop_fast.cli_support import check_writable, pick_device, quiet_libraries, setup_errors
+
+if TYPE_CHECKING:
+    from alignprop_fast.generate import DifferentiableSampler
+
+Lora = Annotated[
+    str | None,
+    typer.Option(help="Output folder of train: draw with its adapters.", rich_help_panel="Model", show_default="none"),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(help="A prompt; may be given several times, in place of --prompts.", rich_help_panel="Prompts"),
+]
+PromptSet = Annotated[
+    str,
+    typer.Option(
+        help="Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout.",
+        rich_help_panel="Prompts",
+    ),
+]
+PerPrompt = Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel="Prompts", min=1)]
+FirstSeed = Annotated[
+    int, typer.Option(help="Picture i has seed + i, whatever the batch size.", rich_help_panel="Sampling", min=0)
+]
+
+
+def sample(
+    model: o.Model = DEFAULTS.model,
+    lora: Lora = None,
+    prompt: Prompt = None,
+    prompts: PromptSet = DEFAULTS.prompts,
+    images_per_prompt: PerPrompt = 1,
+    negative_prompt: o.NegativePrompt = None,
+    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
+    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    eta: o.Eta = DEFAULTS.eta,
+    height: o.Height = None,
+    width: o.Width = None,
+    seed: FirstSeed = DEFAULTS.seed,
+    batch_size: o.BatchSize = DEFAULTS.batch_size,
+    mixed_precision: o.MixedPrecision = o.Precision.auto,
+    device: o.Device = DEFAULTS.device,
+    output_dir: o.OutputDir = "alignprop-samples",
+) -> None:
+    """Draw pictures, with or without trained adapters.
+
+    Writes one PNG per picture, named by number, prompt and seed, and grid.png with all of them, to --output-dir.
+
+    **Examples**
+
+    - `alignprop-fast sample --prompt "a red apple" --images-per-prompt 4 --output-dir apples`
+    - `alignprop-fast sample --model path/to/sd15 --lora run --prompts animals --output-dir after`
+    """
+    console, folder = Console(highlight=False), Path(output_dir).expanduser()
+    with setup_errors():
+        quiet_libraries(console)
+        from alignprop_fast.data import load_prompts
+        from alignprop_fast.generate import DifferentiableSampler
+        from alignprop_fast.report import Pictures, save_grid, save_image
+
+        check_writable(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: choose another --output-dir")
+        texts = [text for text in (prompt or load_prompts(prompts)) for _ in range(images_per_prompt)]
+        pipe = _pipeline(model, lora, pick_device(device), mixed_precision)
+        sampler = DifferentiableSampler(pipe, num_inference_steps, guidance_scale, eta, height=height, width=width)
+        # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
+        batches = _batches(sampler, texts, negative_prompt, seed, batch_size)
+        first = next(batches)
+    folder.mkdir(parents=True, exist_ok=True)
+    images: list[Any] = []
+    count = -(-len(texts) // batch_size)
+    for batch in track(_chain(first, batches), "drawing", count, console, disable=not console.is_terminal):
+        for image in batch:
+            i = len(images)
+            save_image(image, folder / f"{i:03d}_{_slug(texts[i])}_seed{seed + i}.png")
+            images.append(image)
+    pictures = Pictures(tuple(images), tuple(texts), tuple(range(seed, seed + len(texts))))
+    save_grid(folder / "grid.png", pictures, f"{Path(model).name}{f' with {Path(lora).name}' if lora else ''}")
+    console.print(f"{len(images)} pictures in {folder}, all of them in {folder / 'grid.png'}", soft_wrap=True)
+
+
+def _pipeline(model: str, lora: str | None, device: str, precision: str) -> Any:
+    import torch
+
+    from alignprop_fast.models.load import load_pipeline
+    from alignprop_fast.models.lora import load_lora
+
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "fp16" and device == "cpu":
+        raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
+    name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
+    pipe = load_pipeline(model, dtypes[name])
+    if lora is not None:
+        load_lora(pipe, Path(lora).expanduser())
+    return pipe.to(device)
+
+
+def _batches(
+    sampler: DifferentiableSampler, texts: list[str], negative_prompt: str | None, seed: int, batch_size: int
+) -> Iterator[tuple[Any, ...]]:
+    import torch
+
+    from alignprop_fast.report import to_images
+
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        with torch.no_grad():
+            yield to_images(sampler(batch, negative_prompt, generators, grad_steps=()))
+
+
+def _chain(first: tuple[Any, ...], rest: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    yield first
+    yield from rest
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"

@@ -1,0 +1,260 @@
+"""One training run, behind `train` and `demo`: set-up, loop, and what it leaves in its folder. No training logic.
+
+config.yaml, versions.json      all options as resolved; versions of what computed
+metrics.jsonl                   one line per optimizer step
+samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and after; samples.jsonl: their rewards
+checkpoints/                    to resume from
+reward.png, before_after.png, pytorch_lora_weights.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from alignprop_fast.cli_options import TrainOptions, make_config
+from alignprop_fast.cli_support import (
+    INTERRUPTED,
+    Display,
+    Interrupt,
+    check_writable,
+    existing_as_absolute,
+    fail,
+    pick_device,
+)
+from alignprop_fast.data import load_prompts
+from alignprop_fast.report import (
+    JsonLines,
+    Pictures,
+    plot_rewards,
+    save_before_after,
+    save_grid,
+    save_image,
+    to_images,
+    write_whole,
+)
+
+SAMPLE_PICTURES = 8
+_OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
+
+
+class Session:
+    """A run that is set up: everything the user gave is read and checked, the first pictures are drawn.
+
+    Nothing is written before all of that is done.
+
+    Raises:
+        ValueError, OSError: bad input, one line each.
+    """
+
+    def __init__(
+        self, options: TrainOptions, console: Console, *, resume: bool = False, resume_from: str | None = None
+    ):
+        from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+        from alignprop_fast.rewards import get_reward
+        from alignprop_fast.trainer import AlignPropTrainer
+
+        self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
+        is_new = not self.folder.exists()
+        self._check_folder(resume or resume_from is not None)
+        self.prompts = load_prompts(options.prompts)
+        device = pick_device(options.device)
+        self.options = _resolved(options, device, self.folder)
+        config = make_config(self.options, device, self._checkpoint(resume, resume_from))
+        self.reward = get_reward(options.reward, device=device, model=options.reward_model)
+        pipeline = DefaultDDPOStableDiffusionPipeline(options.model)
+        self.metrics = JsonLines(self.folder / "metrics.jsonl")
+        self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
+        try:
+            self.trainer = AlignPropTrainer(config, self.reward, self._draw_prompt, pipeline, self._after_step)
+            self._check_budget()
+            self.before = self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()
+        except BaseException:
+            if is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
+                shutil.rmtree(self.folder)
+            raise
+        self.after = self.before
+
+    def run(self) -> None:
+        """Train to the end and write the results.
+
+        Raises:
+            typer.Exit: Ctrl-C (130, with a checkpoint), or no finite loss in many steps in a row (1).
+        """
+        trainer, steps = self.trainer, self.options.steps
+        self._begin_folder()
+        with Interrupt(self.console) as interrupt, Display(self.console, trainer.steps_done, steps) as display:
+            try:
+                for metrics in trainer.steps():
+                    display.update(metrics)
+                    if interrupt.requested:
+                        break
+            except ValueError as error:
+                if trainer.metrics is None or trainer.metrics.status != "not_finite":
+                    raise
+                fail(str(error))
+                raise typer.Exit(1) from error
+        if trainer.steps_done < steps:
+            self._leave()
+        self._finish()
+
+    def draw(self, prompts: Sequence[str], first_seed: int | None = None) -> Pictures:
+        """Pictures of the prompts under the present adapters, and their rewards; picture i has seed first_seed + i.
+
+        Draws from generators of its own: training's random numbers are not touched.
+        """
+        import torch
+
+        first = self.options.seed if first_seed is None else first_seed
+        seeds, size = range(first, first + len(prompts)), self.options.batch_size
+        images: list[Image.Image] = []
+        rewards: list[float] = []
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
+            with torch.no_grad():
+                images_BCHW = self.trainer.sampler(batch, self.options.negative_prompt, generators, grad_steps=())
+                scores_B, _ = self.reward(images_BCHW, batch, [{} for _ in batch])
+            images += to_images(images_BCHW)
+            rewards += scores_B.tolist()
+        return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards))
+
+    def _check_folder(self, resume: bool) -> None:
+        check_writable(self.folder)
+        used = [name for name in _OURS if (self.folder / name).exists()]
+        if used and not resume:
+            raise ValueError(
+                f"{self.folder} holds an earlier run ({used[0]}): add --resume to go on with it, or choose another "
+                "--output-dir"
+            )
+
+    def _checkpoint(self, resume: bool, resume_from: str | None) -> str:
+        """What the trainer is to resume from; a run that was killed before its first checkpoint begins anew."""
+        from alignprop_fast.checkpoint import checkpoints
+
+        if resume_from is not None:
+            return resume_from
+        return str(self.folder) if resume and checkpoints(self.folder / "checkpoints") else ""
+
+    def _check_budget(self) -> None:
+        """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
+        import torch
+
+        if self.options.memory_budget is not None:
+            prompts = [self.prompts[0]] * self.options.batch_size
+            self.trainer.sampler(prompts, self.options.negative_prompt, torch.Generator().manual_seed(0))
+
+    def _draw_prompt(self) -> tuple[str, dict[str, Any]]:
+        return random.choice(self.prompts), {}
+
+    def _begin_folder(self) -> None:
+        step = self.trainer.steps_done
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.metrics.keep_until(step)
+        self.samples.keep_until(step if step else -1)
+        _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
+        _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
+        if step == 0:
+            self._write_samples(0, self.before)
+
+    def _versions(self) -> dict[str, str]:
+        import torch
+
+        from alignprop_fast.training_state import versions
+
+        device = self.trainer.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {**versions(), "device": name}
+
+    def _after_step(self, pairs: dict[str, Any], step: int, tracker: Any) -> None:
+        """The trainer's hook: called before the step's checkpoint, so that a resumed run finds every line before it."""
+        metrics = self.trainer.metrics
+        assert metrics is not None
+        self.metrics.append(metrics.to_dict())
+        if metrics.step % self.options.sample_every == 0 or metrics.step == self.options.steps:
+            self.after = self.draw(self.before.prompts, self.before.seeds[0])
+            self._write_samples(metrics.step, self.after)
+
+    def _write_samples(self, step: int, pictures: Pictures) -> None:
+        folder = self.folder / "samples" / f"step_{step:04d}"
+        folder.mkdir(exist_ok=True)
+        for i, image in enumerate(pictures.images):
+            save_image(image, folder / f"{i:02d}.png")
+        title = f"Step {step}   mean reward {pictures.mean_reward:.3f}   ({self.options.reward})"
+        save_grid(folder.with_suffix(".png"), pictures, title)
+        columns = {"prompts": pictures.prompts, "seeds": pictures.seeds, "rewards": pictures.rewards}
+        self.samples.append({"step": step, "reward_mean": pictures.mean_reward, **columns})
+        self._plot()
+
+    def _load_before(self) -> Pictures:
+        """The first pictures of the run that is resumed."""
+        try:
+            record = next(record for record in self.samples.read() if record["step"] == 0)
+            files = [self.folder / "samples" / "step_0000" / f"{i:02d}.png" for i in range(len(record["prompts"]))]
+            images = tuple(Image.open(file).convert("RGB") for file in files)
+            rewards = tuple(float("nan") if reward is None else reward for reward in record["rewards"])
+            return Pictures(images, tuple(record["prompts"]), tuple(record["seeds"]), rewards)
+        except (StopIteration, KeyError, OSError) as error:
+            raise ValueError(
+                f"{self.folder / 'samples'} has lost the pictures of step 0: copy the folder anew, or start a new run"
+            ) from error
+
+    def _plot(self) -> None:
+        plot_rewards(self.folder / "reward.png", self.metrics.read(), self.samples.read())
+
+    def _leave(self) -> None:
+        if self.trainer.steps_done % self.options.save_every or self.trainer.steps_done == 0:
+            self.trainer.save_checkpoint()
+        self.console.print(
+            f"stopped after step {self.trainer.steps_done}; to go on: alignprop-fast train --resume --output-dir "
+            f"{self.options.output_dir}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        raise typer.Exit(INTERRUPTED)
+
+    def _finish(self) -> None:
+        from alignprop_fast.models.lora import save_lora
+
+        metadata = {"alignprop_reward": self.options.reward, "alignprop_steps": str(self.trainer.steps_done)}
+        save_lora(self.trainer.sd_pipeline.sd_pipeline, self.folder, metadata)
+        self._plot()
+        if self.after is self.before:  # resumed when there was nothing left to do
+            self.after = self.draw(self.before.prompts, self.before.seeds[0])
+        title = f"Before (above) and after (below) {self.trainer.steps_done} steps on {self.options.reward}"
+        save_before_after(self.folder / "before_after.png", self.before, self.after, title)
+        self.trainer.accelerator.end_training()
+
+
+def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
+    precision = "no" if device == "cpu" else "bf16"
+    return replace(
+        options,
+        output_dir=str(folder),
+        model=options.model if options.model == "demo" else existing_as_absolute(options.model),
+        prompts=existing_as_absolute(options.prompts),
+        reward_model=options.reward_model and existing_as_absolute(options.reward_model),
+        mixed_precision=precision if options.mixed_precision == "auto" else options.mixed_precision,
+        lora_alpha=options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+    )
+
+
+def _spread(prompts: Sequence[str]) -> list[str]:
+    """At most SAMPLE_PICTURES prompts, evenly over the list; a short list is gone through again."""
+    if len(prompts) < SAMPLE_PICTURES:
+        return [prompts[i % len(prompts)] for i in range(SAMPLE_PICTURES)]
+    return [prompts[i * len(prompts) // SAMPLE_PICTURES] for i in range(SAMPLE_PICTURES)]
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, text.encode())

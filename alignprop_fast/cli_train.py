@@ -1,0 +1,81 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from alignprop_fast import cli_options as o
+from alignprop_fast.cli_options import DEFAULTS, TrainOptions
+from alignprop_fast.cli_support import plain, quiet_libraries, setup_errors
+
+
+def train(
+    ctx: typer.Context,
+    model: o.Model = DEFAULTS.model,
+    lora_rank: o.LoraRank = DEFAULTS.lora_rank,
+    lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
+    reward: o.Reward = DEFAULTS.reward,
+    reward_model: o.RewardModel = DEFAULTS.reward_model,
+    prompts: o.Prompts = DEFAULTS.prompts,
+    negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
+    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
+    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    eta: o.Eta = DEFAULTS.eta,
+    height: o.Height = DEFAULTS.height,
+    width: o.Width = DEFAULTS.width,
+    steps: o.Steps = DEFAULTS.steps,
+    batch_size: o.BatchSize = DEFAULTS.batch_size,
+    gradient_accumulation_steps: o.Accumulation = DEFAULTS.gradient_accumulation_steps,
+    learning_rate: o.LearningRate = DEFAULTS.learning_rate,
+    optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
+    truncation: o.Truncation = DEFAULTS.truncation,
+    seed: o.Seed = DEFAULTS.seed,
+    mixed_precision: o.MixedPrecision = o.Precision.auto,
+    memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
+    device: o.Device = DEFAULTS.device,
+    output_dir: o.OutputDir = DEFAULTS.output_dir,
+    save_every: o.SaveEvery = DEFAULTS.save_every,
+    sample_every: o.SampleEvery = DEFAULTS.sample_every,
+    log_with: o.LogWith = None,
+    resume: o.Resume = False,
+    resume_from: o.ResumeFrom = None,
+    config: o.Config = None,
+) -> None:
+    """Fine-tune LoRA adapters by the gradient of a reward.
+
+    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), before_after.png, reward.png, samples/,
+    metrics.jsonl, checkpoints/, config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
+
+    **Examples**
+
+    - `alignprop-fast train --reward colorfulness --num-inference-steps 12 --output-dir colourful`
+    - `alignprop-fast train --model path/to/sd15 --reward-model path/to/clip --prompts animals --memory-budget 24GiB`
+    - `alignprop-fast train --resume --output-dir colourful`
+    """
+    chosen: dict[str, Any] = {field.name: plain(ctx.params[field.name]) for field in fields(TrainOptions)}
+    console = Console(highlight=False)
+    with setup_errors():
+        quiet_libraries(console)
+        from alignprop_fast.cli_session import Session
+
+        session = Session(TrainOptions(**chosen), console, resume=resume, resume_from=resume_from)
+    start = session.trainer.steps_done
+    console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
+    session.run()
+    print_results(console, session.folder, {"sample prompts": (session.before.mean_reward, session.after.mean_reward)})
+
+
+def print_results(console: Console, folder: Path, rewards: dict[str, tuple[float, float]]) -> None:
+    """A small table of mean rewards before and after, and where to look."""
+    table = Table("mean reward", "before", "after", "change")
+    for name, (before, after) in rewards.items():
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    console.print(table)
+    console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
+    console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
