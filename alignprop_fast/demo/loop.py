@@ -55,7 +55,7 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     averages = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
     averaged = [parameter for module in averages.values() for parameter in module.parameters()]
-    first, seconds = _restore(checkpoint, modules, averages, optimizer)
+    first, seconds = _restore(checkpoint, modules, averages, optimizer, settings.steps)
     started, recent = time.monotonic() - seconds, []
     for step in range(first, settings.steps):
         generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
@@ -93,8 +93,10 @@ def _save(path: Path, modules: Modules, averages: Modules, optimizer, step: int,
     os.replace(temporary, path)
 
 
-def _restore(path: Path, modules: Modules, averages: Modules, optimizer) -> tuple[int, float]:
+def _restore(path: Path, modules: Modules, averages: Modules, optimizer, steps: int) -> tuple[int, float]:
     if not path.exists():
+        if steps == 0:
+            raise FileNotFoundError(f"{path} is missing; run the stage {path.stem!r} first")
         return 0, 0.0
     state = torch.load(path, weights_only=True, map_location="cpu")
     for name, module in modules.items():

@@ -26,10 +26,10 @@ from alignprop_fast.demo.sprites import load_sprites
 SEED, HELDOUT_SEED = 0, 1
 NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000
 SETTINGS = {
-    "vae": Settings(steps=3000, batch_size=8, learning_rate=4e-3, weight_decay=0.0, average_decay=0.99),
+    "vae": Settings(steps=1500, batch_size=8, learning_rate=4e-3, weight_decay=0.0, average_decay=0.99),
     "unet": Settings(steps=8000, batch_size=64, learning_rate=1e-3),
     "decoder": Settings(steps=2000, batch_size=8, learning_rate=1e-3, weight_decay=0.0),
-    "clip": Settings(steps=3000, batch_size=128, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
+    "clip": Settings(steps=1000, batch_size=128, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")
 
