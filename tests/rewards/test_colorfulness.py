@@ -26,11 +26,12 @@ def test_equals_the_formula_on_real_pictures(pictures, name, size):
     assert max(expected) > 30  # not all of them grey
 
 
-def test_known_value():
-    image = torch.zeros(1, 3, 4, 4)
-    image[:, 0] = 1  # pure red: rg = 255, yb = 127.5, no spread
-    scores, _ = Colorfulness()(image, [""], [None])
-    assert scores.item() == pytest.approx(0.3 * np.hypot(255, 127.5), abs=2e-3)
+def test_known_values():
+    red, red_and_green = torch.zeros(2, 1, 3, 1, 2)
+    red[:, 0] = 1  # rg = 255, yb = 127.5, no spread
+    red_and_green[0, 0, 0, 0] = red_and_green[0, 1, 0, 1] = 1  # rg = 255 and -255, yb = 127.5 twice
+    scores, _ = Colorfulness()(torch.cat([red, red_and_green]), ["", ""], [None, None])
+    assert scores.tolist() == pytest.approx([0.3 * np.hypot(255, 127.5), 255 + 0.3 * 127.5], abs=2e-3)
 
 
 def test_gradient_is_that_of_finite_differences():

@@ -52,9 +52,10 @@ def frequency_basis() -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (33, 16), (50, 70)])
 def test_any_size(pictures, shape):
-    image = pictures("photos", 256)[:1, :, : shape[0], : shape[1]]
-    # Up to a 16-pixel border is coded differently (the encoder drops blocks that lie wholly outside the picture).
-    torch.testing.assert_close(JpegSize()(image), true_kb(image), rtol=0.2, atol=0)
+    images = pictures("photos", 256)[:, :, : shape[0], : shape[1]]
+    # Sizes that are no multiple of 16 are overestimated, by up to 10 % measured: the encoder writes blocks that lie
+    # wholly outside the picture as empty, the estimate counts the repeated border in them.
+    torch.testing.assert_close(JpegSize()(images), true_kb(images), rtol=0.12, atol=0)
 
 
 def test_gradient_is_that_of_finite_differences():
