@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,12 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype, revision: str) -> A
 
     local = isinstance(source, Path)
     try:
-        return DiffusionPipeline.from_pretrained(
-            str(source), dtype=dtype, revision=None if local else revision, local_files_only=local
-        )
+        with warnings.catch_warnings():
+            # Renamed to `dtype` in later versions of diffusers, which still take the old name.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return DiffusionPipeline.from_pretrained(
+                str(source), torch_dtype=dtype, revision=None if local else revision, local_files_only=local
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = _first_line(error)
         if local:

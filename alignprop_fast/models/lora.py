@@ -42,7 +42,7 @@ def has_lora(pipe: Any) -> bool:
 
 
 def train_loaded_lora(pipe: Any) -> list[torch.nn.Parameter]:
-    """Make the adapters that `pipe.load_lora_weights` put into the UNet trainable, in fp32; returns their parameters."""
+    """Make adapters that `pipe.load_lora_weights` put into the UNet trainable, in fp32; returns their parameters."""
     pipe.unet.requires_grad_(False)
     for name, parameter in pipe.unet.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:

@@ -29,6 +29,7 @@ def make_sd_folder(
     text_width: int = 32,
     norm_groups: int = 8,
     heads: int = 2,
+    layers_per_block: int = 1,
     seed: int = 0,
 ) -> Path:
     """Write a `StableDiffusionPipeline` with random fp32 weights and return its folder.
@@ -46,7 +47,7 @@ def make_sd_folder(
             vae=_vae(vae_widths, norm_groups, scaling_factor=0.18215),
             text_encoder=CLIPTextModel(_text_config(text_width, pad_token_id=_end_id())),
             tokenizer=_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
-            unet=_unet(unet_widths, latent_size, text_width, norm_groups, heads),
+            unet=_unet(unet_widths, latent_size, text_width, norm_groups, heads, layers_per_block),
             scheduler=_scheduler(),
             safety_checker=None,
             feature_extractor=None,
@@ -64,6 +65,7 @@ def make_sdxl_folder(
     text_width: int = 16,
     norm_groups: int = 8,
     heads: int = 2,
+    layers_per_block: int = 1,
     seed: int = 0,
 ) -> Path:
     """Write a `StableDiffusionXLPipeline` (two text encoders, size conditioning) with random weights.
@@ -89,7 +91,7 @@ def make_sdxl_folder(
             text_encoder_2=CLIPTextModelWithProjection(second),
             tokenizer=_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
             tokenizer_2=_tokenizer(Path(folder) / "tokenizer_2", pad_token="!"),
-            unet=_unet(unet_widths, latent_size, 2 * text_width, norm_groups, heads, conditioning),
+            unet=_unet(unet_widths, latent_size, 2 * text_width, norm_groups, heads, layers_per_block, conditioning),
             scheduler=_scheduler(),
             add_watermarker=False,
         )
@@ -102,6 +104,7 @@ def _unet(
     cross_width: int,
     norm_groups: int,
     heads: int,
+    layers_per_block: int,
     conditioning: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
@@ -110,7 +113,7 @@ def _unet(
     return UNet2DConditionModel(
         sample_size=latent_size,
         block_out_channels=widths,
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
         cross_attention_dim=cross_width,
