@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from alignprop_fast.cli_demo import demo
 from alignprop_fast.cli_options import ConfigCommand
 from alignprop_fast.cli_sample import sample
 from alignprop_fast.cli_support import BAD_INPUT, INTERRUPTED, fail
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Fine-tune a text-to-image diffusion model with the gradient of a reward (AlignProp).\n\n"
     "`alignprop-fast demo` shows it at work on the bundled model: any computer, no download.",
 )
+app.command()(demo)
 app.command(cls=ConfigCommand)(train)
 app.command()(sample)
 
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except _USAGE_ERRORS as error:
-        fail(error.format_message())  # type: ignore[attr-defined]
+        if message := error.format_message():  # type: ignore[attr-defined]
+            fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED

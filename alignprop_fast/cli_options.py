@@ -101,7 +101,7 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
         return AlignPropConfig(
             exp_name="alignprop-fast",
             tracker_project_name="alignprop-fast",
-            lora_alpha=options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+            lora_alpha=values["lora_alpha"],
             output_dir=options.output_dir,
             logdir=options.output_dir,
             resume_from=resume_from,

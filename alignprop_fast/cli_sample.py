@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +86,9 @@ def sample(
     folder.mkdir(parents=True, exist_ok=True)
     images: list[Any] = []
     count = -(-len(texts) // batch_size)
-    for batch in track(_chain(first, batches), "drawing", count, console, disable=not console.is_terminal):
+    for batch in track(
+        chain([first], batches), "drawing", total=count, console=console, disable=not console.is_terminal
+    ):
         for image in batch:
             i = len(images)
             save_image(image, folder / f"{i:03d}_{_slug(texts[i])}_seed{seed + i}.png")
@@ -123,11 +126,6 @@ def _batches(
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         with torch.no_grad():
             yield to_images(sampler(batch, negative_prompt, generators, grad_steps=()))
-
-
-def _chain(first: tuple[Any, ...], rest: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    yield first
-    yield from rest
 
 
 def _slug(prompt: str) -> str:

@@ -27,6 +27,7 @@ from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
     Interrupt,
+    check_tracker,
     check_writable,
     existing_as_absolute,
     fail,
@@ -68,6 +69,7 @@ class Session:
         is_new = not self.folder.exists()
         self._check_folder(resume or resume_from is not None)
         self.prompts = load_prompts(options.prompts)
+        check_tracker(options.log_with)
         device = pick_device(options.device)
         self.options = _resolved(options, device, self.folder)
         config = make_config(self.options, device, self._checkpoint(resume, resume_from))
@@ -245,7 +247,7 @@ def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
         prompts=existing_as_absolute(options.prompts),
         reward_model=options.reward_model and existing_as_absolute(options.reward_model),
         mixed_precision=precision if options.mixed_precision == "auto" else options.mixed_precision,
-        lora_alpha=options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+        lora_alpha=float(options.lora_rank if options.lora_alpha is None else options.lora_alpha),
     )
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,16 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write to {there} ({error.strerror}): choose another --output-dir") from error
+
+
+def check_tracker(name: str | None) -> None:
+    """accelerate would go on without a tracker that is not installed.
+
+    Raises:
+        ValueError: that is the case.
+    """
+    if name is not None and find_spec(name) is None:
+        raise ValueError(f"--log-with {name} needs {name}: pip install {name}, or leave the option out")
 
 
 class Interrupt:

@@ -163,7 +163,7 @@ def smoothed(values: Sequence[float | None], share: float = 0.15) -> list[float]
 
 def _curve(panel: Axes, steps: Sequence[int], values: Sequence[float | None], color: str, label: str) -> None:
     numbers = [math.nan if value is None else value for value in values]
-    panel.plot(steps, numbers, ".", color=color, alpha=0.3, ms=5, mec="none")
+    panel.plot(steps, numbers, ".", color=color, alpha=0.35, ms=7, mec="none")
     panel.plot(steps, smoothed(values), "-", color=color, lw=2, label=f"{label} (smoothed)")
     panel.grid(axis="y", color=_RULE, lw=0.8)
     panel.set_axisbelow(True)

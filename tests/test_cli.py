@@ -1,0 +1,333 @@
+"""The command line as a user meets it: what it writes, how it goes on, and one line for everything it refuses."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from alignprop_fast.cli import main
+
+TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu")
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    """What a command may set once and for all in a process of its own: loggers, and accelerate's one state."""
+    own, warned = logging.getLogger("alignprop_fast"), logging.getLogger("py.warnings")
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in (own, warned)]
+    yield
+    for logger, handlers, propagate in before:
+        logger.handlers, logger.propagate = handlers, propagate
+    logging.captureWarnings(False)
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return leaving.value.code, captured.out, captured.err
+
+    return run
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder):
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_bytes")} for r in records(folder)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("demo", "train", "sample")),
+        (("train",), ("--memory-budget", "default: 50", "--resume", "24GiB", "Examples")),
+        (("sample",), ("--lora", "--images-per-prompt", "Examples")),
+        (("demo",), ("--output-dir", "Examples")),
+    ],
+)
+def test_help_teaches(command, monkeypatch, arguments, words):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = command(*arguments, "--help")
+    assert code == 0 and err == ""
+    assert not [word for word in words if word not in out]
+
+
+def test_help_waits_for_no_heavy_library():
+    code = (
+        "import sys; from alignprop_fast.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'numpy', 'diffusers', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--model", tiny_sd_folder, "--reward", "colorfulness:2,compressibility", "--learning-rate", "1e-2")
+    code, printed, err = command(
+        "train", *arguments, *TINY, "--steps", 3, "--sample-every", 2, "--save-every", 2, "--output-dir", out
+    )
+    assert (code, err) == (0, "")
+    assert "sample prompts" in printed and "step 3/3" in printed
+    assert {path.name for path in out.iterdir()} == {
+        *(WEIGHTS, "metrics.jsonl", "samples", "reward.png", "before_after.png", "checkpoints"),
+        *("config.yaml", "versions.json"),
+    }
+    assert {path.name for path in (out / "samples").glob("*.png")} == {f"step_000{i}.png" for i in (0, 2, 3)}
+    assert [record["step"] for record in records(out)] == [1, 2, 3]
+    first = records(out)[0]
+    parts = first["reward_parts"]
+    assert first["reward_mean"] == pytest.approx(2 * parts["colorfulness"] + parts["compressibility"], rel=1e-5)
+    assert json.loads((out / "versions.json").read_text())["torch"] == torch.__version__
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["steps"] == 3 and config["mixed_precision"] == "no" and config["model"] == str(tiny_sd_folder)
+    # Some picture has changed, and the adapters load in diffusers.
+    folders = [out / "samples" / name for name in ("step_0000", "step_0003")]
+    assert {file.read_bytes() for file in folders[0].iterdir()} != {file.read_bytes() for file in folders[1].iterdir()}
+    tiny_sd.load_lora_weights(out)
+    assert any(p.abs().max() > 0 for name, p in tiny_sd.unet.named_parameters() if "lora_B" in name)
+    # `sample` with those adapters draws the very pictures of the last step.
+    code, _, err = command(
+        *("sample", "--model", tiny_sd_folder, "--lora", out, "--prompts", "demo", "--output-dir", tmp_path / "s"),
+        *("--batch-size", 3, "--num-inference-steps", 2, "--device", "cpu"),
+    )
+    assert (code, err) == (0, "")
+    drawn = sorted((tmp_path / "s").glob("000_*_seed0.png"))[0]
+    assert drawn.read_bytes() == (out / "samples" / "step_0003" / "00.png").read_bytes()
+    assert (tmp_path / "s" / "grid.png").is_file()
+
+
+def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tiny_sd_folder, tmp_path):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--sample-every", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(*common, "--steps", 4, "--output-dir", whole)[0] == 0
+    assert command(*common, "--steps", 2, "--output-dir", parts)[0] == 0
+    before = snapshot(parts)
+    code, _, err = command(*common, "--steps", 4, "--output-dir", parts)
+    assert code == 2 and "add --resume" in err and len(err.splitlines()) == 1
+    assert snapshot(parts) == before
+    # As after a kill in the middle of a step that was logged already: a line too many, and a torn one.
+    with open(parts / "metrics.jsonl", "a") as stream:
+        stream.write(json.dumps({**records(parts)[-1], "step": 3}) + '\n{"step": 4, "rew')
+    code, _, err = command("train", "--resume", "--steps", 4, "--output-dir", parts)
+    assert (code, err) == (0, "")
+    for name in (WEIGHTS, "samples/samples.jsonl", "samples/step_0004.png", "before_after.png"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert without_times(parts) == without_times(whole)
+    assert (parts / WEIGHTS).read_bytes() != before[parts / WEIGHTS]
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_taken(command, tiny_sd_folder, tmp_path):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--save-every", 1)
+    out = tmp_path / "out"
+    assert command(*common, "--steps", 2, "--output-dir", out)[0] == 0
+    weights = (out / WEIGHTS).read_bytes()
+    damaged = out / "checkpoints" / "checkpoint_2" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    before = snapshot(out)
+    code, _, err = command("train", "--resume", "--output-dir", out)
+    assert code == 2 and len(err.splitlines()) == 1 and "checkpoint_1" in err
+    assert snapshot(out) == before
+    code, _, err = command(
+        "train", "--resume-from", out / "checkpoints" / "checkpoint_1", "--output-dir", out, "--steps", 2
+    )
+    assert (code, err) == (0, "")
+    assert (out / WEIGHTS).read_bytes() == weights
+    assert [record["step"] for record in records(out)] == [1, 2]
+
+
+def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {tiny_sd_folder}\nreward: colorfulness\nsteps: 9\nnum_inference_steps: 2\nlearning_rate: 1e-4\n"
+        f"batch_size: 2\noutput_dir: {tmp_path / 'out'}\ntruncation: last:1\nmemory_budget: 8GiB\nseed:\n"
+    )
+    code, _, err = command("train", "--config", file, "--steps", 1)
+    assert (code, err) == (0, "")
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    expected = {"steps": 1, "learning_rate": 1e-4, "truncation": "last:1", "memory_budget": "8GiB", "seed": 0}
+    assert {name: config[name] for name in expected} == expected
+    assert records(tmp_path / "out")[0]["gradient_steps"] == 1
+
+
+BAD = {
+    "no model folder": (["--model", "{tmp}/none"], "no model folder"),
+    "a folder that is no model": (["--model", "{tmp}/empty"], "model_index.json"),
+    "truncated weights": (["--model", "{tmp}/cut"], "damaged"),
+    "unknown reward": (["--reward", "colourfulness"], "did you mean 'colorfulness'"),
+    "unknown function": (["--reward", "json:nothing"], "does not exist"),
+    "no reward model": (["--reward", "clip", "--reward-model", "{tmp}/none"], "no CLIP model"),
+    "reward model without use": (["--reward-model", "{tmp}/none"], "leave it out"),
+    "no prompts file": (["--prompts", "{tmp}/none.txt"], "no prompts file"),
+    "empty prompts file": (["--prompts", "{tmp}/empty.txt"], "holds no prompts"),
+    "binary prompts file": (["--prompts", "{tmp}/binary.txt"], "not UTF-8"),
+    "zero batch": (["--batch-size", "0"], "--batch-size"),
+    "half a step": (["--steps", "1.5"], "--steps"),
+    "impossible budget": (["--memory-budget", "1MiB"], "leanest plan needs"),
+    "no budget": (["--memory-budget", "plenty"], "24GiB"),
+    "no learning rate": (["--learning-rate", "nan"], "--learning-rate is nan: use a number above 0"),
+    "unknown optimizer": (["--optimizer", "adam"], "adamw8bit"),
+    "unknown truncation": (["--truncation", "first:3"], "last:K"),
+    "too long truncation": (["--truncation", "last:3"], "use 1 to 2"),
+    "odd size": (["--height", "13"], "multiple of 8"),
+    "too much noise": (["--eta", "2"], "--eta"),
+    "fp16 on the CPU": (["--mixed-precision", "fp16"], "needs a GPU"),
+    "no such device": (["--device", "cuda:99"], "--device cpu"),
+    "unknown device": (["--device", "tpu"], "use auto, cpu, cuda"),
+    "unknown option": (["--batchsize", "2"], "--batch-size"),
+    "resume of nothing": (["--resume"], "nothing to resume"),
+    "resume from nothing": (["--resume-from", "{tmp}/empty"], "nothing to resume"),
+    "a file in the way": (["--output-dir", "{tmp}/empty.txt/out"], "is a file"),
+    "a folder nobody can write": (["--output-dir", "/proc/none"], "cannot write to /proc"),
+    "no config": (["--config", "{tmp}/none.yaml"], "cannot read the config file"),
+    "bad YAML": (["--config", "{tmp}/bad.yaml"], "not valid YAML in line 2"),
+    "YAML that is no mapping": (["--config", "{tmp}/empty.txt"], "holds no options"),
+    "unknown key": (["--config", "{tmp}/unknown.yaml"], "did you mean 'batch_size'"),
+    "list value": (["--config", "{tmp}/list.yaml"], "must be a single value"),
+    "bad value in YAML": (["--config", "{tmp}/value.yaml"], "--eta"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, tiny_sd_folder):
+    """A folder of things that are wrong in one way each."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "bad.yaml").write_text("steps: 3\nseed: : 1\n")
+    (folder / "unknown.yaml").write_text("batchsize: 3\n")
+    (folder / "list.yaml").write_text("steps: [1, 2]\n")
+    (folder / "value.yaml").write_text("eta: yes\n")
+    shutil.copytree(tiny_sd_folder, folder / "cut")
+    weights = next((folder / "cut" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(command, bad_files, tiny_sd_folder, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    arguments, remedy = BAD[case]
+    before = snapshot(bad_files)
+    code, _, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--output-dir", tmp_path / "out", *TINY),
+        *(argument.replace("{tmp}", str(bad_files)) for argument in arguments),
+    )
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("alignprop-fast: ") and remedy in err
+    assert snapshot(bad_files) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_that_is_not_there_is_refused(command, tmp_path, tiny_sd_folder, monkeypatch):
+    import importlib.util
+
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    code, _, err = command("train", "--model", tiny_sd_folder, "--log-with", "wandb", "--output-dir", tmp_path / "o")
+    assert code == 2 and "pip install wandb" in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_set_up_takes_the_trackers_folder_with_it(command, tmp_path, tiny_sd_folder):
+    pytest.importorskip("tensorboard")
+    code, _, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--log-with", "tensorboard"),
+        *("--height", "12", "--output-dir", tmp_path / "out"),
+    )
+    assert code == 2 and "multiple of 8" in err and list(tmp_path.iterdir()) == []
+
+
+def test_sample_overwrites_nothing(command, tmp_path, tiny_sd_folder):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, err = command("sample", "--model", tiny_sd_folder, "--output-dir", tmp_path)
+    assert code == 2 and "not empty" in err and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    code, _, err = command(
+        "sample", "--model", tiny_sd_folder, "--lora", tmp_path, "--prompt", "a cat", "--output-dir", tmp_path / "s"
+    )
+    assert code == 2 and WEIGHTS in err and not (tmp_path / "s").exists()
+
+
+NAN_REWARD = """
+def score(images, prompts, metadata):
+    # The first call is for the pictures before training; NaN from the second step on.
+    score.calls += 1
+    scores = images.mean(dim=(1, 2, 3))
+    return scores * (float("nan") if score.calls > 5 else 1.0), {}
+score.calls = 0
+"""
+
+
+def test_steps_that_are_not_finite_are_reported_and_stop_the_run(command, tmp_path, tiny_sd_folder, monkeypatch):
+    (tmp_path / "nan_reward_of_test.py").write_text(NAN_REWARD)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "nan_reward_of_test:score", *TINY, "--steps", 30),
+        *("--sample-every", 100, "--output-dir", "out"),
+    )
+    assert code == 1 and len(err.splitlines()) == 1 and "10 steps in a row" in err
+    assert "step 2: loss or gradient is not finite" in " ".join(out.split())
+    found = records(tmp_path / "out")
+    assert [record["status"] for record in found] == ["ok", *["not_finite"] * 10]
+    assert found[1]["reward_mean"] is None
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", str(tiny_sd_folder), "--reward", "colorfulness", *TINY, "--sample-every", "1000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alignprop_fast", "train", *options, "--steps", "500", "--output-dir", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    printed, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    done = records(out)[-1]["step"]
+    assert 2 <= done < 500 and f"stopped after step {done}; to go on: alignprop-fast train --resume" in printed
+    assert sorted((out / "checkpoints").iterdir())[-1].name and (out / "checkpoints" / f"checkpoint_{done}").is_dir()
+    assert command("train", "--resume", "--output-dir", out, "--steps", done + 1)[0] == 0
+    whole = ("train", *options, "--steps", done + 1, "--output-dir", tmp_path / "whole")
+    assert command(*whole)[0] == 0
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert Path(out / "before_after.png").read_bytes() == (tmp_path / "whole" / "before_after.png").read_bytes()
