@@ -41,12 +41,12 @@ def write_tokenizer(folder: Path):
     return tokenizer
 
 
-def _text_settings(tokenizer, width: int, layers: int) -> dict:
+def _text_settings(tokenizer, width: int) -> dict:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
-        "intermediate_size": 4 * width if layers > 2 else 2 * width,
-        "num_hidden_layers": layers,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": MAX_TOKENS,
         "projection_dim": 64,
@@ -59,7 +59,7 @@ def _text_settings(tokenizer, width: int, layers: int) -> dict:
 def build_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**_text_settings(tokenizer, TEXT_WIDTH, layers=2)))
+    return CLIPTextModel(CLIPTextConfig(**_text_settings(tokenizer, TEXT_WIDTH)))
 
 
 def build_vae():
@@ -121,7 +121,7 @@ def build_clip(tokenizer):
         "num_attention_heads": 4,
         "projection_dim": 64,
     }
-    text = _text_settings(tokenizer, 96, layers=2)
+    text = _text_settings(tokenizer, 96)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
@@ -129,6 +129,4 @@ def build_image_processor():
     from transformers import CLIPImageProcessor
 
     size = PICTURE_PIXELS
-    return CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)

@@ -4,7 +4,7 @@
     pip install 'alignprop-fast[demo-train]'
     python -m alignprop_fast.demo.train --data node_modules --output-dir demo-run
 
-Stages run in the order vae, unet, decoder, clip, export. A stopped run continues where it was: give the same command.
+Stages run in the order vae, unet, clip, export. A stopped run continues where it was: give the same command.
 The result is `model/` and `clip/` in the output folder.
 """
 
@@ -27,9 +27,8 @@ SEED, HELDOUT_SEED = 0, 1
 NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000
 SETTINGS = {
     "vae": Settings(steps=1500, batch_size=8, learning_rate=4e-3, weight_decay=0.0, average_decay=0.99),
-    "unet": Settings(steps=8000, batch_size=64, learning_rate=1e-3),
-    "decoder": Settings(steps=2000, batch_size=8, learning_rate=1e-3, weight_decay=0.0),
-    "clip": Settings(steps=1000, batch_size=128, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
+    "unet": Settings(steps=4000, batch_size=32, learning_rate=1e-3),
+    "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")
 
@@ -81,15 +80,11 @@ def run(data: Path, folder: Path, stages: tuple[str, ...]) -> None:
     if {"unet", "export"} & set(stages):
         latents = load_latents(vae, pictures, folder)
         pipe = train_unet.train_unet(latents, captions, vae, tokenizer, settings["unet"], folder, SEED)
-    if {"decoder", "export"} & set(stages):
-        vae = train_vae.train_decoder(vae, pictures, settings["decoder"], folder, SEED)
     if {"clip", "export"} & set(stages):
         heldout = load_pictures(data, folder, NUM_HELDOUT, HELDOUT_SEED)
         clip = train_clip.train_clip(pictures, captions, heldout, tokenizer, settings["clip"], folder, SEED)
     if "export" in stages:
-        pipe.vae = vae
         export(pipe, clip, tokenizer, folder)
-        train_unet.draw(pipe, list(train_unet.PREVIEW_PROMPTS) * 2, folder / "model.png")
 
 
 def main() -> None:

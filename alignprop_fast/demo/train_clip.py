@@ -9,6 +9,7 @@ from alignprop_fast.demo.loop import Settings, fit
 from alignprop_fast.demo.networks import build_clip
 from alignprop_fast.demo.scenes import to_signed
 from alignprop_fast.demo.train_unet import tokenize
+from alignprop_fast.demo.vocabulary import BACKGROUNDS, COUNT_WORDS, THINGS
 
 RETRIEVAL_SIZE = 100
 
@@ -29,6 +30,7 @@ def train_clip(pictures: Tensor, captions: list[str], heldout, tokenizer, settin
     """
     torch.manual_seed(seed)
     clip = build_clip(tokenizer)
+    clip.set_attn_implementation("eager")  # on the CPU the fused attention has a slow backward
     tokens = tokenize(tokenizer, captions)
 
     def loss_at(generator: torch.Generator) -> Tensor:
@@ -39,7 +41,9 @@ def train_clip(pictures: Tensor, captions: list[str], heldout, tokenizer, settin
 
     def on_checkpoint(step: int, averages: dict) -> None:
         accuracy = retrieval_accuracy(averages["clip"], *heldout, tokenizer)
-        print(f"clip held-out top-1 of {RETRIEVAL_SIZE} captions: {accuracy:.3f}", flush=True)
+        print(f"held-out top-1 of {RETRIEVAL_SIZE} captions: {accuracy:.3f}", flush=True)
+        if step == settings.steps:
+            print("held-out foils:", foil_accuracy(averages["clip"], *heldout, tokenizer), flush=True)
 
     return fit({"clip": clip}, loss_at, settings, folder / "clip.pt", seed, on_checkpoint)["clip"]
 
@@ -54,3 +58,28 @@ def retrieval_accuracy(clip, pictures: Tensor, captions: list[str], tokenizer) -
         best = output.logits_per_image.argmax(1).tolist()
         hits += sum(captions[part][choice] == caption for choice, caption in zip(best, captions[part], strict=True))
     return hits / total
+
+
+def foil_accuracy(clip, pictures: Tensor, captions: list[str], tokenizer) -> dict[str, float]:
+    """How often the true caption beats all captions that differ from it in one respect : count, background, noun."""
+    choices = {
+        "count": list(COUNT_WORDS.values()),
+        "background": list(BACKGROUNDS),
+        "noun": sorted({thing.plural for thing in THINGS if not thing.colour}),
+    }
+    return {name: _foil_accuracy(clip, pictures, captions, tokenizer, words) for name, words in choices.items()}
+
+
+@torch.no_grad()
+def _foil_accuracy(clip, pictures: Tensor, captions: list[str], tokenizer, choices: list[str]) -> float:
+    hits = []
+    for picture, caption in zip(pictures, captions, strict=True):
+        words = caption.split()
+        # The background is the last of the choices: "a blue car on a green background".
+        places = [place for place, word in enumerate(words) if word in choices]
+        if not places or (choices == list(BACKGROUNDS) and words[-1] != "background"):
+            continue
+        texts = [" ".join([*words[: places[-1]], word, *words[places[-1] + 1 :]]) for word in choices]
+        output = clip(input_ids=tokenize(tokenizer, texts), pixel_values=to_signed(picture[None]))
+        hits.append(texts[output.logits_per_image.argmax().item()] == caption)
+    return sum(hits) / len(hits)

@@ -58,7 +58,7 @@ def build_pipeline(modules: dict, vae, tokenizer):
 def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: Settings, folder: Path, seed: int):
     """Trains on unscaled latents [N, 8, 16, 16]; returns the pipeline with averaged weights.
 
-    A preview grid `unet.png` is drawn at every tenth checkpoint.
+    A preview grid `unet.png` is drawn at every fourth checkpoint.
     """
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -85,9 +85,9 @@ def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: S
         return (weights[timesteps] * errors).mean()
 
     def on_checkpoint(step: int, averages: dict) -> None:
-        if step // settings.checkpoint_every % 10 == 0 or step == settings.steps:
+        if step // settings.checkpoint_every % 4 == 0 or step == settings.steps:
             pipe = build_pipeline(averages, vae, tokenizer)
-            draw(pipe, list(PREVIEW_PROMPTS) * 2, folder / "unet.png")
+            draw(pipe, list(PREVIEW_PROMPTS), folder / "unet.png")
 
     averages = fit(modules, loss_at, settings, folder / "unet.pt", seed, on_checkpoint)
     return build_pipeline(averages, vae, tokenizer)

@@ -1,6 +1,5 @@
 """Trains the demo autoencoder: absolute and squared error of the pixels, and a small KL term."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -39,25 +38,6 @@ def train_vae(pictures: Tensor, settings: Settings, folder: Path, seed: int):
     vae = fit({"vae": vae}, loss_at, settings, folder / "vae.pt", seed, _preview(pictures, folder / "vae.png"))["vae"]
     vae.register_to_config(scaling_factor=1.0 / encode(vae, pictures[:1000]).std().item())
     return vae
-
-
-def train_decoder(vae, pictures: Tensor, settings: Settings, folder: Path, seed: int):
-    """Trains the decoder further with the encoder frozen, so that latents encoded before stay valid."""
-    vae = copy.deepcopy(vae).train()
-    for name, parameter in vae.named_parameters():
-        parameter.requires_grad_(name.startswith(("decoder", "post_quant_conv")))
-
-    def loss_at(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pictures), (settings.batch_size,), generator=generator)
-        target = to_signed(pictures[index])
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(target).latent_dist.mean
-            decoded = vae.decode(latents).sample
-        return reconstruction_loss(decoded.float(), target)
-
-    show = _preview(pictures, folder / "decoder.png")
-    return fit({"vae": vae}, loss_at, settings, folder / "decoder.pt", seed, show)["vae"]
 
 
 def _preview(pictures: Tensor, path: Path):

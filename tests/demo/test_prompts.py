@@ -14,7 +14,7 @@ def read(heldout: bool) -> list[str]:
 
 
 def combinations(prompt: str) -> set[tuple[str, str]]:
-    """Pairs (noun, what is said of it): a count, colour or background word, or the other noun. "a" counts as nothing."""
+    """Pairs (noun, what is said of it): a count, colour or background word, or the other noun."""
     words = [word for word in prompt.split() if word not in FILLERS]
     nouns = [NOUNS[word] for word in words if word in NOUNS]
     said = [NOUNS.get(word, word) for word in words]
