@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
@@ -67,6 +67,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         place_model(sd_pipeline, self.accelerator, config)
         unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha)
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
+            broadcast([parameter.data for parameter in self.trainable_layers])
         self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.trainable_layers))
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = DifferentiableSampler(
