@@ -116,7 +116,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         begin, config = time.perf_counter(), self.config
         reset_peak_bytes(self.accelerator.device)
         self.sd_pipeline.unet.train()
-        batches, pairs = [], {}
+        batches: list[BatchMetrics] = []
+        pairs: dict[str, Any] = {}
         for _ in range(config.train_gradient_accumulation_steps):
             batch, pairs = self._micro_batch()
             batches.append(batch)
@@ -193,7 +194,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return ("not_finite" if not finite else "ok" if with_gradient else "no_gradient"), grad_norm
 
     def _average_gradients(self) -> None:
-        """Mean of the gradients over the processes. The chain's backward pass goes past the hooks that DDP relies on."""
+        """Mean of the gradients over the processes; the chain's backward pass goes past the hooks that DDP relies on."""
         if self.accelerator.num_processes == 1:
             return
         for parameter in self.trainable_layers:
