@@ -194,7 +194,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return ("not_finite" if not finite else "ok" if with_gradient else "no_gradient"), grad_norm
 
     def _average_gradients(self) -> None:
-        """Mean of the gradients over the processes; the chain's backward pass goes past the hooks that DDP relies on."""
+        """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
         if self.accelerator.num_processes == 1:
             return
         for parameter in self.trainable_layers:

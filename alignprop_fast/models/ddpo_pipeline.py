@@ -62,7 +62,7 @@ class DefaultDDPOStableDiffusionPipeline:
         return self.sd_pipeline(*args, **kwargs)
 
     @property
-    def unet(self) -> nn.Module:
+    def unet(self) -> Any:
         return self.sd_pipeline.unet
 
     @property
@@ -95,7 +95,7 @@ class DefaultDDPOStableDiffusionPipeline:
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
-    def get_trainable_layers(self, rank: int = 4, alpha: float = 4) -> nn.Module:
+    def get_trainable_layers(self, rank: int = 4, alpha: float = 4) -> Any:
         """The UNet, its trainable parameters in fp32: adapters (new ones of that rank, or those loaded) or all."""
         if not self.use_lora:
             trainable_in_fp32(self.unet)

@@ -105,7 +105,13 @@ def _adapter_metadata(config: Any) -> str:
 
     Only fields that every version of PEFT has: a file with all of LoraConfig loads nowhere but in the same version.
     """
-    fields = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    fields = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
     return json.dumps({f"unet.{key}": value for key, value in fields.items()}, sort_keys=True)
 
 
@@ -132,7 +138,7 @@ def load_lora(pipe: Any, folder: str | Path) -> None:
         raise ValueError(f"the adapters in {file} do not fit this model: load the model they were made for") from error
 
 
-def _overwrite(unet: torch.nn.Module, file: Path) -> None:
+def _overwrite(unet: Any, file: Path) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import load_file
