@@ -50,11 +50,11 @@ def fit(
     All randomness of a step comes from a generator seeded with (seed, step), so a run resumed from `checkpoint`
     takes the very steps of an uninterrupted one. `on_checkpoint(step, averages)` is called after each checkpoint.
     """
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     averages = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
-    averaged = [parameter for module in averages.values() for parameter in module.parameters()]
+    averaged: list[Tensor] = [parameter for module in averages.values() for parameter in module.parameters()]
     first, seconds = _restore(checkpoint, modules, averages, optimizer, settings.steps)
     started, recent = time.monotonic() - seconds, []
     for step in range(first, settings.steps):

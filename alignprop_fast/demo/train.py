@@ -27,7 +27,7 @@ SEED, HELDOUT_SEED = 0, 1
 NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000
 SETTINGS = {
     "vae": Settings(steps=1500, batch_size=8, learning_rate=4e-3, weight_decay=0.0, average_decay=0.99),
-    "unet": Settings(steps=4000, batch_size=32, learning_rate=1e-3),
+    "unet": Settings(steps=3000, batch_size=32, learning_rate=1e-3),
     "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")

@@ -23,7 +23,9 @@ def contrastive_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return (by_picture.mean() + by_caption.mean()) / 2
 
 
-def train_clip(pictures: Tensor, captions: list[str], heldout, tokenizer, settings: Settings, folder: Path, seed: int):
+def train_clip(
+    pictures: Tensor, captions: list[str], heldout: tuple, tokenizer, settings: Settings, folder: Path, seed: int
+):
     """Trains on uint8 pictures [N, 3, 64, 64]; returns the averaged `CLIPModel`.
 
     `heldout` holds pictures and captions that are not trained on; retrieval among them is printed as it goes.
@@ -40,10 +42,10 @@ def train_clip(pictures: Tensor, captions: list[str], heldout, tokenizer, settin
         return contrastive_loss(output.logits_per_image.float(), tokens[index])
 
     def on_checkpoint(step: int, averages: dict) -> None:
-        accuracy = retrieval_accuracy(averages["clip"], *heldout, tokenizer)
+        accuracy = retrieval_accuracy(averages["clip"], heldout[0], heldout[1], tokenizer)
         print(f"held-out top-1 of {RETRIEVAL_SIZE} captions: {accuracy:.3f}", flush=True)
         if step == settings.steps:
-            print("held-out foils:", foil_accuracy(averages["clip"], *heldout, tokenizer), flush=True)
+            print("held-out foils:", foil_accuracy(averages["clip"], heldout[0], heldout[1], tokenizer), flush=True)
 
     return fit({"clip": clip}, loss_at, settings, folder / "clip.pt", seed, on_checkpoint)["clip"]
 

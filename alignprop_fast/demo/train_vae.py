@@ -1,6 +1,7 @@
 """Trains the demo autoencoder: absolute and squared error of the pixels, and a small KL term."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,10 @@ def train_vae(pictures: Tensor, settings: Settings, folder: Path, seed: int):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return reconstruction_loss(decoded.float(), target) + KL_WEIGHT * kl
 
-    vae = fit({"vae": vae}, loss_at, settings, folder / "vae.pt", seed, _preview(pictures, folder / "vae.png"))["vae"]
-    vae.register_to_config(scaling_factor=1.0 / encode(vae, pictures[:1000]).std().item())
-    return vae
+    preview = _preview(pictures, folder / "vae.png")
+    averaged: Any = fit({"vae": vae}, loss_at, settings, folder / "vae.pt", seed, preview)["vae"]
+    averaged.register_to_config(scaling_factor=1.0 / encode(averaged, pictures[:1000]).std().item())
+    return averaged
 
 
 def _preview(pictures: Tensor, path: Path):

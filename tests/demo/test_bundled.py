@@ -12,7 +12,7 @@ from alignprop_fast.demo import clip_path, model_path, pictures_path
 WEIGHT_LIMIT_BYTES = 12_000_000
 PICTURE_LIMIT_BYTES = 10_000
 NUM_STEPS, GUIDANCE_SCALE = 20, 4.0
-VAE_ERROR_LIMIT = 0.02  # mean absolute error of pixels in [0, 1]
+VAE_ERROR_LIMIT = 0.03  # mean absolute error of pixels in [0, 1]
 CLIP_ACCURACY = 0.75  # chance is 1/24
 
 
