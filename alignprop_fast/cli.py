@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -14,7 +15,7 @@ from alignprop_fast.cli_support import BAD_INPUT, INTERRUPTED, fail
 from alignprop_fast.cli_train import train
 
 # What bad options and arguments raise: ClickException, which new typer carries itself and old typer takes from click.
-_USAGE_ERRORS = typer.BadParameter.__mro__[2]
+_USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="alignprop-fast",
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except _USAGE_ERRORS as error:
-        if message := error.format_message():  # type: ignore[attr-defined]
+        if message := error.format_message():
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):

@@ -16,13 +16,13 @@ from alignprop_fast.cli_train import print_results
 # Settings under which the bundled model learns visibly within two minutes on two CPU cores.
 SETTINGS = TrainOptions(
     output_dir="alignprop-demo",
-    reward="clip",
+    reward="clip:1.0,colorfulness:0.005",
     steps=30,
     num_inference_steps=12,
     guidance_scale=3.0,
     batch_size=4,
-    learning_rate=1e-3,
-    truncation="last:4",
+    learning_rate=2e-3,
+    truncation="uniform",
     lora_rank=8,
     save_every=10,
     sample_every=10,
@@ -64,7 +64,5 @@ def demo(
     before = {name: session.draw(prompts, HELDOUT_SEED) for name, prompts in chosen.items()}
     session.run()
     after = {name: session.draw(prompts, HELDOUT_SEED) for name, prompts in chosen.items()}
-    print_results(
-        console, session.folder, {name: (before[name].mean_reward, after[name].mean_reward) for name in chosen}
-    )
+    print_results(console, session.folder, {name: (before[name], after[name]) for name in chosen})
     console.print(f"{time.perf_counter() - begin:.0f} seconds in all")

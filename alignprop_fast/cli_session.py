@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import typer
@@ -121,15 +122,19 @@ class Session:
         seeds, size = range(first, first + len(prompts)), self.options.batch_size
         images: list[Image.Image] = []
         rewards: list[float] = []
+        parts: dict[str, list[float]] = {}
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
             with torch.no_grad():
                 images_BCHW = self.trainer.sampler(batch, self.options.negative_prompt, generators, grad_steps=())
-                scores_B, _ = self.reward(images_BCHW, batch, [{} for _ in batch])
+                scores_B, parts_B = self.reward(images_BCHW, batch, [{} for _ in batch])
             images += to_images(images_BCHW)
             rewards += scores_B.tolist()
-        return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards))
+            for name, values_B in parts_B.items():
+                parts.setdefault(name, []).extend(values_B.tolist())
+        means = {name: fmean(values) for name, values in parts.items()}
+        return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards), means)
 
     def _check_folder(self, resume: bool) -> None:
         check_writable(self.folder)
@@ -195,7 +200,8 @@ class Session:
         title = f"Step {step}   mean reward {pictures.mean_reward:.3f}   ({self.options.reward})"
         save_grid(folder.with_suffix(".png"), pictures, title)
         columns = {"prompts": pictures.prompts, "seeds": pictures.seeds, "rewards": pictures.rewards}
-        self.samples.append({"step": step, "reward_mean": pictures.mean_reward, **columns})
+        means = {"reward_mean": pictures.mean_reward, "reward_parts": pictures.mean_parts}
+        self.samples.append({"step": step, **means, **columns})
         self._plot()
 
     def _load_before(self) -> Pictures:
@@ -205,7 +211,8 @@ class Session:
             files = [self.folder / "samples" / "step_0000" / f"{i:02d}.png" for i in range(len(record["prompts"]))]
             images = tuple(Image.open(file).convert("RGB") for file in files)
             rewards = tuple(float("nan") if reward is None else reward for reward in record["rewards"])
-            return Pictures(images, tuple(record["prompts"]), tuple(record["seeds"]), rewards)
+            texts, seeds = tuple(record["prompts"]), tuple(record["seeds"])
+            return Pictures(images, texts, seeds, rewards, record["reward_parts"])
         except (StopIteration, KeyError, OSError) as error:
             raise ValueError(
                 f"{self.folder / 'samples'} has lost the pictures of step 0: copy the folder anew, or start a new run"

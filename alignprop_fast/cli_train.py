@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 from alignprop_fast import cli_options as o
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
 from alignprop_fast.cli_support import plain, quiet_libraries, setup_errors
+
+if TYPE_CHECKING:
+    from alignprop_fast.report import Pictures
 
 
 def train(
@@ -68,14 +71,19 @@ def train(
     start = session.trainer.steps_done
     console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
     session.run()
-    print_results(console, session.folder, {"sample prompts": (session.before.mean_reward, session.after.mean_reward)})
+    print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
 
 
-def print_results(console: Console, folder: Path, rewards: dict[str, tuple[float, float]]) -> None:
-    """A small table of mean rewards before and after, and where to look."""
-    table = Table("mean reward", "before", "after", "change")
-    for name, (before, after) in rewards.items():
-        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures, Pictures]]) -> None:
+    """A small table of mean rewards (and of their parts) before and after, and where to look."""
+    table = Table("mean over", "", "before", "after", "change")
+    for name, (before, after) in rows.items():
+        values = {"reward": (before.mean_reward, after.mean_reward)}
+        if len(after.mean_parts) > 1:
+            values |= {part: (before.mean_parts[part], after.mean_parts[part]) for part in after.mean_parts}
+        for label, (first, second) in values.items():
+            where = f"{len(after.images)} pictures, {name}" if label == "reward" else ""
+            table.add_row(where, label, f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}")
     console.print(table)
     console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)

@@ -7,7 +7,7 @@ import math
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,14 @@ _BLUE, _ORANGE, _GREEN = "#2f6fde", "#e07b27", "#2f9e62"
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures, each with its prompt and seed; rewards: one each, or none where they are not known."""
+    """Pictures, each with its prompt and seed; rewards: one each, or none where they are not known; mean_parts:
+    the mean of each part of the reward."""
 
     images: tuple[Image.Image, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     rewards: tuple[float, ...] = ()
+    mean_parts: dict[str, float] = field(default_factory=dict)
 
     def caption(self, index: int) -> str:
         """`0.712` or, where no reward is known, `seed 3`."""
@@ -162,6 +164,8 @@ def smoothed(values: Sequence[float | None], share: float = 0.15) -> list[float]
 
 
 def _curve(panel: Axes, steps: Sequence[int], values: Sequence[float | None], color: str, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     numbers = [math.nan if value is None else value for value in values]
     panel.plot(steps, numbers, ".", color=color, alpha=0.35, ms=7, mec="none")
     panel.plot(steps, smoothed(values), "-", color=color, lw=2, label=f"{label} (smoothed)")
@@ -172,7 +176,7 @@ def _curve(panel: Axes, steps: Sequence[int], values: Sequence[float | None], co
         panel.spines[side].set_visible(False)
     panel.spines["bottom"].set_color(_RULE)
     panel.margins(x=0.02)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _save_figure(figure: Figure, path: Path) -> None:

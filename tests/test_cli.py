@@ -331,3 +331,14 @@ def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
     assert command(*whole)[0] == 0
     assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert Path(out / "before_after.png").read_bytes() == (tmp_path / "whole" / "before_after.png").read_bytes()
+
+
+def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
+    """Whether it learns is measured elsewhere; here it has to run, compare and write."""
+    code, out, err = command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")
+    assert (code, err) == (0, "")
+    table = " ".join(out.split())
+    assert "training prompts" in table and "prompts never seen" in table and "colorfulness" in table
+    assert (tmp_path / "demo" / "before_after.png").is_file() and (tmp_path / "demo" / WEIGHTS).is_file()
+    assert "the bundled model learns" in out and "seconds in all" in out
+    assert command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")[0] == 2
