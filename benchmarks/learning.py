@@ -1,4 +1,4 @@
-"""What the bundled model learns: every reward before and after fine-tuning, on prompts trained on and prompts never seen.
+"""What the bundled model learns: each reward before and after fine-tuning, on prompts it trained on and on others.
 
     python benchmarks/learning.py --output-dir learning
 
