@@ -35,7 +35,7 @@ HELDOUT_SEED = 1000  # seeds that no other picture of the run has
 def demo(
     reward: Annotated[str, typer.Option(help="What to train for; as in train --reward.")] = SETTINGS.reward,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = SETTINGS.steps,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = SETTINGS.seed,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0, max=2**32 - 1)] = SETTINGS.seed,
     output_dir: o.OutputDir = SETTINGS.output_dir,
 ) -> None:
     """Fine-tune the bundled model on a reward: a minute or two on two CPU cores, nothing to download.

@@ -207,7 +207,9 @@ Prompts = Annotated[
 ]
 NegativePrompt = Annotated[str | None, _option(_SAMPLING, "Negative prompt of every picture.")]
 InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture; time grows with it.", min=1)]
-GuidanceScale = Annotated[float, _option(_SAMPLING, "Classifier-free guidance; 1 or less turns it off.")]
+GuidanceScale = Annotated[
+    float, _option(_SAMPLING, "Classifier-free guidance; 1 or less turns it off.", min=0, max=100)
+]
 Eta = Annotated[float, _option(_SAMPLING, "DDIM noise: 0 none, 1 as much as DDPM.", min=0, max=1)]
 Height = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
 Width = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
@@ -227,7 +229,9 @@ Truncation = Annotated[
         "full, or last:K (DRaFT-K; last:1 is fastest).",
     ),
 ]
-Seed = Annotated[int, _option(_TRAINING, "Seed of all random numbers; sample picture i has seed + i.", min=0)]
+Seed = Annotated[
+    int, _option(_TRAINING, "Seed of all random numbers; sample picture i has seed + i.", min=0, max=2**32 - 1)
+]
 MixedPrecision = Annotated[
     Precision, _option(_DEVICE, "Precision of the frozen weights; auto: bf16 on a GPU, fp32 (no) on the CPU.")
 ]

@@ -36,7 +36,10 @@ PromptSet = Annotated[
 ]
 PerPrompt = Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel="Prompts", min=1)]
 FirstSeed = Annotated[
-    int, typer.Option(help="Picture i has seed + i, whatever the batch size.", rich_help_panel="Sampling", min=0)
+    int,
+    typer.Option(
+        help="Picture i has seed + i, whatever the batch size.", rich_help_panel="Sampling", min=0, max=2**32 - 1
+    ),
 ]
 
 

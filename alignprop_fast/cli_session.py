@@ -76,6 +76,7 @@ class Session:
         config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(options.reward, device=device, model=options.reward_model)
         pipeline = DefaultDDPOStableDiffusionPipeline(options.model)
+        self._check_reward(pipeline.sd_pipeline, device)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
         try:
@@ -141,8 +142,8 @@ class Session:
         used = [name for name in _OURS if (self.folder / name).exists()]
         if used and not resume:
             raise ValueError(
-                f"{self.folder} holds an earlier run ({used[0]}): add --resume to go on with it, or choose another "
-                "--output-dir"
+                f"{self.folder} holds an earlier run ({used[0]}): go on with it by alignprop-fast train --resume "
+                f"--output-dir {self.folder}, or choose another --output-dir"
             )
 
     def _checkpoint(self, resume: bool, resume_from: str | None) -> str:
@@ -161,16 +162,30 @@ class Session:
             prompts = [self.prompts[0]] * self.options.batch_size
             self.trainer.sampler(prompts, self.options.negative_prompt, torch.Generator().manual_seed(0))
 
+    def _check_reward(self, pipe: Any, device: str) -> None:
+        """Score a grey batch: a reward without gradient is to be refused before anything is written.
+
+        To be called before the trainer seeds or restores random numbers, of which a reward may draw some.
+        """
+        import torch
+
+        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        count, height, width = self.options.batch_size, self.options.height or own, self.options.width or own
+        images_BCHW = torch.full((count, 3, height, width), 0.5, device=device, requires_grad=True)
+        self.reward(images_BCHW, [self.prompts[0]] * count, [{} for _ in range(count)])
+
     def _draw_prompt(self) -> tuple[str, dict[str, Any]]:
         return random.choice(self.prompts), {}
 
     def _begin_folder(self) -> None:
         step = self.trainer.steps_done
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        self.metrics.keep_until(step)
-        self.samples.keep_until(step if step else -1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
         _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
+        (self.folder / "samples").mkdir(exist_ok=True)
+        self.metrics.keep_until(step)
+        self.samples.keep_until(step if step else -1)
         if step == 0:
             self._write_samples(0, self.before)
 

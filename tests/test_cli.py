@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from alignprop_fast.cli import main
 
@@ -131,7 +132,7 @@ def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tin
     assert command(*common, "--steps", 2, "--output-dir", parts)[0] == 0
     before = snapshot(parts)
     code, _, err = command(*common, "--steps", 4, "--output-dir", parts)
-    assert code == 2 and "add --resume" in err and len(err.splitlines()) == 1
+    assert code == 2 and "train --resume" in err and len(err.splitlines()) == 1
     assert snapshot(parts) == before
     # As after a kill in the middle of a step that was logged already: a line too many, and a torn one.
     with open(parts / "metrics.jsonl", "a") as stream:
@@ -142,6 +143,19 @@ def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tin
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     assert without_times(parts) == without_times(whole)
     assert (parts / WEIGHTS).read_bytes() != before[parts / WEIGHTS]
+
+
+def test_a_run_killed_at_its_very_start_begins_anew(command, tiny_sd_folder, tmp_path):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--steps", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command(*common, "--output-dir", whole)[0] == 0
+    (killed / ".metrics.jsonl.tmp").mkdir(parents=True)  # which stops it where it begins to write records
+    with pytest.raises(IsADirectoryError):
+        main([str(argument) for argument in (*common, "--output-dir", killed)])
+    (killed / ".metrics.jsonl.tmp").rmdir()
+    assert command(*common, "--output-dir", killed)[0] == 2
+    assert command("train", "--resume", "--output-dir", killed)[0] == 0
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
 def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_taken(command, tiny_sd_folder, tmp_path):
@@ -180,9 +194,12 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
 BAD = {
     "no model folder": (["--model", "{tmp}/none"], "no model folder"),
     "a folder that is no model": (["--model", "{tmp}/empty"], "model_index.json"),
+    "missing weights": (["--model", "{tmp}/partial"], "unet of"),
+    "no vocabulary": (["--model", "{tmp}/mute"], "no vocabulary"),
     "truncated weights": (["--model", "{tmp}/cut"], "damaged"),
     "unknown reward": (["--reward", "colourfulness"], "did you mean 'colorfulness'"),
     "unknown function": (["--reward", "json:nothing"], "does not exist"),
+    "reward without gradient": (["--reward", "no_gradient_of_test:score"], "without gradient"),
     "no reward model": (["--reward", "clip", "--reward-model", "{tmp}/none"], "no CLIP model"),
     "reward model without use": (["--reward-model", "{tmp}/none"], "leave it out"),
     "no prompts file": (["--prompts", "{tmp}/none.txt"], "no prompts file"),
@@ -197,6 +214,8 @@ BAD = {
     "unknown truncation": (["--truncation", "first:3"], "last:K"),
     "too long truncation": (["--truncation", "last:3"], "use 1 to 2"),
     "odd size": (["--height", "13"], "multiple of 8"),
+    "no guidance": (["--guidance-scale", "nan"], "--guidance-scale"),
+    "endless seed": (["--seed", "1" + "0" * 30], "--seed"),
     "too much noise": (["--eta", "2"], "--eta"),
     "fp16 on the CPU": (["--mixed-precision", "fp16"], "needs a GPU"),
     "no such device": (["--device", "cuda:99"], "--device cpu"),
@@ -231,12 +250,20 @@ def bad_files(tmp_path_factory, tiny_sd_folder):
     shutil.copytree(tiny_sd_folder, folder / "cut")
     weights = next((folder / "cut" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])
+    partial = shutil.copytree(tiny_sd_folder, folder / "partial") / "unet" / weights.name
+    tensors = load_file(partial)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.weight"}, partial)
+    for file in (shutil.copytree(tiny_sd_folder, folder / "mute") / "tokenizer").iterdir():
+        file.unlink()
+    (folder / "no_gradient_of_test.py").write_text("def score(i, p, m):\n    return i.detach().mean((1, 2, 3)), {}\n")
     return folder
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(command, bad_files, tiny_sd_folder, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(bad_files)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     arguments, remedy = BAD[case]
     before = snapshot(bad_files)
     code, _, err = command(
@@ -278,10 +305,10 @@ def test_sample_overwrites_nothing(command, tmp_path, tiny_sd_folder):
 
 NAN_REWARD = """
 def score(images, prompts, metadata):
-    # The first call is for the pictures before training; NaN from the second step on.
+    # One call checks the reward, four are for the pictures before training; NaN from the second step on.
     score.calls += 1
     scores = images.mean(dim=(1, 2, 3))
-    return scores * (float("nan") if score.calls > 5 else 1.0), {}
+    return scores * (float("nan") if score.calls > 6 else 1.0), {}
 score.calls = 0
 """
 

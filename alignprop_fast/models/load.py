@@ -39,6 +39,7 @@ def load_pipeline(
     pipe = _from_pretrained(source, dtype, revision)
     if type(pipe).__name__ not in SUPPORTED:
         raise ValueError(f"{model} is a {type(pipe).__name__}: use one of {', '.join(SUPPORTED)}")
+    _check_complete(pipe, model)
     pipe.scheduler = _ddim(pipe.scheduler.config)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
@@ -114,6 +115,19 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype, revision: str) -> A
         if local:
             raise ValueError(f"cannot load the pipeline in {source}: {reason}; save or download it again") from error
         raise OSError(f"cannot load {source} from the Hub: {reason}; give the folder of a downloaded copy") from error
+
+
+def _check_complete(pipe: Any, model: str | Path) -> None:
+    """diffusers leaves weights that a file lacks on the meta device, and a tokenizer without its files knows no words.
+
+    Raises:
+        ValueError: one of the two.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
+            raise ValueError(f"the {name} of {model} lacks some of its weights: copy or download it again")
+        if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
+            raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")
 
 
 def _first_line(error: Exception) -> str:
