@@ -1,6 +1,8 @@
 """Sizes of the demo networks, and the tokenizer built from the caption words."""
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from alignprop_fast.demo.scenes import PICTURE_PIXELS
@@ -12,26 +14,35 @@ LATENT_CHANNELS = 8
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token, most frequent pair first (Sennrich et al. 2016, algorithm 1).
+
+    Ties go to the alphabet: the `tokenizers` library breaks them at random, and token numbers would change by the run.
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for word in spelled for pair in pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word in spelled:
+            for place in reversed(range(len(word) - 1)):
+                if (word[place], word[place + 1]) == best:
+                    word[place : place + 2] = ["".join(best)]
+    return merges
+
+
 def write_tokenizer(folder: Path):
-    """Trains CLIP's byte-level BPE on the caption words, writes it to `folder` and returns the `CLIPTokenizer`.
+    """Writes CLIP's byte-level BPE with merges of the caption words to `folder`; returns the `CLIPTokenizer`.
 
     Every caption word becomes one token; any other text is spelled in bytes, so no prompt is unknown.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([" ".join(all_words())], trainer)
-    merges = [
-        pair if isinstance(pair, list) else pair.split(" ") for pair in json.loads(bpe.to_str())["model"]["merges"]
-    ]
-    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
+    alphabet = sorted(ByteLevel.alphabet())
+    merges = learn_merges(all_words())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

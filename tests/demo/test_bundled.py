@@ -93,3 +93,13 @@ def test_clip_ranks_the_right_caption_first(clip):
     best = scores(clip, pictures, captions).argmax(1)
     accuracy = (best == torch.arange(len(pictures))).float().mean().item()
     assert accuracy >= CLIP_ACCURACY
+
+
+@pytest.mark.parametrize("folder", [model_path() / "tokenizer", clip_path()])
+def test_the_tokenizer_is_the_one_that_the_code_builds(folder, tmp_path):
+    """Token numbers must not change by the run: a model and another run's tokenizer would mix up words."""
+    from alignprop_fast.demo.networks import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
