@@ -16,7 +16,7 @@ from alignprop_fast.cli_train import print_results
 # Settings under which the bundled model learns visibly within two minutes on two CPU cores.
 SETTINGS = TrainOptions(
     output_dir="alignprop-demo",
-    reward="clip:1.0,colorfulness:0.005",
+    reward="clip",
     steps=30,
     num_inference_steps=12,
     guidance_scale=3.0,
