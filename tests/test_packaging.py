@@ -1,0 +1,49 @@
+"""The built wheel, which users without a checkout get: everything once, and nothing named `kernels` at its top."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("alignprop_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built by this environment's setuptools from a copy, since a build leaves its traces beside the sources."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(dist)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
+    return next(dist.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_file_of_the_package_once(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    package = ROOT / "alignprop_fast"
+    files = [path for folder in (package, package / "kernels") for path in folder.rglob("*") if path.is_file()]
+    expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    found = [name for name in names if ".dist-info/" not in name]
+    assert "alignprop_fast/kernels/guided_step.py" in expected
+    assert "alignprop_fast/demo/model/unet/diffusion_pytorch_model.safetensors" in expected
+    assert sorted(found) == sorted(expected)
+
+
+def test_an_installed_wheel_finds_its_kernels_and_takes_no_other_name(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)  # which is what installing pure Python does
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import alignprop_fast, importlib.util as u\n"
+        "print(alignprop_fast.__file__, u.find_spec('alignprop_fast.kernels.guided_step').origin)"
+    )
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert all(path.startswith(str(tmp_path)) for path in result.stdout.split())
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")} == {"alignprop_fast"}
