@@ -126,7 +126,7 @@ class DifferentiableSampler:
         def adjoint(i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             return guided_step_adjoint(g, table.a[i], weights[i], y_dtype)
 
-        return Chain(len(table), network, advance, adjoint, model.trainable(), model.step_segments())
+        return Chain(len(table), network, advance, adjoint, model.trainable(), model.step_groups())
 
     def _decode(self, x: torch.Tensor, option: str) -> torch.Tensor:
         modules = [module for group in self.model.decoder_segments().values() for module in group]
@@ -169,7 +169,7 @@ class DifferentiableSampler:
             # Gradient, its sum over the steps and two optimizer moments in fp32 for each trainable parameter.
             fixed_bytes=self._weight_bytes() + 2 * trained_bytes + 8 * sum(p.numel() for p in chain.parameters),
             latent_bytes=x.numel() * x.element_size(),
-            step=step,
+            step=(step,),
             decoder=(Segment("decoder", tuple(decode(option) for option in ("keep", "image", "block"))),),
             sampling_bytes=sampling.transient_bytes,
             sampling_seconds=sampling.seconds,

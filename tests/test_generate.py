@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.planner import BudgetInfeasible, Plan
-from alignprop_fast.runtime import PeakMeter
+from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter
 
 PROMPTS = ["red cat", "dog and cat"]
 STEPS = 4
@@ -87,7 +87,7 @@ def assert_equal_gradients(ours, theirs, tolerance=1e-4):
 def make_plan(kind, grad_steps):
     """Resident, replayed, or mixed (the last step resident, the others replayed) with every block recomputed."""
     resident = {"resident": grad_steps, "replayed": (), "mixed": grad_steps[-1:]}[kind]
-    option = {"unet": "recompute" if kind == "mixed" else "keep"}
+    option = {"step": "recompute" if kind == "mixed" else "keep"}
     replayed = tuple(i for i in grad_steps if i not in resident)
     return Plan(STEPS, resident, replayed, option, option, {"decoder": DECODERS[kind]})
 
@@ -145,6 +145,16 @@ def test_every_plan_gives_the_same_bits(pipe):
     for images, grads in results[1:]:
         assert (images - results[0][0]).abs().max() < 1e-5
         assert_equal_gradients(grads, results[0][1], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("option", [option for option in STEP_OPTIONS if option != "keep"])
+def test_every_option_of_a_step_gives_the_same_bits(pipe, option):
+    sampler = DifferentiableSampler(pipe, STEPS)
+    results = []
+    for step in ("keep", option):
+        plan = Plan(STEPS, (2, 3), (1,), {"step": step}, {"step": step}, {"decoder": "image"})
+        results.append(gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan)))
+    assert all(torch.equal(grad, results[0][name]) for name, grad in results[1].items())
 
 
 def test_gradient_of_the_initial_latents(tiny_sd):

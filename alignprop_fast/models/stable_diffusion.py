@@ -155,9 +155,12 @@ class StableDiffusionAdapter:
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
         return x / self.pipe.vae.config.scaling_factor
 
-    def step_segments(self) -> dict[str, list[nn.Module]]:
-        """Modules of one denoising step that can be recomputed by themselves, by segment name."""
-        return {"unet": _instances(self.pipe.unet, (BasicTransformerBlock, ResnetBlock2D))}
+    def step_groups(self) -> dict[str, list[nn.Module]]:
+        """Modules of one denoising step that can be recomputed by themselves, by group."""
+        return {
+            "transformers": _instances(self.pipe.unet, (BasicTransformerBlock,)),
+            "residuals": _instances(self.pipe.unet, (ResnetBlock2D,)),
+        }
 
     def decoder_segments(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""

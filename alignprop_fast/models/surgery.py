@@ -2,19 +2,24 @@
 
 A module changes its class for a subclass with the same parameters and another forward: names, state dict, adapters,
 isinstance checks and copies stay what they were. Where an op does not apply (weights that learn, autocast, an unusual
-option) the module's own forward runs.
+option) the module's own forward runs. Attention changes its processor, which is diffusers' own way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from alignprop_fast.ops.attention import attention
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
+from alignprop_fast.ops.kept import Kind
+from alignprop_fast.ops.lora_linear import lora_linear
 
 
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
@@ -38,6 +43,83 @@ class FrozenConv2d(nn.Conv2d):
             self.dilation,
             self.groups,
         )
+
+
+class LeanLinear(nn.Linear):
+    """`nn.Linear` whose result a segment that runs again may keep, while its weights are frozen."""
+
+    kept_as: Kind | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not _applies(input, self):
+            return super().forward(input)
+        return lora_linear(input, self.weight, self.bias, keep=self.kept_as)
+
+
+class LeanLoraLinear(LoraLinear):
+    """PEFT's LoRA layer as one op that keeps x once and casts the adapters instead of x."""
+
+    kept_as: Kind | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.base_layer
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not names or not _applies(x, base) or not self._plain(names):
+            return super().forward(x)
+        downs = [self.lora_A[name].weight for name in names]
+        ups = [self.lora_B[name].weight for name in names]
+        if len(names) == 1:
+            return lora_linear(x, base.weight, base.bias, downs[0], ups[0], self.scaling[names[0]], self.kept_as)
+        # Several adapters are one of the summed rank.
+        up = torch.cat([up * self.scaling[name] for name, up in zip(names, ups, strict=True)], dim=1)
+        return lora_linear(x, base.weight, base.bias, torch.cat(downs), up, 1.0, self.kept_as)
+
+    def _plain(self, names: list[str]) -> bool:
+        """Low-rank adapters of a dense layer and nothing else: PEFT's own path serves DoRA, dropout and the like."""
+        return (
+            not self.disable_adapters
+            and not self.merged
+            and isinstance(self.base_layer, nn.Linear)
+            and not any(name in self.lora_variant or self.lora_bias[name] for name in names)
+            and not any(self.lora_dropout[name].training and _rate(self.lora_dropout[name]) > 0 for name in names)
+        )
+
+
+def _rate(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
+
+class LeanAttnProcessor(AttnProcessor2_0):
+    """`diffusers` attention of a transformer block, keeping q, k, v, o and the logsumexp."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attention_mask is not None or torch.is_autocast_enabled(hidden_states.device.type):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q_BHMD = _heads(attn.to_q(hidden_states), attn.heads)
+        k_BHND, v_BHND = (_heads(project(source), attn.heads) for project in (attn.to_k, attn.to_v))
+        o_BHMD = attention(q_BHMD, k_BHND, v_BHND, attn.scale)
+        return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
+
+
+def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
+    return x_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Attention as transformer blocks have it: nothing before the projections, nothing after them."""
+    return (
+        all(norm is None for norm in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross))
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
 
 
 class LeanGEGLU(GEGLU):
@@ -78,18 +160,42 @@ _LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FrozenConv2d,
     GEGLU: LeanGEGLU,
     ResnetBlock2D: LeanResnetBlock2D,
+    LoraLinear: LeanLoraLinear,
 }
-_STOCK = {lean: stock for stock, lean in _LEAN.items()}
+_STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear}
 
 
 def put_ops_in(root: nn.Module) -> None:
     """Give every module below root that has a frozen-aware op that op. Doing it twice changes nothing."""
     _swap(root, _LEAN.get)
+    for linear, kind in _kept_linears(root):
+        if type(linear) is nn.Linear:
+            linear.__class__ = LeanLinear
+        if isinstance(linear, LeanLinear | LeanLoraLinear):
+            linear.kept_as = kind
+    for module in root.modules():
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and _is_plain(module):
+            module.set_processor(LeanAttnProcessor())
 
 
 def take_ops_out(root: nn.Module) -> None:
     """Undo `put_ops_in`."""
+    for module in root.modules():
+        if isinstance(module, LeanLinear | LeanLoraLinear):
+            vars(module).pop("kept_as", None)
+        if isinstance(module, Attention) and type(module.processor) is LeanAttnProcessor:
+            module.set_processor(AttnProcessor2_0())
     _swap(root, _STOCK.get)
+
+
+def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
+    """The linear layers whose results a transformer block that runs again may keep, with their kind."""
+    for module in root.modules():
+        if isinstance(module, Attention) and _is_plain(module):
+            yield from ((linear, "qkv") for linear in (module.to_q, module.to_k, module.to_v) if linear is not None)
+            yield module.to_out[0], "out"
+        elif isinstance(module, GEGLU):
+            yield module.proj, "geglu"
 
 
 def _swap(root: nn.Module, other: Callable[[type[nn.Module]], type[nn.Module] | None]) -> None:

@@ -2,6 +2,16 @@
 
 from alignprop_fast.runtime.chain import Chain, run_chain
 from alignprop_fast.runtime.measure import PeakMeter, measure_chain, measure_option
-from alignprop_fast.runtime.segments import apply_by_image, checkpointed
+from alignprop_fast.runtime.segments import STEP_OPTIONS, apply_by_image, checkpointed, step_kept_as
 
-__all__ = ["Chain", "PeakMeter", "apply_by_image", "checkpointed", "measure_chain", "measure_option", "run_chain"]
+__all__ = [
+    "STEP_OPTIONS",
+    "Chain",
+    "PeakMeter",
+    "apply_by_image",
+    "checkpointed",
+    "measure_chain",
+    "measure_option",
+    "run_chain",
+    "step_kept_as",
+]

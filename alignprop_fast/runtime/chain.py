@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.planner import Plan
-from alignprop_fast.runtime.segments import checkpointed
+from alignprop_fast.runtime.segments import step_kept_as
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Chain:
     advance: (i, x, y) -> next x. May draw random numbers: it is never replayed.
     adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
     parameters: the tensors besides x that the network's gradient is wanted for.
-    segments: modules of the network by segment name, for the plan's options.
+    groups: modules of the network by group ("transformers", "residuals"), for the plan's options.
     """
 
     num_steps: int
@@ -37,7 +37,7 @@ class Chain:
     advance: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
     adjoint: Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
     parameters: Sequence[torch.Tensor]
-    segments: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -121,10 +121,9 @@ def _backward(tape: _Tape, g: torch.Tensor) -> tuple[torch.Tensor, list[torch.Te
 
 def _record(tape: _Tape, i: int, x: torch.Tensor, options: Mapping[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the network of step i with a graph. Returns its (input, output)."""
-    modules = [m for name, option in options.items() if option == "recompute" for m in tape.chain.segments[name]]
     # The first gradient step has no one to pass a gradient of x on to.
     x = x.detach().requires_grad_(i > tape.first or tape.wants_gx)
-    with torch.enable_grad(), checkpointed(modules):
+    with torch.enable_grad(), step_kept_as(options.get("step", "keep"), tape.chain.groups):
         return x, tape.chain.network(i, x)
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.planner import Option, Plan, Segment
 from alignprop_fast.runtime.chain import Chain, run_chain
+from alignprop_fast.runtime.segments import STEP_OPTIONS
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -117,15 +118,15 @@ def measure_option(
     return Option(name, kept_bytes, meter.peak_bytes - kept_bytes, _timed(device, run))
 
 
-def measure_chain(chain: Chain, x: torch.Tensor) -> tuple[Option, tuple[Segment, ...]]:
-    """Costs of one step of the chain at latents x [B, ...]: (without gradient, with gradient by segment and option).
+def measure_chain(chain: Chain, x: torch.Tensor) -> tuple[Option, Segment]:
+    """Costs of one step of the chain at latents x [B, ...]: (without gradient, with gradient by option).
 
     Runs the network of step 0 and nothing else: no random number is drawn.
     """
     one = replace(chain, num_steps=1, advance=lambda i, x, y: x.clone())
 
-    def measure(segment: str, option: str) -> Option:
-        plan = Plan(1, (0,), (), resident_options={segment: option})
+    def measure(option: str) -> Option:
+        plan = Plan(1, (0,), (), resident_options={"step": option})
         start = x.detach().requires_grad_()
         wanted = [start, *chain.parameters]
         return measure_option(
@@ -137,4 +138,4 @@ def measure_chain(chain: Chain, x: torch.Tensor) -> tuple[Option, tuple[Segment,
 
     with torch.no_grad():
         sampling = measure_option("sampling", lambda: run_chain(one, Plan(1, (), ()), x), None, x.device)
-    return sampling, tuple(Segment(name, (measure(name, "keep"), measure(name, "recompute"))) for name in one.segments)
+    return sampling, Segment("step", tuple(measure(option) for option in STEP_OPTIONS))

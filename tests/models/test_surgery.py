@@ -7,10 +7,22 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
-from alignprop_fast.models.surgery import FrozenConv2d, LeanGEGLU, LeanResnetBlock2D, put_ops_in, take_ops_out
-from alignprop_fast.runtime import PeakMeter
+from alignprop_fast.models.surgery import (
+    FrozenConv2d,
+    LeanAttnProcessor,
+    LeanGEGLU,
+    LeanLinear,
+    LeanLoraLinear,
+    LeanResnetBlock2D,
+    put_ops_in,
+    take_ops_out,
+)
+from alignprop_fast.runtime import PeakMeter, step_kept_as
 
 
 @pytest.fixture
@@ -31,7 +43,8 @@ def test_values_and_gradients_stay(unet):
     stock = run(unet, x)
     put_ops_in(unet)
     kinds = {type(module) for module in unet.modules()}
-    assert {FrozenConv2d, LeanGEGLU, LeanResnetBlock2D} <= kinds
+    assert {FrozenConv2d, LeanGEGLU, LeanResnetBlock2D, LeanLinear, LeanLoraLinear} <= kinds
+    assert {type(processor) for processor in unet.attn_processors.values()} == {LeanAttnProcessor}
     for lean_value, value in zip(run(unet, x), stock, strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
 
@@ -58,6 +71,8 @@ def test_names_state_and_copies_stay(unet):
     assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
     take_ops_out(unet)
     assert [type(module) for module in unet.modules()] == types
+    assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert not any("kept_as" in vars(module) for module in unet.modules())
     assert any(isinstance(module, FrozenConv2d) for module in twin.modules())
 
 
@@ -84,3 +99,43 @@ def test_learning_weights_and_autocast_take_the_stock_path(unet):
         y = unet(x, torch.tensor(300), text).sample
     y.float().sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("option", "per_token"),
+    [("keep", 19), ("norms", 17), ("geglu", 9), ("qkv", 5), ("attention", 3), ("recompute", 1)],
+)
+def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
+    """Elements per token of a block of width C, in units of C; within 3 %."""
+    batch, tokens, text, width, heads = 2, 512, 77, 320, 5
+    block = BasicTransformerBlock(width, heads, width // heads, cross_attention_dim=64).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), block)
+    root = nn.ModuleList([block])
+    put_ops_in(root)
+    x = torch.randn(batch, tokens, width, requires_grad=True)
+    words = torch.randn(batch, text, 64)
+    with PeakMeter(torch.device("cpu")) as meter, step_kept_as(option, {"transformers": [block]}):
+        # The clone is the block's input, made inside so that it counts.
+        y = block(x.clone(), encoder_hidden_states=words)
+        kept_bytes = meter.live_bytes() - y.numel() * y.element_size()
+    per_batch = per_token * tokens * width
+    per_batch += 2 * tokens * heads if option != "recompute" else 0  # logsumexp of both attentions
+    per_batch += 2 * text * width if option in ("keep", "norms", "geglu") else 0  # k and v of the text
+    assert kept_bytes == pytest.approx(4 * batch * per_batch, rel=0.03)
+
+
+def test_several_adapters_and_those_that_the_op_does_not_cover(tiny_sd):
+    """Two adapters at once, DoRA, dropout and switched-off adapters give what PEFT gives."""
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    unet = tiny_sd.unet
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "one")
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False), "two")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], use_dora=True), "dora")
+    unet.set_adapters(["one", "two", "dora"], [1.0, 0.5, 1.0])
+    for switch in (unet.enable_adapters, unet.disable_adapters):
+        switch()
+        take_ops_out(unet)
+        stock = unet(x, torch.tensor(300), torch.ones(2, 77, unet.config.cross_attention_dim)).sample
+        put_ops_in(unet)
+        lean = unet(x, torch.tensor(300), torch.ones(2, 77, unet.config.cross_attention_dim)).sample
+        assert (lean - stock).abs().max() <= 1e-5 * stock.abs().max()

@@ -25,7 +25,7 @@ def make_chain(net):
         advance=lambda i, x, y: 0.9 * x + 0.2 * y,
         adjoint=lambda i, g, dtype: (0.9 * g, (0.2 * g).to(dtype)),
         parameters=list(net.parameters()),
-        segments={"net": [net[0], net[2]]},
+        groups={"transformers": [net[0]], "residuals": [net[2]]},
     )
 
 
@@ -35,7 +35,7 @@ def make_chain(net):
 def test_chain_equals_plain_autograd(grad_steps, resident, option):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     cut = max(len(grad_steps) - resident, 0)
-    options = {"net": option}
+    options = {"step": option}
     plan = Plan(5, grad_steps[cut:], grad_steps[:cut], options, options)
     wanted = [x0, *net.parameters()]
     ours = torch.autograd.grad(run_chain(make_chain(net), plan, x0).sin().sum(), wanted)

@@ -1,0 +1,48 @@
+"""attention: o = softmax(s q k^T) v, without mask (Vaswani et al. 2017, eq. 1), keeping q, k, v, o and the logsumexp.
+
+A segment that runs again keeps o and the logsumexp (`ops.kept`), and the backward pass makes the probabilities again
+from them (Dao et al. 2022), so that the quadratic part of attention never runs twice in the forward direction.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from alignprop_fast.ops import attention_backends as backends
+from alignprop_fast.ops.kept import kept
+
+
+def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Plain PyTorch. q: [B, H, M, D]; k, v: [B, H, N, D]; returns [B, H, M, D]."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        forward = backends.choose("forward", q, k).forward
+        o, lse = kept("attention", lambda: forward(q, k, v, scale))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        return *backends.choose("backward", q, k).backward(g, q, k, v, o, lse, ctx.scale), None
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """softmax(scale q k^T) v, differentiable in all three.
+
+    Args:
+        q: [B, H, M, D]; k, v: [B, H, N, D]; any strides with a contiguous last dimension.
+        scale: D ** -0.5 where None.
+
+    Returns:
+        [B, H, M, D] in q's dtype.
+    """
+    return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,81 @@
+"""attention against plain PyTorch in float64, what it keeps, and what it answers about its choice.
+
+Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
+"""
+
+import pytest
+import torch
+
+from alignprop_fast.ops.attention import attention, attention_reference
+from alignprop_fast.ops.attention_backends import choose, explain
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def plain(q, k, v, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax(scale * q @ k.mT, dim=-1) @ v
+
+
+def qkv(b, h, m, n, d, dtype=torch.float64):
+    """Views of [B, N, H, D] memory, as the projections leave them."""
+    generator = torch.Generator().manual_seed(m)
+    shapes = ((b, m, h, d), (b, n, h, d), (b, n, h, d))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype).transpose(1, 2) for s in shapes]
+
+
+def value_and_gradients(fn, tensors):
+    learning = [t.detach().requires_grad_() for t in tensors]
+    o = fn(*learning)
+    g = torch.linspace(-1, 1, o.numel(), device=DEVICE, dtype=torch.float64).reshape(o.shape)
+    return [o.detach(), *torch.autograd.grad(o, learning, g.to(o.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "n", "d"), [(64, 64, 40), (129, 77, 64), (1, 77, 32), (77, 1, 80), (33, 33, 160), (200, 200, 16)]
+)
+def test_values_and_gradients(dtype, m, n, d):
+    tensors = qkv(2, 3, m, n, d, dtype)
+    ours, same = value_and_gradients(attention, tensors), value_and_gradients(attention_reference, tensors)
+    exact = value_and_gradients(plain, [t.double() for t in tensors])
+    for a, b, c in zip(ours, same, exact, strict=True):
+        assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 1e-6
+
+
+def test_scale_is_passed_on():
+    tensors = qkv(1, 2, 20, 30, 16)
+    for a, b in zip(
+        value_and_gradients(lambda q, k, v: attention(q, k, v, 0.3), tensors),
+        value_and_gradients(lambda q, k, v: plain(q, k, v, 0.3), tensors),
+        strict=True,
+    ):
+        assert torch.allclose(a, b)
+
+
+def test_keeps_q_k_v_o_and_the_logsumexp():
+    q, k, v = (t.requires_grad_() for t in qkv(2, 3, 50, 20, 8, torch.float32))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda t: t):
+        attention(q, k, v)
+    assert sorted(saved) == sorted([q.numel(), k.numel(), v.numel(), q.numel(), q.numel() // 8])
+
+
+def test_two_runs_are_bit_equal():
+    tensors = qkv(2, 3, 65, 77, 40, torch.float32)
+    one, two = value_and_gradients(attention, tensors), value_and_gradients(attention, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_compiles_whole_and_runs_on_meta_tensors():
+    tensors = qkv(1, 2, 16, 24, 32, torch.float32)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for a, b in zip(value_and_gradients(compiled, tensors), value_and_gradients(attention, tensors), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert attention(*(t.to("meta") for t in tensors)).shape == tensors[0].shape
+
+
+def test_the_choice_is_explained():
+    q, k, _ = qkv(1, 2, 16, 24, 32, torch.float16 if DEVICE == "cuda" else torch.float32)
+    for direction in ("forward", "backward"):
+        assert choose(direction, q, k).name in explain(direction, q, k)
