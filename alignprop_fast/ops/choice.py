@@ -7,8 +7,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import pairwise
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
