@@ -13,8 +13,8 @@ import torch
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.stable_diffusion import Conditioning, Generator
-from alignprop_fast.planner import CostTable, Option, Plan, Segment, leanest, parse_bytes, solve
-from alignprop_fast.runtime import Chain, apply_by_image, measure_chain, measure_option, run_chain
+from alignprop_fast.planner import CostTable, Option, Plan, leanest, parse_bytes, solve
+from alignprop_fast.runtime import Chain, apply_by_image, measure_chain, measure_option, measure_segment, run_chain
 from alignprop_fast.sampling import (
     ddim_table,
     draw_gates,
@@ -144,10 +144,10 @@ class DifferentiableSampler:
             return leanest(chain.num_steps, grad_steps)
         key = (batch, cond.embeds.shape, cond.embeds.dtype, len(chain.parameters))
         if key not in self._cost_tables:
-            self._cost_tables[key] = self._measure(chain, batch)
+            self._cost_tables[key] = self._measure(chain, batch, self.budget_bytes)
         return solve(self._cost_tables[key], chain.num_steps, grad_steps, self.budget_bytes)
 
-    def _measure(self, chain: Chain, batch: int) -> CostTable:
+    def _measure(self, chain: Chain, batch: int, budget_bytes: int) -> CostTable:
         """The cost table at this batch size, from running each option once; draws no random numbers."""
         device = self.model.device
         scale = self.model.pipe.vae_scale_factor
@@ -163,14 +163,16 @@ class DifferentiableSampler:
                 device,
             )
 
-        sampling, step = measure_chain(chain, x)
         trained_bytes = sum(p.numel() * p.element_size() for p in chain.parameters)
+        # Gradient, its sum over the steps and two optimizer moments in fp32 for each trainable parameter.
+        fixed_bytes = self._weight_bytes() + 2 * trained_bytes + 8 * sum(p.numel() for p in chain.parameters)
+        limit_bytes = budget_bytes - fixed_bytes
+        sampling, step = measure_chain(chain, x, limit_bytes)
         return CostTable(
-            # Gradient, its sum over the steps and two optimizer moments in fp32 for each trainable parameter.
-            fixed_bytes=self._weight_bytes() + 2 * trained_bytes + 8 * sum(p.numel() for p in chain.parameters),
+            fixed_bytes=fixed_bytes,
             latent_bytes=x.numel() * x.element_size(),
             step=(step,),
-            decoder=(Segment("decoder", tuple(decode(option) for option in ("keep", "image", "block"))),),
+            decoder=(measure_segment("decoder", ("block", "image", "keep"), decode, limit_bytes),),
             sampling_bytes=sampling.transient_bytes,
             sampling_seconds=sampling.seconds,
             reward_bytes=self.reserve_bytes,

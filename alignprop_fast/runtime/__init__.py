@@ -1,7 +1,7 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
 from alignprop_fast.runtime.chain import Chain, run_chain
-from alignprop_fast.runtime.measure import PeakMeter, measure_chain, measure_option
+from alignprop_fast.runtime.measure import PeakMeter, measure_chain, measure_option, measure_segment
 from alignprop_fast.runtime.segments import STEP_OPTIONS, apply_by_image, checkpointed, step_kept_as
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "checkpointed",
     "measure_chain",
     "measure_option",
+    "measure_segment",
     "run_chain",
     "step_kept_as",
 ]

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -118,10 +118,33 @@ def measure_option(
     return Option(name, kept_bytes, meter.peak_bytes - kept_bytes, _timed(device, run))
 
 
-def measure_chain(chain: Chain, x: torch.Tensor) -> tuple[Option, Segment]:
+def measure_segment(
+    name: str, lean_first: Sequence[str], measure: Callable[[str], Option], limit_bytes: int
+) -> Segment:
+    """The options of a segment, measured from the leanest on until one takes more than the limit, or more than there is.
+
+    So measuring itself goes past the limit by one option at most.
+
+    Raises:
+        torch.OutOfMemoryError: not even the leanest option can run.
+    """
+    options: list[Option] = []
+    for option in lean_first:
+        try:
+            options.append(measure(option))
+        except torch.OutOfMemoryError:
+            if not options:
+                raise
+            break
+        if options[-1].kept_bytes + options[-1].transient_bytes > limit_bytes:
+            break
+    return Segment(name, tuple(options))
+
+
+def measure_chain(chain: Chain, x: torch.Tensor, limit_bytes: int) -> tuple[Option, Segment]:
     """Costs of one step of the chain at latents x [B, ...]: (without gradient, with gradient by option).
 
-    Runs the network of step 0 and nothing else: no random number is drawn.
+    Runs the network of step 0 and nothing else: no random number is drawn. limit_bytes: see `measure_segment`.
     """
     one = replace(chain, num_steps=1, advance=lambda i, x, y: x.clone())
 
@@ -138,4 +161,4 @@ def measure_chain(chain: Chain, x: torch.Tensor) -> tuple[Option, Segment]:
 
     with torch.no_grad():
         sampling = measure_option("sampling", lambda: run_chain(one, Plan(1, (), ()), x), None, x.device)
-    return sampling, Segment("step", tuple(measure(option) for option in STEP_OPTIONS))
+    return sampling, measure_segment("step", [*reversed(STEP_OPTIONS)], measure, limit_bytes)

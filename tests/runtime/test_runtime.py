@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.planner import Plan
-from alignprop_fast.runtime import Chain, PeakMeter, apply_by_image, checkpointed, run_chain
+from alignprop_fast.planner import Option, Plan
+from alignprop_fast.runtime import (
+    Chain,
+    PeakMeter,
+    apply_by_image,
+    checkpointed,
+    measure_option,
+    measure_segment,
+    run_chain,
+)
 
 CPU = torch.device("cpu")
 
@@ -131,3 +139,30 @@ def test_peak_meter_counts_what_is_made_inside():
         outside.view(10, 100).t()
         del b
     assert meter.peak_bytes == 8000
+
+
+def test_measuring_stops_where_nothing_richer_can_fit():
+    sizes = {"lean": 10, "middle": 60, "rich": 100, "richest": 200}
+    tried = []
+
+    def measure(name):
+        tried.append(name)
+        return measure_option(
+            name, lambda: torch.zeros(sizes[name], requires_grad=True) * 1, lambda y: y.sum().backward(), CPU
+        )
+
+    segment = measure_segment("s", [*sizes], measure, limit_bytes=4 * 150)
+    assert [option.name for option in segment.options] == tried
+    assert tried[0] == "lean" and "richest" not in tried
+    assert segment.options[-1].kept_bytes + segment.options[-1].transient_bytes > 4 * 150
+
+
+def test_measuring_takes_a_lack_of_memory_for_an_answer():
+    def measure(name):
+        if name != "lean":
+            raise torch.OutOfMemoryError("full")
+        return Option(name, 1, 1, 1.0)
+
+    assert [option.name for option in measure_segment("s", ["lean", "rich"], measure, 100).options] == ["lean"]
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_segment("s", ["rich"], measure, 100)
