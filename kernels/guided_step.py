@@ -71,3 +71,26 @@ def guided_step_adjoint(
         g, dx, dy, a, weights[0], weights[-1], n, TWO=len(weights) == 2, BLOCK=BLOCK
     )
     return dx, dy
+
+
+def signatures() -> list[dict]:
+    """Both kernels as the chain launches them: fp32 latents, bf16 predictions, two branches, noise."""
+    entries = []
+    for kernel, flags in (
+        (guided_step_kernel, {"TWO": True, "NOISE": True, "BLOCK": BLOCK}),
+        (guided_step_adjoint_kernel, {"TWO": True, "BLOCK": BLOCK}),
+    ):
+        types = {"y_ptr": "*bf16", "dy_ptr": "*bf16", "n": "i32"}
+        names = [name for name in kernel.arg_names if name not in flags]
+        entries.append(
+            {
+                "kernel": kernel,
+                "config": f"fp32/bf16 {BLOCK} w4",
+                "signature": {name: types.get(name, "*fp32" if name.endswith("_ptr") else "fp32") for name in names},
+                "constexprs": flags,
+                "num_warps": 4,
+                "num_stages": 1,
+                "arch": None,
+            }
+        )
+    return entries

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from alignprop_fast.ops.backend import backend
+
 
 def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
     """Plain PyTorch. uv: [..., 2 D]; returns [..., D]."""
@@ -18,17 +20,46 @@ def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
     return u * F.gelu(v)
 
 
+@torch.library.custom_op("alignprop_fast::geglu_forward", mutates_args=())
+def _triton_forward(uv: torch.Tensor) -> torch.Tensor:
+    from alignprop_fast.kernels import geglu as kernels
+
+    return kernels.geglu_forward(uv)
+
+
+@_triton_forward.register_fake
+def _(uv: torch.Tensor) -> torch.Tensor:
+    return uv.new_empty((*uv.shape[:-1], uv.shape[-1] // 2))
+
+
+@torch.library.custom_op("alignprop_fast::geglu_backward", mutates_args=())
+def _triton_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+    from alignprop_fast.kernels import geglu as kernels
+
+    return kernels.geglu_backward(g, uv)
+
+
+@_triton_backward.register_fake
+def _(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+    return uv.new_empty(uv.shape)
+
+
 class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, uv: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(uv)
-        return geglu_reference(uv)
+        return _triton_forward(uv) if backend(uv) == "triton" else geglu_reference(uv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         (uv,) = ctx.saved_tensors
+        if backend(uv) == "triton":
+            return _triton_backward(g, uv)
         u, v = uv.chunk(2, dim=-1)
+        if torch.compiler.is_compiling():
+            # The tracer refuses an `out` that is strided; what it compiles writes in place by itself.
+            return torch.cat([g * F.gelu(v), torch.ops.aten.gelu_backward(g * u, v)], dim=-1)
         duv = torch.empty_like(uv)
         du, dv = duv.chunk(2, dim=-1)
         torch.mul(g, F.gelu(v), out=du)

@@ -6,9 +6,10 @@ neither function here is recorded by autograd; the chain (`runtime/chain.py`) ca
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
+
+from alignprop_fast.ops.backend import backend
 
 
 def guided_step_reference(
@@ -31,19 +32,34 @@ def guided_step_adjoint_reference(
     return a * g, torch.cat([(weight * g).to(y_dtype) for weight in weights])
 
 
-@cache
-def _triton_kernels():
-    """The Triton module, or None where Triton is not installed (every CPU build of PyTorch)."""
-    try:
-        from alignprop_fast.kernels import guided_step as kernels
-    except ImportError:
-        return None
-    return kernels
+@torch.library.custom_op("alignprop_fast::guided_step", mutates_args=())
+def _triton_forward(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
+) -> torch.Tensor:
+    from alignprop_fast.kernels import guided_step as kernels
+
+    return kernels.guided_step(x, y, z, a, tuple(weights), sigma)
 
 
-def backend(x: torch.Tensor) -> str:
-    """Which implementation serves x: "triton" on a CUDA device where Triton is installed, else "reference"."""
-    return "triton" if x.is_cuda and _triton_kernels() is not None else "reference"
+@_triton_forward.register_fake
+def _(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("alignprop_fast::guided_step_adjoint", mutates_args=())
+def _triton_adjoint(
+    g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from alignprop_fast.kernels import guided_step as kernels
+
+    return kernels.guided_step_adjoint(g, a, tuple(weights), y_dtype)
+
+
+@_triton_adjoint.register_fake
+def _(g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return g.new_empty(g.shape), g.new_empty((len(weights) * g.shape[0], *g.shape[1:]), dtype=y_dtype)
 
 
 def guided_step(
@@ -61,7 +77,7 @@ def guided_step(
         The next latents [B, ...] in x's dtype; sums are taken in fp32.
     """
     if backend(x) == "triton":
-        return _triton_kernels().guided_step(x, y, z, a, tuple(weights), sigma)
+        return _triton_forward(x, y, z, a, list(weights), sigma)
     return guided_step_reference(x, y, z, a, weights, sigma)
 
 
@@ -70,5 +86,5 @@ def guided_step_adjoint(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `guided_step` for x [B, ...] and for y [len(weights) * B, ...], from the gradient g [B, ...]."""
     if backend(g) == "triton":
-        return _triton_kernels().guided_step_adjoint(g, a, tuple(weights), y_dtype)
+        return _triton_adjoint(g, a, list(weights), y_dtype)
     return guided_step_adjoint_reference(g, a, weights, y_dtype)

@@ -7,6 +7,7 @@ GPU: the interpreter's bf16 arithmetic is wrong.
 import pytest
 import torch
 
+from alignprop_fast.ops import guided_step as ops
 from alignprop_fast.ops.guided_step import guided_step_adjoint_reference, guided_step_reference
 
 triton = pytest.importorskip("triton")
@@ -45,3 +46,11 @@ def test_adjoint(dtype, weights):
     assert ours[1].dtype == dtype
     for a, b, c in zip(ours, plain, exact, strict=True):
         within(a, b, c)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_custom_operators(noisy):
+    x, y = torch.randn(2, 4, 3, 5, device=DEVICE), torch.randn(4, 4, 3, 5, device=DEVICE, dtype=torch.float16)
+    torch.library.opcheck(ops._triton_forward, (x, y, x.flip(0) if noisy else None, 0.9, [-4.0, 5.0], 0.3))
+    channels_last = x.to(memory_format=torch.channels_last)
+    torch.library.opcheck(ops._triton_adjoint, (channels_last, 0.9, [-4.0, 5.0], torch.float16))

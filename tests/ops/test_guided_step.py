@@ -1,5 +1,6 @@
 """guided_step: the reference against the formula written out, and its adjoint against autograd."""
 
+import pytest
 import torch
 
 from alignprop_fast.ops.guided_step import backend, guided_step, guided_step_adjoint
@@ -27,3 +28,16 @@ def test_inputs_are_left_alone_and_low_precision_is_summed_in_fp32():
     out = guided_step(x, y, None, 1.0, (1.0, 1.0))
     # In bf16 256 + 1 is 256.
     assert out.item() == 258.0 and x.item() == 256.0 and backend(x) == "reference"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compiles_whole(device):
+    x, z, y = torch.randn(2, 4, device=device), torch.randn(2, 4, device=device), torch.randn(4, 4, device=device)
+
+    def both(x, y, z):
+        out = guided_step(x, y, z, 0.9, (-4.0, 5.0), 0.3)
+        return out, *guided_step_adjoint(out, 0.9, (-4.0, 5.0), torch.float32)
+
+    ours, eager = torch.compile(both, fullgraph=True, backend="aot_eager")(x, y, z), both(x, y, z)
+    for a, b in zip(ours, eager, strict=True):
+        assert a.shape == b.shape and (device == "meta" or torch.allclose(a, b, atol=1e-5))

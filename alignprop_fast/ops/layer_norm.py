@@ -1,0 +1,114 @@
+"""layer_norm: normalisation over the last dimension with a frozen affine map, y = gamma xhat + beta (Ba et al. 2016).
+
+Keeps x and two numbers per token, as stock PyTorch does, but never makes gradients of gamma and beta. Of a residual
+branch it takes the addition into the same pass, forward and backward.
+"""
+
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from alignprop_fast.ops import backend as _backend
+
+Tensor = torch.Tensor
+# A row must fit into the registers of one thread block (kernels.layer_norm.MAX_WIDTH).
+MAX_TRITON_WIDTH = 8192
+
+
+def layer_norm_reference(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    """Plain PyTorch. x: [..., C]; gamma, beta: [C] or None."""
+    return F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+
+
+def backend(x: Tensor) -> str:
+    """Which implementation serves x: "triton" on a CUDA device up to 8192 channels, else "reference"."""
+    return _backend.backend(x) if x.shape[-1] <= MAX_TRITON_WIDTH else "reference"
+
+
+@torch.library.custom_op("alignprop_fast::layer_norm_forward", mutates_args=())
+def _triton_forward(
+    x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from alignprop_fast.kernels import layer_norm as kernels
+
+    return kernels.layer_norm_forward(x, residual, gamma, beta, eps)
+
+
+@_triton_forward.register_fake
+def _(
+    x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    rows = x.numel() // x.shape[-1]
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return y, x.new_empty(0) if residual is None else torch.empty_like(y), mean, rstd
+
+
+@torch.library.custom_op("alignprop_fast::layer_norm_backward", mutates_args=())
+def _triton_backward(
+    g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    from alignprop_fast.kernels import layer_norm as kernels
+
+    return kernels.layer_norm_backward(g, h, x, gamma, mean, rstd)
+
+
+@_triton_backward.register_fake
+def _(g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if backend(x) == "triton":
+            y, total, mean, rstd = _triton_forward(x, residual, gamma, beta, eps)
+            s = x if residual is None else total
+        else:
+            s = x if residual is None else x + residual
+            y, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], gamma, beta, eps)
+        ctx.save_for_backward(s, gamma, beta, mean, rstd)
+        ctx.added = residual is not None
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, mean, rstd = ctx.saved_tensors
+        if backend(x) == "triton":
+            dx = _triton_backward(g, h, x, gamma, mean, rstd)
+        else:
+            dx = torch.ops.aten.native_layer_norm_backward(
+                g, x, x.shape[-1:], mean, rstd, gamma, beta, [True, False, False]
+            )[0]
+            dx = dx if h is None else dx.add_(h)
+        return dx, dx if ctx.added else None, None, None, None
+
+
+@overload
+def layer_norm(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float = ..., residual: None = ...
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalisation of x, or of x + residual, over the last dimension; differentiable in x and residual.
+
+    Args:
+        x: [..., C], any strides.
+        gamma, beta: [C], frozen, in x's dtype; None for both: no affine map.
+        eps: added to the variance.
+        residual: [..., C] to be added first, in x's dtype.
+
+    Returns:
+        y [..., C] in x's dtype; with a residual (y, x + residual).
+    """
+    return _LayerNorm.apply(x, residual, gamma, beta, eps)

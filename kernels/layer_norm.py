@@ -1,0 +1,202 @@
+"""Layer normalisation with a frozen affine map, with the residual addition in the same pass over memory.
+
+Forward, over the C channels of each token (Ba et al. 2016, eq. 4):
+
+    s = x + residual        y = gamma * xhat + beta,   xhat = (s - mean(s)) * rstd,   rstd = (var(s) + eps)^-1/2
+
+Backward, for the gradients g of y and h of s; gamma and beta have none:
+
+    dx = dresidual = rstd * (c - mean(c) - xhat * mean(c * xhat)) + h,   c = g * gamma
+
+Shapes: x, residual, s, y, g, h, dx [T, C], contiguous; gamma, beta [C]; mean, rstd [T] in fp32. All sums in fp32; the
+statistics are those of s as it is stored, so that forward and backward see the same numbers. Bytes moved, in elements
+of T C = n: forward 2 n (4 n with a residual), backward 3 n (4 n with h); 8 and 12 FLOP per element: bound by memory.
+A row is held in registers whole, padded to a power of two: lanes idle where C is just above one (640, 1280), which
+costs issue slots, not bytes. It loses on few short rows, which do not fill the chip.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Rows of (largest padded width, tokens per program, warps): 16 to 32 elements a thread.
+CONFIGS = [(256, 8, 4), (512, 4, 4), (1024, 2, 4), (2048, 1, 4), (4096, 1, 8), (8192, 1, 16)]
+MAX_WIDTH = CONFIGS[-1][0]
+
+
+@triton.jit
+def layer_norm_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    gamma_ptr,
+    beta_ptr,
+    sum_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    C,
+    eps,
+    RESIDUAL: tl.constexpr,
+    AFFINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_C)
+    at = row[:, None] * C + col[None, :]
+    inside = (row[:, None] < rows) & (col[None, :] < C)
+    s = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        s += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        stored = s.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, stored, mask=inside)
+        s = stored.to(tl.float32)
+    mean = tl.sum(s, axis=1) / C
+    centred = tl.where(inside, s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    y = centred * rstd[:, None]
+    if AFFINE:
+        gamma = tl.load(gamma_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        y = y * gamma[None, :] + beta[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    g_ptr,
+    h_ptr,
+    x_ptr,
+    gamma_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    rows,
+    C,
+    RESIDUAL: tl.constexpr,
+    AFFINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_C)
+    at = row[:, None] * C + col[None, :]
+    inside = (row[:, None] < rows) & (col[None, :] < C)
+    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    c = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if AFFINE:
+        c *= tl.load(gamma_ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+    along = tl.sum(c * xhat, axis=1) / C
+    dx = (c - (tl.sum(c, axis=1) / C)[:, None] - xhat * along[:, None]) * rstd[:, None]
+    if RESIDUAL:
+        dx += tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def config(width: int) -> tuple[int, int, int]:
+    """(BLOCK_C, ROWS, warps) for rows of this many channels. Raises ValueError above MAX_WIDTH."""
+    for block, rows, warps in CONFIGS:
+        if width <= block:
+            return triton.next_power_of_2(width), rows, warps
+    raise ValueError(f"layer_norm holds a row in registers: at most {MAX_WIDTH} channels, not {width}")
+
+
+def layer_norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel on x [..., C].
+
+    Returns:
+        (y, s, mean, rstd): y and s as x (s without elements where there is no residual), mean and rstd [T] in fp32.
+    """
+    width = x.shape[-1]
+    rows = x.numel() // width
+    block, rows_each, warps = config(width)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    layer_norm_forward_kernel[(triton.cdiv(rows, rows_each),)](
+        x,
+        x if residual is None else residual.contiguous(),
+        x if gamma is None else gamma,
+        x if beta is None else beta,
+        total,
+        y,
+        mean,
+        rstd,
+        rows,
+        width,
+        eps,
+        RESIDUAL=residual is not None,
+        AFFINE=gamma is not None,
+        ROWS=rows_each,
+        BLOCK_C=block,
+        num_warps=warps,
+    )
+    return y, total, mean, rstd
+
+
+def layer_norm_backward(
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    x: torch.Tensor,
+    gamma: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> torch.Tensor:
+    """Launch the backward kernel: the gradient of x [..., C] from g of y and h of s (None: zero)."""
+    width = x.shape[-1]
+    block, rows_each, warps = config(width)
+    g, x = g.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    layer_norm_backward_kernel[(triton.cdiv(mean.numel(), rows_each),)](
+        g,
+        g if h is None else h.contiguous(),
+        x,
+        x if gamma is None else gamma,
+        mean,
+        rstd,
+        dx,
+        mean.numel(),
+        width,
+        RESIDUAL=h is not None,
+        AFFINE=gamma is not None,
+        ROWS=rows_each,
+        BLOCK_C=block,
+        num_warps=warps,
+    )
+    return dx
+
+
+def signatures() -> list[dict]:
+    """Every shipped configuration with everything that needs registers: residual and affine map."""
+    floats = {"rows": "i32", "C": "i32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
+    entries = []
+    for kernel in (layer_norm_forward_kernel, layer_norm_backward_kernel):
+        for dtype in ("bf16", "fp32"):
+            for block, rows, warps in CONFIGS:
+                constexprs = {"RESIDUAL": True, "AFFINE": True, "ROWS": rows, "BLOCK_C": block}
+                names = [name for name in kernel.arg_names if name not in constexprs]
+                entries.append(
+                    {
+                        "kernel": kernel,
+                        "config": f"{dtype} {rows}x{block} w{warps}",
+                        "signature": {name: floats.get(name, f"*{dtype}") for name in names},
+                        "constexprs": constexprs,
+                        "num_warps": warps,
+                        "num_stages": 1,
+                        "arch": None,
+                    }
+                )
+    return entries
