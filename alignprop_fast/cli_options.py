@@ -41,7 +41,8 @@ class TrainOptions:
     output_dir: str = "alignprop-output"
     model: str = "demo"
     reward: str = "clip"
-    reward_model: str | None = None
+    reward_model: tuple[str, ...] = ()
+    allow_pickle: bool = False
     prompts: str = "demo"
     steps: int = 100
     num_inference_steps: int = 50
@@ -122,7 +123,7 @@ class ConfigCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        defaults: dict[str, str] = {}
+        defaults: dict[str, Any] = {}
         if not given.get("help"):
             config = given.get("config")
             defaults = self._read(Path(config)) if config else {}
@@ -135,8 +136,8 @@ class ConfigCommand(TyperCommand):
         ctx.default_map = defaults
         return super().parse_args(ctx, args)
 
-    def _read(self, path: Path) -> dict[str, str]:
-        """Options in a YAML file, as the texts that would stand on the command line."""
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Options in a YAML file, as the texts (lists of them where repeated) that would stand on the command line."""
         import yaml
 
         try:
@@ -154,14 +155,21 @@ class ConfigCommand(TyperCommand):
         known = [
             parameter.name for parameter in self.params if parameter.name not in ("config", "resume", "resume_from")
         ]
+        repeated = {parameter.name for parameter in self.params if getattr(parameter, "multiple", False)}
         for key, value in content.items():
             if key not in known:
                 close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
                 raise typer.BadParameter(f"{path} has an unknown option {key!r}; {hint}")
-            if isinstance(value, dict | list):
+            if isinstance(value, dict) or (isinstance(value, list) and key not in repeated):
                 raise typer.BadParameter(f"{path}: {key} must be a single value, such as '{key}: {_example(key)}'")
-        return {key: str(value) for key, value in content.items() if value is not None}
+        return {
+            key: [str(item) for item in (value if isinstance(value, list) else [value])]
+            if key in repeated
+            else str(value)
+            for key, value in content.items()
+            if value is not None
+        }
 
 
 def _example(name: str) -> Any:
@@ -190,13 +198,27 @@ Reward = Annotated[
     str,
     _option(
         _REWARD,
-        "clip, colorfulness, compressibility, incompressibility; a weighted sum such as clip:1.0,compressibility:0.3; "
-        "or a function of yours, my_module:my_function.",
+        "aesthetic, clip, colorfulness, compressibility, count:CLASS=N, hpsv2, imagereward, incompressibility, "
+        "pickscore, remove:CLASS; a weighted sum such as clip:1.0,count:apple=3:0.5; or a function of yours, "
+        "my_module:my_function.",
     ),
 ]
 RewardModel = Annotated[
-    str | None,
-    _option(_REWARD, "Folder of the CLIP model that clip scores with.", show_default="the bundled one"),
+    list[str],
+    _option(
+        _REWARD,
+        "Weights of the reward: a file, a folder or a Hub id (owner/name). NAME=PATH where several rewards have "
+        "weights, once for each.",
+        show_default="the bundled models of clip, count and remove",
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Also read reward weights in .pt, .pth and .bin files (tensors only; nothing in them is run).",
+        rich_help_panel=_REWARD,
+    ),
 ]
 Prompts = Annotated[
     str,

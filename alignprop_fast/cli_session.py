@@ -62,6 +62,8 @@ class Session:
     def __init__(
         self, options: TrainOptions, console: Console, *, resume: bool = False, resume_from: str | None = None
     ):
+        import torch
+
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.trainer import AlignPropTrainer
@@ -74,7 +76,14 @@ class Session:
         device = pick_device(options.device)
         self.options = _resolved(options, device, self.folder)
         config = make_config(self.options, device, self._checkpoint(resume, resume_from))
-        self.reward = get_reward(options.reward, device=device, model=options.reward_model)
+        self.reward = get_reward(
+            options.reward,
+            device=device,
+            # fp16 has too small a range for the gradient of an unscaled score.
+            dtype=torch.bfloat16 if self.options.mixed_precision == "bf16" else torch.float32,
+            model=options.reward_model,
+            allow_pickle=options.allow_pickle,
+        )
         pipeline = DefaultDDPOStableDiffusionPipeline(options.model)
         self._check_reward(pipeline.sd_pipeline, device)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
@@ -119,6 +128,8 @@ class Session:
         """
         import torch
 
+        from alignprop_fast.metrics import reward_parts
+
         first = self.options.seed if first_seed is None else first_seed
         seeds, size = range(first, first + len(prompts)), self.options.batch_size
         images: list[Image.Image] = []
@@ -129,11 +140,11 @@ class Session:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
             with torch.no_grad():
                 images_BCHW = self.trainer.sampler(batch, self.options.negative_prompt, generators, grad_steps=())
-                scores_B, parts_B = self.reward(images_BCHW, batch, [{} for _ in batch])
+                scores_B, info = self.reward(images_BCHW, batch, [{} for _ in batch])
             images += to_images(images_BCHW)
             rewards += scores_B.tolist()
-            for name, values_B in parts_B.items():
-                parts.setdefault(name, []).extend(values_B.tolist())
+            for name, mean in reward_parts(info).items():
+                parts.setdefault(name, []).extend([mean] * len(batch))
         means = {name: fmean(values) for name, values in parts.items()}
         return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards), means)
 
@@ -267,10 +278,17 @@ def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
         output_dir=str(folder),
         model=options.model if options.model == "demo" else existing_as_absolute(options.model),
         prompts=existing_as_absolute(options.prompts),
-        reward_model=options.reward_model and existing_as_absolute(options.reward_model),
+        reward_model=tuple(map(_absolute_model, options.reward_model)),
         mixed_precision=precision if options.mixed_precision == "auto" else options.mixed_precision,
         lora_alpha=float(options.lora_rank if options.lora_alpha is None else options.lora_alpha),
     )
+
+
+def _absolute_model(value: str) -> str:
+    from alignprop_fast.rewards.registry import split_model
+
+    name, path = split_model(value)
+    return existing_as_absolute(path) if name is None else f"{name}={existing_as_absolute(path)}"
 
 
 def _spread(prompts: Sequence[str]) -> list[str]:

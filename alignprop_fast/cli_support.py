@@ -171,4 +171,6 @@ def existing_as_absolute(value: str) -> str:
 
 def plain(value: Any) -> Any:
     """An option's value as YAML and JSON take it."""
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
     return str(value) if isinstance(value, str) else value

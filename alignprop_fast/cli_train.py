@@ -24,7 +24,8 @@ def train(
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
     reward: o.Reward = DEFAULTS.reward,
-    reward_model: o.RewardModel = DEFAULTS.reward_model,
+    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
+    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
     prompts: o.Prompts = DEFAULTS.prompts,
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,

@@ -1,4 +1,4 @@
-"""The bundled demo: a small text-to-image model, a CLIP model for the same pictures, prompts and example pictures."""
+"""The bundled demo: a small text-to-image model, CLIP and a counter for the same pictures, prompts, examples."""
 
 from pathlib import Path
 
@@ -13,6 +13,11 @@ def model_path() -> Path:
 def clip_path() -> Path:
     """Folder of the bundled transformers `CLIPModel` and its processor, trained on the same kind of pictures."""
     return _FOLDER / "clip"
+
+
+def counter_path() -> Path:
+    """Folder of the bundled counter of `counter_network.py`, trained on the same kind of pictures."""
+    return _FOLDER / "counter"
 
 
 def prompts_path(heldout: bool = False) -> Path:

@@ -7,7 +7,6 @@ the 2.5 or 100 of the various "CLIP scores". Published models give about 0.2 to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .preprocess import Preprocess
+from .preprocess import Preprocess, at_least_fp32
+from .weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
 
 _CACHED_PROMPTS = 10_000
 
 
-class ClipScore(nn.Module):
-    """Cosine similarity of image and prompt under any CLIP folder in the transformers format. Weights frozen, fp32."""
+class Similarity(nn.Module):
+    """Cosine similarity of image and prompt under a transformers `CLIPModel`. Weights frozen, of any float dtype."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """folder: a `CLIPModel` in safetensors with its tokenizer and image processor.
-
-        Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
-        """
+    def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess) -> None:
         super().__init__()
-        folder = Path(folder)
-        _require_clip_config(folder)
-        self.preprocess = Preprocess.from_folder(folder)
-        self.model, self.tokenizer = _load(folder)
+        self.model, self.tokenizer, self.preprocess = model, tokenizer, preprocess
         self._text_embeddings: dict[str, Tensor] = {}  # normalised, by prompt
 
     def forward(
@@ -43,9 +36,7 @@ class ClipScore(nn.Module):
 
         Returns cosine similarities, fp32, [B]. The gradient reaches the images; text is embedded without one, once.
         """
-        pixels_BCHW = self.preprocess(images_BCHW).to(self.model.dtype)
-        pooled_BC = self.model.vision_model(pixel_values=pixels_BCHW).pooler_output
-        image_BE = F.normalize(self.model.visual_projection(pooled_BC).float(), dim=-1)
+        image_BE = image_embeddings(self.model, self.preprocess(images_BCHW))
         text_BE = self._embed(prompts).to(image_BE.device)
         return (image_BE * text_BE).sum(-1), {}
 
@@ -60,7 +51,7 @@ class ClipScore(nn.Module):
             tokens = self.tokenizer(missing, padding=True, truncation=True, max_length=length, return_tensors="pt")
             tokens = tokens.to(self.model.device)
             text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            embeddings_BE = F.normalize(self.model.text_projection(text.pooler_output).float(), dim=-1)
+            embeddings_BE = F.normalize(at_least_fp32(self.model.text_projection(text.pooler_output)), dim=-1)
             known.update(zip(missing, embeddings_BE.unbind(), strict=True))
         result_BE = torch.stack([known[prompt] for prompt in prompts])
         if len(known) > _CACHED_PROMPTS:
@@ -68,38 +59,36 @@ class ClipScore(nn.Module):
         return result_BE
 
 
-def _require_clip_config(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no CLIP model in {folder} (it has no config.json); give a folder in the transformers format, such as one "
-            "made by `hf download openai/clip-vit-large-patch14 --local-dir FOLDER`"
-        )
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); copy the model again") from error
-    if kind != "clip":
+class ClipScore(Similarity):
+    """`Similarity` under any CLIP folder in the transformers format."""
+
+    def __init__(self, folder: str | Path, loading: Loading = DEFAULT) -> None:
+        """folder: a `CLIPModel` with its tokenizer and image processor, or its Hub id.
+
+        Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
+        """
+        folder = clip_folder(folder, loading)
+        preprocess, tokenizer = Preprocess.from_folder(folder), load_tokenizer(folder, "CLIP model")
+        super().__init__(load_clip(folder, loading), tokenizer, preprocess)
+
+
+def image_embeddings(model: Any, pixels_BCHW: Tensor) -> Tensor:
+    """CLIP's embeddings of preprocessed pixels, normalised, fp32 or wider, [B, E]."""
+    pixels_BCHW = pixels_BCHW.to(model.visual_projection.weight.dtype)
+    pooled_BC = model.vision_model(pixel_values=pixels_BCHW).pooler_output
+    return F.normalize(at_least_fp32(model.visual_projection(pooled_BC)), dim=-1)
+
+
+def clip_folder(model: str | Path, loading: Loading) -> Path:
+    """The local folder of a CLIP model. Raises as `ClipScore` does."""
+    folder = model_folder(model, "CLIP model", loading)
+    if (kind := model_type(folder)) != "clip":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not 'clip'; give a CLIP folder")
+    return folder
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """The frozen model and its tokenizer. Where transformers would fill missing weights with noise, raises OSError."""
-    from transformers import AutoTokenizer, CLIPModel
+def load_clip(folder: Path, loading: Loading) -> Any:
+    """The frozen `CLIPModel` of a folder."""
+    from transformers import CLIPModel
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # else transformers invents one
-        raise FileNotFoundError(f"the CLIP model in {folder} has no tokenizer (tokenizer.json); copy the model again")
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # many kinds from many layers, all of which mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"cannot load the CLIP model in {folder}: {reason}; copy the model again") from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise OSError(
-            f"the CLIP model in {folder} lacks {len(missing)} weights ({missing[0]}, ...); copy the model again"
-        )
-    return model.requires_grad_(False).eval(), tokenizer
+    return load_model(CLIPModel, folder, "CLIP model", loading)

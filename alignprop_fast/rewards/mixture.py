@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,18 @@ class Part:
 
 
 class WeightedSum:
-    """score = sum over parts of weight * score of the part; info = {part name: its scores, unweighted and detached}."""
+    """score = sum over parts of weight * score of the part.
+
+    info = {part name: its scores, unweighted and detached}, and what a part itself gives as info, under the same key
+    or, where another part gives that key too or is called so, under "part name/key".
+    """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
 
     def __call__(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Returns scores, fp32 or wider, [B], and info.
 
         Raises ValueError when images or prompts are of the wrong shape or number, or a part returns something else than
@@ -40,13 +45,16 @@ class WeightedSum:
             raise ValueError(f"rewards take float images [B, 3, H, W], not {_describe(images_BCHW)}")
         if len(prompts) != len(images_BCHW):
             raise ValueError(f"rewards take one prompt per image, not {len(prompts)} for {len(images_BCHW)}")
-        total_B, info = None, {}
+        total_B, own = None, {}
+        info: dict[str, Any] = {}
         for part in self.parts:
-            scores_B = checked_scores(part.name, part.reward(images_BCHW, prompts, metadata), images_BCHW)
+            result = part.reward(images_BCHW, prompts, metadata)
+            scores_B = checked_scores(part.name, result, images_BCHW)
             info[part.name] = scores_B.detach()
+            own[part.name] = _own_info(result)
             total_B = part.weight * scores_B if total_B is None else total_B + part.weight * scores_B
         assert total_B is not None
-        return total_B, info
+        return total_B, info | _merged(own, taken=set(info))
 
 
 def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:
@@ -67,6 +75,20 @@ def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:
             "operations, without detach(), no_grad(), numpy or PIL"
         )
     return scores_B.to(images_BCHW.device, torch.promote_types(scores_B.dtype, torch.float32))
+
+
+def _own_info(result: Any) -> dict[str, Any]:
+    """What a reward returned beside its scores, if that is a dictionary; tensors detached."""
+    info = result[1] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping) else {}
+    return {str(key): value.detach() if isinstance(value, Tensor) else value for key, value in info.items()}
+
+
+def _merged(own: Mapping[str, Mapping[str, Any]], taken: set[str]) -> dict[str, Any]:
+    keys = Counter(key for info in own.values() for key in info)
+    clashing = taken | {key for key, number in keys.items() if number > 1}
+    return {
+        f"{name}/{key}" if key in clashing else key: value for name, info in own.items() for key, value in info.items()
+    }
 
 
 def _describe(value: Any) -> str:

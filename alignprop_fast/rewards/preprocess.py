@@ -7,6 +7,7 @@ the one difference is that PIL rounds to 8 bits after each of its two passes, an
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# OpenAI's, which most later models kept.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # By Pillow's numbers. The others have no antialiased counterpart in torch.
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 # What transformers' CLIPImageProcessor takes for a key that the file leaves out.
@@ -25,8 +28,8 @@ _CLIP_DEFAULTS = {
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
     "do_normalize": True,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
 }
 
 
@@ -36,15 +39,18 @@ class Preprocess:
 
     shortest_edge: int | None = None  # pixels; the other edge keeps the proportions
     exact_size: tuple[int, int] | None = None  # (height, width), in place of shortest_edge
+    longest_edge: int | None = None  # pixels, in place of both; black around the image makes it a square
     resampling: str = "bicubic"
     crop: tuple[int, int] | None = None  # (height, width)
+    round_crop: bool = False  # where the margin is odd: round half of it (to even), as torchvision does, or cut it off
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Preprocess:
+    def from_folder(cls, folder: Path, defaults: Mapping[str, Any] | None = None) -> Preprocess:
         """Read a CLIP folder's `preprocessor_config.json`, or its part of transformers 5's `processor_config.json`.
 
+        defaults: what another processor than CLIP's takes for keys that the file leaves out, where it differs.
         Raises FileNotFoundError when the folder has neither, ValueError for a file that cannot be understood.
         """
         file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
@@ -54,7 +60,7 @@ class Preprocess:
             )
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            return cls._from_config(_CLIP_DEFAULTS | stored.get("image_processor", stored))
+            return cls._from_config(_CLIP_DEFAULTS | dict(defaults or {}) | stored.get("image_processor", stored))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is damaged or of an unknown kind ({error}); copy it again") from error
 
@@ -76,9 +82,9 @@ class Preprocess:
         )
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1], any float dtype -> [B, 3, crop height, crop width] in fp32 or wider."""
-        images_BCHW = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
-        images_BCHW = _centre_crop(self._resize(images_BCHW), self.crop)
+        """[B, 3, H, W] in [0, 1], any float dtype -> [B, 3, height, width] after resize and crop in fp32 or wider."""
+        images_BCHW = at_least_fp32(images_BCHW)
+        images_BCHW = self._centre_crop(self._resize(images_BCHW))
         mean_C11 = images_BCHW.new_tensor(self.mean)[:, None, None]
         std_C11 = images_BCHW.new_tensor(self.std)[:, None, None]
         return (images_BCHW - mean_C11) / std_C11
@@ -89,23 +95,39 @@ class Preprocess:
         if self.shortest_edge is not None:
             short = min(height, width)
             size = (self.shortest_edge * height // short, self.shortest_edge * width // short)
+        if self.longest_edge is not None:
+            scale = self.longest_edge / max(height, width)
+            size = (round(height * scale), round(width * scale))
         if size == (height, width):
-            return images_BCHW
+            return self._square(images_BCHW)
         # Bicubic overshoots at edges and 8-bit pictures cannot: PIL resizes rows, clips, resizes columns, clips (since
         # version 13 columns first where the height shrinks more than the width; only by rounding can it do so here).
         for target in ((height, size[1]), size):
             images_BCHW = F.interpolate(images_BCHW, size=target, mode=self.resampling, antialias=True).clamp(0, 1)
-        return images_BCHW
+        return self._square(images_BCHW)
+
+    def _square(self, images_BCHW: Tensor) -> Tensor:
+        if self.longest_edge is None:
+            return images_BCHW
+        down, across = (self.longest_edge - edge for edge in images_BCHW.shape[-2:])
+        return F.pad(images_BCHW, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+    def _centre_crop(self, images_BCHW: Tensor) -> Tensor:
+        if self.crop is None:
+            return images_BCHW
+        height, width = images_BCHW.shape[-2:]
+        if height < self.crop[0] or width < self.crop[1]:
+            raise ValueError(
+                f"the image processor cuts {self.crop[0]} x {self.crop[1]} pixels out of images of {height} x {width}"
+            )
+        margins = (height - self.crop[0], width - self.crop[1])
+        top, left = (round(margin / 2) if self.round_crop else margin // 2 for margin in margins)
+        return images_BCHW[..., top : top + self.crop[0], left : left + self.crop[1]]
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precision becomes fp32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
-
-
-def _centre_crop(images_BCHW: Tensor, crop: tuple[int, int] | None) -> Tensor:
-    if crop is None:
-        return images_BCHW
-    height, width = images_BCHW.shape[-2:]
-    if height < crop[0] or width < crop[1]:
-        raise ValueError(f"the image processor cuts {crop[0]} x {crop[1]} pixels out of images of {height} x {width}")
-    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    return images_BCHW[..., top : top + crop[0], left : left + crop[1]]

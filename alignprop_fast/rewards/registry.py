@@ -1,8 +1,8 @@
 """Rewards by name: what a reward specification such as `clip:1.0,compressibility:0.3` means.
 
-A specification is a list of parts, separated by commas. A part is `NAME[:ARGUMENT][:WEIGHT]` for a reward of this
-package, or `module:function[:WEIGHT]` for a function of the user's; its last piece is the weight if it is a number
-(default 1).
+A specification is a list of parts, separated by commas. A part is `NAME[:WEIGHT]` for a reward of this package, with an
+argument for some (`count:CLASS=N[:WEIGHT]`), or `module:function[:WEIGHT]` for a function of the user's. Its last piece
+is the weight if it is a number (default 1).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,48 +21,97 @@ import torch
 from torch import nn
 
 from .mixture import Part, Reward, WeightedSum
+from .weights import Loading
 
 
-def _clip(argument: str | None, model: Path | None) -> Reward:
+def _clip(argument: str, model: str | None, loading: Loading) -> Reward:
     from .clip import ClipScore
 
     if model is None:
         from alignprop_fast.demo import clip_path
 
-        model = clip_path()
-    return ClipScore(model)
+        return ClipScore(clip_path(), loading)
+    return ClipScore(model, loading)
 
 
-def _colorfulness(argument: str | None, model: Path | None) -> Reward:
+def _pickscore(argument: str, model: str | None, loading: Loading) -> Reward:
+    from .pickscore import PickScore
+
+    return PickScore(_needed("pickscore", model), loading)
+
+
+def _hpsv2(argument: str, model: str | None, loading: Loading) -> Reward:
+    from .hpsv2 import HpsV2
+
+    return HpsV2(_needed("hpsv2", model), loading)
+
+
+def _imagereward(argument: str, model: str | None, loading: Loading) -> Reward:
+    from .imagereward import ImageReward
+
+    return ImageReward(_needed("imagereward", model), loading)
+
+
+def _aesthetic(argument: str, model: str | None, loading: Loading) -> Reward:
+    from .aesthetic import Aesthetic
+
+    return Aesthetic(_needed("aesthetic", model), loading)
+
+
+def _count(argument: str, model: str | None, loading: Loading) -> Reward:
+    from .count import Count
+
+    return Count(argument, model, loading)
+
+
+def _remove(argument: str, model: str | None, loading: Loading) -> Reward:
+    from .count import Remove
+
+    return Remove(argument, model, loading)
+
+
+def _colorfulness(argument: str, model: str | None, loading: Loading) -> Reward:
     from .colorfulness import Colorfulness
 
     return Colorfulness()
 
 
-def _compressibility(argument: str | None, model: Path | None) -> Reward:
+def _compressibility(argument: str, model: str | None, loading: Loading) -> Reward:
     from .compressibility import Compressibility
 
     return Compressibility()
 
 
-def _incompressibility(argument: str | None, model: Path | None) -> Reward:
+def _incompressibility(argument: str, model: str | None, loading: Loading) -> Reward:
     from .compressibility import Incompressibility
 
     return Incompressibility()
 
 
+def _needed(name: str, model: str | None) -> str:
+    if model is None:
+        raise ValueError(f"reward {name!r} needs its published weights: give --reward-model {name}=PATH")
+    return model
+
+
 @dataclass(frozen=True)
 class _Entry:
-    build: Callable[[str | None, Path | None], Reward]  # argument, model
+    build: Callable[[str, str | None, Loading], Reward]  # argument, model
     argument: str | None = None  # how the argument is written, e.g. "CLASS=N"; None: there is none
     takes_model: bool = False
 
 
 _REWARDS = {
+    "aesthetic": _Entry(_aesthetic, takes_model=True),
     "clip": _Entry(_clip, takes_model=True),
     "colorfulness": _Entry(_colorfulness),
     "compressibility": _Entry(_compressibility),
+    "count": _Entry(_count, argument="CLASS=N", takes_model=True),
+    "hpsv2": _Entry(_hpsv2, takes_model=True),
+    "imagereward": _Entry(_imagereward, takes_model=True),
     "incompressibility": _Entry(_incompressibility),
+    "pickscore": _Entry(_pickscore, takes_model=True),
+    "remove": _Entry(_remove, argument="CLASS", takes_model=True),
 }
 
 
@@ -71,11 +120,20 @@ def reward_names() -> list[str]:
     return sorted(_REWARDS)
 
 
-def get_reward(spec: str, *, device: str | torch.device = "cpu", model: str | Path | None = None) -> WeightedSum:
+def get_reward(
+    spec: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    model: str | Path | Sequence[str | Path] | None = None,
+    allow_pickle: bool = False,
+) -> WeightedSum:
     """The reward that `spec` describes, with its weights on `device`.
 
-    model: folder of the weights, for rewards that can take another model than their own (`clip`).
-    Returns a callable (images [B, 3, H, W] in [0, 1], prompts, metadata) -> (scores [B], {part: scores [B]}).
+    dtype: of the weights of model-based rewards; scores are fp32 all the same.
+    model: where the weights are (a path or a Hub id), for rewards that take some; one "NAME=PATH" each if several do.
+    allow_pickle: also read .pt, .pth and .bin files, by torch's restricted unpickler.
+    Returns a callable (images [B, 3, H, W] in [0, 1], prompts, metadata) -> (scores [B], {part: scores [B], ...}).
     Raises ValueError, FileNotFoundError or OSError, one line each, that say what is wrong with `spec` or the weights.
     """
     pieces = [part.strip() for part in spec.split(",")]
@@ -85,10 +143,33 @@ def get_reward(spec: str, *, device: str | torch.device = "cpu", model: str | Pa
     names = [name for name, _ in parsed]
     if len(set(names)) < len(names):
         raise ValueError(f"the reward {spec!r} names {_first_repeated(names)!r} twice; give it once, with one weight")
-    if model is not None and not any(name in _REWARDS and _REWARDS[name].takes_model for name in map(_head, names)):
-        raise ValueError(f"a reward model was given, but nothing in {spec!r} uses one; leave it out")
-    folder = None if model is None else Path(model)
-    return WeightedSum([Part(name, weight, _build(name, folder, device)) for name, weight in parsed])
+    given = [model] if isinstance(model, str | Path) else list(model or ())
+    models, loading = _assigned(spec, names, [str(value) for value in given]), Loading(allow_pickle, dtype)
+    return WeightedSum([Part(name, weight, _build(name, models, loading, device)) for name, weight in parsed])
+
+
+def split_model(value: str) -> tuple[str | None, str]:
+    """`NAME=PATH` -> (NAME, PATH) where NAME is a reward that takes a model; all else is a path: (None, value)."""
+    name, equals, path = value.partition("=")
+    return (name, path) if equals and name in _REWARDS and _REWARDS[name].takes_model else (None, value)
+
+
+def _assigned(spec: str, names: Sequence[str], values: Sequence[str]) -> dict[str, str]:
+    """Which model belongs to which reward of `spec`."""
+    takers = list(dict.fromkeys(head for head in map(_head, names) if head in _REWARDS and _REWARDS[head].takes_model))
+    models: dict[str, str] = {}
+    for name, path in map(split_model, values):
+        if not takers or (name is not None and name not in takers):
+            raise ValueError(f"a reward model was given, but nothing in {spec!r} uses {name or 'one'}; leave it out")
+        if name is None and len(takers) > 1:
+            raise ValueError(
+                f"which of {', '.join(takers)} is {path} for? Give it as NAME=PATH, for example {takers[0]}={path}"
+            )
+        name = name or takers[0]
+        if name in models:
+            raise ValueError(f"two models were given for the reward {name!r}; leave one out")
+        models[name] = path
+    return models
 
 
 def _parse(part: str) -> tuple[str, float]:
@@ -113,7 +194,7 @@ def _first_repeated(names: list[str]) -> str:
     return next(name for name in names if names.count(name) > 1)
 
 
-def _build(name: str, model: Path | None, device: str | torch.device) -> Callable[..., Any]:
+def _build(name: str, models: Mapping[str, str], loading: Loading, device: str | torch.device) -> Callable[..., Any]:
     head, colon, rest = name.partition(":")
     if head not in _REWARDS:
         if colon:
@@ -122,10 +203,10 @@ def _build(name: str, model: Path | None, device: str | torch.device) -> Callabl
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"there is no reward {head!r}{hint} {_known()}")
     entry = _REWARDS[head]
-    if bool(colon) != (entry.argument is not None):
+    if bool(rest) != (entry.argument is not None) or (colon and not rest):
         form = f"{head}:{entry.argument}" if entry.argument else head
         raise ValueError(f"reward {name!r} must be written {form!r} (and :WEIGHT)")
-    reward = entry.build(rest or None, model)
+    reward = entry.build(rest, models.get(head), loading)
     return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 

@@ -17,40 +17,9 @@ from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.clip import ClipScore
 from alignprop_fast.rewards.preprocess import Preprocess
 
+from .published import write_preprocessor
+
 PROMPTS = ["red cat", "a dog, drawn", "red cat", "the " * 200]
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `CLIPModel` folder with random weights, 48 x 48 pixels, and the processor file of the published models."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    shutil.copytree(tiny_sd_folder / "tokenizer", folder)
-    text = json.loads((tiny_sd_folder / "text_encoder" / "config.json").read_text())
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"image_size": 48, "patch_size": 16}
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision | sizes, projection_dim=32)).save_pretrained(folder)
-    write_preprocessor(folder, size=48, crop_size=48)
-    return folder
-
-
-def write_preprocessor(folder: Path, **changes: object) -> None:
-    """`preprocessor_config.json` as OpenAI published it, but for `changes`."""
-    published = {
-        "crop_size": 224,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3,
-        "size": 224,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(published | changes))
 
 
 def reference_pixels(folder: Path, images_BCHW: torch.Tensor) -> torch.Tensor:

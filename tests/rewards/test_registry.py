@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,11 @@ def brightness(images, prompts, metadata):
 
 def with_info(images, prompts, metadata):
     return brightness(images, prompts, metadata), {"anything": 1}
+
+def tells_more(images, prompts, metadata):
+    return brightness(images, prompts, metadata), {
+        "anything": 2, "largest": images.amax((1, 2, 3)), "colorfulness": images.amin((1, 2, 3))
+    }
 
 def one_number(images, prompts, metadata):
     return images.mean()
@@ -53,7 +59,10 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_names():
-    assert reward_names() == ["clip", "colorfulness", "compressibility", "incompressibility"]
+    assert reward_names() == [
+        *("aesthetic", "clip", "colorfulness", "compressibility", "count", "hpsv2", "imagereward"),
+        *("incompressibility", "pickscore", "remove"),
+    ]
 
 
 def test_weighted_sum_and_its_info(pictures):
@@ -77,7 +86,8 @@ def test_a_function_in_the_working_directory(user_folder, spec, factor):
     scores, info = get_reward(spec)(images, [""] * 4, [None] * 4)
     torch.testing.assert_close(scores, factor * images.detach().mean((1, 2, 3)).float(), rtol=1e-2, atol=0)
     assert scores.dtype == torch.float32 and scores.requires_grad
-    assert list(info) == [":".join(spec.split(":")[:2])]
+    own = ["anything"] if "with_info" in spec else []
+    assert list(info) == [":".join(spec.split(":")[:2]), *own]
 
 
 def test_an_installed_function_mixes_with_a_named_reward(user_folder):
@@ -85,16 +95,75 @@ def test_an_installed_function_mixes_with_a_named_reward(user_folder):
     torch.testing.assert_close(scores, info["my_rewards:brightness"] + info["colorfulness"])
 
 
+def test_what_rewards_tell_about_themselves_is_kept(user_folder):
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+    spec = "my_rewards:with_info,my_rewards:tells_more,colorfulness:0.5"
+    _, info = get_reward(spec)(images, [""] * 2, [None] * 2)
+    assert list(info)[:3] == ["my_rewards:with_info", "my_rewards:tells_more", "colorfulness"]
+    assert info["my_rewards:with_info/anything"] == 1  # two parts have this key
+    assert info["my_rewards:tells_more/anything"] == 2
+    assert torch.equal(info["largest"], images.detach().amax((1, 2, 3)))
+    assert not info["largest"].requires_grad
+    assert not torch.equal(info["my_rewards:tells_more/colorfulness"], info["colorfulness"])  # a part is called so
+    assert len(info) == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "head", "argument", "weight"),
+    [
+        ("count:apple=3", "Count", 3, 1.0),
+        ("count:apple=3:0.5", "Count", 3, 0.5),
+        ("count: apple = 0 :-1", "Count", 0, -1.0),
+        ("remove:cat:2", "Remove", None, 2.0),
+    ],
+)
+def test_arguments_and_weights(spec, head, argument, weight):
+    (part,) = get_reward(spec).parts
+    assert (type(part.reward).__name__, getattr(part.reward, "number", None), part.weight) == (head, argument, weight)
+
+
+def test_several_models_are_told_apart_by_name(clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "a=b")
+    reward = get_reward(
+        "clip,pickscore:0.1,colorfulness", model=[f"pickscore={tmp_path / 'a=b'}", f"clip={clip_folder}"]
+    )
+    assert [type(part.reward).__name__ for part in reward.parts] == ["ClipScore", "PickScore", "Colorfulness"]
+    get_reward("clip", model=tmp_path / "a=b")  # a path may hold the sign
+
+
+@pytest.mark.parametrize(
+    ("spec", "models", "message"),
+    [
+        ("clip,pickscore", ["x"], "which of clip, pickscore is x for. Give it as NAME=PATH"),
+        ("clip,pickscore", ["clip=x", "clip=y"], "two models were given for the reward 'clip'"),
+        ("clip", ["pickscore=x"], "nothing in 'clip' uses pickscore"),
+        ("count:apple=1,remove:cat", ["x"], "which of count, remove"),
+        ("hpsv2", [], "'hpsv2' needs its published weights: give --reward-model hpsv2=PATH"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_in_one_line(spec, models, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        get_reward(spec, model=models)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("colourfulness", "no reward 'colourfulness'; did you mean 'colorfulness'.*clip, colorfulness, compress"),
-        ("aesthetic:0.5", "no reward 'aesthetic'. Rewards by name: clip"),
+        ("colourfulness", "no reward 'colourfulness'; did you mean 'colorfulness'.*aesthetic, clip, colorfulness"),
+        ("beauty:0.5", "no reward 'beauty'. Rewards by name: aesthetic, clip"),
         ("", "empty part"),
         ("clip,", "empty part"),
         ("colorfulness:nan", "weight of reward 'colorfulness:nan' is not a finite number"),
         ("colorfulness:1,colorfulness:2", "'colorfulness' twice"),
         ("colorfulness:cat:2", "'colorfulness:cat' must be written 'colorfulness'"),
+        ("count", "'count' must be written 'count:CLASS=N' .and :WEIGHT"),
+        ("count:apple", "must be written KIND=N, for example count:apple=3, not 'apple'"),
+        ("count:apple=many", "must be written KIND=N"),
+        ("count:=3", "must be written KIND=N"),
+        ("remove", "'remove' must be written 'remove:CLASS'"),
+        ("remove:zebra", "bundled counter does not know 'zebra', only apple, banana"),
+        ("clip:", "'clip:' must be written 'clip'"),
         ("no_such_module:f", "no module 'no_such_module' in .* nor installed. Rewards by name"),
         ("my_rewards:missing", "'missing' does not exist in .*my_rewards.py"),
         ("my_rewards:not_a_function", "'not_a_function' is not a function in"),

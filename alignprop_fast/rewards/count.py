@@ -1,0 +1,83 @@
+"""How many things of a kind are in the picture, and whether any are: rewards from a detector's scores.
+
+AlignProp (Prabhudesai et al., 2023, section 5) removes and counts things with an open-vocabulary detector. A count of
+boxes above a threshold has no gradient; here, with a candidate's margin m_i = logit_i - logit(threshold) and the soft
+"candidates i and j are one thing" k_ij of `detectors.py` (k_ii = 1):
+
+    a_i = sigmoid(m_i / t)                    soft "is there", t = 0.5 where boxes may be duplicates, else 1
+    w_i = a_i^4 / sum_j a_j^4 k_ij            share of candidate i in its thing; 1 where there are no duplicates
+    n   = sum_i a_i w_i                       the soft count: each thing counts once, by its best candidates
+
+    count:KIND=N   score = -(sqrt((n - N)^2 + d^2) - d), d = 0.25    0 at N, then about minus the distance
+    remove:KIND    score = -log(1 + sum_i exp(m_i))                  0 without any, about minus the best margin with one
+
+All of it is smooth, with nothing annealed. The gradient goes through the scores; the boxes have none. `remove` does not
+saturate however sure the detector is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .detectors import Detector, load_detector
+from .weights import DEFAULT, Loading
+
+_TEMPERATURE = 0.5
+_SHARPNESS = 4  # the power of the share: the best of several candidates takes nearly all
+_ROUNDING = 0.25  # d, in things
+
+
+class Count(nn.Module):
+    """`count:KIND=N`."""
+
+    def __init__(self, argument: str, model: str | Path | None = None, loading: Loading = DEFAULT) -> None:
+        """argument: "KIND=N", for example "apple=3". model: as for `load_detector`.
+
+        Raises FileNotFoundError, OSError or ValueError, one line each, for a bad argument or model.
+        """
+        super().__init__()
+        kind, _, number = argument.rpartition("=")
+        if not kind.strip() or not number.strip().isdecimal():
+            raise ValueError(f"what to count must be written KIND=N, for example count:apple=3, not {argument!r}")
+        self.number = int(number)
+        self.detector = load_detector(model, kind.strip(), loading)
+
+    def forward(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts play no part. Returns scores <= 0, fp32, [B], and soft_count."""
+        count_B = soft_count(*cast(Detector, self.detector).candidates(images_BCHW))
+        distance_B = torch.sqrt((count_B - self.number).square() + _ROUNDING**2)
+        return _ROUNDING - distance_B, {"soft_count": count_B.detach()}
+
+
+class Remove(nn.Module):
+    """`remove:KIND`."""
+
+    def __init__(self, kind: str, model: str | Path | None = None, loading: Loading = DEFAULT) -> None:
+        """kind: for example "apple". model: as for `load_detector`, whose errors it raises."""
+        super().__init__()
+        self.detector = load_detector(model, kind.strip(), loading)
+
+    def forward(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts play no part. Returns scores <= 0, fp32, [B], and soft_count."""
+        margins_BQ, log_same_BQQ = cast(Detector, self.detector).candidates(images_BCHW)
+        count_B = soft_count(margins_BQ, log_same_BQQ)
+        return -F.softplus(margins_BQ.logsumexp(1)), {"soft_count": count_B.detach()}
+
+
+def soft_count(margins_BQ: Tensor, log_same_BQQ: Tensor | None) -> Tensor:
+    """n of the module's formula, [B]. log_same_BQQ: log k_ij, or None where no two candidates are the same thing."""
+    if log_same_BQQ is None:
+        return torch.sigmoid(margins_BQ).sum(1)
+    log_powers_BQ = _SHARPNESS * F.logsigmoid(margins_BQ / _TEMPERATURE)
+    log_total_BQ = (log_powers_BQ[:, None] + log_same_BQQ).logsumexp(-1)
+    return (torch.sigmoid(margins_BQ / _TEMPERATURE) * (log_powers_BQ - log_total_BQ).exp()).sum(1)

@@ -1,0 +1,87 @@
+"""Human Preference Score v2 (and v2.1): which picture people would choose for a prompt.
+
+Wu et al., "Human Preference Score v2: a solid benchmark for evaluating human preferences of text-to-image synthesis",
+2023: score = <f(image), g(prompt)> with the normalised embeddings of a CLIP ViT-H/14 trained on preferences. As in the
+published code it is not multiplied by the temperature: about 0.2 to 0.35. v2.1 is the same network with other weights.
+
+Weights: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of `xswu/HPSv2`, in open_clip's names (or the same tensors as
+safetensors), with the tokenizer of any CLIP model of 77 tokens in the same folder.
+Pixels: longer edge to 224, bicubic; black around it to a square; CLIP's mean and deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .clip import Similarity
+from .open_clip_names import to_transformers
+from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from .weights import DEFAULT, Loading, filled, load_tokenizer, read_state, weights_file
+
+_NAMES = ("HPS_v2.1_compressed", "HPS_v2_compressed")
+_VISION_HEAD, _TEXT_HEAD = 80, 64  # widths of one attention head in ViT-H/14
+
+
+class HpsV2(Similarity):
+    """The similarity under HPS v2's network; which version is a matter of the weights."""
+
+    def __init__(self, path: str | Path, loading: Loading = DEFAULT) -> None:
+        """path: the weights file, or its folder (v2.1 if both are there); the tokenizer lies beside it.
+
+        Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.
+        """
+        file = weights_file(Path(path), _NAMES, "HPS v2 weights")
+        tokenizer = load_tokenizer(file.parent, "HPS v2 weights", source="openai/clip-vit-large-patch14")
+        try:
+            state = to_transformers(read_state(file, loading))
+            config = _config(state)
+        except (KeyError, IndexError) as error:
+            raise OSError(f"{file} does not hold HPS v2: it lacks {error}; copy the file again") from error
+        model = filled(lambda: _clip(config), state, file, "HPS v2").to(loading.dtype)
+        edge = config["vision_config"]["image_size"]
+        super().__init__(model, tokenizer, Preprocess(longest_edge=edge, mean=CLIP_MEAN, std=CLIP_STD))
+
+
+def _clip(config: dict[str, Any]) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    return CLIPModel(CLIPConfig(**config))
+
+
+def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`CLIPConfig`'s values from the shapes of the weights. The head widths are ViT-H/14's: no shape shows them."""
+    patches = state["vision_model.embeddings.patch_embedding.weight"]
+    places = state["vision_model.embeddings.position_embedding.weight"]
+    words = state["text_model.embeddings.token_embedding.weight"]
+    vision_width, text_width = patches.shape[0], words.shape[1]
+    embedding = state["visual_projection.weight"].shape[0]
+    vision = {
+        "image_size": round((len(places) - 1) ** 0.5) * patches.shape[-1],
+        "patch_size": patches.shape[-1],
+        **_tower(state, "vision_model", vision_width, _VISION_HEAD),
+    }
+    text = {
+        "vocab_size": len(words),
+        "max_position_embeddings": len(state["text_model.embeddings.position_embedding.weight"]),
+        "eos_token_id": len(words) - 1,  # the last of CLIP's tokens, at which the text is pooled
+        "bos_token_id": len(words) - 2,
+        "pad_token_id": len(words) - 1,
+        **_tower(state, "text_model", text_width, _TEXT_HEAD),
+    }
+    return {"vision_config": vision, "text_config": text, "projection_dim": embedding}
+
+
+def _tower(state: Mapping[str, Tensor], prefix: str, width: int, head: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": len(state[f"{prefix}.encoder.layers.0.mlp.fc1.weight"]),
+        "num_hidden_layers": len(
+            {name.split(".")[3] for name in state if name.startswith(f"{prefix}.encoder.layers.")}
+        ),
+        "num_attention_heads": width // head,
+        "hidden_act": "gelu",
+    }

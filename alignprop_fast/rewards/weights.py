@@ -1,0 +1,178 @@
+"""Weights of published scorers: transformers folders, and the bare state dicts that papers come with.
+
+Safetensors are read as they are. Pickled files (.pt, .pth, .bin) can run code when they are loaded, so they are read
+only where the user allows it, and then by torch's restricted unpickler, which knows tensors and containers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PICKLES = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How weights are loaded. dtype: of the networks; the few numbers at their end (heads, scales) stay fp32."""
+
+    allow_pickle: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+DEFAULT = Loading()
+
+
+def model_folder(model: str | Path, what: str, loading: Loading = DEFAULT) -> Path:
+    """The local folder of a transformers model: `model` itself, or what the Hub has under the id "owner/name".
+
+    Raises FileNotFoundError, OSError: no such folder or id. `what`, "CLIP model" say, is for the message.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.txt", "*.safetensors", *(["pytorch_model*.bin"] if loading.allow_pickle else [])]
+        try:
+            return Path(snapshot_download(str(model), allow_patterns=wanted))
+        except Exception as error:  # of many kinds, network and Hub alike
+            raise OSError(f"cannot get the {what} {model} from the Hub: {first_line(error)}; give a folder") from error
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no {what} in {path} (it has no config.json); give a folder in the transformers format, such as one made "
+            "by `hf download OWNER/NAME --local-dir FOLDER`"
+        )
+    return path
+
+
+def model_type(folder: Path) -> str:
+    """`model_type` of the folder's config.json. Raises ValueError where that is damaged."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); copy the model again") from error
+
+
+def load_model(model_class: Any, folder: Path, what: str, loading: Loading = DEFAULT) -> Any:
+    """`model_class.from_pretrained(folder)`, frozen, in evaluation mode.
+
+    Raises OSError or ValueError, one line each, also where transformers would fill missing weights with noise.
+    """
+    pickles = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.bin"))
+    if pickles and not loading.allow_pickle:
+        raise _pickle_refused(pickles[0])
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=not pickles,
+            weights_only=True,
+            dtype=loading.dtype,
+            output_loading_info=True,
+        )
+    except Exception as error:  # many kinds from many layers, all of which mean the same to the user
+        raise OSError(f"cannot load the {what} in {folder}: {first_line(error)}; copy the model again") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise OSError(f"the {what} in {folder} lacks {len(missing)} weights ({missing[0]}, ...); copy the model again")
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path, what: str, source: str | None = None) -> Any:
+    """The tokenizer in `folder`. `source`: a Hub model that has the right one, for the message where there is none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    if not any((folder / name).is_file() for name in names):  # else transformers invents one
+        remedy = "copy the model again" if source is None else f"copy tokenizer.json and config.json of {source} there"
+        raise FileNotFoundError(f"the {what} in {folder} has no tokenizer (tokenizer.json); {remedy}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise OSError(f"cannot load the tokenizer in {folder}: {first_line(error)}; copy the model again") from error
+
+
+def weights_file(path: Path, names: Sequence[str], what: str) -> Path:
+    """`path` itself if it is a file; in a folder the first of `names` (without ending), as safetensors or else pickled.
+
+    Raises FileNotFoundError when there is none.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        return path
+    for ending in (".safetensors", *PICKLES):
+        for name in names:
+            if (path / (name + ending)).is_file():
+                return path / (name + ending)
+    raise FileNotFoundError(
+        f"no {what} in {path}; give the file, or a folder with {names[0]}.safetensors (or .pt) in it"
+    )
+
+
+def read_state(file: Path, loading: Loading = DEFAULT) -> dict[str, Tensor]:
+    """Names and tensors (on the CPU) of a weights file; a dictionary wrapped in {"state_dict": ...} is unwrapped.
+
+    Raises ValueError for a pickled file that is not allowed or holds more than tensors, OSError for a damaged one.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        if not loading.allow_pickle:
+            raise _pickle_refused(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise OSError(f"cannot read the weights in {file}: {first_line(error)}; copy the file again") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} holds something else than named tensors; give the published weights")
+    return dict(state)
+
+
+def filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], file: Path, what: str) -> Any:
+    """The module that `build` makes, with the weights of `state` in fp32, frozen, in evaluation mode.
+
+    Built on the meta device, so that a large model takes its memory and its time once.
+    Raises OSError naming a weight that is missing, has no place or another shape.
+    """
+    with torch.device("meta"):
+        module = build()
+    wanted = module.state_dict()
+    wrong = [f"lacks {name}" for name in wanted if name not in state]
+    wrong += [f"has {name}, which nothing takes" for name in state if name not in wanted]
+    wrong += [
+        f"has {name} of shape {list(state[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise OSError(f"{file} is not {what}: it {wrong[0]}{f' ({len(wrong)} such faults)' if wrong[1:] else ''}")
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    for part in module.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.is_meta:  # not in any state dict; transformers has but one kind
+                assert name == "position_ids", name
+                part.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)
+    return module.requires_grad_(False).eval()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _pickle_refused(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} is a pickle, which could run code when it is loaded: give a .safetensors file, or allow it with "
+        "--allow-pickle"
+    )
