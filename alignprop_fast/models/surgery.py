@@ -25,7 +25,11 @@ from alignprop_fast.ops.lora_linear import lora_linear
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
     """Frozen weights and no autocast, which would cast inside the op's forward but not inside its backward."""
     learning = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
-    return not learning and not torch.is_autocast_enabled(x.device.type)
+    return not learning and not _autocasts(x)
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -100,7 +104,7 @@ class LeanAttnProcessor(AttnProcessor2_0):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attention_mask is not None or torch.is_autocast_enabled(hidden_states.device.type):
+        if attention_mask is not None or _autocasts(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q_BHMD = _heads(attn.to_q(hidden_states), attn.heads)
@@ -126,7 +130,7 @@ class LeanGEGLU(GEGLU):
     """`diffusers` GEGLU that keeps its projection alone."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(hidden_states.device.type):
+        if _autocasts(hidden_states):
             return super().forward(hidden_states)
         return geglu(self.proj(hidden_states))
 

@@ -161,4 +161,4 @@ def measure_chain(chain: Chain, x: torch.Tensor, limit_bytes: int) -> tuple[Opti
 
     with torch.no_grad():
         sampling = measure_option("sampling", lambda: run_chain(one, Plan(1, (), ()), x), None, x.device)
-    return sampling, measure_segment("step", [*reversed(STEP_OPTIONS)], measure, limit_bytes)
+    return sampling, measure_segment("step", [*STEP_OPTIONS][::-1], measure, limit_bytes)
