@@ -121,7 +121,7 @@ def measure_option(
 def measure_segment(
     name: str, lean_first: Sequence[str], measure: Callable[[str], Option], limit_bytes: int
 ) -> Segment:
-    """The options of a segment, measured from the leanest on until one takes more than the limit, or more than there is.
+    """The options of a segment, measured from the leanest on until one takes more than the limit (or all there is).
 
     So measuring itself goes past the limit by one option at most.
 
