@@ -1,64 +1,210 @@
-"""group_norm_silu: y = silu(gamma * normalised(x) + beta), the two as one op; gamma and beta never learn.
+"""group_norm_silu: y = silu(gamma * normalised(x + t) + beta) as one op; gamma and beta never learn.
 
-Keeps x and two numbers per group. Stock autograd keeps the norm's output as well (silu's input); here it comes back in
-one pass, since with mean and deviation at hand it is an affine map of x per channel (Wu & He 2018; Ramachandran 2017).
+Keeps x, the small t and two numbers per group. Stock autograd keeps x + t and the norm's output (silu's input) as well;
+here both come back in one pass, since with mean and deviation at hand they are affine in x (Wu & He 2018; Ramachandran
+2017). channels_last tensors go through csrc/ where it is built, all others through PyTorch's own group norm.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from alignprop_fast.ops import extension
+
+# Elements that one thread block or one task of a CPU thread takes, and the most pieces that an image is cut into.
+CHUNK_ELEMENTS = {"cuda": 8192, "cpu": 65536}
+MAX_CHUNKS = 512
+COMPILED_DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
+
 
 def group_norm_silu_reference(
-    x: torch.Tensor, groups: int, gamma: torch.Tensor, beta: torch.Tensor, eps: float
+    x: torch.Tensor,
+    groups: int,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    eps: float,
+    silu: bool = True,
+    time_embedding_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Plain PyTorch. x: [B, C, H, W]; gamma, beta: [C]."""
-    return F.silu(F.group_norm(x, groups, gamma, beta, eps))
+    """Plain PyTorch. x: [B, C, H, W]; gamma, beta: [C]; time_embedding_BC: [B, C]."""
+    y = F.group_norm(_add(x, time_embedding_BC), groups, gamma, beta, eps)
+    return F.silu(y) if silu else y
 
 
 class _GroupNormSiLU(torch.autograd.Function):
+    """PyTorch's own kernels, in every memory format, dtype and on every device."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, groups: int, gamma: torch.Tensor, beta: torch.Tensor, eps: float
+        ctx: Any,
+        x: torch.Tensor,
+        t_BC: torch.Tensor | None,
+        groups: int,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        eps: float,
+        silu: bool,
     ) -> torch.Tensor:
         b, c, h, w = x.shape
-        x = x.contiguous(memory_format=_memory_format(x))
-        y, mean, rstd = torch.native_group_norm(x, gamma, beta, b, c, h * w, groups, eps)
-        ctx.save_for_backward(x, gamma, beta, mean, rstd)
-        ctx.groups = groups
-        return F.silu(y, inplace=True)
+        x = x.contiguous(memory_format=_aten_format(x))
+        y, mean, rstd = torch.native_group_norm(_add(x, t_BC), gamma, beta, b, c, h * w, groups, eps)
+        ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        return F.silu(y, inplace=True) if silu else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, gamma, beta, mean, rstd = ctx.saved_tensors
+        x, t_BC, gamma, beta, mean, rstd = ctx.saved_tensors
         b, c, h, w = x.shape
+        u = _add(x, t_BC)
         # native_group_norm_backward reads both tensors in the memory format of one, unchecked.
-        g = g.contiguous(memory_format=_memory_format(x))
-        per_group = c // ctx.groups
-        scale_BC = rstd.repeat_interleave(per_group, dim=1) * gamma
-        shift_BC = beta - mean.repeat_interleave(per_group, dim=1) * scale_BC
-        y = torch.addcmul(shift_BC[:, :, None, None], x, scale_BC[:, :, None, None])
-        dy = torch.ops.aten.silu_backward(g, y.to(g.dtype))
+        g = g.contiguous(memory_format=_aten_format(u))
+        if ctx.silu:
+            per_group = c // ctx.groups
+            scale_BC = rstd.repeat_interleave(per_group, dim=1) * gamma
+            shift_BC = beta - mean.repeat_interleave(per_group, dim=1) * scale_BC
+            y = torch.addcmul(shift_BC[:, :, None, None], u, scale_BC[:, :, None, None])
+            g = torch.ops.aten.silu_backward(g, y.to(g.dtype))
+            del y
         dx = torch.ops.aten.native_group_norm_backward(
-            dy, x, mean, rstd, gamma, b, c, h * w, ctx.groups, [True, False, False]
+            g, u, mean, rstd, gamma, b, c, h * w, ctx.groups, [True, False, False]
         )[0]
-        return dx, None, None, None, None
+        return dx, dx.sum((2, 3)) if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
+class _CompiledGroupNormSiLU(torch.autograd.Function):
+    """The kernels of csrc/, for x in channels_last. Buffers are made here, where a memory meter sees them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        t_BC: torch.Tensor | None,
+        groups: int,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        eps: float,
+        silu: bool,
+    ) -> torch.Tensor:
+        x = _channels_last(x)
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+        torch.ops.alignprop_fast.group_norm_silu_forward(
+            x, t_BC, gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
+        )
+        ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, t_BC, gamma, beta, mean, rstd = ctx.saved_tensors
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        moments = mean.new_empty((*mean.shape, 2))
+        torch.ops.alignprop_fast.group_norm_silu_backward(
+            _channels_last(g), x, t_BC, gamma, beta, mean, rstd, ctx.silu, dx, _partial(x, ctx.groups), moments
+        )
+        return dx, dx.sum((2, 3)) if ctx.needs_input_grad[1] else None, *[None] * 5
+
+
+def _add(x: torch.Tensor, t_BC: torch.Tensor | None) -> torch.Tensor:
+    return x if t_BC is None else x + t_BC[:, :, None, None]
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Whether channels lie closest together, in a view too; a tensor of one pixel or channel counts as contiguous."""
+    return not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
+
+
+def _aten_format(x: torch.Tensor) -> torch.memory_format:
     """The format that native_group_norm runs in: on CUDA it knows the contiguous one alone."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() and not x.is_cuda
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return torch.channels_last if _is_channels_last(x) and not x.is_cuda else torch.contiguous_format
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    # Vectors of 16 bytes: a view that starts in between is copied.
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x
+
+
+def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Workspace for two numbers per image, group and chunk of rows; its shape tells the kernels how rows are cut."""
+    rows = x.shape[2] * x.shape[3]
+    wanted = rows * x.shape[1] // CHUNK_ELEMENTS["cuda" if x.is_cuda else "cpu"]
+    return x.new_empty((x.shape[0], groups, max(1, min(wanted, rows, MAX_CHUNKS)), 2), dtype=torch.float32)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _extension_missing(device_type: str) -> str | None:
+    """`extension.missing`, and fakes for the ops on their first load: they write their outputs and return nothing."""
+    reason = extension.missing(device_type)
+    if reason is None:
+        _register_fakes()
+    return reason
+
+
+@cache
+def _register_fakes() -> None:
+    @torch.library.register_fake("alignprop_fast::group_norm_silu_forward")
+    def _(x, t, gamma, beta, eps, silu, y, mean, rstd, partial):
+        return None
+
+    @torch.library.register_fake("alignprop_fast::group_norm_silu_backward")
+    def _(g, x, t, gamma, beta, mean, rstd, silu, dx, partial, moments):
+        return None
+
+
+def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
+    """None if csrc/ serves x with gamma, beta and time embedding `small`, else why PyTorch's kernels do."""
+    device, channels = x.device.type, x.shape[1]
+    if x.dim() != 4 or not _is_channels_last(x) or x.numel() == 0:
+        return "x is not channels_last"
+    if x.dtype not in COMPILED_DTYPES.get(device, ()) or any(t is not None and t.dtype != x.dtype for t in small):
+        return f"no kernel for {x.dtype} or for mixed dtypes on {device}"
+    vector = 16 // x.element_size()
+    if x.is_cuda and channels // (1 if channels % vector else vector) > 640:
+        return f"rows of {channels} channels are too wide"
+    return _extension_missing(device)
+
+
+def backend(x: torch.Tensor) -> str:
+    """Which implementation serves x: "csrc", or "aten: " and the reason. May build the kernels for a CUDA tensor."""
+    reason = _why_aten(x)
+    return "csrc" if reason is None else f"aten: {reason}"
 
 
 def group_norm_silu(
-    x: torch.Tensor, groups: int, gamma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-5
+    x: torch.Tensor,
+    groups: int,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    time_embedding_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """silu(group_norm(x)), differentiable in x alone; keeps x and mean and deviation per group.
+    """silu(group_norm(x + time_embedding)), differentiable in x and the time embedding; keeps x and mean and deviation.
 
-    x: [B, C, H, W] in any memory format; gamma, beta: [C], frozen; returns [B, C, H, W].
+    Args:
+        x: [B, C, H, W] in any memory format; channels_last stays channels_last (on CUDA: where csrc/ is built).
+        groups: divides C.
+        gamma, beta: [C], frozen: they get no gradient.
+        eps: added to the variance.
+        silu: False leaves the activation out.
+        time_embedding_BC: [B, C], added to every pixel before the norm.
+
+    Returns:
+        [B, C, H, W] in x's dtype.
     """
-    return _GroupNormSiLU.apply(x, groups, gamma, beta, eps)
+    t_BC = None if time_embedding_BC is None else time_embedding_BC.to(x.dtype).contiguous()
+    function = _GroupNormSiLU if _why_aten(x, gamma, beta, t_BC) else _CompiledGroupNormSiLU
+    return function.apply(x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)
