@@ -1,0 +1,100 @@
+"""Attention without mask, forward and backward (Dao et al. 2022; Dao 2023), deterministic.
+
+Forward, per head, with s the scale and i, j the indices of query and key:
+
+    S = s q k^T        lse_i = ln sum_j exp S_ij        o = exp(S - lse) v
+
+Backward, for the gradient g of o, with P = exp(S - lse) made again:
+
+    delta_i = sum_d g_id o_id        dS = P * (g v^T - delta)
+    dq = s dS k        dk = s dS^T q        dv = P^T g
+
+Shapes: q, o, g, dq [B, H, M, D], k, v, dk, dv [B, H, N, D], lse and delta [B, H, M] in fp32, lse the natural logarithm.
+q, k, v, g and o may have any strides whose last is 1; what is returned is [B, H, M, D] over [B, M, H, D] memory.
+Softmax and every sum are fp32; P and dS are rounded to the storage type before they meet a tensor core.
+
+FLOPs per head, in units of 2 M N D: forward 2; backward 7 (3 for dq, 4 for dk and dv, as S and g v^T are made twice),
+or 5 for few keys. Bytes per head, if each kernel reads every tensor once: forward 2 (M + N) D elements; backward
+6 (M + N) D; and 4 bytes per query for each of lse and delta. Bound by arithmetic where both M and N are long.
+
+`attention_general` serves any number of keys; half types with at most 128 keys take `attention_short`, where it is said
+for which head dimensions.
+
+Where it loses: the second making of S costs 7 units against the 5 of kernels that add dq atomically, and those are not
+deterministic. On Hopper it issues no bulk copies and has no specialised warps, so cuDNN should be ahead at N >= 1024.
+Head dimensions that are no multiple of 8 load element by element. fp32 runs without tensor cores.
+"""
+
+import torch
+
+from alignprop_fast.kernels import attention_general, attention_short
+from alignprop_fast.kernels.attention_tiles import MAX_HEAD_DIM
+
+
+def attention_forward(
+    q_BHMD: torch.Tensor, k_BHND: torch.Tensor, v_BHND: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v.
+
+    Args:
+        q_BHMD: [B, H, M, D], D up to 160; k_BHND, v_BHND: [B, H, N, D]; one dtype of fp32, fp16, bf16; last stride 1.
+        scale: factor of the logits.
+
+    Returns:
+        o [B, H, M, D] over [B, M, H, D] memory, and lse [B, H, M] in fp32, the natural logarithm.
+
+    Raises:
+        ValueError: shapes, dtypes or strides other than these.
+    """
+    _check(q_BHMD, k_BHND, v_BHND)
+    kernels = attention_short if attention_short.serves_forward(q_BHMD, k_BHND) else attention_general
+    return kernels.forward(q_BHMD, k_BHND, v_BHND, scale)
+
+
+def attention_backward(
+    g_BHMD: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_forward` for q, k and v.
+
+    Args:
+        g_BHMD: gradient of o, [B, H, M, D], any strides.
+        q, k, v: as given to the forward pass. o, lse: as it returned them; those of another implementation will do.
+
+    Returns:
+        dq [B, H, M, D], dk and dv [B, H, N, D], each over memory with the head dimension moved inside the rows.
+
+    Raises:
+        ValueError: as `attention_forward`.
+    """
+    _check(q, k, v)
+    g = g_BHMD.to(q.dtype)
+    g, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, o))
+    if k.shape[2] == 1:
+        # Over one key the softmax is 1 whatever the logits: these gradients are zero, not nearly zero.
+        return torch.zeros_like(q), torch.zeros_like(k), g.sum(2, keepdim=True)
+    if attention_short.serves_backward(q, k):
+        return attention_short.backward(g, q, k, v, lse.contiguous(), scale)
+    return attention_general.backward(g, q, k, v, o, lse.contiguous(), scale)
+
+
+def signatures() -> list[dict]:
+    """One entry per kernel and configuration, for compiling ahead of time (`attention_tiles.signature_entry`)."""
+    return attention_general.entries() + attention_short.entries()
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    b, h, _, d = q.shape
+    if k.shape != v.shape or k.shape[:2] != (b, h) or k.shape[3] != d:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if min(q.numel(), k.numel()) == 0 or d > MAX_HEAD_DIM:
+        raise ValueError(f"needs M, N >= 1 and 1 <= D <= {MAX_HEAD_DIM}, not M {q.shape[2]}, N {k.shape[2]}, D {d}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q, k and v need one dtype of fp32, fp16, bf16, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        raise ValueError("the last dimension of q, k and v must be contiguous; call .contiguous() on what is not")

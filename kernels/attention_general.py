@@ -1,0 +1,331 @@
+"""Attention over any number of keys: the general kernels behind `kernels.attention`, which has formulas and shapes.
+
+Forward, one program per block of queries walks over the keys with a running maximum and sum. Backward, one kernel, a
+program per block of queries, makes dq and delta, then another, a program per block of keys, dk and dv (Dao 2023,
+section 3.1, in two kernels), so that every output has one writer: no atomics, two runs are bit-equal.
+"""
+
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+
+from alignprop_fast.kernels.attention_tiles import (
+    REPORTED_HEAD_DIMS,
+    REPORTED_TYPES,
+    add_product,
+    capability,
+    common_alignment,
+    head_tiles,
+    load_pair,
+    row_dots,
+    rows_by_rows,
+    rows_first,
+    scaled_strides,
+    signature_entry,
+    store_pair,
+    zeros_pair,
+)
+
+# table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). The largest blocks that
+# spill no register and, but for Hopper, whose table has 227 KiB to fill, need at most 99 KiB of shared memory.
+CONFIGS = {
+    "half": {
+        "forward": [(64, 128, 64, 4, 3), (96, 64, 64, 4, 3), (128, 64, 64, 4, 2), (160, 64, 32, 4, 2)],
+        "dq": [(64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (160, 64, 32, 8, 2)],
+        "dk_dv": [(96, 32, 64, 4, 2), (128, 32, 64, 8, 2), (160, 16, 64, 8, 2)],
+    },
+    "half sm_90": {
+        "forward": [(64, 128, 128, 8, 3), (128, 128, 64, 8, 3), (160, 128, 64, 8, 2)],
+        "dq": [(160, 128, 64, 8, 2)],
+        "dk_dv": [(96, 64, 128, 8, 2), (160, 64, 64, 8, 2)],
+    },
+    # No tensor cores: multiply-adds, whose operands lie in registers whole.
+    "fp32": {
+        "forward": [(64, 32, 32, 8, 1), (160, 16, 16, 8, 1)],
+        "dq": [(64, 32, 32, 8, 1), (160, 16, 16, 8, 1)],
+        "dk_dv": [(64, 32, 16, 8, 1), (160, 16, 16, 8, 1)],
+    },
+}
+# Not specialised: the alignment of strides is passed as ALIGN, and a new shape needs no new compilation.
+_PLAIN = ["H", "M", "N"] + [f"{t}_{axis}" for t in "qkvgo" for axis in "bhr"]
+
+
+@triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] not in "go"])
+def attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    scale,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    H,
+    M,
+    N,
+    HEAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries against all keys, with a running maximum and sum. MASK: N is no multiple of BLOCK_N."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    q_ptr += (b * q_b + h * q_h) * ALIGN
+    k_ptr += (b * k_b + h * k_h) * ALIGN
+    v_ptr += (b * v_b + h * v_h) * ALIGN
+    q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, True)
+    o0, o1 = zeros_pair(BLOCK_M, D0, D1)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # Base 2 is the hardware's exponential.
+    scale2 = scale * 1.4426950408889634
+    for start in range(0, N, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
+        s = rows_by_rows(q0, q1, k0, k1, D1) * scale2
+        if MASK:
+            s = tl.where(keys[None, :] < N, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        o0 = o0 * shrink[:, None]
+        if D1 > 0:
+            o1 = o1 * shrink[:, None]
+        v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, MASK)
+        o0, o1 = add_product(o0, o1, p, v0, v1, D1)
+        top = new_top
+    o0 = o0 / total[:, None]
+    if D1 > 0:
+        o1 = o1 / total[:, None]
+    tl.store(lse_ptr + head * M + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < M)
+    store_pair(o_ptr + (b * M * H + h) * HEAD, o0, o1, rows, H * HEAD, M, HEAD, D0, D1)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def attention_backward_dq_kernel(
+    g_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    dq_ptr,
+    delta_ptr,
+    scale,
+    g_b,
+    g_h,
+    g_r,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    o_b,
+    o_h,
+    o_r,
+    H,
+    M,
+    N,
+    HEAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq of one block of queries, and their delta, which the other kernel reads. MASK: as in the forward kernel."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    k_ptr += (b * k_b + h * k_h) * ALIGN
+    v_ptr += (b * v_b + h * v_h) * ALIGN
+    q0, q1 = load_pair(q_ptr + (b * q_b + h * q_h) * ALIGN, rows, q_r * ALIGN, M, HEAD, D0, D1, True)
+    g0, g1 = load_pair(g_ptr + (b * g_b + h * g_h) * ALIGN, rows, g_r * ALIGN, M, HEAD, D0, D1, True)
+    o0, o1 = load_pair(o_ptr + (b * o_b + h * o_h) * ALIGN, rows, o_r * ALIGN, M, HEAD, D0, D1, True)
+    delta = row_dots(g0, g1, o0, o1, D1)
+    tl.store(delta_ptr + head * M + rows, delta, mask=rows < M)
+    lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=float("inf")) * 1.4426950408889634
+    scale2 = scale * 1.4426950408889634
+    dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
+    for start in range(0, N, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
+        v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, MASK)
+        s = rows_by_rows(q0, q1, k0, k1, D1) * scale2
+        if MASK:
+            s = tl.where(keys[None, :] < N, s, float("-inf"))
+        p = tl.exp2(s - lse2[:, None])
+        ds = p * (rows_by_rows(g0, g1, v0, v1, D1) - delta[:, None])
+        dq0, dq1 = add_product(dq0, dq1, ds, k0, k1, D1)
+    store_pair(dq_ptr + (b * M * H + h) * HEAD, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
+
+
+@triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "o"])
+def attention_backward_dk_dv_kernel(
+    g_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    g_b,
+    g_h,
+    g_r,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    H,
+    M,
+    N,
+    HEAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of one block of keys. S is made transposed, so that P^T and dS^T need no transposition.
+
+    MASK: M is no multiple of BLOCK_M. Keys beyond N spoil only their own rows, which are not stored.
+    """
+    keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    q_ptr += (b * q_b + h * q_h) * ALIGN
+    g_ptr += (b * g_b + h * g_h) * ALIGN
+    k0, k1 = load_pair(k_ptr + (b * k_b + h * k_h) * ALIGN, keys, k_r * ALIGN, N, HEAD, D0, D1, True)
+    v0, v1 = load_pair(v_ptr + (b * v_b + h * v_h) * ALIGN, keys, v_r * ALIGN, N, HEAD, D0, D1, True)
+    dk0, dk1 = zeros_pair(BLOCK_N, D0, D1)
+    dv0, dv1 = zeros_pair(BLOCK_N, D0, D1)
+    scale2 = scale * 1.4426950408889634
+    for start in range(0, M, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
+        g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
+        if MASK:
+            # An infinite lse makes P zero beyond the last query.
+            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=float("inf"))
+            delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + head * M + rows)
+            delta = tl.load(delta_ptr + head * M + rows)
+        s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
+        p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
+        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+        ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
+        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    out = (b * N * H + h) * HEAD
+    store_pair(dk_ptr + out, dk0 * scale, dk1 * scale, keys, H * HEAD, N, HEAD, D0, D1)
+    store_pair(dv_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse), as `attention.attention_forward`."""
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    align = common_alignment(q, k, v)
+    block_m, block_n, warps, stages = config(table(q), "forward", d)
+    attention_forward_kernel[(triton.cdiv(m, block_m), b * h)](
+        *(q, k, v, o, lse, scale),
+        *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
+        *(h, m, n, d, *head_tiles(d), align, n % block_n != 0, block_m, block_n),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return o, lse
+
+
+def backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), as `attention.attention_backward`."""
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
+    delta = torch.empty_like(lse)
+    align = common_alignment(g, q, k, v, o)
+    strides = [scaled_strides(t, align) for t in (g, q, k, v, o)]
+    block_m, block_n, warps, stages = config(table(q), "dq", d)
+    attention_backward_dq_kernel[(triton.cdiv(m, block_m), b * h)](
+        *(g, q, k, v, o, lse, dq, delta, scale),
+        *(stride for three in strides for stride in three),
+        *(h, m, n, d, *head_tiles(d), align, n % block_n != 0, block_m, block_n),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
+    attention_backward_dk_dv_kernel[(triton.cdiv(n, block_n), b * h)](
+        *(g, q, k, v, lse, delta, dk, dv, scale),
+        *(stride for three in strides[:4] for stride in three),
+        *(h, m, n, d, *head_tiles(d), align, m % block_m != 0, block_m, block_n),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return dq, dk, dv
+
+
+def table(q: torch.Tensor) -> str:
+    """Which table of CONFIGS serves a tensor, by its dtype and its GPU."""
+    if q.dtype == torch.float32:
+        return "fp32"
+    return "half sm_90" if capability(q.device) == 90 else "half"
+
+
+def config(table: str, kernel: str, head_dim: int) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps, stages) of the first row of the table that holds this head dimension."""
+    return next(row[1:] for row in CONFIGS[table][kernel] if sum(head_tiles(head_dim)) <= row[0])
+
+
+def entries() -> list[dict]:
+    """This file's part of `attention.signatures()`: every kernel with masks, at each of REPORTED_HEAD_DIMS."""
+    kernels = {
+        "forward": attention_forward_kernel,
+        "dq": attention_backward_dq_kernel,
+        "dk_dv": attention_backward_dk_dv_kernel,
+    }
+    found = []
+    for name, kernel, d in product(CONFIGS, kernels, REPORTED_HEAD_DIMS):
+        dtype, archs = REPORTED_TYPES[name]
+        block_m, block_n, warps, stages = config(name, kernel, d)
+        constexprs = dict(zip(("D0", "D1"), head_tiles(d), strict=True))
+        constexprs |= {"HEAD": d, "ALIGN": 8, "MASK": True, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        label = f"{dtype} d{d} {block_m}x{block_n}"
+        found.append(signature_entry(kernels[kernel], label, dtype, constexprs, warps, stages, archs))
+    return found

@@ -1,0 +1,339 @@
+"""Attention over a few keys, such as the 77 tokens of a text; formulas and shapes as in `kernels.attention`.
+
+With so few keys one program holds every key and value of a head, so no running softmax is needed, and backward one pass
+over the queries gives all three gradients. There delta_i is sum_j P_ij (g v^T)_ij, the same number, so that o is not
+read. To fill the chip the queries are split: each program walks over its share, stores dq as it goes and leaves its
+sums for dk and dv in fp32, which a second kernel adds up in a fixed order. Kernels with one program per 128 keys and
+head have 20 programs at B H = 20; this one has up to two per multiprocessor.
+
+Keys are held as two powers of two, as head dimensions are (77 = 64 + 16, not 128).
+
+FLOPs per head, in units of 2 M N D: forward 2, backward 5. Bytes per head: forward 2 (M + N) D elements, backward
+3 M D + 2 N D, and 16 N D per split for the partial sums, written and read. Sums are fp32.
+
+Where it loses: at B H above the number of multiprocessors, where there is nothing left to split; at few queries, where
+the second launch costs more than it saves; at D above 80, whose
+sums crowd the registers: those go the general way backward, as do D above 128 forward and fp32 both ways.
+"""
+
+from functools import cache
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+
+from alignprop_fast.kernels.attention_tiles import (
+    REPORTED_HEAD_DIMS,
+    add_product,
+    common_alignment,
+    head_tiles,
+    load_pair,
+    rows_by_rows,
+    rows_first,
+    scaled_strides,
+    signature_entry,
+    store_pair,
+    zeros_pair,
+)
+
+MAX_KEYS = 128
+REDUCE_BLOCK = 512
+# kernel -> rows of (largest D, largest N, both padded; BLOCK_M, warps, stages), half types. What spills no register and
+# needs at most 99 KiB of shared memory; larger heads, and fp32, are left to the general kernels.
+CONFIGS = {
+    "short_forward": [(128, 128, 64, 4, 1)],
+    "short_backward": [(64, 80, 32, 4, 3), (64, 128, 32, 8, 2), (80, 128, 16, 8, 3)],
+}
+_PLAIN = ["H", "M", "N", "blocks_per_split"] + [f"{t}_{axis}" for t in "qkvg" for axis in "bhr"]
+
+
+@triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "g"])
+def attention_short_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    scale,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    H,
+    M,
+    N,
+    HEAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One block of queries against all keys at once."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    k_ptr += (b * k_b + h * k_h) * ALIGN
+    v_ptr += (b * v_b + h * v_h) * ALIGN
+    q0, q1 = load_pair(q_ptr + (b * q_b + h * q_h) * ALIGN, rows, q_r * ALIGN, M, HEAD, D0, D1, True)
+    scale2 = scale * 1.4426950408889634
+    keys = tl.arange(0, N0)
+    k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, True)
+    v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, True)
+    s = tl.where(keys[None, :] < N, rows_by_rows(q0, q1, k0, k1, D1) * scale2, float("-inf"))
+    top = tl.max(s, 1)
+    if N1 > 0:
+        more_keys = N0 + tl.arange(0, N1)
+        k0, k1 = load_pair(k_ptr, more_keys, k_r * ALIGN, N, HEAD, D0, D1, True)
+        more_s = rows_by_rows(q0, q1, k0, k1, D1) * scale2
+        more_s = tl.where(more_keys[None, :] < N, more_s, float("-inf"))
+        top = tl.maximum(top, tl.max(more_s, 1))
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, 1)
+    o0, o1 = zeros_pair(BLOCK_M, D0, D1)
+    o0, o1 = add_product(o0, o1, p, v0, v1, D1)
+    if N1 > 0:
+        p = tl.exp2(more_s - top[:, None])
+        total += tl.sum(p, 1)
+        v0, v1 = load_pair(v_ptr, more_keys, v_r * ALIGN, N, HEAD, D0, D1, True)
+        o0, o1 = add_product(o0, o1, p, v0, v1, D1)
+    tl.store(lse_ptr + head * M + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < M)
+    store_pair(
+        o_ptr + (b * M * H + h) * HEAD, o0 / total[:, None], o1 / total[:, None], rows, H * HEAD, M, HEAD, D0, D1
+    )
+
+
+@triton.jit
+def _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1: tl.constexpr):
+    """P^T and (g v^T)^T of some keys, [keys, rows]; transposed, so that the sums over rows need no transposition."""
+    s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
+    # Not only for form: exp2(0 - lse) of a missing key may be infinite, and infinity times its zeros spoils dq.
+    s_T = tl.where(keys[:, None] < N, s_T, float("-inf"))
+    return tl.exp2(s_T - lse2[None, :]), rows_by_rows(v0, v1, g0, g1, D1)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def attention_short_backward_kernel(
+    g_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    dq_ptr,
+    dk_parts_ptr,
+    dv_parts_ptr,
+    scale,
+    g_b,
+    g_h,
+    g_r,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    H,
+    M,
+    N,
+    blocks_per_split,
+    HEAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dq of one split of the queries and its part of dk and dv: [splits, B, N, H, D] in fp32."""
+    split = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    k_ptr += (b * k_b + h * k_h) * ALIGN
+    v_ptr += (b * v_b + h * v_h) * ALIGN
+    q_ptr += (b * q_b + h * q_h) * ALIGN
+    g_ptr += (b * g_b + h * g_h) * ALIGN
+    dq_ptr += (b * M * H + h) * HEAD
+    keys = tl.arange(0, N0)
+    k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, True)
+    v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, True)
+    dk0, dk1 = zeros_pair(N0, D0, D1)
+    dv0, dv1 = zeros_pair(N0, D0, D1)
+    if N1 > 0:
+        more_keys = N0 + tl.arange(0, N1)
+        more_k0, more_k1 = load_pair(k_ptr, more_keys, k_r * ALIGN, N, HEAD, D0, D1, True)
+        more_v0, more_v1 = load_pair(v_ptr, more_keys, v_r * ALIGN, N, HEAD, D0, D1, True)
+        more_dk0, more_dk1 = zeros_pair(N1, D0, D1)
+        more_dv0, more_dv1 = zeros_pair(N1, D0, D1)
+    scale2 = scale * 1.4426950408889634
+    first = split * blocks_per_split * BLOCK_M
+    for start in range(first, tl.minimum(first + blocks_per_split * BLOCK_M, M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, True)
+        g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, True)
+        lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0) * 1.4426950408889634
+        p_T, dp_T = _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1)
+        # With every key at hand delta needs no o; dividing by the sum of P, 1 but for the rounding of lse, makes up for
+        # that rounding, which is large where the logits are.
+        total = tl.sum(p_T, 0)
+        delta = tl.sum(p_T * dp_T, 0)
+        if N1 > 0:
+            more_p_T, more_dp_T = _probabilities(
+                q0, q1, g0, g1, lse2, more_k0, more_k1, more_v0, more_v1, more_keys, N, scale2, D1
+            )
+            total += tl.sum(more_p_T, 0)
+            delta += tl.sum(more_p_T * more_dp_T, 0)
+        delta = delta / total
+        dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
+        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+        ds_T = (p_T * (dp_T - delta[None, :])).to(q0.dtype)
+        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+        dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), k0, k1, D1)
+        if N1 > 0:
+            more_dv0, more_dv1 = add_product(more_dv0, more_dv1, more_p_T, g0, g1, D1)
+            ds_T = (more_p_T * (more_dp_T - delta[None, :])).to(q0.dtype)
+            more_dk0, more_dk1 = add_product(more_dk0, more_dk1, ds_T, q0, q1, D1)
+            dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), more_k0, more_k1, D1)
+        store_pair(dq_ptr, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
+    # Batches lie between splits: the part of this one starts at row (split B + b) N.
+    out = ((split * (tl.num_programs(1) // H) + b) * N * H + h) * HEAD
+    store_pair(dk_parts_ptr + out, dk0 * scale, dk1 * scale, keys, H * HEAD, N, HEAD, D0, D1)
+    store_pair(dv_parts_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
+    if N1 > 0:
+        store_pair(dk_parts_ptr + out, more_dk0 * scale, more_dk1 * scale, more_keys, H * HEAD, N, HEAD, D0, D1)
+        store_pair(dv_parts_ptr + out, more_dv0, more_dv1, more_keys, H * HEAD, N, HEAD, D0, D1)
+
+
+@triton.jit
+def attention_short_reduce_kernel(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, n, splits, BLOCK: tl.constexpr):
+    """Adds the parts [splits, n] of dk and dv, first to last."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    dk = tl.zeros([BLOCK], dtype=tl.float32)
+    dv = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in range(splits):
+        dk += tl.load(dk_parts_ptr + split * n + i, mask=inside, other=0.0)
+        dv += tl.load(dv_parts_ptr + split * n + i, mask=inside, other=0.0)
+    tl.store(dk_ptr + i, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + i, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def split_queries(blocks: int, heads: int, multiprocessors: int) -> tuple[int, int]:
+    """(splits, blocks of queries in each) for about two programs per multiprocessor; no split is empty.
+
+    blocks: blocks of queries of one head. heads: B H.
+    """
+    splits = max(1, min(blocks, 2 * multiprocessors // heads))
+    per_split = triton.cdiv(blocks, splits)
+    return triton.cdiv(blocks, per_split), per_split
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of this GPU; in the interpreter a number that makes small shapes split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def serves_forward(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether there is a configuration for these shapes and this dtype."""
+    return q.dtype != torch.float32 and k.shape[2] <= MAX_KEYS and sum(head_tiles(q.shape[3])) <= 128
+
+
+def serves_backward(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether there is a configuration for these shapes and this dtype."""
+    return q.dtype != torch.float32 and k.shape[2] <= MAX_KEYS and sum(head_tiles(q.shape[3])) <= 80
+
+
+def forward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
+    """(D0, D1, N0, N1)."""
+    return *head_tiles(head_dim), *head_tiles(keys)
+
+
+def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
+    """(D0, D1, N0, N1), only one of D and N in two parts: the registers do not hold the sums of four."""
+    if head_dim > 64:
+        return *head_tiles(head_dim), max(16, triton.next_power_of_2(keys)), 0
+    one_key_tile = sum(head_tiles(keys)) > 80
+    n0, n1 = (128, 0) if one_key_tile else head_tiles(keys)
+    return max(16, triton.next_power_of_2(head_dim)), 0, n0, n1
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse), as `attention.attention_forward`; at most MAX_KEYS keys, D at most 128."""
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    align = common_alignment(q, k, v)
+    tiles = forward_tiles(d, n)
+    block_m, warps, stages = config("short_forward", tiles)
+    attention_short_forward_kernel[(triton.cdiv(m, block_m), b * h)](
+        *(q, k, v, o, lse, scale),
+        *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
+        *(h, m, n, d, align, *tiles, block_m),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return o, lse
+
+
+def backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), as `attention.attention_backward`, without o; at most MAX_KEYS keys, D at most 80."""
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    tiles = backward_tiles(d, n)
+    block_m, warps, stages = config("short_backward", tiles)
+    splits, per_split = split_queries(triton.cdiv(m, block_m), b * h, _multiprocessors(q.device))
+    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
+    dk_parts, dv_parts = (torch.empty((splits, k.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
+    align = common_alignment(g, q, k, v)
+    attention_short_backward_kernel[(splits, b * h)](
+        *(g, q, k, v, lse, dq, dk_parts, dv_parts, scale),
+        *(stride for t in (g, q, k, v) for stride in scaled_strides(t, align)),
+        *(h, m, n, per_split, d, align, *tiles, block_m),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    attention_short_reduce_kernel[(triton.cdiv(k.numel(), REDUCE_BLOCK),)](
+        dk_parts, dv_parts, dk, dv, k.numel(), splits, BLOCK=REDUCE_BLOCK
+    )
+    return dq, dk, dv
+
+
+def config(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """(BLOCK_M, warps, stages) of the first row of the table that holds these tiles (D0, D1, N0, N1)."""
+    d0, d1, n0, n1 = tiles
+    return next(row[2:] for row in CONFIGS[kernel] if d0 + d1 <= row[0] and n0 + n1 <= row[1])
+
+
+def entries() -> list[dict]:
+    """This file's part of `attention.signatures()`: 77 and 128 keys at each of REPORTED_HEAD_DIMS that it serves."""
+    kernels = {
+        "short_forward": (attention_short_forward_kernel, forward_tiles, 128),
+        "short_backward": (attention_short_backward_kernel, backward_tiles, 80),
+    }
+    found = []
+    for (name, (kernel, tiles_of, largest)), d, n in product(kernels.items(), REPORTED_HEAD_DIMS, (77, 128)):
+        if d <= largest:
+            tiles = tiles_of(d, n)
+            block_m, warps, stages = config(name, tiles)
+            constexprs = dict(zip(("D0", "D1", "N0", "N1"), tiles, strict=True))
+            constexprs |= {"HEAD": d, "ALIGN": 8, "BLOCK_M": block_m}
+            found.append(signature_entry(kernel, f"bf16 d{d} n{n} {block_m}", "bf16", constexprs, warps, stages, None))
+    label, block = f"bf16 {REDUCE_BLOCK}", {"BLOCK": REDUCE_BLOCK}
+    return [*found, signature_entry(attention_short_reduce_kernel, label, "bf16", block, 4, 1, None)]
