@@ -8,20 +8,21 @@ boxes above a threshold has no gradient; here, with a candidate's margin m_i = l
     w_i = a_i^4 / sum_j a_j^4 k_ij            share of candidate i in its thing; 1 where there are no duplicates
     n   = sum_i a_i w_i                       the soft count: each thing counts once, by its best candidates
 
-    count:KIND=N   score = -(sqrt((n - N)^2 + d^2) - d), d = 0.25    0 at N, then about minus the distance
-    remove:KIND    score = -log(1 + sum_i exp(m_i))                  0 without any, about minus the best margin with one
+    count:KIND=N   score = N log(n / N) + N - n          Poisson's log-likelihood of N, less its best: 0 at n = N
+    remove:KIND    score = -log(1 + sum_i exp(m_i))      0 without any, about minus the best margin with one
 
-All of it is smooth, with nothing annealed. The gradient goes through the scores; the boxes have none. `remove` does not
-saturate however sure the detector is.
+All of it is smooth, with nothing annealed. The gradient goes through the scores; the boxes have none. Where nothing of
+the kind is seen, n is of the size of exp(m), so that `count` falls with N m and its gradient does not vanish; nor does
+that of `remove`, however sure the detector is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ from .weights import DEFAULT, Loading
 
 _TEMPERATURE = 0.5
 _SHARPNESS = 4  # the power of the share: the best of several candidates takes nearly all
-_ROUNDING = 0.25  # d, in things
 
 
 class Count(nn.Module):
@@ -52,9 +52,10 @@ class Count(nn.Module):
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts play no part. Returns scores <= 0, fp32, [B], and soft_count."""
-        count_B = soft_count(*cast(Detector, self.detector).candidates(images_BCHW))
-        distance_B = torch.sqrt((count_B - self.number).square() + _ROUNDING**2)
-        return _ROUNDING - distance_B, {"soft_count": count_B.detach()}
+        log_count_B = log_soft_count(*cast(Detector, self.detector).candidates(images_BCHW))
+        count_B, wanted = log_count_B.exp(), self.number
+        log_ratio_B = log_count_B - math.log(wanted) if wanted else 0.0
+        return wanted * log_ratio_B + wanted - count_B, {"soft_count": count_B.detach()}
 
 
 class Remove(nn.Module):
@@ -70,14 +71,14 @@ class Remove(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts play no part. Returns scores <= 0, fp32, [B], and soft_count."""
         margins_BQ, log_same_BQQ = cast(Detector, self.detector).candidates(images_BCHW)
-        count_B = soft_count(margins_BQ, log_same_BQQ)
-        return -F.softplus(margins_BQ.logsumexp(1)), {"soft_count": count_B.detach()}
+        count_B = log_soft_count(margins_BQ.detach(), log_same_BQQ).exp()
+        return -F.softplus(margins_BQ.logsumexp(1)), {"soft_count": count_B}
 
 
-def soft_count(margins_BQ: Tensor, log_same_BQQ: Tensor | None) -> Tensor:
-    """n of the module's formula, [B]. log_same_BQQ: log k_ij, or None where no two candidates are the same thing."""
+def log_soft_count(margins_BQ: Tensor, log_same_BQQ: Tensor | None) -> Tensor:
+    """log n of the module's formula, [B]. log_same_BQQ: log k_ij; None where no two candidates are one thing."""
     if log_same_BQQ is None:
-        return torch.sigmoid(margins_BQ).sum(1)
-    log_powers_BQ = _SHARPNESS * F.logsigmoid(margins_BQ / _TEMPERATURE)
-    log_total_BQ = (log_powers_BQ[:, None] + log_same_BQQ).logsumexp(-1)
-    return (torch.sigmoid(margins_BQ / _TEMPERATURE) * (log_powers_BQ - log_total_BQ).exp()).sum(1)
+        return F.logsigmoid(margins_BQ).logsumexp(1)
+    log_there_BQ = F.logsigmoid(margins_BQ / _TEMPERATURE)
+    log_total_BQ = (_SHARPNESS * log_there_BQ[:, None] + log_same_BQQ).logsumexp(-1)
+    return (log_there_BQ + _SHARPNESS * log_there_BQ - log_total_BQ).logsumexp(1)
