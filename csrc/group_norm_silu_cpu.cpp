@@ -60,30 +60,25 @@ INLINE float vector_exp(float x) {
 }
 INLINE float sigmoid(float z) { return 1.0f / (1.0f + vector_exp(-z)); }
 
-// Means and squared deviations of ROWS x W values, joined to those of the `seen` rows before.
-template <typename T, int W>
-INLINE void join_block(const T* __restrict x, int64_t stride, int64_t n, float seen, float* __restrict mean,
-                       float* __restrict squares) {
-  float sum[W] = {}, square[W] = {};
-  for (int64_t r = 0; r < n; ++r)
-    for (int c = 0; c < W; ++c) sum[c] += load(x[r * stride + c]);
-  for (int c = 0; c < W; ++c) sum[c] /= float(n);
-  for (int64_t r = 0; r < n; ++r)
-    for (int c = 0; c < W; ++c) {
-      const float d = load(x[r * stride + c]) - sum[c];
-      square[c] += d * d;
-    }
-  const float share = float(n) / (seen + float(n));
-  for (int c = 0; c < W; ++c) {
-    const float delta = sum[c] - mean[c];
+// Per channel: mean and squared deviations of ROWS rows, joined to those of the `seen` rows before.
+template <typename T, int ROWS>
+INLINE void join_rows(const T* __restrict x, int64_t C, float seen, float* __restrict mean, float* __restrict squares) {
+  const float share = float(ROWS) / (seen + float(ROWS));
+  for (int64_t c = 0; c < C; ++c) {
+    float value[ROWS], centre = 0, square = 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) centre += value[r] = load(x[r * C + c]);
+    centre *= 1.0f / ROWS;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) square += (value[r] - centre) * (value[r] - centre);
+    const float delta = centre - mean[c];
     mean[c] += delta * share;
-    squares[c] += square[c] + delta * delta * seen * share;
+    squares[c] += square + delta * delta * (seen * share);
   }
 }
 
 template <typename T>
 INLINE void statistics(const GroupNormSiluParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 16;  // of a block: it stays in the first-level cache between its two readings
   const int64_t C = p.channels, D = C / p.groups;
   std::vector<float> mean(C), squares(C);
   for (int64_t task = begin; task < end; ++task) {
@@ -91,14 +86,10 @@ INLINE void statistics(const GroupNormSiluParams& p, int64_t begin, int64_t end)
     const int64_t from = first_row(p.rows, p.chunks, k), to = first_row(p.rows, p.chunks, k + 1);
     std::fill(mean.begin(), mean.end(), 0.0f);
     std::fill(squares.begin(), squares.end(), 0.0f);
-    for (int64_t row = from; row < to; row += kRows) {
-      const int64_t n = std::min(kRows, to - row);
-      const T* x = static_cast<const T*>(p.x) + (b * p.rows + row) * C;
-      int64_t c = 0;
-      for (; c + 32 <= C; c += 32) join_block<T, 32>(x + c, C, n, float(row - from), &mean[c], &squares[c]);
-      for (; c + 8 <= C; c += 8) join_block<T, 8>(x + c, C, n, float(row - from), &mean[c], &squares[c]);
-      for (; c < C; ++c) join_block<T, 1>(x + c, C, n, float(row - from), &mean[c], &squares[c]);
-    }
+    const T* x = static_cast<const T*>(p.x) + b * p.rows * C;
+    int64_t row = from;
+    for (; row + 8 <= to; row += 8) join_rows<T, 8>(x + row * C, C, float(row - from), mean.data(), squares.data());
+    for (; row < to; ++row) join_rows<T, 1>(x + row * C, C, float(row - from), mean.data(), squares.data());
     if (p.t != nullptr)
       for (int64_t c = 0; c < C; ++c) mean[c] += load(static_cast<const T*>(p.t)[b * C + c]);
     for (int64_t group = 0; group < p.groups; ++group) {
