@@ -6,36 +6,30 @@ from pathlib import Path
 
 MAX_PROMPT_LENGTH = 1000  # characters; text encoders read 77 tokens, so a longer line is some other kind of file
 
-_DEMO = Path(__file__).with_name("demo")
-
-# Simple animals, as the prompts of DDPO (Black et al. 2023) and AlignProp (Prabhudesai et al. 2023).
-_ANIMALS = (
-    "cat, dog, horse, monkey, rabbit, zebra, spider, bird, sheep, deer, cow, goat, lion, tiger, bear, raccoon, fox, "
-    "wolf, lizard, beetle, ant, butterfly, fish, shark, whale, dolphin, squirrel, mouse, rat, snake, turtle, frog, "
-    "chicken, duck, goose, bee, pig, turkey, fly, llama, camel, bat, gorilla, hedgehog, kangaroo"
-)
-_ANIMALS_HELDOUT = (
-    "cheetah, elephant, giraffe, hippopotamus, jellyfish, koala, leopard, octopus, ostrich, otter, panda, penguin, "
-    "porcupine, seal, snail, swan, walrus, yak"
-)
-
-PROMPT_SETS = ("demo", "demo-heldout", "animals", "animals-heldout")
+_HERE = Path(__file__).parent
+_FILES = {
+    "demo": _HERE / "demo" / "prompts.txt",
+    "demo-heldout": _HERE / "demo" / "prompts_heldout.txt",
+    "animals": _HERE / "prompts" / "animals.txt",
+    "animals-heldout": _HERE / "prompts" / "animals_heldout.txt",
+    "general": _HERE / "prompts" / "general.txt",
+}
+PROMPT_SETS = tuple(_FILES)
 
 
 def load_prompts(spec: str | Path) -> list[str]:
     """Prompts of a built-in set, or of a text file (UTF-8) with one a line; blank and # lines are left out.
 
-    Sets: "demo" and "demo-heldout" (things the bundled model can draw), "animals" and "animals-heldout" (45 and 18
-    animals, for models that know photographs). No prompt is in a set and in its held-out set.
+    Sets: "demo" and "demo-heldout" (things the bundled model can draw), "animals" and "animals-heldout" (the 45 animals
+    that DDPO and AlignProp train on, and the 6 that AlignProp holds out), "general" (62 scenes, objects, counts, places
+    and styles of our own writing). No prompt is in a set and in its held-out set.
 
     Raises:
         FileNotFoundError: neither a set nor a file.
         ValueError: a file without prompts, not text, or with a line of more than 1000 characters.
     """
-    if spec in ("demo", "demo-heldout"):
-        return _read(_DEMO / ("prompts.txt" if spec == "demo" else "prompts_heldout.txt"))
-    if spec in ("animals", "animals-heldout"):
-        return (_ANIMALS if spec == "animals" else _ANIMALS_HELDOUT).split(", ")
+    if spec in _FILES:
+        return _read(_FILES[str(spec)])
     path = Path(spec).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a text file with one prompt a line")

@@ -8,8 +8,14 @@ from alignprop_fast.data import MAX_PROMPT_LENGTH, PROMPT_SETS, load_prompts
 @pytest.mark.parametrize("name", PROMPT_SETS)
 def test_sets_hold_each_prompt_once(name):
     prompts = load_prompts(name)
-    assert len(prompts) >= 16 and len(set(prompts)) == len(prompts)
+    assert len(prompts) >= 6 and len(set(prompts)) == len(prompts)
     assert all(prompt == prompt.strip() and prompt for prompt in prompts)
+
+
+def test_the_papers_animals():
+    """45 to train on and 6 held out, as in the assets of the published code."""
+    assert len(load_prompts("animals")) == 45 and len(load_prompts("animals-heldout")) == 6
+    assert load_prompts("animals")[0] == "cat" and load_prompts("animals-heldout")[0] == "snail"
 
 
 @pytest.mark.parametrize("name", ["demo", "animals"])
