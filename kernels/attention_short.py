@@ -182,17 +182,19 @@ def attention_short_backward_kernel(
         g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, True)
         lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0) * 1.4426950408889634
         p_T, dp_T = _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1)
-        # With every key at hand delta needs no o; dividing by the sum of P, 1 but for the rounding of lse, makes up for
-        # that rounding, which is large where the logits are.
         total = tl.sum(p_T, 0)
-        delta = tl.sum(p_T * dp_T, 0)
         if N1 > 0:
             more_p_T, more_dp_T = _probabilities(
                 q0, q1, g0, g1, lse2, more_k0, more_k1, more_v0, more_v1, more_keys, N, scale2, D1
             )
             total += tl.sum(more_p_T, 0)
+        # The sum over every key is 1 but for the rounding of lse: dividing by it takes that out again, which
+        # matters where logits are large. Nor does delta need o.
+        p_T = p_T / total[None, :]
+        delta = tl.sum(p_T * dp_T, 0)
+        if N1 > 0:
+            more_p_T = more_p_T / total[None, :]
             delta += tl.sum(more_p_T * more_dp_T, 0)
-        delta = delta / total
         dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
         dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
         ds_T = (p_T * (dp_T - delta[None, :])).to(q0.dtype)

@@ -133,8 +133,8 @@ def test_strides_of_a_fused_projection(module):
 @pytest.mark.parametrize("module", [general, short])
 def test_odd_strides(module):
     """Rows of an odd length, whose first elements are aligned to nothing."""
-    odd = torch.randn(1, 2, 35, 41, generator=torch.Generator().manual_seed(2)).to(DEVICE, QUICK)[..., 1:]
-    assert_right(module, odd, odd, odd, odd)
+    odd = torch.randn(4, 1, 2, 35, 41, generator=torch.Generator().manual_seed(2)).to(DEVICE, QUICK)[..., 1:]
+    assert_right(module, *odd)
 
 
 def test_a_gradient_expanded_from_one_number():
@@ -166,7 +166,7 @@ def test_large_logits_do_not_overflow(n):
 
 @pytest.mark.parametrize("module", [general, short])
 def test_two_runs_are_bit_equal(module):
-    tensors = inputs(130, 77, 40, QUICK, b=2)
+    tensors = inputs(70, 77, 40, QUICK, b=2, h=1)
     one, two = ours(module, *tensors, 0.2), ours(module, *tensors, 0.2)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
