@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-INSTALLED = Path(__file__).with_name("compiled.so")
-ARCHES = ("80", "86", "89", "90", "100", "120")  # of an installed library
+INSTALLED = Path(__file__).parent  # where setup.py leaves a library, if it builds one
+ARCHES = ("80", "86", "89", "90", "100", "120")  # of an installed library, as far as nvcc knows them
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 # The oldest torch that the library must run under.
 ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
@@ -53,6 +53,29 @@ def present_arches() -> tuple[str, ...]:
     return tuple(sorted({"".join(map(str, torch.cuda.get_device_capability(i))) for i in devices}))
 
 
+def known_arches() -> tuple[str, ...]:
+    """Those of `ARCHES` that the CUDA compiler at hand knows; none without one or for a CPU build of torch."""
+    nvcc = find_nvcc()
+    if torch.version.cuda is None or nvcc is None:
+        return ()
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return tuple(arch for arch in ARCHES if f"compute_{arch}" in listed)
+
+
+def library_name(arches: Iterable[str]) -> str:
+    """File name of a library for these GPUs; `installed` reads it."""
+    return "-".join(["compiled", *(f"sm_{arch}" for arch in arches)]) + ".so"
+
+
+def installed(arches: tuple[str, ...]) -> Path | None:
+    """The library beside this file, if its code runs on all of `arches`: it runs on later GPUs of the same major."""
+    for library in sorted(INSTALLED.glob("compiled*.so")):
+        built = [name.removeprefix("sm_") for name in library.stem.split("-")[1:]]
+        if all(any(b[:-1] == a[:-1] and b[-1] <= a[-1] for b in built) for a in arches):
+            return library
+    return None
+
+
 def library_path(arches: tuple[str, ...]) -> Path:
     """Where the cache keeps the library of these sources for these GPUs (none: the CPU version alone)."""
     digest = hashlib.sha256(repr((CXX_FLAGS, ABI_FLAGS, nvcc_command("nvcc", arches, "", ""))).encode())
@@ -60,8 +83,7 @@ def library_path(arches: tuple[str, ...]) -> Path:
         digest.update(source.read_bytes())
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_home / "torch_extensions")
-    name = "-".join(f"sm_{arch}" for arch in arches) or "cpu"
-    return root / f"alignprop_fast-{digest.hexdigest()[:16]}" / name / "compiled.so"
+    return root / f"alignprop_fast-{digest.hexdigest()[:16]}" / library_name(arches)
 
 
 def build(library: Path, arches: tuple[str, ...]) -> None:
@@ -74,17 +96,19 @@ def build(library: Path, arches: tuple[str, ...]) -> None:
     import fcntl
 
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        folder = library.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
         # A lock of the system: it goes with its process, however that ends.
-        with open(library.parent / "lock", "w") as lock:
+        with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
-                _run_ninja(library, arches)
+                _run_ninja(folder, arches)
+                os.replace(folder / "linked.so", library)
     except OSError as error:
-        raise BuildError(f"cannot write to {library.parent} ({error.strerror})") from error
+        raise BuildError(f"cannot build in {library.parent} ({error.strerror})") from error
 
 
-def _run_ninja(library: Path, arches: tuple[str, ...]) -> None:
+def _run_ninja(folder: Path, arches: tuple[str, ...]) -> None:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     nvcc = find_nvcc() if arches else None
@@ -92,12 +116,11 @@ def _run_ninja(library: Path, arches: tuple[str, ...]) -> None:
     if absent := [name for name, found in wanted.items() if not found]:
         raise BuildError(f"no {' and no '.join(absent)}")
     log.warning("building C++%s kernels, about %d s, once", "/CUDA" if arches else "", 40 if arches else 10)
-    (library.parent / "build.ninja").write_text(_ninja_file(str(cxx), nvcc, arches))
-    result = subprocess.run([str(ninja), "linked.so"], cwd=library.parent, capture_output=True, text=True)
+    (folder / "build.ninja").write_text(_ninja_file(str(cxx), nvcc, arches))
+    result = subprocess.run([str(ninja), "linked.so"], cwd=folder, capture_output=True, text=True)
     if result.returncode:
-        (library.parent / "build.log").write_text(result.stdout + result.stderr)
-        raise BuildError(f"the compiler failed, see {library.parent / 'build.log'}")
-    os.replace(library.parent / "linked.so", library)
+        (folder / "build.log").write_text(result.stdout + result.stderr)
+        raise BuildError(f"the compiler failed, see {folder / 'build.log'}")
 
 
 def _ninja_file(cxx: str, nvcc: str | None, arches: tuple[str, ...]) -> str:
@@ -129,12 +152,12 @@ def missing(device_type: str) -> str | None:
     """
     if device_type not in ("cpu", "cuda"):
         return f"no kernels for {device_type}"
-    arches = () if INSTALLED.exists() else present_arches()
-    if device_type == "cuda" and not INSTALLED.exists() and not arches:
+    arches = present_arches()
+    if device_type == "cuda" and not arches:
         return "no GPU at hand"
-    library = INSTALLED if INSTALLED.exists() else library_path(arches)
+    library = installed(arches) or library_path(arches)
     try:
-        if device_type == "cuda" and library != INSTALLED:
+        if device_type == "cuda" and not library.exists():
             build(library, arches)
         if not library.exists():
             return "not built (python -m alignprop_fast.ops.extension builds it)"
@@ -142,13 +165,7 @@ def missing(device_type: str) -> str | None:
     except (BuildError, OSError) as error:
         log.warning("slower group norm (PyTorch's own, which leaves channels_last): %s", error)
         return str(error)
-    return None if _serves(device_type) else f"the installed library has no {device_type} version"
-
-
-def _serves(device_type: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "alignprop_fast::group_norm_silu_forward", device_type.upper()
-    )
+    return None
 
 
 def main() -> int:
