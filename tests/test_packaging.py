@@ -30,7 +30,12 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_file_of_the_package_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = ROOT / "alignprop_fast"
-    files = [path for folder in (package, package / "kernels", package / "csrc") for path in folder.rglob("*") if path.is_file()]
+    files = [
+        path
+        for folder in (package, package / "kernels", package / "csrc")
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
     # The library of csrc/ is there only where the build could import torch and found a compiler.
     found = [name for name in names if ".dist-info/" not in name and not name.startswith("alignprop_fast/ops/compiled")]

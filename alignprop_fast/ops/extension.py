@@ -1,8 +1,8 @@
-"""Builds the C++ and CUDA kernels of csrc/ with ninja and loads them; `python -m alignprop_fast.ops.extension` builds now.
+"""Builds the C++ and CUDA kernels of csrc/ with ninja and loads them.
 
-The library uses PyTorch's stable ABI alone, so one build serves torch 2.10 and later. It is made when the package is
-installed if torch is at hand then; else for CUDA tensors on first use, for the GPUs of this machine alone, into torch's
-extension cache. CPU tensors take what is there already and never start a build: a compiler run of ten seconds would
+`python -m alignprop_fast.ops.extension` builds them now. The library uses PyTorch's stable ABI alone, so
+one build serves torch 2.10 and later. It is made when the package is installed if torch is at hand then; else for CUDA
+tensors on first use, for the GPUs of this machine alone, into torch's extension cache. CPU tensors take what is there already and never start a build: a compiler run of ten seconds would
 cost a short run more than the kernels save. Nothing here raises for want of a compiler: `missing` says what is lost.
 """
 
@@ -112,7 +112,7 @@ def _run_ninja(folder: Path, arches: tuple[str, ...]) -> None:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     nvcc = find_nvcc() if arches else None
-    wanted = {"ninja (pip install ninja)": ninja, "a C++ compiler": cxx, "nvcc": nvcc if arches else "unused"}
+    wanted = {"ninja (pip install ninja)": ninja, "C++ compiler": cxx, "nvcc": nvcc if arches else "unused"}
     if absent := [name for name, found in wanted.items() if not found]:
         raise BuildError(f"no {' and no '.join(absent)}")
     log.warning("building C++%s kernels, about %d s, once", "/CUDA" if arches else "", 40 if arches else 10)

@@ -1,0 +1,100 @@
+"""The loader of csrc/: what it does without a compiler, with a broken one, and with two processes at once."""
+
+import logging
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from alignprop_fast.ops import extension
+
+# Leaves a line in a log and an object file; slow enough for two builds to meet.
+COMPILER = """#!/bin/sh
+echo run >> {log}
+sleep 0.3
+while [ "$1" != "-o" ]; do shift; done
+echo built > "$2"
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    extension.missing.cache_clear()
+    yield tmp_path / "cache"
+    extension.missing.cache_clear()
+
+
+def compiler(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return str(path)
+
+
+def test_a_cpu_tensor_never_starts_a_build(cache):
+    if extension.installed(()) is not None:
+        pytest.skip("a library is installed here")
+    if torch.cuda.is_available():
+        pytest.skip("the question is what happens without a GPU")
+    assert extension.missing("cpu") == "not built (python -m alignprop_fast.ops.extension builds it)"
+    assert extension.missing("cuda") == "no GPU at hand"
+    assert not cache.exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are built on Linux only")
+def test_a_broken_compiler_is_reported_with_its_words(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", "#!/bin/sh\necho no such flag >&2\nexit 1\n"))
+    library = extension.library_path(())
+    with pytest.raises(extension.BuildError, match="the compiler failed, see"):
+        extension.build(library, ())
+    assert "no such flag" in (library.with_suffix("") / "build.log").read_text() and not library.exists()
+
+
+def test_without_tools_it_names_them(cache, monkeypatch):
+    monkeypatch.setattr(extension.shutil, "which", lambda name, path=None: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(extension.BuildError, match=r"^no ninja .pip install ninja. and no C\+\+ compiler$"):
+        extension.build(extension.library_path(()), ())
+
+
+def test_a_gpu_without_compiler_costs_one_line(cache, monkeypatch, caplog):
+    monkeypatch.setattr(extension, "present_arches", lambda: ("89",))
+    monkeypatch.setattr(extension, "find_nvcc", lambda: None)
+    with caplog.at_level(logging.WARNING):
+        reasons = [extension.missing("cuda") for _ in range(3)]
+    assert reasons == ["no nvcc"] * 3
+    assert [r.getMessage() for r in caplog.records] == [
+        "slower group norm (PyTorch's own, which leaves channels_last): no nvcc"
+    ]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are built on Linux only")
+def test_two_at_once_build_once(cache, monkeypatch, tmp_path):
+    """Threads stand for processes: the lock is held by an open file, of which each has its own."""
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", COMPILER.format(log=tmp_path / "log")))
+    library = extension.library_path(())
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: extension.build(library, ()), range(2)))
+    # bindings.cpp, group_norm_silu_cpu.cpp and the link, each once.
+    assert (tmp_path / "log").read_text().count("run") == 3
+    assert library.read_text() == "built\n"
+
+
+def test_another_source_is_another_library(cache, monkeypatch, tmp_path):
+    here = extension.library_path(())
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cpp").write_text("int a;")
+    monkeypatch.setattr(extension, "SOURCES", tmp_path / "csrc")
+    assert extension.library_path(()) != here != extension.library_path(("89",))
+
+
+@pytest.mark.parametrize(
+    ("built", "present", "serves"),
+    [(("80", "90"), ("86",), True), (("86",), ("80",), False), (("80",), ("80", "90"), False), ((), (), True)],
+)
+def test_an_installed_library_serves_the_gpus_it_was_built_for(monkeypatch, tmp_path, built, present, serves):
+    monkeypatch.setattr(extension, "INSTALLED", tmp_path)
+    (tmp_path / extension.library_name(built)).touch()
+    assert (extension.installed(present) is not None) == serves
