@@ -1,9 +1,10 @@
 """Builds the C++ and CUDA kernels of csrc/ with ninja and loads them.
 
-`python -m alignprop_fast.ops.extension` builds them now. The library uses PyTorch's stable ABI alone, so
-one build serves torch 2.10 and later. It is made when the package is installed if torch is at hand then; else for CUDA
-tensors on first use, for the GPUs of this machine alone, into torch's extension cache. CPU tensors take what is there already and never start a build: a compiler run of ten seconds would
-cost a short run more than the kernels save. Nothing here raises for want of a compiler: `missing` says what is lost.
+The library uses PyTorch's stable ABI alone, so one build serves torch 2.10 and later. It is made when the package is
+installed if torch is at hand then; else for CUDA tensors on first use, for the GPUs of this machine alone, into torch's
+extension cache; or by `python -m alignprop_fast.ops.extension`. CPU tensors take what is there already and never start
+a build: a compiler run of ten seconds would cost a short run more than the kernels save. A missing compiler raises
+nothing: `missing` says what is lost.
 """
 
 import hashlib
