@@ -28,7 +28,7 @@ Head dimensions that are no multiple of 8 load element by element. fp32 runs wit
 import torch
 
 from alignprop_fast.kernels import attention_general, attention_short
-from alignprop_fast.kernels.attention_tiles import MAX_HEAD_DIM
+from alignprop_fast.kernels.attention_tiles import MAX_HEAD_DIM, rows_first
 
 
 def attention_forward(
@@ -77,7 +77,7 @@ def attention_backward(
     g, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, o))
     if k.shape[2] == 1:
         # Over one key the softmax is 1 whatever the logits: these gradients are zero, not nearly zero.
-        return torch.zeros_like(q), torch.zeros_like(k), g.sum(2, keepdim=True)
+        return rows_first(q).zero_(), rows_first(k).zero_(), rows_first(v).copy_(g.sum(2, keepdim=True))
     if attention_short.serves_backward(q, k):
         return attention_short.backward(g, q, k, v, lse.contiguous(), scale)
     return attention_general.backward(g, q, k, v, o, lse.contiguous(), scale)

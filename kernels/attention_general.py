@@ -164,7 +164,7 @@ def attention_backward_dq_kernel(
     o0, o1 = load_pair(o_ptr + (b * o_b + h * o_h) * ALIGN, rows, o_r * ALIGN, M, HEAD, D0, D1, True)
     delta = row_dots(g0, g1, o0, o1, D1)
     tl.store(delta_ptr + head * M + rows, delta, mask=rows < M)
-    lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=float("inf")) * 1.4426950408889634
+    lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0) * 1.4426950408889634
     scale2 = scale * 1.4426950408889634
     dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
     for start in range(0, N, BLOCK_N):
@@ -233,8 +233,8 @@ def attention_backward_dk_dv_kernel(
         q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
         g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
         if MASK:
-            # An infinite lse makes P zero beyond the last query.
-            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=float("inf"))
+            # Beyond the last query q and g are zero, and so is what it adds; only its P must be finite.
+            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0)
             delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
         else:
             lse = tl.load(lse_ptr + head * M + rows)

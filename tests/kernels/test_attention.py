@@ -107,8 +107,9 @@ def test_few_keys(dtype, m, n, d):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(("m", "d"), [(1, 64), (50, 40), (20, 160)])
 def test_one_key(dtype, m, d):
-    _, _, dq, dk, _ = assert_right(Public, *inputs(m, 1, d, dtype))
+    _, _, dq, dk, dv = assert_right(Public, *inputs(m, 1, d, dtype))
     assert not dq.any() and not dk.any()
+    assert all(t.transpose(1, 2).is_contiguous() for t in (dq, dk, dv))
 
 
 @pytest.mark.parametrize("n", [77, 128])
