@@ -19,6 +19,7 @@ from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.kept import Kind
+from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linear
 
 
@@ -148,16 +149,32 @@ class LeanResnetBlock2D(ResnetBlock2D):
             return super().forward(input_tensor, temb)
         h = self.conv1(_norm_silu(self.norm1, input_tensor))
         if self.time_emb_proj is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
-        if temb is not None:
-            h = h + temb
-        h = self.conv2(self.dropout(_norm_silu(self.norm2, h)))
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, temb)))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return shortcut + h if self.output_scale_factor == 1 else (shortcut + h) / self.output_scale_factor
 
 
-def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, time_embedding_BC: torch.Tensor | None = None) -> torch.Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, time_embedding_BC=time_embedding_BC)
+
+
+class LeanGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that leaves channels_last as it is, while its weights are frozen."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.ndim != 4 or not self.affine or not _applies(input, self):
+            return super().forward(input)
+        return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, silu=False)
+
+
+class LeanLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension, while its weights are frozen."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if len(self.normalized_shape) != 1 or not _applies(input, self):
+            return super().forward(input)
+        return layer_norm(input, self.weight, self.bias, self.eps)
 
 
 _LEAN: dict[type[nn.Module], type[nn.Module]] = {
@@ -165,6 +182,8 @@ _LEAN: dict[type[nn.Module], type[nn.Module]] = {
     GEGLU: LeanGEGLU,
     ResnetBlock2D: LeanResnetBlock2D,
     LoraLinear: LeanLoraLinear,
+    nn.GroupNorm: LeanGroupNorm,
+    nn.LayerNorm: LeanLayerNorm,
 }
 _STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear}
 

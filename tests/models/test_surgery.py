@@ -16,6 +16,8 @@ from alignprop_fast.models.surgery import (
     FrozenConv2d,
     LeanAttnProcessor,
     LeanGEGLU,
+    LeanGroupNorm,
+    LeanLayerNorm,
     LeanLinear,
     LeanLoraLinear,
     LeanResnetBlock2D,
@@ -23,6 +25,8 @@ from alignprop_fast.models.surgery import (
     take_ops_out,
 )
 from alignprop_fast.runtime import PeakMeter, step_kept_as
+
+LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_values_and_gradients_stay(unet):
     stock = run(unet, x)
     put_ops_in(unet)
     kinds = {type(module) for module in unet.modules()}
-    assert {FrozenConv2d, LeanGEGLU, LeanResnetBlock2D, LeanLinear, LeanLoraLinear} <= kinds
+    assert LEAN_MODULES <= kinds
     assert {type(processor) for processor in unet.attn_processors.values()} == {LeanAttnProcessor}
     for lean_value, value in zip(run(unet, x), stock, strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
