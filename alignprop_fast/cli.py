@@ -1,4 +1,4 @@
-"""The command line `alignprop-fast`: demo, train, sample. Heavy libraries are imported inside the commands."""
+"""The command line `alignprop-fast`. Heavy libraries are imported inside the commands, which have a file each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import typer
 
 from alignprop_fast.cli_demo import demo
+from alignprop_fast.cli_evaluate import evaluate
+from alignprop_fast.cli_merge import merge
 from alignprop_fast.cli_options import ConfigCommand
 from alignprop_fast.cli_sample import sample
 from alignprop_fast.cli_support import BAD_INPUT, INTERRUPTED, fail
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command(cls=ConfigCommand)(train)
 app.command()(sample)
+app.command()(evaluate)
+app.command()(merge)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -224,7 +224,7 @@ Prompts = Annotated[
     str,
     _option(
         _REWARD,
-        "Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout.",
+        "Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout, general.",
     ),
 ]
 NegativePrompt = Annotated[str | None, _option(_SAMPLING, "Negative prompt of every picture.")]

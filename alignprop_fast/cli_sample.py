@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from alignprop_fast import cli_options as o
 from alignprop_fast.cli_options import DEFAULTS
-from alignprop_fast.cli_support import check_writable, pick_device, quiet_libraries, setup_errors
-
-if TYPE_CHECKING:
-    from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.cli_pipeline import PictureProgress, check_new_folder, open_pipeline
+from alignprop_fast.cli_support import pick_device, quiet_libraries, setup_errors
 
 Lora = Annotated[
     str | None,
@@ -30,7 +26,7 @@ Prompt = Annotated[
 PromptSet = Annotated[
     str,
     typer.Option(
-        help="Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout.",
+        help="Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout, general.",
         rich_help_panel="Prompts",
     ),
 ]
@@ -74,61 +70,33 @@ def sample(
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.data import load_prompts
+        from alignprop_fast.evaluate import draw
         from alignprop_fast.generate import DifferentiableSampler
-        from alignprop_fast.report import Pictures, save_grid, save_image
+        from alignprop_fast.models.lora import load_lora
+        from alignprop_fast.report import Pictures, save_grid, save_image, to_images
 
-        check_writable(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty: choose another --output-dir")
+        check_new_folder(folder)
         texts = [text for text in (prompt or load_prompts(prompts)) for _ in range(images_per_prompt)]
-        pipe = _pipeline(model, lora, pick_device(device), mixed_precision)
+        pipe = open_pipeline(model, pick_device(device), mixed_precision)
+        if lora is not None:
+            load_lora(pipe, Path(lora).expanduser())
         sampler = DifferentiableSampler(pipe, num_inference_steps, guidance_scale, eta, height=height, width=width)
         # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
-        batches = _batches(sampler, texts, negative_prompt, seed, batch_size)
+        seeds = range(seed, seed + len(texts))
+        batches = draw(sampler, texts, seeds, batch_size, negative_prompt)
         first = next(batches)
     folder.mkdir(parents=True, exist_ok=True)
     images: list[Any] = []
-    count = -(-len(texts) // batch_size)
-    for batch in track(
-        chain([first], batches), "drawing", total=count, console=console, disable=not console.is_terminal
-    ):
-        for image in batch:
-            i = len(images)
-            save_image(image, folder / f"{i:03d}_{_slug(texts[i])}_seed{seed + i}.png")
-            images.append(image)
-    pictures = Pictures(tuple(images), tuple(texts), tuple(range(seed, seed + len(texts))))
+    with PictureProgress(console, len(texts)) as progress:
+        for images_BCHW in chain([first], batches):
+            for image in to_images(images_BCHW):
+                i = len(images)
+                save_image(image, folder / f"{i:03d}_{_slug(texts[i])}_seed{seeds[i]}.png")
+                images.append(image)
+            progress.advance(len(images_BCHW))
+    pictures = Pictures(tuple(images), tuple(texts), tuple(seeds))
     save_grid(folder / "grid.png", pictures, f"{Path(model).name}{f' with {Path(lora).name}' if lora else ''}")
     console.print(f"{len(images)} pictures in {folder}, all of them in {folder / 'grid.png'}", soft_wrap=True)
-
-
-def _pipeline(model: str, lora: str | None, device: str, precision: str) -> Any:
-    import torch
-
-    from alignprop_fast.models.load import load_pipeline
-    from alignprop_fast.models.lora import load_lora
-
-    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision == "fp16" and device == "cpu":
-        raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
-    name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
-    pipe = load_pipeline(model, dtypes[name])
-    if lora is not None:
-        load_lora(pipe, Path(lora).expanduser())
-    return pipe.to(device)
-
-
-def _batches(
-    sampler: DifferentiableSampler, texts: list[str], negative_prompt: str | None, seed: int, batch_size: int
-) -> Iterator[tuple[Any, ...]]:
-    import torch
-
-    from alignprop_fast.report import to_images
-
-    for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        with torch.no_grad():
-            yield to_images(sampler(batch, negative_prompt, generators, grad_steps=()))
 
 
 def _slug(prompt: str) -> str:

@@ -1,7 +1,11 @@
-"""Tiny pipelines in the real diffusers format, shared by all tests. No network, random weights, under a second each."""
+"""Tiny pipelines in the real diffusers format, and the command line, shared by all tests.
+
+No network, random weights, under a second each.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -51,3 +55,33 @@ def _fresh(pipeline_class, folder: Path):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipe
+
+
+@pytest.fixture
+def fresh_process():
+    """What a command may set once and for all in a process of its own: loggers, and accelerate's one state."""
+    own, warned = logging.getLogger("alignprop_fast"), logging.getLogger("py.warnings")
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in (own, warned)]
+    yield
+    for logger, handlers, propagate in before:
+        logger.handlers, logger.propagate = handlers, propagate
+    logging.captureWarnings(False)
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def command(capsys, fresh_process):
+    """Runs a command in this process; returns exit code, stdout and stderr."""
+    from alignprop_fast.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return leaving.value.code, captured.out, captured.err
+
+    return run

@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it writes, how it goes on, and one line for everything it refuses."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -18,35 +17,6 @@ from alignprop_fast.cli import main
 
 TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu")
 WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """What a command may set once and for all in a process of its own: loggers, and accelerate's one state."""
-    own, warned = logging.getLogger("alignprop_fast"), logging.getLogger("py.warnings")
-    before = [(logger, logger.handlers[:], logger.propagate) for logger in (own, warned)]
-    yield
-    for logger, handlers, propagate in before:
-        logger.handlers, logger.propagate = handlers, propagate
-    logging.captureWarnings(False)
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs a command in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return leaving.value.code, captured.out, captured.err
-
-    return run
 
 
 def snapshot(folder):
@@ -66,10 +36,12 @@ def without_times(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("demo", "train", "sample")),
+        ((), ("demo", "train", "sample", "evaluate", "merge")),
         (("train",), ("--memory-budget", "default: 50", "--resume", "24GiB", "Examples")),
         (("sample",), ("--lora", "--images-per-prompt", "Examples")),
         (("demo",), ("--output-dir", "Examples")),
+        (("evaluate",), ("--lora", "--scale", "--heldout-prompts", "gained", "Examples")),
+        (("merge",), ("ADAPTER:WEIGHT", "--rank", "--path-steps", "Examples")),
     ],
 )
 def test_help_teaches(command, monkeypatch, arguments, words):
@@ -191,6 +163,26 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
     assert records(tmp_path / "out")[0]["gradient_steps"] == 1
 
 
+def test_several_reward_models_and_what_a_reward_tells(command, tiny_sd_folder, tmp_path):
+    """From the command line and from YAML, as a list or one alone, and through --resume from another folder."""
+    from alignprop_fast.demo import clip_path, counter_path
+
+    common = ("train", "--model", tiny_sd_folder, "--reward", "count:apple=2,clip:0.5", *TINY, "--steps", 1)
+    counter, clip = f"count={counter_path()}", f"clip={clip_path()}"
+    code, _, err = command(*common, "--reward-model", counter, "--reward-model", clip, "--output-dir", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["reward_model"] == [counter, clip]
+    assert list(records(tmp_path / "a")[0]["reward_parts"]) == ["count:apple=2", "clip", "soft_count"]
+    code, _, err = command("train", "--resume", "--output-dir", tmp_path / "a", "--steps", 2)
+    assert (code, err) == (0, "") and len(records(tmp_path / "a")) == 2
+    file = tmp_path / "run.yaml"
+    file.write_text(f"reward_model: {counter}\nallow_pickle: true\n")
+    code, _, err = command(*common, "--config", file, "--output-dir", tmp_path / "b")
+    assert (code, err) == (0, "")
+    config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    assert config["reward_model"] == [counter] and config["allow_pickle"] is True
+
+
 BAD = {
     "no model folder": (["--model", "{tmp}/none"], "no model folder"),
     "a folder that is no model": (["--model", "{tmp}/empty"], "model_index.json"),
@@ -202,6 +194,9 @@ BAD = {
     "reward without gradient": (["--reward", "no_gradient_of_test:score"], "without gradient"),
     "no reward model": (["--reward", "clip", "--reward-model", "{tmp}/none"], "no CLIP model"),
     "reward model without use": (["--reward-model", "{tmp}/none"], "leave it out"),
+    "pickled weights": (["--reward", "hpsv2", "--reward-model", "{tmp}/hps.pt"], "--allow-pickle"),
+    "reward without weights": (["--reward", "clip,hpsv2"], "--reward-model hpsv2=PATH"),
+    "a model for one of two rewards": (["--reward", "clip,pickscore", "--reward-model", "{tmp}/none"], "NAME=PATH"),
     "no prompts file": (["--prompts", "{tmp}/none.txt"], "no prompts file"),
     "empty prompts file": (["--prompts", "{tmp}/empty.txt"], "holds no prompts"),
     "binary prompts file": (["--prompts", "{tmp}/binary.txt"], "not UTF-8"),
@@ -247,6 +242,8 @@ def bad_files(tmp_path_factory, tiny_sd_folder):
     (folder / "unknown.yaml").write_text("batchsize: 3\n")
     (folder / "list.yaml").write_text("steps: [1, 2]\n")
     (folder / "value.yaml").write_text("eta: yes\n")
+    shutil.copytree(tiny_sd_folder / "tokenizer", folder, dirs_exist_ok=True)
+    torch.save({}, folder / "hps.pt")
     shutil.copytree(tiny_sd_folder, folder / "cut")
     weights = next((folder / "cut" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])

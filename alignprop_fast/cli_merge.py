@@ -1,0 +1,175 @@
+"""The command `merge`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from alignprop_fast import cli_options as o
+from alignprop_fast.cli_merge_path import AdapterPath
+from alignprop_fast.cli_options import DEFAULTS
+from alignprop_fast.cli_pipeline import PictureProgress, check_new_folder, open_pipeline, open_reward
+from alignprop_fast.cli_sample import FirstSeed, PromptSet
+from alignprop_fast.cli_support import pick_device, quiet_libraries, setup_errors
+
+if TYPE_CHECKING:
+    from alignprop_fast.models.lora_merge import Merged
+
+Adapters = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER:WEIGHT...",
+        help="Output folders of train, or LoRA files (.safetensors), each with its weight, 1 where there is none.",
+        show_default=False,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="Re-factor the mixture to this rank, as near as it gets; the error is reported.",
+        show_default="exact: the sum of the ranks",
+        min=1,
+    ),
+]
+PathSteps = Annotated[
+    int | None,
+    typer.Option(
+        help="Also draw path.png: 8 of the prompts at so many places between two adapters, (1 - t) A + t B, t from 0 "
+        "to 1, whatever their weights.",
+        rich_help_panel="Pictures along the path",
+        show_default="none",
+        min=2,
+        max=32,
+    ),
+]
+PathReward = Annotated[
+    str | None,
+    typer.Option(
+        "--reward",
+        help="Write this reward under each picture of the path, and all of them to path.csv; as in train --reward.",
+        rich_help_panel="Pictures along the path",
+        show_default="none",
+    ),
+]
+
+
+def merge(
+    adapters: Adapters,
+    rank: Rank = None,
+    path_steps: PathSteps = None,
+    reward: PathReward = None,
+    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
+    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    model: o.Model = DEFAULTS.model,
+    prompts: PromptSet = DEFAULTS.prompts,
+    negative_prompt: o.NegativePrompt = None,
+    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
+    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    eta: o.Eta = DEFAULTS.eta,
+    height: o.Height = None,
+    width: o.Width = None,
+    seed: FirstSeed = DEFAULTS.seed,
+    batch_size: o.BatchSize = DEFAULTS.batch_size,
+    mixed_precision: o.MixedPrecision = o.Precision.auto,
+    device: o.Device = DEFAULTS.device,
+    output_dir: o.OutputDir = "alignprop-merged",
+) -> None:
+    """Mix adapters linearly, or scale one toward the base model.
+
+    Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights) and merge.json (weights, ranks, relative
+    Frobenius errors) to --output-dir. No model is loaded, but for the pictures of --path-steps.
+
+    **Examples**
+
+    - `alignprop-fast merge clip-run:0.5 colorfulness-run:0.5 --output-dir both`
+    - `alignprop-fast merge run:0.7 --rank 4 --output-dir milder`
+    - `alignprop-fast merge clip-run:0.5 colorfulness-run:0.5 --path-steps 5 --reward clip --output-dir path`
+    """
+    console, folder = Console(highlight=False), Path(output_dir).expanduser()
+    path = None
+    with setup_errors():
+        quiet_libraries(console)
+        from alignprop_fast.models.lora_merge import merge_loras, read_lora
+
+        check_new_folder(folder)
+        mixture = [_split(adapter) for adapter in adapters]
+        _check(mixture, path_steps, reward, reward_model)
+        merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], rank)
+        if path_steps is not None:
+            from alignprop_fast.data import load_prompts
+            from alignprop_fast.generate import DifferentiableSampler
+            from alignprop_fast.models.lora_mix import load_loras
+
+            texts, device = load_prompts(prompts), pick_device(device)
+            pipe = open_pipeline(model, device, mixed_precision)
+            names = load_loras(pipe, [source for source, _ in mixture])
+            sampler = DifferentiableSampler(pipe, num_inference_steps, guidance_scale, eta, height=height, width=width)
+            scored = open_reward(reward, pipe, reward_model, allow_pickle) if reward else None
+            path = AdapterPath(sampler, names, scored, texts, seed, path_steps)
+            # Drawn in part before anything is written: what can go wrong has gone wrong by then.
+            batches = path.batches(batch_size, negative_prompt)
+            first = next(batches)
+    if path is not None:
+        with PictureProgress(console, len(path.prompts) * len(path.places)) as progress:
+            for count in chain([first], batches):
+                progress.advance(count)
+    _write(folder, merged, mixture, rank)
+    if path is not None:
+        path.write(folder, [Path(source).name for source, _ in mixture], reward)
+        console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
+    _print(console, merged, rank)
+    console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
+
+
+def _check(
+    mixture: Sequence[tuple[str, float]], path_steps: int | None, reward: str | None, reward_model: Sequence[str]
+) -> None:
+    if path_steps is None and (reward or reward_model):
+        raise ValueError("--reward scores the pictures of a path: add --path-steps 5")
+    if path_steps is not None and len(mixture) != 2:
+        raise ValueError(f"--path-steps goes from one adapter to another, and here are {len(mixture)}: give two")
+
+
+def _print(console: Console, merged: Merged, rank: int | None) -> None:
+    ranks = sorted({factors.rank for factors in merged.factors.values()})
+    console.print(
+        f"{len(merged.factors)} modules of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
+    )
+    if rank is not None:
+        worst = max(merged.errors, key=merged.errors.__getitem__)
+        text = f"{merged.relative_error:.2%} in all, at most {merged.errors[worst]:.2%} ({worst})"
+        console.print(f"relative error of the weight deltas: {text}", soft_wrap=True)
+
+
+def _split(adapter: str) -> tuple[str, float]:
+    """`run:0.5` -> (run, 0.5); without a number at its end the weight is 1."""
+    name, colon, last = adapter.rpartition(":")
+    try:
+        return (name, float(last)) if colon and name else (adapter, 1.0)
+    except ValueError:
+        return adapter, 1.0
+
+
+def _write(folder: Path, merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | None) -> None:
+    from alignprop_fast import __version__
+    from alignprop_fast.models.lora import WEIGHTS_NAME
+    from alignprop_fast.models.lora_merge import merged_file
+    from alignprop_fast.report import write_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "adapters": [{"path": path, "weight": weight} for path, weight in mixture],
+        "rank": rank,
+        "relative_error": merged.relative_error,
+        "modules": {m: {"rank": f.rank, "relative_error": merged.errors[m]} for m, f in merged.factors.items()},
+        "alignprop_fast": __version__,
+    }
+    mixed = " + ".join(f"{weight:g} {Path(path).name}" for path, weight in mixture)
+    write_whole(folder / WEIGHTS_NAME, merged_file(merged.factors, {"alignprop_merged": mixed}))
+    write_whole(folder / "merge.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -1,0 +1,95 @@
+"""What the commands that draw pictures share: the pipeline, an output folder that is new, progress by picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from alignprop_fast.cli_support import check_writable
+
+if TYPE_CHECKING:
+    from alignprop_fast.rewards.mixture import WeightedSum
+
+T = TypeVar("T")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises:
+    ValueError: a folder with something in it, or one that cannot be written.
+    """
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another --output-dir")
+
+
+def open_pipeline(model: str, device: str, precision: str) -> Any:
+    """The pipeline on the device, its weights in that precision ("auto": bf16 on a GPU, fp32 on the CPU).
+
+    Raises:
+        ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
+    """
+    import torch
+
+    from alignprop_fast.models.load import load_pipeline
+
+    if precision == "fp16" and device == "cpu":
+        raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
+    name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
+    return load_pipeline(model, {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], device)
+
+
+def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickle: bool) -> WeightedSum:
+    """The reward on the pipeline's device; bf16 where the pipeline is (fp16 has too small a range for scores).
+
+    Raises:
+        ValueError, OSError: an unknown reward, or weights that cannot be loaded.
+    """
+    import torch
+
+    from alignprop_fast.rewards import get_reward
+
+    dtype = torch.bfloat16 if pipe.unet.dtype == torch.bfloat16 else torch.float32
+    return get_reward(reward, device=pipe.unet.device, dtype=dtype, model=reward_model, allow_pickle=allow_pickle)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them, evenly over the list."""
+    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+class PictureProgress:
+    """Pictures drawn and time left: a bar, or ten plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, total: int):
+        self._console, self._total, self._done, self._begin = console, total, 0, time.perf_counter()
+        self._bar = Progress(
+            TextColumn("drawing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("pictures"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> PictureProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        before, self._done = self._done, self._done + count
+        self._bar.update(self._task, completed=self._done)
+        if not self._console.is_terminal and before * 10 // self._total < self._done * 10 // self._total:
+            left = (time.perf_counter() - self._begin) / self._done * (self._total - self._done)
+            self._console.print(f"{self._done}/{self._total} pictures  {left:.0f} s left")

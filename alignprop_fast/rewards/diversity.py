@@ -1,0 +1,50 @@
+"""How different pictures of one prompt are: a guard against a model that answers every seed with the same picture.
+
+D = 2 / (K (K - 1)) * sum_{i < j} (1 - <e_i, e_j>), e_i the normalised CLIP embedding of picture i of K: the mean
+pairwise cosine distance, 0 where all are alike. Only figures under the same CLIP model compare.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .preprocess import Preprocess
+from .weights import DEFAULT, Loading
+
+
+class ImageEmbedder(nn.Module):
+    """Normalised CLIP embeddings of pictures, weights frozen."""
+
+    def __init__(self, folder: str | Path | None = None, loading: Loading = DEFAULT) -> None:
+        """folder: a `CLIPModel` with its image processor, or its Hub id; None: the bundled one, which knows the
+        bundled model's kind of pictures.
+
+        Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
+        """
+        from .clip import clip_folder, load_clip
+
+        super().__init__()
+        if folder is None:
+            from alignprop_fast.demo import clip_path
+
+            folder = clip_path()
+        folder = clip_folder(folder, loading)
+        self.preprocess, self.model = Preprocess.from_folder(folder), load_clip(folder, loading)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size. Returns [B, E], fp32, of norm 1."""
+        from .clip import image_embeddings
+
+        return image_embeddings(self.model, self.preprocess(images_BCHW))
+
+
+def mean_pairwise_distance(embeddings_KE: Tensor) -> float:
+    """D of the pictures whose normalised embeddings these are. Raises ValueError for fewer than two."""
+    count = len(embeddings_KE)
+    if count < 2:
+        raise ValueError("diversity takes two pictures of a prompt or more")
+    cosines_KK = embeddings_KE.double() @ embeddings_KE.double().T
+    return 1 - float(torch.triu(cosines_KK, 1).sum()) * 2 / (count * (count - 1))
