@@ -77,17 +77,22 @@ import torch, harness
 def make(batch, n, dtype, device):
     x = torch.ones(batch, n, dtype=dtype, device=device)
     work = harness.Work(1.0)
-    return harness.Problem((x,), 1, {"ours": lambda x: x * 1.1, "eager": lambda x: x * 1.0}, work, work)
+    return harness.Problem((x,), 1, {"ours": lambda x: OURS, "eager": lambda x: x * 1.0}, work, work)
 harness.main("wrong", [harness.Shape("any", (5,))], [harness.Shape("any", (5,))], make)
 """
 
 
-def test_no_speed_for_a_red_kernel(tmp_path):
+@pytest.mark.parametrize(
+    ("ours", "fault"), [("x * 1.1", "error 0.1"), ("x.nonsense()", "AttributeError"), ("x * float('nan')", "error nan")]
+)
+def test_no_speed_for_a_red_kernel(tmp_path, ours, fault):
     arguments = ["--device", "cpu", "--dtype", "float32", "--small", "--no-compile", "--output", tmp_path / "out.csv"]
-    result = subprocess.run([sys.executable, "-c", WRONG, *arguments], cwd=FOLDER, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WRONG.replace("OURS", ours), *arguments], cwd=FOLDER, capture_output=True, text=True
+    )
     assert result.returncode == 1, result.stderr
     rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
-    assert len(rows) == 2 and all(row["status"].startswith("WRONG: error 0.1") and not row["p50_ms"] for row in rows)
+    assert len(rows) == 2 and all(row["status"].startswith(f"WRONG: {fault}") and not row["p50_ms"] for row in rows)
 
 
 @pytest.mark.parametrize("name", BENCHES)
