@@ -6,7 +6,8 @@ published code it is not multiplied by the temperature: about 0.2 to 0.35. v2.1 
 
 Weights: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of `xswu/HPSv2`, in open_clip's names (or the same tensors as
 safetensors), with the tokenizer of any CLIP model of 77 tokens in the same folder.
-Pixels: longer edge to 224, bicubic; black around it to a square; CLIP's mean and deviation.
+Pixels: longer edge to 224, bicubic with antialiasing on float tensors (so edges overshoot; torchvision before 0.17 left
+the antialiasing out there); black around it to a square; CLIP's mean and deviation.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import Tensor
 from .clip import Similarity
 from .open_clip_names import to_transformers
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .weights import DEFAULT, Loading, filled, load_tokenizer, read_state, weights_file
+from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
 
 _NAMES = ("HPS_v2.1_compressed", "HPS_v2_compressed")
+_TOKENIZER = "openai/clip-vit-large-patch14"
 _VISION_HEAD, _TEXT_HEAD = 80, 64  # widths of one attention head in ViT-H/14
 
 
@@ -35,15 +37,16 @@ class HpsV2(Similarity):
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.
         """
         file = weights_file(Path(path), _NAMES, "HPS v2 weights")
-        tokenizer = load_tokenizer(file.parent, "HPS v2 weights", source="openai/clip-vit-large-patch14")
+        tokenizer = load_tokenizer(file.parent, "HPS v2 weights", source=_TOKENIZER)
         try:
             state = to_transformers(read_state(file, loading))
             config = _config(state)
         except (KeyError, IndexError) as error:
             raise OSError(f"{file} does not hold HPS v2: it lacks {error}; copy the file again") from error
+        check_words(tokenizer, config["text_config"]["vocab_size"], file.parent, _TOKENIZER)
         model = filled(lambda: _clip(config), state, file, "HPS v2").to(loading.dtype)
         edge = config["vision_config"]["image_size"]
-        super().__init__(model, tokenizer, Preprocess(longest_edge=edge, mean=CLIP_MEAN, std=CLIP_STD))
+        super().__init__(model, tokenizer, Preprocess(longest_edge=edge, clip=False, mean=CLIP_MEAN, std=CLIP_STD))
 
 
 def _clip(config: dict[str, Any]) -> Any:

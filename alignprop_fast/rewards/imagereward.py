@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .aesthetic import FiveLayers
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
-from .weights import DEFAULT, Loading, filled, load_tokenizer, read_state, weights_file
+from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
 
+_TOKENIZER = "google-bert/bert-base-uncased"
 _TOKENS = 35
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the scores on the training set
 _HEAD = 64  # width of one attention head, in both towers
@@ -50,12 +51,13 @@ class ImageReward(nn.Module):
         """
         super().__init__()
         file = weights_file(Path(path), ("ImageReward",), "ImageReward weights")
-        self.tokenizer = load_tokenizer(file.parent, "ImageReward weights", source="google-bert/bert-base-uncased")
+        self.tokenizer = load_tokenizer(file.parent, "ImageReward weights", source=_TOKENIZER)
         state = _renamed(read_state(file, loading))
         try:
             vision, text = _configs(state)
         except (KeyError, IndexError) as error:
             raise OSError(f"{file} does not hold ImageReward: it lacks {error}; copy the file again") from error
+        check_words(self.tokenizer, text["vocab_size"], file.parent, _TOKENIZER)
         self.network = filled(lambda: _Network(vision, text), state, file, "ImageReward")
         self.network.vision.to(loading.dtype)
         self.network.text.to(loading.dtype)

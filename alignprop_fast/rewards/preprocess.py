@@ -41,6 +41,7 @@ class Preprocess:
     exact_size: tuple[int, int] | None = None  # (height, width), in place of shortest_edge
     longest_edge: int | None = None  # pixels, in place of both; black around the image makes it a square
     resampling: str = "bicubic"
+    clip: bool = True  # to [0, 1] after each direction, as in PIL; False where the processor resizes float tensors
     crop: tuple[int, int] | None = None  # (height, width)
     round_crop: bool = False  # where the margin is odd: round half of it (to even), as torchvision does, or cut it off
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -103,7 +104,8 @@ class Preprocess:
         # Bicubic overshoots at edges and 8-bit pictures cannot: PIL resizes rows, clips, resizes columns, clips (since
         # version 13 columns first where the height shrinks more than the width; only by rounding can it do so here).
         for target in ((height, size[1]), size):
-            images_BCHW = F.interpolate(images_BCHW, size=target, mode=self.resampling, antialias=True).clamp(0, 1)
+            images_BCHW = F.interpolate(images_BCHW, size=target, mode=self.resampling, antialias=True)
+            images_BCHW = images_BCHW.clamp(0, 1) if self.clip else images_BCHW
         return self._square(images_BCHW)
 
     def _square(self, images_BCHW: Tensor) -> Tensor:

@@ -99,6 +99,14 @@ def load_tokenizer(folder: Path, what: str, source: str | None = None) -> Any:
         raise OSError(f"cannot load the tokenizer in {folder}: {first_line(error)}; copy the model again") from error
 
 
+def check_words(tokenizer: Any, words: int, folder: Path, source: str) -> None:
+    """Raises ValueError for a tokenizer with more words than the network has embeddings for."""
+    if len(tokenizer) > words:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} words and the network {words}: copy that of {source} there"
+        )
+
+
 def weights_file(path: Path, names: Sequence[str], what: str) -> Path:
     """`path` itself if it is a file; in a folder the first of `names` (without ending), as safetensors or else pickled.
 

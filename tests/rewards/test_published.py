@@ -34,17 +34,13 @@ class Case:
     expected: Callable[[Tensor], Tensor]  # images -> scores for PROMPTS
 
 
-def _pixels(images_BCHW: Tensor, edge: int) -> Tensor:
-    """CLIP's preprocessing of square images by the plain formula, clipped after each direction as in PIL."""
-    resized_BCHW = _resized(images_BCHW, edge, edge)
+def _pixels(images_BCHW: Tensor, edge: int, clip: bool = True) -> Tensor:
+    """CLIP's preprocessing of square images by the plain formula; clip: after each direction, as in PIL."""
+    for size in ((images_BCHW.shape[-2], edge), (edge, edge)):
+        images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True)
+        images_BCHW = images_BCHW.clamp(0, 1) if clip else images_BCHW
     mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (resized_BCHW - mean_C11) / std_C11
-
-
-def _resized(images_BCHW: Tensor, height: int, width: int) -> Tensor:
-    for size in ((images_BCHW.shape[-2], width), (height, width)):
-        images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    return images_BCHW
+    return (images_BCHW - mean_C11) / std_C11
 
 
 def _pickscore(tmp: Path, clip_folder: Path, tokenizer_folder: Path) -> Case:
@@ -70,7 +66,7 @@ def _hpsv2(tmp: Path, clip_folder: Path, tokenizer_folder: Path) -> Case:
     ids_BL = tokenizer(PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt")["input_ids"]
 
     def expected(images_BCHW: Tensor) -> Tensor:
-        return published.open_clip_cosine(state, _pixels(images_BCHW, 28), ids_BL)
+        return published.open_clip_cosine(state, _pixels(images_BCHW, 28, clip=False), ids_BL)
 
     return Case("hpsv2", folder, folder / "HPS_v2.1_compressed.safetensors", expected)
 
@@ -271,13 +267,23 @@ def test_a_missing_tokenizer_is_named(name, source, tmp_path):
         get_reward(name, model=tmp_path / "weights.safetensors")
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+def test_another_models_tokenizer_is_refused(name, tmp_path, tiny_sd_folder):
+    shutil.copytree(tiny_sd_folder / "tokenizer", tmp_path / "folder")
+    state = published.open_clip_state(100) if name == "hpsv2" else published.imagereward_state(100)
+    save_file(state, tmp_path / "folder" / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"tokenizer in .* has 5\d\d words and the network 100: copy that of"):
+        get_reward(name, model=tmp_path / "folder" / "weights.safetensors")
+
+
 def test_hpsv2_pads_to_a_square_as_published(tmp_path, clip_folder, tiny_sd_folder, pictures):
     """The longer edge to 28, black on both sides, the odd pixel below."""
     case = _hpsv2(tmp_path, clip_folder, tiny_sd_folder / "tokenizer")
     (part,) = get_reward("hpsv2", model=case.folder).parts
     images = pictures("photos", 256)[:2, :, :200]
     found = part.reward.preprocess(images)
-    resized = _resized(images, 22, 28)
+    resized = F.interpolate(images, size=(22, 28), mode="bicubic", antialias=True)
+    assert resized.min() < 0 or resized.max() > 1
     mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close(found, (F.pad(resized, (0, 0, 3, 3)) - mean_C11) / std_C11, rtol=0, atol=1e-5)
 
@@ -293,7 +299,7 @@ def test_hpsv2_equals_open_clip(tmp_path, clip_folder, tiny_sd_folder, pictures)
     images = pictures("demo", 64)[:3]
     ids_BL = part_tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
-        image_BE, text_BE, _ = model(_pixels(images, 28), ids_BL["input_ids"])
+        image_BE, text_BE, _ = model(_pixels(images, 28, clip=False), ids_BL["input_ids"])
     scores, _ = get_reward("hpsv2", model=case.folder)(images, PROMPTS, [None] * 3)
     torch.testing.assert_close(scores, (image_BE * text_BE).sum(-1), rtol=0, atol=1e-5)
 
