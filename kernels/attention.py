@@ -84,8 +84,8 @@ def attention_backward(
 
 
 def signatures() -> list[dict]:
-    """One entry per kernel and configuration, for compiling ahead of time (`attention_tiles.signature_entry`)."""
-    return attention_general.entries() + attention_short.entries()
+    """What to compile ahead of time: every kernel and configuration behind this module."""
+    return attention_general.signatures() + attention_short.signatures()
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

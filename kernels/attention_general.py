@@ -39,13 +39,13 @@ CONFIGS = {
     "half sm_90": {
         "forward": [(64, 128, 128, 8, 3), (128, 128, 64, 8, 3), (160, 128, 64, 8, 2)],
         "dq": [(160, 128, 64, 8, 2)],
-        "dk_dv": [(96, 64, 128, 8, 2), (160, 64, 64, 8, 2)],
+        "dk_dv": [(80, 64, 128, 8, 2), (160, 64, 64, 8, 2)],
     },
     # No tensor cores: multiply-adds, whose operands lie in registers whole.
     "fp32": {
         "forward": [(64, 32, 32, 8, 1), (160, 16, 16, 8, 1)],
         "dq": [(64, 32, 32, 8, 1), (160, 16, 16, 8, 1)],
-        "dk_dv": [(64, 32, 16, 8, 1), (160, 16, 16, 8, 1)],
+        "dk_dv": [(32, 16, 16, 8, 1), (64, 32, 16, 8, 1), (160, 16, 16, 8, 1)],
     },
 }
 # Not specialised: the alignment of strides is passed as ALIGN, and a new shape needs no new compilation.
@@ -313,8 +313,8 @@ def config(table: str, kernel: str, head_dim: int) -> tuple[int, int, int, int]:
     return next(row[1:] for row in CONFIGS[table][kernel] if sum(head_tiles(head_dim)) <= row[0])
 
 
-def entries() -> list[dict]:
-    """This file's part of `attention.signatures()`: every kernel with masks, at each of REPORTED_HEAD_DIMS."""
+def signatures() -> list[dict]:
+    """What to compile ahead of time (`attention_tiles.signature_entry`): all with masks, at REPORTED_HEAD_DIMS."""
     kernels = {
         "forward": attention_forward_kernel,
         "dq": attention_backward_dq_kernel,

@@ -12,10 +12,11 @@ FLOPs per head, in units of 2 M N D: forward 2, backward 5. Bytes per head: forw
 3 M D + 2 N D, and 16 N D per split for the partial sums, written and read. Sums are fp32.
 
 Where it loses: at B H above the number of multiprocessors, where there is nothing left to split; at few queries, where
-the second launch costs more than it saves; at D above 80, whose
-sums crowd the registers: those go the general way backward, as do D above 128 forward and fp32 both ways.
+the second launch costs more than it saves; at large heads, whose sums crowd the registers. The general kernels take D
+above 80 backward, D above 128 forward (above 80 with more than 80 keys), and fp32.
 """
 
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 
@@ -40,9 +41,9 @@ from alignprop_fast.kernels.attention_tiles import (
 MAX_KEYS = 128
 REDUCE_BLOCK = 512
 # kernel -> rows of (largest D, largest N, both padded; BLOCK_M, warps, stages), half types. What spills no register and
-# needs at most 99 KiB of shared memory; larger heads, and fp32, are left to the general kernels.
+# needs at most 99 KiB of shared memory; what fits no row, and fp32, is left to the general kernels.
 CONFIGS = {
-    "short_forward": [(128, 128, 64, 4, 1)],
+    "short_forward": [(80, 128, 64, 4, 1), (128, 80, 64, 4, 1)],
     "short_backward": [(64, 80, 32, 4, 3), (64, 128, 32, 8, 2), (80, 128, 16, 8, 3)],
 }
 _PLAIN = ["H", "M", "N", "blocks_per_split"] + [f"{t}_{axis}" for t in "qkvg" for axis in "bhr"]
@@ -247,12 +248,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 def serves_forward(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether there is a configuration for these shapes and this dtype."""
-    return q.dtype != torch.float32 and k.shape[2] <= MAX_KEYS and sum(head_tiles(q.shape[3])) <= 128
+    return _serves("short_forward", q, k, forward_tiles)
 
 
 def serves_backward(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether there is a configuration for these shapes and this dtype."""
-    return q.dtype != torch.float32 and k.shape[2] <= MAX_KEYS and sum(head_tiles(q.shape[3])) <= 80
+    return _serves("short_backward", q, k, backward_tiles)
+
+
+def _serves(kernel: str, q: torch.Tensor, k: torch.Tensor, tiles_of: Callable) -> bool:
+    few_and_half = k.shape[2] <= MAX_KEYS and q.dtype != torch.float32
+    return few_and_half and config(kernel, tiles_of(q.shape[3], k.shape[2])) is not None
 
 
 def forward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
@@ -270,7 +276,7 @@ def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse), as `attention.attention_forward`; at most MAX_KEYS keys, D at most 128."""
+    """(o, lse), as `attention.attention_forward`, where `serves_forward`."""
     b, h, m, d = q.shape
     n = k.shape[2]
     o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -295,7 +301,7 @@ def backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), as `attention.attention_backward`, without o; at most MAX_KEYS keys, D at most 80."""
+    """(dq, dk, dv), as `attention.attention_backward`, without o, where `serves_backward`."""
     b, h, m, d = q.shape
     n = k.shape[2]
     tiles = backward_tiles(d, n)
@@ -317,23 +323,23 @@ def backward(
     return dq, dk, dv
 
 
-def config(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """(BLOCK_M, warps, stages) of the first row of the table that holds these tiles (D0, D1, N0, N1)."""
+def config(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int] | None:
+    """(BLOCK_M, warps, stages) of the first row of the table that holds these tiles (D0, D1, N0, N1), or None."""
     d0, d1, n0, n1 = tiles
-    return next(row[2:] for row in CONFIGS[kernel] if d0 + d1 <= row[0] and n0 + n1 <= row[1])
+    return next((row[2:] for row in CONFIGS[kernel] if d0 + d1 <= row[0] and n0 + n1 <= row[1]), None)
 
 
-def entries() -> list[dict]:
-    """This file's part of `attention.signatures()`: 77 and 128 keys at each of REPORTED_HEAD_DIMS that it serves."""
+def signatures() -> list[dict]:
+    """What to compile ahead of time (`attention_tiles.signature_entry`): 77 and 128 keys at REPORTED_HEAD_DIMS."""
     kernels = {
-        "short_forward": (attention_short_forward_kernel, forward_tiles, 128),
-        "short_backward": (attention_short_backward_kernel, backward_tiles, 80),
+        "short_forward": (attention_short_forward_kernel, forward_tiles),
+        "short_backward": (attention_short_backward_kernel, backward_tiles),
     }
     found = []
-    for (name, (kernel, tiles_of, largest)), d, n in product(kernels.items(), REPORTED_HEAD_DIMS, (77, 128)):
-        if d <= largest:
-            tiles = tiles_of(d, n)
-            block_m, warps, stages = config(name, tiles)
+    for (name, (kernel, tiles_of)), d, n in product(kernels.items(), REPORTED_HEAD_DIMS, (77, 128)):
+        tiles = tiles_of(d, n)
+        if served := config(name, tiles):
+            block_m, warps, stages = served
             constexprs = dict(zip(("D0", "D1", "N0", "N1"), tiles, strict=True))
             constexprs |= {"HEAD": d, "ALIGN": 8, "BLOCK_M": block_m}
             found.append(signature_entry(kernel, f"bf16 d{d} n{n} {block_m}", "bf16", constexprs, warps, stages, None))

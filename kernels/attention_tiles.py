@@ -24,7 +24,8 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     """(D0, D1): powers of two of at least 16, or D1 = 0, whose sum is the padded head dimension."""
     d0 = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(0, head_dim - d0)
-    d1 = max(16, triton.next_power_of_2(rest)) if rest else 0
+    # Next to 128, 16 columns cost more registers than 32.
+    d1 = max(32 if d0 == 128 else 16, triton.next_power_of_2(rest)) if rest else 0
     return (2 * d0, 0) if d1 == d0 else (d0, d1)
 
 

@@ -112,10 +112,9 @@ def test_one_key(dtype, m, d):
     assert all(t.transpose(1, 2).is_contiguous() for t in (dq, dk, dv))
 
 
-@pytest.mark.parametrize("n", [77, 128])
-def test_few_keys_and_a_large_head(n):
+def test_few_keys_and_a_large_head():
     """Forward by the kernel for few keys, backward by the general ones: they share o and lse."""
-    q, k, v, g = inputs(40, n, 128, torch.float16)
+    q, k, v, g = inputs(40, 77, 128, torch.float16)
     assert short.serves_forward(q, k) and not short.serves_backward(q, k)
     assert_right(Public, q, k, v, g)
 
