@@ -1,0 +1,329 @@
+"""Frozen linear layers with low-rank adapters, up to three that read the same input (q, k, v) in one launch.
+
+Forward, for each projection p with frozen W_p, b_p and adapter A_p, B_p of scale s_p:
+
+    t_p = x A_p^T        y_p = x W_p^T + b_p + s_p t_p B_p^T
+
+Backward, for gradients g_p of y_p (W and b have none):
+
+    u_p = s_p g_p B_p    gx = sum_p g_p W_p + u_p A_p    dA_p = u_p^T x    dB_p = s_p g_p^T t_p
+
+Shapes: x, gx [T, I]; W [O, I]; b [O]; A [R, I]; B [O, R]; y, g [T, O]; t, u [T, sum R], the adapters side by side.
+Ranks up to 128 are padded to a power of two of at least 16. Every sum is fp32; t and u are rounded to x's dtype, as
+PyTorch does; the adapters are cast in registers. fp32 inputs are multiplied in IEEE fp32. Nothing is atomic: sums over
+T are partial sums of fixed blocks, added in a fixed order.
+
+FLOPs: forward 2 T (I O + R (I + O)) for each p, backward 2 T (I O + 2 R (I + O)). t has a kernel of its own: made
+again in each block of 128 output columns it would cost R / 128 of the whole product (12.5 % at rank 16), while writing
+it once costs one more read of x, 2 T I bytes in half precision, which leaves a small x in L2 for the product. Backward
+reads g twice (once for u and dB together, once for gx) and x once; the partial sums of dB are 4 R / BLOCK_T bytes for
+each element of g, written and read again. It loses where O or I is small (launches), at high rank (the partial sums),
+and wherever cuBLAS is better at the large product: `lora_linear_forward_split` leaves that product to it, for one more
+pass over y. Blocks are chosen by registers and shared memory alone; none of this has been timed on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_RANK = 128
+MAX_PROJECTIONS = 3
+SUM_BLOCK = 1024
+# Kind of input -> kernel -> block sizes. "product" is y and gx, by rows of T, columns and inner dimension.
+CONFIGS = {
+    "half": {
+        "product": {"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        "down": {"BLOCK_T": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        "add": {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+        "up_grad": {"BLOCK_T": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+        "down_grad": {"BLOCK_T": 64, "BLOCK_N": 64, "CHUNK": 512, "num_warps": 4, "num_stages": 2},
+    },
+    "fp32": {
+        "product": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2},
+        "down": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+        "add": {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        "up_grad": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+        "down_grad": {"BLOCK_T": 16, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 2},
+    },
+}
+# Above rank 32 in half precision: accumulators of three adapters would not fit the registers.
+HIGH_RANK = 32
+HIGH_RANK_CONFIGS = {
+    "down": {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+    "up_grad": {"BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    "down_grad": {"BLOCK_T": 32, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 2},
+}
+
+
+@triton.jit
+def load_tile(base, rows, n_rows, stride, columns, n_columns):
+    """base[rows, columns], zero outside."""
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=(rows[:, None] < n_rows) & (columns[None, :] < n_columns), other=0.0)
+
+
+@triton.jit
+def store_tile(base, tile, rows, n_rows, stride, columns, n_columns):
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pick(p, first, second, third):
+    """The argument of projection p, a scalar known at run time."""
+    if p == 1:
+        first = second
+    elif p == 2:
+        first = third
+    return first
+
+
+@triton.jit
+def grouped(pid, n_row_blocks, n_column_blocks, GROUP: tl.constexpr):
+    """(row block, column block): GROUP row blocks go through all columns together, so that their x stays in L2."""
+    first = pid // (GROUP * n_column_blocks) * GROUP
+    rows = tl.minimum(n_row_blocks - first, GROUP)
+    within = pid % (GROUP * n_column_blocks)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def add_rows_by_rows(acc, x, x_stride, w, w_stride, rows, n_rows, columns, n_columns, n_inner, BLOCK_K: tl.constexpr):
+    """acc + x w^T, with x [n_rows, n_inner] and w [n_columns, n_inner] cast to x's dtype."""
+    for start in range(0, n_inner, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = load_tile(x, rows, n_rows, x_stride, inner, n_inner)
+        right = load_tile(w, columns, n_columns, w_stride, inner, n_inner)
+        acc = tl.dot(left, tl.trans(right.to(left.dtype)), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def add_rows_by_columns(
+    acc, g, g_stride, w, w_stride, rows, n_rows, columns, n_columns, n_inner, BLOCK_K: tl.constexpr
+):
+    """acc + g w, with g [n_rows, n_inner] and w [n_inner, n_columns] cast to g's dtype."""
+    for start in range(0, n_inner, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = load_tile(g, rows, n_rows, g_stride, inner, n_inner)
+        right = load_tile(w, inner, n_inner, w_stride, columns, n_columns)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def lora_down_kernel(
+    x_ptr, a0_ptr, a1_ptr, a2_ptr, t_ptr, n_tokens, n_in, x_stride, r0, r1, r2, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rows, ranks = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
+    acc0 = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+    acc1, acc2 = acc0, acc0
+    for start in range(0, n_in, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, rows, n_tokens, x_stride, inner, n_in)
+        a = load_tile(a0_ptr, ranks, r0, n_in, inner, n_in)
+        acc0 = tl.dot(x, tl.trans(a.to(x.dtype)), acc0, input_precision="ieee")
+        if P > 1:
+            a = load_tile(a1_ptr, ranks, r1, n_in, inner, n_in)
+            acc1 = tl.dot(x, tl.trans(a.to(x.dtype)), acc1, input_precision="ieee")
+        if P > 2:
+            a = load_tile(a2_ptr, ranks, r2, n_in, inner, n_in)
+            acc2 = tl.dot(x, tl.trans(a.to(x.dtype)), acc2, input_precision="ieee")
+    stride = r0 + r1 + r2
+    store_tile(t_ptr, acc0, rows, n_tokens, stride, ranks, r0)
+    if P > 1:
+        store_tile(t_ptr + r0, acc1, rows, n_tokens, stride, ranks, r1)
+    if P > 2:
+        store_tile(t_ptr + r0 + r1, acc2, rows, n_tokens, stride, ranks, r2)
+
+
+@triton.jit
+def lora_product_kernel(
+    x_ptr, t_ptr, w0_ptr, w1_ptr, w2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, b0_ptr, b1_ptr, b2_ptr,
+    y0_ptr, y1_ptr, y2_ptr, scale0, scale1, scale2, n_tokens, n_in, x_stride, o0, o1, o2, r0, r1, r2,
+    BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    blocks0, blocks1, blocks2 = tl.cdiv(o0, BLOCK_N), tl.cdiv(o1, BLOCK_N), tl.cdiv(o2, BLOCK_N)
+    row_block, column_block = grouped(tl.program_id(0), tl.cdiv(n_tokens, BLOCK_T), blocks0 + blocks1 + blocks2, GROUP)
+    p = (column_block >= blocks0).to(tl.int32) + (column_block >= blocks0 + blocks1).to(tl.int32)
+    w_ptr, y_ptr = pick(p, w0_ptr, w1_ptr, w2_ptr), pick(p, y0_ptr, y1_ptr, y2_ptr)
+    b_ptr, bias_ptr = pick(p, b0_ptr, b1_ptr, b2_ptr), pick(p, bias0_ptr, bias1_ptr, bias2_ptr)
+    n_out, rank, scale = pick(p, o0, o1, o2), pick(p, r0, r1, r2), pick(p, scale0, scale1, scale2)
+    rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = (column_block - pick(p, 0 * o0, blocks0, blocks0 + blocks1)) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+    acc = add_rows_by_rows(acc, x_ptr, x_stride, w_ptr, n_in, rows, n_tokens, columns, n_out, n_in, BLOCK_K)
+    t_ptr += pick(p, 0 * r0, r0, r0 + r1)
+    for start in range(0, rank, BLOCK_K):
+        ranks = start + tl.arange(0, BLOCK_K)
+        t = load_tile(t_ptr, rows, n_tokens, r0 + r1 + r2, ranks, rank)
+        b = load_tile(b_ptr, columns, n_out, rank, ranks, rank).to(t.dtype)
+        acc += scale * tl.dot(t, tl.trans(b), input_precision="ieee")
+    if BIAS:
+        limit = n_out * (((0 * p + BIAS) >> p) & 1)
+        acc += tl.load(bias_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32)[None, :]
+    store_tile(y_ptr, acc, rows, n_tokens, n_out, columns, n_out)
+
+
+@triton.jit
+def lora_add_kernel(
+    t_ptr, b_ptr, y_ptr, scale, n_tokens, n_out, t_stride, rank,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns, ranks = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    t = load_tile(t_ptr, rows, n_tokens, t_stride, ranks, rank)
+    b = load_tile(b_ptr, columns, n_out, rank, ranks, rank).to(t.dtype)
+    y = load_tile(y_ptr, rows, n_tokens, n_out, columns, n_out).to(tl.float32)
+    y += scale * tl.dot(t, tl.trans(b), input_precision="ieee")
+    store_tile(y_ptr, y, rows, n_tokens, n_out, columns, n_out)
+
+
+def rank_block(matrices: list[torch.Tensor], dim: int) -> int:
+    """Padded rank of the adapters, whose rank is dimension `dim`. Raises ValueError beyond MAX_RANK."""
+    rank = max(m.shape[dim] for m in matrices)
+    if rank > MAX_RANK:
+        raise ValueError(f"rank {rank} is above {MAX_RANK}, the largest that the lora_linear kernels take")
+    return max(16, triton.next_power_of_2(rank))
+
+
+def config(name: str, dtype: torch.dtype, block_r: int) -> dict[str, int]:
+    """Block sizes, warps and stages of one kernel at a padded rank; raises KeyError for float64."""
+    kind = {torch.float32: "fp32", torch.float16: "half", torch.bfloat16: "half"}[dtype]
+    if kind == "half" and block_r > HIGH_RANK and name in HIGH_RANK_CONFIGS:
+        return HIGH_RANK_CONFIGS[name]
+    return CONFIGS[kind][name]
+
+
+def three(items: list) -> list:
+    """Padded to three with the first: a pointer that is never read."""
+    return [*items, *[items[0]] * (MAX_PROJECTIONS - len(items))]
+
+
+def three_sizes(sizes: list[int]) -> list[int]:
+    return [*sizes, *[0] * (MAX_PROJECTIONS - len(sizes))]
+
+
+def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
+    """The same [rows, columns] with neighbouring columns next to each other in memory; a copy only if they are not."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def lora_down(x: torch.Tensor, downs: list[torch.Tensor]) -> torch.Tensor:
+    """t = x [A_1; A_2; A_3]^T, [T, sum R] in x's dtype."""
+    x, downs = rows_contiguous(x), [a.contiguous() for a in downs]
+    ranks = [a.shape[0] for a in downs]
+    t = torch.empty(x.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
+    block_r = rank_block(downs, 0)
+    launch = config("down", x.dtype, block_r)
+    lora_down_kernel[(triton.cdiv(x.shape[0], launch["BLOCK_T"]),)](
+        x, *three(downs), t, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **launch
+    )  # fmt: skip
+    return t
+
+
+def lora_linear_forward(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    scales: list[float],
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Two launches for one to three projections of x [T, I]; shapes as in the module docstring.
+
+    Weights and biases are in x's dtype, adapters in any. Returns ([y_p [T, O_p]], t [T, sum R]) in x's dtype.
+    """
+    t = lora_down(x, downs)
+    x, weights, ups = rows_contiguous(x), [w.contiguous() for w in weights], [b.contiguous() for b in ups]
+    outs = [w.shape[0] for w in weights]
+    ys = [torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device) for n in outs]
+    has_bias = sum(1 << p for p, bias in enumerate(biases) if bias is not None)
+    given = [x if bias is None else bias.contiguous() for bias in biases]
+    launch = config("product", x.dtype, rank_block(ups, 1))
+    blocks = triton.cdiv(x.shape[0], launch["BLOCK_T"]) * sum(triton.cdiv(n, launch["BLOCK_N"]) for n in outs)
+    lora_product_kernel[(blocks,)](
+        x, t, *three(weights), *three(given), *three(ups), *three(ys), *three([float(s) for s in scales]),
+        *x.shape, x.stride(0), *three_sizes(outs), *three_sizes([a.shape[0] for a in downs]),
+        BIAS=has_bias, **launch,
+    )  # fmt: skip
+    return ys, t
+
+
+def lora_linear_forward_split(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    scales: list[float],
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """As `lora_linear_forward`, with x W^T + b by torch, to which a kernel adds s t B^T in place."""
+    t, ys, offset = lora_down(x, downs), [], 0
+    launch = config("add", x.dtype, rank_block(ups, 1))
+    for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
+        y, up = torch.nn.functional.linear(x, weight, bias), up.contiguous()
+        grid = (triton.cdiv(y.shape[0], launch["BLOCK_T"]), triton.cdiv(y.shape[1], launch["BLOCK_N"]))
+        lora_add_kernel[grid](
+            t[:, offset:],
+            up,
+            y,
+            float(scale),
+            *y.shape,
+            t.stride(0),
+            up.shape[1],
+            BLOCK_R=rank_block([up], 1),
+            **launch,
+        )
+        offset += up.shape[1]
+        ys.append(y)
+    return ys, t
+
+
+def signatures() -> list[dict]:
+    """Every kernel of the op in each configuration: bf16 (fp16 takes the same) and fp32, by padded rank."""
+    from . import lora_linear_backward as backward
+
+    launched = {
+        "down": (lora_down_kernel, {"P": 3}),
+        "product": (lora_product_kernel, {"BIAS": 7}),
+        "add": (lora_add_kernel, {}),
+        "up_grad": (backward.lora_up_grad_kernel, {}),
+        "down_grad": (backward.lora_down_grad_kernel, {"P": 3}),
+        "input_grad": (backward.lora_input_grad_kernel, {"P": 3}),
+        "sum": (backward.lora_sum_kernel, {"BLOCK": SUM_BLOCK}),
+    }
+    entries = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for rank in (16, 32, 64, 128):
+            for step, (kernel, flags) in launched.items():
+                if rank > 16 and "BLOCK_R" not in kernel.arg_names:
+                    continue  # the same at every rank
+                table = {} if step == "sum" else config("product" if step == "input_grad" else step, dtype, rank)
+                entries.append(
+                    signature_entry(kernel, name, f"{name} rank {rank}", {**table, **flags, "BLOCK_R": rank})
+                )
+    return entries
+
+
+def signature_entry(kernel: triton.JITFunction, dtype: str, config: str, given: dict[str, int]) -> dict:
+    """One entry of `signatures()`; `given` holds constants and num_warps, num_stages. Adapters are in `dtype`."""
+    constexprs = {n: v for n, v in given.items() if n in kernel.arg_names}
+    types = {}
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            types[name] = "*fp32" if "parts" in name else f"*{dtype}"
+        elif name not in constexprs:
+            types[name] = "fp32" if name.startswith("scale") else "i32"
+    return {
+        "kernel": kernel,
+        "config": config,
+        "signature": types,
+        "constexprs": constexprs,
+        "num_warps": given.get("num_warps", 4),
+        "num_stages": given.get("num_stages", 1),
+        "arch": None,
+    }
