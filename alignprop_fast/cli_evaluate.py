@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from alignprop_fast import cli_options as o
@@ -222,15 +224,17 @@ def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) ->
 def _print(console: Console, summaries: Sequence[Summary]) -> None:
     from alignprop_fast.evaluate import BASE, Variant
 
-    table = Table("over", "", "", "mean", "change", "gained")
+    table = Table("", "mean", "change", "gained", box=SIMPLE_HEAD)
+    heading = None
     for s in summaries:
+        if heading != (heading := f"{s.part}, {s.prompt_set} ({s.count})"):
+            table.add_section()
+            table.add_row(f"[bold]{escape(heading)}")
         variant = Variant(s.adapter, s.scale)
-        compared = (
-            ["", ""]
-            if variant == BASE
-            else [_with_error(s.change, s.change_standard_error, "+"), f"{s.gained_share:.0%}"]
-        )
-        table.add_row(s.prompt_set, s.part, str(variant), _with_error(s.mean, s.standard_error), *compared)
+        row = [f"  {escape(str(variant))}", _with_error(s.mean, s.standard_error)]
+        if variant != BASE:
+            row += [_with_error(s.change, s.change_standard_error, "+"), f"{s.gained_share:.0%}"]
+        table.add_row(*row)
     console.print(table)
     console.print("\u00b1: standard error; change, gained: against the base model with the same seeds")
 

@@ -123,7 +123,8 @@ def plot_by_scale(path: Path, summaries: Sequence[Summary]) -> None:
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
         panel.spines["bottom"].set_color(_RULE)
-        panel.legend(frameon=False, labelcolor=_INK, fontsize=9)
+        if part == parts[0]:
+            panel.legend(frameon=False, labelcolor=_INK, fontsize=9, handlelength=3.5)
     panel.set_xlabel("adapter scale (0: base model)", color=_INK)
     _save_figure(figure, path)
 
