@@ -43,7 +43,7 @@ CONFIGS = {
         "down": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
         "add": {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
         "up_grad": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
-        "down_grad": {"BLOCK_T": 16, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 2},
+        "down_grad": {"BLOCK_T": 16, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 1},
     },
 }
 # Above rank 32 in half precision: accumulators of three adapters would not fit the registers.
