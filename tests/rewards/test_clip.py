@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -194,3 +197,27 @@ def test_bad_folders_are_named_in_one_line(clip_folder, tmp_path, damage, error,
         get_reward("clip", model=folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_a_hub_id_is_taken_from_the_cache(clip_folder, tmp_path):
+    """In a process of its own, as the Hub library reads its settings when it is imported. No network is asked."""
+    cached = tmp_path / "hub" / "models--owner--clip"
+    shutil.copytree(clip_folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    code = (
+        "import sys, torch; from alignprop_fast.rewards import get_reward\n"
+        "grey = torch.full((1, 3, 64, 64), 0.5)\n"
+        "try: print(get_reward('clip', model=sys.argv[1])(grey, ['red cat'], [None])[0].item())\n"
+        "except OSError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    found = [
+        subprocess.run([sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, check=True)
+        for name in ("owner/clip", "owner/none")
+    ]
+    expected = get_reward("clip", model=clip_folder)(torch.full((1, 3, 64, 64), 0.5), ["red cat"], [None])[0].item()
+    assert float(found[0].stdout) == pytest.approx(expected, abs=1e-5)
+    assert found[1].stdout.startswith("cannot get the CLIP model owner/none from the Hub: ")
+    assert len(found[1].stdout.splitlines()) == 1

@@ -235,3 +235,18 @@ def test_owlv2_resize_by_hand():
 def test_owlv2_shrinking_keeps_what_is_constant():
     found = Owlv2Preprocess((20, 20), mean=(0.0,) * 3, std=(1.0,) * 3)(torch.full((1, 3, 90, 90), 0.3))
     torch.testing.assert_close(found, torch.full((1, 3, 20, 20), 0.3))
+
+
+def test_owlv2_shrinking_blurs_by_the_scale():
+    """One bright pixel, four times fewer: a Gaussian of deviation (4 - 1) / 2, read half-way between two pixels."""
+    image = torch.zeros(1, 3, 40, 40)
+    image[..., 20, 17] = 1
+    found = Owlv2Preprocess((10, 10), mean=(0.0,) * 3, std=(1.0,) * 3)(image)
+    offsets = np.arange(-6, 7)  # four deviations
+    total = np.exp(-0.5 * (offsets / 1.5) ** 2).sum()
+
+    def along(bright: int) -> np.ndarray:
+        distance = 4 * np.arange(10)[:, None] + [1, 2] - bright
+        return np.where(abs(distance) <= 6, np.exp(-0.5 * (distance / 1.5) ** 2) / total, 0).mean(1)
+
+    np.testing.assert_allclose(found[0, 0].numpy(), np.outer(along(20), along(17)), rtol=0, atol=1e-6)
