@@ -20,7 +20,7 @@ from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.kept import Kind
 from alignprop_fast.ops.layer_norm import layer_norm
-from alignprop_fast.ops.lora_linear import lora_linear
+from alignprop_fast.ops.lora_linear import Layer, lora_linear, lora_linears
 
 
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
@@ -67,17 +67,22 @@ class LeanLoraLinear(LoraLinear):
     kept_as: Kind | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.as_layer(x)
+        return super().forward(x) if layer is None else lora_linears(x, [layer], self.kept_as)[0]
+
+    def as_layer(self, x: torch.Tensor) -> Layer | None:
+        """What the op computes for x, or None where PEFT's own path has to."""
         base = self.base_layer
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not names or not _applies(x, base) or not self._plain(names):
-            return super().forward(x)
+            return None
         downs = [self.lora_A[name].weight for name in names]
         ups = [self.lora_B[name].weight for name in names]
         if len(names) == 1:
-            return lora_linear(x, base.weight, base.bias, downs[0], ups[0], self.scaling[names[0]], self.kept_as)
+            return Layer(base.weight, base.bias, downs[0], ups[0], self.scaling[names[0]])
         # Several adapters are one of the summed rank.
         up = torch.cat([up * self.scaling[name] for name, up in zip(names, ups, strict=True)], dim=1)
-        return lora_linear(x, base.weight, base.bias, torch.cat(downs), up, 1.0, self.kept_as)
+        return Layer(base.weight, base.bias, torch.cat(downs), up)
 
     def _plain(self, names: list[str]) -> bool:
         """Low-rank adapters of a dense layer and nothing else: PEFT's own path serves DoRA, dropout and the like."""
@@ -107,11 +112,21 @@ class LeanAttnProcessor(AttnProcessor2_0):
     ) -> torch.Tensor:
         if attention_mask is not None or _autocasts(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q_BHMD = _heads(attn.to_q(hidden_states), attn.heads)
-        k_BHND, v_BHND = (_heads(project(source), attn.heads) for project in (attn.to_k, attn.to_v))
-        o_BHMD = attention(q_BHMD, k_BHND, v_BHND, attn.scale)
+        if encoder_hidden_states is None:
+            q, k, v = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            (q,), (k, v) = _project(hidden_states, attn.to_q), _project(encoder_hidden_states, attn.to_k, attn.to_v)
+        o_BHMD = attention(_heads(q, attn.heads), _heads(k, attn.heads), _heads(v, attn.heads), attn.scale)
         return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
+
+
+def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Each layer's result on x, all at once where all are adapters that the op serves."""
+    layers = [linear.as_layer(x) if isinstance(linear, LeanLoraLinear) else None for linear in linears]
+    found = [layer for layer in layers if layer is not None]
+    if len(found) < len(layers):
+        return tuple(linear(x) for linear in linears)
+    return lora_linears(x, found, "qkv")
 
 
 def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch._subclasses import FakeTensor
 
+from alignprop_fast.ops import attention_triton
 from alignprop_fast.ops.choice import fastest
 
 Tensor = torch.Tensor
@@ -86,13 +87,9 @@ def _cuda_backends() -> dict[str, Backend]:
         Backend("cudnn", _cudnn_forward, _cudnn_backward),
         Backend("flash", _flash_forward, _flash_backward),
         Backend("efficient", _efficient_forward, _efficient_backward),
+        # Without Triton this one raises when it is tried, and is left out for that.
+        Backend("triton", attention_triton.forward, attention_triton.backward),
     ]
-    try:
-        from alignprop_fast.ops import attention_triton as ours
-    except ImportError:
-        pass
-    else:
-        found.append(Backend("triton", ours.forward, ours.backward))
     return {backend.name: backend for backend in found}
 
 

@@ -2,8 +2,6 @@
 
 import torch
 
-from alignprop_fast.kernels import attention as kernels
-
 Tensor = torch.Tensor
 
 
@@ -16,6 +14,8 @@ def _like_rows(t: Tensor) -> Tensor:
 @torch.library.custom_op("alignprop_fast::attention_forward", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o [B, H, M, D], lse [B, H, M]) of q [B, H, M, D] and k, v [B, H, N, D]."""
+    from alignprop_fast.kernels import attention as kernels
+
     return kernels.attention_forward(q, k, v, scale)
 
 
@@ -29,6 +29,8 @@ def backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient g of o [B, H, M, D]."""
+    from alignprop_fast.kernels import attention as kernels
+
     return kernels.attention_backward(g, q, k, v, o, lse, scale)
 
 

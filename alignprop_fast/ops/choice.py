@@ -59,7 +59,7 @@ def _milliseconds(fn: Callable[[], object], device: torch.device) -> float | str
     try:
         fn()
         times = sorted(clock(fn))
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError) as error:
         return str(error).partition("\n")[0][:120] or type(error).__name__
     return times[len(times) // 2]
 

@@ -47,7 +47,7 @@ def test_values_and_gradients_stay(unet):
     stock = run(unet, x)
     put_ops_in(unet)
     kinds = {type(module) for module in unet.modules()}
-    assert LEAN_MODULES <= kinds
+    assert kinds >= LEAN_MODULES
     assert {type(processor) for processor in unet.attn_processors.values()} == {LeanAttnProcessor}
     for lean_value, value in zip(run(unet, x), stock, strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
