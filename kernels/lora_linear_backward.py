@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .lora_linear import (
+from alignprop_fast.kernels.lora_linear import (
     SUM_BLOCK,
     add_rows_by_columns,
     config,
