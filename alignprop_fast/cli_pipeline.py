@@ -64,7 +64,10 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 class PictureProgress:
-    """Pictures drawn and time left: a bar, or ten plain lines where there is no terminal."""
+    """Pictures drawn and time left: a bar, or ten plain lines where there is no terminal.
+
+    The commands draw their first batch before they start this, to meet all errors before they write anything.
+    """
 
     def __init__(self, console: Console, total: int):
         self._console, self._total, self._done, self._begin = console, total, 0, time.perf_counter()
@@ -90,6 +93,9 @@ class PictureProgress:
     def advance(self, count: int) -> None:
         before, self._done = self._done, self._done + count
         self._bar.update(self._task, completed=self._done)
-        if not self._console.is_terminal and before * 10 // self._total < self._done * 10 // self._total:
-            left = (time.perf_counter() - self._begin) / self._done * (self._total - self._done)
-            self._console.print(f"{self._done}/{self._total} pictures  {left:.0f} s left")
+        if self._console.is_terminal or before * 10 // self._total == self._done * 10 // self._total:
+            return
+        # The first batch was drawn before the clock was started.
+        seconds = (time.perf_counter() - self._begin) / before * (self._total - self._done) if before else None
+        left = "" if seconds is None else f"  {seconds:.0f} s left"
+        self._console.print(f"{self._done}/{self._total} pictures{left}")

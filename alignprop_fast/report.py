@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 _CELL = 192  # pixels that a picture has in a grid, at least; small pictures are enlarged by a whole factor
 _LARGEST_CELL = 512
-_MARGIN, _LINE = 12, 19
-_INK, _GREY, _RULE = "#1d2430", "#6b7482", "#d9dde3"
-_BLUE, _ORANGE, _GREEN = "#2f6fde", "#e07b27", "#2f9e62"
+MARGIN, LINE = 12, 19
+INK, GREY, RULE = "#1d2430", "#6b7482", "#d9dde3"
+BLUE, ORANGE, GREEN = "#2f6fde", "#e07b27", "#2f9e62"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 
 def save_grid(path: str | Path, pictures: Pictures, title: str) -> None:
     """A PNG with all pictures in rows, under each its prompt and its reward (or seed)."""
-    images = _enlarged(pictures.images)
+    images = enlarged(pictures.images)
     cells = [_cell([image], pictures.prompts[i], pictures.caption(i)) for i, image in enumerate(images)]
     save_image(_page(title, cells, columns=_columns(len(cells))), path)
 
@@ -107,7 +107,7 @@ def save_before_after(path: str | Path, before: Pictures, after: Pictures, title
     """A PNG of pairs: each prompt and seed before (above) and after (below), with both rewards."""
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise ValueError("before and after must show the same prompts and seeds")
-    pairs = zip(_enlarged(before.images), _enlarged(after.images), strict=True)
+    pairs = zip(enlarged(before.images), enlarged(after.images), strict=True)
     cells = [_pair(first, second, before, after, i) for i, (first, second) in enumerate(pairs)]
     save_image(_page(title, cells, columns=_columns(len(cells))), path)
 
@@ -130,25 +130,25 @@ def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: S
         :, 0
     ]
     steps = [record["step"] for record in records]
-    _curve(panels[0], steps, [record["reward_mean"] for record in records], _BLUE, "training batch")
+    _curve(panels[0], steps, [record["reward_mean"] for record in records], BLUE, "training batch")
     if samples:
         values = [math.nan if record["reward_mean"] is None else record["reward_mean"] for record in samples]
         panels[0].plot(
             [record["step"] for record in samples],
             values,
             "D-",
-            color=_ORANGE,
+            color=ORANGE,
             ms=5,
             lw=1.2,
             label="same prompts and seeds",
         )
-    panels[0].set_title("Reward", loc="left", color=_INK, fontweight="bold")
-    panels[0].legend(frameon=False, labelcolor=_INK, loc="best")
+    panels[0].set_title("Reward", loc="left", color=INK, fontweight="bold")
+    panels[0].legend(frameon=False, labelcolor=INK, loc="best")
     for panel, name in zip(panels[1:], names, strict=True):
-        _curve(panel, steps, [record.get("reward_parts", {}).get(name) for record in records], _GREEN, name)
-        panel.set_title(f"{name} (unweighted)", loc="left", color=_INK, fontsize=10)
-    panels[-1].set_xlabel("optimizer step", color=_INK)
-    _save_figure(figure, Path(path))
+        _curve(panel, steps, [record.get("reward_parts", {}).get(name) for record in records], GREEN, name)
+        panel.set_title(f"{name} (unweighted)", loc="left", color=INK, fontsize=10)
+    panels[-1].set_xlabel("optimizer step", color=INK)
+    save_figure(figure, Path(path))
 
 
 def smoothed(values: Sequence[float | None], share: float = 0.15) -> list[float]:
@@ -169,23 +169,24 @@ def _curve(panel: Axes, steps: Sequence[int], values: Sequence[float | None], co
     numbers = [math.nan if value is None else value for value in values]
     panel.plot(steps, numbers, ".", color=color, alpha=0.35, ms=7, mec="none")
     panel.plot(steps, smoothed(values), "-", color=color, lw=2, label=f"{label} (smoothed)")
-    panel.grid(axis="y", color=_RULE, lw=0.8)
+    panel.grid(axis="y", color=RULE, lw=0.8)
     panel.set_axisbelow(True)
-    panel.tick_params(colors=_GREY, labelcolor=_INK, length=0)
+    panel.tick_params(colors=GREY, labelcolor=INK, length=0)
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
-    panel.spines["bottom"].set_color(_RULE)
+    panel.spines["bottom"].set_color(RULE)
     panel.margins(x=0.02)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", facecolor="white")
     temporary.replace(path)
 
 
-def _enlarged(images: Iterable[Image.Image]) -> list[Image.Image]:
+def enlarged(images: Iterable[Image.Image]) -> list[Image.Image]:
     """Small pictures by a whole factor, pixel by pixel, so that they stay crisp; large ones shrunk."""
     result = []
     for image in images:
@@ -215,39 +216,40 @@ def _cell(images: list[Image.Image], prompt: str, note: str) -> Image.Image:
     width, gap = images[0].width, 4
     lines = _wrapped(prompt, width)
     pictures_height = sum(image.height for image in images) + gap * (len(images) - 1)
-    cell = Image.new("RGB", (width, pictures_height + 8 + 3 * _LINE), "white")
+    cell = Image.new("RGB", (width, pictures_height + 8 + 3 * LINE), "white")
     y = 0
     for image in images:
         cell.paste(image, (0, y))
         y += image.height + gap
     draw = ImageDraw.Draw(cell)
     for line in lines:
-        draw.text((0, y + 2), line, fill=_INK, font=_font(14))
-        y += _LINE
-    draw.text((0, y + 2), note, fill=_GREY, font=_font(13))
+        draw.text((0, y + 2), line, fill=INK, font=font(14))
+        y += LINE
+    draw.text((0, y + 2), note, fill=GREY, font=font(13))
     return cell
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    characters = max(8, int(width / _font(14).getlength("n")))
+    characters = max(8, int(width / font(14).getlength("n")))
     return textwrap.wrap(text, characters, max_lines=2, placeholder=" \u2026") or [""]
 
 
 def _page(title: str, cells: list[Image.Image], columns: int) -> Image.Image:
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     rows = math.ceil(len(cells) / columns)
-    top = 3 * _MARGIN + _LINE
-    inner = max(columns * (width + _MARGIN), math.ceil(_font(17, bold=True).getlength(title)) + _MARGIN)
-    page = Image.new("RGB", (_MARGIN + inner, top + rows * (height + _MARGIN)), "white")
+    top = 3 * MARGIN + LINE
+    inner = max(columns * (width + MARGIN), math.ceil(font(17, bold=True).getlength(title)) + MARGIN)
+    page = Image.new("RGB", (MARGIN + inner, top + rows * (height + MARGIN)), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(17, bold=True))
+    draw.text((MARGIN, MARGIN), title, fill=INK, font=font(17, bold=True))
     for i, cell in enumerate(cells):
-        page.paste(cell, (_MARGIN + i % columns * (width + _MARGIN), top + i // columns * (height + _MARGIN)))
+        page.paste(cell, (MARGIN + i % columns * (width + MARGIN), top + i // columns * (height + MARGIN)))
     return page
 
 
 @cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font of all pictures with text."""
     from matplotlib import get_data_path
 
     # matplotlib brings a font of its own, so that pictures look the same on every machine.

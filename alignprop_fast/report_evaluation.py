@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from alignprop_fast.report import (
-    _BLUE,
-    _GREEN,
-    _GREY,
-    _INK,
-    _LINE,
-    _MARGIN,
-    _ORANGE,
-    _RULE,
-    _enlarged,
-    _font,
-    _save_figure,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LINE,
+    MARGIN,
+    ORANGE,
+    RULE,
+    enlarged,
+    font,
+    save_figure,
     save_image,
     write_whole,
 )
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from alignprop_fast.evaluate import Summary
 
 _PROMPT_WIDTH = 170
-_COLORS = (_BLUE, _ORANGE, _GREEN, "#b0447d", "#7a5cc4", "#8a7a3c")
+_COLORS = (BLUE, ORANGE, GREEN, "#b0447d", "#7a5cc4", "#8a7a3c")
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,31 @@ def save_comparison(
 
     rows: prompt, one picture for each column, and a note to stand under each, such as its reward.
     """
-    cells = [_enlarged(images) for _, images, _ in rows]
+    cells = [enlarged(images) for _, images, _ in rows]
     width, height = cells[0][0].size
-    step_x, step_y = width + _MARGIN, height + _LINE + _MARGIN
-    left, top = _MARGIN + _PROMPT_WIDTH, 2 * _MARGIN + 2 * _LINE + 8
-    inner = max(left + len(columns) * step_x, 2 * _MARGIN + int(_font(17, bold=True).getlength(title)))
+    step_x, step_y = width + MARGIN, height + LINE + MARGIN
+    left, top = MARGIN + _PROMPT_WIDTH, 2 * MARGIN + 2 * LINE + 8
+    inner = max(left + len(columns) * step_x, 2 * MARGIN + int(font(17, bold=True).getlength(title)))
     page = Image.new("RGB", (inner, top + len(rows) * step_y), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(17, bold=True))
+    pen.text((MARGIN, MARGIN), title, fill=INK, font=font(17, bold=True))
     for i, column in enumerate(columns):
-        pen.text((left + i * step_x, top - _LINE - 2), _cut(column, width), fill=_INK, font=_font(14))
+        pen.text((left + i * step_x, top - LINE - 2), _cut(column, width), fill=INK, font=font(14))
     for j, (prompt, _, notes) in enumerate(rows):
         y = top + j * step_y
         lines = textwrap.wrap(prompt, 20, max_lines=8, placeholder=" \u2026")
-        pen.multiline_text((_MARGIN, y), "\n".join(lines), fill=_INK, font=_font(14), spacing=4)
+        pen.multiline_text((MARGIN, y), "\n".join(lines), fill=INK, font=font(14), spacing=4)
         for i, (image, note) in enumerate(zip(cells[j], notes, strict=True)):
             page.paste(image, (left + i * step_x, y))
-            pen.text((left + i * step_x, y + height + 2), note, fill=_GREY, font=_font(13))
+            pen.text((left + i * step_x, y + height + 2), note, fill=GREY, font=font(13))
     save_image(page, path)
 
 
 def _cut(text: str, width: int) -> str:
     """The text, its beginning left out where it is wider than that: names of adapters differ at their ends."""
-    font = _font(14)
-    if font.getlength(text) <= width:
+    if font(14).getlength(text) <= width:
         return text
-    while text and font.getlength("\u2026" + text) > width:
+    while text and font(14).getlength("\u2026" + text) > width:
         text = text[1:]
     return "\u2026" + text
 
@@ -117,16 +116,16 @@ def plot_by_scale(path: Path, summaries: Sequence[Summary]) -> None:
                     "label": f"{adapter}, {prompt_set}",
                 }
                 panel.errorbar(*zip(*points, strict=True), marker="o", ms=5, lw=1.8, capsize=3, **style)
-        panel.set_title(part, loc="left", color=_INK, fontweight="bold", fontsize=11)
-        panel.grid(axis="y", color=_RULE, lw=0.8)
-        panel.tick_params(colors=_GREY, labelcolor=_INK, length=0)
+        panel.set_title(part, loc="left", color=INK, fontweight="bold", fontsize=11)
+        panel.grid(axis="y", color=RULE, lw=0.8)
+        panel.tick_params(colors=GREY, labelcolor=INK, length=0)
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
-        panel.spines["bottom"].set_color(_RULE)
+        panel.spines["bottom"].set_color(RULE)
         if part == parts[0]:
-            panel.legend(frameon=False, labelcolor=_INK, fontsize=9, handlelength=3.5)
-    panel.set_xlabel("adapter scale (0: base model)", color=_INK)
-    _save_figure(figure, path)
+            panel.legend(frameon=False, labelcolor=INK, fontsize=9, handlelength=3.5)
+    panel.set_xlabel("adapter scale (0: base model)", color=INK)
+    save_figure(figure, path)
 
 
 def _points(summaries: Iterable[Summary], part: str, prompt_set: str, adapter: str) -> list[tuple[float, float, float]]:

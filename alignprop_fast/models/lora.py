@@ -84,11 +84,11 @@ def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = N
         "lora_adapter_metadata": _adapter_metadata(pipe.unet.peft_config[name]),
     }
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    temporary.write_bytes(_with_metadata(save(tensors), header))
+    temporary.write_bytes(with_metadata(save(tensors), header))
     return temporary.replace(folder / WEIGHTS_NAME)
 
 
-def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
     """A safetensors file with that metadata in a fixed order; the library's own order changes from run to run.
 
     Format: 8 bytes length of the header (little endian), the header in JSON padded to a multiple of 8, the tensors.

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.load import check_safetensors
-from alignprop_fast.models.lora import WEIGHTS_NAME, _with_metadata
+from alignprop_fast.models.lora import WEIGHTS_NAME, with_metadata
 
 _METADATA_KEY = "lora_adapter_metadata"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
@@ -225,7 +225,7 @@ def merged_file(factors: Lora, metadata: Mapping[str, str] | None = None) -> byt
     for module, pair in factors.items():
         tensors[module + _DOWN], tensors[module + _UP] = pair.down.contiguous(), pair.up.contiguous()
     header = {"format": "pt", **(metadata or {}), _METADATA_KEY: json.dumps(_written_config(factors), sort_keys=True)}
-    return _with_metadata(save(tensors), header)
+    return with_metadata(save(tensors), header)
 
 
 def _written_config(factors: Lora) -> dict[str, Any]:
