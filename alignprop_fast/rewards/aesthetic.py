@@ -32,13 +32,14 @@ class Aesthetic(nn.Module):
     """The mark of each image."""
 
     def __init__(self, folder: str | Path, loading: Loading = DEFAULT) -> None:
-        """folder: a CLIP folder that also holds a head (v2 where both are there).
+        """folder: a CLIP folder that also holds a head (v2 where both are there), or the head's file in such a folder.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.
         """
         super().__init__()
-        local = clip_folder(folder, loading)
-        file = weights_file(local, _HEADS, "aesthetic head")
+        path = Path(folder).expanduser()
+        local = clip_folder(path.parent if path.is_file() else folder, loading)
+        file = weights_file(path if path.is_file() else local, _HEADS, "aesthetic head")
         state = read_state(file, loading)
         self.preprocess = Preprocess.from_folder(local)
         model = load_clip(local, loading)

@@ -91,7 +91,9 @@ def load_tokenizer(folder: Path, what: str, source: str | None = None) -> Any:
 
     names = ("tokenizer.json", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in names):  # else transformers invents one
-        remedy = "copy the model again" if source is None else f"copy tokenizer.json and config.json of {source} there"
+        remedy = "copy the model again"
+        if source is not None:
+            remedy = f"copy tokenizer.json, tokenizer_config.json and config.json of {source} there"
         raise FileNotFoundError(f"the {what} in {folder} has no tokenizer (tokenizer.json); {remedy}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -251,6 +251,16 @@ def test_other_weights_are_refused_in_one_line(case, tmp_path, fault):
     assert re.search("is not|does not hold|lacks|cannot load", str(caught.value))
 
 
+def test_the_weights_file_itself_can_be_given(case, pictures, tmp_path):
+    if case.weights is None:
+        pytest.skip("a transformers folder as a whole")
+    folder, weights = _damage(case, tmp_path)
+    own = weights.rename(folder / "of_any_name.safetensors")
+    images = pictures("demo", 64)[:3]
+    found, _ = get_reward(case.name, model=[f"{case.name}={own}"])(images, PROMPTS, [None] * 3)
+    torch.testing.assert_close(found, get_reward(case.name, model=case.folder)(images, PROMPTS, [None] * 3)[0])
+
+
 def test_missing_files_are_named(case, tmp_path):
     folder, weights = _damage(case, tmp_path)
     weights.unlink()
