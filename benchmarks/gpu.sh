@@ -10,12 +10,14 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 dry=()
 chain=(--budgets 24GiB 48GiB)
+options=()
 models=(sd15 sdxl)
 tests=(tests/kernels tests/ops tests/runtime tests/csrc)
 if [ "${1:-}" = --dry-run ]; then
     shift
     dry=(--small --device cpu --dtype float32 --seconds 0.02)
     chain=(--device cpu --dtype float32 --budgets --repeats 1 --steps 2 --grad-steps 1)
+    options=(--device cpu --dtype float32 --repeats 1)
     models=(small)
     tests=(tests/kernels/test_guided_step.py)
 fi
@@ -28,7 +30,9 @@ trap 'rm -rf "$site"' EXIT
 if [ -n "$wheels" ]; then
     "$python" -m pip install -q --no-index --no-deps --target "$site" "$wheels"/*.whl
 fi
-export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# Not the root itself, where the folder kernels/ would pass for the package of that name.
+ln -s "$PWD/alignprop_fast" "$site/alignprop_fast"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
 status=0
 # stage SECONDS NAME COMMAND...: the command under its time limit, its output into a log.
@@ -46,21 +50,25 @@ bench() { # SECONDS NAME OP ARGUMENTS...
 
 existing=()
 for path in "${tests[@]}"; do [ -e "$path" ] && existing+=("$path"); done
-stage 120 tests "$python" -m pytest -p no:cacheprovider "${existing[@]}"
+stage 110 tests "$python" -m pytest -p no:cacheprovider "${existing[@]}"
 bench 80 op_attention attention --no-compile
 bench 40 op_lora_linear lora_linear --no-compile
 for op in geglu layer_norm group_norm_silu frozen_conv2d guided_step; do bench 25 "op_$op" "$op" --no-compile; done
 # Compiling takes seconds a shape: the memory-bound ops of one model.
 compiled=(--batches 4 --compile)
 [ ${#dry[@]} -gt 0 ] || compiled+=(--models SDXL)
-for op in geglu layer_norm group_norm_silu; do bench 28 "op_${op}_compile" "$op" "${compiled[@]}"; done
+for op in geglu layer_norm group_norm_silu; do bench 20 "op_${op}_compile" "$op" "${compiled[@]}"; done
 for model in "${models[@]}"; do
-    stage 65 "chain_$model" "$python" benchmarks/chain.py --model "$model" --output "$results/chain_$model.csv" "${chain[@]}"
+    stage 25 "step_options_$model" "$python" benchmarks/step_options.py --model "$model" \
+        --output "$results/step_options_$model.csv" "${options[@]}"
+    stage 55 "chain_$model" "$python" benchmarks/chain.py --model "$model" --output "$results/chain_$model.csv" "${chain[@]}"
 done
 
 for log in "$results"/*.log; do grep -E "^(FAILED|ERROR)|WRONG|Error:" "$log" | head -n 5; done
 for model in "${models[@]}"; do
-    [ ! -s "$results/chain_$model.csv" ] || column -s, -t "$results/chain_$model.csv"
+    for table in step_options chain; do
+        [ ! -s "$results/${table}_$model.csv" ] || column -s, -t "$results/${table}_$model.csv"
+    done
 done
 "$python" benchmarks/summary.py "$results"
 exit $status
