@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -18,7 +19,7 @@ from alignprop_fast import cli_options as o
 from alignprop_fast.cli_options import DEFAULTS
 from alignprop_fast.cli_pipeline import PictureProgress, check_new_folder, open_pipeline, open_reward, spread
 from alignprop_fast.cli_sample import FirstSeed, PerPrompt, PromptSet
-from alignprop_fast.cli_support import pick_device, quiet_libraries, setup_errors
+from alignprop_fast.cli_support import pick_device, plain, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
     from alignprop_fast.evaluate import Evaluation, Summary, Task, Variant
@@ -65,6 +66,7 @@ DiversityModel = Annotated[
 
 
 def evaluate(
+    ctx: typer.Context,
     model: o.Model = DEFAULTS.model,
     lora: Loras = [],  # noqa: B006  # typer wants a list, and copies it
     scale: Scales = [],  # noqa: B006
@@ -90,7 +92,7 @@ def evaluate(
     """Measure rewards of the base model and of adapters, on the same prompts and seeds.
 
     Writes evaluation.csv (a line for each picture and part of the reward), summary.csv, grid.png (prompts down,
-    adapters and scales across), and with several scales reward_by_scale.png, to --output-dir.
+    adapters and scales across), settings.json and, with several scales, reward_by_scale.png to --output-dir.
 
     "gained" is the share of pictures whose reward is above the base model's with the same seed. The diversity is the
     mean over prompts of the mean cosine distance, 1 - cos, between CLIP embeddings of a prompt's pictures.
@@ -135,6 +137,7 @@ def evaluate(
             progress.advance(count)
     summaries = run.evaluation.summaries()
     _write(folder, run, summaries, f"{Path(model).name} under {reward}")
+    _write_settings(folder, ctx.params)
     _print(console, summaries)
     if embed is None:
         console.print("no diversity: it takes --images-per-prompt 2 or more")
@@ -219,6 +222,14 @@ def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) ->
         save_comparison(folder / name, heading, [str(variant) for variant in run.variants], rows)
     if len({variant.scale for variant in run.variants}) > 2:
         plot_by_scale(folder / "reward_by_scale.png", summaries)
+
+
+def _write_settings(folder: Path, options: Mapping[str, Any]) -> None:
+    from alignprop_fast.report import write_whole
+    from alignprop_fast.training_state import versions
+
+    record = {**{name: plain(value) for name, value in options.items()}, "versions": versions()}
+    write_whole(folder / "settings.json", (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _print(console: Console, summaries: Sequence[Summary]) -> None:

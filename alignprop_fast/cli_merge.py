@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Adapters = Annotated[
     list[str],
     typer.Argument(
-        metavar="ADAPTER:WEIGHT...",
+        metavar="ADAPTER:WEIGHT",
         help="Output folders of train, or LoRA files (.safetensors), each with its weight, 1 where there is none.",
         show_default=False,
     ),

@@ -145,7 +145,7 @@ class Evaluation:
         groups: dict[tuple[str, Variant, str], dict[Any, float]] = {}
         for score in self.scores:
             key = (score.prompt_set, Variant(score.adapter, score.scale), score.part)
-            groups.setdefault(key, {})[score.prompt, score.number] = score.value
+            groups.setdefault(key, {})[score.seed] = score.value  # of its own in each set, also where prompts repeat
         for (variant, prompt_set, prompt), embeddings in self._embeddings.items():
             distance = mean_pairwise_distance(torch.stack(embeddings))
             groups.setdefault((prompt_set, variant, DIVERSITY), {})[prompt] = distance

@@ -80,8 +80,15 @@ def test_evaluate_compares_adapters_at_several_scales(command, tiny_sd_folder, l
     )
     assert (code, err) == (0, "")
     assert "gained" in out and "diversity, heldout (1)" in out and "30/30 pictures" in out
-    names = {"evaluation.csv", "summary.csv", "grid.png", "grid_heldout.png", "reward_by_scale.png"}
+    names = {"evaluation.csv", "summary.csv", "grid.png", "grid_heldout.png", "reward_by_scale.png", "settings.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (settings["seed"], settings["scale"], settings["reward"]) == (
+        7,
+        [0, 0.5, 1],
+        "colorfulness:2,compressibility",
+    )
+    assert settings["versions"]["torch"] == torch.__version__
     rows = table(tmp_path / "out" / "evaluation.csv")
     variants = [("base", "0.0")] + [
         (name, scale) for name in ("first", "pytorch_lora_weights") for scale in ("0.5", "1.0")

@@ -69,6 +69,15 @@ def test_summaries(evaluation):
     assert (rows[DIVERSITY, "x"].count, rows[DIVERSITY, "x"].mean) == (2, pytest.approx(0, abs=1e-6))
 
 
+def test_a_prompt_that_is_given_twice_counts_twice():
+    evaluation = Evaluation(lambda images, prompts, metadata: (images.mean((1, 2, 3)), {}))
+    evaluation.add(
+        BASE, tasks_of("prompts", ["a", "a"], 1, 0), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    )
+    (summary,) = evaluation.summaries()
+    assert (summary.count, summary.mean) == (2, 0.5)
+
+
 def test_a_value_that_is_not_finite_stays_visible():
     evaluation = Evaluation(lambda images, prompts, metadata: (images.mean((1, 2, 3)) * math.nan, {}))
     evaluation.add(BASE, tasks_of("prompts", ["a", "b"], 1, 0), torch.zeros(2, 3, 4, 4))
