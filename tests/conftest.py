@@ -6,12 +6,15 @@ No network, random weights, under a second each.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from alignprop_fast.models.random_weights import make_sd_folder, make_sdxl_folder
+# Without a GPU the kernels run in Triton's interpreter, which must be asked for before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,12 +26,16 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `StableDiffusionPipeline` folder: UNet widths (32, 64), latents 8 x 8, images 16 x 16."""
+    from alignprop_fast.models.random_weights import make_sd_folder
+
     return make_sd_folder(tmp_path_factory.mktemp("models") / "tiny_sd")
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `StableDiffusionXLPipeline` folder: two text encoders, size conditioning, latents 8 x 8, images 16 x 16."""
+    from alignprop_fast.models.random_weights import make_sdxl_folder
+
     return make_sdxl_folder(tmp_path_factory.mktemp("models") / "tiny_sdxl")
 
 
