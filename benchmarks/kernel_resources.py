@@ -1,6 +1,6 @@
-"""Registers, spills and shared memory of every Triton kernel and configuration shipped, without a GPU.
+"""Registers, spills and shared memory of every kernel and configuration shipped, Triton's and csrc's, without a GPU.
 
-    python benchmarks/kernel_resources.py --arch 89 [--arch 90 ...] [--only geglu ...] [--json FILE]
+    python benchmarks/kernel_resources.py --arch 89 [--arch 90 ...] [--only geglu csrc ...] [--json FILE]
 
 Each module of `kernels` names its configurations in `signatures()`. Each is compiled ahead of time as it is launched at
 sizes divisible by 16, and read with the cuobjdump that Triton carries. Exit code 1: something spills on sm_86, 89 or
@@ -95,6 +95,43 @@ def resources(entry: dict[str, Any], arch: int) -> dict[str, Any]:
     }
 
 
+def csrc_resources(arch: int) -> list[dict[str, Any]]:
+    """A row for every CUDA kernel of csrc/, compiled by nvcc; none, with a word, where there is no nvcc."""
+    from triton import knobs
+
+    from alignprop_fast.ops import extension
+
+    nvcc = extension.find_nvcc()
+    if nvcc is None:
+        print("csrc/: no nvcc, not compiled")
+        return []
+    rows = []
+    for source in sorted(extension.SOURCES.glob("*.cu")):
+        with tempfile.NamedTemporaryFile(suffix=".o") as file:
+            subprocess.run(extension.nvcc_command(nvcc, [str(arch)], source, file.name), check=True)
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for symbol, usage in re.findall(r"Function (\S+):\n(.*)", report):
+            used = parse_usage(usage)
+            rows.append(
+                {
+                    **dict(zip(("kernel", "config"), demangled(symbol), strict=True)),
+                    **{"arch": arch, "registers": used["REG"], "spills": max(used["STACK"], used["LOCAL"])},
+                    # What it is given at launch comes on top.
+                    "shared_bytes": used["SHARED"],
+                }
+            )
+    return rows
+
+
+def demangled(symbol: str) -> tuple[str, str]:
+    """(kernel, "dtype x vector width") of a mangled instance: ...12apply_kernelI13__nv_bfloat16Li1EE..."""
+    name, arguments = re.findall(r"\d([a-z][a-z_]*_kernel)(.*)", symbol)[-1]
+    dtype = next((short for long, short in (("bfloat16", "bf16"), ("half", "fp16")) if long in arguments), "fp32")
+    width = re.findall(r"Li(\d+)E", arguments)
+    return name, f"csrc {dtype} x{width[0]}" if width else "csrc"
+
+
 def parse_usage(report: str) -> dict[str, int]:
     """REG, STACK, SHARED and LOCAL of the one function in a report of cuobjdump."""
     return {name: int(re.findall(rf"\b{name}:(\d+)", report)[-1]) for name in ("REG", "STACK", "SHARED", "LOCAL")}
@@ -108,6 +145,14 @@ def broken_limits(row: dict[str, Any]) -> str:
     if row["shared_bytes"] > SHARED_LIMIT_BYTES and row["arch"] in SMALL_SHARED_ON:
         faults.append(f"shared memory above {SHARED_LIMIT_BYTES} bytes")
     return ", ".join(faults)
+
+
+def print_row(row: dict[str, Any], fault: str) -> None:
+    print(
+        f"{row['kernel']:32} {row['config']:34} {row['arch']:4} {row['registers']:9} {row['spills']:7} "
+        f"{row['shared_bytes']:8} {fault}",
+        flush=True,
+    )
 
 
 def report(archs: list[int], only: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -138,11 +183,7 @@ def report(archs: list[int], only: list[str]) -> tuple[list[dict[str, Any]], lis
                 fault = broken_limits(row)
                 if fault:
                     faults.append(f"{name} {entry['config']} sm_{arch}: {fault}")
-                print(
-                    f"{name:32} {entry['config']:34} {arch:4} {row['registers']:9} {row['spills']:7} "
-                    f"{row['shared_bytes']:8} {fault}",
-                    flush=True,
-                )
+                print_row(row, fault)
     faults += [f"{name} of {to_list[name]} is in no signature" for name in sorted(set(to_list) - listed)]
     return rows, faults
 
@@ -150,12 +191,21 @@ def report(archs: list[int], only: list[str]) -> tuple[list[dict[str, Any]], lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", required=True, help="compute capability, e.g. 89")
-    parser.add_argument("--only", nargs="+", default=[], metavar="MODULE", help="modules of kernels/ (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="MODULE", help="modules of kernels/, or csrc (default: all)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    rows, faults = report(options.arch, options.only)
+    triton_modules = [name for name in options.only if name != "csrc"]
+    rows, faults = report(options.arch, triton_modules) if triton_modules or not options.only else ([], [])
+    for arch in options.arch if not options.only or "csrc" in options.only else []:
+        for row in csrc_resources(arch):
+            fault = broken_limits(row)
+            faults += [f"{row['kernel']} {row['config']} sm_{arch}: {fault}"] if fault else []
+            print_row(row, fault)
+            rows.append(row)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for fault in faults:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from alignprop_fast.ops.extension import find_nvcc
+
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
@@ -33,6 +35,16 @@ def test_small_kernels_keep_the_limits_on_sm_89(tmp_path):
     names = {row["kernel"] for row in rows}
     assert {"geglu_backward_kernel", "layer_norm_forward_kernel", "guided_step_adjoint_kernel"} <= names
     assert all(0 < row["registers"] <= 255 and row["spills"] == 0 and row["arch"] == 89 for row in rows)
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no CUDA compiler")
+def test_csrc_keeps_the_limits_on_sm_89(tmp_path):
+    result = run("--arch", "89", "--only", "csrc", "--json", tmp_path / "rows.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {"apply_kernel", "statistics_kernel", "reduce_kernel"} <= {row["kernel"] for row in rows}
+    assert len({(row["kernel"], row["config"]) for row in rows}) == len(rows)
+    assert all(0 < row["registers"] <= 255 and row["spills"] == 0 for row in rows)
 
 
 def test_limits_go_by_architecture(script):
