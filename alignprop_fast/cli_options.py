@@ -248,7 +248,7 @@ Truncation = Annotated[
     _option(
         _TRAINING,
         "Denoising steps that carry gradient: uniform (drawn anew each time, about half of them, as in AlignProp), "
-        "full, or last:K (DRaFT-K; last:1 is fastest).",
+        "uniform-once or gaussian (the last K, K drawn once), full, or last:K (DRaFT-K; last:1 is fastest).",
     ),
 ]
 Seed = Annotated[

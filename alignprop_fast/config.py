@@ -55,7 +55,7 @@ class AlignPropConfig:
     Fields of our own:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
         memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; None: the leanest plan.
-        truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform") in place of the three
+        truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
             truncated_* fields; None: those fields.
         lora_rank, lora_alpha: of new adapters.
         optimizer: "adamw", "adamw8bit" or "adafactor".

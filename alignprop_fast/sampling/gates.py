@@ -14,10 +14,18 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
         last:K: the K steps nearest the image (DRaFT-K, Clark et al. 2024).
         uniform: step i is open iff i >= r, r ~ U{0..num_steps} drawn anew for each step (AlignProp, section 4.2 and its
             code: about half the steps, the later the likelier).
+        uniform-once: the last K steps, K ~ U{1..num_steps} drawn once.
+        gaussian: the last K steps, K from a normal distribution of mean num_steps / 2 and deviation num_steps / 6,
+            rounded and held to 1..num_steps.
 
     Raises:
         ValueError: unknown rule, or K outside 1..num_steps.
     """
+    if rule == "uniform-once":
+        return tuple(range(num_steps - random.randint(1, num_steps), num_steps))
+    if rule == "gaussian":
+        length = round(random.gauss(num_steps / 2, num_steps / 6))
+        return tuple(range(num_steps - min(max(length, 1), num_steps), num_steps))
     name, _, argument = rule.partition(":")
     if rule == "full":
         return tuple(range(num_steps))
@@ -27,7 +35,7 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
         if not 1 <= int(argument) <= num_steps:
             raise ValueError(f"truncation {rule!r} asks for {argument} of {num_steps} steps: use 1 to {num_steps}")
         return tuple(range(num_steps - int(argument), num_steps))
-    raise ValueError(f"unknown truncation rule {rule!r}: use full, uniform or last:K, for example last:1")
+    raise ValueError(f"unknown truncation {rule!r}: use full, uniform, uniform-once, gaussian or last:K, say last:1")
 
 
 def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Coefficient tables against diffusers' DDIMScheduler, guidance rescale against diffusers, and the truncation rules."""
 
 import random
+import statistics
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_uniform_gates_open_with_the_probability_of_the_paper():
         p = (i + 1) / (steps + 1)
         # Five standard deviations of a binomial.
         assert abs(count / draws - p) < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+@pytest.mark.parametrize(("rule", "deviation"), [("uniform-once", 10 / 12**0.5), ("gaussian", 10 / 6)])
+def test_drawn_once_the_last_steps_are_open(rule, deviation):
+    """Mean and deviation of 4,000 draws of K; the tolerance is four standard errors of each."""
+    random.seed(0)
+    lengths = []
+    for _ in range(4000):
+        gates = draw_gates(rule, 10)
+        assert gates == tuple(range(10 - len(gates), 10)) and gates
+        lengths.append(len(gates))
+    mean = statistics.fmean(lengths)
+    assert abs(mean - (5.5 if rule == "uniform-once" else 5)) < 4 * deviation / 4000**0.5
+    assert abs(statistics.stdev(lengths) - deviation) < 0.1
 
 
 def test_gates_draw_random_numbers_in_trls_order():
