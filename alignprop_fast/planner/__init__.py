@@ -1,9 +1,8 @@
-"""From a cost table and a memory budget to a plan. Standard library only: plans anywhere, for any machine."""
+"""From a cost table and a memory budget to a plan. Standard library and numpy: plans anywhere, for any machine."""
 
 from alignprop_fast.planner.budget import BudgetInfeasible, format_bytes, parse_bytes
-from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.solve import leanest, solve
-from alignprop_fast.planner.table import CostTable, Option, Segment
+from alignprop_fast.planner.plan import Plan, StageChoice, leanest, option_of
+from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 __all__ = [
     "BudgetInfeasible",
@@ -11,8 +10,10 @@ __all__ = [
     "Option",
     "Plan",
     "Segment",
+    "Stage",
+    "StageChoice",
     "format_bytes",
     "leanest",
+    "option_of",
     "parse_bytes",
-    "solve",
 ]
