@@ -73,6 +73,10 @@ class StableDiffusionAdapter:
         return self.pipe.unet
 
     @property
+    def decoder(self) -> nn.Module:
+        return self.pipe.vae
+
+    @property
     def latent_channels(self) -> int:
         return self.pipe.unet.config.in_channels
 
