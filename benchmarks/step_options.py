@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain import UNETS, provenance
+from chain import provenance
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 
 from alignprop_fast.cost_table import blocks_of
+from alignprop_fast.models.architectures import UNETS
 from alignprop_fast.models.surgery import LeanAttnProcessor, put_ops_in, take_ops_out
 from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
 
@@ -37,16 +38,11 @@ SMALL: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-SDXL_CONDITIONING = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def make_unet(model: str, dtype: torch.dtype) -> UNet2DConditionModel:
     """Real architecture, random weights, adapters in fp32."""
-    config = {"small": SMALL, **UNETS}[model] | (SDXL_CONDITIONING if model == "sdxl" else {})
+    config = {"small": SMALL, **UNETS}[model]
     unet = UNet2DConditionModel(**config).requires_grad_(False).to(dtype)
     unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for name, parameter in unet.named_parameters():
