@@ -11,7 +11,7 @@ import numpy as np
 
 from alignprop_fast.planner.frontier import Frontier
 
-MOST_LABELS = 1024
+MOST_LABELS = 512
 
 
 def hull(frontier: Frontier) -> np.ndarray:
