@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -214,7 +214,7 @@ def test_moments_are_what_the_plan_predicts():
         moments = simulate(table, plan)
         assert max(moment.bytes for moment in moments) == plan.peak_bytes == sum(plan.kinds.values())
         assert max(plan.phases.values()) == plan.peak_bytes
-        for before, after in zip(moments, moments[1:], strict=False):
+        for before, after in pairwise(moments):
             assert after.start_seconds == pytest.approx(before.start_seconds + before.seconds)
         end = moments[-1].start_seconds + moments[-1].seconds
         assert end + table.optimizer_seconds == pytest.approx(plan.seconds)
