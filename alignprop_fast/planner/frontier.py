@@ -50,9 +50,7 @@ class Frontier:
         return replace(self, picks=np.hstack((empty, self.picks)))
 
     def rows(self, rows: np.ndarray, thinned: bool = False) -> "Frontier":
-        return Frontier(
-            self.need[rows], self.seconds[rows], self.host[rows], self.picks[rows], self.thinned or thinned
-        )
+        return Frontier(self.need[rows], self.seconds[rows], self.host[rows], self.picks[rows], self.thinned or thinned)
 
     def at_least(self, need: int) -> "Frontier":
         """With a moment beside it that needs so many bytes on its own."""
@@ -60,18 +58,19 @@ class Frontier:
 
     def pareto(self, most: int) -> "Frontier":
         """Labels that no other beats, at most so many."""
-        return self.rows(*_best(self.need, self.seconds, self.host, most))
+        return self.rows(*_best(self.need, self.seconds, most))
 
 
-def _best(need: np.ndarray, seconds: np.ndarray, host: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
+def _best(need: np.ndarray, seconds: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
     """Rows of the labels that no other beats, in ascending need, and whether some of them were left out.
 
     Where more than `most` are left, evenly spaced ones along the frontier stay. Which ones does not depend on any
     budget, so that more budget never gives a slower plan. The leanest and the fastest label always stay.
     """
-    order = np.lexsort((host, seconds, need))
+    order = np.argsort(need)
     fastest = np.minimum.accumulate(seconds[order])
     rows = order[np.concatenate(([True], fastest[1:] < fastest[:-1]))]
+    rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # of equal needs the fastest stands last
     if len(rows) <= most:
         return rows, False
     along = _fraction(need[rows]) + _fraction(-seconds[rows])
@@ -94,7 +93,7 @@ def in_front(segment: Segment, rest: Frontier, most: int, above: int = 0) -> Fro
     need = (kept + np.maximum(spike, rest.need)).ravel()
     seconds = (np.array([option.seconds for option in options])[:, None] + rest.seconds).ravel()
     host = (np.array([option.host_bytes for option in options], np.int64)[:, None] + rest.host).ravel()
-    rows, thinned = _best(need, seconds, host, most)
+    rows, thinned = _best(need, seconds, most)
     chosen, after = np.divmod(rows, len(rest))
     picks = np.hstack((chosen.astype(np.int16)[:, None], rest.picks[after]))
     return Frontier(need[rows], seconds[rows], host[rows], picks, rest.thinned or thinned)
@@ -112,7 +111,7 @@ def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> 
     need = need.ravel()
     seconds = (first.seconds[:, None] + second.seconds).ravel()
     host = (first.host[:, None] + second.host).ravel()
-    rows, thinned = _best(need, seconds, host, most)
+    rows, thinned = _best(need, seconds, most)
     one, two = np.divmod(rows, len(second))
     picks = np.hstack((first.picks[one], second.picks[two]))
     return Frontier(need[rows], seconds[rows], host[rows], picks, first.thinned or second.thinned or thinned)

@@ -11,7 +11,7 @@ import numpy as np
 
 from alignprop_fast.planner.frontier import Frontier
 
-MOST_LABELS = 1024
+MOST_LABELS = 512
 
 
 def hull(frontier: Frontier) -> np.ndarray:
@@ -45,9 +45,10 @@ def repeated(step: Frontier, most_steps: int) -> Iterator[Frontier]:
     lower, upper, free = (np.concatenate(rows) for rows in (lower_list, upper_list, free_list))
     for copies in range(1, most_steps + 1):
         times = np.arange(copies)[:, None]
-        sums = [
+        need, seconds, host = (
             ((copies - 1 - times) * values[lower] + times * values[upper] + values[free]).ravel()
             for values in (step.need, step.seconds, step.host)
-        ]
-        tries = [np.broadcast_to(rows, (copies, len(free))).ravel() for rows in (lower, upper, times, free)]
-        yield Frontier(*sums, np.stack(tries, axis=1).astype(np.int16), step.thinned).pareto(MOST_LABELS)
+        )
+        picks = [np.broadcast_to(rows, (copies, len(free))).ravel() for rows in (lower, upper, times, free)]
+        labels = Frontier(need, seconds, host, np.stack(picks, axis=1).astype(np.int16), step.thinned)
+        yield labels.pareto(MOST_LABELS)
