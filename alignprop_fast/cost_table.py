@@ -17,16 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_fast.planner import CostTable, Stage
-
-
-def load_table(path):
-    raise ValueError
-
-
-def save_table(table, path):
-    pass
-
+from alignprop_fast.planner import CostTable, Gpu, Stage, load_table, roofline_seconds, save_table
 from alignprop_fast.runtime import (
     Block,
     Chain,
@@ -35,6 +26,7 @@ from alignprop_fast.runtime import (
     decoder_stages,
     device_name,
     link_rate,
+    operator_seconds,
     reward_stages,
     step_costs,
 )
@@ -90,10 +82,17 @@ def measured_table(task: Task) -> CostTable:
     return _completed(table, task, None)
 
 
-def estimated_table(task: Task, operator_seconds: Operator, link: float, device: str) -> CostTable:
-    """The table of a task on meta tensors, with seconds from a formula; `device` names the GPU that it stands for."""
-    origin = {**_origin(task), "source": "estimated", "device": device}
-    return _completed(_costs(task, origin, operator_seconds, link), task, operator_seconds)
+def estimated_table(task: Task, gpu: Gpu) -> CostTable:
+    """The table of a task on meta tensors, with the seconds that its operators would take on the GPU (a roofline)."""
+
+    def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+        halves = dtype in (torch.bfloat16, torch.float16)
+        return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
+
+    formula = operator_seconds(roofline)
+    origin = {**_origin(task), "source": "estimated", "device": gpu.name}
+    table = _costs(task, origin, formula, gpu.link)
+    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), task, formula)
 
 
 def _read(path: Path) -> CostTable | None:
@@ -104,40 +103,40 @@ def _read(path: Path) -> CostTable | None:
         return None
 
 
-def _costs(task: Task, origin: Mapping[str, str], operator_seconds: Operator | None, link: float | None) -> CostTable:
+def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
     """The table but for what `_completed` adds."""
     x = _latents(task)
-    step = step_costs(task.chain, x, operator_seconds, link)
+    step = step_costs(task.chain, x, formula, link)
     return CostTable(
-        fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES if operator_seconds else step.untracked_bytes},
+        fixed={"workspace": step.untracked_bytes},
         latent_bytes=_bytes([x]),
         image_bytes=_bytes([_images(task)]),
         step=step.segments,
         sampling_bytes=step.sampling_bytes,
         sampling_seconds=step.sampling_seconds,
-        decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, operator_seconds),
+        decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, formula),
         origin=origin,
     )
 
 
-def _completed(table: CostTable, task: Task, operator_seconds: Operator | None) -> CostTable:
+def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTable:
     return replace(
         table,
         fixed={**_fixed(task), **table.fixed},
-        rewards=_rewards(task, operator_seconds),
+        rewards=_rewards(task, formula),
         reserve_bytes=task.reserve_bytes,
         host_limit_bytes=_host_bytes() // 2,
     )
 
 
-def _rewards(task: Task, operator_seconds: Operator | None) -> tuple[Stage, ...]:
+def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
     if task.reward is None:
         return ()
     prompts, metadata = [""] * task.batch, [{} for _ in range(task.batch)]
     by_image = getattr(task.reward, "by_image", False)
     with torch.enable_grad():
         return reward_stages(
-            task.reward, _images(task), prompts, metadata, by_image=by_image, operator_seconds=operator_seconds
+            task.reward, _images(task), prompts, metadata, by_image=by_image, operator_seconds=formula
         )
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.cost_table import Task, blocks_of, measured_table
+from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.models import adapt
 from alignprop_fast.models.stable_diffusion import Conditioning, Generator
-from alignprop_fast.planner import CostTable, Plan, leanest, parse_bytes, solve
+from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
 from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_chain
 from alignprop_fast.sampling import (
     ddim_table,
@@ -80,8 +80,7 @@ class DifferentiableSampler:
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
         self.plan: Plan | None = None
-        self._tables: dict[tuple, CostTable] = {}
-        self._plans: dict[tuple, Plan] = {}
+        self._solvers: dict[tuple, Solver] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
         self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
         self._host_pool: HostPool | None = None
@@ -138,17 +137,28 @@ class DifferentiableSampler:
         Raises:
             BudgetInfeasible: no plan keeps the memory budget.
         """
-        cond = self.model.encode([""] * batch, None, self.guidance_scale > 1, self.size)
-        chain = self._chain(cond, None)
+        chain, cond = self._blank(batch)
         count = chain.num_steps if num_grad_steps is None else num_grad_steps
         return self._make_plan(chain, cond, batch, list(range(chain.num_steps - count, chain.num_steps)))
+
+    def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
+        """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
+        estimated for a GPU that need not be here.
+        """
+        chain, cond = self._blank(batch)
+        with torch.enable_grad():
+            task = self._task(chain, cond, batch)
+            return measured_table(task) if gpu is None else estimated_table(task, gpu)
+
+    def _blank(self, batch: int) -> tuple[Chain, Conditioning]:
+        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
+        return self._chain(cond, None), cond
 
     def tighten(self, factor: float = 0.9) -> bool:
         """Plan with less memory from now on, since the device ran out of it; False if there is no leaner plan."""
         if self.plan is None or self.budget_bytes is None:
             return False
         self.budget_bytes = int(factor * min(self.budget_bytes, self.plan.peak_bytes or self.budget_bytes))
-        self._plans.clear()
         return True
 
     def _chain(self, cond: Conditioning, generator: Generator) -> Chain:
@@ -188,16 +198,10 @@ class DifferentiableSampler:
         if self.budget_bytes is None or not torch.is_grad_enabled():
             return leanest(chain.num_steps, grad_steps)
         key = (batch, cond.embeds.shape, cond.embeds.dtype, len(chain.parameters))
-        if key not in self._tables:
-            self._tables[key] = measured_table(self._task(chain, cond, batch))
-        # Costs depend on how many steps carry gradient, not on which.
-        count = len(grad_steps)
-        if (key, count) not in self._plans:
-            last = range(chain.num_steps - count, chain.num_steps)
-            self._plans[key, count] = solve(self._tables[key], chain.num_steps, list(last), self.budget_bytes)
-        plan = self._plans[key, count]
-        cut = len(plan.replayed_steps)
-        return replace(plan, replayed_steps=tuple(grad_steps[:cut]), resident_steps=tuple(grad_steps[cut:]))
+        if key not in self._solvers:
+            table = measured_table(self._task(chain, cond, batch))
+            self._solvers[key] = Solver(table, chain.num_steps, chain.num_steps)
+        return self._solvers[key].plan(grad_steps, self.budget_bytes)
 
     def _task(self, chain: Chain, cond: Conditioning, batch: int) -> Task:
         return Task(
