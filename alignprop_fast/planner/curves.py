@@ -16,7 +16,7 @@ from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier
 
 EXACT_SEGMENTS = 256  # of all resident steps together; with more, or with more labels, a step's frontier is repeated
-EXACT_LABELS = 2048
+EXACT_LABELS = 4096
 STEP_LABELS = 384
 REPLAY_LABELS = 1024
 TAIL_LABELS = 64
@@ -53,19 +53,29 @@ class Curves:
         """By the number of resident steps: all their segments in one chain; None where there are too many labels."""
         if most_grad_steps * len(self.table.step) > EXACT_SEGMENTS:
             return None
-        rest, alone = self._tails()
-        frontiers = [alone if self.num_steps == 0 else rest]
-        for resident in range(1, most_grad_steps + 1):
+        with_sampling, alone = self._tails()
+        frontiers = self._in_one_chain(with_sampling, min(most_grad_steps, self.num_steps - 1))
+        if most_grad_steps == self.num_steps:
+            frontiers += self._in_one_chain(alone, self.num_steps)[self.num_steps :]
+        return frontiers if len(frontiers) == most_grad_steps + 1 else None
+
+    def _in_one_chain(self, tail: Frontier, most_resident: int) -> list[Frontier]:
+        """Frontiers with 0, 1, ... resident steps in front of the tail, as far as there are not too many labels."""
+        frontiers = [tail][: most_resident + 1]
+        for _ in range(most_resident):
             for segment in reversed(self.table.step):
-                rest = in_front(segment, rest, EXACT_LABELS, self.table.image_bytes)
-                alone = in_front(segment, alone, EXACT_LABELS, self.table.image_bytes)
-                if rest.thinned or alone.thinned:
-                    return None
-            frontiers.append(alone if resident == self.num_steps else rest)
+                tail = in_front(segment, tail, EXACT_LABELS, self.table.image_bytes)
+                if tail.thinned:
+                    return frontiers
+            frontiers.append(tail)
         return frontiers
 
     def _repeated(self, most_grad_steps: int) -> list[Frontier]:
-        """The same from one step's frontier; decisions: lower and upper label of the hull, how often, free label."""
+        """The same from one step's frontier; decisions: lower and upper label of the hull, how often, free label, tail.
+
+        How much a step adds to the need of what follows depends on that need where the step's own worst moment stands
+        out above it. Taken is the most that it can add, which is that to the leanest tail.
+        """
         rest, alone = (tail.pareto(TAIL_LABELS) for tail in self._tails())
         least = int(min(rest.need[0], alone.need[0]))
         step = chain(self.table.step, Frontier.start(least), STEP_LABELS, self.table.image_bytes)
