@@ -40,6 +40,7 @@ class Task:
     """What one training step consists of.
 
     model: the adapter (`models`) of the pipeline, on its device or on meta tensors. size: (height, width) in pixels.
+    prompts, metadata: what the reward gets, one entry per image.
     reward: (images, prompts, metadata) -> (scores, info), or None; reward_bytes: its weights.
     reserve_bytes: what the reward phase takes where there is no reward.
     optimizer_bytes: the optimizer's state; None: two fp32 numbers for each trainable parameter.
@@ -48,13 +49,18 @@ class Task:
     model: Any
     chain: Chain
     cond: Any
-    batch: int
     size: tuple[int, int]
     decoder_blocks: Sequence[Block]
+    prompts: Sequence[str]
+    metadata: Sequence[Any]
     reward: Callable[..., tuple[torch.Tensor, Any]] | None = None
     reward_bytes: int = 0
     reserve_bytes: int = 0
     optimizer_bytes: int | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompts)
 
 
 def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
@@ -132,11 +138,12 @@ def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTa
 def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
     if task.reward is None:
         return ()
-    prompts, metadata = [""] * task.batch, [{} for _ in range(task.batch)]
     by_image = getattr(task.reward, "by_image", False)
-    with torch.enable_grad():
+    # A reward may draw random numbers, which are not to be missed in training.
+    devices = [task.model.device] if task.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         return reward_stages(
-            task.reward, _images(task), prompts, metadata, by_image=by_image, operator_seconds=formula
+            task.reward, _images(task), task.prompts, task.metadata, by_image=by_image, operator_seconds=formula
         )
 
 

@@ -93,6 +93,7 @@ class DifferentiableSampler:
         grad_steps: Iterable[int] | None = None,
         latents: torch.Tensor | None = None,
         plan: Plan | None = None,
+        metadata: Sequence[Any] | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
 
@@ -104,6 +105,7 @@ class DifferentiableSampler:
                 detached: gradient passes by their affine path only. Under `torch.no_grad()` none is taken.
             latents: initial latents [B, C, h, w] instead of drawn ones; if they require grad they receive it.
             plan: run under this plan, with the gradient steps that it names, instead of choosing one.
+            metadata: of the B prompts, for a `reward` whose costs are measured and that wants some; None: {} each.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
@@ -115,7 +117,9 @@ class DifferentiableSampler:
             negative_prompts = [negative_prompts] * len(prompts)
         cond = self.model.encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
         chain = self._chain(cond, generator)
-        self.plan = plan or self._make_plan(chain, cond, len(prompts), self._grad_steps(grad_steps, chain))
+        entries = list(metadata) if metadata is not None else [{} for _ in prompts]
+        task = self._task(chain, cond, prompts, entries)
+        self.plan = plan or self._make_plan(task, self._grad_steps(grad_steps, chain))
         x = self.model.initial_latents(len(prompts), self.size, generator, latents)
         decoder = self.plan.decoder
         x = run_chain(replace(chain, offloader=self._offloader(self.plan)), self.plan, x)
@@ -137,29 +141,35 @@ class DifferentiableSampler:
         Raises:
             BudgetInfeasible: no plan keeps the memory budget.
         """
-        chain, cond = self._blank(batch)
-        count = chain.num_steps if num_grad_steps is None else num_grad_steps
-        return self._make_plan(chain, cond, batch, list(range(chain.num_steps - count, chain.num_steps)))
+        task = self._blank_task(batch)
+        steps = task.chain.num_steps
+        count = steps if num_grad_steps is None else num_grad_steps
+        return self._make_plan(task, list(range(steps - count, steps)))
 
     def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
         """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
         estimated for a GPU that need not be here.
         """
-        chain, cond = self._blank(batch)
+        task = self._blank_task(batch)
         with torch.enable_grad():
-            task = self._task(chain, cond, batch)
             return measured_table(task) if gpu is None else estimated_table(task, gpu)
 
-    def _blank(self, batch: int) -> tuple[Chain, Conditioning]:
-        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
-        return self._chain(cond, None), cond
+    def tighten(self, factor: float = 0.9) -> int:
+        """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
 
-    def tighten(self, factor: float = 0.9) -> bool:
-        """Plan with less memory from now on, since the device ran out of it; False if there is no leaner plan."""
-        if self.plan is None or self.budget_bytes is None:
-            return False
-        self.budget_bytes = int(factor * min(self.budget_bytes, self.plan.peak_bytes or self.budget_bytes))
-        return True
+        Raises:
+            BudgetInfeasible: there is no leaner plan.
+        """
+        if self.budget_bytes is None:
+            taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
+        else:
+            peak_bytes = self.plan.peak_bytes if self.plan else 0
+            taken_bytes = min(self.budget_bytes, peak_bytes or self.budget_bytes)
+        budget_bytes = int(factor * taken_bytes)
+        for solver in self._solvers.values():
+            solver.plan(range(solver.num_steps), budget_bytes)
+        self.budget_bytes = budget_bytes
+        return budget_bytes
 
     def _chain(self, cond: Conditioning, generator: Generator) -> Chain:
         table, model, scale = self.table, self.model, self.guidance_scale
@@ -194,23 +204,28 @@ class DifferentiableSampler:
             raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
         return steps if torch.is_grad_enabled() and chain.parameters else []
 
-    def _make_plan(self, chain: Chain, cond: Conditioning, batch: int, grad_steps: list[int]) -> Plan:
+    def _make_plan(self, task: Task, grad_steps: list[int]) -> Plan:
+        num_steps = task.chain.num_steps
         if self.budget_bytes is None or not torch.is_grad_enabled():
-            return leanest(chain.num_steps, grad_steps)
-        key = (batch, cond.embeds.shape, cond.embeds.dtype, len(chain.parameters))
+            return leanest(num_steps, grad_steps)
+        key = (task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
         if key not in self._solvers:
-            table = measured_table(self._task(chain, cond, batch))
-            self._solvers[key] = Solver(table, chain.num_steps, chain.num_steps)
+            self._solvers[key] = Solver(measured_table(task), num_steps, num_steps)
         return self._solvers[key].plan(grad_steps, self.budget_bytes)
 
-    def _task(self, chain: Chain, cond: Conditioning, batch: int) -> Task:
+    def _blank_task(self, batch: int) -> Task:
+        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
+        return self._task(self._chain(cond, None), cond, [""] * batch, [{} for _ in range(batch)])
+
+    def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: list[Any]) -> Task:
         return Task(
             model=self.model,
             chain=chain,
             cond=cond,
-            batch=batch,
             size=self.size,
             decoder_blocks=self._decoder_blocks,
+            prompts=prompts,
+            metadata=metadata,
             reward=self.reward,
             reward_bytes=self.reward_bytes,
             reserve_bytes=self.reserve_bytes,
