@@ -18,7 +18,7 @@ class BudgetInfeasible(ValueError):
         self.remedies = tuple(remedies) or ("a smaller batch or resolution",)
         super().__init__(
             f"a memory budget of {format_bytes(budget_bytes)} is too small: the leanest plan needs "
-            f"{format_bytes(smallest_bytes, up=True)}; raise the budget, or lower the need by "
+            f"{format_bytes(smallest_bytes, up=True)}; raise the budget, or lower the need with "
             + ", ".join(self.remedies)
         )
 

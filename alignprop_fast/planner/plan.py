@@ -74,7 +74,7 @@ class Plan:
         peak = f"{budget}predicted peak {format_bytes(self.peak_bytes)} in phase '{worst}'{host}"
         return "\n".join(
             [
-                f"{peak}, {self.seconds:.2f} s a step",
+                f"{peak}, {self.seconds:.2f} s a training step",
                 *lines,
                 "peak by phase: " + _sizes(self.phases),
                 "at the peak: " + _sizes(self.kinds),

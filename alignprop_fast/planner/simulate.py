@@ -117,6 +117,7 @@ class _Walk:
         self.images = 0
         self.latents = table.latent_bytes * (2 + len(plan.resident_steps) + len(plan.replayed_steps))
         self.residents = [_Chain.of(table.step, options) for options in plan.resident_options]
+        self.replay = _Chain.of(table.step if plan.replayed_steps else (), plan.replay_options)
         self.decoder = _Part.of(table.decoders, plan.decoder)
         self.reward = _Part.of(table.rewards, plan.reward, table.reserve_bytes)
 
@@ -167,15 +168,14 @@ class _Walk:
             seconds = chain.seconds - min(self.table.sampling_seconds, chain.seconds)
             peak = (chain.kept_at_peak, chain.spike)
             yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept)
-        replay = _Chain.of(self.table.step, self.plan.replay_options)
         for step in reversed(self.plan.replayed_steps):
-            peak = (replay.kept_at_peak, replay.spike)
-            yield self.moment("replayed steps", f"step {step} replayed", peak, replay.seconds, self.kept)
+            peak = (self.replay.kept_at_peak, self.replay.spike)
+            yield self.moment("replayed steps", f"step {step} replayed", peak, self.replay.seconds, self.kept)
 
     def host_bytes(self) -> int:
         """Most bytes in host memory at once: resident steps with decoder and reward, or one replayed step."""
-        replay = _Chain.of(self.table.step, self.plan.replay_options).host if self.plan.replayed_steps else 0
-        return max(sum(chain.host for chain in self.residents) + self.decoder.host + self.reward.host, replay)
+        residents = sum(chain.host for chain in self.residents)
+        return max(residents + self.decoder.host + self.reward.host, self.replay.host)
 
 
 def price(table: CostTable, plan: Plan) -> Plan:

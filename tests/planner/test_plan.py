@@ -47,6 +47,16 @@ def test_plans_made_by_hand_are_priced():
         price(simple_table(), replace(plan, decoder=StageChoice("tiles")))
 
 
+def test_leanest_plans_are_priced_where_the_table_has_their_options():
+    step = tuple(Segment(f"block.{k}", (Option("attention", 10, 5, 1.0), Option("keep", 50, 5, 0.5))) for k in range(3))
+    image = Stage("image", (Segment("decoder", (Option("keep", 30, 5, 0.25),)),), 4, True, 20, 0.5)
+    table = replace(simple_table(), step=step, decoders=(image,))
+    plan = price(table, leanest(4, (1, 2)))
+    assert plan.phases["replayed steps"] == 1010 + 4 + 5 + 35
+    assert plan.seconds == 4 * 0.5 + 2 * 3.0 + 0.5 + 4 * 0.25
+    assert solve(table, 4, (1, 2), plan.peak_bytes).seconds <= plan.seconds
+
+
 def test_options_by_name():
     assert option_of({"a": "keep", "*": "attention"}, "a") == "keep"
     assert option_of({"a": "keep", "*": "attention"}, "b") == "attention"

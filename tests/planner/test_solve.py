@@ -17,7 +17,7 @@ def random_segments(rng, prefix, count):
             name, rng.randint(0, 40), spike, rng.randint(1, 24) / 8
         )  # sums of eighths are exact: ties are ties
 
-    names = ["keep", "qkv", "recompute"][: rng.choice([2, 2, 3])]
+    names = ["save", "qkv", "recompute"][: rng.choice([2, 2, 3])]
     return tuple(Segment(f"{prefix}.{k}", tuple(option(name) for name in names)) for k in range(count))
 
 
@@ -118,7 +118,7 @@ def every_plan(table, num_steps, grad_steps):
 
 def test_solver_equals_brute_force():
     rng = random.Random(0)
-    for _ in range(1500):
+    for _ in range(2000):
         table = random_table(rng)
         num_steps = rng.randint(1, 5)
         many = sum(len(segment.options) for segment in table.step) > 6
