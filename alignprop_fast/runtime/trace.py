@@ -37,7 +37,7 @@ class Work:
     device: torch.device
     operator_seconds: Operator | None = None
     output_kept: bool = True
-    repeats: int = 3
+    repeats: int = 2
 
 
 @dataclass(frozen=True)
