@@ -19,6 +19,11 @@ from alignprop_fast.ops.banded_conv import NormConv, norm_conv, upsample_conv
 from alignprop_fast.ops.banded_residual import banded_residual
 
 
+def bandable(decoder: nn.Module) -> list[nn.Module]:
+    """What `banded` takes of a decoder: its residual blocks and upsamplers, and the decoder itself."""
+    return [module for module in decoder.modules() if isinstance(module, ResnetBlock2D | Upsample2D | Decoder)]
+
+
 @contextmanager
 def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[None]:
     """Inside the block each of the modules runs by bands of rows: `ResnetBlock2D`, `Upsample2D`, or a `Decoder`, of

@@ -38,9 +38,17 @@ class NormConv(NamedTuple):
     bias: torch.Tensor | None  # [O]
 
 
-def default_rows(height: int) -> int:
-    """Rows of a band, so that all temporaries of one together are about 1/8 to 1/4 of an image of that height."""
-    return max(MIN_ROWS, -(-height // BANDS))
+def band_rows(rows: int | None, height: int) -> int:
+    """The height of a band, as asked for or, where None, chosen for an image of that height.
+
+    Raises:
+        ValueError: fewer than one row.
+    """
+    if rows is None:
+        return max(MIN_ROWS, -(-height // BANDS))
+    if rows < 1:
+        raise ValueError(f"bands of {rows} rows: use 1 or more, or None to have it chosen")
+    return rows
 
 
 def norm_conv_reference(x: torch.Tensor, layer: NormConv) -> torch.Tensor:
@@ -94,16 +102,18 @@ def transposed(weight: torch.Tensor) -> torch.Tensor:
     return weight.transpose(0, 1).flip(2, 3)
 
 
-def empty_rows(x: torch.Tensor, channels: int, scale: float = 1) -> torch.Tensor:
-    """Room for a result [B, channels, scale H, scale W] in the dtype and memory format of x [B, C, H, W]."""
-    b, _, h, w = x.shape
+def memory_format(x: torch.Tensor) -> torch.memory_format:
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(
-        (b, channels, int(scale * h), int(scale * w)),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if is_last else torch.contiguous_format,
-    )
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def empty_like_rows(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Room for a result [B, channels, H, W] in the dtype and memory format of x [B, C, H, W]."""
+    return _empty(x, (x.shape[0], channels, *x.shape[2:]), memory_format(x))
+
+
+def _empty(x: torch.Tensor, shape: tuple[int, ...], format: torch.memory_format) -> torch.Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
 
 
 class Normaliser:
@@ -200,7 +210,7 @@ class _NormConv(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd)
         # The layer is frozen: autograd has no business with its tensors.
         ctx.layer, ctx.rows = layer, rows
-        y = empty_rows(x, layer.weight.shape[0])
+        y = empty_like_rows(x, layer.weight.shape[0])
         for span, band in halo_bands(x, rows, Normaliser(layer, mean, rstd).activated):
             y[:, :, span] = conv_band(band, layer.weight, layer.bias)
             del band
@@ -211,7 +221,7 @@ class _NormConv(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
         norm = Normaliser(ctx.layer, mean, rstd)
-        dx = empty_rows(x, x.shape[1])
+        dx = empty_like_rows(x, x.shape[1])
         return norm_conv_backward(g, x, norm, ctx.layer.weight, ctx.rows, dx), None, None
 
 
@@ -219,8 +229,9 @@ class _UpsampleConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.rows = rows
-        y = empty_rows(x, weight.shape[0], scale=2)
+        ctx.rows, ctx.shape, ctx.format = rows, x.shape, memory_format(x)
+        b, _, h, w = x.shape
+        y = _empty(x, (b, weight.shape[0], 2 * h, 2 * w), ctx.format)
         for span, band in halo_bands(x, rows):
             # The halo of one row became two, of which the convolution sees one.
             band = F.interpolate(band, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
@@ -233,7 +244,7 @@ class _UpsampleConv(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         flipped = transposed(weight)
-        dx = empty_rows(g, weight.shape[1], scale=0.5)
+        dx = _empty(g, ctx.shape, ctx.format)
         for span, band in halo_bands(g, 2 * ctx.rows):
             band = conv_band(band, flipped)
             # The sum over the four pixels that one became.
@@ -248,12 +259,12 @@ def norm_conv(x: torch.Tensor, layer: NormConv, rows: int | None = None) -> torc
     Args:
         x: [B, C, H, W], contiguous or channels_last, which the result follows.
         layer: frozen, of x's dtype.
-        rows: height of a band; `default_rows` where None.
+        rows: height of a band; None: 1/32 of the height, at least 16.
 
     Returns:
         [B, O, H, W].
     """
-    return _NormConv.apply(x, layer, rows or default_rows(x.shape[2]))
+    return _NormConv.apply(x, layer, band_rows(rows, x.shape[2]))
 
 
 def upsample_conv(
@@ -264,9 +275,9 @@ def upsample_conv(
     Args:
         x: [B, C, H, W], contiguous or channels_last, which the result follows.
         weight: [O, C, 3, 3]; bias: [O]; frozen, of x's dtype; stride 1, padding 1.
-        rows: height of a band of the result; `default_rows` where None.
+        rows: height of a band of the result; None: 1/32 of its height, at least 16.
 
     Returns:
         [B, O, 2 H, 2 W].
     """
-    return _UpsampleConv.apply(x, weight, bias, max(1, (rows or default_rows(2 * x.shape[2])) // 2))
+    return _UpsampleConv.apply(x, weight, bias, max(1, band_rows(rows, 2 * x.shape[2]) // 2))

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from alignprop_fast.ops.banded_conv import (
     Normaliser,
     NormConv,
+    band_rows,
     conv_band,
-    default_rows,
-    empty_rows,
+    empty_like_rows,
     halo_bands,
     norm_conv_backward,
     norm_conv_reference,
@@ -38,7 +38,7 @@ def banded_residual_reference(x: torch.Tensor, first: NormConv, second: NormConv
 
 
 def _first(x: torch.Tensor, norm: Normaliser, layer: NormConv, rows: int) -> torch.Tensor:
-    h = empty_rows(x, layer.weight.shape[0])
+    h = empty_like_rows(x, layer.weight.shape[0])
     for span, band in halo_bands(x, rows, norm.activated):
         h[:, :, span] = conv_band(band, layer.weight, layer.bias)
         del band
@@ -75,7 +75,7 @@ class _BandedResidual(torch.autograd.Function):
         def through_shortcut(span: slice) -> torch.Tensor:
             return g[:, :, span] if back is None else F.conv2d(g[:, :, span], back)
 
-        dx = dh if dh.shape == x.shape else empty_rows(x, x.shape[1])
+        dx = dh if dh.shape == x.shape else empty_like_rows(x, x.shape[1])
         norm_conv_backward(dh, x, norm1, first.weight, ctx.rows, dx, through_shortcut)
         return dx, None, None, None, None
 
@@ -89,9 +89,9 @@ def banded_residual(
         x: [B, C, H, W], contiguous or channels_last, which the result follows.
         first, second: C to O and O to O channels, frozen, of x's dtype.
         shortcut: needed where C and O differ; frozen.
-        rows: height of a band; `banded_conv.default_rows` where None.
+        rows: height of a band; None: 1/32 of the height, at least 16.
 
     Returns:
         [B, O, H, W].
     """
-    return _BandedResidual.apply(x, first, second, shortcut, rows or default_rows(x.shape[2]))
+    return _BandedResidual.apply(x, first, second, shortcut, band_rows(rows, x.shape[2]))
