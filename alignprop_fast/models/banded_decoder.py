@@ -6,17 +6,21 @@ ops.banded_conv).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from alignprop_fast.ops.banded_conv import NormConv, norm_conv, upsample_conv
 from alignprop_fast.ops.banded_residual import banded_residual
+
+Forward = Callable[..., torch.Tensor]
 
 
 def bandable(decoder: nn.Module) -> list[nn.Module]:
@@ -31,7 +35,7 @@ def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[No
 
     One that learns, runs under autocast or has an option that the ops do not cover stays as it is. Names, parameters
     and hooks are not touched. A forward pass in the block may have its backward pass outside, but what is run again for
-    it needs the block again: give it to a checkpoint's recomputation.
+    it needs the block again, as `banded_stages` sees to.
 
     Args:
         rows: height of a band in a block's output; None: 1/32 of its height, at least 16.
@@ -39,11 +43,33 @@ def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[No
     Raises:
         TypeError: a module of another kind.
     """
-    changed = [pair for module in modules for pair in _forwards(module, rows)]
+    with _with_forwards([pair for module in modules for pair in _forwards(module, rows)]):
+        yield
+
+
+@contextmanager
+def banded_stages(decoder: Decoder, rows: int | None = None) -> Iterator[None]:
+    """`banded`, and the middle and each up block of the decoder keep their input alone and run again when needed.
+
+    For one forward pass more, the backward pass holds the blocks of one stage at a time. It may lie outside the block.
+    """
+    modules, stages = bandable(decoder), [decoder.mid_block, *decoder.up_blocks]
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), banded(modules, rows)
+
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+    again = [(stage, partial(checkpoint, stage.forward, **options)) for stage in stages]
+    with banded(modules, rows), _with_forwards(again):
+        yield
+
+
+@contextmanager
+def _with_forwards(changed: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
     found = [(module, module.__dict__.get("forward")) for module, _ in changed]
+    for module, forward in changed:
+        module.forward = forward
     try:
-        for module, forward in changed:
-            module.forward = forward
         yield
     finally:
         for module, own_forward in found:
@@ -52,7 +78,7 @@ def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[No
                 module.forward = own_forward
 
 
-def _forwards(module: nn.Module, rows: int | None) -> list[tuple[nn.Module, Callable[..., torch.Tensor]]]:
+def _forwards(module: nn.Module, rows: int | None) -> list[tuple[nn.Module, Forward]]:
     """The modules to change for this one, each with the forward that it gets."""
     if isinstance(module, ResnetBlock2D):
         return [(module, partial(_residual, module, module.forward, rows))] if _is_plain_residual(module) else []
@@ -74,7 +100,7 @@ def _pass_on(x: torch.Tensor) -> torch.Tensor:
 
 def _residual(
     block: ResnetBlock2D,
-    own_forward: Callable[..., torch.Tensor],
+    own_forward: Forward,
     rows: int | None,
     input_tensor: torch.Tensor,
     temb: torch.Tensor | None = None,
@@ -88,7 +114,7 @@ def _residual(
 
 def _upsample(
     layer: Upsample2D,
-    own_forward: Callable[..., torch.Tensor],
+    own_forward: Forward,
     rows: int | None,
     hidden_states: torch.Tensor,
     output_size: int | None = None,

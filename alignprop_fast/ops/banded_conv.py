@@ -148,19 +148,24 @@ def statistics(x: torch.Tensor, layer: NormConv, rows: int) -> tuple[torch.Tenso
     By bands, each about its own mean, merged without cancellation (Chan, Golub & LeVeque 1983).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean = variance = x.new_zeros((*x.shape[:2], 1, 1), dtype=wide)
+    means, variances = [], []
     for span in spans(x.shape[2], rows):
         band = x[:, :, span].to(wide)
-        band_mean = band.mean((2, 3), keepdim=True)
-        band_variance = (band - band_mean).square_().mean((2, 3), keepdim=True)
-        # Shares of this band and of all before it in the rows so far.
-        new, old = (span.stop - span.start) / span.stop, span.start / span.stop
-        shift = band_mean - mean
-        mean = mean + new * shift
-        variance = old * variance + new * band_variance + old * new * shift.square()
+        means.append(band.mean((2, 3), keepdim=True))
+        variances.append((band - means[-1]).square_().mean((2, 3), keepdim=True))
+        del band  # not alive beside the next one
+    mean = _over_bands(torch.stack(means), x.shape[2], rows)
+    apart = torch.stack(means).sub_(mean).square_()
+    variance = _over_bands(torch.stack(variances).add_(apart), x.shape[2], rows)
     group_mean = _group_mean(mean, layer.groups)
     variance = _group_mean(variance + (mean - group_mean).square(), layer.groups)
     return group_mean, torch.rsqrt(variance + layer.eps)
+
+
+def _over_bands(of_each: torch.Tensor, height: int, rows: int) -> torch.Tensor:
+    """The mean over an image's rows, from those over each band's [bands, ...], which are all alike but for the last."""
+    last = height - (len(of_each) - 1) * rows
+    return (of_each[:-1].sum(0) * rows + of_each[-1] * last) / height
 
 
 def norm_conv_backward(
