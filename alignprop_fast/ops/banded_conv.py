@@ -13,8 +13,8 @@ Backward of norm_conv, by bands, with z = gamma xhat + beta and xhat = (x - mean
     S1 = sum of gamma dz over the n elements of the group, S2 = sum of gamma dz xhat
 
 A pass writes dz where dx will be and sums it up, a pointwise pass turns it into dx. What is pointwise runs in fp32 (or
-wider) and is rounded once. Bytes beside input and output: about eight bands in 16 bits. It loses on small images, whose
-bands do not fill a GPU.
+wider) and is rounded once. Bytes beside input and output: about five bands in 16 bits, three in 32. It loses on small
+images, whose bands do not fill a GPU.
 """
 
 from collections.abc import Callable, Iterator
