@@ -121,7 +121,7 @@ class LeanAttnProcessor(AttnProcessor2_0):
 
 
 class LeanImageAttnProcessor(AttnProcessor2_0):
-    """`diffusers` attention over the pixels of an image, as decoders have it in their middle, keeping the same."""
+    """`diffusers` attention over the pixels of an image, as decoders have it, keeping q, k, v, o and the logsumexp."""
 
     def __call__(
         self,
@@ -131,11 +131,12 @@ class LeanImageAttnProcessor(AttnProcessor2_0):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None or _autocasts(hidden_states):
+        plain = hidden_states.ndim == 4 and encoder_hidden_states is None and attention_mask is None
+        if not plain or _autocasts(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         x_BNC = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
         q, k, v = (_heads(t, attn.heads) for t in _project(x_BNC, attn.to_q, attn.to_k, attn.to_v))
-        o_BNC = attention(q, k, v, attn.scale).transpose(1, 2).flatten(2)
+        o_BNC = attention(q, k, v).transpose(1, 2).flatten(2)
         y_BNC = attn.to_out[1](attn.to_out[0](o_BNC))
         return hidden_states + y_BNC.transpose(1, 2).reshape(hidden_states.shape)
 
