@@ -12,17 +12,10 @@ from typing import Any
 import torch
 
 from alignprop_fast.models import adapt
-from alignprop_fast.models.stable_diffusion import Conditioning, Generator
+from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import CostTable, Option, Plan, leanest, parse_bytes, solve
 from alignprop_fast.runtime import Chain, apply_by_image, measure_chain, measure_option, measure_segment, run_chain
-from alignprop_fast.sampling import (
-    ddim_table,
-    draw_gates,
-    guided_step,
-    guided_step_adjoint,
-    rescaled_guidance,
-    trl_gates,
-)
+from alignprop_fast.sampling import Update, draw_gates, make_table, rescaled_guidance, trl_gates
 
 __all__ = ["DifferentiableSampler", "draw_gates", "trl_gates"]
 
@@ -33,11 +26,12 @@ class DifferentiableSampler:
     Source: Prabhudesai et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation".
 
     Args:
-        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a `DDIMScheduler`. Give its denoiser
-            adapters with `pipe.unet.add_adapter(...)`; decoder and text encoders are frozen here.
+        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
+            ancestral or DPM-Solver++ 2M. Give its denoiser adapters with `pipe.unet.add_adapter(...)`; decoder and text
+            encoders are frozen here.
         num_inference_steps: steps T of the chain.
         guidance_scale: classifier-free guidance; 1 or less turns it off.
-        eta: DDIM noise, 0 (none) to 1 (as DDPM).
+        eta: DDIM noise, 0 (none) to 1 (as DDPM); other schedulers have none to choose.
         memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". None: no
             measuring, every gradient step is replayed, which is the leanest way to run.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
@@ -65,7 +59,7 @@ class DifferentiableSampler:
     ):
         self.model = adapt(pipe)
         self.size = self.model.image_size(height, width)
-        self.table = ddim_table(**self.model.schedule(num_inference_steps), eta=eta)
+        self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
@@ -90,7 +84,7 @@ class DifferentiableSampler:
             generator: consumed as diffusers' pipeline consumes it; None: the global generator.
             grad_steps: indices (0 = noisiest) of the steps whose prediction carries gradient; None: all. The others are
                 detached: gradient passes by their affine path only. Under `torch.no_grad()` none is taken.
-            latents: initial latents [B, C, h, w] instead of drawn ones; if they require grad they receive it.
+            latents: initial unit noise [B, C, h, w] instead of drawn noise; if it requires grad it receives it.
             plan: run under this plan, with the gradient steps that it names, instead of choosing one.
 
         Raises:
@@ -105,28 +99,33 @@ class DifferentiableSampler:
         cond = self.model.encode(prompts, negative_prompts, guided, self.size)
         chain = self._chain(cond, generator)
         self.plan = plan or self._make_plan(chain, cond, len(prompts), self._grad_steps(grad_steps, chain))
-        x = self.model.initial_latents(len(prompts), self.size, generator, latents)
+        x = self.table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
         return self._decode(run_chain(chain, self.plan, x), self.plan.decoder_options["decoder"])
 
     def _chain(self, cond: Conditioning, generator: Generator) -> Chain:
         table, model, scale = self.table, self.model, self.guidance_scale
         timesteps = torch.tensor(table.timesteps, device=model.device)
         combined = cond.branches == 1 or self.guidance_rescale > 0
-        blend = (1.0,) if combined else (1 - scale, scale)
-        weights = [tuple(b * share for share in blend) for b in table.b]
+        update = Update(table, (1.0,) if combined else (1 - scale, scale))
 
-        def network(i: int, x: torch.Tensor) -> torch.Tensor:
-            y = model.predict(x, timesteps[i], cond)
+        def network(i: int, state: torch.Tensor) -> torch.Tensor:
+            y = model.predict(update.model_input(i, state), timesteps[i], cond)
             return rescaled_guidance(y, scale, self.guidance_rescale) if combined and cond.branches == 2 else y
 
-        def advance(i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            noise = model.noise(x, generator) if self.draw_noise else None
-            return guided_step(x, y, noise, table.a[i], weights[i], table.sigma[i])
+        def advance(i: int, state: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            noise = model.noise(update.latents(state), generator) if self.draw_noise else None
+            return update.advance(i, state, y, noise)
 
-        def adjoint(i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            return guided_step_adjoint(g, table.a[i], weights[i], y_dtype)
-
-        return Chain(len(table), network, advance, adjoint, model.trainable(), model.step_groups())
+        return Chain(
+            len(table),
+            network,
+            advance,
+            update.adjoint,
+            model.trainable(),
+            model.step_groups(),
+            start=update.start,
+            finish=update.latents,
+        )
 
     def _decode(self, x: torch.Tensor, option: str) -> torch.Tensor:
         modules = [module for group in self.model.decoder_segments().values() for module in group]
@@ -170,7 +169,7 @@ class DifferentiableSampler:
         sampling, step = measure_chain(chain, x, limit_bytes)
         return CostTable(
             fixed_bytes=fixed_bytes,
-            latent_bytes=x.numel() * x.element_size(),
+            latent_bytes=chain.start(x).numel() * x.element_size(),
             step=(step,),
             decoder=(measure_segment("decoder", ("block", "image", "keep"), decode, limit_bytes),),
             sampling_bytes=sampling.transient_bytes,

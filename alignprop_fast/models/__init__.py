@@ -6,10 +6,10 @@ Heavy: import what you need from the submodules. `adapt` picks the adapter that 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
+    from alignprop_fast.models.pipeline_adapter import PipelineAdapter
 
 
-def adapt(pipe: Any) -> "StableDiffusionAdapter":
+def adapt(pipe: Any) -> "PipelineAdapter":
     """The adapter for a diffusers pipeline.
 
     Raises:

@@ -29,6 +29,8 @@ class Chain:
     advance: (i, x, y) -> next x. May draw random numbers: it is never replayed.
     adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
     parameters: the tensors besides x that the network's gradient is wanted for.
+    start, finish: x -> the state that the steps above carry on instead of x where a method needs more than the latents,
+        and its last one -> the last latents. Both are recorded by autograd.
     groups: modules of the network by group ("transformers", "residuals"), for the plan's options.
     """
 
@@ -38,6 +40,8 @@ class Chain:
     adjoint: Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
     parameters: Sequence[torch.Tensor]
     groups: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
+    start: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -47,10 +51,13 @@ def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
     used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
     """
     grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
+    x = chain.start(x)
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
-        return _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
-    with torch.no_grad():
-        return _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+        x = _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
+    else:
+        with torch.no_grad():
+            x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+    return chain.finish(x)
 
 
 class _Tape:
