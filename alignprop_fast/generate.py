@@ -7,6 +7,7 @@ is carried to the backward pass.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,14 +28,17 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M. Give its denoiser adapters with `pipe.unet.add_adapter(...)`; decoder and text
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline` or `FluxPipeline` with flow-match Euler. Give its
+            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`; decoder and text
             encoders are frozen here.
         num_inference_steps: steps T of the chain.
-        guidance_scale: classifier-free guidance; 1 or less turns it off.
+        guidance_scale: classifier-free guidance; 1 or less turns it off. FLUX: the distilled guidance that its denoiser
+            is told.
         eta: DDIM noise, 0 (none) to 1 (as DDPM); other schedulers have none to choose.
         memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". None: no
             measuring, every gradient step is replayed, which is the leanest way to run.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
+        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one, where there are negative prompts.
         height, width: pixels; the model's own size where None.
         draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, the reward model above all.
@@ -52,6 +56,7 @@ class DifferentiableSampler:
         memory_budget: int | str | None = None,
         *,
         guidance_rescale: float = 0.0,
+        true_cfg_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         draw_unused_noise: bool = False,
@@ -61,6 +66,7 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.cfg_scale = true_cfg_scale if self.model.embeds_guidance else guidance_scale
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
@@ -95,15 +101,16 @@ class DifferentiableSampler:
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        guided = self.guidance_scale > 1
+        guided = self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
         cond = self.model.encode(prompts, negative_prompts, guided, self.size)
+        cond = replace(cond, embedded_guidance=self.guidance_scale)
         chain = self._chain(cond, generator)
         self.plan = plan or self._make_plan(chain, cond, len(prompts), self._grad_steps(grad_steps, chain))
         x = self.table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
         return self._decode(run_chain(chain, self.plan, x), self.plan.decoder_options["decoder"])
 
     def _chain(self, cond: Conditioning, generator: Generator) -> Chain:
-        table, model, scale = self.table, self.model, self.guidance_scale
+        table, model, scale = self.table, self.model, self.cfg_scale
         timesteps = torch.tensor(table.timesteps, device=model.device)
         combined = cond.branches == 1 or self.guidance_rescale > 0
         update = Update(table, (1.0,) if combined else (1 - scale, scale))

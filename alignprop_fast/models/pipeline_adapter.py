@@ -45,7 +45,6 @@ class PipelineAdapter(ABC):
     schedulers: ClassVar[Sequence[str]]
     embeds_guidance = False
     """Whether guidance is distilled into the denoiser, which is told its scale; two branches are then an option."""
-    size_multiple = 8
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -69,6 +68,11 @@ class PipelineAdapter(ABC):
     @abstractmethod
     def native_side(self) -> int:
         """Side in pixels of the square pictures that the model was trained for."""
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels."""
+        return 8
 
     @abstractmethod
     def encode(

@@ -60,6 +60,14 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
     return name
 
 
+def dynamic_shift(config: Any, tokens: int) -> dict[str, float]:
+    """The argument `mu` of `set_timesteps` where the schedule depends on the number of image tokens, else nothing."""
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return {"mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
+
+
 def schedule(name: str, scheduler: Any) -> dict[str, Any]:
     """Keyword arguments of `sampling.make_table` from a scheduler of that name after its `set_timesteps`."""
     config, timesteps = scheduler.config, scheduler.timesteps.tolist()
