@@ -134,6 +134,7 @@ def architecture(
     dtype: torch.dtype = torch.bfloat16,
     *,
     rank: int = 16,
+    targets: str = "attention",
     adapter_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "meta",
 ) -> Any:
@@ -142,12 +143,13 @@ def architecture(
     Args:
         name: one of NAMES.
         dtype: of the frozen weights.
-        rank: of the LoRA adapters on every query, key, value and output projection.
+        rank: of the LoRA adapters.
+        targets: the layers that have adapters, of `lora_targets.TARGETS`.
         adapter_dtype: torch.float32 or torch.bfloat16.
         device: "meta" has shapes and no storage; elsewhere weights are random.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or unknown targets.
     """
     from alignprop_fast.models import adapt
     from alignprop_fast.models.lora import add_lora
@@ -159,7 +161,7 @@ def architecture(
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        for parameter in add_lora(pipe, rank, rank):
+        for parameter in add_lora(pipe, rank, rank, targets):
             parameter.data = parameter.data.to(adapter_dtype)
     return adapt(pipe)
 
