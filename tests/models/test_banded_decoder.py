@@ -13,7 +13,16 @@ from diffusers.models.upsampling import Upsample2D
 from alignprop_fast.models import banded_decoder
 from alignprop_fast.models.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.surgery import put_ops_in
-from alignprop_fast.runtime import PeakMeter, apply_by_image, checkpointed
+from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
+
+
+def blocks_of(decoder, kinds):
+    modules = [module for module in decoder.modules() if isinstance(module, kinds)]
+    return [Block(str(k), module, "decoder") for k, module in enumerate(modules)]
+
+
+def recomputed(decoder, kinds):
+    return kept_as({"*": "recompute"}, blocks_of(decoder, kinds))
 
 
 @pytest.fixture
@@ -99,10 +108,10 @@ def test_run_again_in_the_backward_pass(decoder):
     whole = image_and_gradient(decoder, x)
 
     def by_bands(x):
-        with banded(bandable(decoder), 3), checkpointed([m for m in decoder.modules() if isinstance(m, Attention)]):
+        with banded(bandable(decoder), 3), recomputed(decoder, Attention):
             return decoder(x)
 
-    assert_same(image_and_gradient(lambda x: apply_by_image(by_bands, x, "image"), x), whole)
+    assert_same(image_and_gradient(lambda x: by_image(by_bands, x, "image", {}), x), whole)
     before = [dict(vars(module)) for module in decoder.modules()]
 
     def by_stages(x):
@@ -110,7 +119,7 @@ def test_run_again_in_the_backward_pass(decoder):
             return decoder(x)
 
     assert_same(image_and_gradient(by_stages, x), whole)
-    assert_same(image_and_gradient(lambda x: apply_by_image(by_stages, x, "image"), x), whole)
+    assert_same(image_and_gradient(lambda x: by_image(by_stages, x, "image", {}), x), whole)
     assert [dict(vars(module)) for module in decoder.modules()] == before
 
 
@@ -127,10 +136,9 @@ def test_peak_at_the_published_widths():
         x = torch.empty(1, 4, 64, 64, dtype=torch.bfloat16)
     put_ops_in(decoder)
     kinds = (ResnetBlock2D, Upsample2D, Attention)
-    attentions = [module for module in decoder.modules() if isinstance(module, Attention)]
 
     def by_bands(x):
-        with banded(bandable(decoder), 32), checkpointed(attentions):
+        with banded(bandable(decoder), 32), recomputed(decoder, Attention):
             return decoder(x)
 
     def by_stages(x):
@@ -138,8 +146,8 @@ def test_peak_at_the_published_widths():
             return decoder(x)
 
     ways = {
-        "block": lambda x: apply_by_image(decoder, x, "block", [m for m in decoder.modules() if isinstance(m, kinds)]),
-        "bands": lambda x: apply_by_image(by_bands, x, "image"),
+        "block": lambda x: by_image(decoder, x, "image", {"*": "recompute"}, blocks_of(decoder, kinds)),
+        "bands": lambda x: by_image(by_bands, x, "image", {}),
         "stages": by_stages,
     }
     # Bands of 32 rows: more would make a slow test.
