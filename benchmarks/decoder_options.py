@@ -41,15 +41,6 @@ def make_decoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
     return decoder.to(dtype).to(memory_format=torch.channels_last)
 
 
-def blocks_of(decoder: nn.Module, kinds: Any) -> list[Block]:
-    modules = [module for module in decoder.modules() if isinstance(module, kinds)]
-    return [Block(str(k), module, "decoder") for k, module in enumerate(modules)]
-
-
-def recomputed(decoder: nn.Module, kinds: Any) -> Any:
-    return kept_as({"*": "recompute"}, blocks_of(decoder, kinds))
-
-
 def decode(decoder: nn.Module, x: torch.Tensor, way: str, rows: int | None) -> torch.Tensor:
     if way == "stock":
         take_ops_out(decoder)
@@ -59,18 +50,20 @@ def decode(decoder: nn.Module, x: torch.Tensor, way: str, rows: int | None) -> t
                 module.set_processor(LeanImageAttnProcessor())
         return decoder(x)
     put_ops_in(decoder)
+    blocks, attentions = (
+        [Block(name, module, "decoder") for name, module in decoder.named_modules() if isinstance(module, kinds)]
+        for kinds in ((ResnetBlock2D, Upsample2D, Attention), Attention)
+    )
     if way == "stages":
         with banded_stages(decoder, rows):
             return decoder(x)
-    if way != "bands":
-        if way == "keep":
-            return decoder(x)
-        return by_image(
-            decoder, x, "image", {"*": "recompute"}, blocks_of(decoder, (ResnetBlock2D, Upsample2D, Attention))
-        )
+    if way == "keep":
+        return decoder(x)
+    if way == "block":
+        return by_image(decoder, x, "image", {"*": "recompute"}, blocks)
 
     def by_bands(image: torch.Tensor) -> torch.Tensor:
-        with banded(bandable(decoder), rows), recomputed(decoder, Attention):
+        with banded(bandable(decoder), rows), kept_as({"*": "recompute"}, attentions):
             return decoder(image)
 
     return by_image(by_bands, x, "image", {})

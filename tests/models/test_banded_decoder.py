@@ -16,15 +16,6 @@ from alignprop_fast.models.surgery import put_ops_in
 from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
 
 
-def blocks_of(decoder, kinds):
-    modules = [module for module in decoder.modules() if isinstance(module, kinds)]
-    return [Block(str(k), module, "decoder") for k, module in enumerate(modules)]
-
-
-def recomputed(decoder, kinds):
-    return kept_as({"*": "recompute"}, blocks_of(decoder, kinds))
-
-
 @pytest.fixture
 def decoder(tiny_sd):
     put_ops_in(tiny_sd.vae.decoder)
@@ -40,6 +31,10 @@ def image_and_gradient(fn, x):
 def assert_same(ours, whole):
     for a, b in zip(ours, whole, strict=True):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
+def blocks(decoder, kinds):
+    return [Block(name, module, "decoder") for name, module in decoder.named_modules() if isinstance(module, kinds)]
 
 
 def latents(batch=2):
@@ -108,7 +103,7 @@ def test_run_again_in_the_backward_pass(decoder):
     whole = image_and_gradient(decoder, x)
 
     def by_bands(x):
-        with banded(bandable(decoder), 3), recomputed(decoder, Attention):
+        with banded(bandable(decoder), 3), kept_as({"*": "recompute"}, blocks(decoder, Attention)):
             return decoder(x)
 
     assert_same(image_and_gradient(lambda x: by_image(by_bands, x, "image", {}), x), whole)
@@ -135,10 +130,10 @@ def test_peak_at_the_published_widths():
         decoder = vae.decoder.requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
         x = torch.empty(1, 4, 64, 64, dtype=torch.bfloat16)
     put_ops_in(decoder)
-    kinds = (ResnetBlock2D, Upsample2D, Attention)
+    whole, kinds = {"*": "recompute"}, ResnetBlock2D | Upsample2D | Attention
 
     def by_bands(x):
-        with banded(bandable(decoder), 32), recomputed(decoder, Attention):
+        with banded(bandable(decoder), 32), kept_as(whole, blocks(decoder, Attention)):
             return decoder(x)
 
     def by_stages(x):
@@ -146,7 +141,7 @@ def test_peak_at_the_published_widths():
             return decoder(x)
 
     ways = {
-        "block": lambda x: by_image(decoder, x, "image", {"*": "recompute"}, blocks_of(decoder, kinds)),
+        "block": lambda x: by_image(decoder, x, "image", whole, blocks(decoder, kinds)),
         "bands": lambda x: by_image(by_bands, x, "image", {}),
         "stages": by_stages,
     }
