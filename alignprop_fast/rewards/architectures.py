@@ -114,10 +114,12 @@ class _ImageReward(ImageReward):
         self.preprocess = _CLIP_PIXELS
 
 
-def architecture_reward(spec: str, dtype: torch.dtype, model: Sequence[str | Path] = ()) -> WeightedSum:
+def architecture_reward(
+    spec: str, dtype: torch.dtype, model: Sequence[str | Path] = (), allow_pickle: bool = False
+) -> WeightedSum:
     """The reward that `spec` describes (see `get_reward`) on the meta device, without weights where they are published.
 
-    dtype: of the networks' weights. model: as for `get_reward`, but that of `clip` needs no more than a config.json
+    dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a config.json
     and a preprocessor_config.json, and the other published rewards need none. What has no published weights is loaded
     as it is.
 
@@ -125,10 +127,12 @@ def architecture_reward(spec: str, dtype: torch.dtype, model: Sequence[str | Pat
         ValueError, OSError: as `get_reward`.
     """
     parsed, models = parsed_spec(spec, [str(value) for value in model])
-    return WeightedSum([_part(name, weight, models.get(name.partition(":")[0]), dtype) for name, weight in parsed])
+    return WeightedSum(
+        [_part(name, weight, models.get(name.partition(":")[0]), dtype, allow_pickle) for name, weight in parsed]
+    )
 
 
-def _part(name: str, weight: float, model: str | None, dtype: torch.dtype) -> Part:
+def _part(name: str, weight: float, model: str | None, dtype: torch.dtype, allow_pickle: bool) -> Part:
     builders: dict[str, Callable[[], nn.Module]] = {
         "hpsv2": lambda: _Similarity(_VIT_H, _HPS_PIXELS, dtype),
         "pickscore": lambda: _Similarity(_VIT_H, _CLIP_PIXELS, dtype),
@@ -138,7 +142,7 @@ def _part(name: str, weight: float, model: str | None, dtype: torch.dtype) -> Pa
     }
     if name in builders:
         return Part(name, weight, builders[name]().requires_grad_(False).eval(), by_image=True)
-    (part,) = get_reward(name, device=_META, dtype=dtype, model=model).parts
+    (part,) = get_reward(name, device=_META, dtype=dtype, model=model, allow_pickle=allow_pickle).parts
     return Part(name, weight, part.reward, part.by_image)
 
 
