@@ -146,6 +146,10 @@ class DifferentiableSampler:
         count = steps if num_grad_steps is None else num_grad_steps
         return self._make_plan(task, list(range(steps - count, steps)))
 
+    def solver(self, batch: int) -> Solver:
+        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost."""
+        return self._solver(self._blank_task(batch))
+
     def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
         """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
         estimated for a GPU that need not be here.
@@ -213,10 +217,14 @@ class DifferentiableSampler:
         num_steps = task.chain.num_steps
         if self.budget_bytes is None or not torch.is_grad_enabled():
             return leanest(num_steps, grad_steps)
+        return self._solver(task).plan(grad_steps, self.budget_bytes)
+
+    def _solver(self, task: Task) -> Solver:
+        num_steps = task.chain.num_steps
         key = (task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
         if key not in self._solvers:
             self._solvers[key] = Solver(measured_table(task), num_steps, num_steps)
-        return self._solvers[key].plan(grad_steps, self.budget_bytes)
+        return self._solvers[key]
 
     def _blank_task(self, batch: int) -> Task:
         cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
@@ -47,6 +48,68 @@ def load_pipeline(
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipe.to(device)
+
+
+def load_outline(model: str | Path, dtype: torch.dtype = torch.bfloat16, revision: str = "main") -> Any:
+    """The pipeline that `load_pipeline` gives, on the meta device: from its configuration files, without weights.
+
+    Tokenizers are left out, so that it cannot encode prompts.
+
+    Raises:
+        As `load_pipeline`.
+    """
+    source = _resolve(model)
+    folder = source if isinstance(source, Path) else _configs_of(source, revision)
+    _check_folder(folder)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    try:
+        pipe = _outline(folder, index)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read the configuration in {folder}: {_first_line(error)}; copy it again") from error
+    pipe.scheduler = _ddim(pipe.scheduler.config)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+            # diffusers warns of every cast, also where there is nothing to cast.
+            if any(parameter.dtype != dtype for parameter in module.parameters()):
+                module.to(dtype)
+    return pipe
+
+
+def _outline(folder: Path, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    pipe_class = getattr(diffusers, index["_class_name"])
+    parameters = inspect.signature(pipe_class).parameters
+    given = [name for name, entry in index.items() if isinstance(entry, list) and name in parameters]
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    parts = {name: _outline_part(folder, name, index.get(name)) for name in (*given, *needed)}
+    switches = {"requires_safety_checker": False} if "requires_safety_checker" in parameters else {}
+    return pipe_class(**parts, **switches)
+
+
+def _configs_of(model: str, revision: str) -> Path:
+    """The configuration files of a Hub model, in a local folder."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", "*/config.json", "scheduler/*.json"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # of many kinds, network and Hub alike
+        raise OSError(f"cannot get {model} from the Hub: {_first_line(error)}; give the folder of a copy") from error
+
+
+def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> Any:
+    """One component from its configuration; None for what the chain does not use."""
+    library, class_name = entry or (None, None)
+    if library not in ("diffusers", "transformers") or name.startswith(("tokenizer", "safety_checker", "feature_ext")):
+        return None
+    module: Any = __import__(library)
+    part_class = getattr(module, str(class_name))
+    with torch.device("meta"):
+        if library == "transformers":
+            return part_class(part_class.config_class.from_pretrained(folder / name, local_files_only=True))
+        return part_class.from_config(part_class.load_config(folder / name, local_files_only=True))
 
 
 def _resolve(model: str | Path) -> Path | str:
