@@ -23,12 +23,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
-from torch import nn
 
+from alignprop_fast.cost_table import blocks_of
 from alignprop_fast.models.architectures import UNETS
 from alignprop_fast.models.lean_attention import LeanAttnProcessor
 from alignprop_fast.models.surgery import put_ops_in, take_ops_out
-from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter, step_kept_as
+from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
 
 SMALL: dict[str, Any] = {
     "sample_size": 32,
@@ -64,9 +64,10 @@ class Step:
         self.added = {"text_embeds": pooled, "time_ids": ids} if added else None
         self.wanted = [self.x, *(p for p in unet.parameters() if p.requires_grad)]
 
-    def groups(self) -> dict[str, list[nn.Module]]:
+    def blocks(self) -> list[Block]:
         kinds = {"transformers": BasicTransformerBlock, "residuals": ResnetBlock2D}
-        return {name: [m for m in self.unet.modules() if isinstance(m, kind)] for name, kind in kinds.items()}
+        groups = {name: [m for m in self.unet.modules() if isinstance(m, kind)] for name, kind in kinds.items()}
+        return blocks_of(self.unet, groups)
 
     def run(self, variant: str, meter: PeakMeter | None = None) -> int:
         """Forward and backward; returns the bytes kept in between, where there is a meter."""
@@ -76,7 +77,7 @@ class Step:
             self.unet.set_attn_processor(LeanAttnProcessor())
         else:
             put_ops_in(self.unet)
-        with step_kept_as("keep" if variant == "stock" else variant, self.groups()):
+        with kept_as({"*": "keep" if variant == "stock" else variant}, self.blocks()):
             y = self.unet(self.x, torch.tensor(500), self.text, added_cond_kwargs=self.added).sample
         kept_bytes = meter.live_bytes() if meter else 0
         torch.autograd.grad(y.sum(), self.wanted)

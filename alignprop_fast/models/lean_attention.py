@@ -44,6 +44,27 @@ class LeanAttnProcessor(AttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
 
 
+class LeanImageAttnProcessor(AttnProcessor2_0):
+    """`diffusers` attention over the pixels of an image, as decoders have it, keeping q, k, v, o and the logsumexp."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        plain = hidden_states.ndim == 4 and encoder_hidden_states is None and attention_mask is None
+        if not plain or autocasts(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        x_BNC = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
+        q, k, v = (_heads(t, attn.heads) for t in _project(x_BNC, attn.to_q, attn.to_k, attn.to_v))
+        o_BNC = attention(q, k, v).transpose(1, 2).flatten(2)
+        y_BNC = attn.to_out[1](attn.to_out[0](o_BNC))
+        return hidden_states + y_BNC.transpose(1, 2).reshape(hidden_states.shape)
+
+
 class LeanJointAttnProcessor(JointAttnProcessor2_0):
     """`diffusers` attention of SD3: image tokens, and where there are any text tokens behind them, in one attention."""
 
@@ -141,17 +162,38 @@ def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
         yield attn.to_add_out, "out"
 
 
-LEAN_PROCESSORS: dict[type, type] = {
+def is_over_an_image(attn: nn.Module) -> bool:
+    """Attention with a group norm before it, its input added to its result, and nothing else."""
+    return (
+        isinstance(attn, Attention)
+        and isinstance(attn.group_norm, nn.GroupNorm)
+        and all(norm is None for norm in (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross))
+        and attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
+_LEAN: dict[type, type] = {
     AttnProcessor2_0: LeanAttnProcessor,
     JointAttnProcessor2_0: LeanJointAttnProcessor,
     FluxAttnProcessor: LeanFluxAttnProcessor,
 }
-STOCK_PROCESSORS = {lean: stock for stock, lean in LEAN_PROCESSORS.items()}
+_LEAN_OVER_AN_IMAGE: dict[type, type] = {AttnProcessor2_0: LeanImageAttnProcessor}
+_STOCK = {lean: stock for stock, lean in (*_LEAN.items(), *_LEAN_OVER_AN_IMAGE.items())}
 
 
-def swap_processors(root: nn.Module, other: dict[type, type]) -> None:
-    """Give every plain attention below root the processor that `other` names for the class of its present one."""
-    attentions: list[Any] = [module for module in root.modules() if is_plain(module)]
-    for attn in attentions:
-        if type(attn.processor) in other:
-            attn.set_processor(other[type(attn.processor)]())
+def put_processors_in(root: nn.Module) -> None:
+    """Give every attention below root that a processor here serves that processor."""
+    modules: list[Any] = list(root.modules())
+    for attn in modules:
+        lean = _LEAN if is_plain(attn) else _LEAN_OVER_AN_IMAGE if is_over_an_image(attn) else {}
+        if lean and type(attn.processor) in lean:
+            attn.set_processor(lean[type(attn.processor)]())
+
+
+def take_processors_out(root: nn.Module) -> None:
+    """Undo `put_processors_in`."""
+    modules: list[Any] = list(root.modules())
+    for attn in modules:
+        if type(getattr(attn, "processor", None)) in _STOCK:
+            attn.set_processor(_STOCK[type(attn.processor)]())

@@ -12,6 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from alignprop_fast.models.banded_decoder import banded_stages
 from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.models.surgery import put_ops_in
 
@@ -63,6 +64,10 @@ class PipelineAdapter(ABC):
     @property
     @abstractmethod
     def denoiser(self) -> Any: ...
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.pipe.vae
 
     @property
     def size_multiple(self) -> int:
@@ -171,6 +176,11 @@ class PipelineAdapter(ABC):
         vae = self.pipe.vae
         image = vae.decode(self._unscaled(x).to(vae.dtype), return_dict=False)[0]
         return (image.to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def decode_by_bands(self, x: torch.Tensor) -> torch.Tensor:
+        """As `decode`, in less memory and more time: the decoder's convolutions run by bands of rows."""
+        with banded_stages(self.pipe.vae.decoder):
+            return self.decode(x)
 
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
         config = self.pipe.vae.config

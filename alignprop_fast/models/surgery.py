@@ -15,12 +15,11 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from alignprop_fast.models.lean_attention import (
-    LEAN_PROCESSORS,
-    STOCK_PROCESSORS,
     autocasts,
     is_plain,
     kept_linears,
-    swap_processors,
+    put_processors_in,
+    take_processors_out,
 )
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
@@ -115,9 +114,12 @@ class LeanResnetBlock2D(ResnetBlock2D):
     """`diffusers` ResnetBlock2D with norm and SiLU as one op, in whatever memory format its input has."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
-        plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
+        # Decoders name their norm "group", which is the default without a time embedding.
+        kind = "default" if self.time_embedding_norm == "group" and temb is None else self.time_embedding_norm
         if (
-            not plain
+            kind != "default"
+            or self.upsample is not None
+            or self.downsample is not None
             or not isinstance(self.nonlinearity, nn.SiLU)
             or not _applies(input_tensor, self.norm1, self.norm2)
         ):
@@ -171,7 +173,7 @@ def put_ops_in(root: nn.Module) -> None:
             linear.__class__ = LeanLinear
         if isinstance(linear, LeanLinear | LeanLoraLinear):
             linear.kept_as = kind
-    swap_processors(root, LEAN_PROCESSORS)
+    put_processors_in(root)
 
 
 def take_ops_out(root: nn.Module) -> None:
@@ -179,7 +181,7 @@ def take_ops_out(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
             vars(module).pop("kept_as", None)
-    swap_processors(root, STOCK_PROCESSORS)
+    take_processors_out(root)
     _swap(root, _STOCK.get)
 
 

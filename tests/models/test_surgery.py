@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from alignprop_fast.cost_table import blocks_of
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lean_attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.surgery import (
@@ -25,7 +27,7 @@ from alignprop_fast.models.surgery import (
     put_ops_in,
     take_ops_out,
 )
-from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter, step_kept_as
+from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
@@ -69,7 +71,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, request):
     for swap, option in ((take_ops_out, "keep"), *((put_ops_in, option) for option in STEP_OPTIONS)):
         swap(pipe.transformer)
         assert (processor in {type(p) for p in pipe.transformer.attn_processors.values()}) == (swap is put_ops_in)
-        with step_kept_as(option, adapter.step_groups()):
+        with kept_as({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
             y = adapter.predict(x, torch.tensor(300.0), cond)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
     for lean in results[1:]:
@@ -86,6 +88,17 @@ def test_decoder_values_stay(tiny_sd):
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
     for lean_value, value in zip(*reversed(results), strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
+
+
+def test_all_of_a_decoder_is_lean(tiny_sd, monkeypatch):
+    """Its blocks call their norm "group"; its attention is over an image. Neither takes the stock path."""
+    put_ops_in(tiny_sd.vae)
+    for stock in (ResnetBlock2D, nn.GroupNorm):
+        monkeypatch.setattr(stock, "forward", None)
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", None)
+    assert tiny_sd.vae.decode(torch.randn(1, 4, 8, 8)).sample.isfinite().all()
+    take_ops_out(tiny_sd.vae)
+    assert type(tiny_sd.vae.decoder.mid_block.attentions[0].processor) is AttnProcessor2_0
 
 
 def test_names_state_and_copies_stay(unet):
@@ -142,7 +155,7 @@ def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
     put_ops_in(root)
     x = torch.randn(batch, tokens, width, requires_grad=True)
     words = torch.randn(batch, text, 64)
-    with PeakMeter(torch.device("cpu")) as meter, step_kept_as(option, {"transformers": [block]}):
+    with PeakMeter(torch.device("cpu")) as meter, kept_as({"*": option}, [Block("b", block, "transformers")]):
         # The clone is the block's input, made inside so that it counts.
         y = block(x.clone(), encoder_hidden_states=words)
         kept_bytes = meter.live_bytes() - y.numel() * y.element_size()
