@@ -29,6 +29,21 @@ class OptimizerName(StrEnum):
     adafactor = "adafactor"
 
 
+class SchedulerName(StrEnum):
+    auto = "auto"
+    ddim = "ddim"
+    euler = "euler"
+    euler_ancestral = "euler-ancestral"
+    dpm_solver = "dpm++2m"
+    flow_euler = "flow-euler"
+
+
+class LoraTargets(StrEnum):
+    attention = "attention"
+    feed_forward = "attention+ff"
+    all = "all"
+
+
 class Tracker(StrEnum):
     wandb = "wandb"
     tensorboard = "tensorboard"
@@ -40,6 +55,7 @@ class TrainOptions:
 
     output_dir: str = "alignprop-output"
     model: str = "demo"
+    model_config: str | None = None
     reward: str = "clip"
     reward_model: tuple[str, ...] = ()
     allow_pickle: bool = False
@@ -47,12 +63,15 @@ class TrainOptions:
     steps: int = 100
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    true_cfg_scale: float = 1.0
+    scheduler: str = "auto"
     eta: float = 1.0
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
     lora_rank: int = 4
     lora_alpha: float | None = None
+    lora_targets: str = "attention"
     optimizer: str = "adamw"
     mixed_precision: str = "auto"
     memory_budget: str | None = None
@@ -83,7 +102,7 @@ _FIELDS = {
 }
 _SAME_NAME = (
     *("lora_rank", "optimizer", "mixed_precision", "memory_budget", "truncation", "seed", "log_with"),
-    *("height", "width"),
+    *("height", "width", "lora_targets", "true_cfg_scale"),
 )
 
 
@@ -187,12 +206,33 @@ _MODEL, _REWARD, _SAMPLING, _TRAINING, _DEVICE, _OUTPUT = (
 
 Model = Annotated[
     str,
-    _option(_MODEL, "Folder in the diffusers format (SD or SDXL), a Hub id (owner/name), or demo: the bundled model."),
+    _option(
+        _MODEL,
+        "Folder in the diffusers format (SD, SDXL, SD3 or FLUX), a .safetensors file, a Hub id (owner/name), or demo: "
+        "the bundled model.",
+    ),
+]
+ModelConfig = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "For a .safetensors file: folder of a model of the same architecture, for configurations and tokenizers; with "
+        "SD3 and FLUX for everything but the transformer.",
+        show_default="none",
+    ),
 ]
 LoraRank = Annotated[int, _option(_MODEL, "Rank of the LoRA adapters; their size grows with it.", min=1)]
 LoraAlpha = Annotated[
     float | None,
     _option(_MODEL, "Adapters are scaled by alpha / rank.", show_default="the rank"),
+]
+LoraTargetsChoice = Annotated[
+    LoraTargets,
+    _option(
+        _MODEL,
+        "Layers with adapters: attention (projections to queries, keys, values, output), attention+ff (feed-forward "
+        "layers too) or all (a UNet's convolutions too).",
+    ),
 ]
 Reward = Annotated[
     str,
@@ -232,9 +272,28 @@ InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture
 GuidanceScale = Annotated[
     float, _option(_SAMPLING, "Classifier-free guidance; 1 or less turns it off.", min=0, max=100)
 ]
+TrueCfgScale = Annotated[
+    float,
+    _option(
+        _SAMPLING,
+        "FLUX: classifier-free guidance against the negative prompt, beside --guidance-scale, which FLUX's network is "
+        "told; 1 or less turns it off.",
+        min=0,
+        max=100,
+    ),
+]
+SchedulerChoice = Annotated[
+    SchedulerName,
+    _option(
+        _SAMPLING,
+        "How a step is taken, with the settings of the model's own scheduler; auto: ddim, and flow-euler for SD3 and "
+        "FLUX, which have no other.",
+    ),
+]
 Eta = Annotated[float, _option(_SAMPLING, "DDIM noise: 0 none, 1 as much as DDPM.", min=0, max=1)]
-Height = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
-Width = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
+_SIDE = "Pixels, a multiple of 8 (SD3 and FLUX: of 16)."
+Height = Annotated[int | None, _option(_SAMPLING, _SIDE, show_default="the model's own", min=8)]
+Width = Annotated[int | None, _option(_SAMPLING, _SIDE, show_default="the model's own", min=8)]
 Steps = Annotated[int, _option(_TRAINING, "Optimizer steps in all.", min=1)]
 BatchSize = Annotated[int, _option(_TRAINING, "Pictures that are drawn at once.", min=1)]
 Accumulation = Annotated[int, _option(_TRAINING, "Batches per optimizer step; costs time, not memory.", min=1)]

@@ -84,7 +84,9 @@ class Session:
             model=options.reward_model,
             allow_pickle=options.allow_pickle,
         )
-        pipeline = DefaultDDPOStableDiffusionPipeline(options.model)
+        pipeline = DefaultDDPOStableDiffusionPipeline(
+            options.model, scheduler=options.scheduler, model_config=options.model_config
+        )
         self._check_reward(pipeline.sd_pipeline, device)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
@@ -177,7 +179,9 @@ class Session:
         """
         import torch
 
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        from alignprop_fast.models.pipeline_adapter import native_side
+
+        own = native_side(pipe)
         count, height, width = self.options.batch_size, self.options.height or own, self.options.width or own
         images_BCHW = torch.full((count, 3, height, width), 0.5, device=device, requires_grad=True)
         self.reward(images_BCHW, [self.prompts[0]] * count, [{} for _ in range(count)])
@@ -274,6 +278,7 @@ def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
         options,
         output_dir=str(folder),
         model=options.model if options.model == "demo" else existing_as_absolute(options.model),
+        model_config=None if options.model_config is None else existing_as_absolute(options.model_config),
         prompts=existing_as_absolute(options.prompts),
         reward_model=tuple(map(_absolute_model, options.reward_model)),
         mixed_precision=precision if options.mixed_precision == "auto" else options.mixed_precision,

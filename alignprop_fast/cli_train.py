@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 def train(
     ctx: typer.Context,
     model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
+    lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
@@ -30,6 +32,8 @@ def train(
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     eta: o.Eta = DEFAULTS.eta,
     height: o.Height = DEFAULTS.height,
     width: o.Width = DEFAULTS.width,

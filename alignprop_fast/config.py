@@ -57,11 +57,12 @@ class AlignPropConfig:
         memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; None: the leanest plan.
         truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
             truncated_* fields; None: those fields.
-        lora_rank, lora_alpha: of new adapters.
+        lora_rank, lora_alpha, lora_targets: of new adapters; targets: attention, attention+ff or all.
         optimizer: "adamw", "adamw8bit" or "adafactor".
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
+        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one; 1 or less turns it off.
 
     Raises:
         ValueError: a value that cannot work; one line that says what to use.
@@ -111,6 +112,8 @@ class AlignPropConfig:
     height: int | None = None
     width: int | None = None
     guidance_rescale: float = 0.0
+    lora_targets: str = "attention"
+    true_cfg_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:

@@ -203,6 +203,7 @@ def _origin(task: Task) -> dict[str, str]:
         "model": type(model.pipe).__name__,
         # The number of attention heads shows in no weight.
         "config": _hash([item for item in sorted(model.denoiser.config.items()) if not item[0].startswith("_")]),
+        "scheduler": model.scheduler_name,
         "weights": _hash(
             [(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]
         ),

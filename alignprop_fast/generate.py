@@ -227,7 +227,7 @@ class DifferentiableSampler:
         return self._solvers[key]
 
     def _blank_task(self, batch: int) -> Task:
-        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
+        cond = self.model.blank_conditioning(batch, self.cfg_scale > 1, self.size)
         return self._task(self._chain(cond, None), cond, [""] * batch, [{} for _ in range(batch)])
 
     def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: list[Any]) -> Task:

@@ -66,7 +66,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
         place_model(sd_pipeline, self.accelerator, config)
-        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha)
+        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
             broadcast([parameter.data for parameter in self.trainable_layers])
@@ -79,6 +79,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             config.sample_eta,
             config.memory_budget,
             guidance_rescale=config.guidance_rescale,
+            true_cfg_scale=config.true_cfg_scale,
             height=config.height,
             width=config.width,
             draw_unused_noise=True,
