@@ -26,7 +26,11 @@ class Precision(StrEnum):
 class OptimizerName(StrEnum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    pagedadamw8bit = "pagedadamw8bit"
+    lion8bit = "lion8bit"
+    ademamix8bit = "ademamix8bit"
     adafactor = "adafactor"
+    prodigy = "prodigy"
 
 
 class Tracker(StrEnum):
@@ -241,7 +245,12 @@ Accumulation = Annotated[int, _option(_TRAINING, "Batches per optimizer step; co
 LearningRate = Annotated[float, _option(_TRAINING, "Step size of the optimizer; 1e-4 to 1e-3 for most models.")]
 OptimizerChoice = Annotated[
     OptimizerName,
-    _option(_TRAINING, "adamw8bit needs an NVIDIA GPU and bitsandbytes; adafactor keeps one moment less."),
+    _option(
+        _TRAINING,
+        "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit 1, "
+        "ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning rate 1).",
+        case_sensitive=False,
+    ),
 ]
 Truncation = Annotated[
     str,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.planner import parse_bytes
+from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
 _PRECISIONS = ("no", "none", "fp16", "bf16")
 _TRACKERS = (None, "wandb", "tensorboard")
@@ -58,7 +59,8 @@ class AlignPropConfig:
         truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
             truncated_* fields; None: those fields.
         lora_rank, lora_alpha: of new adapters.
-        optimizer: "adamw", "adamw8bit" or "adafactor".
+        optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
+            "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
@@ -115,6 +117,7 @@ class AlignPropConfig:
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:
             self.optimizer = "adamw8bit"
+        self.optimizer = self.optimizer.lower()
         if isinstance(self.truncated_rand_backprop_minmax, list):  # YAML and JSON know no tuples
             self.truncated_rand_backprop_minmax = tuple(self.truncated_rand_backprop_minmax)
         self._check_counts()
@@ -151,8 +154,11 @@ class AlignPropConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a number of at least 0 and below 1")
         if self.train_adam_weight_decay < 0:
             raise ValueError(f"train_adam_weight_decay is {self.train_adam_weight_decay}: use 0 or more")
-        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            raise ValueError('8-bit AdamW needs bitsandbytes: pip install bitsandbytes, or use optimizer="adamw"')
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}: use {', '.join(OPTIMIZERS)}")
+        package = {"prodigy": "prodigyopt"}.get(self.optimizer, "bitsandbytes" if "8bit" in self.optimizer else None)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(f'{self.optimizer} needs {package}: pip install {package}, or use optimizer="adamw"')
 
     def _check_choices(self) -> None:
         if self.mixed_precision not in _PRECISIONS:

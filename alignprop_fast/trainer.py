@@ -19,11 +19,13 @@ from accelerate.utils import broadcast, set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.flat_parameters import FlatParameters
 from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
+from alignprop_fast.planner.optimizer_state import merges
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,6 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
             broadcast([parameter.data for parameter in self.trainable_layers])
-        self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.trainable_layers))
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = DifferentiableSampler(
             sd_pipeline.sd_pipeline,
@@ -82,6 +83,9 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             width=config.width,
             draw_unused_noise=True,
         )
+        # After the sampler, which lays convolutions out anew.
+        self.weights = FlatParameters(self.trainable_layers, merge=sd_pipeline.use_lora and merges(config.optimizer))
+        self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.weights.tensors))
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
         self._bad_in_a_row = 0
@@ -184,28 +188,25 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         open_steps = torch.tensor(sum(batch.gradient_steps for batch in batches), device=self.accelerator.device)
         with_gradient = finite and self.accelerator.reduce(open_steps, "sum").item() > 0
         if with_gradient:
+            self.weights.gather_gradients()
             self._average_gradients()
-            grad_norm = float(self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm))
+            grad_norm = float(self.accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
             finite = math.isfinite(grad_norm)
             # With gradient scaling (fp16) the step is what lowers the scale; it leaves the weights alone by itself.
             if finite or self.accelerator.scaler is not None:
                 self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.weights.zero_grad()
         return ("not_finite" if not finite else "ok" if with_gradient else "no_gradient"), grad_norm
 
     def _average_gradients(self) -> None:
         """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.trainable_layers:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.trainable_layers])
-        sizes = [parameter.numel() for parameter in self.trainable_layers]
-        for parameter, mean in zip(
-            self.trainable_layers, self.accelerator.reduce(flat, "mean").split(sizes), strict=True
-        ):
-            parameter.grad = mean.view_as(parameter)
+        for tensor in self.weights.tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            torch.distributed.all_reduce(tensor.grad)
+            tensor.grad /= self.accelerator.num_processes
 
     def _stop_if_bad(self, status: str) -> None:
         bad = status == "not_finite"

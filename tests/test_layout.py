@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
-TRAINER = {"checkpoint", "config", "data", "metrics", "model_card", "optim", "placement", "report", "training_state"}
+TRAINER = {
+    *("checkpoint", "config", "data", "flat_parameters", "metrics", "model_card", "optim", "placement", "processes"),
+    *("report", "stochastic_rounding", "training_state"),
+}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"kernels"}, {"torch"}),

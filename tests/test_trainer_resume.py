@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -55,7 +56,14 @@ def newest(output_dir):
     return checkpoints(output_dir / "checkpoints")[-1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+OPTIMIZERS = ["adamw", "adafactor"]
+if find_spec("bitsandbytes"):
+    OPTIMIZERS += ["adamw8bit", "ademamix8bit"]
+if find_spec("prodigyopt"):
+    OPTIMIZERS += ["prodigy"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer):
     make_trainer(tiny_sd_folder, tmp_path / "whole", optimizer=optimizer, train_gradient_accumulation_steps=2).train()
     parts = {"optimizer": optimizer, "train_gradient_accumulation_steps": 2, "save_freq": 2}
