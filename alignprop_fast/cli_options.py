@@ -247,8 +247,9 @@ OptimizerChoice = Annotated[
     OptimizerName,
     _option(
         _TRAINING,
-        "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit 1, "
-        "ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning rate 1).",
+        "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning "
+        "rate 1).",
         case_sensitive=False,
     ),
 ]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from alignprop_fast import cli_options as o
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
-from alignprop_fast.cli_support import plain, quiet_libraries, setup_errors
+from alignprop_fast.cli_support import make_console, plain, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
     from alignprop_fast.report import Pictures
@@ -61,9 +61,10 @@ def train(
     - `alignprop-fast train --reward colorfulness --num-inference-steps 12 --output-dir colourful`
     - `alignprop-fast train --model path/to/sd15 --reward-model path/to/clip --prompts animals --memory-budget 24GiB`
     - `alignprop-fast train --resume --output-dir colourful`
+    - `accelerate launch --num-processes 4 -m alignprop_fast train --model path/to/sd15 --prompts animals` (four GPUs)
     """
     chosen: dict[str, Any] = {field.name: plain(ctx.params[field.name]) for field in fields(TrainOptions)}
-    console = Console(highlight=False)
+    console = make_console()
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.cli_session import Session
@@ -72,7 +73,8 @@ def train(
     start = session.trainer.steps_done
     console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
     session.run()
-    print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+    if session.is_main:
+        print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
 
 
 def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures, Pictures]]) -> None:

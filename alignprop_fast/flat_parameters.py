@@ -54,10 +54,10 @@ class FlatParameters:
                         "the adapters were moved or cast after the trainer was made: place and load the model first"
                     )
             flat.grad = torch.zeros_like(flat)
-            learned = [(p, offset) for p, offset in zip(group, offsets, strict=True) if p.grad is not None]
+            views = [_view(flat.grad, p, offset) for p, offset in zip(group, offsets, strict=True)]
+            learned = [(view, p.grad) for view, p in zip(views, group, strict=True) if p.grad is not None]
             if learned:
-                views = [_view(flat.grad, p, offset) for p, offset in learned]
-                torch._foreach_copy_(views, [p.grad for p, _ in learned])
+                torch._foreach_copy_([view for view, _ in learned], [grad for _, grad in learned])
             for parameter in group:
                 parameter.grad = None
 

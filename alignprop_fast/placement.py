@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.processes import MeetingAccelerator, start_processes
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,9 +31,10 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
         ValueError: fp16 without a GPU.
     """
     options = dict(config.accelerator_kwargs)
-    if config.mixed_precision == "fp16" and PartialState(cpu=bool(options.get("cpu"))).device.type == "cpu":
+    state = start_processes(bool(options.get("cpu")), options)
+    if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError('mixed_precision="fp16" needs a GPU: use "no" (fp32) or "bf16"')
-    accelerator = Accelerator(
+    accelerator = MeetingAccelerator(
         log_with=config.log_with,
         mixed_precision="no" if config.mixed_precision == "none" else config.mixed_precision,
         project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **config.project_kwargs}),

@@ -26,6 +26,7 @@ from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
 from alignprop_fast.planner.optimizer_state import merges
+from alignprop_fast.processes import meeting, parts_and_peak, sum_in_place
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha)
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
-            broadcast([parameter.data for parameter in self.trainable_layers])
+            with meeting():
+                broadcast([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = DifferentiableSampler(
             sd_pipeline.sd_pipeline,
@@ -129,13 +131,15 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.steps_done += 1
         seconds = time.perf_counter() - begin
         images = len(batches) * config.train_batch_size * self.accelerator.num_processes
+        numbers = averages(batches)
+        numbers["reward_parts"], peak = parts_and_peak(numbers["reward_parts"], peak_bytes(self.accelerator.device))
         self.metrics = StepMetrics(
             step=self.steps_done,
-            **averages(batches),
+            **numbers,
             grad_norm=grad_norm,
             status=status,
             images_per_second=images / seconds,
-            peak_bytes=peak_bytes(self.accelerator.device),
+            peak_bytes=peak,
             seconds=seconds,
         )
         self.accelerator.log({**self.metrics.to_log(), "epoch": epoch}, step=global_step)
@@ -205,7 +209,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         for tensor in self.weights.tensors:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
-            torch.distributed.all_reduce(tensor.grad)
+            sum_in_place(tensor.grad)
             tensor.grad /= self.accelerator.num_processes
 
     def _stop_if_bad(self, status: str) -> None:

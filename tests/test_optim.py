@@ -97,7 +97,7 @@ def test_bytes_of_state_are_as_predicted(name, merge):
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
 def test_paged_state_needs_a_gpu():
     parameter, _ = _problem()
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU.*: use adamw8bit"):
+    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU.*: use adamw8bit"):
         make_optimizer("pagedadamw8bit", [parameter], learning_rate=0.1)
 
 
