@@ -24,8 +24,9 @@ from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
+from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
-from alignprop_fast.planner.optimizer_state import merges
+from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 from alignprop_fast.processes import meeting, parts_and_peak, sum_in_place
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
@@ -74,6 +75,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             with meeting():
                 broadcast([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
+        merge = sd_pipeline.use_lora and merges(config.optimizer)
         self.sampler = DifferentiableSampler(
             sd_pipeline.sd_pipeline,
             config.sample_num_steps,
@@ -84,9 +86,12 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             height=config.height,
             width=config.width,
             draw_unused_noise=True,
+            reward=reward_function,
+            reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
+            optimizer_bytes=optimizer_bytes(config.optimizer, [p.shape for p in self.trainable_layers], merge),
         )
         # After the sampler, which lays convolutions out anew.
-        self.weights = FlatParameters(self.trainable_layers, merge=sd_pipeline.use_lora and merges(config.optimizer))
+        self.weights = FlatParameters(self.trainable_layers, merge)
         self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.weights.tensors))
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
@@ -125,7 +130,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         batches: list[BatchMetrics] = []
         pairs: dict[str, Any] = {}
         for _ in range(config.train_gradient_accumulation_steps):
-            batch, pairs = self._micro_batch()
+            batch, pairs = with_less_memory(self.sampler, self._micro_batch)
             batches.append(batch)
         status, grad_norm = self._update(batches)
         self.steps_done += 1
@@ -162,7 +167,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return 10.0 - rewards.mean()
 
     def _score(self, pairs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        return self.reward_fn(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
+        return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
 
     def _micro_batch(self) -> tuple[BatchMetrics, dict[str, Any]]:
         """Images, reward and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs."""
@@ -256,7 +261,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             drawn, metadata = tuple(prompts), tuple({} for _ in prompts)
         with torch.set_grad_enabled(with_grad):
             images = self.sampler(
-                list(drawn), self.config.negative_prompts, grad_steps=self._gates() if with_grad else ()
+                list(drawn),
+                self.config.negative_prompts,
+                grad_steps=self._gates() if with_grad else (),
+                metadata=metadata,
             )
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 

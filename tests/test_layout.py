@@ -18,8 +18,8 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    *("checkpoint", "config", "data", "flat_parameters", "metrics", "model_card", "optim", "placement", "processes"),
-    *("report", "stochastic_rounding", "training_state"),
+    *("checkpoint", "config", "data", "flat_parameters", "metrics", "model_card", "optim", "out_of_memory", "placement"),
+    *("processes", "report", "stochastic_rounding", "training_state"),
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
@@ -30,7 +30,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"ops", "demo"}, {"torch", "diffusers", "transformers", "peft", "safetensors"}),
     "rewards": ({"ops", "demo"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
-    "generate": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
+    "generate": ({"models", "sampling", "runtime", "planner", "cost_table"}, {"torch"}),
+    "cost_table": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
     "evaluate": ({"generate", "rewards"}, {"torch"}),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
