@@ -23,6 +23,11 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class AdapterDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class OptimizerName(StrEnum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"
@@ -57,7 +62,9 @@ class TrainOptions:
     learning_rate: float = 1e-3
     lora_rank: int = 4
     lora_alpha: float | None = None
+    adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    cache_text: bool = True
     mixed_precision: str = "auto"
     memory_budget: str | None = None
     truncation: str = "uniform"
@@ -86,7 +93,17 @@ _FIELDS = {
     "negative_prompt": "negative_prompts",
 }
 _SAME_NAME = (
-    *("lora_rank", "optimizer", "mixed_precision", "memory_budget", "truncation", "seed", "log_with"),
+    *(
+        "lora_rank",
+        "adapter_dtype",
+        "optimizer",
+        "cache_text",
+        "mixed_precision",
+        "memory_budget",
+        "truncation",
+        "seed",
+        "log_with",
+    ),
     *("height", "width"),
 )
 
@@ -198,6 +215,10 @@ LoraAlpha = Annotated[
     float | None,
     _option(_MODEL, "Adapters are scaled by alpha / rank.", show_default="the rank"),
 ]
+AdapterPrecision = Annotated[
+    AdapterDtype,
+    _option(_MODEL, "Precision of the adapters; bf16 halves their bytes and rounds at random, so that it learns too."),
+]
 Reward = Annotated[
     str,
     _option(
@@ -274,6 +295,14 @@ MemoryBudget = Annotated[
         "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
         "of being computed again.",
         show_default="the leanest way",
+    ),
+]
+CacheText = Annotated[
+    bool,
+    typer.Option(
+        "--cache-text/--no-cache-text",
+        help="Encode each prompt once, at the start; the text encoders then leave the GPU.",
+        rich_help_panel=_DEVICE,
     ),
 ]
 Device = Annotated[str, _option(_DEVICE, "auto (a GPU if there is one), cpu, cuda or cuda:N.")]

@@ -47,6 +47,7 @@ from alignprop_fast.report import (
 )
 
 SAMPLE_PICTURES = 8
+MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
 
@@ -95,6 +96,7 @@ class Session:
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
         try:
             self.trainer = AlignPropTrainer(config, self.reward, self._draw_prompt, pipeline, self._after_step)
+            self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
             self.before = self._first_pictures()
         except BaseException:

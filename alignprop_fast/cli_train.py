@@ -23,6 +23,7 @@ def train(
     model: o.Model = DEFAULTS.model,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
+    adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
@@ -42,6 +43,7 @@ def train(
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
+    cache_text: o.CacheText = DEFAULTS.cache_text,
     device: o.Device = DEFAULTS.device,
     output_dir: o.OutputDir = DEFAULTS.output_dir,
     save_every: o.SaveEvery = DEFAULTS.save_every,

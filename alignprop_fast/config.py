@@ -59,8 +59,11 @@ class AlignPropConfig:
         truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
             truncated_* fields; None: those fields.
         lora_rank, lora_alpha: of new adapters.
+        adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters and
+            gradients, and no casts in the chain.
         optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
             "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
+        cache_text: encode each prompt once; between encodings the text encoders lie on the CPU.
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
@@ -108,7 +111,9 @@ class AlignPropConfig:
     truncation: str | None = None
     lora_rank: int = 4
     lora_alpha: float = 4
+    adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    cache_text: bool = True
     max_bad_steps: int = 10
     height: int | None = None
     width: int | None = None
@@ -163,6 +168,10 @@ class AlignPropConfig:
     def _check_choices(self) -> None:
         if self.mixed_precision not in _PRECISIONS:
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}: use no, bf16 or fp16")
+        if self.adapter_dtype not in ("fp32", "bf16"):
+            raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}: use fp32 or bf16")
+        if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":
+            raise ValueError('adapter_dtype="bf16" does not go with mixed_precision="fp16": use bf16 for both')
         if self.log_with not in _TRACKERS:
             raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard or nothing")
         if not 0 <= self.sample_eta <= 1:

@@ -15,6 +15,7 @@ import torch
 from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.models import adapt
 from alignprop_fast.models.stable_diffusion import Conditioning, Generator
+from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
 from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_chain
 from alignprop_fast.sampling import (
@@ -48,6 +49,7 @@ class DifferentiableSampler:
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
         reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
         reward_bytes: what the reward's weights take on the device.
+        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
 
     Raises:
@@ -70,8 +72,10 @@ class DifferentiableSampler:
         reward: Callable[..., tuple[torch.Tensor, Any]] | None = None,
         reward_bytes: int = 0,
         optimizer_bytes: int | None = None,
+        cache_text: bool = False,
     ):
         self.model = adapt(pipe)
+        self._text = TextCache(self.model) if cache_text else None
         self.size = self.model.image_size(height, width)
         self.table = ddim_table(**self.model.schedule(num_inference_steps), eta=eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
@@ -115,7 +119,8 @@ class DifferentiableSampler:
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        cond = self.model.encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
+        encode = self.model.encode if self._text is None else self._text.encode
+        cond = encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
         chain = self._chain(cond, generator)
         entries = list(metadata) if metadata is not None else [{} for _ in prompts]
         task = self._task(chain, cond, prompts, entries)
@@ -125,9 +130,12 @@ class DifferentiableSampler:
         x = run_chain(replace(chain, offloader=self._offloader(self.plan)), self.plan, x)
         return by_image(self.model.decode, x, decoder.name, decoder.options, self._decoder_blocks)
 
-    def score(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
-    ) -> tuple[torch.Tensor, Any]:
+    def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+        """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
+        if self._text is not None:
+            self._text.remember(list(prompts), negative_prompt, self.guidance_scale > 1, self.size)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
         assert self.reward is not None, "the sampler was made without a reward"
         stage = "batch" if self.plan is None or self.plan.reward is None else self.plan.reward.name

@@ -28,6 +28,7 @@ from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
 from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 from alignprop_fast.processes import meeting, parts_and_peak, sum_in_place
+from alignprop_fast.stochastic_rounding import RoundedOptimizer
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,13 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         place_model(sd_pipeline, self.accelerator, config)
         unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha)
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        if config.adapter_dtype == "bf16":
+            if not sd_pipeline.use_lora:
+                raise ValueError(
+                    'adapter_dtype="bf16" is for adapters, and the whole UNet is trained: leave it at fp32'
+                )
+            for parameter in self.trainable_layers:
+                parameter.data = parameter.data.to(torch.bfloat16)
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
             with meeting():
                 broadcast([parameter.data for parameter in self.trainable_layers])
@@ -88,6 +96,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             draw_unused_noise=True,
             reward=reward_function,
             reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
+            cache_text=config.cache_text,
             optimizer_bytes=optimizer_bytes(config.optimizer, [p.shape for p in self.trainable_layers], merge),
         )
         # After the sampler, which lays convolutions out anew.
@@ -231,14 +240,18 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
     def _setup_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
-        return make_optimizer(
-            config.optimizer,
-            parameters,
-            learning_rate=config.train_learning_rate,
-            betas=(config.train_adam_beta1, config.train_adam_beta2),
-            weight_decay=config.train_adam_weight_decay,
-            epsilon=config.train_adam_epsilon,
-        )
+
+        def make(tensors: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            return make_optimizer(
+                config.optimizer,
+                tensors,
+                learning_rate=config.train_learning_rate,
+                betas=(config.train_adam_beta1, config.train_adam_beta2),
+                weight_decay=config.train_adam_weight_decay,
+                epsilon=config.train_adam_epsilon,
+            )
+
+        return RoundedOptimizer(make, parameters, config.seed) if config.adapter_dtype == "bf16" else make(parameters)
 
     def _gates(self) -> tuple[int, ...]:
         config = self.config

@@ -63,10 +63,11 @@ if find_spec("prodigyopt"):
     OPTIMIZERS += ["prodigy"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer):
-    make_trainer(tiny_sd_folder, tmp_path / "whole", optimizer=optimizer, train_gradient_accumulation_steps=2).train()
-    parts = {"optimizer": optimizer, "train_gradient_accumulation_steps": 2, "save_freq": 2}
+@pytest.mark.parametrize(("optimizer", "dtype"), [*((name, "fp32") for name in OPTIMIZERS), (OPTIMIZERS[-1], "bf16")])
+def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtype):
+    options = {"optimizer": optimizer, "adapter_dtype": dtype, "train_gradient_accumulation_steps": 2}
+    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train()
+    parts = {**options, "save_freq": 2}
     make_trainer(tiny_sd_folder, tmp_path / "parts", **parts).train(2)
     torch.randn(11), random.random()  # whatever else the process did in between
     resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **parts)

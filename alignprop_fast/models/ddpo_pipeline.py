@@ -59,6 +59,8 @@ class DefaultDDPOStableDiffusionPipeline:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with diffusers' own pipeline (its arguments, its output), without gradient."""
+        for encoder in self.text_encoders:  # training may have left them on the CPU
+            encoder.to(self.unet.device)
         return self.sd_pipeline(*args, **kwargs)
 
     @property
