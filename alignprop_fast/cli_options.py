@@ -23,6 +23,13 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class BaseDtype(StrEnum):
+    auto = "auto"
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class AdapterDtype(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -62,6 +69,7 @@ class TrainOptions:
     learning_rate: float = 1e-3
     lora_rank: int = 4
     lora_alpha: float | None = None
+    base_dtype: str = "auto"
     adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
     cache_text: bool = True
@@ -214,6 +222,14 @@ LoraRank = Annotated[int, _option(_MODEL, "Rank of the LoRA adapters; their size
 LoraAlpha = Annotated[
     float | None,
     _option(_MODEL, "Adapters are scaled by alpha / rank.", show_default="the rank"),
+]
+BasePrecision = Annotated[
+    BaseDtype,
+    _option(
+        _MODEL,
+        "How the denoiser's large linear layers are stored: auto (as --mixed-precision says), fp8 or int8 (half of "
+        "bf16), nf4 (a quarter; needs bitsandbytes). They are made whole for each product, which costs some time.",
+    ),
 ]
 AdapterPrecision = Annotated[
     AdapterDtype,

@@ -23,6 +23,7 @@ def train(
     model: o.Model = DEFAULTS.model,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
+    base_dtype: o.BasePrecision = o.BaseDtype.auto,
     adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it

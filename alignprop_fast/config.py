@@ -59,6 +59,8 @@ class AlignPropConfig:
         truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
             truncated_* fields; None: those fields.
         lora_rank, lora_alpha: of new adapters.
+        base_dtype: how the UNet's large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8", "int8"
+            or "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
         adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters and
             gradients, and no casts in the chain.
         optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
@@ -111,6 +113,7 @@ class AlignPropConfig:
     truncation: str | None = None
     lora_rank: int = 4
     lora_alpha: float = 4
+    base_dtype: str = "auto"
     adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
     cache_text: bool = True
@@ -168,6 +171,10 @@ class AlignPropConfig:
     def _check_choices(self) -> None:
         if self.mixed_precision not in _PRECISIONS:
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}: use no, bf16 or fp16")
+        if self.base_dtype not in ("auto", "fp8", "int8", "nf4"):
+            raise ValueError(f"base_dtype is {self.base_dtype!r}: use auto, fp8, int8 or nf4")
+        if self.base_dtype == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError('base_dtype="nf4" needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8')
         if self.adapter_dtype not in ("fp32", "bf16"):
             raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}: use fp32 or bf16")
         if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":

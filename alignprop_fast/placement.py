@@ -57,7 +57,7 @@ def _tracker_config(config: AlignPropConfig) -> dict[str, Any]:
 
 
 def place_model(pipeline: Any, accelerator: Accelerator, config: AlignPropConfig) -> None:
-    """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype.
+    """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype, or are quantised.
 
     A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
     that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16.
@@ -67,6 +67,8 @@ def place_model(pipeline: Any, accelerator: Accelerator, config: AlignPropConfig
     for encoder in pipeline.text_encoders:
         _move(encoder, device, dtype)
     _move(pipeline.vae, device, torch.float32 if overflows else dtype)
+    if config.base_dtype != "auto":
+        pipeline.quantize_base(config.base_dtype, device, dtype)
     _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
     if config.allow_tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True

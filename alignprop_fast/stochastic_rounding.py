@@ -1,7 +1,7 @@
 """Adapters in bf16 that still learn: the step is made in fp32 and rounded back at random, right on average.
 
-A bf16 number has 8 bits; rounded to the nearest, an update under 1/512 of a weight is lost, and again each time. Rounded
-up with the probability of what lies above (Gupta et al. 2015), the expected weight is the exact one.
+A bf16 number has 8 bits; rounded to the nearest, an update under 1/512 of a weight is lost, and again each time.
+Rounded up with the probability of what lies above (Gupta et al. 2015), the expected weight is the exact one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RoundedOptimizer(torch.optim.Optimizer):
         self._release()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step, from the gradients of the bf16 parameters."""
         assert closure is None, "the step is made once"
         learning = [(w, n, n.grad) for w, n in zip(self._wide, self._narrow, strict=True) if n.grad is not None]

@@ -90,6 +90,8 @@ def test_a_list_from_a_file_becomes_a_tuple():
         ("train_adam_beta1", 1.0),
         ("train_adam_weight_decay", -1.0),
         ("optimizer", "sgdd"),
+        ("base_dtype", "fp4"),
+        ("adapter_dtype", "fp16"),
         ("mixed_precision", "fp8"),
         ("log_with", "paper"),
         ("sample_eta", 1.5),
@@ -125,4 +127,6 @@ def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
             AlignPropConfig(**options)
     with pytest.raises(ValueError, match="prodigy needs prodigyopt: pip install prodigyopt"):
         AlignPropConfig(optimizer="Prodigy")
+    with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8"):
+        AlignPropConfig(base_dtype="nf4")
     AlignPropConfig(optimizer="AdamW")
