@@ -18,18 +18,19 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    *(
-        "checkpoint",
-        "config",
-        "data",
-        "flat_parameters",
-        "metrics",
-        "model_card",
-        "optim",
-        "out_of_memory",
-        "placement",
-    ),
-    *("processes", "report", "stochastic_rounding", "training_state"),
+    "checkpoint",
+    "config",
+    "data",
+    "flat_parameters",
+    "metrics",
+    "model_card",
+    "optim",
+    "out_of_memory",
+    "placement",
+    "processes",
+    "report",
+    "stochastic_rounding",
+    "training_state",
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),

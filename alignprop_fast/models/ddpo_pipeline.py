@@ -21,7 +21,6 @@ from alignprop_fast.models.lora import (
     train_loaded_lora,
     trainable_in_fp32,
 )
-
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 
 logger = logging.getLogger(__name__)

@@ -97,9 +97,8 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
 def simulate(table: CostTable, plan: Plan) -> list[Moment]:
     """The training step under the plan in order of time: a moment for each part's forward and backward pass.
 
-    The last step without graph counts its spike on top of all resident steps, even where it runs before some of
-    them: gates are drawn anew in each training step, and a plan holds for all that have as many gradient steps. Only
-    sums of forward and backward seconds are known: a step's forward is taken to last as long as one without gradient.
+    Only sums of forward and backward seconds are known: a step's forward is taken to last as long as one without
+    gradient.
 
     Raises:
         ValueError: the plan names an option or a stage that the table lacks.
@@ -149,8 +148,6 @@ class _Walk:
 
     def _sampling(self) -> Iterator[Moment]:
         residents = dict(zip(self.plan.resident_steps, self.residents, strict=True))
-        all_kept = sum(chain.kept for chain in self.residents)
-        last = max((step for step in range(self.plan.num_steps) if step not in residents), default=None)
         for step in range(self.plan.num_steps):
             if step in residents:
                 chain = residents[step]
@@ -158,8 +155,7 @@ class _Walk:
                 peak = (chain.kept_at_peak, chain.spike)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
-                above = all_kept - self.kept if step == last else 0
-                peak = (above, self.table.sampling_bytes)
+                peak = (0, self.table.sampling_bytes)
                 yield self.moment("sampling", f"step {step}", peak, self.table.sampling_seconds, self.kept)
 
     def _backward(self) -> Iterator[Moment]:

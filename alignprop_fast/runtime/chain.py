@@ -31,6 +31,8 @@ class Chain:
     parameters: the tensors besides x that the network's gradient is wanted for.
     blocks: the parts of the network that the plan has an option for.
     offloader: moves what blocks keep to the host, where the plan asks for it.
+    start, finish: x -> the state that the steps above carry on instead of x where a method needs more than the latents,
+        and its last one -> the last latents. Both are recorded by autograd.
     """
 
     num_steps: int
@@ -40,6 +42,8 @@ class Chain:
     parameters: Sequence[torch.Tensor]
     blocks: Sequence[Block] = ()
     offloader: Offloader | None = None
+    start: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -49,10 +53,13 @@ def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
     used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
     """
     grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
+    x = chain.start(x)
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
-        return _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
-    with torch.no_grad():
-        return _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+        x = _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
+    else:
+        with torch.no_grad():
+            x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+    return chain.finish(x)
 
 
 class _Tape:

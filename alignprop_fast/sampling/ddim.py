@@ -16,12 +16,19 @@ from dataclasses import dataclass
 class StepTable:
     """Coefficients of T steps, index 0 the noisiest: x_next = a x + b y + sigma z at model time `timesteps`."""
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     a: tuple[float, ...]
     b: tuple[float, ...]
     sigma: tuple[float, ...]
     noisy: bool
     """Whether noise is drawn at every step (also where sigma happens to be zero), as diffusers does for eta > 0."""
+    input_scale: tuple[float, ...] = ()
+    """Per step the factor of the network's input: y = network(input_scale x). Empty: 1."""
+    init_scale: float = 1.0
+    """The chain starts from this times unit noise."""
+    history: tuple[tuple[float, float, float], ...] = ()
+    """Per step (c, p, q) of a two-step method: x_next = a x + b y + c h + sigma z and h_next = p x + q y, from h = 0.
+    Empty: a one-step method."""
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -1,4 +1,4 @@
-"""A quantised base: the chain and its gradients are those of a dense model with the quantised values, in fewer bytes."""
+"""A quantised base: the chain and its gradients are those of a dense model with the quantised values."""
 
 import copy
 from importlib.util import find_spec

@@ -40,7 +40,7 @@ def test_plans_made_by_hand_are_priced():
     assert plan.peak_bytes == 1010 + 4 + 130 + 5 + 350
     assert plan.seconds == 3 * 0.5 + (1.0 + 3 * 1.5) + 4 * 1.5 + 1.0
     assert plan.phases["replayed steps"] == 1010 + 4 + 5 + 40 + 100
-    assert plan.phases["sampling"] == 1010 + 4 + 130 + 60
+    assert plan.phases["sampling"] == 1010 + 4 + 60  # the resident step is the last: nothing is kept before
     with pytest.raises(ValueError, match="keep, recompute"):
         price(simple_table(), replace(plan, replay_options={"*": "magic"}))
     with pytest.raises(ValueError, match="batch"):
