@@ -23,10 +23,26 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class BaseDtype(StrEnum):
+    auto = "auto"
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class AdapterDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class OptimizerName(StrEnum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    pagedadamw8bit = "pagedadamw8bit"
+    lion8bit = "lion8bit"
+    ademamix8bit = "ademamix8bit"
     adafactor = "adafactor"
+    prodigy = "prodigy"
 
 
 class SchedulerName(StrEnum):
@@ -72,7 +88,10 @@ class TrainOptions:
     lora_rank: int = 4
     lora_alpha: float | None = None
     lora_targets: str = "attention"
+    base_dtype: str = "auto"
+    adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    cache_text: bool = True
     mixed_precision: str = "auto"
     memory_budget: str | None = None
     truncation: str = "uniform"
@@ -101,8 +120,8 @@ _FIELDS = {
     "negative_prompt": "negative_prompts",
 }
 _SAME_NAME = (
-    *("lora_rank", "optimizer", "mixed_precision", "memory_budget", "truncation", "seed", "log_with"),
-    *("height", "width", "lora_targets", "true_cfg_scale"),
+    *("lora_rank", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget", "truncation"),
+    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale"),
 )
 
 
@@ -234,6 +253,18 @@ LoraTargetsChoice = Annotated[
         "layers too) or all (a UNet's convolutions too).",
     ),
 ]
+BasePrecision = Annotated[
+    BaseDtype,
+    _option(
+        _MODEL,
+        "How the denoiser's large linear layers are stored: auto (as --mixed-precision says), fp8 or int8 (half of "
+        "bf16), nf4 (a quarter; needs bitsandbytes). They are made whole for each product, which costs some time.",
+    ),
+]
+AdapterPrecision = Annotated[
+    AdapterDtype,
+    _option(_MODEL, "Precision of the adapters; bf16 halves their bytes and rounds at random, so that it learns too."),
+]
 Reward = Annotated[
     str,
     _option(
@@ -300,7 +331,13 @@ Accumulation = Annotated[int, _option(_TRAINING, "Batches per optimizer step; co
 LearningRate = Annotated[float, _option(_TRAINING, "Step size of the optimizer; 1e-4 to 1e-3 for most models.")]
 OptimizerChoice = Annotated[
     OptimizerName,
-    _option(_TRAINING, "adamw8bit needs an NVIDIA GPU and bitsandbytes; adafactor keeps one moment less."),
+    _option(
+        _TRAINING,
+        "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning "
+        "rate 1).",
+        case_sensitive=False,
+    ),
 ]
 Truncation = Annotated[
     str,
@@ -323,6 +360,14 @@ MemoryBudget = Annotated[
         "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
         "of being computed again.",
         show_default="the leanest way",
+    ),
+]
+CacheText = Annotated[
+    bool,
+    typer.Option(
+        "--cache-text/--no-cache-text",
+        help="Encode each prompt once, at the start; the text encoders then leave the GPU.",
+        rich_help_panel=_DEVICE,
     ),
 ]
 Device = Annotated[str, _option(_DEVICE, "auto (a GPU if there is one), cpu, cuda or cuda:N.")]

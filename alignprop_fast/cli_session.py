@@ -47,13 +47,15 @@ from alignprop_fast.report import (
 )
 
 SAMPLE_PICTURES = 8
+MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
 
 class Session:
     """A run that is set up: everything the user gave is read and checked, the first pictures are drawn.
 
-    Nothing is written before all of that is done.
+    Nothing is written before all of that is done. Of several processes (`accelerate launch`) all train, and the main
+    one alone prints, writes and draws sample pictures.
 
     Raises:
         ValueError, OSError: bad input, one line each.
@@ -65,17 +67,21 @@ class Session:
         import torch
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+        from alignprop_fast.processes import meeting, start_processes
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.trainer import AlignPropTrainer
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
-        is_new = not self.folder.exists()
-        self._check_folder(resume or resume_from is not None)
-        self.prompts = load_prompts(options.prompts)
-        check_tracker(options.log_with)
         device = pick_device(options.device)
-        self.options = _resolved(options, device, self.folder)
-        config = make_config(self.options, device, self._checkpoint(resume, resume_from))
+        processes = start_processes(cpu=device == "cpu")
+        self.is_main = processes.is_main_process
+        with meeting(), processes.main_process_first():  # what is wrong for all is said once
+            is_new = not self.folder.exists()
+            self._check_folder(resume or resume_from is not None)
+            self.prompts = load_prompts(options.prompts)
+            check_tracker(options.log_with)
+            self.options = _resolved(options, device, self.folder)
+            config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
             device=device,
@@ -92,10 +98,11 @@ class Session:
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
         try:
             self.trainer = AlignPropTrainer(config, self.reward, self._draw_prompt, pipeline, self._after_step)
+            self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
-            self.before = self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()
+            self.before = self._first_pictures()
         except BaseException:
-            if is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
+            if self.is_main and is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
                 shutil.rmtree(self.folder)
             raise
         self.after = self.before
@@ -104,16 +111,22 @@ class Session:
         """Train to the end and write the results.
 
         Raises:
-            typer.Exit: Ctrl-C (130, with a checkpoint), or no finite loss in many steps in a row (1).
+            typer.Exit: Ctrl-C (130, with a checkpoint), no finite loss in many steps in a row, or a lost process (1).
         """
+        from alignprop_fast.processes import ProcessLost, any_process
+
         trainer, steps = self.trainer, self.options.steps
         self._begin_folder()
         with Interrupt(self.console) as interrupt, Display(self.console, trainer.steps_done, steps) as display:
             try:
                 for metrics in trainer.steps():
                     display.update(metrics)
-                    if interrupt.requested:
+                    # All or none: one that left alone would be waited for.
+                    if any_process(interrupt.requested):
                         break
+            except ProcessLost as error:
+                fail(str(error))
+                raise typer.Exit(1) from error
             except ValueError as error:
                 if trainer.metrics is None or trainer.metrics.status != "not_finite":
                     raise
@@ -149,6 +162,11 @@ class Session:
                 parts.setdefault(name, []).extend([mean] * len(batch))
         means = {name: fmean(values) for name, values in parts.items()}
         return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards), means)
+
+    def _first_pictures(self) -> Pictures:
+        if not self.is_main:
+            return Pictures((), (), ())
+        return self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()
 
     def _check_folder(self, resume: bool) -> None:
         check_writable(self.folder)
@@ -190,6 +208,8 @@ class Session:
         return random.choice(self.prompts), {}
 
     def _begin_folder(self) -> None:
+        if not self.is_main:
+            return
         step = self.trainer.steps_done
         self.folder.mkdir(parents=True, exist_ok=True)
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
@@ -214,6 +234,8 @@ class Session:
         """The trainer's hook: called before the step's checkpoint, so that a resumed run finds every line before it."""
         metrics = self.trainer.metrics
         assert metrics is not None
+        if not self.is_main:
+            return
         self.metrics.append(metrics.to_dict())
         if metrics.step % self.options.sample_every == 0 or metrics.step == self.options.steps:
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
@@ -260,6 +282,11 @@ class Session:
         raise typer.Exit(INTERRUPTED)
 
     def _finish(self) -> None:
+        if self.is_main:
+            self._write_results()
+        self.trainer.accelerator.end_training()
+
+    def _write_results(self) -> None:
         from alignprop_fast.models.lora import save_lora
 
         metadata = {"alignprop_reward": self.options.reward, "alignprop_steps": str(self.trainer.steps_done)}
@@ -269,7 +296,6 @@ class Session:
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
         title = f"Before (above) and after (below) {self.trainer.steps_done} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
-        self.trainer.accelerator.end_training()
 
 
 def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:

@@ -15,6 +15,7 @@ import torch
 from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
 from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_chain
 from alignprop_fast.sampling import Update, draw_gates, make_table, rescaled_guidance, trl_gates
@@ -45,6 +46,7 @@ class DifferentiableSampler:
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
         reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
         reward_bytes: what the reward's weights take on the device.
+        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
 
     Raises:
@@ -68,8 +70,10 @@ class DifferentiableSampler:
         reward: Callable[..., tuple[torch.Tensor, Any]] | None = None,
         reward_bytes: int = 0,
         optimizer_bytes: int | None = None,
+        cache_text: bool = False,
     ):
         self.model = adapt(pipe)
+        self._text = TextCache(self.model) if cache_text else None
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
@@ -114,8 +118,8 @@ class DifferentiableSampler:
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        guided = self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
-        cond = self.model.encode(prompts, negative_prompts, guided, self.size)
+        encode = self.model.encode if self._text is None else self._text.encode
+        cond = encode(prompts, negative_prompts, self._guided(negative_prompts), self.size)
         cond = replace(cond, embedded_guidance=self.guidance_scale)
         chain = self._chain(cond, generator)
         entries = list(metadata) if metadata is not None else [{} for _ in prompts]
@@ -126,6 +130,15 @@ class DifferentiableSampler:
         x = run_chain(replace(chain, offloader=self._offloader(self.plan)), self.plan, x)
         model, blocks = self.model, self._decoder_blocks
         return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
+
+    def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+        """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
+        if self._text is not None:
+            self._text.remember(list(prompts), negative_prompt, self._guided(negative_prompt), self.size)
+
+    def _guided(self, negative_prompts: str | list[str] | None) -> bool:
+        """Whether the denoiser runs with and without the prompt; FLUX does where there is a negative prompt."""
+        return self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""

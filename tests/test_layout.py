@@ -21,12 +21,15 @@ TRAINER = {
     "checkpoint",
     "config",
     "data",
+    "flat_parameters",
     "metrics",
     "model_card",
     "optim",
     "out_of_memory",
     "placement",
+    "processes",
     "report",
+    "stochastic_rounding",
     "training_state",
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {

@@ -22,6 +22,7 @@ from alignprop_fast.models.lora import (
     trainable_in_fp32,
 )
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
+from alignprop_fast.models.quantization import is_quantized, quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class DefaultDDPOStableDiffusionPipeline:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with diffusers' own pipeline (its arguments, its output), without gradient."""
+        for encoder in self.text_encoders:  # training may have left them on the CPU
+            encoder.to(self.unet.device)
         return self.sd_pipeline(*args, **kwargs)
 
     @property
@@ -107,6 +110,19 @@ class DefaultDDPOStableDiffusionPipeline:
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
+    def quantize_base(self, kind: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Store the UNet's large linear layers as `kind`, on the device; see `quantization.quantize_linears`.
+
+        Raises:
+            ValueError: the whole UNet is to be trained, or as `quantize_linears`.
+        """
+        if not self.use_lora:
+            raise ValueError(
+                "a quantised base cannot be trained itself: use adapters (use_lora), or leave base_dtype out"
+            )
+        self.unet.to(dtype)
+        quantize_linears(self.unet, kind, device, dtype)
+
     def get_trainable_layers(self, rank: int = 4, alpha: float = 4, targets: str = "attention") -> Any:
         """The denoiser, its trainable parameters in fp32: adapters (new ones of that rank, or those loaded) or all."""
         if not self.use_lora:
@@ -123,6 +139,8 @@ class DefaultDDPOStableDiffusionPipeline:
         The model in the folder is the one without adapters, so that `from_pretrained(folder)` followed by
         `load_lora_weights(folder)` gives what was trained.
         """
+        if is_quantized(self.unet):
+            raise ValueError("the base model is quantised: save its adapters, which fit the model as it was loaded")
         if not self.use_lora:
             self.sd_pipeline.save_pretrained(output_dir)
             return
