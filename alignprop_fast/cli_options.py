@@ -247,8 +247,10 @@ Truncation = Annotated[
     str,
     _option(
         _TRAINING,
-        "Denoising steps that carry gradient: uniform (drawn anew each time, about half of them, as in AlignProp), "
-        "uniform-once or gaussian (the last K, K drawn once), full, or last:K (DRaFT-K; last:1 is fastest).",
+        "Denoising steps that carry gradient. uniform: about half of them, drawn anew each time (AlignProp). "
+        "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
+        "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
+        "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
     ),
 ]
 Seed = Annotated[

@@ -55,8 +55,8 @@ class AlignPropConfig:
     Fields of our own:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
         memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; None: the leanest plan.
-        truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
-            truncated_* fields; None: those fields.
+        truncation: a rule of `sampling.gates` ("full", "last:K", "uniform", "lv:N", "drtune", "refl", ...) in place of
+            the three truncated_* fields; None: those fields.
         lora_rank, lora_alpha: of new adapters.
         optimizer: "adamw", "adamw8bit" or "adafactor".
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
@@ -168,7 +168,7 @@ class AlignPropConfig:
         """A setting under which no denoising step could ever carry gradient must not start to train."""
         last = self.sample_num_steps - 1
         if self.truncation is not None:
-            return  # draw_gates knows its rules and names them
+            return  # draw_truncation knows its rules and names them
         if not self.truncated_backprop_rand:
             if self.truncated_backprop_timestep > last:
                 raise ValueError(

@@ -16,15 +16,18 @@ from alignprop_fast.models.stable_diffusion import Conditioning, Generator
 from alignprop_fast.planner import CostTable, Option, Plan, leanest, parse_bytes, solve
 from alignprop_fast.runtime import Chain, apply_by_image, measure_chain, measure_option, measure_segment, run_chain
 from alignprop_fast.sampling import (
+    StepTable,
+    Truncation,
     ddim_table,
     draw_gates,
+    draw_truncation,
     guided_step,
     guided_step_adjoint,
     rescaled_guidance,
     trl_gates,
 )
 
-__all__ = ["DifferentiableSampler", "draw_gates", "trl_gates"]
+__all__ = ["DifferentiableSampler", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
 
 class DifferentiableSampler:
@@ -71,6 +74,8 @@ class DifferentiableSampler:
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.plan: Plan | None = None
+        self.truncation: Truncation | None = None
+        self.latents: torch.Tensor | None = None
         self._cost_tables: dict[tuple, CostTable] = {}
 
     def __call__(
@@ -81,8 +86,12 @@ class DifferentiableSampler:
         grad_steps: Iterable[int] | None = None,
         latents: torch.Tensor | None = None,
         plan: Plan | None = None,
+        truncation: Truncation | str | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
+
+        Then `self.plan`, `self.truncation` and `self.latents` (what was decoded, [B, C, h, w], detached) are this
+        call's.
 
         Args:
             prompts: B texts.
@@ -92,24 +101,66 @@ class DifferentiableSampler:
                 detached: gradient passes by their affine path only. Under `torch.no_grad()` none is taken.
             latents: initial latents [B, C, h, w] instead of drawn ones; if they require grad they receive it.
             plan: run under this plan, with the gradient steps that it names, instead of choosing one.
+            truncation: a rule of `draw_truncation` or what it drew, in place of grad_steps. Its `renoisings` are for
+                the caller, who asks for each by `renoise`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
             ValueError: a gradient step outside the chain, prompts of different numbers, or dropout in the denoiser.
         """
+        if isinstance(truncation, str):
+            truncation = draw_truncation(truncation, len(self.table))
+        if truncation is None:
+            truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
+        elif grad_steps is not None:
+            raise ValueError("grad_steps and truncation both say which steps carry gradient: give one of them")
+        self.truncation, last = truncation, truncation.last_step
+        table = self.table if last is None else self.table.ending_at(last)
+        prompts, cond = self._encode(prompts, negative_prompts)
+        chain = self._chain(cond, generator, table, truncation.input_gradient)
+        self.plan = plan or self._make_plan(chain, cond, len(prompts), self._grad_steps(truncation.grad_steps, chain))
+        x = self.model.initial_latents(len(prompts), self.size, generator, latents)
+        return self._run(chain, self.plan, x)
+
+    def renoise(
+        self,
+        latents: torch.Tensor,
+        prompts: str | list[str],
+        negative_prompts: str | list[str] | None = None,
+        generator: Generator = None,
+    ) -> torch.Tensor:
+        """Images [B, 3, H, W] of latents noised to the level of the chain's last step and denoised by that step alone.
+
+        The step predicts the clean latents and carries gradient. Source: Clark et al. 2024, DRaFT-LV; equation in
+        `draw_truncation`.
+
+        Args:
+            latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
+            prompts, negative_prompts, generator: as for the sampler itself; the generator gives the noise.
+        """
+        prompts, cond = self._encode(prompts, negative_prompts)
+        chain = self._chain(cond, generator, self.table.last_alone(), True)
+        plan = self._make_plan(chain, cond, len(prompts), self._grad_steps((0,), chain))
+        signal, level = self.table.last_level()
+        x = latents.detach()
+        return self._run(chain, plan, signal * x + level * self.model.noise(x, generator))
+
+    def _encode(
+        self, prompts: str | list[str], negative_prompts: str | list[str] | None
+    ) -> tuple[list[str], Conditioning]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        guided = self.guidance_scale > 1
-        cond = self.model.encode(prompts, negative_prompts, guided, self.size)
-        chain = self._chain(cond, generator)
-        self.plan = plan or self._make_plan(chain, cond, len(prompts), self._grad_steps(grad_steps, chain))
-        x = self.model.initial_latents(len(prompts), self.size, generator, latents)
-        return self._decode(run_chain(chain, self.plan, x), self.plan.decoder_options["decoder"])
+        return prompts, self.model.encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
 
-    def _chain(self, cond: Conditioning, generator: Generator) -> Chain:
-        table, model, scale = self.table, self.model, self.guidance_scale
+    def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
+        x = run_chain(chain, plan, x)
+        self.latents = x.detach()
+        return self._decode(x, plan.decoder_options["decoder"])
+
+    def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
+        model, scale = self.model, self.guidance_scale
         timesteps = torch.tensor(table.timesteps, device=model.device)
         combined = cond.branches == 1 or self.guidance_rescale > 0
         blend = (1.0,) if combined else (1 - scale, scale)
@@ -126,15 +177,16 @@ class DifferentiableSampler:
         def adjoint(i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             return guided_step_adjoint(g, table.a[i], weights[i], y_dtype)
 
-        return Chain(len(table), network, advance, adjoint, model.trainable(), model.step_groups())
+        groups = model.step_groups()
+        return Chain(len(table), network, advance, adjoint, model.trainable(), groups, input_gradient)
 
     def _decode(self, x: torch.Tensor, option: str) -> torch.Tensor:
         modules = [module for group in self.model.decoder_segments().values() for module in group]
         return apply_by_image(self.model.decode, x, option, modules)
 
-    def _grad_steps(self, grad_steps: Iterable[int] | None, chain: Chain) -> list[int]:
+    def _grad_steps(self, grad_steps: Iterable[int], chain: Chain) -> list[int]:
         """Ascending gradient steps; none where nothing could receive a gradient."""
-        steps = sorted(set(range(chain.num_steps) if grad_steps is None else grad_steps))
+        steps = sorted(set(grad_steps))
         if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
             raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
         return steps if torch.is_grad_enabled() and chain.parameters else []

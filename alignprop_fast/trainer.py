@@ -19,7 +19,7 @@ from accelerate.utils import broadcast, set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
-from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
+from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
@@ -61,7 +61,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
         resume_from = find_resume(config)
-        self._gates()  # a truncation that cannot work is to fail here, before the model is placed
+        self._truncation()  # one that cannot work is to fail here, before the model is placed
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
         place_model(sd_pipeline, self.accelerator, config)
@@ -160,22 +160,31 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         """Images, reward and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs."""
         with self.autocast(), torch.enable_grad():
             pairs = self._generate_samples(self.config.train_batch_size)
+            plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
+            assert plan is not None and truncation is not None and latents is not None
+            terms = 1 + truncation.renoisings
             rewards, info = self._score(pairs)
-            loss = self.calculate_loss(rewards)
-            # A loss that is not finite makes the step void; its gradient is worth no time.
-            if loss.requires_grad and math.isfinite(loss.item()):
-                self.accelerator.backward(loss)
+            loss = self._backward(rewards, terms)
+            for _ in range(truncation.renoisings):
+                images = self.sampler.renoise(latents, list(pairs["prompts"]), self.config.negative_prompts)
+                loss += self._backward(self.compute_rewards({**pairs, "images": images}), terms)
         every_reward = self.accelerator.gather(rewards.detach()).float()
-        plan = self.sampler.plan
-        assert plan is not None
         batch = BatchMetrics(
             reward_mean=every_reward.mean().item(),
             reward_std=every_reward.std(correction=0).item(),
             reward_parts=reward_parts(info),
-            loss=self.accelerator.reduce(loss.detach().float(), "mean").item(),
+            loss=self.accelerator.reduce(loss, "mean").item(),
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
         )
         return batch, {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}
+
+    def _backward(self, rewards: torch.Tensor, terms: int) -> torch.Tensor:
+        """Backward of one of `terms` losses whose mean counts; returns its share, detached, fp32."""
+        loss = self.calculate_loss(rewards) / terms
+        # A loss that is not finite makes the step void; its gradient is worth no time.
+        if loss.requires_grad and math.isfinite(loss.item()):
+            self.accelerator.backward(loss)
+        return loss.detach().float()
 
     def _update(self, batches: list[BatchMetrics]) -> tuple[str, float]:
         """Clip and step, or skip; returns (status, gradient norm before clipping)."""
@@ -230,16 +239,17 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             epsilon=config.train_adam_epsilon,
         )
 
-    def _gates(self) -> tuple[int, ...]:
+    def _truncation(self) -> Truncation:
         config = self.config
         if config.truncation is not None:
-            return draw_gates(config.truncation, config.sample_num_steps)
-        return trl_gates(
+            return draw_truncation(config.truncation, config.sample_num_steps)
+        gates = trl_gates(
             config.sample_num_steps,
             config.truncated_backprop_rand,
             config.truncated_backprop_timestep,
             config.truncated_rand_backprop_minmax,
         )
+        return Truncation(gates)
 
     def _generate_samples(
         self, batch_size: int, with_grad: bool = True, prompts: list[str] | None = None
@@ -250,9 +260,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         else:
             drawn, metadata = tuple(prompts), tuple({} for _ in prompts)
         with torch.set_grad_enabled(with_grad):
-            images = self.sampler(
-                list(drawn), self.config.negative_prompts, grad_steps=self._gates() if with_grad else ()
-            )
+            truncation = self._truncation() if with_grad else Truncation(())
+            images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 
     def save_checkpoint(self) -> Path:

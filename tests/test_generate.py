@@ -4,6 +4,8 @@ Tolerances: images and gradients of fp32 chains differ by rounding alone. Measur
 relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten times that. The contract is 1e-3.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -11,7 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
-from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.generate import DifferentiableSampler, Truncation
 from alignprop_fast.planner import BudgetInfeasible, Plan
 from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter
 
@@ -42,8 +44,25 @@ def reward(images):
     return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
 
 
-def plain_chain(pipe, grad_steps, scale, eta, rescale=0.0, seed=5, negative=None, latents=None):
-    """Images by the same chain, written with diffusers' scheduler and plain autograd."""
+def plain_chain(
+    pipe,
+    grad_steps,
+    scale,
+    eta,
+    rescale=0.0,
+    seed=5,
+    negative=None,
+    latents=None,
+    stop_input=False,
+    last=None,
+    again=0,
+):
+    """Images by the same chain, written with diffusers' scheduler and plain autograd.
+
+    stop_input: nothing flows through the network's input. last: a step that predicts x0, where the chain ends.
+    again: images of so many noisings of the final latents, denoised by the last step, too (in a list, after the
+    chain's).
+    """
     with torch.no_grad():
         if hasattr(pipe, "text_encoder_2"):
             cond, uncond, pooled, neg_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=negative)
@@ -58,14 +77,28 @@ def plain_chain(pipe, grad_steps, scale, eta, rescale=0.0, seed=5, negative=None
     x = latents if latents is not None else torch.randn(2, 4, size, size, generator=generator)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    for i, t in enumerate(scheduler.timesteps):
+
+    def predict(x, t):
         y = pipe.unet(torch.cat([x, x]), t, torch.cat([uncond, cond]), added_cond_kwargs=added).sample
-        y = y if i in grad_steps else y.detach()
         y_uncond, y_cond = y.chunk(2)
         y = y_uncond + scale * (y_cond - y_uncond)
-        y = rescale_noise_cfg(y, y_cond, rescale) if rescale else y
-        x = scheduler.step(y, t, x, eta=eta, generator=generator).prev_sample
-    return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        return rescale_noise_cfg(y, y_cond, rescale) if rescale else y
+
+    def decode(x):
+        return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+    for i, t in enumerate(scheduler.timesteps if last is None else scheduler.timesteps[: last + 1]):
+        y = predict(x.detach() if stop_input else x, t)
+        y = y if i in grad_steps else y.detach()
+        step = scheduler.step(y, t, x, eta=eta, generator=generator)
+        x = step.pred_original_sample if i == last else step.prev_sample
+    if not again:
+        return decode(x)
+    images, t = [decode(x)], scheduler.timesteps[-1]
+    for _ in range(again):
+        noised = scheduler.add_noise(x.detach(), torch.randn(x.shape, generator=generator), t)
+        images.append(decode(scheduler.step(predict(noised, t), t, noised).pred_original_sample))
+    return images
 
 
 def gradients(pipe, images):
@@ -134,6 +167,49 @@ def test_gradients_equal_plain_autograd(pipe, grad_steps, kind, eta, scale, resc
     images = sampler(PROMPTS, ["dog", "cat"], generator, plan=make_plan(kind, grad_steps))
     assert (images - theirs_images).abs().max() < 1e-5
     assert_equal_gradients(gradients(pipe, images), theirs)
+
+
+@pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
+@pytest.mark.parametrize(
+    ("truncation", "eta"),
+    [
+        (Truncation((1, 3), input_gradient=False), 0.5),
+        (Truncation((0, 2), input_gradient=False, last_step=2), 1.0),  # as drtune draws
+        (Truncation((0, 1), input_gradient=False, last_step=2), 0.0),  # the end is a step without gradient
+        (Truncation((3,), last_step=3), 0.0),  # as refl draws
+        (Truncation((2,), last_step=2), 1.0),
+    ],
+)
+def test_gradients_of_other_truncations_equal_plain_autograd(tiny_sd, kind, truncation, eta):
+    add_adapters(tiny_sd)
+    last = truncation.last_step
+    plain = plain_chain(tiny_sd, truncation.grad_steps, 5.0, eta, stop_input=not truncation.input_gradient, last=last)
+    theirs = gradients(tiny_sd, plain)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, eta)
+    plan = replace(make_plan(kind, truncation.grad_steps), num_steps=STEPS if last is None else last + 1)
+    generator = torch.Generator().manual_seed(5)
+    images = sampler(PROMPTS, None, generator, plan=plan, truncation=truncation)
+    assert (images - plain).abs().max() < 1e-5
+    assert_equal_gradients(gradients(tiny_sd, images), theirs)
+
+
+def test_renoised_pictures_equal_plain_autograd(tiny_sd):
+    """DRaFT-LV: the pictures of the chain and of each noising, and the mean of all their gradients."""
+    add_adapters(tiny_sd)
+    plain = plain_chain(tiny_sd, (3,), 5.0, 0.0, again=2)
+    theirs = gradients(tiny_sd, torch.stack(plain).flatten(0, 1))
+    sampler, generator = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.0), torch.Generator().manual_seed(5)
+    images = [sampler(PROMPTS, None, generator, truncation="lv:2")]
+    assert sampler.truncation.renoisings == 2
+    latents = sampler.latents
+    images += [sampler.renoise(latents, PROMPTS, None, generator) for _ in range(2)]
+    assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(images, plain, strict=True))
+    assert_equal_gradients(gradients(tiny_sd, torch.stack(images).flatten(0, 1)), theirs)
+
+
+def test_two_ways_to_name_the_gradient_steps_are_refused(tiny_sd):
+    with pytest.raises(ValueError, match="give one of them"):
+        DifferentiableSampler(tiny_sd, STEPS)(PROMPTS, grad_steps=(1,), truncation="full")
 
 
 def test_every_plan_gives_the_same_bits(pipe):

@@ -162,6 +162,24 @@ def test_learns(tiny_sd_folder, tmp_path):
     assert rewards[-1] > rewards[0] + 0.01, rewards
 
 
+def test_each_noising_of_a_picture_is_a_reward_query_and_counts_alike(tiny_sd_folder, tmp_path):
+    reward = Recorded()
+    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, truncation="lv:2"), reward)
+    trainer.step(0, 0)
+    assert [len(scores) for scores in reward.scores] == [2, 2, 2]
+    assert trainer.metrics.loss == pytest.approx(10 - np.mean(reward.scores), rel=1e-6)
+    assert trainer.metrics.reward_mean == pytest.approx(np.mean(reward.scores[0]), rel=1e-6)
+    assert (trainer.metrics.gradient_steps, trainer.metrics.status) == (1, "ok")
+
+
+@pytest.mark.parametrize("rule", ["drtune", "refl"])
+def test_chains_that_end_early_train(tiny_sd_folder, tmp_path, rule):
+    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, truncation=rule))
+    before = weights(trainer)
+    trainer.step(0, 0)
+    assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
+
+
 def test_step_reports_what_happened(tiny_sd_folder, tmp_path):
     config = make_config(tmp_path, train_gradient_accumulation_steps=2, truncation="last:2")
     trainer = make_trainer(tiny_sd_folder, config)
@@ -289,7 +307,7 @@ def test_fp16_without_a_gpu_is_refused(tiny_sd_folder, tmp_path):
 
 
 def test_unknown_truncation_is_refused(tiny_sd_folder, tmp_path):
-    with pytest.raises(ValueError, match="full, uniform or last:K"):
+    with pytest.raises(ValueError, match=r"unknown truncation .* last:K"):
         make_trainer(tiny_sd_folder, make_config(tmp_path, truncation="first:2"))
 
 

@@ -30,6 +30,7 @@ class Chain:
     adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
     parameters: the tensors besides x that the network's gradient is wanted for.
     groups: modules of the network by group ("transformers", "residuals"), for the plan's options.
+    input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
     """
 
     num_steps: int
@@ -38,6 +39,7 @@ class Chain:
     adjoint: Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
     parameters: Sequence[torch.Tensor]
     groups: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
+    input_gradient: bool = True
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ def _backward(tape: _Tape, g: torch.Tensor) -> tuple[torch.Tensor, list[torch.Te
 def _record(tape: _Tape, i: int, x: torch.Tensor, options: Mapping[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the network of step i with a graph. Returns its (input, output)."""
     # The first gradient step has no one to pass a gradient of x on to.
-    x = x.detach().requires_grad_(i > tape.first or tape.wants_gx)
+    x = x.detach().requires_grad_(tape.chain.input_gradient and (i > tape.first or tape.wants_gx))
     with torch.enable_grad(), step_kept_as(options.get("step", "keep"), tape.chain.groups):
         return x, tape.chain.network(i, x)
 

@@ -2,13 +2,15 @@
 
 from alignprop_fast.ops.guided_step import guided_step, guided_step_adjoint
 from alignprop_fast.sampling.ddim import StepTable, ddim_table
-from alignprop_fast.sampling.gates import draw_gates, trl_gates
+from alignprop_fast.sampling.gates import Truncation, draw_gates, draw_truncation, trl_gates
 from alignprop_fast.sampling.guidance import rescaled_guidance
 
 __all__ = [
     "StepTable",
+    "Truncation",
     "ddim_table",
     "draw_gates",
+    "draw_truncation",
     "guided_step",
     "guided_step_adjoint",
     "rescaled_guidance",

@@ -3,6 +3,8 @@
 Tolerance: float64, so results that differ by the order of sums alone agree to 1e-10.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -40,16 +42,18 @@ def make_chain(net):
 @pytest.mark.parametrize("grad_steps", [(0, 1, 2, 3, 4), (1, 3), (4,), (0,)])
 @pytest.mark.parametrize("resident", [0, 1, 5])
 @pytest.mark.parametrize("option", ["keep", "recompute"])
-def test_chain_equals_plain_autograd(grad_steps, resident, option):
+@pytest.mark.parametrize("through_input", [True, False])
+def test_chain_equals_plain_autograd(grad_steps, resident, option, through_input):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     cut = max(len(grad_steps) - resident, 0)
     options = {"step": option}
     plan = Plan(5, grad_steps[cut:], grad_steps[:cut], options, options)
     wanted = [x0, *net.parameters()]
-    ours = torch.autograd.grad(run_chain(make_chain(net), plan, x0).sin().sum(), wanted)
+    chain = replace(make_chain(net), input_gradient=through_input)
+    ours = torch.autograd.grad(run_chain(chain, plan, x0).sin().sum(), wanted)
     x = x0
     for i in range(5):
-        y = net(x * (i + 1))
+        y = net((x if through_input else x.detach()) * (i + 1))
         x = 0.9 * x + 0.2 * (y if i in grad_steps else y.detach())
     for a, b in zip(ours, torch.autograd.grad(x.sin().sum(), wanted), strict=True):
         assert torch.allclose(a, b, atol=1e-10)
