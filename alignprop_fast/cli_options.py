@@ -57,6 +57,7 @@ class TrainOptions:
     mixed_precision: str = "auto"
     memory_budget: str | None = None
     truncation: str = "uniform"
+    kl_weight: float = 0.0
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -83,7 +84,7 @@ _FIELDS = {
 }
 _SAME_NAME = (
     *("lora_rank", "optimizer", "mixed_precision", "memory_budget", "truncation", "seed", "log_with"),
-    *("height", "width"),
+    *("height", "width", "kl_weight"),
 )
 
 
@@ -181,8 +182,9 @@ def _option(panel: str, text: str, **limits: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=panel, **limits)
 
 
-_MODEL, _REWARD, _SAMPLING, _TRAINING, _DEVICE, _OUTPUT = (
-    *("Model", "Reward and prompts", "Sampling", "Training", "Device and memory", "Output"),
+_MODEL, _REWARD, _SAMPLING, _TRAINING, _CONTROL, _DEVICE, _OUTPUT = (
+    *("Model", "Reward and prompts", "Sampling", "Training", "Control of over-optimisation", "Device and memory"),
+    "Output",
 )
 
 Model = Annotated[
@@ -251,6 +253,16 @@ Truncation = Annotated[
         "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
         "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
         "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
+    ),
+]
+KlWeight = Annotated[
+    float,
+    _option(
+        _CONTROL,
+        "Weight of a regulariser: the mean squared difference of the model's output to the base model's. Higher keeps "
+        "pictures closer to it; costs up to twice the time of a gradient step. A cheaper remedy after training: scale "
+        "the adapters down by alignprop-fast merge RUN:0.7.",
+        min=0,
     ),
 ]
 Seed = Annotated[

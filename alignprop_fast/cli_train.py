@@ -39,6 +39,7 @@ def train(
     learning_rate: o.LearningRate = DEFAULTS.learning_rate,
     optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
     truncation: o.Truncation = DEFAULTS.truncation,
+    kl_weight: o.KlWeight = DEFAULTS.kl_weight,
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,

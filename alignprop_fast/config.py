@@ -57,6 +57,8 @@ class AlignPropConfig:
         memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; None: the leanest plan.
         truncation: a rule of `sampling.gates` ("full", "last:K", "uniform", "lv:N", "drtune", "refl", ...) in place of
             the three truncated_* fields; None: those fields.
+        kl_weight: adds kl_weight * base_mse to the loss: the mean squared difference of the (guided) model output to
+            the base model's, over the gradient steps (see `DifferentiableSampler`); needs adapters. 0 turns it off.
         lora_rank, lora_alpha: of new adapters.
         optimizer: "adamw", "adamw8bit" or "adafactor".
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
@@ -104,6 +106,7 @@ class AlignPropConfig:
     output_dir: str | None = None
     memory_budget: int | str | None = None
     truncation: str | None = None
+    kl_weight: float = 0.0
     lora_rank: int = 4
     lora_alpha: float = 4
     optimizer: str = "adamw"
@@ -161,6 +164,8 @@ class AlignPropConfig:
             raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard or nothing")
         if not 0 <= self.sample_eta <= 1:
             raise ValueError(f"sample_eta is {self.sample_eta}: use 0 (no noise) to 1 (DDPM's noise)")
+        if not 0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight is {self.kl_weight}: use 0 (off) or more")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {self.guidance_rescale}: use 0 (off) to 1")
 

@@ -14,7 +14,14 @@ import torch
 from alignprop_fast.models import adapt
 from alignprop_fast.models.stable_diffusion import Conditioning, Generator
 from alignprop_fast.planner import CostTable, Option, Plan, leanest, parse_bytes, solve
-from alignprop_fast.runtime import Chain, apply_by_image, measure_chain, measure_option, measure_segment, run_chain
+from alignprop_fast.runtime import (
+    Chain,
+    apply_by_image,
+    measure_chain,
+    measure_option,
+    measure_segment,
+    run_penalised_chain,
+)
 from alignprop_fast.sampling import (
     StepTable,
     Truncation,
@@ -47,6 +54,14 @@ class DifferentiableSampler:
         height, width: pixels; the model's own size where None.
         draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, the reward model above all.
+        compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
+            base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
+            loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
+            gradient passes through the step's input.
+
+    The regulariser is that of DPOK (Fan et al. 2023) up to the weights of the steps: two Gaussian kernels of one step
+    with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence b^2 |y - y'|^2 / (2 sigma^2). As
+    there, the latents x of a step are constants in its term, and no second copy of the model is held.
 
     Raises:
         ValueError: a pipeline, scheduler or option that is not supported; the message names the remedy.
@@ -65,6 +80,7 @@ class DifferentiableSampler:
         width: int | None = None,
         draw_unused_noise: bool = False,
         reserve: int | str = 0,
+        compare_with_base: bool = False,
     ):
         self.model = adapt(pipe)
         self.size = self.model.image_size(height, width)
@@ -73,6 +89,10 @@ class DifferentiableSampler:
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
+        if compare_with_base and not self.model.has_adapters():
+            raise ValueError("a comparison with the base model needs adapters that can be switched off: add a LoRA")
+        self.compare_with_base = compare_with_base
+        self.base_mse: torch.Tensor | None = None
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
@@ -90,8 +110,8 @@ class DifferentiableSampler:
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
 
-        Then `self.plan`, `self.truncation` and `self.latents` (what was decoded, [B, C, h, w], detached) are this
-        call's.
+        Then `self.plan`, `self.truncation`, `self.latents` (what was decoded, [B, C, h, w], detached) and, if asked
+        for, `self.base_mse` (a scalar with gradient, to be used in the same backward pass) are this call's.
 
         Args:
             prompts: B texts.
@@ -155,7 +175,9 @@ class DifferentiableSampler:
         return prompts, self.model.encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        x = run_chain(chain, plan, x)
+        x, penalty = run_penalised_chain(chain, plan, x)
+        if self.compare_with_base:
+            self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
         self.latents = x.detach()
         return self._decode(x, plan.decoder_options["decoder"])
 
@@ -177,8 +199,17 @@ class DifferentiableSampler:
         def adjoint(i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             return guided_step_adjoint(g, table.a[i], weights[i], y_dtype)
 
+        def off_base(i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.inference_mode(), model.adapters_off():
+                base = network(i, x)
+            wide = torch.promote_types(y.dtype, torch.float32)
+            delta = guided_step(torch.zeros_like(x), y.to(wide) - base.to(wide), None, 0.0, blend)
+            _, gradient = guided_step_adjoint(2 / delta.numel() * delta, 0.0, blend, wide)
+            return delta.square().mean(), gradient
+
+        penalty = off_base if self.compare_with_base else None
         groups = model.step_groups()
-        return Chain(len(table), network, advance, adjoint, model.trainable(), groups, input_gradient)
+        return Chain(len(table), network, advance, adjoint, model.trainable(), groups, input_gradient, penalty)
 
     def _decode(self, x: torch.Tensor, option: str) -> torch.Tensor:
         modules = [module for group in self.model.decoder_segments().values() for module in group]

@@ -81,6 +81,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             height=config.height,
             width=config.width,
             draw_unused_noise=True,
+            compare_with_base=config.kl_weight > 0,
         )
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
@@ -162,7 +163,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             pairs = self._generate_samples(self.config.train_batch_size)
             plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
             assert plan is not None and truncation is not None and latents is not None
-            terms = 1 + truncation.renoisings
+            terms, base_mse = 1 + truncation.renoisings, self.sampler.base_mse
             rewards, info = self._score(pairs)
             loss = self._backward(rewards, terms)
             for _ in range(truncation.renoisings):
@@ -175,12 +176,16 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             reward_parts=reward_parts(info),
             loss=self.accelerator.reduce(loss, "mean").item(),
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
+            base_mse=None if base_mse is None else self.accelerator.reduce(base_mse.detach().float(), "mean").item(),
         )
         return batch, {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}
 
     def _backward(self, rewards: torch.Tensor, terms: int) -> torch.Tensor:
         """Backward of one of `terms` losses whose mean counts; returns its share, detached, fp32."""
-        loss = self.calculate_loss(rewards) / terms
+        loss = self.calculate_loss(rewards)
+        if self.sampler.base_mse is not None:
+            loss = loss + self.config.kl_weight * self.sampler.base_mse
+        loss = loss / terms
         # A loss that is not finite makes the step void; its gradient is worth no time.
         if loss.requires_grad and math.isfinite(loss.item()):
             self.accelerator.backward(loss)

@@ -4,6 +4,7 @@ Tolerances: images and gradients of fp32 chains differ by rounding alone. Measur
 relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten times that. The contract is 1e-3.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
 from alignprop_fast.generate import DifferentiableSampler, Truncation
+from alignprop_fast.models.surgery import take_ops_out
 from alignprop_fast.planner import BudgetInfeasible, Plan
 from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter
 
@@ -101,11 +103,11 @@ def plain_chain(
     return images
 
 
-def gradients(pipe, images):
+def gradients(pipe, images, more=0.0):
     named = {n: p for n, p in pipe.unet.named_parameters() if p.requires_grad}
     for parameter in named.values():
         parameter.grad = None
-    reward(images).backward()
+    (reward(images) + more).backward()
     return {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
 
 
@@ -205,6 +207,51 @@ def test_renoised_pictures_equal_plain_autograd(tiny_sd):
     images += [sampler.renoise(latents, PROMPTS, None, generator) for _ in range(2)]
     assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(images, plain, strict=True))
     assert_equal_gradients(gradients(tiny_sd, torch.stack(images).flatten(0, 1)), theirs)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ops in", "ops out"])
+@pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
+def test_distance_to_the_base_model_equals_plain_autograd(tiny_sd, kind, stock):
+    """Value and gradient of reward and regulariser together; the reference never runs with adapters switched off."""
+    base = copy.deepcopy(tiny_sd.unet)
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.5, compare_with_base=True)
+    if stock:
+        take_ops_out(tiny_sd.unet)
+    inputs = []
+    hook = tiny_sd.unet.register_forward_hook(
+        lambda unet, args, kwargs, out: inputs.append((args, kwargs, out)), with_kwargs=True
+    )
+    plain = plain_chain(tiny_sd, (1, 3), 5.0, 0.5)
+    distances = []
+    for i in (1, 3):
+        (x, t, embeds), kwargs, _ = inputs[i]
+        ours = tiny_sd.unet(x.detach(), t, embeds, **kwargs).sample
+        uncond, cond = (ours - base(x.detach(), t, embeds, **kwargs).sample).chunk(2)
+        distances.append((uncond + 5.0 * (cond - uncond)).square().mean())
+    hook.remove()
+    expected = sum(distances) / 2
+    theirs = gradients(tiny_sd, plain, 1000 * expected)
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=make_plan(kind, (1, 3)))
+    assert expected > 1e-4 and sampler.base_mse.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert_equal_gradients(gradients(tiny_sd, images, 1000 * sampler.base_mse), theirs)
+    assert all(parameter.requires_grad for parameter in sampler.model.trainable())
+    tiny_sd.unet.zero_grad()
+
+
+def test_adapters_that_change_nothing_are_no_distance_away(tiny_sd):
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    sampler = DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+    sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0
+    with torch.no_grad():
+        sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0 and not sampler.base_mse.requires_grad
+
+
+def test_a_comparison_with_the_base_model_needs_adapters(tiny_sd):
+    with pytest.raises(ValueError, match="add a LoRA"):
+        DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
 
 
 def test_two_ways_to_name_the_gradient_steps_are_refused(tiny_sd):

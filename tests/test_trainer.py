@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -178,6 +179,25 @@ def test_chains_that_end_early_train(tiny_sd_folder, tmp_path, rule):
     before = weights(trainer)
     trainer.step(0, 0)
     assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
+
+
+def test_the_regulariser_is_in_the_loss_and_holds_the_model_back(tiny_sd_folder, tmp_path):
+    moved = []
+    for weight in (0.0, 1e3):
+        config = make_config(tmp_path, truncation="last:2", kl_weight=weight, num_epochs=6, train_learning_rate=1e-2)
+        trainer = make_trainer(tiny_sd_folder, config)
+        trainer.train()
+        metrics = trainer.metrics
+        base_mse = metrics.base_mse if weight else 0.0
+        assert metrics.loss == pytest.approx(10 - metrics.reward_mean + weight * base_mse, rel=1e-5)
+        assert ("base_mse" in metrics.to_log()) == bool(weight)
+        assert (metrics.base_mse is None) != bool(weight)
+        trainer.sampler.compare_with_base = True
+        torch.manual_seed(0)
+        trainer.sampler(list(PROMPTS), truncation="full")
+        moved.append(trainer.sampler.base_mse.item())
+        shutil.rmtree(config.output_dir)
+    assert moved[0] > 3 * moved[1] > 0
 
 
 def test_step_reports_what_happened(tiny_sd_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x seen as a chain: text in, noise prediction per step, image out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignprop_fast.models.surgery import put_ops_in
@@ -93,6 +95,24 @@ class StableDiffusionAdapter:
         if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in self.denoiser.modules()):
             raise ValueError("dropout is on in the denoiser: set lora_dropout to 0, or call pipe.unet.eval()")
         return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    def has_adapters(self) -> bool:
+        """Whether the denoiser is a base model with PEFT adapters on it."""
+        return any(isinstance(module, BaseTunerLayer) for module in self.denoiser.modules())
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside the block the denoiser is the base model: PEFT's adapters are left out of every forward pass."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer.disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                # The flag alone: `enable_adapters` also rewrites requires_grad, which a chain under way relies on.
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, was_off in zip(layers, before, strict=True):
+                layer._disable_adapters = was_off
 
     def modules(self) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs."""

@@ -1,6 +1,6 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
-from alignprop_fast.runtime.chain import Chain, run_chain
+from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
 from alignprop_fast.runtime.measure import PeakMeter, measure_chain, measure_option, measure_segment
 from alignprop_fast.runtime.segments import STEP_OPTIONS, apply_by_image, checkpointed, step_kept_as
 
@@ -14,5 +14,6 @@ __all__ = [
     "measure_option",
     "measure_segment",
     "run_chain",
+    "run_penalised_chain",
     "step_kept_as",
 ]
