@@ -58,6 +58,13 @@ class TrainOptions:
     memory_budget: str | None = None
     truncation: str = "uniform"
     kl_weight: float = 0.0
+    watch_reward: str | None = None
+    watch_reward_model: tuple[str, ...] = ()
+    watch_prompts: str | None = None
+    watch_pictures: int = 16
+    diversity_model: str | None = None
+    patience: int | None = None
+    max_drop: float = 0.0
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -111,7 +118,8 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
             **fields,
         )
     except ValueError as error:
-        flags = {field: "--" + name.replace("_", "-") for name, field in _FIELDS.items()}
+        names = _FIELDS | {name: name for name in _SAME_NAME}
+        flags = {field: "--" + name.replace("_", "-") for name, field in names.items()}
         message = re.sub(r"^\w+", lambda word: flags.get(word[0], word[0]), str(error))
         raise ValueError(message) from error
 
@@ -182,9 +190,8 @@ def _option(panel: str, text: str, **limits: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=panel, **limits)
 
 
-_MODEL, _REWARD, _SAMPLING, _TRAINING, _CONTROL, _DEVICE, _OUTPUT = (
-    *("Model", "Reward and prompts", "Sampling", "Training", "Control of over-optimisation", "Device and memory"),
-    "Output",
+_MODEL, _REWARD, _SAMPLING, _TRAINING, _DEVICE, _OUTPUT = (
+    *("Model", "Reward and prompts", "Sampling", "Training", "Device and memory", "Output"),
 )
 
 Model = Annotated[
@@ -253,16 +260,6 @@ Truncation = Annotated[
         "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
         "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
         "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
-    ),
-]
-KlWeight = Annotated[
-    float,
-    _option(
-        _CONTROL,
-        "Weight of a regulariser: the mean squared difference of the model's output to the base model's. Higher keeps "
-        "pictures closer to it; costs up to twice the time of a gradient step. A cheaper remedy after training: scale "
-        "the adapters down by alignprop-fast merge RUN:0.7.",
-        min=0,
     ),
 ]
 Seed = Annotated[

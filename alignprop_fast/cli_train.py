@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignprop_fast import cli_options as o
+from alignprop_fast import cli_options_control as c
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
 from alignprop_fast.cli_support import plain, quiet_libraries, setup_errors
 
@@ -39,7 +40,14 @@ def train(
     learning_rate: o.LearningRate = DEFAULTS.learning_rate,
     optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
     truncation: o.Truncation = DEFAULTS.truncation,
-    kl_weight: o.KlWeight = DEFAULTS.kl_weight,
+    kl_weight: c.KlWeight = DEFAULTS.kl_weight,
+    watch_reward: c.WatchReward = DEFAULTS.watch_reward,
+    watch_reward_model: c.WatchRewardModel = [],  # noqa: B006
+    watch_prompts: c.WatchPrompts = DEFAULTS.watch_prompts,
+    watch_pictures: c.WatchPictures = DEFAULTS.watch_pictures,
+    diversity_model: c.DiversityModel = DEFAULTS.diversity_model,
+    patience: c.Patience = DEFAULTS.patience,
+    max_drop: c.MaxDrop = DEFAULTS.max_drop,
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
@@ -61,6 +69,7 @@ def train(
 
     - `alignprop-fast train --reward colorfulness --num-inference-steps 12 --output-dir colourful`
     - `alignprop-fast train --model path/to/sd15 --reward-model path/to/clip --prompts animals --memory-budget 24GiB`
+    - `alignprop-fast train --reward colorfulness --watch-reward clip --patience 2 --max-drop 0.02 --output-dir held`
     - `alignprop-fast train --resume --output-dir colourful`
     """
     chosen: dict[str, Any] = {field.name: plain(ctx.params[field.name]) for field in fields(TrainOptions)}

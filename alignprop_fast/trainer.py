@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from accelerate.utils import broadcast, set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.control import Stateful
 from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
@@ -40,6 +41,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         sd_pipeline: a `DefaultDDPOStableDiffusionPipeline`.
         image_samples_hook: called as (pairs, global step, tracker or None) every `log_image_freq` steps; `pairs` holds
             images, prompts, prompt_metadata and rewards of the last micro-batch, detached.
+        stateful: objects, by name, whose state checkpoints keep and a resumed run gets back.
 
     Raises:
         ValueError, FileNotFoundError: an option that cannot work here, or a checkpoint that cannot be resumed from.
@@ -54,12 +56,14 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         prompt_function: Callable[[], tuple[str, Any]],
         sd_pipeline: Any,
         image_samples_hook: Callable[[dict[str, Any], int, Any], Any] | None = None,
+        stateful: Mapping[str, Stateful] | None = None,
     ):
         if not hasattr(sd_pipeline, "get_trainable_layers"):
             raise ValueError("sd_pipeline must be a DefaultDDPOStableDiffusionPipeline: give it your model's folder")
         self.config, self.sd_pipeline = config, sd_pipeline
         self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
+        self.stateful = dict(stateful or {})
         resume_from = find_resume(config)
         self._truncation()  # one that cannot work is to fail here, before the model is placed
         self.accelerator = make_accelerator(config)

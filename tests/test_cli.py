@@ -207,6 +207,13 @@ BAD = {
     "no learning rate": (["--learning-rate", "nan"], "--learning-rate is nan: use a number above 0"),
     "unknown optimizer": (["--optimizer", "adam"], "adamw8bit"),
     "unknown truncation": (["--truncation", "first:3"], "last:K"),
+    "nothing to watch": (["--patience", "2"], "add --watch-reward"),
+    "weights of nothing": (["--diversity-model", "{tmp}/none"], "add --watch-reward"),
+    "unknown watched reward": (["--watch-reward", "clap"], "did you mean 'clip'"),
+    "no watched prompts": (["--watch-reward", "clip", "--watch-prompts", "{tmp}/none.txt"], "no prompts file"),
+    "no patience": (["--watch-reward", "clip", "--patience", "0"], "--patience"),
+    "negative weight": (["--kl-weight", "-1"], "--kl-weight"),
+    "endless weight": (["--kl-weight", "inf"], "--kl-weight is inf: use 0 (off) or more"),
     "too long truncation": (["--truncation", "last:3"], "use 1 to 2"),
     "odd size": (["--height", "13"], "multiple of 8"),
     "no guidance": (["--guidance-scale", "nan"], "--guidance-scale"),
@@ -366,3 +373,46 @@ def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
     assert (tmp_path / "demo" / "before_after.png").is_file() and (tmp_path / "demo" / WEIGHTS).is_file()
     assert "the bundled model learns" in out and "seconds in all" in out
     assert command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")[0] == 2
+
+
+WATCHED = """
+def falls(images, prompts, metadata):
+    # What is watched: the darker the worse, so that training for brightness pleases it, and for darkness not.
+    return images.mean(dim=(1, 2, 3)), {}
+def darkness(images, prompts, metadata):
+    return -images.mean(dim=(1, 2, 3)), {}
+"""
+
+
+def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
+    command, tiny_sd, tiny_sd_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "watched_of_test.py").write_text(WATCHED)
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", tiny_sd_folder, "--reward", "watched_of_test:darkness", *TINY, "--learning-rate", "1e-2")
+    options = (*options, "--watch-reward", "watched_of_test:falls", "--watch-prompts", "demo", "--watch-pictures", 4)
+    options = (*options, "--sample-every", 2, "--save-every", 3, "--patience", 2)
+    whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
+    code, printed, err = command("train", *options, "--max-drop", 0.01, "--steps", 20, "--output-dir", whole)
+    assert (code, err) == (0, "")
+    samples = [json.loads(line) for line in (whole / "samples" / "samples.jsonl").read_text().splitlines()]
+    scores = [sample["watch"]["reward"] for sample in samples]
+    ended = samples[-1]["step"]
+    assert records(whole)[-1]["step"] == ended
+    good = [score >= max(scores[: i + 1]) - 0.01 for i, score in enumerate(scores)]
+    assert good[-3:] == [True, False, False]
+    kept = samples[-3]["step"]
+    assert f"stopped after step {ended}: the adapters of step {kept} are kept" in printed
+    assert 0 < kept < ended < 20
+    # The LoRA that is written is that of a run of so many steps which nobody watched.
+    unwatched = options[: options.index("--watch-reward")]
+    assert command("train", *unwatched, "--steps", kept, "--output-dir", plain)[0] == 0
+    written, expected = load_file(whole / WEIGHTS), load_file(plain / WEIGHTS)
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    # Interrupted in between and resumed, and resumed once more when it has stopped already.
+    assert command("train", *options, "--max-drop", 0.01, "--steps", 3, "--output-dir", parts)[0] == 0
+    for _ in range(2):
+        assert command("train", "--resume", "--steps", 20, "--output-dir", parts)[0] == 0
+        assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+        assert (parts / "before_after.png").read_bytes() == (whole / "before_after.png").read_bytes()
+        assert records(parts)[-1]["step"] == ended

@@ -17,7 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
-TRAINER = {"checkpoint", "config", "data", "metrics", "model_card", "optim", "placement", "report", "training_state"}
+TRAINER = {
+    "checkpoint",
+    "config",
+    "control",
+    "data",
+    "metrics",
+    "model_card",
+    "optim",
+    "placement",
+    "report",
+    "training_state",
+}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"kernels"}, {"torch"}),
@@ -29,6 +40,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
     "generate": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
     "evaluate": ({"generate", "rewards"}, {"torch"}),
+    "watch": ({"evaluate", "generate", "rewards"}, {"torch"}),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
         {"generate", "rewards", "planner", "trainer", *TRAINER},
