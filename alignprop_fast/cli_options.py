@@ -43,6 +43,7 @@ class TrainOptions:
     reward: str = "clip"
     reward_model: tuple[str, ...] = ()
     allow_pickle: bool = False
+    normalise_rewards: bool = False
     prompts: str = "demo"
     steps: int = 100
     num_inference_steps: int = 50
@@ -226,6 +227,15 @@ AllowPickle = Annotated[
     typer.Option(
         "--allow-pickle",
         help="Also read reward weights in .pt, .pth and .bin files (tensors only; nothing in them is run).",
+        rich_help_panel=_REWARD,
+    ),
+]
+NormaliseRewards = Annotated[
+    bool,
+    typer.Option(
+        "--normalise-rewards",
+        help="Divide each part of a sum by the running standard deviation of its scores, so that the weights mean "
+        "strength whatever the scales; what is logged stays as it is.",
         rich_help_panel=_REWARD,
     ),
 ]

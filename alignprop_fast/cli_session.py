@@ -71,6 +71,7 @@ class Session:
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
         from alignprop_fast.rewards import get_reward
+        from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
@@ -95,9 +96,15 @@ class Session:
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
         try:
-            stateful = {} if self.stopping is None else {"stopping": self.stopping}
+            normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
+            owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
             self.trainer = AlignPropTrainer(
-                config, self.reward, self._draw_prompt, pipeline, self._after_step, stateful=stateful
+                config,
+                normalised or self.reward,
+                self._draw_prompt,
+                pipeline,
+                self._after_step,
+                stateful={name: owner for name, owner in owners.items() if owner is not None},
             )
             self._check_budget()
             self.before = self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()

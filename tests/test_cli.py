@@ -416,3 +416,20 @@ def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
         assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
         assert (parts / "before_after.png").read_bytes() == (whole / "before_after.png").read_bytes()
         assert records(parts)[-1]["step"] == ended
+
+
+def test_a_normalised_mixture_resumes_exactly(command, tiny_sd_folder, tmp_path):
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness,compressibility:2", "--learning-rate", "1e-2")
+    options = (*options, *TINY, "--sample-every", 10, "--save-every", 2)
+    whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
+    assert command("train", *options, "--normalise-rewards", "--steps", 4, "--output-dir", whole)[0] == 0
+    assert command("train", *options, "--steps", 4, "--output-dir", plain)[0] == 0
+    assert command("train", *options, "--normalise-rewards", "--steps", 2, "--output-dir", parts)[0] == 0
+    assert command("train", "--resume", "--steps", 4, "--output-dir", parts)[0] == 0
+    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes() != (plain / WEIGHTS).read_bytes()
+    first = records(whole)[0]
+    parts_mean = first["reward_parts"]
+    assert first["reward_mean"] == pytest.approx(
+        parts_mean["colorfulness"] + 2 * parts_mean["compressibility"], rel=1e-5
+    )
+    assert first["grad_norm"] != pytest.approx(records(plain)[0]["grad_norm"], rel=1e-2)
