@@ -5,7 +5,8 @@ metrics.jsonl                   one line per optimizer step
 samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and after; samples.jsonl: their rewards,
                                 and what was watched
 checkpoints/                    to resume from
-reward.png, before_after.png, pytorch_lora_weights.safetensors
+reward.png, before_after.png, README.md (a model card)
+pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from alignprop_fast.cli_options import TrainOptions, make_config
 from alignprop_fast.cli_options_control import make_stopping, make_watch
+from alignprop_fast.cli_results import write_adapters, write_card
 from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
@@ -294,16 +296,14 @@ class Session:
         raise typer.Exit(INTERRUPTED)
 
     def _finish(self) -> None:
-        from alignprop_fast.models.lora import save_lora
-
         steps = self._keep_best()
-        metadata = {"alignprop_reward": self.options.reward, "alignprop_steps": str(steps)}
-        save_lora(self.trainer.sd_pipeline.sd_pipeline, self.folder, metadata)
+        write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
         self._plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
+        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after)
         self.trainer.accelerator.end_training()
 
     def _keep_best(self) -> int:

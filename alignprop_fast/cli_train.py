@@ -63,8 +63,9 @@ def train(
 ) -> None:
     """Fine-tune LoRA adapters by the gradient of a reward.
 
-    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), before_after.png, reward.png, samples/,
-    metrics.jsonl, checkpoints/, config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
+    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
+    ComfyUI and others), before_after.png, reward.png, README.md (a model card), samples/, metrics.jsonl, checkpoints/,
+    config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
 
     **Examples**
 
@@ -99,3 +100,4 @@ def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures
     console.print(table)
     console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
+    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alignprop_fast.cli import main
 
 TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu")
 WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA = "kohya_lora_weights.safetensors"
 
 
 def snapshot(folder):
@@ -71,7 +73,7 @@ def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_pat
     assert "sample prompts" in printed and "step 3/3" in printed
     assert {path.name for path in out.iterdir()} == {
         *(WEIGHTS, "metrics.jsonl", "samples", "reward.png", "before_after.png", "checkpoints"),
-        *("config.yaml", "versions.json"),
+        *("config.yaml", "versions.json", "README.md", KOHYA),
     }
     assert {path.name for path in (out / "samples").glob("*.png")} == {f"step_000{i}.png" for i in (0, 2, 3)}
     assert [record["step"] for record in records(out)] == [1, 2, 3]
@@ -86,6 +88,14 @@ def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_pat
     assert {file.read_bytes() for file in folders[0].iterdir()} != {file.read_bytes() for file in folders[1].iterdir()}
     tiny_sd.load_lora_weights(out)
     assert any(p.abs().max() > 0 for name, p in tiny_sd.unet.named_parameters() if "lora_B" in name)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and "before_after.png" in card and "`colorfulness:2,compressibility`" in card
+    assert KOHYA in card and "load_lora_weights" in card and str(tmp_path) not in card
+    assert str(tiny_sd_folder.parent) not in card and f"| model | {tiny_sd_folder.name} |" in card
+    with safe_open(out / KOHYA, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_steps"] == metadata["alignprop_steps"] == "3"
+    assert metadata["alignprop_base_model"] == tiny_sd_folder.name and str(tmp_path) not in str(metadata)
     # `sample` with those adapters draws the very pictures of the last step.
     code, _, err = command(
         *("sample", "--model", tiny_sd_folder, "--lora", out, "--prompts", "demo", "--output-dir", tmp_path / "s"),
@@ -111,7 +121,7 @@ def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tin
         stream.write(json.dumps({**records(parts)[-1], "step": 3}) + '\n{"step": 4, "rew')
     code, _, err = command("train", "--resume", "--steps", 4, "--output-dir", parts)
     assert (code, err) == (0, "")
-    for name in (WEIGHTS, "samples/samples.jsonl", "samples/step_0004.png", "before_after.png"):
+    for name in (WEIGHTS, KOHYA, "samples/samples.jsonl", "samples/step_0004.png", "before_after.png"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     assert without_times(parts) == without_times(whole)
     assert (parts / WEIGHTS).read_bytes() != before[parts / WEIGHTS]
