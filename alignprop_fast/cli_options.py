@@ -32,6 +32,7 @@ class OptimizerName(StrEnum):
 class Tracker(StrEnum):
     wandb = "wandb"
     tensorboard = "tensorboard"
+    trackio = "trackio"
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ SaveEvery = Annotated[int, _option(_OUTPUT, "Optimizer steps between checkpoints
 SampleEvery = Annotated[
     int, _option(_OUTPUT, "Optimizer steps between sample pictures (same prompts and seeds each time).", min=1)
 ]
-LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send the numbers to a tracker as well.")]
+LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send numbers and sample pictures to a tracker as well.")]
 Resume = Annotated[
     bool,
     typer.Option(

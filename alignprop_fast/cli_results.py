@@ -60,7 +60,15 @@ def write_card(
         tags={"alignprop", "reward-backpropagation", "lora", "text-to-image"},
         lora=True,
         options={**shown, "steps": steps},
-        result=Result(options.reward, scores, len(after.images), tuple(prompts), "before_after.png", KOHYA_NAME),
+        result=Result(
+            shareable(options.model),
+            options.reward,
+            scores,
+            len(after.images),
+            tuple(prompts),
+            "before_after.png",
+            KOHYA_NAME,
+        ),
     )
 
 

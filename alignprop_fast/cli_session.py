@@ -49,6 +49,7 @@ from alignprop_fast.report import (
     to_images,
     write_whole,
 )
+from alignprop_fast.tracking import log_picture
 
 if TYPE_CHECKING:
     from alignprop_fast.watch import Watched
@@ -259,11 +260,20 @@ class Session:
             save_image(image, folder / f"{i:02d}.png")
         title = f"Step {step}   mean reward {pictures.mean_reward:.3f}   ({self.options.reward})"
         save_grid(folder.with_suffix(".png"), pictures, title)
+        self._track(step, folder.with_suffix(".png"), pictures, watched)
         columns = {"prompts": pictures.prompts, "seeds": pictures.seeds, "rewards": pictures.rewards}
         means = {"reward_mean": pictures.mean_reward, "reward_parts": pictures.mean_parts}
         watch = {} if watched is None else {"watch": watched.to_dict()}
         self.samples.append({"step": step, **means, **watch, **columns})
         self._plot()
+
+    def _track(self, step: int, grid: Path, pictures: Pictures, watched: Watched | None) -> None:
+        """The same to the tracker, if there is one."""
+        accelerator = self.trainer.accelerator
+        numbers = {"samples/reward": pictures.mean_reward, **(watched.to_log() if watched else {})}
+        accelerator.log(numbers, step=step)
+        with Image.open(grid) as picture:
+            log_picture(accelerator.trackers, "samples", picture.convert("RGB"), step)
 
     def _load_before(self) -> Pictures:
         """The first pictures of the run that is resumed."""

@@ -12,7 +12,7 @@ from typing import Any
 from alignprop_fast.planner import parse_bytes
 
 _PRECISIONS = ("no", "none", "fp16", "bf16")
-_TRACKERS = (None, "wandb", "tensorboard")
+_TRACKERS = (None, "wandb", "tensorboard", "trackio")
 
 
 @dataclass
@@ -23,7 +23,7 @@ class AlignPropConfig:
         exp_name: name of the experiment; the script's name without its extension.
         run_name: name of this run.
         seed: seed of the global random-number generators (plus the process index).
-        log_with: "wandb", "tensorboard" or None.
+        log_with: "wandb", "tensorboard", "trackio" or None.
         log_image_freq: call the image hook every so many optimizer steps.
         tracker_kwargs: options of the tracker, passed to accelerate's `init_trackers`.
         accelerator_kwargs: options of `accelerate.Accelerator`.
@@ -161,7 +161,7 @@ class AlignPropConfig:
         if self.mixed_precision not in _PRECISIONS:
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}: use no, bf16 or fp16")
         if self.log_with not in _TRACKERS:
-            raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard or nothing")
+            raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard, trackio or nothing")
         if not 0 <= self.sample_eta <= 1:
             raise ValueError(f"sample_eta is {self.sample_eta}: use 0 (no noise) to 1 (DDPM's noise)")
         if not 0 <= self.kl_weight < float("inf"):

@@ -45,7 +45,7 @@ the effect. There are no trigger words.
 
 ## Result
 
-Trained for the reward `{reward}`. Mean over {count} pictures of fixed prompts and seeds:
+Trained on `{base}` for the reward `{reward}`. Mean over {count} pictures of fixed prompts and seeds:
 
 | | before | after |
 |---|---|---|
@@ -62,10 +62,12 @@ _PROMPTS = 20  # that are listed, at most
 class Result:
     """What a run has to show.
 
+    base: the base model's name.
     scores: (before, after) of the reward and of its parts. count: pictures that they are the means of. picture, kohya:
     names of files beside the card.
     """
 
+    base: str
     reward: str
     scores: Mapping[str, tuple[float, float]]
     count: int
@@ -76,6 +78,7 @@ class Result:
     def to_text(self) -> str:
         listed = "; ".join(self.prompts[:_PROMPTS]) + ("; and more" if len(self.prompts) > _PROMPTS else "")
         return _RESULT.format(
+            base=self.base,
             reward=self.reward,
             count=self.count,
             scores="\n".join(f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in self.scores.items()),

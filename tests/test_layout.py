@@ -40,6 +40,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
     "generate": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
     "evaluate": ({"generate", "rewards"}, {"torch"}),
+    "tracking": (set(), {"numpy", "PIL"}),
     "watch": ({"evaluate", "generate", "rewards"}, {"torch"}),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (

@@ -1,6 +1,6 @@
 """The adapters once more under kohya's names, which ComfyUI, AUTOMATIC1111 and others read, and kohya's metadata.
 
-    unet.mid_block.attentions.0. ... .to_q.lora_A.weight  ->  lora_unet_mid_block_attentions_0_ ... _to_q.lora_down.weight
+    unet.mid_block.attentions.0 ... to_q.lora_A.weight  ->  lora_unet_mid_block_attentions_0 ... to_q.lora_down.weight
 
 and an `.alpha` beside each pair, since these readers scale by alpha / rank. Blocks are called as in diffusers, for SDXL
 too: all of these readers know both ways, and so does `load_lora_weights`.
