@@ -189,11 +189,8 @@ class Session:
 
     def _check_budget(self) -> None:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
-        import torch
-
         if self.options.memory_budget is not None:
-            prompts = [self.prompts[0]] * self.options.batch_size
-            self.trainer.sampler(prompts, self.options.negative_prompt, torch.Generator().manual_seed(0))
+            self.plan = self.trainer.sampler.plan_for(self.options.batch_size)
 
     def _check_reward(self, pipe: Any, device: str) -> None:
         """Score a grey batch: a reward without gradient is to be refused before anything is written.

@@ -6,22 +6,17 @@ Here the two halves of the package meet: `sampling` says what a step computes, `
 is carried to the backward pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.models import adapt
 from alignprop_fast.models.stable_diffusion import Conditioning, Generator
-from alignprop_fast.planner import CostTable, Option, Plan, leanest, parse_bytes, solve
-from alignprop_fast.runtime import (
-    Chain,
-    apply_by_image,
-    measure_chain,
-    measure_option,
-    measure_segment,
-    run_penalised_chain,
-)
+from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
+from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
 from alignprop_fast.sampling import (
     StepTable,
     Truncation,
@@ -53,7 +48,10 @@ class DifferentiableSampler:
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
         height, width: pixels; the model's own size where None.
         draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
-        reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, the reward model above all.
+        reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
+        reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
+        reward_bytes: what the reward's weights take on the device.
+        optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
             loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
@@ -80,6 +78,9 @@ class DifferentiableSampler:
         width: int | None = None,
         draw_unused_noise: bool = False,
         reserve: int | str = 0,
+        reward: Callable[..., tuple[torch.Tensor, Any]] | None = None,
+        reward_bytes: int = 0,
+        optimizer_bytes: int | None = None,
         compare_with_base: bool = False,
     ):
         self.model = adapt(pipe)
@@ -89,6 +90,7 @@ class DifferentiableSampler:
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
+        self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
         if compare_with_base and not self.model.has_adapters():
             raise ValueError("a comparison with the base model needs adapters that can be switched off: add a LoRA")
         self.compare_with_base = compare_with_base
@@ -96,7 +98,10 @@ class DifferentiableSampler:
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
-        self._cost_tables: dict[tuple, CostTable] = {}
+        self._solvers: dict[tuple, Solver] = {}
+        self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
+        self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
+        self._host_pool: HostPool | None = None
 
     def __call__(
         self,
@@ -106,6 +111,7 @@ class DifferentiableSampler:
         grad_steps: Iterable[int] | None = None,
         latents: torch.Tensor | None = None,
         plan: Plan | None = None,
+        metadata: Sequence[Any] | None = None,
         truncation: Truncation | str | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
@@ -121,6 +127,7 @@ class DifferentiableSampler:
                 detached: gradient passes by their affine path only. Under `torch.no_grad()` none is taken.
             latents: initial latents [B, C, h, w] instead of drawn ones; if they require grad they receive it.
             plan: run under this plan, with the gradient steps that it names, instead of choosing one.
+            metadata: of the B prompts, for a `reward` whose costs are measured and that wants some; None: {} each.
             truncation: a rule of `draw_truncation` or what it drew, in place of grad_steps. Its `renoisings` are for
                 the caller, who asks for each by `renoise`.
 
@@ -138,9 +145,9 @@ class DifferentiableSampler:
         table = self.table if last is None else self.table.ending_at(last)
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, table, truncation.input_gradient)
-        self.plan = plan or self._make_plan(chain, cond, len(prompts), self._grad_steps(truncation.grad_steps, chain))
-        x = self.model.initial_latents(len(prompts), self.size, generator, latents)
-        return self._run(chain, self.plan, x)
+        task = self._task(chain, cond, prompts, metadata)
+        self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain))
+        return self._run(chain, self.plan, self.model.initial_latents(len(prompts), self.size, generator, latents))
 
     def renoise(
         self,
@@ -148,6 +155,7 @@ class DifferentiableSampler:
         prompts: str | list[str],
         negative_prompts: str | list[str] | None = None,
         generator: Generator = None,
+        metadata: Sequence[Any] | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] of latents noised to the level of the chain's last step and denoised by that step alone.
 
@@ -156,14 +164,14 @@ class DifferentiableSampler:
 
         Args:
             latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
-            prompts, negative_prompts, generator: as for the sampler itself; the generator gives the noise.
+            prompts, negative_prompts, generator, metadata: as for the sampler itself; the generator gives the noise.
         """
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
-        plan = self._make_plan(chain, cond, len(prompts), self._grad_steps((0,), chain))
+        self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
         signal, level = self.table.last_level()
         x = latents.detach()
-        return self._run(chain, plan, signal * x + level * self.model.noise(x, generator))
+        return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
 
     def _encode(
         self, prompts: str | list[str], negative_prompts: str | list[str] | None
@@ -174,12 +182,56 @@ class DifferentiableSampler:
             negative_prompts = [negative_prompts] * len(prompts)
         return prompts, self.model.encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
 
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
+        """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
+        assert self.reward is not None, "the sampler was made without a reward"
+        stage = "batch" if self.plan is None or self.plan.reward is None else self.plan.reward.name
+        if stage == "batch":
+            return self.reward(images, prompts, metadata)
+        return in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
+
+    def plan_for(self, batch: int, num_grad_steps: int | None = None) -> Plan:
+        """The plan of a batch of this size with so many gradient steps; None: all of them, which needs the most memory.
+
+        Raises:
+            BudgetInfeasible: no plan keeps the memory budget.
+        """
+        task = self._blank_task(batch)
+        steps = task.chain.num_steps
+        count = steps if num_grad_steps is None else num_grad_steps
+        return self._make_plan(task, list(range(steps - count, steps)))
+
+    def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
+        """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
+        estimated for a GPU that need not be here.
+        """
+        task = self._blank_task(batch)
+        with torch.enable_grad():
+            return measured_table(task) if gpu is None else estimated_table(task, gpu)
+
+    def tighten(self, factor: float = 0.9) -> int:
+        """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
+
+        Raises:
+            BudgetInfeasible: there is no leaner plan.
+        """
+        if self.budget_bytes is None:
+            taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
+        else:
+            peak_bytes = self.plan.peak_bytes if self.plan else 0
+            taken_bytes = min(self.budget_bytes, peak_bytes or self.budget_bytes)
+        budget_bytes = int(factor * taken_bytes)
+        for solver in self._solvers.values():
+            solver.plan(range(solver.num_steps), budget_bytes)
+        self.budget_bytes = budget_bytes
+        return budget_bytes
+
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        x, penalty = run_penalised_chain(chain, plan, x)
+        x, penalty = run_penalised_chain(replace(chain, offloader=self._offloader(plan)), plan, x)
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
         self.latents = x.detach()
-        return self._decode(x, plan.decoder_options["decoder"])
+        return by_image(self.model.decode, x, plan.decoder.name, plan.decoder.options, self._decoder_blocks)
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
         model, scale = self.model, self.guidance_scale
@@ -207,13 +259,22 @@ class DifferentiableSampler:
             _, gradient = guided_step_adjoint(2 / delta.numel() * delta, 0.0, blend, wide)
             return delta.square().mean(), gradient
 
-        penalty = off_base if self.compare_with_base else None
-        groups = model.step_groups()
-        return Chain(len(table), network, advance, adjoint, model.trainable(), groups, input_gradient, penalty)
+        return Chain(
+            len(table),
+            network,
+            advance,
+            adjoint,
+            model.trainable(),
+            self._denoiser_blocks,
+            input_gradient=input_gradient,
+            penalty=off_base if self.compare_with_base else None,
+        )
 
-    def _decode(self, x: torch.Tensor, option: str) -> torch.Tensor:
-        modules = [module for group in self.model.decoder_segments().values() for module in group]
-        return apply_by_image(self.model.decode, x, option, modules)
+    def _offloader(self, plan: Plan) -> Offloader | None:
+        if not plan.host_bytes:
+            return None
+        self._host_pool = self._host_pool or HostPool(self.model.device)
+        return Offloader(self.model.device, self._host_pool)
 
     def _grad_steps(self, grad_steps: Iterable[int], chain: Chain) -> list[int]:
         """Ascending gradient steps; none where nothing could receive a gradient."""
@@ -222,48 +283,34 @@ class DifferentiableSampler:
             raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
         return steps if torch.is_grad_enabled() and chain.parameters else []
 
-    def _make_plan(self, chain: Chain, cond: Conditioning, batch: int, grad_steps: list[int]) -> Plan:
+    def _make_plan(self, task: Task, grad_steps: list[int]) -> Plan:
+        # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
+        num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
         if self.budget_bytes is None or not torch.is_grad_enabled():
-            return leanest(chain.num_steps, grad_steps)
-        key = (batch, cond.embeds.shape, cond.embeds.dtype, len(chain.parameters))
-        if key not in self._cost_tables:
-            self._cost_tables[key] = self._measure(chain, batch, self.budget_bytes)
-        return solve(self._cost_tables[key], chain.num_steps, grad_steps, self.budget_bytes)
+            return leanest(num_steps, grad_steps)
+        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
+        if key not in self._solvers:
+            self._solvers[key] = Solver(measured_table(task), num_steps, num_steps)
+        return self._solvers[key].plan(grad_steps, self.budget_bytes)
 
-    def _measure(self, chain: Chain, batch: int, budget_bytes: int) -> CostTable:
-        """The cost table at this batch size, from running each option once; draws no random numbers."""
-        device = self.model.device
-        scale = self.model.pipe.vae_scale_factor
-        x = torch.zeros(batch, self.model.latent_channels, *(side // scale for side in self.size))
-        x = x.to(device=device, dtype=torch.promote_types(self.model.dtype, torch.float32))
+    def _blank_task(self, batch: int) -> Task:
+        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
+        return self._task(self._chain(cond, None, self.table, True), cond, [""] * batch, None)
 
-        def decode(option: str) -> Option:
-            start = x.detach().requires_grad_()
-            return measure_option(
-                option,
-                lambda: self._decode(start, option),
-                lambda images: torch.autograd.grad(images, start, torch.ones_like(images)),
-                device,
-            )
-
-        trained_bytes = sum(p.numel() * p.element_size() for p in chain.parameters)
-        # Gradient, its sum over the steps and two optimizer moments in fp32 for each trainable parameter.
-        fixed_bytes = self._weight_bytes() + 2 * trained_bytes + 8 * sum(p.numel() for p in chain.parameters)
-        limit_bytes = budget_bytes - fixed_bytes
-        sampling, step = measure_chain(chain, x, limit_bytes)
-        return CostTable(
-            fixed_bytes=fixed_bytes,
-            latent_bytes=x.numel() * x.element_size(),
-            step=(step,),
-            decoder=(measure_segment("decoder", ("block", "image", "keep"), decode, limit_bytes),),
-            sampling_bytes=sampling.transient_bytes,
-            sampling_seconds=sampling.seconds,
-            reward_bytes=self.reserve_bytes,
+    def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:
+        return Task(
+            model=self.model,
+            chain=chain,
+            cond=cond,
+            size=self.size,
+            decoder_blocks=self._decoder_blocks,
+            prompts=prompts,
+            metadata=[{} for _ in prompts] if metadata is None else list(metadata),
+            reward=self.reward,
+            reward_bytes=self.reward_bytes,
+            reserve_bytes=self.reserve_bytes,
+            optimizer_bytes=self.optimizer_bytes,
         )
-
-    def _weight_bytes(self) -> int:
-        tensors = [t for module in self.model.modules() for t in (*module.parameters(), *module.buffers())]
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def _check_prompts(prompts: list[str], negative_prompts: str | list[str] | None) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_trun
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
+from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
@@ -85,6 +87,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             height=config.height,
             width=config.width,
             draw_unused_noise=True,
+            reward=reward_function,
+            reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
             compare_with_base=config.kl_weight > 0,
         )
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
@@ -159,21 +163,20 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return 10.0 - rewards.mean()
 
     def _score(self, pairs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        return self.reward_fn(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
+        return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
 
     def _micro_batch(self) -> tuple[BatchMetrics, dict[str, Any]]:
-        """Images, reward and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs."""
-        with self.autocast(), torch.enable_grad():
-            pairs = self._generate_samples(self.config.train_batch_size)
-            plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
-            assert plan is not None and truncation is not None and latents is not None
-            terms, base_mse = 1 + truncation.renoisings, self.sampler.base_mse
-            rewards, info = self._score(pairs)
-            loss = self._backward(rewards, terms)
-            for _ in range(truncation.renoisings):
-                images = self.sampler.renoise(latents, list(pairs["prompts"]), self.config.negative_prompts)
-                loss += self._backward(self.compute_rewards({**pairs, "images": images}), terms)
-        every_reward = self.accelerator.gather(rewards.detach()).float()
+        """Images, rewards and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs.
+
+        Each backward pass is a piece of work of its own: one that runs out of memory is repeated alone.
+        """
+        pairs, info, loss = with_less_memory(self.sampler, self._first_term)
+        plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
+        assert plan is not None and truncation is not None and latents is not None
+        base_mse = self.sampler.base_mse
+        for _ in range(truncation.renoisings):
+            loss += with_less_memory(self.sampler, partial(self._renoised_term, pairs, latents))
+        every_reward = self.accelerator.gather(pairs["rewards"]).float()
         batch = BatchMetrics(
             reward_mean=every_reward.mean().item(),
             reward_std=every_reward.std(correction=0).item(),
@@ -182,14 +185,33 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
             base_mse=None if base_mse is None else self.accelerator.reduce(base_mse.detach().float(), "mean").item(),
         )
-        return batch, {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}
+        if hasattr(self.reward_fn, "observe"):
+            parts = {name: part for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
+            self.reward_fn.observe({name: self.accelerator.gather(part) for name, part in parts.items()})
+        return batch, pairs
 
-    def _backward(self, rewards: torch.Tensor, terms: int) -> torch.Tensor:
-        """Backward of one of `terms` losses whose mean counts; returns its share, detached, fp32."""
+    def _first_term(self) -> tuple[dict[str, Any], Any, torch.Tensor]:
+        """Pairs with their rewards, detached; info; this term's share of the loss."""
+        with self.autocast(), torch.enable_grad():
+            pairs = self._generate_samples(self.config.train_batch_size)
+            rewards, info = self._score(pairs)
+            loss = self._backward(rewards)
+        return {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}, info, loss
+
+    def _renoised_term(self, pairs: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        """The share of the loss of the same pictures, noised and denoised by the last step."""
+        prompts, metadata = list(pairs["prompts"]), pairs["prompt_metadata"]
+        with self.autocast(), torch.enable_grad():
+            images = self.sampler.renoise(latents, prompts, self.config.negative_prompts, metadata=metadata)
+            return self._backward(self.compute_rewards({**pairs, "images": images}))
+
+    def _backward(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Backward of one of the losses whose mean counts; returns its share, detached, fp32."""
+        assert self.sampler.truncation is not None
         loss = self.calculate_loss(rewards)
         if self.sampler.base_mse is not None:
             loss = loss + self.config.kl_weight * self.sampler.base_mse
-        loss = loss / terms
+        loss = loss / (1 + self.sampler.truncation.renoisings)
         # A loss that is not finite makes the step void; its gradient is worth no time.
         if loss.requires_grad and math.isfinite(loss.item()):
             self.accelerator.backward(loss)
@@ -270,7 +292,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             drawn, metadata = tuple(prompts), tuple({} for _ in prompts)
         with torch.set_grad_enabled(with_grad):
             truncation = self._truncation() if with_grad else Truncation(())
-            images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation)
+            images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation, metadata=metadata)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 
     def save_checkpoint(self) -> Path:

@@ -22,38 +22,12 @@ from typing import Any
 import torch
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.models.architectures import UNETS, VAE
 from alignprop_fast.models.random_weights import make_sd_folder, make_sdxl_folder
 from alignprop_fast.planner import BudgetInfeasible, parse_bytes
 from alignprop_fast.runtime import PeakMeter
 
 PROMPTS = ["red cat", "dog", "the cat and the dog", "red dog"]
-
-# Published architectures of the denoiser and the decoder; text encoders are small, they run once.
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "norm_num_groups": 32,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "norm_num_groups": 32,
-        "use_linear_projection": True,
-    },
-}
 
 
 def make_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -72,10 +46,9 @@ def make_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     if model in UNETS:
         conditioning = {k: pipe.unet.config[k] for k in ("addition_embed_type", "addition_time_embed_dim")}
         conditioning["projection_class_embeddings_input_dim"] = pipe.unet.config.projection_class_embeddings_input_dim
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         with torch.device(device):
-            unet = UNet2DConditionModel(**UNETS[model], **conditioning).to(dtype)
-            vae = AutoencoderKL(**VAE, **blocks, scaling_factor=pipe.vae.config.scaling_factor).to(dtype)
+            unet = UNet2DConditionModel(**UNETS[model] | conditioning).to(dtype)
+            vae = AutoencoderKL(**VAE, scaling_factor=pipe.vae.config.scaling_factor).to(dtype)
         # Through register_modules, so that vae_scale_factor follows the new decoder.
         parts = {**pipe.components, "unet": unet, "vae": vae}
         pipe = type(pipe)(**parts, **({"requires_safety_checker": False} if model == "sd15" else {}))

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain import UNETS, provenance
+from chain import provenance
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
-from torch import nn
 
+from alignprop_fast.cost_table import blocks_of
+from alignprop_fast.models.architectures import UNETS
 from alignprop_fast.models.surgery import LeanAttnProcessor, put_ops_in, take_ops_out
-from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter, step_kept_as
+from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
 
 SMALL: dict[str, Any] = {
     "sample_size": 32,
@@ -37,16 +38,11 @@ SMALL: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-SDXL_CONDITIONING = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def make_unet(model: str, dtype: torch.dtype) -> UNet2DConditionModel:
     """Real architecture, random weights, adapters in fp32."""
-    config = {"small": SMALL, **UNETS}[model] | (SDXL_CONDITIONING if model == "sdxl" else {})
+    config = {"small": SMALL, **UNETS}[model]
     unet = UNet2DConditionModel(**config).requires_grad_(False).to(dtype)
     unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for name, parameter in unet.named_parameters():
@@ -67,9 +63,10 @@ class Step:
         self.added = {"text_embeds": pooled, "time_ids": ids} if added else None
         self.wanted = [self.x, *(p for p in unet.parameters() if p.requires_grad)]
 
-    def groups(self) -> dict[str, list[nn.Module]]:
+    def blocks(self) -> list[Block]:
         kinds = {"transformers": BasicTransformerBlock, "residuals": ResnetBlock2D}
-        return {name: [m for m in self.unet.modules() if isinstance(m, kind)] for name, kind in kinds.items()}
+        groups = {name: [m for m in self.unet.modules() if isinstance(m, kind)] for name, kind in kinds.items()}
+        return blocks_of(self.unet, groups)
 
     def run(self, variant: str, meter: PeakMeter | None = None) -> int:
         """Forward and backward; returns the bytes kept in between, where there is a meter."""
@@ -79,7 +76,7 @@ class Step:
             self.unet.set_attn_processor(LeanAttnProcessor())
         else:
             put_ops_in(self.unet)
-        with step_kept_as("keep" if variant == "stock" else variant, self.groups()):
+        with kept_as({"*": "keep" if variant == "stock" else variant}, self.blocks()):
             y = self.unet(self.x, torch.tensor(500), self.text, added_cond_kwargs=self.added).sample
         kept_bytes = meter.live_bytes() if meter else 0
         torch.autograd.grad(y.sum(), self.wanted)

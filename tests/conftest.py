@@ -23,6 +23,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
+    """Cost tables that tests measure do not mix with the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alignprop_fast.cost_table.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `StableDiffusionPipeline` folder: UNet widths (32, 64), latents 8 x 8, images 16 x 16."""

@@ -5,6 +5,7 @@ relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten t
 """
 
 import copy
+import random
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from alignprop_fast.generate import DifferentiableSampler, Truncation
 from alignprop_fast.models.surgery import take_ops_out
-from alignprop_fast.planner import BudgetInfeasible, Plan
-from alignprop_fast.runtime import STEP_OPTIONS, PeakMeter
+from alignprop_fast.planner import BudgetInfeasible, Plan, StageChoice
+from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, HostPool, Offloader, PeakMeter
 
 PROMPTS = ["red cat", "dog and cat"]
 STEPS = 4
-DECODERS = {"resident": "keep", "replayed": "image", "mixed": "block"}
+DECODERS = {
+    "resident": StageChoice("batch", {"*": "keep"}),
+    "replayed": StageChoice("image", {"*": "keep"}),
+    "mixed": StageChoice("image", {"*": "recompute"}),
+}
 
 
 def add_adapters(pipe):
@@ -122,9 +127,9 @@ def assert_equal_gradients(ours, theirs, tolerance=1e-4):
 def make_plan(kind, grad_steps):
     """Resident, replayed, or mixed (the last step resident, the others replayed) with every block recomputed."""
     resident = {"resident": grad_steps, "replayed": (), "mixed": grad_steps[-1:]}[kind]
-    option = {"step": "recompute" if kind == "mixed" else "keep"}
+    option = {"*": "recompute" if kind == "mixed" else "keep"}
     replayed = tuple(i for i in grad_steps if i not in resident)
-    return Plan(STEPS, resident, replayed, option, option, {"decoder": DECODERS[kind]})
+    return Plan(STEPS, resident, replayed, (option,) * len(resident), option, DECODERS[kind])
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -274,10 +279,29 @@ def test_every_plan_gives_the_same_bits(pipe):
 def test_every_option_of_a_step_gives_the_same_bits(pipe, option):
     sampler = DifferentiableSampler(pipe, STEPS)
     results = []
-    for step in ("keep", option):
-        plan = Plan(STEPS, (2, 3), (1,), {"step": step}, {"step": step}, {"decoder": "image"})
+    for name in ("keep", option):
+        options = {"*": name}
+        plan = Plan(STEPS, (2, 3), (1,), (options, options), options)
         results.append(gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan)))
     assert all(torch.equal(grad, results[0][name]) for name, grad in results[1].items())
+
+
+def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
+    """Every block of every step takes an option of its own, on the host or not."""
+    sampler, rng = DifferentiableSampler(pipe, STEPS), random.Random(0)
+    device = torch.device("cpu")
+    monkeypatch.setattr(sampler, "_offloader", lambda plan: Offloader(device, HostPool(device), smallest_bytes=0))
+
+    def mixture():
+        names = [option + end for option in STEP_OPTIONS for end in ("", OFFLOAD)]
+        return {block.name: rng.choice(names) for block in sampler._denoiser_blocks}
+
+    plain = Plan(STEPS, (2, 3), (1,), ({}, {}), {})
+    expected = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plain))
+    for _ in range(3):
+        plan = Plan(STEPS, (2, 3), (1,), (mixture(), mixture()), mixture())
+        grads = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan))
+        assert all(torch.equal(grad, expected[name]) for name, grad in grads.items())
 
 
 def test_gradient_of_the_initial_latents(tiny_sd):

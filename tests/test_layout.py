@@ -18,16 +18,8 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    "checkpoint",
-    "config",
-    "control",
-    "data",
-    "metrics",
-    "model_card",
-    "optim",
-    "placement",
-    "report",
-    "training_state",
+    *("checkpoint", "config", "control", "data", "metrics", "model_card", "optim", "out_of_memory", "placement"),
+    *("report", "training_state"),
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
@@ -38,7 +30,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"ops", "demo"}, {"torch", "diffusers", "transformers", "peft", "safetensors"}),
     "rewards": ({"ops", "demo"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
-    "generate": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
+    "generate": ({"models", "sampling", "runtime", "planner", "cost_table"}, {"torch"}),
+    "cost_table": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
     "evaluate": ({"generate", "rewards"}, {"torch"}),
     "tracking": (set(), {"numpy", "PIL"}),
     "watch": ({"evaluate", "generate", "rewards"}, {"torch"}),

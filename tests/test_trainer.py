@@ -388,3 +388,46 @@ def test_the_curve_is_the_same_with_and_without_the_frozen_aware_ops(tmp_path):
         curves.append(np.array(recorded.scores))
     assert np.ptp(curves[0]) > 1e-3
     assert np.allclose(curves[0], curves[1], rtol=1e-4)
+
+
+class FailsOnce:
+    """A reward that runs out of memory at its third call in training."""
+
+    by_image = True
+
+    def __init__(self, times=1):
+        self.times, self.calls, self.seen = times, 0, []
+
+    def __call__(self, images_BCHW, prompts, metadata):
+        if not images_BCHW.detach().any():  # black pictures, on which costs are measured
+            return ramp_reward(images_BCHW, prompts, metadata)
+        if self.calls == 2 and self.times:
+            self.times -= 1
+            torch.rand(3), random.random()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        self.calls += 1
+        self.seen.append(tuple(prompts))
+        return ramp_reward(images_BCHW, prompts, metadata)
+
+
+@pytest.mark.parametrize("truncation", [None, "lv:2"], ids=["a step", "the second noising"])
+def test_out_of_memory_repeats_the_work_with_a_leaner_plan(tiny_sd_folder, tmp_path, caplog, truncation):
+    """The same prompts, noise and weights as a run that never failed; the budget is lower from then on."""
+    trainers = []
+    for name, times in (("never", 0), ("once", 1)):
+        config = make_config(tmp_path / name, memory_budget="8GiB", truncation=truncation)
+        trainer = make_trainer(tiny_sd_folder, config, FailsOnce(times))
+        trainer.train()
+        trainers.append(trainer)
+    never, once = trainers
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(never), weights(once), strict=True))
+    assert once.reward_fn.seen == never.reward_fn.seen
+    assert once.sampler.budget_bytes < never.sampler.budget_bytes == 8 * 2**30
+    lines = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert len(lines) == 1 and "repeated" in lines[0]
+
+
+def test_out_of_memory_without_a_leaner_plan_says_what_to_change(tiny_sd_folder, tmp_path):
+    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, memory_budget="8GiB"), FailsOnce(times=1000))
+    with pytest.raises(torch.OutOfMemoryError, match="no leaner plan: use .*batch"):
+        trainer.train()

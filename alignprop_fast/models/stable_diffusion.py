@@ -75,6 +75,10 @@ class StableDiffusionAdapter:
         return self.pipe.unet
 
     @property
+    def decoder(self) -> nn.Module:
+        return self.pipe.vae
+
+    @property
     def latent_channels(self) -> int:
         return self.pipe.unet.config.in_channels
 
@@ -148,6 +152,12 @@ class StableDiffusionAdapter:
         """Text embeddings of B prompts; two branches if guided, else one. `size` in pixels conditions SDXL alone."""
         cond, uncond = self.pipe.encode_prompt(prompts, self.device, 1, guided, negative_prompts)
         return Conditioning(torch.cat([uncond, cond]) if guided else cond, None, 1 + guided)
+
+    def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
+        """What `encode` gives for B prompts, in shape and dtype alone: to measure without text."""
+        length, width = 77, self.pipe.unet.config.cross_attention_dim
+        embeds = torch.zeros((1 + guided) * batch, length, width, dtype=self.dtype, device=self.device)
+        return Conditioning(embeds, None, 1 + guided)
 
     def initial_latents(
         self, batch: int, size: tuple[int, int], generator: Generator, latents: torch.Tensor | None

@@ -31,9 +31,20 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         )
         if guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
+        return self._with_size(cond, pooled, guided, size)
+
+    def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
+        embeds = super().blank_conditioning(batch, guided, size).embeds
+        config = self.pipe.unet.config
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return self._with_size(embeds, embeds.new_zeros(len(embeds), width), guided, size)
+
+    def _with_size(
+        self, embeds: torch.Tensor, pooled: torch.Tensor, guided: bool, size: tuple[int, int]
+    ) -> Conditioning:
         # Original size, top left of the crop, target size.
-        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=cond.dtype, device=cond.device).expand(len(cond), -1)
-        return Conditioning(cond, {"text_embeds": pooled, "time_ids": sizes}, 1 + guided)
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=embeds.device).expand(len(embeds), -1)
+        return Conditioning(embeds, {"text_embeds": pooled, "time_ids": sizes}, 1 + guided)
 
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
         config = self.pipe.vae.config

@@ -120,6 +120,27 @@ class LeanAttnProcessor(AttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
 
 
+class LeanImageAttnProcessor(AttnProcessor2_0):
+    """`diffusers` attention over the pixels of an image, as decoders have it, keeping q, k, v, o and the logsumexp."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        plain = hidden_states.ndim == 4 and encoder_hidden_states is None and attention_mask is None
+        if not plain or _autocasts(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        x_BNC = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
+        q, k, v = (_heads(t, attn.heads) for t in _project(x_BNC, attn.to_q, attn.to_k, attn.to_v))
+        o_BNC = attention(q, k, v).transpose(1, 2).flatten(2)
+        y_BNC = attn.to_out[1](attn.to_out[0](o_BNC))
+        return hidden_states + y_BNC.transpose(1, 2).reshape(hidden_states.shape)
+
+
 def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     """Each layer's result on x, all at once where all are adapters that the op serves."""
     layers = [linear.as_layer(x) if isinstance(linear, LeanLoraLinear) else None for linear in linears]
@@ -142,6 +163,16 @@ def _is_plain(attn: Attention) -> bool:
     )
 
 
+def _is_over_an_image(attn: Attention) -> bool:
+    """Attention with a group norm before it, its input added to its result, and nothing else."""
+    return (
+        isinstance(attn.group_norm, nn.GroupNorm)
+        and all(norm is None for norm in (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross))
+        and attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
 class LeanGEGLU(GEGLU):
     """`diffusers` GEGLU that keeps its projection alone."""
 
@@ -155,9 +186,12 @@ class LeanResnetBlock2D(ResnetBlock2D):
     """`diffusers` ResnetBlock2D with norm and SiLU as one op, in whatever memory format its input has."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
-        plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
+        # Decoders name their norm "group", which is the default without a time embedding.
+        kind = "default" if self.time_embedding_norm == "group" and temb is None else self.time_embedding_norm
         if (
-            not plain
+            kind != "default"
+            or self.upsample is not None
+            or self.downsample is not None
             or not isinstance(self.nonlinearity, nn.SiLU)
             or not _applies(input_tensor, self.norm1, self.norm2)
         ):
@@ -212,8 +246,11 @@ def put_ops_in(root: nn.Module) -> None:
         if isinstance(linear, LeanLinear | LeanLoraLinear):
             linear.kept_as = kind
     for module in root.modules():
-        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and _is_plain(module):
-            module.set_processor(LeanAttnProcessor())
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
+            if _is_plain(module):
+                module.set_processor(LeanAttnProcessor())
+            elif _is_over_an_image(module):
+                module.set_processor(LeanImageAttnProcessor())
 
 
 def take_ops_out(root: nn.Module) -> None:
@@ -221,7 +258,7 @@ def take_ops_out(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
             vars(module).pop("kept_as", None)
-        if isinstance(module, Attention) and type(module.processor) is LeanAttnProcessor:
+        if isinstance(module, Attention) and type(module.processor) in (LeanAttnProcessor, LeanImageAttnProcessor):
             module.set_processor(AttnProcessor2_0())
     _swap(root, _STOCK.get)
 

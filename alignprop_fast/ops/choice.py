@@ -32,12 +32,12 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
     Raises:
         RuntimeError: no candidate could run; the message has each one's reason.
     """
-    table = _table(_device_key(device))
+    table = _table(device_name(device))
     if problem not in table:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return next(iter(candidates()))
         table[problem] = {name: _milliseconds(fn, device) for name, fn in candidates().items()}
-        _save(_device_key(device), table)
+        _save(device_name(device), table)
     times = {name: time for name, time in table[problem].items() if isinstance(time, float)}
     if not times:
         raise RuntimeError(f"nothing can run {problem}: {table[problem]}")
@@ -46,11 +46,11 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
 
 def explain(problem: str, device: torch.device) -> str:
     """The times, in milliseconds, by which `fastest` chose; for a candidate that could not run, why."""
-    results = _table(_device_key(device)).get(problem, {})
+    results = _table(device_name(device)).get(problem, {})
     lines = [
         f"{name} {time:.3f} ms" if isinstance(time, float) else f"{name}: {time}" for name, time in results.items()
     ]
-    return f"{problem} on {_device_key(device)}: " + (", ".join(lines) or "not measured yet")
+    return f"{problem} on {device_name(device)}: " + (", ".join(lines) or "not measured yet")
 
 
 def _milliseconds(fn: Callable[[], object], device: torch.device) -> float | str:
@@ -83,7 +83,8 @@ def _cpu_times(fn: Callable[[], object]) -> list[float]:
 
 
 @cache
-def _device_key(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The device with the versions that its speed depends on."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -92,9 +93,14 @@ def _device_key(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, triton {triton}"
 
 
+def cache_folder() -> Path:
+    """The user's folder for what was measured on this machine."""
+    return Path.home() / ".cache" / "alignprop_fast"
+
+
 def _file(key: str) -> Path:
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in key)
-    return Path.home() / ".cache" / "alignprop_fast" / f"{name}.json"
+    return cache_folder() / f"{name}.json"
 
 
 @cache

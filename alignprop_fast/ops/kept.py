@@ -30,8 +30,8 @@ _stores = _Stores()
 class _Store:
     """Results of one run of one segment, first in first out. A context: inside it `kept` writes, or reads."""
 
-    def __init__(self, kinds: Collection[str], results: deque[tuple[torch.Tensor, ...]], reading: bool):
-        self.kinds, self.results, self.reading = kinds, results, reading
+    def __init__(self, kinds: Collection[str], results: deque[tuple[Any, ...]], reading: bool, move: Callable):
+        self.kinds, self.results, self.reading, self.move = kinds, results, reading, move
 
     def __enter__(self) -> None:
         _stores.open.append(self)
@@ -40,10 +40,21 @@ class _Store:
         _stores.open.remove(self)
 
 
-def first_and_again(kinds: Collection[str]) -> tuple[_Store, _Store]:
-    """Two contexts, for the first run of a segment and for its repetition, that keep results of these kinds."""
-    results: deque[tuple[torch.Tensor, ...]] = deque()
-    return _Store(kinds, results, reading=False), _Store(kinds, results, reading=True)
+def _as_it_is(x: torch.Tensor) -> Any:
+    return x
+
+
+def first_and_again(
+    kinds: Collection[str],
+    away: Callable[[torch.Tensor], Any] = _as_it_is,
+    back: Callable[[Any], torch.Tensor] = _as_it_is,
+) -> tuple[_Store, _Store]:
+    """Two contexts, for the first run of a segment and for its repetition, that keep results of these kinds.
+
+    away, back: where a result waits meanwhile, if it is to wait elsewhere.
+    """
+    results: deque[tuple[Any, ...]] = deque()
+    return _Store(kinds, results, False, away), _Store(kinds, results, True, back)
 
 
 def kept(kind: Kind | None, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -52,8 +63,8 @@ def kept(kind: Kind | None, compute: Callable[[], tuple[torch.Tensor, ...]]) -> 
     if store is None or kind not in store.kinds:
         return compute()
     if store.reading:
-        return store.results.popleft()
+        return tuple(store.move(result) for result in store.results.popleft())
     results = compute()
     # Detached: the tensor that is returned will carry the graph, and the graph this store.
-    store.results.append(tuple(result.detach() for result in results))
+    store.results.append(tuple(store.move(result.detach()) for result in results))
     return results

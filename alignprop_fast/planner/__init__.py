@@ -1,18 +1,37 @@
-"""From a cost table and a memory budget to a plan. Standard library only: plans anywhere, for any machine."""
+"""From a cost table and a memory budget to a plan. Standard library and numpy: plans anywhere, for any machine."""
 
 from alignprop_fast.planner.budget import BudgetInfeasible, format_bytes, parse_bytes
-from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.solve import leanest, solve
-from alignprop_fast.planner.table import CostTable, Option, Segment
+from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
+from alignprop_fast.planner.plan import Plan, StageChoice, leanest, option_of
+from alignprop_fast.planner.scale import largest_batch, scaled
+from alignprop_fast.planner.simulate import Moment, price, simulate
+from alignprop_fast.planner.solve import Solver, solve
+from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
+from alignprop_fast.planner.tablefile import load_table, save_table
 
 __all__ = [
+    "GPUS",
     "BudgetInfeasible",
     "CostTable",
+    "Gpu",
+    "Moment",
     "Option",
     "Plan",
     "Segment",
+    "Solver",
+    "Stage",
+    "StageChoice",
+    "find_gpu",
     "format_bytes",
+    "largest_batch",
     "leanest",
+    "load_table",
+    "option_of",
     "parse_bytes",
+    "price",
+    "roofline_seconds",
+    "save_table",
+    "scaled",
+    "simulate",
     "solve",
 ]

@@ -1,19 +1,25 @@
 """Memory sizes as people write them, and the error for a budget that no plan can keep."""
 
 import re
+from collections.abc import Sequence
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class BudgetInfeasible(ValueError):
-    """No plan keeps the budget; `smallest_bytes` is the least that would do. The message names it and a remedy."""
+    """No plan keeps the budget; `smallest_bytes` is the least that would do. The message names it and what lowers it.
 
-    def __init__(self, budget_bytes: int, smallest_bytes: int):
+    remedies: what would lower the least budget, most effective first.
+    """
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int, remedies: Sequence[str] = ()):
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
+        self.remedies = tuple(remedies) or ("a smaller batch or resolution",)
         super().__init__(
             f"a memory budget of {format_bytes(budget_bytes)} is too small: the leanest plan needs "
-            f"{format_bytes(smallest_bytes, up=True)}; raise the budget, or lower the batch size or the resolution"
+            f"{format_bytes(smallest_bytes, up=True)}; raise the budget, or lower the need with "
+            + ", ".join(self.remedies)
         )
 
 

@@ -1,51 +1,132 @@
 """A plan: which gradient steps keep their activations, which are replayed, and which option each segment takes."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from alignprop_fast.planner.budget import format_bytes
 
+EVERY_SEGMENT = "*"
+
+
+def option_of(options: Mapping[str, str], segment: str, default: str = "keep") -> str:
+    """Name of the option that a segment takes: its own entry, else that of "*", which stands for every segment."""
+    return options.get(segment, options.get(EVERY_SEGMENT, default))
+
+
+@dataclass(frozen=True)
+class StageChoice:
+    """Which stage the decoder or the reward takes, by name, and the option of each of its segments."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How one chain runs. A plan changes time and memory, never the result.
+    """How one training step runs. A plan changes time and memory, never the result.
 
-    resident_steps: keep their activations from the forward pass, with `resident_options` per segment.
-    replayed_steps: keep their input latents only and run again in the backward pass, with `replay_options` per segment.
-    decoder_options: option per segment of the decoder.
-    peak_bytes, seconds: predicted; zero where nothing was measured (no budget given).
+    resident_steps: keep their activations from the forward pass, under `resident_options` (one mapping from segment to
+        option for each resident step, in the same order).
+    replayed_steps: keep their input latents only and run again in the backward pass, under `replay_options`.
+    decoder, reward: stage and options; reward None where the table knows no reward.
+    peak_bytes, seconds, host_bytes: predicted; zero where nothing was measured (no budget given).
     phases: predicted bytes alive at the worst moment of each phase of the training step.
+    kinds: predicted bytes at the peak by kind (fixed entries by name, latents, images, kept, transient); sums to it.
+    budget_bytes: the budget that the plan was made for.
+    exact: no plan within the budget is faster by the table; False where large tables were solved to a fine grid.
     """
 
     num_steps: int
     resident_steps: tuple[int, ...]
     replayed_steps: tuple[int, ...]
-    resident_options: Mapping[str, str] = field(default_factory=dict)
+    resident_options: tuple[Mapping[str, str], ...] = ()
     replay_options: Mapping[str, str] = field(default_factory=dict)
-    decoder_options: Mapping[str, str] = field(default_factory=dict)
+    decoder: StageChoice = StageChoice("image", {EVERY_SEGMENT: "keep"})
+    reward: StageChoice | None = None
     peak_bytes: int = 0
     seconds: float = 0.0
+    host_bytes: int = 0
     phases: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict)
     budget_bytes: int | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.resident_options) != len(self.resident_steps):
+            raise ValueError("a plan needs one mapping of options for each resident step")
 
     def explain(self) -> str:
-        """The plan in words: what is kept, what is replayed, and where the peak lies."""
+        """The plan in words: budget, peak and where it lies, what is kept and what is replayed."""
         resident, replayed = len(self.resident_steps), len(self.replayed_steps)
+        rest = self.num_steps - resident - replayed
         lines = [
-            f"{self.num_steps} steps: {resident} resident, {replayed} replayed, "
-            f"{self.num_steps - resident - replayed} without gradient"
+            f"{self.num_steps} steps: {resident} resident{_ranges(self.resident_steps)}, "
+            f"{replayed} replayed{_ranges(self.replayed_steps)}, {rest} without gradient",
+            *self._option_lines(),
         ]
-        for what, options in (
-            ("resident steps", self.resident_options if resident else {}),
-            ("replayed steps", self.replay_options if replayed else {}),
-            ("decoder", self.decoder_options),
-        ):
-            lines += [f"  {what}: {segment} -> {option}" for segment, option in options.items()]
         if not self.phases:
             return "\n".join([*lines, "no memory budget: nothing measured, the leanest way of running is taken"])
         worst = max(self.phases, key=lambda phase: self.phases[phase])
-        lines.append(f"predicted peak {format_bytes(self.peak_bytes)} in phase '{worst}', {self.seconds:.2f} s a step")
-        lines += [f"  {phase}: {format_bytes(size_bytes)}" for phase, size_bytes in self.phases.items()]
-        if self.budget_bytes is not None:
-            lines.append(f"budget {format_bytes(self.budget_bytes)}")
-        return "\n".join(lines)
+        budget = "" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}: "
+        host = f", {format_bytes(self.host_bytes)} in host memory" if self.host_bytes else ""
+        peak = f"{budget}predicted peak {format_bytes(self.peak_bytes)} in phase '{worst}'{host}"
+        return "\n".join(
+            [
+                f"{peak}, {self.seconds:.2f} s a training step",
+                *lines,
+                "peak by phase: " + _sizes(self.phases),
+                "at the peak: " + _sizes(self.kinds),
+            ]
+        )
+
+    def _option_lines(self) -> list[str]:
+        groups = Counter(_summary(options) for options in self.resident_options)
+        lines = [f"  {count} resident: {summary}" for summary, count in groups.items()]
+        if self.replayed_steps:
+            lines.append(f"  replayed: {_summary(self.replay_options)}")
+        for what, stage in (("decoder", self.decoder), ("reward", self.reward)):
+            if stage is not None:
+                lines.append(f"  {what}: by {stage.name}, {_summary(stage.options)}")
+        return lines
+
+
+def leanest(num_steps: int, grad_steps: Sequence[int]) -> Plan:
+    """The plan for no budget and no measurements: every gradient step replayed, the decoder one image at a time.
+
+    A replay keeps of its transformer blocks the attention outputs alone: a sixth of the bytes, and no attention twice.
+    """
+    return Plan(num_steps, (), tuple(grad_steps), replay_options={EVERY_SEGMENT: "attention"} if grad_steps else {})
+
+
+def _summary(options: Mapping[str, str]) -> str:
+    """ "attention x 60 (block), keep x 17 (resnet)": options by count, with the kinds of segment that take them."""
+    if not options:
+        return "no segments"
+    if set(options) == {EVERY_SEGMENT}:
+        return f"{options[EVERY_SEGMENT]} everywhere"
+    kinds: dict[str, Counter[str]] = {}
+    for segment, option in options.items():
+        kinds.setdefault(option, Counter())[re.sub(r"[\W_]*\d+$", "", segment) or segment] += 1
+    parts = []
+    for option, counts in sorted(kinds.items(), key=lambda item: -sum(item[1].values())):
+        common = [name for name, _ in counts.most_common(3)]
+        parts.append(f"{option} x {sum(counts.values())} ({', '.join(common)}{', ...' if len(counts) > 3 else ''})")
+    return ", ".join(parts)
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """ " (3-5, 9)" for steps 3, 4, 5 and 9; nothing for no steps."""
+    runs: list[list[int]] = []
+    for step in sorted(steps):
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    return f" ({text})" if text else ""
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())

@@ -1,83 +1,23 @@
-"""The fastest plan within a budget, by enumeration: exact for tables of few segments and options."""
+"""The fastest plan within a memory budget, and the least budget that has a plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 
 from alignprop_fast.planner.budget import BudgetInfeasible
+from alignprop_fast.planner.curves import Curves
 from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.table import CostTable, Option, Segment
-
-Choice = tuple[Option, ...]
-
-
-def leanest(num_steps: int, grad_steps: Sequence[int]) -> Plan:
-    """The plan for no budget and no measurements: every gradient step replayed, the decoder one image at a time.
-
-    A replay keeps of its transformer blocks the attention outputs alone: a sixth of the bytes, and no attention twice.
-    """
-    replay = {"step": "attention"} if grad_steps else {}
-    return Plan(num_steps, (), tuple(grad_steps), replay_options=replay, decoder_options={"decoder": "image"})
-
-
-def _choices(segments: tuple[Segment, ...]) -> list[Choice]:
-    return list(product(*(segment.options for segment in segments)))
-
-
-def _names(segments: tuple[Segment, ...], choice: Choice) -> dict[str, str]:
-    return {segment.name: option.name for segment, option in zip(segments, choice, strict=True)}
-
-
-def _kept(choice: Choice) -> int:
-    return sum(option.kept_bytes for option in choice)
-
-
-def _transient(choice: Choice) -> int:
-    return max((option.transient_bytes for option in choice), default=0)
-
-
-def _phases(table: CostTable, resident: int, replayed: int, keep: Choice, replay: Choice, decode: Choice) -> dict:
-    """Bytes alive at the worst moment of each phase, in the order of time.
-
-    Resident steps are the last of the chain: the backward pass frees them before the first replay begins.
-    """
-    base = table.fixed_bytes + table.latent_bytes * (2 + resident + replayed)
-    kept = resident * _kept(keep)
-    phases = {
-        "sampling": base + max(kept - _kept(keep), 0) + table.sampling_bytes,
-        "decode": base + kept + _kept(decode) + _transient(decode),
-        "reward": base + kept + _kept(decode) + table.reward_bytes,
-    }
-    if resident:
-        phases["resident steps"] = base + kept + _transient(keep)
-    if replayed:
-        phases["replayed steps"] = base + _kept(replay) + _transient(replay)
-    return phases
-
-
-def _candidates(table: CostTable, num_steps: int, grad_steps: Sequence[int]) -> Iterator[Plan]:
-    steps, decoders = _choices(table.step), _choices(table.decoder)
-    for resident, keep, replay, decode in product(range(len(grad_steps) + 1), steps, steps, decoders):
-        replayed = len(grad_steps) - resident
-        phases = _phases(table, resident, replayed, keep, replay, decode)
-        yield Plan(
-            num_steps,
-            resident_steps=tuple(grad_steps[replayed:]),
-            replayed_steps=tuple(grad_steps[:replayed]),
-            resident_options=_names(table.step, keep) if resident else {},
-            replay_options=_names(table.step, replay) if replayed else {},
-            decoder_options=_names(table.decoder, decode),
-            peak_bytes=max(phases.values()),
-            seconds=(num_steps - resident) * table.sampling_seconds
-            + resident * sum(option.seconds for option in keep)
-            + replayed * sum(option.seconds for option in replay)
-            + sum(option.seconds for option in decode),
-            phases=phases,
-        )
+from alignprop_fast.planner.remedies import remedies
+from alignprop_fast.planner.simulate import price
+from alignprop_fast.planner.table import CostTable, Segment, Stage
 
 
 def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
     """The fastest plan whose predicted peak stays within the budget; of equally fast ones the leanest.
+
+    The plan holds for all gates with as many gradient steps, since they are drawn anew in each training step: it leaves
+    room for a step without graph after all resident ones, even where none comes there. (`peak_bytes` is that of these
+    gates.) More budget never gives a slower plan. Where the table limits host memory, plans that offload more are left out,
+    and plans that do not offload at all stand in for them. To solve for many budgets or gates, keep a `Solver`.
 
     Args:
         table: costs at this batch size, resolution and dtype.
@@ -86,11 +26,81 @@ def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_by
         budget_bytes: all that may be alive at any moment, weights included.
 
     Raises:
-        BudgetInfeasible: every plan needs more; names the least budget that would do.
+        BudgetInfeasible: every plan needs more; names the least budget that would do, and what would lower it.
+        ValueError: grad_steps are not ascending indices of steps.
     """
-    plans = list(_candidates(table, num_steps, grad_steps))
-    fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
-    if not fitting:
-        raise BudgetInfeasible(budget_bytes, min(plan.peak_bytes for plan in plans))
-    best = min(fitting, key=lambda plan: (plan.seconds, plan.peak_bytes))
-    return replace(best, budget_bytes=budget_bytes)
+    return Solver(table, num_steps, len(grad_steps)).plan(grad_steps, budget_bytes)
+
+
+class Solver:
+    """Solves one table for any budget and any gates; what takes long is done once.
+
+    Args:
+        table: costs at this batch size, resolution and dtype.
+        num_steps: length of the chain.
+        most_grad_steps: the most gradient steps that will be asked for.
+    """
+
+    def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
+        if not 0 <= most_grad_steps <= num_steps:
+            raise ValueError(f"{most_grad_steps} gradient steps of {num_steps}: there cannot be more than steps")
+        self.table, self.num_steps = table, num_steps
+        self.most_grad_steps = most_grad_steps
+        self.curves = [Curves(table, num_steps, most_grad_steps)]
+        limit = table.host_limit_bytes
+        if limit is not None and self.curves[0].most_host_bytes() > limit:
+            plain = _without_offload(table)
+            self.curves += [] if plain is None else [Curves(plain, num_steps, most_grad_steps)]
+
+    def plan(self, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
+        """As `solve`."""
+        steps = tuple(grad_steps)
+        if list(steps) != sorted(set(steps)) or (steps and not 0 <= steps[0] <= steps[-1] < self.num_steps):
+            raise ValueError(f"gradient steps must be ascending indices below {self.num_steps}, not {steps}")
+        if len(steps) > self.most_grad_steps:
+            raise ValueError(f"{len(steps)} gradient steps: the solver was made for at most {self.most_grad_steps}")
+        plan = self._fastest(steps, budget_bytes)
+        if plan is None:
+            smallest = self._smallest(steps)
+            raise BudgetInfeasible(budget_bytes, smallest.peak_bytes, remedies(smallest))
+        return replace(plan, budget_bytes=budget_bytes)
+
+    def _fastest(self, steps: tuple[int, ...], budget_bytes: int) -> Plan | None:
+        room = budget_bytes - self.table.base_bytes(len(steps))
+        found = [
+            (candidate.seconds, candidate.need, which, candidate)
+            for which, curves in enumerate(self.curves)
+            for candidate in curves.candidates(len(steps), room)
+        ]
+        if not found:
+            return None
+        _, _, which, candidate = min(found, key=lambda entry: entry[:3])
+        return price(self.table, self.curves[which].plan(steps, candidate))
+
+    def _smallest(self, steps: tuple[int, ...]) -> Plan:
+        """The leanest plan."""
+        needs = [need for curves in self.curves if (need := curves.least_need(len(steps))) is not None]
+        if not needs:
+            raise ValueError("the cost table's host limit leaves no plan: raise it, or add options without offload")
+        plan = self._fastest(steps, self.table.base_bytes(len(steps)) + min(needs))
+        assert plan is not None
+        return plan
+
+
+def _without_offload(table: CostTable) -> CostTable | None:
+    """The table without options that keep bytes in host memory; None where a segment or a part has no others."""
+
+    def plain(segments: Sequence[Segment]) -> tuple[Segment, ...] | None:
+        options = [tuple(option for option in segment.options if not option.host_bytes) for segment in segments]
+        if not all(options):
+            return None
+        return tuple(replace(segment, options=kept) for segment, kept in zip(segments, options, strict=True))
+
+    def stages(alternatives: Sequence[Stage]) -> tuple[Stage, ...]:
+        parts = [(stage, plain(stage.segments)) for stage in alternatives]
+        return tuple(replace(stage, segments=segments) for stage, segments in parts if segments is not None)
+
+    step, decoders, rewards = plain(table.step), stages(table.decoders), stages(table.rewards)
+    if step is None or not decoders or (table.rewards and not rewards):
+        return None
+    return replace(table, step=step, decoders=decoders, rewards=rewards)

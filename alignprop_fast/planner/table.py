@@ -1,22 +1,53 @@
-"""The cost table: what each part of a training step keeps, needs for a moment, and takes, under each option."""
+"""The cost table: what each part of a training step keeps, needs for a moment, and takes, under each option.
 
-from dataclasses import dataclass
+All bytes are of live tensors at one batch size, resolution and dtype, on one device. A training step runs the
+denoising steps, the decoder, the reward, and the backward pass through them in reverse. Every part is an ordered chain
+of segments; each takes one option. With P_j the kept bytes of the chosen options of segments 1 to j, a chain's peak
+over what was alive before is max_j (P_j + spike_j).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"no cost table: {what}; measure or estimate the table again")
+
+
+def _require_costs(owner: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
+    _require(all(isinstance(size, int) and size >= 0 for size in sizes), f"{owner}: bytes are whole and never negative")
+    _require(
+        all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in seconds),
+        f"{owner}: seconds are finite and never negative",
+    )
+
+
+def _require_distinct(owner: str, names: Sequence[str]) -> None:
+    _require(len(set(names)) == len(names), f"{owner}: a name stands twice")
 
 
 @dataclass(frozen=True)
 class Option:
     """One way to carry a segment from its forward to its backward pass.
 
-    name: "keep" (all activations), "recompute" (block inputs only), "image" (decoder: one image at a time), ...
-    kept_bytes: alive from the forward pass until the segment's backward pass begins.
-    transient_bytes: alive on top of the kept bytes at the worst moment of the forward and backward pass.
-    seconds: forward with its bookkeeping, plus backward, plus whatever is computed again.
+    name: "keep" (all activations), "attention", "recompute", "offload", ...
+    kept_bytes: on the device from the segment's forward pass until its backward pass is done.
+    spike_bytes: alive on top of all kept bytes up to and including this segment's own, at the worst moment of its
+        forward or backward pass.
+    seconds: forward, backward, whatever runs again, and transfers that nothing hides.
+    host_bytes: kept in host memory instead (offload).
     """
 
     name: str
     kept_bytes: int
-    transient_bytes: int
+    spike_bytes: int
     seconds: float
+    host_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _require_costs(f"option {self.name}", (self.kept_bytes, self.spike_bytes, self.host_bytes), (self.seconds,))
 
 
 @dataclass(frozen=True)
@@ -26,23 +57,88 @@ class Segment:
     name: str
     options: tuple[Option, ...]
 
+    def __post_init__(self) -> None:
+        _require(len(self.options) > 0, f"segment {self.name} has no option")
+        _require_distinct(f"segment {self.name}", [option.name for option in self.options])
+
+    def option(self, name: str) -> Option:
+        """The option of this name.
+
+        Raises:
+            ValueError: there is none; names those there are.
+        """
+        for option in self.options:
+            if option.name == name:
+                return option
+        names = ", ".join(option.name for option in self.options)
+        raise ValueError(f"segment {self.name} has no option {name}: choose one of {names}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One way to run the decoder, or the reward: all of the batch at once, or piece by piece in the backward pass.
+
+    name: "batch", "image", "chunk:2", ...
+    segments: of one run.
+    runs: runs that make up the batch (images or chunks); one unless replayed.
+    replayed: the forward pass keeps no graph; the backward pass takes one run after another forward again and back.
+    forward_bytes: replayed only: spike of the forward pass without graph.
+    forward_seconds: replayed only: the forward passes of all runs without graph.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    runs: int = 1
+    replayed: bool = False
+    forward_bytes: int = 0
+    forward_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        owner = f"stage {self.name}"
+        _require_costs(owner, (self.forward_bytes, self.runs), (self.forward_seconds,))
+        _require(
+            self.runs == 1 or (self.replayed and self.runs > 1), f"{owner}: only a replayed stage has several runs"
+        )
+        _require_distinct(owner, [segment.name for segment in self.segments])
+
 
 @dataclass(frozen=True)
 class CostTable:
     """Costs of one training step at one batch size, resolution and dtype, on one device.
 
-    fixed_bytes: always there: weights, adapters, their gradients, optimizer state.
-    latent_bytes: the latents of one step of the chain.
+    fixed: bytes that are always there, by name: weights, adapters, gradients, optimizer, workspace.
+    latent_bytes: input latents of one gradient step; every gradient step keeps them, resident or not, and the running
+        state takes two more.
+    image_bytes: the images, alive from the decoder on until the end of the step.
     step: segments of one denoising step that carries gradient.
-    decoder: segments of the decoder.
-    sampling_bytes, sampling_seconds: one denoising step without gradient: transient bytes, time.
-    reward_bytes: what the reward holds at its worst moment.
+    sampling_bytes, sampling_seconds: one denoising step without gradient: spike, time.
+    decoders, rewards: alternatives; without rewards (no reward known), the reward's phase has a spike of reserve_bytes.
+    optimizer_seconds: one update.
+    host_limit_bytes: most that offloading may take of the host's memory; None for no limit.
+    origin: where the table is from: model, shapes, dtype, device, package version, source ("measured", "estimated").
     """
 
-    fixed_bytes: int
+    fixed: Mapping[str, int]
     latent_bytes: int
+    image_bytes: int
     step: tuple[Segment, ...]
-    decoder: tuple[Segment, ...]
     sampling_bytes: int
     sampling_seconds: float
-    reward_bytes: int = 0
+    decoders: tuple[Stage, ...]
+    rewards: tuple[Stage, ...] = ()
+    reserve_bytes: int = 0
+    optimizer_seconds: float = 0.0
+    host_limit_bytes: int | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = [*self.fixed.values(), self.latent_bytes, self.image_bytes, self.sampling_bytes, self.reserve_bytes]
+        _require_costs("table", [*sizes, self.host_limit_bytes or 0], (self.sampling_seconds, self.optimizer_seconds))
+        _require(len(self.decoders) > 0, "no decoder")
+        _require_distinct("step", [segment.name for segment in self.step])
+        _require_distinct("decoders", [stage.name for stage in self.decoders])
+        _require_distinct("rewards", [stage.name for stage in self.rewards])
+
+    def base_bytes(self, grad_steps: int) -> int:
+        """Bytes alive all through a training step with this many gradient steps."""
+        return sum(self.fixed.values()) + self.latent_bytes * (2 + grad_steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # (images [B, 3, H, W] in [0, 1], B prompts, B metadata) -> (scores [B], info), the form of trl.
 Reward = Callable[[Tensor, Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
@@ -16,11 +16,15 @@ Reward = Callable[[Tensor, Sequence[str], Sequence[Any]], tuple[Tensor, dict[str
 
 @dataclass(frozen=True)
 class Part:
-    """One reward of a mixture. `name` is the key of its scores in `info`."""
+    """One reward of a mixture. `name` is the key of its scores in `info`.
+
+    by_image: it scores each image by itself, so that a batch may be cut.
+    """
 
     name: str
     weight: float
     reward: Callable[..., Any]
+    by_image: bool = False
 
 
 class WeightedSum:
@@ -32,6 +36,13 @@ class WeightedSum:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+        self.by_image = all(part.by_image for part in self.parts)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the parts' weights."""
+        modules = [part.reward for part in self.parts if isinstance(part.reward, nn.Module)]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def __call__(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]

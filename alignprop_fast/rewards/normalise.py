@@ -4,14 +4,15 @@ With running mean m and variance v of each part's scores over training, the grad
 
     sum over parts of  weight * (score - m) / sqrt(v)
 
-m and v count as constants. They are averages over batches with weights that fall by DECAY from batch to batch, the
-present one included: E[f] = sum_j DECAY^(n-j) mean(f of batch j) / sum_j DECAY^(n-j), m = E[s], v = E[s^2] - m^2.
+m and v count as constants. They are averages over the batches so far, with weights that fall by DECAY from one to the
+one before: E[f] = sum_j DECAY^(n-j) mean(f of batch j) / sum_j DECAY^(n-j), m = E[s], v = E[s^2] - m^2. The first batch
+takes its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,50 +22,51 @@ from .mixture import Part, WeightedSum
 
 DECAY = 0.98  # batches; the last fifty or so count
 _SMALLEST_SHARE = 1e-6  # of the mean: a standard deviation below is rounding
+_Moments = tuple[float, float, float]  # sums of weights, of mean scores, of mean squares
 
 
 class NormalisedSum(WeightedSum):
     """A weighted sum with the gradient of its normalised parts.
 
     The scores keep the value of the plain weighted sum, so that curves compare over a run (m shifts the level alone and
-    has no gradient). Statistics are taken where the images carry gradient; elsewhere this is `WeightedSum`. A part
-    whose scores have all been alike so far, such as a single one, is not scaled.
-
-    In a run of several processes each normalises by its own images.
+    has no gradient). A call changes nothing, so it may be repeated or cut into chunks; who trains passes the scores of
+    each batch to `observe`. A part whose scores have all been alike so far, such as a single one, is not scaled.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(parts)
-        self._moments: dict[str, tuple[float, ...]] = {
-            part.name: (0.0, 0.0, 0.0) for part in parts
-        }  # sums of weights, scores, squares
+        self._moments: dict[str, _Moments] = {}
 
-    def deviation(self, name: str) -> float:
-        """Running standard deviation of a part's scores; 1 where it is zero or nothing has been seen."""
-        weights, scores, squares = self._moments[name]
-        if not weights:
-            return 1.0
-        mean = scores / weights
-        deviation = math.sqrt(max(squares / weights - mean**2, 0.0))
-        return deviation if deviation > _SMALLEST_SHARE * abs(mean) else 1.0
+    def observe(self, info: Mapping[str, Any]) -> None:
+        """Take note of a batch: {part name: its scores [B]}. One that is not finite leaves no trace."""
+        for part in self.parts:
+            new = _moments(info[part.name])
+            if math.isfinite(new[2]):
+                old = self._moments.get(part.name, (0.0, 0.0, 0.0))
+                self._moments[part.name] = tuple(DECAY * a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
 
     def _weighted(self, part: Part, scores_B: Tensor) -> Tensor:
         plain_B = super()._weighted(part, scores_B)
         if not (torch.is_grad_enabled() and scores_B.requires_grad):
             return plain_B
-        self._update(part.name, scores_B.detach().double())
-        scaled_B = plain_B / self.deviation(part.name)
+        scaled_B = plain_B / _deviation(self._moments.get(part.name) or _moments(scores_B))
         return plain_B.detach() + (scaled_B - scaled_B.detach())
-
-    def _update(self, name: str, scores_B: Tensor) -> None:
-        mean, square = scores_B.mean().item(), scores_B.square().mean().item()
-        if math.isfinite(square):  # a batch that is not finite is skipped by the trainer, and must leave no trace
-            new = (1.0, mean, square)
-            self._moments[name] = tuple(DECAY * old + one for old, one in zip(self._moments[name], new, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: list(moments) for name, moments in self._moments.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Statistics of parts that are in both; a part that is new begins anew."""
-        self._moments |= {name: tuple(moments) for name, moments in state.items() if name in self._moments}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._moments = {name: (moments[0], moments[1], moments[2]) for name, moments in state.items()}
+
+
+def _moments(scores_B: Tensor) -> _Moments:
+    scores_B = scores_B.detach().double()
+    return 1.0, scores_B.mean().item(), scores_B.square().mean().item()
+
+
+def _deviation(moments: _Moments) -> float:
+    """The standard deviation; 1 where it is zero or no number."""
+    weights, scores, squares = moments
+    mean = scores / weights
+    deviation = math.sqrt(max(squares / weights - mean**2, 0.0)) if math.isfinite(squares) else 0.0
+    return deviation if deviation > _SMALLEST_SHARE * abs(mean) else 1.0

@@ -145,7 +145,10 @@ def get_reward(
         raise ValueError(f"the reward {spec!r} names {_first_repeated(names)!r} twice; give it once, with one weight")
     given = [model] if isinstance(model, str | Path) else list(model or ())
     models, loading = _assigned(spec, names, [str(value) for value in given]), Loading(allow_pickle, dtype)
-    return WeightedSum([Part(name, weight, _build(name, models, loading, device)) for name, weight in parsed])
+    # Every reward of this package scores each image by itself; of others nobody knows.
+    return WeightedSum(
+        [Part(name, weight, _build(name, models, loading, device), _head(name) in _REWARDS) for name, weight in parsed]
+    )
 
 
 def split_model(value: str) -> tuple[str | None, str]:

@@ -1,19 +1,39 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
+from alignprop_fast.ops.choice import cache_folder, device_name
 from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
-from alignprop_fast.runtime.measure import PeakMeter, measure_chain, measure_option, measure_segment
-from alignprop_fast.runtime.segments import STEP_OPTIONS, apply_by_image, checkpointed, step_kept_as
+from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
+from alignprop_fast.runtime.estimate import operator_seconds
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, link_rate
+from alignprop_fast.runtime.offload import HostPool, Offloader
+from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
+from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
 
 __all__ = [
+    "OFFLOAD",
     "STEP_OPTIONS",
+    "Block",
     "Chain",
+    "HostPool",
+    "LiveBytes",
+    "Offloader",
+    "Operator",
     "PeakMeter",
-    "apply_by_image",
-    "checkpointed",
-    "measure_chain",
-    "measure_option",
-    "measure_segment",
+    "Stopwatch",
+    "Trace",
+    "Work",
+    "by_image",
+    "cache_folder",
+    "decoder_stages",
+    "device_name",
+    "in_chunks",
+    "kept_as",
+    "link_rate",
+    "operator_seconds",
+    "reward_stages",
     "run_chain",
     "run_penalised_chain",
-    "step_kept_as",
+    "segments",
+    "step_costs",
+    "trace",
 ]

@@ -10,15 +10,15 @@ from its kept graph or by running the network again. So the memory is that of on
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.planner import Plan
-from alignprop_fast.runtime.segments import step_kept_as
+from alignprop_fast.runtime.offload import Offloader
+from alignprop_fast.runtime.segments import Block, kept_as
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Chain:
     advance: (i, x, y) -> next x. May draw random numbers: it is never replayed.
     adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
     parameters: the tensors besides x that the network's gradient is wanted for.
-    groups: modules of the network by group ("transformers", "residuals"), for the plan's options.
+    blocks: the parts of the network that the plan has an option for.
+    offloader: moves what blocks keep to the host, where the plan asks for it.
     input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
     penalty: (i, x, y) -> (a scalar, its gradient for y), of each gradient step; x counts as a constant in it, so that
         it acts on the parameters through its own step alone. Called without gradient.
@@ -40,7 +41,8 @@ class Chain:
     advance: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
     adjoint: Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
     parameters: Sequence[torch.Tensor]
-    groups: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
+    blocks: Sequence[Block] = ()
+    offloader: Offloader | None = None
     input_gradient: bool = True
     penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
@@ -113,7 +115,7 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
     chain = tape.chain
     for i in range(chain.num_steps):
         if i in tape.grad_steps and i in tape.plan.resident_steps:
-            tape.graphs[i] = _record(tape, i, x, tape.plan.resident_options, tape.input_gradient(i))
+            tape.graphs[i] = _record(tape, i, x, tape.input_gradient(i))
             y = tape.graphs[i][1].detach()
         else:
             if i in tape.grad_steps:
@@ -132,11 +134,10 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
     chain = tape.chain
     sums: list[torch.Tensor | None] = [None] * len(chain.parameters)
     for i in range(chain.num_steps - 1, tape.first - 1, -1):
-        options = tape.plan.resident_options if i in tape.graphs else tape.plan.replay_options
         if i in tape.graphs:
             x, y = tape.graphs.pop(i)
         elif i in tape.inputs:
-            x, y = _record(tape, i, tape.inputs.pop(i), options, tape.input_gradient(i))
+            x, y = _record(tape, i, tape.inputs.pop(i), tape.input_gradient(i))
         else:
             g, _ = chain.adjoint(i, g, g.dtype)
             continue
@@ -149,20 +150,28 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
         if gx is not None:
             g = g + gx
             if pull is not None:
-                x, y = _record(tape, i, x, options, False)
+                x, y = _record(tape, i, x, False)
                 _network_backward(x, y, pull, chain.parameters, sums)
                 del y
         del x, gx
     return g, [s if s is None else s.to(p.dtype) for s, p in zip(sums, chain.parameters, strict=True)]
 
 
-def _record(
-    tape: _Tape, i: int, x: torch.Tensor, options: Mapping[str, str], input_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the network of step i with a graph. Returns its (input, output)."""
     x = x.detach().requires_grad_(input_gradient)
-    with torch.enable_grad(), step_kept_as(options.get("step", "keep"), tape.chain.groups):
-        return x, tape.chain.network(i, x)
+    chain = tape.chain
+    with torch.enable_grad(), kept_as(_options(tape.plan, i), chain.blocks, chain.offloader):
+        y = chain.network(i, x)
+    if chain.offloader is not None:
+        chain.offloader.settle()
+    return x, y
+
+
+def _options(plan: Plan, i: int) -> Mapping[str, str]:
+    if i in plan.resident_steps:
+        return plan.resident_options[plan.resident_steps.index(i)]
+    return plan.replay_options
 
 
 def _network_backward(
@@ -175,12 +184,17 @@ def _network_backward(
     """Add the parameters' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
     wanted = [*parameters, x] if x.requires_grad else list(parameters)
     grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    taken: set[int] = set()
     for k, grad in enumerate(grads[: len(parameters)]):
-        if grad is not None:
-            # Sums of many low-precision terms lose the small ones.
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            total = sums[k]
-            sums[k] = wide if total is None else total + wide
+        if grad is None:
+            continue
+        total = sums[k]
+        if total is not None:
+            total.add_(grad)
+            continue
+        # Sums of many low-precision terms lose the small ones. Autograd may give one tensor for two parameters.
+        sums[k] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=grad.data_ptr() in taken)
+        taken.add(grad.data_ptr())
     return grads[-1] if x.requires_grad else None
 
 

@@ -2,26 +2,47 @@
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alignprop_fast.planner import Option, Plan, Segment
-from alignprop_fast.runtime.chain import Chain, run_chain
-from alignprop_fast.runtime.segments import STEP_OPTIONS
+from alignprop_fast.runtime.offload import HostPool
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators allocate inside the block, until they are freed."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators allocate inside the block, until they are freed.
 
-    def __init__(self) -> None:
+    `enter(label)` begins a part of the block: `peaks` holds the most bytes alive in each, `born_in` where what is alive
+    now was allocated. `on_operator` is told of every operator: (function, arguments, result).
+    """
+
+    def __init__(self, on_operator: Callable[[Any, Any, Any], None] | None = None) -> None:
         super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._alive: dict[int, Any] = {}
+        self.live_bytes = 0
+        self.peaks: dict[Hashable, int] = {}
+        self._label: Hashable = None
+        self._alive: dict[int, tuple[Any, Hashable, int]] = {}
+        self._on_operator = on_operator
+        self.enter(None)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peaks.values())
+
+    def enter(self, label: Hashable) -> None:
+        self._label = label
+        self.peaks[label] = max(self.peaks.get(label, 0), self.live_bytes)
+
+    def born_in(self) -> dict[Hashable, int]:
+        """Bytes alive now, by the part in which they were allocated."""
+        totals: dict[Hashable, int] = defaultdict(int)
+        for _, label, size_bytes in self._alive.values():
+            totals[label] += size_bytes
+        return totals
 
     def _free(self, key: int, size_bytes: int) -> None:
         del self._alive[key]
@@ -38,13 +59,17 @@ class _LiveBytes(TorchDispatchMode):
             if id(storage) in self._alive or id(storage) in inputs:
                 continue
             size_bytes = storage.nbytes()
-            self._alive[id(storage)] = weakref.finalize(storage, self._free, id(storage), size_bytes)
+            finalizer = weakref.finalize(storage, self._free, id(storage), size_bytes)
+            self._alive[id(storage)] = finalizer, self._label, size_bytes
             self.live_bytes += size_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.peaks[self._label] = max(self.peaks[self._label], self.live_bytes)
+        if self._on_operator is not None:
+            self._on_operator(func, (args, kwargs), out)
         return out
 
-    def stop(self) -> None:
-        for finalizer in self._alive.values():
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for finalizer, _, _ in self._alive.values():
             finalizer.detach()
 
 
@@ -64,7 +89,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start_bytes = torch.cuda.memory_allocated(self.device)
         else:
-            self._tracker = _LiveBytes()
+            self._tracker = LiveBytes()
             self._tracker.__enter__()
         return self
 
@@ -79,86 +104,44 @@ class PeakMeter:
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._start_bytes
         else:
             self._tracker.__exit__(*exception)
-            self._tracker.stop()
             self.peak_bytes = self._tracker.peak_bytes
 
 
-def _timed(device: torch.device, fn: Callable[[], Any]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    fn()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+class Stopwatch:
+    """Seconds between labels: `enter(label)` ends one part and begins the next; `seconds()` waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stamps: list[tuple[Hashable, Any]] = []
+
+    def enter(self, label: Hashable) -> None:
+        if self.device.type == "cuda":
+            stamp: Any = torch.cuda.Event(enable_timing=True)
+            stamp.record(torch.cuda.current_stream(self.device))
+        else:
+            stamp = time.perf_counter()
+        self._stamps.append((label, stamp))
+
+    def seconds(self) -> dict[Hashable, float]:
+        """Time spent in each part, the last one until now."""
+        self.enter(None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        totals: dict[Hashable, float] = defaultdict(float)
+        for (label, start), (_, end) in zip(self._stamps, self._stamps[1:], strict=False):
+            totals[label] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        return totals
 
 
-def measure_option(
-    name: str, forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], Any] | None, device: torch.device
-) -> Option:
-    """Bytes and seconds of one way to run a segment: once metered (which also warms up), once timed.
-
-    forward: runs the segment and returns its output; what the output's graph keeps counts as kept.
-    backward: consumes that output; None measures a forward pass alone.
-    """
-
-    def run() -> None:
-        out = forward()
-        if backward is not None:
-            backward(out)
-
-    with PeakMeter(device) as meter:
-        out = forward()
-        kept_bytes = meter.live_bytes()
-        if backward is not None:
-            backward(out)
-        del out
-    if backward is None:
-        kept_bytes = 0
-    return Option(name, kept_bytes, meter.peak_bytes - kept_bytes, _timed(device, run))
-
-
-def measure_segment(
-    name: str, lean_first: Sequence[str], measure: Callable[[str], Option], limit_bytes: int
-) -> Segment:
-    """The options of a segment, measured from the leanest on until one takes more than the limit (or all there is).
-
-    So measuring itself goes past the limit by one option at most.
-
-    Raises:
-        torch.OutOfMemoryError: not even the leanest option can run.
-    """
-    options: list[Option] = []
-    for option in lean_first:
-        try:
-            options.append(measure(option))
-        except torch.OutOfMemoryError:
-            if not options:
-                raise
-            break
-        if options[-1].kept_bytes + options[-1].transient_bytes > limit_bytes:
-            break
-    return Segment(name, tuple(options))
-
-
-def measure_chain(chain: Chain, x: torch.Tensor, limit_bytes: int) -> tuple[Option, Segment]:
-    """Costs of one step of the chain at latents x [B, ...]: (without gradient, with gradient by option).
-
-    Runs the network of step 0 and nothing else: no random number is drawn. limit_bytes: see `measure_segment`.
-    """
-    one = replace(chain, num_steps=1, advance=lambda i, x, y: x.clone())
-
-    def measure(option: str) -> Option:
-        plan = Plan(1, (0,), (), resident_options={"step": option})
-        start = x.detach().requires_grad_()
-        wanted = [start, *chain.parameters]
-        return measure_option(
-            option,
-            lambda: run_chain(one, plan, start),
-            lambda out: torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True),
-            x.device,
-        )
-
-    with torch.no_grad():
-        sampling = measure_option("sampling", lambda: run_chain(one, Plan(1, (), ()), x), None, x.device)
-    return sampling, measure_segment("step", [*STEP_OPTIONS][::-1], measure, limit_bytes)
+def link_rate(device: torch.device, size_bytes: int = 2**28) -> float | None:
+    """Bytes a second between registered host memory and the device, measured; None where there is no link."""
+    if device.type != "cuda":
+        return None
+    buffer, _ = HostPool(device).take(size_bytes)
+    there = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    there.copy_(buffer)
+    watch = Stopwatch(device)
+    watch.enter("copy")
+    for _ in range(3):
+        there.copy_(buffer, non_blocking=True)
+    return 3 * size_bytes / watch.seconds()["copy"]

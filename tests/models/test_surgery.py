@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -24,7 +25,7 @@ from alignprop_fast.models.surgery import (
     put_ops_in,
     take_ops_out,
 )
-from alignprop_fast.runtime import PeakMeter, step_kept_as
+from alignprop_fast.runtime import Block, PeakMeter, kept_as
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
@@ -62,6 +63,17 @@ def test_decoder_values_stay(tiny_sd):
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
     for lean_value, value in zip(*reversed(results), strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
+
+
+def test_all_of_a_decoder_is_lean(tiny_sd, monkeypatch):
+    """Its blocks call their norm "group"; its attention is over an image. Neither takes the stock path."""
+    put_ops_in(tiny_sd.vae)
+    for stock in (ResnetBlock2D, nn.GroupNorm):
+        monkeypatch.setattr(stock, "forward", None)
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", None)
+    assert tiny_sd.vae.decode(torch.randn(1, 4, 8, 8)).sample.isfinite().all()
+    take_ops_out(tiny_sd.vae)
+    assert type(tiny_sd.vae.decoder.mid_block.attentions[0].processor) is AttnProcessor2_0
 
 
 def test_names_state_and_copies_stay(unet):
@@ -118,7 +130,7 @@ def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
     put_ops_in(root)
     x = torch.randn(batch, tokens, width, requires_grad=True)
     words = torch.randn(batch, text, 64)
-    with PeakMeter(torch.device("cpu")) as meter, step_kept_as(option, {"transformers": [block]}):
+    with PeakMeter(torch.device("cpu")) as meter, kept_as({"*": option}, [Block("b", block, "transformers")]):
         # The clone is the block's input, made inside so that it counts.
         y = block(x.clone(), encoder_hidden_states=words)
         kept_bytes = meter.live_bytes() - y.numel() * y.element_size()

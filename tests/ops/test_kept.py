@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop_fast.ops.kept import first_and_again
 from alignprop_fast.ops.lora_linear import lora_linear
-from alignprop_fast.runtime.segments import STEP_OPTIONS, step_kept_as
+from alignprop_fast.runtime.segments import STEP_OPTIONS, Block, kept_as
 
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -44,6 +44,7 @@ def test_the_store_does_not_hold_the_graph():
 
 
 def test_unknown_option_is_refused():
-    with pytest.raises(ValueError, match="use keep, norms"), step_kept_as("everything", {}):
+    block = Block("b", torch.nn.Identity(), "transformers")
+    with pytest.raises(ValueError, match="use keep, norms"), kept_as({"*": "everything"}, [block]):
         pass
     assert next(iter(STEP_OPTIONS)) == "keep" and [*STEP_OPTIONS][-1] == "recompute"

@@ -3,20 +3,22 @@
 Tolerance: float64, so results that differ by the order of sums alone agree to 1e-10.
 """
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.planner import Option, Plan
+from alignprop_fast.planner import Plan
 from alignprop_fast.runtime import (
+    Block,
     Chain,
     PeakMeter,
-    apply_by_image,
-    checkpointed,
-    measure_option,
-    measure_segment,
+    Stopwatch,
+    by_image,
+    in_chunks,
+    kept_as,
     run_chain,
     run_penalised_chain,
 )
@@ -36,7 +38,7 @@ def make_chain(net):
         advance=lambda i, x, y: 0.9 * x + 0.2 * y,
         adjoint=lambda i, g, dtype: (0.9 * g, (0.2 * g).to(dtype)),
         parameters=list(net.parameters()),
-        groups={"transformers": [net[0]], "residuals": [net[2]]},
+        blocks=[Block("first", net[0], "transformers"), Block("second", net[2], "residuals")],
     )
 
 
@@ -47,8 +49,8 @@ def make_chain(net):
 def test_chain_equals_plain_autograd(grad_steps, resident, option, through_input):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     cut = max(len(grad_steps) - resident, 0)
-    options = {"step": option}
-    plan = Plan(5, grad_steps[cut:], grad_steps[:cut], options, options)
+    options = {"*": option}
+    plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
     wanted = [x0, *net.parameters()]
     chain = replace(make_chain(net), input_gradient=through_input)
     ours = torch.autograd.grad(run_chain(chain, plan, x0).sin().sum(), wanted)
@@ -68,7 +70,8 @@ def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, through_i
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 6, dtype=torch.float64)
     cut = max(len(grad_steps) - resident, 0)
-    plan = Plan(5, grad_steps[cut:], grad_steps[:cut], {"step": "recompute"}, {"step": "recompute"})
+    options = {"*": "recompute"}
+    plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
     chain = replace(
         make_chain(net),
         input_gradient=through_input,
@@ -126,14 +129,15 @@ def test_sums_of_low_precision_gradients_are_taken_in_fp32():
     assert weight.grad.item() == 258.0
 
 
-def test_checkpointed_saves_memory_and_leaves_no_trace():
+def test_kept_as_saves_memory_and_leaves_no_trace():
     net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4)))
+    blocks = [Block(str(k), module, "residuals") for k, module in enumerate(net)]
     x = torch.randn(128, 64)
     kept, grads = [], []
-    for modules in ((), list(net)):
+    for option in ("keep", "recompute"):
         net.zero_grad()
         with PeakMeter(CPU) as meter:
-            with checkpointed(modules):
+            with kept_as({"*": option}, blocks):
                 loss = net(x).square().sum()
             kept.append(meter.live_bytes())
         loss.backward()
@@ -142,24 +146,46 @@ def test_checkpointed_saves_memory_and_leaves_no_trace():
     assert not any("forward" in module.__dict__ for module in net.modules())
 
 
-def test_checkpointed_gives_a_modules_own_forward_back():
+def test_kept_as_gives_a_modules_own_forward_back():
     layer = nn.Linear(2, 2)
     layer.forward = own = lambda x: x * 2
-    with checkpointed([layer]):
-        assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0))
+    with kept_as({"layer": "recompute"}, [Block("layer", layer, "residuals")]):
+        assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0)) and layer.forward is not own
     assert layer.forward is own
 
 
-@pytest.mark.parametrize("option", ["keep", "image", "block"])
-def test_apply_by_image(option):
+@pytest.mark.parametrize("stage", ["batch", "image"])
+@pytest.mark.parametrize("option", ["keep", "recompute"])
+def test_by_image(stage, option):
     net, x = make_net(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    grad = torch.autograd.grad(apply_by_image(net, x, option, [net[2]]).sin().sum(), x)[0]
+    blocks = [Block("b", net[2], "decoder")]
+    grad = torch.autograd.grad(by_image(net, x, stage, {"b": option}, blocks).sin().sum(), x)[0]
     assert torch.allclose(grad, torch.autograd.grad(net(x).sin().sum(), x)[0], atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(by_image(net, x, stage, {}, blocks), net(x), atol=1e-12)
 
 
-def test_apply_by_image_refuses_other_options():
-    with pytest.raises(ValueError, match="block"):
-        apply_by_image(make_net(), torch.zeros(1, 6, dtype=torch.float64), "tile")
+def test_by_image_refuses_other_stages():
+    with pytest.raises(ValueError, match="batch or image"):
+        by_image(make_net(), torch.zeros(1, 6, dtype=torch.float64), "tile", {})
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+def test_in_chunks(chunk):
+    net, images = make_net(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
+
+    def score(images, prompts, metadata):
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        scores = net(images).sum(1) * lengths
+        return scores, {"scores": scores.detach(), "mean": scores.mean().item(), "note": "same"}
+
+    whole, info = score(images, prompts, prompts)
+    scores, parts = in_chunks(score, chunk, images, prompts, prompts)
+    assert torch.allclose(scores, whole, atol=1e-12) and torch.allclose(parts["scores"], info["scores"], atol=1e-12)
+    assert parts["mean"] == pytest.approx(info["mean"]) and parts["note"] == "same"
+    grads = [torch.autograd.grad(s.sum(), images)[0] for s in (scores, whole)]
+    assert torch.allclose(*grads, atol=1e-12)
 
 
 def test_peak_meter_counts_what_is_made_inside():
@@ -179,28 +205,11 @@ def test_peak_meter_counts_what_is_made_inside():
     assert meter.peak_bytes == 8000
 
 
-def test_measuring_stops_where_nothing_richer_can_fit():
-    sizes = {"lean": 10, "middle": 60, "rich": 100, "richest": 200}
-    tried = []
-
-    def measure(name):
-        tried.append(name)
-        return measure_option(
-            name, lambda: torch.zeros(sizes[name], requires_grad=True) * 1, lambda y: y.sum().backward(), CPU
-        )
-
-    segment = measure_segment("s", [*sizes], measure, limit_bytes=4 * 150)
-    assert [option.name for option in segment.options] == tried
-    assert tried[0] == "lean" and "richest" not in tried
-    assert segment.options[-1].kept_bytes + segment.options[-1].transient_bytes > 4 * 150
-
-
-def test_measuring_takes_a_lack_of_memory_for_an_answer():
-    def measure(name):
-        if name != "lean":
-            raise torch.OutOfMemoryError("full")
-        return Option(name, 1, 1, 1.0)
-
-    assert [option.name for option in measure_segment("s", ["lean", "rich"], measure, 100).options] == ["lean"]
-    with pytest.raises(torch.OutOfMemoryError):
-        measure_segment("s", ["rich"], measure, 100)
+def test_stopwatch_tells_parts_apart():
+    watch = Stopwatch(CPU)
+    for label, naps in (("a", 1), ("b", 4), ("a", 1)):
+        watch.enter(label)
+        time.sleep(0.01 * naps)
+    seconds = watch.seconds()
+    # Sleeping takes no less than asked for; how much more is the machine's affair.
+    assert seconds["a"] >= 0.02 and seconds["b"] >= 0.04 and set(seconds) == {"a", "b"}

@@ -1,0 +1,211 @@
+"""The planner's table for a task: what its training step costs, measured on the device or estimated for a GPU by name.
+
+Measured tables are kept in the user's cache folder, by everything that their numbers depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignprop_fast.planner import CostTable, Gpu, Stage, load_table, roofline_seconds, save_table
+from alignprop_fast.runtime import (
+    Block,
+    Chain,
+    Operator,
+    cache_folder,
+    decoder_stages,
+    device_name,
+    link_rate,
+    operator_seconds,
+    reward_stages,
+    step_costs,
+)
+
+# cuBLAS and cuDNN workspaces and the rounding of the allocator, where no device is at hand to measure them.
+_ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one training step consists of.
+
+    model: the adapter (`models`) of the pipeline, on its device or on meta tensors. size: (height, width) in pixels.
+    prompts, metadata: what the reward gets, one entry per image.
+    reward: (images, prompts, metadata) -> (scores, info), or None; reward_bytes: its weights.
+    reserve_bytes: what the reward phase takes where there is no reward.
+    optimizer_bytes: the optimizer's state; None: two fp32 numbers for each trainable parameter.
+    """
+
+    model: Any
+    chain: Chain
+    cond: Any
+    size: tuple[int, int]
+    decoder_blocks: Sequence[Block]
+    prompts: Sequence[str]
+    metadata: Sequence[Any]
+    reward: Callable[..., tuple[torch.Tensor, Any]] | None = None
+    reward_bytes: int = 0
+    reserve_bytes: int = 0
+    optimizer_bytes: int | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompts)
+
+
+def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
+    """The modules of each group as blocks, named as in root."""
+    names = {module: name for name, module in root.named_modules()}
+    return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
+
+
+def measured_table(task: Task) -> CostTable:
+    """Run each part of the task on its device under each option, in a few seconds; or read what was measured before.
+
+    The reward is a callable of whatever make: it is measured anew each time.
+    """
+    device = task.model.device
+    origin = {**_origin(task), "source": "measured", "device": device_name(device)}
+    path = _cache_file(origin)
+    table = _read(path)
+    if table is None:
+        table = _costs(task, origin, None, link_rate(device))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_table(table, path)
+        except OSError:
+            pass  # the next process measures again
+    return _completed(table, task, None)
+
+
+def estimated_table(task: Task, gpu: Gpu) -> CostTable:
+    """The table of a task on meta tensors, with the seconds that its operators would take on the GPU (a roofline)."""
+
+    def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+        halves = dtype in (torch.bfloat16, torch.float16)
+        return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
+
+    formula = operator_seconds(roofline)
+    origin = {**_origin(task), "source": "estimated", "device": gpu.name}
+    table = _costs(task, origin, formula, gpu.link)
+    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), task, formula)
+
+
+def _read(path: Path) -> CostTable | None:
+    """What was measured before, unless by another version, or damaged."""
+    try:
+        return load_table(path) if path.is_file() else None
+    except ValueError:
+        return None
+
+
+def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
+    """The table but for what `_completed` adds."""
+    x = _latents(task)
+    step = step_costs(task.chain, x, formula, link)
+    return CostTable(
+        fixed={"workspace": step.untracked_bytes},
+        latent_bytes=_bytes([x]),
+        image_bytes=_bytes([_images(task)]),
+        step=step.segments,
+        sampling_bytes=step.sampling_bytes,
+        sampling_seconds=step.sampling_seconds,
+        decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, formula),
+        origin=origin,
+    )
+
+
+def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTable:
+    return replace(
+        table,
+        fixed={**_fixed(task), **table.fixed},
+        rewards=_rewards(task, formula),
+        reserve_bytes=task.reserve_bytes,
+        host_limit_bytes=_host_bytes() // 2,
+    )
+
+
+def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
+    if task.reward is None:
+        return ()
+    by_image = getattr(task.reward, "by_image", False)
+    # A reward may draw random numbers, which are not to be missed in training.
+    devices = [task.model.device] if task.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        return reward_stages(
+            task.reward, _images(task), task.prompts, task.metadata, by_image=by_image, operator_seconds=formula
+        )
+
+
+def _latents(task: Task) -> torch.Tensor:
+    model = task.model
+    scale = model.pipe.vae_scale_factor
+    x = torch.zeros(task.batch, model.latent_channels, *(side // scale for side in task.size), device=model.device)
+    return x.to(torch.promote_types(model.dtype, torch.float32))
+
+
+def _images(task: Task) -> torch.Tensor:
+    dtype = torch.promote_types(task.model.dtype, torch.float32)
+    return torch.zeros(task.batch, 3, *task.size, device=task.model.device, dtype=dtype)
+
+
+def _fixed(task: Task) -> dict[str, int]:
+    """Bytes that are there all through a training step, whatever the plan."""
+    trained = task.chain.parameters
+    numbers = sum(parameter.numel() for parameter in trained)
+    adapters_bytes = _bytes(trained)
+    tensors = [t for module in task.model.modules() for t in (*module.parameters(), *module.buffers())]
+    tensors = [t for t in tensors if t.device.type == task.model.device.type]
+    conditioning = [t for t in vars(task.cond).values() if isinstance(t, torch.Tensor)]
+    return {
+        "weights": _bytes(tensors) - adapters_bytes,
+        "adapters": adapters_bytes,
+        # Sums over the steps in fp32, and the gradients that they end up in.
+        "gradients": 4 * numbers + adapters_bytes,
+        "optimizer": 8 * numbers if task.optimizer_bytes is None else task.optimizer_bytes,
+        "reward": task.reward_bytes,
+        "conditioning": _bytes(conditioning),
+    }
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _origin(task: Task) -> dict[str, str]:
+    """What the numbers of a table depend on, beside the device."""
+    model = task.model
+    trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.parameters]
+    return {
+        "model": type(model.pipe).__name__,
+        "weights": _hash([(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]),
+        "trained": f"{len(trained)} tensors, {_hash(trained)}",
+        "batch": str(task.batch),
+        "height": str(task.size[0]),
+        "width": str(task.size[1]),
+        "branches": str(task.cond.branches),
+        "alignprop_fast": version("alignprop-fast"),
+        "torch": version("torch"),
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def _cache_file(origin: Mapping[str, str]) -> Path:
+    return cache_folder() / "tables" / f"{_hash(json.dumps(origin, sort_keys=True))}.json"

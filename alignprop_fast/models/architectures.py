@@ -1,0 +1,180 @@
+"""The published models without their weights: real architectures at full size, by name.
+
+    adapter = architecture("sdxl")                   # on the meta device: shapes and bytes only, a second, no memory
+    cond = adapter.blank_conditioning(batch=1, guided=True, size=adapter.image_size(None, None))
+    x = adapter.initial_latents(1, adapter.image_size(None, None), None, None)
+    y = adapter.predict(x, torch.tensor(500.0, device=adapter.device), cond)
+    images = adapter.decode(x)
+    parameters(adapter)                # {"denoiser": ..., "adapters": ..., "vae": ..., "text": ...}
+
+`architecture` returns what `models.adapt` returns for a real pipeline of that kind: the same adapter class around the
+same pipeline class, with LoRA adapters in, tokenizers left out (so `encode` does not work, `blank_conditioning` stands
+for it) and text encoders present, since they count as weights. With `device="cuda"` the weights are random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+NAMES = ("sd15", "sdxl")
+
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "norm_num_groups": 32,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "norm_num_groups": 32,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+_VAES: dict[str, dict[str, Any]] = {
+    "sd15": {"scaling_factor": 0.18215, "force_upcast": False},
+    "sdxl": {"scaling_factor": 0.13025},
+}
+
+_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+_CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
+
+def architecture(
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    rank: int = 16,
+    adapter_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "meta",
+) -> Any:
+    """The sampler's view of a published model, with random or no weights.
+
+    Args:
+        name: one of NAMES.
+        dtype: of the frozen weights.
+        rank: of the LoRA adapters on every query, key, value and output projection.
+        adapter_dtype: torch.float32 or torch.bfloat16.
+        device: "meta" has shapes and no storage; elsewhere weights are random.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    from alignprop_fast.models import adapt
+    from alignprop_fast.models.lora import add_lora
+
+    if name not in NAMES:
+        raise ValueError(f"unknown architecture {name!r}: use {', '.join(NAMES)}")
+    with torch.device(device), _default_dtype(dtype):
+        pipe = _stable_diffusion(name)
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        for parameter in add_lora(pipe, rank, rank):
+            parameter.data = parameter.data.to(adapter_dtype)
+    return adapt(pipe)
+
+
+def parameters(adapter: Any) -> dict[str, int]:
+    """How many parameters: frozen in the denoiser, trained in its adapters, in the VAE and in the text encoders."""
+    denoiser = list(adapter.denoiser.parameters())
+    trained = _count(p for p in denoiser if p.requires_grad)
+    vae = _count(adapter.pipe.vae.parameters())
+    everything = _count(p for module in adapter.modules() for p in module.parameters())
+    return {
+        "denoiser": _count(denoiser) - trained,
+        "adapters": trained,
+        "vae": vae,
+        "text": everything - vae - _count(denoiser),
+    }
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _vae(name: str) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**VAE, **_VAES[name])
+
+
+def _clip(config: dict[str, Any], projected: bool) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(vocab_size=49408, **config))
+
+
+def _stable_diffusion(name: str) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    parts = {
+        "vae": _vae(name),
+        "unet": UNet2DConditionModel(**UNETS[name]),
+        "scheduler": DDIMScheduler(**_DIFFUSION),
+        "text_encoder": _clip(_CLIP_L, projected=False),
+        "tokenizer": None,
+    }
+    if name == "sdxl":
+        second = _clip(_CLIP_G, projected=True)
+        return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=None, add_watermarker=False)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

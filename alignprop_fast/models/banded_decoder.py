@@ -1,0 +1,175 @@
+"""Runs the blocks of a diffusers image decoder by bands of rows, for the length of a `with` block.
+
+A residual block becomes one op that keeps its input and computes itself again in its backward pass, so it is not to be
+checkpointed as well; an upsampler keeps nothing. Values and gradients are those of the whole image (see
+ops.banded_conv).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from alignprop_fast.ops.banded_conv import NormConv, norm_conv, upsample_conv
+from alignprop_fast.ops.banded_residual import banded_residual
+
+Forward = Callable[..., torch.Tensor]
+
+
+def bandable(decoder: nn.Module) -> list[nn.Module]:
+    """What `banded` takes of a decoder: its residual blocks and upsamplers, and the decoder itself."""
+    return [module for module in decoder.modules() if isinstance(module, ResnetBlock2D | Upsample2D | Decoder)]
+
+
+@contextmanager
+def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[None]:
+    """Inside the block each of the modules runs by bands of rows: `ResnetBlock2D`, `Upsample2D`, or a `Decoder`, of
+    which that means its last norm, SiLU and convolution.
+
+    One that learns, runs under autocast or has an option that the ops do not cover stays as it is. Names, parameters
+    and hooks are not touched. A forward pass in the block may have its backward pass outside, but what is run again for
+    it needs the block again, as `banded_stages` sees to.
+
+    Args:
+        rows: height of a band in a block's output; None: 1/32 of its height, at least 16.
+
+    Raises:
+        TypeError: a module of another kind.
+    """
+    with _with_forwards([pair for module in modules for pair in _forwards(module, rows)]):
+        yield
+
+
+@contextmanager
+def banded_stages(decoder: Decoder, rows: int | None = None) -> Iterator[None]:
+    """`banded`, and the middle and each up block of the decoder keep their input alone and run again when needed.
+
+    For one forward pass more, the backward pass holds the blocks of one stage at a time. It may lie outside the block.
+    """
+    modules, stages = bandable(decoder), [decoder.mid_block, *decoder.up_blocks]
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), banded(modules, rows)
+
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+    again = [(stage, partial(checkpoint, stage.forward, **options)) for stage in stages]
+    with banded(modules, rows), _with_forwards(again):
+        yield
+
+
+@contextmanager
+def _with_forwards(changed: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    found = [(module, module.__dict__.get("forward")) for module, _ in changed]
+    for module, forward in changed:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own_forward in found:
+            del module.forward
+            if own_forward is not None:
+                module.forward = own_forward
+
+
+def _forwards(module: nn.Module, rows: int | None) -> list[tuple[nn.Module, Forward]]:
+    """The modules to change for this one, each with the forward that it gets."""
+    if isinstance(module, ResnetBlock2D):
+        return [(module, partial(_residual, module, module.forward, rows))] if _is_plain_residual(module) else []
+    if isinstance(module, Upsample2D):
+        return [(module, partial(_upsample, module, module.forward, rows))] if _is_plain_upsampler(module) else []
+    if not isinstance(module, Decoder):
+        raise TypeError(f"{type(module).__name__} does not run by bands: leave it out")
+    norm, act, conv = module.conv_norm_out, module.conv_act, module.conv_out
+    if not _is_plain_norm_conv(norm, act, conv):
+        return []
+    layer = _norm_conv(norm, conv)
+    # The convolution does all three, so the others pass on what they get.
+    return [(norm, _pass_on), (act, _pass_on), (conv, lambda x: norm_conv(x, layer, rows))]
+
+
+def _pass_on(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _residual(
+    block: ResnetBlock2D,
+    own_forward: Forward,
+    rows: int | None,
+    input_tensor: torch.Tensor,
+    temb: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if temb is not None:
+        return own_forward(input_tensor, temb)
+    first, second = _norm_conv(block.norm1, block.conv1), _norm_conv(block.norm2, block.conv2)
+    shortcut = None if block.conv_shortcut is None else (block.conv_shortcut.weight, block.conv_shortcut.bias)
+    return banded_residual(input_tensor, first, second, shortcut, rows)
+
+
+def _upsample(
+    layer: Upsample2D,
+    own_forward: Forward,
+    rows: int | None,
+    hidden_states: torch.Tensor,
+    output_size: int | None = None,
+) -> torch.Tensor:
+    if output_size is not None:
+        return own_forward(hidden_states, output_size)
+    return upsample_conv(hidden_states, layer.conv.weight, layer.conv.bias, rows)
+
+
+def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d) -> NormConv:
+    return NormConv(norm.num_groups, norm.weight, norm.bias, norm.eps, conv.weight, conv.bias)
+
+
+def _is_plain_residual(block: ResnetBlock2D) -> bool:
+    return (
+        block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm != "scale_shift"
+        and block.output_scale_factor == 1
+        and not (block.dropout.training and block.dropout.p > 0)
+        and block.conv1.out_channels == block.conv2.out_channels
+        and _is_plain_norm_conv(block.norm1, block.nonlinearity, block.conv1)
+        and _is_plain_norm_conv(block.norm2, block.nonlinearity, block.conv2)
+        and (block.conv_shortcut is None or (not _learns(block.conv_shortcut)))
+    )
+
+
+def _is_plain_upsampler(layer: Upsample2D) -> bool:
+    conv = getattr(layer, "conv", None)
+    return layer.norm is None and layer.interpolate and not layer.use_conv_transpose and _is_plain_conv(conv)
+
+
+def _is_plain_norm_conv(norm: nn.Module, activation: nn.Module, conv: nn.Module) -> bool:
+    return (
+        isinstance(norm, nn.GroupNorm)
+        and norm.affine
+        and not _learns(norm)
+        and isinstance(activation, nn.SiLU)
+        and _is_plain_conv(conv)
+    )
+
+
+def _is_plain_conv(conv: nn.Module | None) -> bool:
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not _learns(conv)
+    )
+
+
+def _learns(module: nn.Module) -> bool:
+    """Weights that learn, or autocast, which would cast inside an op's forward but not inside its backward."""
+    device_type = next(module.parameters()).device.type
+    autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return autocasts or any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,153 @@
+"""How fast can a training step be in so many bytes, by the number of resident steps?
+
+Resident steps, decoder and reward form one chain in time, so one frontier of (bytes, seconds) for each number of
+resident steps says all there is to know, for every budget; replays have a frontier of their own. Small tables are
+solved exactly: the frontier of all segments of all resident steps. In large ones a frontier of one step is repeated.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
+from alignprop_fast.planner.plan import Plan
+from alignprop_fast.planner.repeat import repeated
+from alignprop_fast.planner.table import CostTable
+from alignprop_fast.planner.tail import tail_choices, tail_frontier
+
+EXACT_SEGMENTS = 256  # of all resident steps together; with more, or with more labels, a step's frontier is repeated
+EXACT_LABELS = 4096
+STEP_LABELS = 384
+REPLAY_LABELS = 1024
+TAIL_LABELS = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The best for one number of resident steps: rows of the two frontiers."""
+
+    seconds: float
+    need: int
+    resident: int
+    row: int
+    replay_row: int
+
+
+class Curves:
+    """Frontiers of one table: by the number of resident steps, and of a replay."""
+
+    def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
+        self.table, self.num_steps = table, num_steps
+        self.replay = chain(table.step, Frontier.start(), REPLAY_LABELS, above=table.image_bytes)
+        self.tail = tail_frontier(table)
+        self.step: Frontier | None = None  # labels of one resident step, where its frontier is repeated
+        resident = self._exact(most_grad_steps)
+        self.resident = self._repeated(most_grad_steps) if resident is None else resident
+
+    def _tails(self) -> tuple[Frontier, Frontier]:
+        """The tail with a step without gradient beside it, and without: only where every step is resident."""
+        alone = self.tail.indexed()
+        return alone.at_least(self.table.sampling_bytes), alone
+
+    def _exact(self, most_grad_steps: int) -> list[Frontier] | None:
+        """By the number of resident steps: all their segments in one chain; None where there are too many labels."""
+        if most_grad_steps * len(self.table.step) > EXACT_SEGMENTS:
+            return None
+        with_sampling, alone = self._tails()
+        frontiers = self._in_one_chain(with_sampling, min(most_grad_steps, self.num_steps - 1))
+        if most_grad_steps == self.num_steps:
+            frontiers += self._in_one_chain(alone, self.num_steps)[self.num_steps :]
+        return frontiers if len(frontiers) == most_grad_steps + 1 else None
+
+    def _in_one_chain(self, tail: Frontier, most_resident: int) -> list[Frontier]:
+        """Frontiers with 0, 1, ... resident steps in front of the tail, as far as there are not too many labels."""
+        frontiers = [tail][: most_resident + 1]
+        for _ in range(most_resident):
+            for segment in reversed(self.table.step):
+                tail = in_front(segment, tail, EXACT_LABELS, self.table.image_bytes)
+                if tail.thinned:
+                    return frontiers
+            frontiers.append(tail)
+        return frontiers
+
+    def _repeated(self, most_grad_steps: int) -> list[Frontier]:
+        """The same from one step's frontier; decisions: lower and upper label of the hull, how often, free label, tail.
+
+        How much a step adds to the need of what follows depends on that need where the step's own worst moment stands
+        out above it. Taken is the most that it can add, which is that to the leanest tail.
+        """
+        rest, alone = (tail.pareto(TAIL_LABELS) for tail in self._tails())
+        least = int(min(rest.need[0], alone.need[0]))
+        step = chain(self.table.step, Frontier.start(least), STEP_LABELS, self.table.image_bytes)
+        self.step = replace(step, need=step.need - least)
+        frontiers = [alone if self.num_steps == 0 else rest]
+        for resident, steps in enumerate(repeated(self.step, most_grad_steps), start=1):
+            tail = alone if resident == self.num_steps else rest
+            frontiers.append(together(steps, tail, steps.need[:, None] + tail.need, STEP_LABELS))
+        return frontiers
+
+    def most_host_bytes(self) -> int:
+        return max(int(frontier.host.max()) for frontier in [self.replay, *self.resident])
+
+    def _allowed(self, frontier: Frontier, room: float) -> np.ndarray:
+        limit = self.table.host_limit_bytes
+        fits = frontier.need <= room
+        return np.flatnonzero(fits if limit is None else fits & (frontier.host <= limit))
+
+    def candidates(self, grad_steps: int, room: int) -> list[Candidate]:
+        """The fastest for each number of resident steps; both frontiers descend in seconds, so it is the last row."""
+        replays = self._allowed(self.replay, room)
+        found = []
+        for resident in range(grad_steps + 1):
+            replayed = grad_steps - resident
+            rows = self._allowed(self.resident[resident], room)
+            if len(rows) == 0 or (replayed and len(replays) == 0):
+                continue
+            row, replay_row = int(rows[-1]), int(replays[-1]) if replayed else -1
+            seconds = float(self.resident[resident].seconds[row])
+            seconds += (self.num_steps - resident) * self.table.sampling_seconds
+            need = int(self.resident[resident].need[row])
+            if replayed:
+                seconds += replayed * float(self.replay.seconds[replay_row])
+                need = max(need, int(self.replay.need[replay_row]))
+            found.append(Candidate(seconds, need, resident, row, replay_row))
+        return found
+
+    def least_need(self, grad_steps: int) -> int | None:
+        """The least room in which there is a candidate; None where the host limit leaves none."""
+        replays = self._allowed(self.replay, np.inf)
+        needs = []
+        for resident in range(grad_steps + 1):
+            rows = self._allowed(self.resident[resident], np.inf)
+            if len(rows) and (resident == grad_steps or len(replays)):
+                replay = self.replay.need[replays[0]] if resident < grad_steps else 0
+                needs.append(int(max(self.resident[resident].need[rows[0]], replay)))
+        return min(needs, default=None)
+
+    def plan(self, steps: tuple[int, ...], candidate: Candidate) -> Plan:
+        replayed = len(steps) - candidate.resident
+        picks = self.resident[candidate.resident].picks[candidate.row]
+        decoder, reward = tail_choices(self.table, self.tail.picks[picks[-1]])
+        return Plan(
+            self.num_steps,
+            resident_steps=steps[replayed:],
+            replayed_steps=steps[:replayed],
+            resident_options=tuple(self._resident_options(candidate.resident, picks)),
+            replay_options=self._options(self.replay.picks[candidate.replay_row]) if replayed else {},
+            decoder=decoder,
+            reward=reward,
+            exact=not (self.resident[candidate.resident].thinned or self.replay.thinned or self.step is not None),
+        )
+
+    def _resident_options(self, resident: int, picks: np.ndarray) -> list[dict[str, str]]:
+        if self.step is None:
+            width = len(self.table.step)
+            return [self._options(picks[width * step : width * (step + 1)]) for step in range(resident)]
+        if resident == 0:
+            return []
+        lower, upper, times, free = (int(pick) for pick in picks[:4])
+        rows = [lower] * (resident - 1 - times) + [upper] * times + [free]
+        return [self._options(self.step.picks[row]) for row in rows]
+
+    def _options(self, picks: np.ndarray) -> dict[str, str]:
+        return {s.name: s.options[pick].name for s, pick in zip(self.table.step, picks, strict=True)}

@@ -1,0 +1,131 @@
+"""Frontiers of (bytes needed, seconds): what is the fastest way to run a part of the training step in so many bytes?
+
+A part runs while another, called the rest, is still to come and keeps its bytes meanwhile. A segment in front of a
+rest that needs n bytes needs max(kept + spike, kept + n): its own worst moment, or the rest's with the segment's kept
+bytes alive. So every frontier is built from the last segment to the first, with two numbers to a label, whatever the
+memory budget will be; and a label is worth keeping only if no other needs less and is as fast (Pareto).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from alignprop_fast.planner.table import Segment
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Labels in ascending need and descending seconds; one row each.
+
+    need: bytes at the worst moment, int64.
+    seconds: float64.
+    host: bytes in host memory, int64.
+    picks: int16 matrix; a column for each decision, in order of time.
+    thinned: labels were left out because there were too many; what is left is still true, but may not be the best.
+    """
+
+    need: np.ndarray
+    seconds: np.ndarray
+    host: np.ndarray
+    picks: np.ndarray
+    thinned: bool = False
+
+    def __len__(self) -> int:
+        return len(self.need)
+
+    @classmethod
+    def start(cls, need: int = 0) -> "Frontier":
+        """No segment yet: one label without decisions."""
+        zero = np.zeros(1, np.int64)
+        return cls(zero + need, np.zeros(1), zero, np.zeros((1, 0), np.int16))
+
+    def indexed(self) -> "Frontier":
+        """The same labels with one decision: which of them."""
+        return replace(self, picks=np.arange(len(self), dtype=np.int16)[:, None])
+
+    def padded(self, columns: int) -> "Frontier":
+        """The same labels with empty decisions in front, so many columns in all."""
+        empty = np.full((len(self), columns - self.picks.shape[1]), -1, np.int16)
+        return replace(self, picks=np.hstack((empty, self.picks)))
+
+    def rows(self, rows: np.ndarray, thinned: bool = False) -> "Frontier":
+        return Frontier(self.need[rows], self.seconds[rows], self.host[rows], self.picks[rows], self.thinned or thinned)
+
+    def at_least(self, need: int) -> "Frontier":
+        """With a moment beside it that needs so many bytes on its own."""
+        return replace(self, need=np.maximum(self.need, need)).pareto(len(self))
+
+    def pareto(self, most: int) -> "Frontier":
+        """Labels that no other beats, at most so many."""
+        return self.rows(*_best(self.need, self.seconds, most))
+
+
+def _best(need: np.ndarray, seconds: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
+    """Rows of the labels that no other beats, in ascending need, and whether some of them were left out.
+
+    Where more than `most` are left, evenly spaced ones along the frontier stay. Which ones does not depend on any
+    budget, so that more budget never gives a slower plan. The leanest and the fastest label always stay.
+    """
+    order = np.argsort(need)
+    fastest = np.minimum.accumulate(seconds[order])
+    rows = order[np.concatenate(([True], fastest[1:] < fastest[:-1]))]
+    rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # of equal needs the fastest stands last
+    if len(rows) <= most:
+        return rows, False
+    along = _fraction(need[rows]) + _fraction(-seconds[rows])
+    bucket = (along * (most // 2 - 1)).astype(np.int64)
+    last = np.concatenate((bucket[1:] != bucket[:-1], [True]))
+    last[0] = True
+    return rows[last], True
+
+
+def _fraction(values: np.ndarray) -> np.ndarray:
+    """Ascending values as fractions of their range, 0 to 1."""
+    return (values - values[0]) / (values[-1] - values[0])
+
+
+def in_front(segment: Segment, rest: Frontier, most: int, above: int = 0) -> Frontier:
+    """Frontier of a segment followed by the rest. above: bytes alive on top during the segment's own worst moment."""
+    options = segment.options
+    kept = np.array([option.kept_bytes for option in options], np.int64)[:, None]
+    spike = np.array([option.spike_bytes + above for option in options], np.int64)[:, None]
+    need = (kept + np.maximum(spike, rest.need)).ravel()
+    seconds = (np.array([option.seconds for option in options])[:, None] + rest.seconds).ravel()
+    host = (np.array([option.host_bytes for option in options], np.int64)[:, None] + rest.host).ravel()
+    rows, thinned = _best(need, seconds, most)
+    chosen, after = np.divmod(rows, len(rest))
+    picks = np.hstack((chosen.astype(np.int16)[:, None], rest.picks[after]))
+    return Frontier(need[rows], seconds[rows], host[rows], picks, rest.thinned or thinned)
+
+
+def chain(segments: Sequence[Segment], rest: Frontier, most: int, above: int = 0) -> Frontier:
+    """Frontier of segments, in order of time, followed by the rest."""
+    for segment in reversed(segments):
+        rest = in_front(segment, rest, most, above)
+    return rest
+
+
+def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> Frontier:
+    """Frontier of pairs of labels; `need` has a row for each label of the first and a column for each of the second."""
+    need = need.ravel()
+    seconds = (first.seconds[:, None] + second.seconds).ravel()
+    host = (first.host[:, None] + second.host).ravel()
+    rows, thinned = _best(need, seconds, most)
+    one, two = np.divmod(rows, len(second))
+    picks = np.hstack((first.picks[one], second.picks[two]))
+    return Frontier(need[rows], seconds[rows], host[rows], picks, first.thinned or second.thinned or thinned)
+
+
+def either(frontiers: Sequence[Frontier], most: int) -> Frontier:
+    """Frontier of alternatives; the first decision says which, and the alternative's own decisions stand last."""
+    columns = max(frontier.picks.shape[1] for frontier in frontiers)
+    wide = [frontier.padded(columns) for frontier in frontiers]
+    which = np.repeat(np.arange(len(wide), dtype=np.int16), [len(frontier) for frontier in wide])
+    return Frontier(
+        np.concatenate([frontier.need for frontier in wide]),
+        np.concatenate([frontier.seconds for frontier in wide]),
+        np.concatenate([frontier.host for frontier in wide]),
+        np.hstack((which[:, None], np.vstack([frontier.picks for frontier in wide]))),
+        any(frontier.thinned for frontier in wide),
+    ).pareto(most)

@@ -1,0 +1,31 @@
+"""What would lower the least budget of a plan that needs too much."""
+
+from alignprop_fast.planner.plan import Plan
+
+_BY_KIND = {
+    "weights": "a quantised base model",
+    "optimizer": "an 8-bit optimizer",
+    "latents": "a smaller batch or resolution, or fewer gradient steps",
+    "images": "a smaller batch or resolution",
+}
+_BY_PHASE = {
+    "decoder": "a tiled decode, a smaller batch or resolution",
+    "reward": "a chunked reward, a smaller batch",
+}
+_SHARE = 0.15  # of the peak; what takes less is not worth naming
+
+
+def remedies(leanest: Plan) -> list[str]:
+    """What would lower the leanest plan's peak, by what is alive at its worst moment, the most effective first."""
+    worst = max(leanest.phases, key=lambda phase: leanest.phases[phase])
+    activations = _BY_PHASE.get(worst, "a smaller batch or resolution")
+    sizes: dict[str, int] = {}
+    for name, size in leanest.kinds.items():
+        if name in ("kept", "transient"):
+            remedy = activations
+        else:
+            remedy = next((text for part, text in _BY_KIND.items() if part in name.lower()), "")
+        sizes[remedy] = sizes.get(remedy, 0) + size
+    sizes.pop("", None)
+    ranked = sorted(sizes, key=lambda remedy: -sizes[remedy])
+    return [remedy for remedy in ranked if sizes[remedy] >= _SHARE * leanest.peak_bytes] or ranked[:1]

@@ -1,0 +1,54 @@
+"""Many steps with one frontier each: which labels should R equal steps take?
+
+With R copies of one frontier, the best sums lie next to the sums of vertices of its lower convex hull: all steps at one
+vertex, or some at the next. So R - 1 steps take two neighbouring vertices, and one free step any label near them, which
+fills what is left. The sums tried depend on the frontier alone, never on a budget.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from alignprop_fast.planner.frontier import Frontier
+
+MOST_LABELS = 512
+
+
+def hull(frontier: Frontier) -> np.ndarray:
+    """Rows of the labels on the lower convex hull, in ascending need."""
+    rows: list[int] = []
+    need, seconds = frontier.need.astype(float), frontier.seconds
+    for row in range(len(frontier)):
+        while len(rows) >= 2:
+            first, last = rows[-2], rows[-1]
+            rise = (seconds[last] - seconds[first]) * (need[row] - need[first])
+            if rise < (seconds[row] - seconds[first]) * (need[last] - need[first]):
+                break
+            rows.pop()
+        rows.append(row)
+    return np.array(rows)
+
+
+def repeated(step: Frontier, most_steps: int) -> Iterator[Frontier]:
+    """Frontiers of 1, 2, ... most_steps copies of a step whose need adds up.
+
+    Decisions are rows of `step`: lower vertex, upper vertex, how many copies take the upper one, free label.
+    """
+    vertices = hull(step)
+    lower_list, upper_list, free_list = [], [], []
+    for index in range(max(len(vertices) - 1, 1)):
+        window = vertices[max(index - 1, 0)], vertices[min(index + 2, len(vertices) - 1)]
+        free = np.arange(window[0], window[1] + 1)
+        free_list.append(free)
+        lower_list.append(np.full(len(free), vertices[index]))
+        upper_list.append(np.full(len(free), vertices[min(index + 1, len(vertices) - 1)]))
+    lower, upper, free = (np.concatenate(rows) for rows in (lower_list, upper_list, free_list))
+    for copies in range(1, most_steps + 1):
+        times = np.arange(copies)[:, None]
+        need, seconds, host = (
+            ((copies - 1 - times) * values[lower] + times * values[upper] + values[free]).ravel()
+            for values in (step.need, step.seconds, step.host)
+        )
+        picks = [np.broadcast_to(rows, (copies, len(free))).ravel() for rows in (lower, upper, times, free)]
+        labels = Frontier(need, seconds, host, np.stack(picks, axis=1).astype(np.int16), step.thinned)
+        yield labels.pareto(MOST_LABELS)

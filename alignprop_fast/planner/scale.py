@@ -1,0 +1,131 @@
+"""The cost table at another batch size, and the largest batch that a budget holds."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from alignprop_fast.planner.budget import BudgetInfeasible
+from alignprop_fast.planner.plan import Plan
+from alignprop_fast.planner.solve import solve
+from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
+
+MOST_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The line through two values, read at a third batch size."""
+
+    at: float  # 0 at the first table's batch size, 1 at the second's
+
+    def seconds(self, first: float, second: float) -> float:
+        return max(0.0, first + (second - first) * self.at)
+
+    def size(self, first: int, second: int) -> int:
+        return math.ceil(round(self.seconds(first, second), 3))
+
+    def runs(self, first: int, second: int) -> int:
+        return max(1, self.size(first, second))
+
+    def sizes(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+        _require_equal("fixed entries", list(first), list(second))
+        return {name: self.size(first[name], second[name]) for name in first}
+
+    def segments(self, first: Sequence[Segment], second: Sequence[Segment]) -> tuple[Segment, ...]:
+        _require_equal("segments", [segment.name for segment in first], [segment.name for segment in second])
+        return tuple(
+            Segment(one.name, self.options(one.name, one.options, two.options))
+            for one, two in zip(first, second, strict=True)
+        )
+
+    def options(self, owner: str, first: Sequence[Option], second: Sequence[Option]) -> tuple[Option, ...]:
+        names = [option.name for option in first]
+        _require_equal(f"options of {owner}", names, [option.name for option in second])
+        return tuple(
+            Option(
+                one.name,
+                self.size(one.kept_bytes, two.kept_bytes),
+                self.size(one.spike_bytes, two.spike_bytes),
+                self.seconds(one.seconds, two.seconds),
+                self.size(one.host_bytes, two.host_bytes),
+            )
+            for one, two in zip(first, second, strict=True)
+        )
+
+    def stages(self, first: Sequence[Stage], second: Sequence[Stage]) -> tuple[Stage, ...]:
+        names = [(stage.name, stage.replayed) for stage in first]
+        _require_equal("stages", names, [(stage.name, stage.replayed) for stage in second])
+        return tuple(
+            replace(
+                one,
+                segments=self.segments(one.segments, two.segments),
+                runs=self.runs(one.runs, two.runs),
+                forward_bytes=self.size(one.forward_bytes, two.forward_bytes),
+                forward_seconds=self.seconds(one.forward_seconds, two.forward_seconds),
+            )
+            for one, two in zip(first, second, strict=True)
+        )
+
+
+def _require_equal(what: str, first: Sequence, second: Sequence) -> None:
+    if first != second:
+        raise ValueError(f"two cost tables with different {what} have none between them: take both from the same model")
+
+
+def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, batch: int) -> CostTable:
+    """The cost table at another batch size: every byte and second on the line through those of two tables.
+
+    All costs are a constant and a share for each image, so two tables say all. Bytes are rounded up; nothing falls
+    below zero.
+
+    Raises:
+        ValueError: the tables have different segments, options or stages, or equal batch sizes.
+    """
+    if batch_1 == batch_2:
+        raise ValueError(f"two cost tables at batch size {batch_1} give no line: take a second one at another size")
+    line = _Line((batch - batch_1) / (batch_2 - batch_1))
+    one, two = table_1, table_2
+    return replace(
+        one,
+        fixed=line.sizes(one.fixed, two.fixed),
+        latent_bytes=line.size(one.latent_bytes, two.latent_bytes),
+        image_bytes=line.size(one.image_bytes, two.image_bytes),
+        step=line.segments(one.step, two.step),
+        sampling_bytes=line.size(one.sampling_bytes, two.sampling_bytes),
+        sampling_seconds=line.seconds(one.sampling_seconds, two.sampling_seconds),
+        decoders=line.stages(one.decoders, two.decoders),
+        rewards=line.stages(one.rewards, two.rewards),
+        reserve_bytes=line.size(one.reserve_bytes, two.reserve_bytes),
+        optimizer_seconds=line.seconds(one.optimizer_seconds, two.optimizer_seconds),
+        origin={**one.origin, "batch_size": str(batch)},
+    )
+
+
+def largest_batch(
+    table_of_batch: Callable[[int], CostTable], num_steps: int, grad_steps: Sequence[int], budget_bytes: int
+) -> tuple[int, Plan]:
+    """The largest batch size (at most 1024) with a plan within the budget, and that plan; by doubling and bisection.
+
+    Args:
+        table_of_batch: the cost table at a batch size; bytes must not fall as the batch grows.
+
+    Raises:
+        BudgetInfeasible: not even one image fits.
+    """
+
+    def attempt(batch: int) -> Plan | None:
+        try:
+            return solve(table_of_batch(batch), num_steps, grad_steps, budget_bytes)
+        except BudgetInfeasible:
+            return None
+
+    fits, plan = 1, solve(table_of_batch(1), num_steps, grad_steps, budget_bytes)
+    fails = MOST_BATCH + 1
+    while fails - fits > 1:
+        batch = fits * 2 if fails > MOST_BATCH and fits * 2 <= MOST_BATCH else (fits + fails) // 2
+        larger = attempt(batch)
+        if larger is None:
+            fails = batch
+        else:
+            fits, plan = batch, larger
+    return fits, plan

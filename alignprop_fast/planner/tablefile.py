@@ -1,0 +1,63 @@
+"""Cost tables as JSON files."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
+
+FORMAT_VERSION = 1
+_REMEDY = "measure or estimate the table again"
+
+
+def save_table(table: CostTable, path: str | os.PathLike) -> None:
+    """Writes a cost table as JSON. The file is there whole or not at all; an older one is replaced."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps({"format_version": FORMAT_VERSION, "table": asdict(table)}, indent=1, allow_nan=False)
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_table(path: str | os.PathLike) -> CostTable:
+    """Reads what `save_table` wrote.
+
+    Raises:
+        ValueError: no such file, damaged, of another format version, or not a cost table; one line with the remedy.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the cost table {path} ({error.strerror}): {_REMEDY}") from error
+    except ValueError as error:
+        raise ValueError(f"the cost table {path} is damaged: {_REMEDY}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        found = "no format version" if version is None else f"format version {version}"
+        raise ValueError(f"the cost table {path} has {found}, this program reads {FORMAT_VERSION}: {_REMEDY}")
+    try:
+        return _table(content["table"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the cost table {path} has missing or unknown entries: {_REMEDY}") from error
+    except ValueError as error:
+        raise ValueError(f"the cost table {path} is wrong: {error}") from error
+
+
+def _segments(entries: list[dict[str, Any]]) -> tuple[Segment, ...]:
+    return tuple(Segment(**{**entry, "options": tuple(Option(**o) for o in entry["options"])}) for entry in entries)
+
+
+def _stages(entries: list[dict[str, Any]]) -> tuple[Stage, ...]:
+    return tuple(Stage(**{**entry, "segments": _segments(entry["segments"])}) for entry in entries)
+
+
+def _table(entries: dict[str, Any]) -> CostTable:
+    parts = {"step": _segments(entries["step"])}
+    return CostTable(
+        **{**entries, **parts, "decoders": _stages(entries["decoders"]), "rewards": _stages(entries["rewards"])}
+    )

@@ -1,0 +1,142 @@
+"""Costs of the parts of a training step, as the planner's table wants them: denoising step, decoder, reward.
+
+On a device the parts are run and timed; on meta tensors they are counted, with a formula for the seconds of an operator.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from alignprop_fast.planner import Segment, Stage
+from alignprop_fast.runtime.chain import Chain
+from alignprop_fast.runtime.segments import Block
+from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """One denoising step: segments with gradient, spike and seconds without; bytes that are no tensor's."""
+
+    segments: tuple[Segment, ...]
+    sampling_bytes: int
+    sampling_seconds: float
+    untracked_bytes: int
+
+
+def step_costs(
+    chain: Chain, x: torch.Tensor, operator_seconds: Operator | None = None, link: float | None = None
+) -> StepCosts:
+    """Costs of one step of the chain at latents x [B, ...]; runs the network of step 0 and draws no random number.
+
+    operator_seconds: estimates instead of timing (on meta tensors). link: bytes a second to host memory, for offload.
+    """
+    start = x.detach().requires_grad_()
+    wanted = [start, *chain.parameters]
+    work = Work(
+        forward=lambda: chain.network(0, start),
+        backward=lambda y: torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True),
+        blocks=chain.blocks,
+        device=x.device,
+        operator_seconds=operator_seconds,
+    )
+
+    @torch.inference_mode()
+    def sample() -> torch.Tensor:
+        return chain.network(0, x)
+
+    sampling = trace(replace(work, forward=sample, backward=None), {})
+    options, lean = segments(work, everywhere=x.device.type == "meta", link=link)
+    untracked_bytes = max(sampling.untracked_bytes, lean.untracked_bytes)
+    return StepCosts(options, sampling.peak_bytes, sampling.seconds, untracked_bytes)
+
+
+def decoder_stages(
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    blocks: Sequence[Block],
+    operator_seconds: Operator | None = None,
+) -> tuple[Stage, ...]:
+    """The decoder on latents x [B, ...]: all images at once, or one by one, run again to go back."""
+
+    def work(images: torch.Tensor) -> Work:
+        start = images.detach().requires_grad_()
+        return Work(
+            forward=lambda: decode(start),
+            backward=lambda out: torch.autograd.grad(out, start, torch.ones_like(out)),
+            blocks=blocks,
+            device=x.device,
+            operator_seconds=operator_seconds,
+            output_kept=False,
+        )
+
+    everywhere = x.device.type == "meta"
+    at_once, _ = segments(work(x), everywhere)
+    one, lean = segments(work(x[:1]), everywhere) if len(x) > 1 else (at_once, None)
+    forward = _without_graph(work(x[:1]))
+    # While one image is decoded again the gradients of all others are there, and so are the images.
+    others_bytes = (len(x) - 1) * _output_bytes(lambda: decode(x[:1]))
+    again = Stage(
+        "image",
+        tuple(_raised(segment, others_bytes) for segment in one),
+        runs=len(x),
+        replayed=True,
+        forward_bytes=forward.peak_bytes,
+        forward_seconds=len(x) * forward.seconds,
+    )
+    return Stage("batch", at_once), again
+
+
+def reward_stages(
+    score: Callable[..., tuple[torch.Tensor, Any]],
+    images: torch.Tensor,
+    *lists: Sequence[Any],
+    by_image: bool = False,
+    operator_seconds: Operator | None = None,
+) -> tuple[Stage, ...]:
+    """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if it may be cut, by chunks of it."""
+
+    def work(count: int) -> Work:
+        part = images[:count].detach().requires_grad_()
+        arguments = [values[:count] for values in lists]
+        return Work(
+            forward=lambda: score(part, *arguments)[0],
+            backward=lambda scores: torch.autograd.grad(scores.sum(), part),
+            blocks=(),
+            device=images.device,
+            operator_seconds=operator_seconds,
+        )
+
+    stages = [Stage("batch", segments(work(len(images)), everywhere=True)[0])]
+    image_bytes = images.numel() * images.element_size()
+    chunk = 1
+    while by_image and chunk < len(images):
+        runs = -(-len(images) // chunk)
+        forward = _without_graph(work(chunk))
+        chunked = tuple(_raised(segment, image_bytes) for segment in segments(work(chunk), everywhere=True)[0])
+        stages.append(Stage(f"chunk:{chunk}", chunked, runs, True, forward.peak_bytes, runs * forward.seconds))
+        chunk *= 2
+    return tuple(stages)
+
+
+def _without_graph(work: Work) -> Trace:
+    """The forward pass as the stage's first run has it: checkpointing drops what it would keep."""
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return work.forward()
+
+    return trace(replace(work, forward=forward, backward=None), {})
+
+
+def _raised(segment: Segment, by_bytes: int) -> Segment:
+    return replace(
+        segment, options=tuple(replace(option, spike_bytes=option.spike_bytes + by_bytes) for option in segment.options)
+    )
+
+
+def _output_bytes(fn: Callable[[], torch.Tensor]) -> int:
+    with torch.no_grad():
+        out = fn()
+    return out.numel() * out.element_size()

@@ -1,0 +1,55 @@
+"""Seconds of an operator that is not run: the larger of what its arithmetic and its memory traffic take.
+
+On meta tensors the package's ops run as their plain PyTorch expressions, so passes over memory that the fused kernels
+save are counted: estimates err on the slow side there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from alignprop_fast.runtime.trace import Operator
+
+aten = torch.ops.aten
+# They give their memory a shape, or none a content.
+_FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+
+
+def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Operator:
+    """(function, arguments, result) -> seconds, by roofline(FLOP, bytes, dtype) -> seconds."""
+
+    def seconds(func: Any, arguments: Any, out: Any) -> float:
+        if func.overloadpacket in _FREE or _is_view(func):
+            return 0.0
+        tensors = [t for t in tree_leaves((arguments, out)) if isinstance(t, torch.Tensor)]
+        if not tensors:
+            return 0.0
+        size_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        widest = max(tensors, key=lambda t: t.numel())
+        return roofline(_flop(func, arguments, out), size_bytes, widest.dtype)
+
+    return seconds
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _flop(func: Any, arguments: Any, out: Any) -> float:
+    args, kwargs = arguments
+    if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
+        return 2 * _attention_product_flop(args[0], args[1])
+    if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 5 * _attention_product_flop(args[1], args[2])
+    formula = flop_registry.get(func.overloadpacket)
+    return float(formula(*args, **(kwargs or {}), out_val=out)) if formula else 0.0
+
+
+def _attention_product_flop(q_BHMD: torch.Tensor, k_BHND: torch.Tensor) -> float:
+    """Of one of the matrix products of attention: two of them go forward, five go back."""
+    b, h, m, d = q_BHMD.shape
+    return 2.0 * b * h * m * k_BHND.shape[2] * d

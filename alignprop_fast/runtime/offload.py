@@ -1,0 +1,226 @@
+"""What a block keeps, moved to host memory until its backward pass, beside the computation.
+
+Copies out and in run on streams of their own: out while the following blocks run forward, in one block ahead of the
+backward pass. At most two blocks' worth is on the device for it at any moment: a block's tensors are let go when the
+next block is done, and fetched when the backward pass reaches the block after it.
+
+Host memory is allocated to the byte and registered with the driver: `pin_memory` would round up to a power of two. On
+devices without streams (the CPU, for tests) the same copies are made at once.
+"""
+
+import mmap
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Move = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+class HostPool:
+    """Page-locked host buffers, kept and handed out again by size; `size_bytes` is what they take in all."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._free: dict[int, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
+        self.size_bytes = 0
+
+    def take(self, size_bytes: int) -> tuple[torch.Tensor, Any]:
+        """(buffer [size_bytes] of uint8, event after which it may be written, or None)."""
+        if self._free[size_bytes]:
+            return self._free[size_bytes].pop()
+        buffer = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)  # whole pages, of nobody else
+        self.size_bytes += size_bytes
+        if self._cuda:
+            error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
+            if int(error) != 0:
+                raise RuntimeError(
+                    f"the driver cannot lock {size_bytes} bytes of host memory (error {int(error)}): raise ulimit -l"
+                )
+            weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
+        return buffer, None
+
+    def give(self, buffer: torch.Tensor, after: Any) -> None:
+        self._free[len(buffer)].append((buffer, after))
+
+
+class Offloader:
+    """Moves what blocks keep to host memory and back. One for a chain; `pool` outlives it."""
+
+    def __init__(self, device: torch.device, pool: HostPool | None = None, smallest_bytes: int = 2**16):
+        """smallest_bytes: tensors below it stay where they are."""
+        self.device, self.pool, self.smallest_bytes = device, pool or HostPool(device), smallest_bytes
+        self.out = self.back = None
+        if device.type == "cuda":
+            self.out, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._last: weakref.ref[_Record] | None = None
+
+    def offloaded(self, module: nn.Module, build: Callable[[Move], Callable[..., Any]]) -> Callable[..., Any]:
+        """The forward of a block whose kept tensors wait on the host.
+
+        build: from the moves (away, back) for results that the block stores itself (`ops.kept`) to its forward.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            before = self._last() if self._last else None
+            shared = (value for name, value in kwargs.items() if name != "hidden_states")
+            record = _Record(self, before, _staying(module, (*args[1:], *shared)))
+            self._last = weakref.ref(record)
+            with torch.autograd.graph.saved_tensors_hooks(record.away, record.fetched):
+                result = build((record.away, record.fetched))(*args, **kwargs)
+            record.sent()
+            if before is not None:
+                before.let_go()
+            return result
+
+        return forward
+
+    def settle(self) -> None:
+        """Let the device's copies of the last block go, since none follows that would."""
+        last = self._last() if self._last else None
+        if last is not None:
+            last.let_go()
+
+
+class _Handle:
+    """One tensor on the host, or on its way back."""
+
+    def __init__(self, x: torch.Tensor, buffer: torch.Tensor):
+        self.shape, self.dtype = x.shape, x.dtype
+        self.stride = x.stride() if _is_dense(x) else _contiguous(x.shape)
+        self.buffer, self.uses = buffer, 0
+        self.device_tensor: torch.Tensor | None = x
+
+    def on_host(self) -> torch.Tensor:
+        return self.buffer.view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class _Record:
+    """What one run of one block has moved away."""
+
+    def __init__(self, owner: Offloader, before: "_Record | None", staying: set[int]):
+        self.owner, self.staying = owner, staying
+        self.before = weakref.ref(before) if before is not None else None
+        self.handles: weakref.WeakValueDictionary[Any, _Handle] = weakref.WeakValueDictionary()
+        self.out_event: Any = None
+        self.back_event: Any = None
+        self.fetching = False
+
+    @torch.no_grad()
+    def away(self, x: torch.Tensor) -> Any:
+        """x, or a handle for it where it is worth moving. For use as a pack hook."""
+        size_bytes = x.numel() * x.element_size()
+        if (
+            x.device != self.owner.device
+            or size_bytes < self.owner.smallest_bytes
+            or x.untyped_storage().data_ptr() in self.staying
+        ):
+            return x
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        handle = self.handles.get(key)
+        if handle is None:
+            handle = self.handles[key] = self._send(x.detach(), size_bytes)
+        handle.uses += 1
+        return self, handle
+
+    def _send(self, x: torch.Tensor, size_bytes: int) -> _Handle:
+        buffer, after = self.owner.pool.take(size_bytes)
+        handle = _Handle(x, buffer)
+        with _on(self.owner.out, self.owner.device):
+            if after is not None:
+                self.owner.out.wait_event(after)  # type: ignore[union-attr]
+            handle.on_host().copy_(x, non_blocking=True)
+        weakref.finalize(handle, _give_back, self.owner.pool, buffer, weakref.ref(self))
+        return handle
+
+    def sent(self) -> None:
+        """The block's forward pass is done."""
+        if self.owner.out is not None:
+            self.out_event = self.owner.out.record_event()
+
+    def let_go(self) -> None:
+        """Free the device's copies, once they are copied."""
+        if self.out_event is not None:
+            torch.cuda.current_stream(self.owner.device).wait_event(self.out_event)
+        if not self.fetching:
+            for handle in list(self.handles.values()):
+                handle.device_tensor = None
+
+    def fetched(self, packed: Any) -> torch.Tensor:
+        """The tensor of a handle, on the device again. For use as an unpack hook."""
+        if isinstance(packed, torch.Tensor):
+            return packed
+        handle = packed[1]
+        self.fetch()
+        before = self.before() if self.before is not None else None
+        if self.back_event is not None:
+            torch.cuda.current_stream(self.owner.device).wait_event(self.back_event)
+        if before is not None:
+            before.fetch()
+        x = handle.device_tensor
+        assert x is not None
+        handle.uses -= 1
+        if handle.uses == 0:
+            handle.device_tensor = None
+        return x
+
+    @torch.no_grad()
+    def fetch(self) -> None:
+        """Start the copies back, once."""
+        if self.fetching:
+            return
+        self.fetching = True
+        handles = [handle for handle in self.handles.values() if handle.device_tensor is None]
+        for handle in handles:  # in the computation's stream, whose memory it is
+            handle.device_tensor = torch.empty_strided(
+                handle.shape, handle.stride, dtype=handle.dtype, device=self.owner.device
+            )
+        with _on(self.owner.back, self.owner.device):
+            for handle in handles:
+                assert handle.device_tensor is not None
+                handle.device_tensor.copy_(handle.on_host(), non_blocking=True)
+        if self.owner.back is not None:
+            self.back_event = self.owner.back.record_event()
+
+
+def _give_back(pool: HostPool, buffer: torch.Tensor, record: "weakref.ref[_Record]") -> None:
+    alive = record()
+    pool.give(buffer, None if alive is None else alive.back_event)
+
+
+def _staying(module: nn.Module, others: tuple[Any, ...]) -> set[int]:
+    """Storages that are there anyway: weights, and inputs that every block shares, such as the text embeddings."""
+    tensors = [*module.parameters(), *module.buffers(), *(t for t in others if isinstance(t, torch.Tensor))]
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether x fills its memory without gaps or overlaps, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+@contextmanager
+def _on(stream: Any, device: torch.device) -> Iterator[None]:
+    """Run what is inside on the stream, after all that the current one has been given so far."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield

@@ -1,0 +1,290 @@
+"""One run of a network, forward and back, cut at the ends of its blocks: what each interval keeps, needs and takes.
+
+An interval is a block with whatever runs between it and the block before; the last one holds what follows all blocks.
+Every byte is charged to the interval that allocated it, so that the costs of a mixture of options are sums over its
+blocks, and the peak of a mixture follows from runs of pure options (`planner.table` has the arithmetic).
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from alignprop_fast.planner import Option, Segment
+from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
+from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, kept_as
+
+LEANEST = "recompute"
+Operator = Callable[[Any, Any, Any], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network to be measured.
+
+    forward: () -> output with its graph; runs inside `kept_as`. backward: consumes that output; None: forward alone.
+    operator_seconds: (function, arguments, result) -> seconds, where they are estimated; None: the device is timed.
+    output_kept: whether the output counts as kept.
+    """
+
+    forward: Callable[[], torch.Tensor]
+    backward: Callable[[torch.Tensor], Any] | None
+    blocks: Sequence[Block]
+    device: torch.device
+    operator_seconds: Operator | None = None
+    output_kept: bool = True
+    repeats: int = 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Costs of one interval under one option; spikes are above all that is kept up to and including the interval."""
+
+    block: Block | None
+    alike: Hashable
+    kept_bytes: int
+    forward_spike_bytes: int
+    backward_spike_bytes: int
+    seconds: float
+
+    def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
+        """This interval changed as a like one was between two options."""
+        names = ("kept_bytes", "forward_spike_bytes", "backward_spike_bytes", "seconds")
+        return replace(
+            self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names}
+        )
+
+    def option(self, name: str) -> Option:
+        return Option(
+            name, self.kept_bytes, max(self.forward_spike_bytes, self.backward_spike_bytes), max(self.seconds, 0.0)
+        )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Intervals in the order of execution; `untracked_bytes`: taken from the device by no tensor, such as workspaces."""
+
+    intervals: list[Interval]
+    untracked_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        kept, peak = 0, 0
+        for interval in self.intervals:
+            kept += interval.kept_bytes
+            peak = max(peak, kept + max(interval.forward_spike_bytes, interval.backward_spike_bytes))
+        return peak
+
+    @property
+    def seconds(self) -> float:
+        return sum(interval.seconds for interval in self.intervals)
+
+
+def trace(work: Work, options: Mapping[str, str]) -> Trace:
+    """Run the work under the options: once for its bytes and, on a device that is timed, a few times for its seconds."""
+    cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
+    start_bytes = _cuda_bytes(work.device)
+    with LiveBytes(cost) as live:
+
+        def enter(label: Hashable) -> None:
+            live.enter(label)
+            if cost is not None:
+                cost.label = label
+
+        kept: dict[Hashable, int] = {}
+
+        def between(out: torch.Tensor) -> None:
+            kept.update(live.born_in())
+            if not work.output_kept:
+                last = ("forward", max(k for _, k in kept))  # type: ignore[misc]
+                kept[last] = max(kept[last] - out.untyped_storage().nbytes(), 0)
+
+        order = _run(work, options, enter, between)
+    untracked_bytes = max(_cuda_bytes(work.device, peak=True) - start_bytes - live.peak_bytes, 0)
+    seconds = cost.seconds if cost is not None else _timed(work, options)
+    return Trace(_intervals(order, kept if work.backward else {}, live.peaks, seconds), untracked_bytes)
+
+
+def segments(work: Work, everywhere: bool, link: float | None = None) -> tuple[tuple[Segment, ...], Trace]:
+    """The segments of the work with every option of each, and the trace of the leanest run.
+
+    everywhere: measure an option on all blocks at once, which is exact but needs their memory; else on one block of
+        each kind with all others as lean as can be, and take the difference for the like.
+    link: bytes a second to host memory; with it each option also comes with what it keeps offloaded.
+    """
+    lean = trace(work, {"*": LEANEST})
+    measured: dict[str, Trace] = {}
+    for option in STEP_OPTIONS:
+        chosen = _chosen(lean, option, everywhere)
+        if option != LEANEST and chosen:
+            measured[option] = trace(work, {"*": LEANEST, **{name: option for name in chosen}})
+    largest = max((i.kept_bytes for t in (lean, *measured.values()) for i in t.intervals if i.block), default=0)
+    result = []
+    for index, interval in enumerate(lean.intervals):
+        if interval.block is None:
+            result.append(Segment("rest", (interval.option("keep"),)))
+            continue
+        options = []
+        for name in interval.block.options():
+            option = _under(name, index, lean, measured, everywhere).option(name)
+            options += [option, *_offloaded(option, largest, link)]
+        result.append(Segment(interval.block.name, tuple(options)))
+    return tuple(result), lean
+
+
+def _chosen(lean: Trace, option: str, everywhere: bool) -> list[str]:
+    """Names of the blocks to measure the option on."""
+    names: dict[Hashable, str] = {}
+    for index, interval in enumerate(lean.intervals):
+        if interval.block is not None and option in interval.block.options():
+            names.setdefault(index if everywhere else interval.alike, interval.block.name)
+    return list(names.values())
+
+
+def _under(option: str, index: int, lean: Trace, measured: Mapping[str, Trace], everywhere: bool) -> Interval:
+    interval = lean.intervals[index]
+    if option == LEANEST or option not in measured:
+        return interval
+    if everywhere:
+        return measured[option].intervals[index]
+    like = next(k for k, other in enumerate(lean.intervals) if other.alike == interval.alike)
+    return interval.plus(measured[option].intervals[like], lean.intervals[like])
+
+
+def _offloaded(option: Option, largest_bytes: int, link: float | None) -> list[Option]:
+    """The option with what it keeps on the host: a copy each way hides behind the block's own time.
+
+    While a block's tensors travel, a neighbour's may be on the device too.
+    """
+    if link is None or option.kept_bytes == 0:
+        return []
+    copy_seconds = option.kept_bytes / link
+    exposed_seconds = max(copy_seconds - option.seconds / 3, 0) + max(copy_seconds - option.seconds * 2 / 3, 0)
+    return [
+        Option(
+            option.name + OFFLOAD,
+            kept_bytes=0,
+            spike_bytes=option.spike_bytes + option.kept_bytes + largest_bytes,
+            seconds=option.seconds + exposed_seconds,
+            host_bytes=option.kept_bytes,
+        )
+    ]
+
+
+class _OperatorCost:
+    """Sums estimated seconds by part."""
+
+    def __init__(self, operator_seconds: Operator):
+        self.seconds: dict[Hashable, float] = {}
+        self.label: Hashable = None
+        self._operator_seconds = operator_seconds
+
+    def __call__(self, func: Any, arguments: Any, out: Any) -> None:
+        seconds = self._operator_seconds(func, arguments, out)
+        self.seconds[self.label] = self.seconds.get(self.label, 0.0) + seconds
+
+
+def _timed(work: Work, options: Mapping[str, str]) -> dict[Hashable, float]:
+    """Median seconds of each part; the run for the bytes has warmed up."""
+    runs = []
+    for _ in range(work.repeats):
+        watch = Stopwatch(work.device)
+        _run(work, options, watch.enter, lambda out: None)
+        runs.append(watch.seconds())
+    return {label: median(run[label] for run in runs) for label in runs[0]}
+
+
+def _run(
+    work: Work,
+    options: Mapping[str, str],
+    enter: Callable[[Hashable], None],
+    between: Callable[[torch.Tensor], None],
+) -> list[tuple[Block, Hashable]]:
+    """One run; `enter` is told where it is, `between` when forward is done. Returns the blocks as they came, and kinds."""
+    order: list[tuple[Block, Hashable]] = []
+    with _at_ends(work.blocks, order, enter):
+        enter(("forward", 0))
+        with kept_as(options, work.blocks):
+            out = work.forward()
+        between(out)
+        if work.backward is not None:
+            enter(("backward", len(order)))
+            work.backward(out)
+        del out
+    return order
+
+
+@contextmanager
+def _at_ends(
+    blocks: Sequence[Block], order: list[tuple[Block, Hashable]], enter: Callable[[Hashable], None]
+) -> Iterator[None]:
+    """Inside, `enter` is called when a block's forward pass is done and when its backward pass begins."""
+    reached = [len(blocks)]
+
+    def begin_backward(index: int) -> None:
+        if index < reached[0]:  # of a block with two outputs, the first gradient that arrives
+            reached[0] = index
+            enter(("backward", index))
+
+    def end(block: Block, args: Any, kwargs: Any, out: Any) -> None:
+        index = len(order)
+        order.append((block, _kind(block, args, kwargs)))
+        enter(("forward", index + 1))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda g: begin_backward(index))
+
+    handles = [
+        block.module.register_forward_hook(
+            lambda module, args, kwargs, out, block=block: end(block, args, kwargs, out), with_kwargs=True
+        )
+        for block in blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kind(block: Block, args: Any, kwargs: Any) -> Hashable:
+    """Blocks of one kind cost the same: one class, weights and inputs of the same shapes."""
+    inputs = tuple(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    weights = tuple((name, p.shape, p.requires_grad) for name, p in block.module.named_parameters())
+    return block.group, type(block.module), inputs, weights
+
+
+def _intervals(
+    order: list[tuple[Block, Hashable]],
+    kept: Mapping[Hashable, int],
+    peaks: Mapping[Hashable, int],
+    seconds: Mapping[Hashable, float],
+) -> list[Interval]:
+    result, total_bytes = [], 0
+    for index, (block, kind) in enumerate([*order, (None, None)]):
+        forward, backward = ("forward", index), ("backward", index)
+        total_bytes += kept.get(forward, 0)
+        result.append(
+            Interval(
+                block=block,
+                alike=kind,
+                kept_bytes=kept.get(forward, 0),
+                forward_spike_bytes=max(peaks.get(forward, 0) - total_bytes, 0),
+                backward_spike_bytes=max(peaks.get(backward, 0) - total_bytes, 0),
+                seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
+            )
+        )
+    return result
+
+
+def _cuda_bytes(device: torch.device, peak: bool = False) -> int:
+    if device.type != "cuda":
+        return 0
+    if peak:
+        return torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)

@@ -1,0 +1,43 @@
+"""Published architectures at full size on the meta device: parameter counts as published, and they run."""
+
+import pytest
+import torch
+
+from alignprop_fast.models.architectures import NAMES, architecture, parameters
+
+# Frozen denoiser, VAE, text encoders: elements in the published weights.
+PUBLISHED = {
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts_are_those_of_the_published_weights(name):
+    counts = parameters(architecture(name))
+    assert (counts["denoiser"], counts["vae"], counts["text"]) == PUBLISHED[name]
+    assert counts["adapters"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_step_and_the_decoder_run_on_meta(name, guided):
+    adapter = architecture(name, torch.bfloat16, adapter_dtype=torch.bfloat16)
+    height, width = (side + shift for side, shift in zip(adapter.image_size(None, None), (64, -64), strict=True))
+    x = adapter.initial_latents(1, (height, width), None, None)
+    assert x.shape == (1, adapter.latent_channels, height // 8, width // 8)
+    cond = adapter.blank_conditioning(1, guided, (height, width))
+    y = adapter.predict(x, torch.tensor(500.0, device=adapter.device), cond)
+    assert y.shape == (cond.branches, *x.shape[1:]) and y.dtype == torch.bfloat16 and y.device.type == "meta"
+    assert torch.autograd.grad(y.sum(), adapter.trainable())[0].dtype == torch.bfloat16
+    assert adapter.decode(x).shape == (1, 3, height, width)
+
+
+def test_default_dtype_is_left_alone():
+    architecture("sd15", torch.float16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="sd15, sdxl"):
+        architecture("sd16")

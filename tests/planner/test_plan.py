@@ -1,0 +1,105 @@
+"""Plans: prices by hand, explanations, options by name, remedies, and sizes as people write them."""
+
+from dataclasses import replace
+
+import pytest
+
+from alignprop_fast.planner import (
+    BudgetInfeasible,
+    CostTable,
+    Option,
+    Plan,
+    Segment,
+    Stage,
+    StageChoice,
+    format_bytes,
+    leanest,
+    option_of,
+    parse_bytes,
+    price,
+    solve,
+)
+
+
+def simple_table():
+    step = tuple(
+        Segment(f"{kind}.{k}", (Option("keep", 100, 10, 1.0), Option("recompute", 10, 100, 1.5)))
+        for kind in ("block", "resnet")
+        for k in range(2)
+    )
+    decoder = Stage("batch", (Segment("decoder", (Option("keep", 300, 50, 1.0),)),))
+    return CostTable({"weights": 1000, "optimizer": 10}, 1, 5, step, 60, 0.5, (decoder,), reserve_bytes=20)
+
+
+def test_plans_made_by_hand_are_priced():
+    plan = price(
+        simple_table(),
+        Plan(4, (3,), (1,), ({"*": "recompute", "block.0": "keep"},), {"*": "recompute"}, StageChoice("batch")),
+    )
+    # Resident: 100 + 3 * 10 kept. Peak: the decoder with its 300 kept and a spike of 50, images and latents beside it.
+    assert plan.peak_bytes == 1010 + 4 + 130 + 5 + 350
+    assert plan.seconds == 3 * 0.5 + (1.0 + 3 * 1.5) + 4 * 1.5 + 1.0
+    assert plan.phases["replayed steps"] == 1010 + 4 + 5 + 40 + 100
+    assert plan.phases["sampling"] == 1010 + 4 + 60  # the resident step is the last: nothing is kept before
+    with pytest.raises(ValueError, match="keep, recompute"):
+        price(simple_table(), replace(plan, replay_options={"*": "magic"}))
+    with pytest.raises(ValueError, match="batch"):
+        price(simple_table(), replace(plan, decoder=StageChoice("tiles")))
+
+
+def test_leanest_plans_are_priced_where_the_table_has_their_options():
+    step = tuple(Segment(f"block.{k}", (Option("attention", 10, 5, 1.0), Option("keep", 50, 5, 0.5))) for k in range(3))
+    image = Stage("image", (Segment("decoder", (Option("keep", 30, 5, 0.25),)),), 4, True, 20, 0.5)
+    table = replace(simple_table(), step=step, decoders=(image,))
+    plan = price(table, leanest(4, (1, 2)))
+    assert plan.phases["replayed steps"] == 1010 + 4 + 5 + 35
+    assert plan.seconds == 4 * 0.5 + 2 * 3.0 + 0.5 + 4 * 0.25
+    assert solve(table, 4, (1, 2), plan.peak_bytes).seconds <= plan.seconds
+
+
+def test_options_by_name():
+    assert option_of({"a": "keep", "*": "attention"}, "a") == "keep"
+    assert option_of({"a": "keep", "*": "attention"}, "b") == "attention"
+    assert option_of({}, "b") == "keep"
+
+
+def test_a_plan_has_options_for_each_resident_step():
+    with pytest.raises(ValueError, match="each resident step"):
+        Plan(4, (2, 3), (), ({"*": "keep"},))
+
+
+def test_plans_explain_themselves():
+    text = solve(simple_table(), 6, (2, 3, 5), 10_000).explain()
+    assert "3 resident (2-3, 5)" in text and "predicted peak" in text and "peak by phase" in text
+    assert "keep x 4 (block, resnet)" in text and "weights" in text and "transient" in text
+    unmeasured = leanest(6, (2, 3)).explain()
+    assert "leanest" in unmeasured and "attention everywhere" in unmeasured
+
+
+def test_too_small_a_budget_names_the_least_and_the_remedies():
+    with pytest.raises(BudgetInfeasible, match="quantised") as error:
+        solve(simple_table(), 4, (0, 1), 1000)
+    assert "8-bit" not in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(BudgetInfeasible, match=r"8-bit optimizer.*tiled decode"):
+        solve(replace(simple_table(), fixed={"weights": 10, "optimizer": 400}), 4, (0, 1), 100)
+    with pytest.raises(BudgetInfeasible, match="chunked reward"):
+        solve(replace(simple_table(), reserve_bytes=5000), 4, (0, 1), 100)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("24GiB", 24 * 2**30), ("1.5 GiB", 3 * 2**29), ("512mib", 2**29), ("24GB", 24 * 10**9), (1000, 1000), ("77", 77)],
+)
+def test_sizes(size, expected):
+    assert parse_bytes(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "many", "-3GiB", "0", "3 elephants", "1e9", -5])
+def test_no_sizes(size):
+    with pytest.raises(ValueError, match="24GiB"):
+        parse_bytes(size)
+
+
+def test_a_size_rounded_up_is_enough():
+    for size in (123_456_789, 7 * 2**30 + 1, 2**20):
+        assert parse_bytes(format_bytes(size, up=True)) >= size

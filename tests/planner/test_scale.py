@@ -1,0 +1,130 @@
+"""Cost tables at other batch sizes, the largest batch, and tables as files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from alignprop_fast.planner import (
+    BudgetInfeasible,
+    CostTable,
+    Option,
+    Segment,
+    Stage,
+    largest_batch,
+    load_table,
+    save_table,
+    scaled,
+    solve,
+)
+
+
+def table_of_batch(batch):
+    """Costs with a constant and a share for each image."""
+
+    def options(size):
+        return (
+            Option("keep", 10 + size * batch, 5 * batch, 0.5 + 0.25 * batch),
+            Option("recompute", 3 + 2 * batch, size * batch, 0.75 + 0.5 * batch),
+            Option("offload", 1, 7 * batch, 0.5 + 0.375 * batch, host_bytes=size * batch),
+        )
+
+    step = tuple(Segment(f"block.{k}", options(20 + k)) for k in range(3))
+    image = Stage("image", (Segment("decoder", options(50)[:1]),), batch, True, 30, 0.125 * batch)
+    reward = Stage("batch", (Segment("reward", options(30)[:2]),))
+    return CostTable(
+        fixed={"weights": 500, "workspace": 10 * batch},
+        latent_bytes=2 * batch,
+        image_bytes=4 * batch,
+        step=step,
+        sampling_bytes=40 * batch,
+        sampling_seconds=0.5 * batch,
+        decoders=(Stage("batch", (Segment("decoder", options(60)),)), image),
+        rewards=(reward,),
+        optimizer_seconds=0.25,
+        host_limit_bytes=10_000,
+        origin={"model": "toy", "batch_size": str(batch)},
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_a_scaled_table_is_the_table_at_that_batch_size(batch):
+    assert scaled(table_of_batch(2), table_of_batch(4), 2, 4, batch) == table_of_batch(batch)
+
+
+def test_bytes_are_rounded_up_and_never_negative():
+    first, second = (replace(table_of_batch(1), sampling_bytes=size, reserve_bytes=9 - size) for size in (4, 5))
+    between = scaled(first, second, 2, 4, 3)
+    assert between.sampling_bytes == 5 and between.reserve_bytes == 5
+    assert scaled(first, second, 2, 4, 100).reserve_bytes == 0
+
+
+def test_tables_of_different_models_have_none_between_them():
+    table = table_of_batch(1)
+    for other in (
+        replace(table, step=table.step[:2]),
+        replace(table, fixed={"weights": 1}),
+        replace(table, rewards=()),
+        replace(table, step=(*table.step[:2], Segment("block.2", table.step[2].options[:2]))),
+    ):
+        with pytest.raises(ValueError, match="same model"):
+            scaled(table, other, 1, 2, 3)
+    with pytest.raises(ValueError, match="another size"):
+        scaled(table, table, 1, 1, 3)
+
+
+@pytest.mark.parametrize("budget", [1200, 3000, 10_000])
+def test_the_largest_batch_fits_and_the_next_does_not(budget):
+    batch, plan = largest_batch(table_of_batch, 6, (3, 4, 5), budget)
+    assert plan.peak_bytes <= budget and plan == solve(table_of_batch(batch), 6, (3, 4, 5), budget)
+    with pytest.raises(BudgetInfeasible):
+        solve(table_of_batch(batch + 1), 6, (3, 4, 5), budget)
+
+
+def test_the_largest_batch_has_bounds():
+    assert largest_batch(table_of_batch, 6, (5,), 10**9)[0] == 1024
+    with pytest.raises(BudgetInfeasible):
+        largest_batch(table_of_batch, 6, (5,), 500)
+
+
+def test_tables_survive_a_file(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("an older one")
+    save_table(table_of_batch(3), path)
+    assert load_table(path) == table_of_batch(3) and list(tmp_path.iterdir()) == [path]
+
+
+def damaged(change):
+    def write(path):
+        save_table(table_of_batch(1), path)
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "cannot read"),
+        (lambda path: path.write_text('{"format_version": 1, "tab'), "damaged"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "damaged"),
+        (lambda path: path.write_text("[]"), "no format version"),
+        (damaged(lambda content: content.update(format_version=2)), "format version 2"),
+        (damaged(lambda content: content.pop("table")), "missing or unknown"),
+        (damaged(lambda content: content["table"].pop("step")), "missing or unknown"),
+        (damaged(lambda content: content["table"].update(spare=1)), "missing or unknown"),
+        (damaged(lambda content: content["table"].update(latent_bytes=-1)), "never negative"),
+        (damaged(lambda content: content["table"].update(latent_bytes="2")), "whole"),
+        (damaged(lambda content: content["table"].update(decoders=[])), "no decoder"),
+        (damaged(lambda content: content["table"]["step"][0].update(options=[])), "no option"),
+        (damaged(lambda content: content["table"]["step"][1].update(name="block.0")), "twice"),
+    ],
+)
+def test_files_that_are_no_table(tmp_path, write, message):
+    path = tmp_path / "table.json"
+    write(path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_table(path)
+    assert "\n" not in str(error.value) and "measure or estimate the table again" in str(error.value)

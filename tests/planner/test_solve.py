@@ -1,0 +1,260 @@
+"""The solver against brute force that walks through the training step, its monotony, and its host limit."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+
+from alignprop_fast.planner import BudgetInfeasible, CostTable, Option, Segment, Solver, Stage, simulate, solve
+
+
+def random_segments(rng, prefix, count):
+    def option(name):
+        spike = rng.choice([0, rng.randint(0, 30), rng.randint(30, 90)])
+        return Option(
+            name, rng.randint(0, 40), spike, rng.randint(1, 24) / 8
+        )  # sums of eighths are exact: ties are ties
+
+    names = ["save", "qkv", "recompute"][: rng.choice([2, 2, 3])]
+    return tuple(Segment(f"{prefix}.{k}", tuple(option(name) for name in names)) for k in range(count))
+
+
+def random_stage(rng, prefix, name):
+    replayed = rng.random() < 0.5
+    return Stage(
+        name,
+        random_segments(rng, prefix, rng.choice([1, 1, 2])),
+        runs=rng.randint(1, 3) if replayed else 1,
+        replayed=replayed,
+        forward_bytes=rng.randint(0, 60) if replayed else 0,
+        forward_seconds=rng.randint(0, 8) / 8 if replayed else 0.0,
+    )
+
+
+def random_table(rng):
+    return CostTable(
+        fixed={"weights": rng.randint(0, 40), "optimizer": rng.randint(0, 10)},
+        latent_bytes=rng.randint(1, 3),
+        image_bytes=rng.randint(0, 5),
+        step=random_segments(rng, "step", rng.choice([1, 2, 2, 3])),
+        sampling_bytes=rng.choice([0, rng.randint(0, 40), rng.randint(0, 200)]),
+        sampling_seconds=rng.randint(0, 8) / 8,
+        decoders=tuple(random_stage(rng, "decoder", name) for name in ("batch", "image")[: rng.randint(1, 2)]),
+        rewards=tuple(random_stage(rng, "reward", name) for name in ("batch", "chunk:1")[: rng.randint(0, 2)]),
+        reserve_bytes=rng.randint(0, 30),
+        optimizer_seconds=0.25,
+    )
+
+
+def run(choice):
+    """(kept, peak, seconds) of a chain on its own: forward segment after segment, then backward."""
+    alive, worst = 0, 0
+    for option in choice:
+        alive += option.kept_bytes
+        worst = max(worst, alive + option.spike_bytes)
+    kept = alive
+    for option in reversed(choice):
+        worst = max(worst, alive + option.spike_bytes)
+        alive -= option.kept_bytes
+    assert alive == 0
+    return kept, worst, sum(option.seconds for option in choice)
+
+
+def runs(segments):
+    return [run(choice) for choice in product(*(segment.options for segment in segments))]
+
+
+def tails(table):
+    """(peak, seconds) of every way to decode and score, on top of what the steps keep."""
+    rewards = [] if table.rewards else [(table.reserve_bytes, 0.0)]
+    for stage in table.rewards:
+        for _, peak, seconds in runs(stage.segments):
+            if stage.replayed:
+                rewards.append((max(peak, stage.forward_bytes), stage.forward_seconds + stage.runs * seconds))
+            else:
+                rewards.append((peak, seconds))
+    ways = []
+    for stage in table.decoders:
+        for kept, peak, seconds in runs(stage.segments):
+            for reward_peak, reward_seconds in rewards:
+                if stage.replayed:
+                    moments = [stage.forward_bytes, reward_peak, peak]
+                    total = stage.forward_seconds + stage.runs * seconds + reward_seconds
+                else:
+                    moments = [peak, kept + reward_peak, peak]
+                    total = seconds + reward_seconds
+                ways.append((table.image_bytes + max(moments), total))
+    return np.array(ways)
+
+
+def every_plan(table, num_steps, grad_steps):
+    """(peak, seconds) of every plan: resident steps with every option each, every replay, every tail."""
+    base = sum(table.fixed.values()) + table.latent_bytes * (2 + grad_steps)
+    step, tail, images = np.array(runs(table.step)), tails(table), table.image_bytes
+    plans = []
+    for resident in range(grad_steps + 1):
+        chosen = np.array(list(product(range(len(step)), repeat=resident)), dtype=int).reshape(
+            len(step) ** resident, resident
+        )
+        kept, peak, seconds = (step[:, column][chosen] for column in range(3))
+        before = np.cumsum(kept, axis=1) - kept
+        worst = np.max(before + peak + images, axis=1, initial=0)
+        total = kept.sum(axis=1)
+        if num_steps > resident:
+            worst = np.maximum(worst, total + table.sampling_bytes)
+        worst = np.maximum(worst[:, None], total[:, None] + tail[:, 0]).ravel()
+        took = (seconds.sum(axis=1)[:, None] + tail[:, 1]).ravel()
+        took = took + (num_steps - resident) * table.sampling_seconds + table.optimizer_seconds
+        if resident == grad_steps:
+            plans.append(np.stack((base + worst, took), axis=1))
+        else:
+            for _, replay_peak, replay_seconds in step:
+                peaks = base + np.maximum(worst, images + replay_peak)
+                plans.append(np.stack((peaks, took + (grad_steps - resident) * replay_seconds), axis=1))
+    return np.concatenate(plans)
+
+
+def walked(table, plan):
+    """Peak of a plan under its own gates, step after step."""
+    base, images = table.base_bytes(len(plan.resident_steps + plan.replayed_steps)), table.image_bytes
+
+    def chosen(segments, options):
+        return run([segment.option(options[segment.name]) for segment in segments])
+
+    def stage(stages, choice):
+        if choice is None:
+            return 0, table.reserve_bytes
+        found = next(stage for stage in stages if stage.name == choice.name)
+        kept, peak, _ = chosen(found.segments, choice.options)
+        return (0, max(peak, found.forward_bytes)) if found.replayed else (kept, peak)
+
+    kept, moments = 0, []
+    for step in range(plan.num_steps):
+        if step in plan.resident_steps:
+            own, peak, _ = chosen(table.step, plan.resident_options[plan.resident_steps.index(step)])
+            moments.append(kept + peak + images)
+            kept += own
+        else:
+            moments.append(kept + table.sampling_bytes)
+    decoder_kept, decoder_peak = stage(table.decoders, plan.decoder)
+    moments += [kept + images + decoder_peak, kept + images + decoder_kept + stage(table.rewards, plan.reward)[1]]
+    if plan.replayed_steps:
+        moments.append(images + chosen(table.step, plan.replay_options)[1])
+    return base + max(moments)
+
+
+def test_solver_equals_brute_force():
+    """Of all plans that keep the budget whatever the gates; what a plan predicts is the peak under its own."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        table = random_table(rng)
+        num_steps = rng.randint(1, 5)
+        many = sum(len(segment.options) for segment in table.step) > 6
+        grad_steps = tuple(sorted(rng.sample(range(num_steps), rng.randint(0, min(num_steps, 2 if many else 3)))))
+        plans = every_plan(table, num_steps, len(grad_steps))
+        least, most = int(plans[:, 0].min()), int(plans[:, 0].max())
+        solver = Solver(table, num_steps, len(grad_steps))
+        with pytest.raises(BudgetInfeasible) as error:
+            solver.plan(grad_steps, least - 1)
+        assert error.value.smallest_bytes == least
+        for budget in (least, rng.randint(least, most), rng.randint(least, most), most):
+            fitting = plans[plans[:, 0] <= budget]
+            seconds = fitting[:, 1].min()
+            peak = fitting[fitting[:, 1] == seconds, 0].min()
+            plan = solver.plan(grad_steps, budget)
+            assert plan.exact and plan.seconds == seconds and plan.peak_bytes == walked(table, plan) <= peak
+            if not plan.resident_steps or plan.resident_steps[-1] < num_steps - 1:
+                assert plan.peak_bytes == peak
+            assert plan.replayed_steps + plan.resident_steps == grad_steps
+
+
+def test_repeated_frontiers_come_close_to_brute_force(monkeypatch):
+    """The way large tables are solved, on small ones: never over budget, never far from the fastest plan."""
+    monkeypatch.setattr("alignprop_fast.planner.curves.EXACT_SEGMENTS", 0)
+    rng = random.Random(1)
+    ratios = []
+    for _ in range(200):
+        table, grad_steps = random_table(rng), (1, 2)
+        plans = every_plan(table, 4, 2)
+        least, most = int(plans[:, 0].min()), int(plans[:, 0].max())
+        solver = Solver(table, 4, 2)
+        with pytest.raises(BudgetInfeasible) as error:
+            solver.plan(grad_steps, least - 1)
+        assert error.value.smallest_bytes == least
+        before = np.inf
+        for budget in np.linspace(least, most, 9).astype(int):
+            plan = solver.plan(grad_steps, int(budget))
+            best = plans[plans[:, 0] <= budget, 1].min()
+            assert plan.peak_bytes <= budget and not plan.exact and best <= plan.seconds <= before
+            ratios.append(plan.seconds / best)
+            before = plan.seconds
+    assert np.mean(ratios) < 1.01 and np.mean(np.array(ratios) == 1) > 0.8
+
+
+def test_more_budget_never_gives_a_slower_plan():
+    for seed in range(20):
+        solver, seconds = Solver(random_table(random.Random(seed)), 6, 3), []
+        for budget in range(30, 600, 7):
+            try:
+                seconds.append(solver.plan((1, 3, 5), budget).seconds)
+            except BudgetInfeasible:
+                assert not seconds
+        assert seconds == sorted(seconds, reverse=True) and len(seconds) > 1
+
+
+def offloading(table, limit):
+    """The table with one more option in every segment of a step, which keeps its bytes in host memory."""
+    step = tuple(
+        replace(segment, options=(*segment.options, Option("offload", 1, 5, segment.options[0].seconds, 40)))
+        for segment in table.step
+    )
+    return replace(table, step=step, host_limit_bytes=limit)
+
+
+def test_host_memory_is_kept_to_its_limit():
+    over, slower_alone = 0, 0
+    for seed in range(40):
+        table = random_table(random.Random(seed))
+        limit = 40 * len(table.step)
+        free, limited, plain = (Solver(t, 5, 3) for t in (offloading(table, None), offloading(table, limit), table))
+        before = np.inf
+        with pytest.raises(BudgetInfeasible) as error:
+            plain.plan((0, 2, 4), 1)
+        for budget in range(error.value.smallest_bytes, 700, 40):
+            plans = [solver.plan((0, 2, 4), budget) for solver in (free, limited, plain)]
+            assert plans[1].host_bytes <= limit and plans[1].seconds <= before
+            assert plans[0].seconds <= plans[1].seconds <= plans[2].seconds
+            before = plans[1].seconds
+            over += plans[0].host_bytes > limit
+            slower_alone += plans[1].seconds < plans[2].seconds
+    assert over > 20 and slower_alone > 20
+
+
+def test_a_host_limit_that_leaves_no_plan():
+    table = random_table(random.Random(0))
+    only = replace(table, step=(Segment("step.0", (Option("offload", 1, 1, 1.0, 100),)),), host_limit_bytes=50)
+    with pytest.raises(ValueError, match="host limit"):
+        solve(only, 2, (0, 1), 10**6)
+
+
+def test_moments_are_what_the_plan_predicts():
+    for seed in range(50):
+        table = random_table(random.Random(seed))
+        plan = solve(table, 5, (0, 2, 3), 600)
+        moments = simulate(table, plan)
+        assert max(moment.bytes for moment in moments) == plan.peak_bytes == sum(plan.kinds.values())
+        assert max(plan.phases.values()) == plan.peak_bytes
+        for before, after in pairwise(moments):
+            assert after.start_seconds == pytest.approx(before.start_seconds + before.seconds)
+        end = moments[-1].start_seconds + moments[-1].seconds
+        assert end + table.optimizer_seconds == pytest.approx(plan.seconds)
+        assert moments[-1].resting_bytes == table.base_bytes(3) + table.image_bytes
+        assert len(moments) == 5 + 4 + 3
+
+
+@pytest.mark.parametrize("grad_steps", [(1, 0), (0, 0), (4,), (-1,)])
+def test_bad_gradient_steps(grad_steps):
+    with pytest.raises(ValueError, match="ascending"):
+        solve(random_table(random.Random(0)), 4, grad_steps, 10**6)

@@ -1,0 +1,136 @@
+"""Costs by interval: exact sums over mixtures of options, the same from one block of a kind as from all, estimates.
+
+Bytes are counted, so what is predicted is what is counted when the mixture runs; tolerance 0.1 %, for the few bytes
+that blocks share.
+"""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from alignprop_fast.models.surgery import put_ops_in
+from alignprop_fast.planner import option_of
+from alignprop_fast.runtime import STEP_OPTIONS, Block, LiveBytes, Work, kept_as, operator_seconds, segments, trace
+
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """Two kinds of transformer blocks with a product between them, as a denoiser has."""
+
+    def __init__(self):
+        from diffusers.models.attention import BasicTransformerBlock
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.ModuleList([BasicTransformerBlock(32, 2, 16, cross_attention_dim=24) for _ in range(3)])
+        self.between = nn.Linear(32, 64)
+        self.second = nn.ModuleList([BasicTransformerBlock(64, 2, 32, cross_attention_dim=24) for _ in range(3)])
+
+    def forward(self, x, words):
+        for block in self.first:
+            x = block(x, encoder_hidden_states=words)
+        x = self.between(x)
+        for block in self.second:
+            x = block(x, encoder_hidden_states=words)
+        return x
+
+
+def make_work(device=CPU, seconds=None, repeats=1):
+    with torch.device(device):
+        net = Network().requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), net)
+        put_ops_in(net)
+        x, words = torch.randn(2, 48, 32, requires_grad=True), torch.randn(2, 7, 24)
+    wanted = [x, *(p for p in net.parameters() if p.requires_grad)]
+    blocks = [Block(f"{n}.{k}", m, "transformers") for n in ("first", "second") for k, m in enumerate(getattr(net, n))]
+    return Work(
+        forward=lambda: net(x, words),
+        backward=lambda y: torch.autograd.grad(y, wanted, torch.ones_like(y)),
+        blocks=blocks,
+        device=torch.device(device),
+        operator_seconds=seconds,
+        repeats=repeats,
+    )
+
+
+def predicted(found, options):
+    """(kept, peak) of a mixture by the planner's arithmetic."""
+    kept, peak = 0, 0
+    for segment in found:
+        option = segment.option(option_of(options, segment.name))
+        kept += option.kept_bytes
+        peak = max(peak, kept + option.spike_bytes)
+    return kept, peak
+
+
+def counted(work, options):
+    with LiveBytes() as live:
+        with kept_as(options, work.blocks):
+            y = work.forward()
+        kept = live.live_bytes
+        work.backward(y)
+    return kept, live.peak_bytes
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_costs_of_mixtures_are_sums(everywhere):
+    work, rng = make_work(), random.Random(0)
+    found, _ = segments(work, everywhere)
+    assert [segment.name for segment in found] == [block.name for block in work.blocks] + ["rest"]
+    mixtures = [{"*": option} for option in STEP_OPTIONS]
+    mixtures += [{block.name: rng.choice([*STEP_OPTIONS]) for block in work.blocks} for _ in range(8)]
+    for options in mixtures:
+        options = {**options, "rest": "keep"}
+        for ours, real in zip(predicted(found, options), counted(work, options), strict=True):
+            assert ours == pytest.approx(real, rel=1e-3)
+
+
+def test_offloaded_options_keep_nothing_on_the_device_and_say_what_is_exposed():
+    work = make_work()
+    found, _ = segments(work, everywhere=False, link=1e6)
+    slow, plain = found[0].option("keep+offload"), found[0].option("keep")
+    assert slow.kept_bytes == 0 and slow.host_bytes == plain.kept_bytes > 0
+    assert slow.seconds == pytest.approx(plain.seconds + 2 * plain.kept_bytes / 1e6 - plain.seconds, rel=1e-6)
+    fast = segments(work, everywhere=False, link=1e15)[0][0]
+    assert fast.option("keep+offload").seconds == fast.option("keep").seconds
+
+
+def test_meta_tensors_count_the_same_bytes():
+    real, _ = segments(make_work(), everywhere=True)
+    meta, _ = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)), everywhere=True)
+    for one, two in zip(real, meta, strict=True):
+        for option in one.options:
+            other = two.option(option.name)
+            assert (option.kept_bytes, option.spike_bytes) == (other.kept_bytes, other.spike_bytes)
+            assert other.seconds > 0
+
+
+def test_estimates_count_products_forward_and_back():
+    """FLOP of the middle layer and of an attention, from their shapes; what is computed again counts again."""
+    flop = []
+    work = make_work("meta", operator_seconds(lambda count, size_bytes, dtype: flop.append(count) or 1.0))
+    trace(work, {})
+    between = 2 * 2 * 48 * 32 * 64
+    assert flop.count(between) >= 2
+    attention = 2 * 2 * 2 * 48 * 48 * 16  # one product of one self-attention of the first kind
+    assert flop.count(2 * attention) == 3 and flop.count(5 * attention) == 3
+    flop.clear()
+    trace(work, {"*": "recompute"})
+    assert flop.count(2 * attention) == 6
+
+
+def test_times_are_those_of_the_parts():
+    """A block that sleeps is the block that takes the time."""
+    import time
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    blocks = [Block(str(k), m, "residuals") for k, m in enumerate(net)]
+    net[1].register_forward_pre_hook(lambda module, args: time.sleep(0.05))
+    x = torch.randn(2, 4, requires_grad=True)
+    work = Work(lambda: net(x), lambda y: torch.autograd.grad(y.sum(), x), blocks, CPU)
+    intervals = trace(work, {}).intervals
+    assert intervals[1].seconds > 0.05 > 10 * intervals[2].seconds
