@@ -63,6 +63,7 @@ class LoraTargets(StrEnum):
 class Tracker(StrEnum):
     wandb = "wandb"
     tensorboard = "tensorboard"
+    trackio = "trackio"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TrainOptions:
     reward: str = "clip"
     reward_model: tuple[str, ...] = ()
     allow_pickle: bool = False
+    normalise_rewards: bool = False
     prompts: str = "demo"
     steps: int = 100
     num_inference_steps: int = 50
@@ -95,6 +97,14 @@ class TrainOptions:
     mixed_precision: str = "auto"
     memory_budget: str | None = None
     truncation: str = "uniform"
+    kl_weight: float = 0.0
+    watch_reward: str | None = None
+    watch_reward_model: tuple[str, ...] = ()
+    watch_prompts: str | None = None
+    watch_pictures: int = 16
+    diversity_model: str | None = None
+    patience: int | None = None
+    max_drop: float = 0.0
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -121,7 +131,7 @@ _FIELDS = {
 }
 _SAME_NAME = (
     *("lora_rank", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget", "truncation"),
-    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale"),
+    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
 )
 
 
@@ -148,7 +158,8 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
             **fields,
         )
     except ValueError as error:
-        flags = {field: "--" + name.replace("_", "-") for name, field in _FIELDS.items()}
+        names = _FIELDS | {name: name for name in _SAME_NAME}
+        flags = {field: "--" + name.replace("_", "-") for name, field in names.items()}
         message = re.sub(r"^\w+", lambda word: flags.get(word[0], word[0]), str(error))
         raise ValueError(message) from error
 
@@ -291,6 +302,15 @@ AllowPickle = Annotated[
         rich_help_panel=_REWARD,
     ),
 ]
+NormaliseRewards = Annotated[
+    bool,
+    typer.Option(
+        "--normalise-rewards",
+        help="Divide each part of a sum by the running standard deviation of its scores, so that the weights mean "
+        "strength whatever the scales; what is logged stays as it is.",
+        rich_help_panel=_REWARD,
+    ),
+]
 Prompts = Annotated[
     str,
     _option(
@@ -343,8 +363,10 @@ Truncation = Annotated[
     str,
     _option(
         _TRAINING,
-        "Denoising steps that carry gradient: uniform (drawn anew each time, about half of them, as in AlignProp), "
-        "uniform-once or gaussian (the last K, K drawn once), full, or last:K (DRaFT-K; last:1 is fastest).",
+        "Denoising steps that carry gradient. uniform: about half of them, drawn anew each time (AlignProp). "
+        "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
+        "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
+        "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
     ),
 ]
 Seed = Annotated[
@@ -376,7 +398,7 @@ SaveEvery = Annotated[int, _option(_OUTPUT, "Optimizer steps between checkpoints
 SampleEvery = Annotated[
     int, _option(_OUTPUT, "Optimizer steps between sample pictures (same prompts and seeds each time).", min=1)
 ]
-LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send the numbers to a tracker as well.")]
+LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send numbers and sample pictures to a tracker as well.")]
 Resume = Annotated[
     bool,
     typer.Option(

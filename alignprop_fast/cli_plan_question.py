@@ -268,7 +268,7 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
 
 def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:
     from alignprop_fast.generate import DifferentiableSampler
-    from alignprop_fast.optim import state_bytes
+    from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 
     trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
     return DifferentiableSampler(
@@ -279,5 +279,5 @@ def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> Differentiab
         width=options["width"] or options["resolution"],
         reward=reward,
         reward_bytes=reward.weight_bytes(),
-        optimizer_bytes=state_bytes(options["optimizer"], trained),
+        optimizer_bytes=optimizer_bytes(options["optimizer"], [p.shape for p in trained], merges(options["optimizer"])),
     )

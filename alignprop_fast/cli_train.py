@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignprop_fast import cli_options as o
+from alignprop_fast import cli_options_control as c
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
 from alignprop_fast.cli_support import make_console, plain, quiet_libraries, setup_errors
 
@@ -30,6 +31,7 @@ def train(
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    normalise_rewards: o.NormaliseRewards = DEFAULTS.normalise_rewards,
     prompts: o.Prompts = DEFAULTS.prompts,
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
@@ -45,6 +47,14 @@ def train(
     learning_rate: o.LearningRate = DEFAULTS.learning_rate,
     optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
     truncation: o.Truncation = DEFAULTS.truncation,
+    kl_weight: c.KlWeight = DEFAULTS.kl_weight,
+    watch_reward: c.WatchReward = DEFAULTS.watch_reward,
+    watch_reward_model: c.WatchRewardModel = [],  # noqa: B006
+    watch_prompts: c.WatchPrompts = DEFAULTS.watch_prompts,
+    watch_pictures: c.WatchPictures = DEFAULTS.watch_pictures,
+    diversity_model: c.DiversityModel = DEFAULTS.diversity_model,
+    patience: c.Patience = DEFAULTS.patience,
+    max_drop: c.MaxDrop = DEFAULTS.max_drop,
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
@@ -60,13 +70,15 @@ def train(
 ) -> None:
     """Fine-tune LoRA adapters by the gradient of a reward.
 
-    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), before_after.png, reward.png, samples/,
-    metrics.jsonl, checkpoints/, config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
+    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
+    ComfyUI and others), before_after.png, reward.png, README.md (a model card), samples/, metrics.jsonl, checkpoints/,
+    config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
 
     **Examples**
 
     - `alignprop-fast train --reward colorfulness --num-inference-steps 12 --output-dir colourful`
     - `alignprop-fast train --model path/to/sd15 --reward-model path/to/clip --prompts animals --memory-budget 24GiB`
+    - `alignprop-fast train --reward colorfulness --watch-reward clip --patience 2 --max-drop 0.02 --output-dir held`
     - `alignprop-fast train --resume --output-dir colourful`
     - `accelerate launch --num-processes 4 -m alignprop_fast train --model path/to/sd15 --prompts animals` (four GPUs)
     """
@@ -97,3 +109,4 @@ def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures
     console.print(table)
     console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
+    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)

@@ -12,27 +12,6 @@ import torch
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
 
-def state_bytes(name: str, parameters: Iterable[torch.nn.Parameter]) -> int:
-    """Bytes of the optimizer's state for parameters in fp32.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    return sum(_state_bytes(name, parameter.shape) for parameter in parameters)
-
-
-def _state_bytes(name: str, shape: torch.Size) -> int:
-    numbers = shape.numel()
-    if name == "adamw":
-        return 8 * numbers
-    if name == "adamw8bit":
-        # One byte a moment and a scale for each 256 of them; small tensors stay in fp32 (bitsandbytes).
-        return 2 * (numbers + 4 * -(-numbers // 256)) if numbers >= 4096 else 8 * numbers
-    if name == "adafactor":
-        return 4 * (numbers if len(shape) < 2 else numbers // shape[-1] + numbers // shape[-2])
-    raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
-
-
 def make_optimizer(
     name: str,
     parameters: Iterable[torch.nn.Parameter],

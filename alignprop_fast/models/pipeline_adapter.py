@@ -1,7 +1,8 @@
 """A diffusers pipeline seen as a chain: text in, prediction per step, image out. What all models have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignprop_fast.models.banded_decoder import banded_stages
@@ -115,6 +117,24 @@ class PipelineAdapter(ABC):
         if any(getattr(config, "use_dora", False) for config in getattr(self.denoiser, "peft_config", {}).values()):
             raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
         return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    def has_adapters(self) -> bool:
+        """Whether the denoiser is a base model with PEFT adapters on it."""
+        return any(isinstance(module, BaseTunerLayer) for module in self.denoiser.modules())
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside the block the denoiser is the base model: PEFT's adapters are left out of every forward pass."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer.disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                # The flag alone: `enable_adapters` also rewrites requires_grad, which a chain under way relies on.
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, was_off in zip(layers, before, strict=True):
+                layer._disable_adapters = was_off
 
     def modules(self) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs."""
