@@ -156,7 +156,8 @@ class DifferentiableSampler:
         chain = self._chain(cond, generator, table, truncation.input_gradient)
         task = self._task(chain, cond, prompts, metadata)
         self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain))
-        return self._run(chain, self.plan, self.model.initial_latents(len(prompts), self.size, generator, latents))
+        x = table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
+        return self._run(chain, self.plan, x)
 
     def renoise(
         self,
