@@ -59,12 +59,14 @@ class AlignPropConfig:
         truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
             truncated_* fields; None: those fields.
         lora_rank, lora_alpha: of new adapters.
-        base_dtype: how the UNet's large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8", "int8"
-            or "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
-        adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters and
-            gradients, and no casts in the chain.
+        base_dtype: how the UNet's large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8",
+            "int8" or "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
+        adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters
+            and gradients, and no casts in the chain.
         optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
             "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
+        optimizer_in_backward: full fine-tuning only: step each parameter in the backward pass as soon as its gradient
+            is complete, and free it. `train_max_grad_norm` then clips each tensor's gradient by itself.
         cache_text: encode each prompt once; between encodings the text encoders lie on the CPU.
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
@@ -116,6 +118,7 @@ class AlignPropConfig:
     base_dtype: str = "auto"
     adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    optimizer_in_backward: bool = False
     cache_text: bool = True
     max_bad_steps: int = 10
     height: int | None = None
@@ -162,6 +165,8 @@ class AlignPropConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a number of at least 0 and below 1")
         if self.train_adam_weight_decay < 0:
             raise ValueError(f"train_adam_weight_decay is {self.train_adam_weight_decay}: use 0 or more")
+        if self.optimizer_in_backward and self.optimizer == "prodigy":
+            raise ValueError("prodigy needs all gradients at once: use another optimizer with optimizer_in_backward")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}: use {', '.join(OPTIMIZERS)}")
         package = {"prodigy": "prodigyopt"}.get(self.optimizer, "bitsandbytes" if "8bit" in self.optimizer else None)

@@ -83,6 +83,7 @@ class DifferentiableSampler:
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
         self.plan: Plan | None = None
+        self.gradient_sink: Callable[..., torch.Tensor | None] | None = None  # see `Chain.sink`
         self._solvers: dict[tuple, Solver] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
         self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
@@ -127,7 +128,7 @@ class DifferentiableSampler:
         self.plan = plan or self._make_plan(task, self._grad_steps(grad_steps, chain))
         x = self.table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
         decoder = self.plan.decoder
-        x = run_chain(replace(chain, offloader=self._offloader(self.plan)), self.plan, x)
+        x = run_chain(replace(chain, offloader=self._offloader(self.plan), sink=self.gradient_sink), self.plan, x)
         model, blocks = self.model, self._decoder_blocks
         return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
 

@@ -24,6 +24,7 @@ from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
+from alignprop_fast.optimizer_in_backward import OptimizerInBackward
 from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
 from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
@@ -101,7 +102,11 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         )
         # After the sampler, which lays convolutions out anew.
         self.weights = FlatParameters(self.trainable_layers, merge)
-        self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.weights.tensors))
+        optimizer = self._setup_optimizer(self.weights.tensors)
+        self.in_backward = optimizer if isinstance(optimizer, OptimizerInBackward) else None
+        if self.in_backward is not None:
+            self.sampler.gradient_sink = self.in_backward.receive
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
         self._bad_in_a_row = 0
@@ -138,8 +143,13 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.sd_pipeline.unet.train()
         batches: list[BatchMetrics] = []
         pairs: dict[str, Any] = {}
-        for _ in range(config.train_gradient_accumulation_steps):
-            batch, pairs = with_less_memory(self.sampler, self._micro_batch)
+        for k in range(config.train_gradient_accumulation_steps):
+            if self.in_backward is None:
+                batch, pairs = with_less_memory(self.sampler, self._micro_batch)
+            else:  # what has been added to sums, or stepped, cannot be done once more
+                good = all(math.isfinite(earlier.loss) for earlier in batches)
+                self.in_backward.final = good and k == config.train_gradient_accumulation_steps - 1
+                batch, pairs = self._micro_batch()
             batches.append(batch)
         status, grad_norm = self._update(batches)
         self.steps_done += 1
@@ -205,7 +215,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         grad_norm = 0.0
         open_steps = torch.tensor(sum(batch.gradient_steps for batch in batches), device=self.accelerator.device)
         with_gradient = finite and self.accelerator.reduce(open_steps, "sum").item() > 0
-        if with_gradient:
+        if with_gradient and self.in_backward is not None:
+            grad_norm = self.in_backward.finish()
+            finite = math.isfinite(grad_norm)
+        elif with_gradient:
             self.weights.gather_gradients()
             self._average_gradients()
             grad_norm = float(self.accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
@@ -251,7 +264,18 @@ class AlignPropTrainer(PyTorchModelHubMixin):
                 epsilon=config.train_adam_epsilon,
             )
 
+        if config.optimizer_in_backward:
+            self._check_in_backward()
+            return OptimizerInBackward(make, parameters, config.train_max_grad_norm)
         return RoundedOptimizer(make, parameters, config.seed) if config.adapter_dtype == "bf16" else make(parameters)
+
+    def _check_in_backward(self) -> None:
+        if self.sd_pipeline.use_lora:
+            raise ValueError(
+                "optimizer_in_backward is for the whole UNet (use_lora=False): adapters gain nothing by it"
+            )
+        if self.accelerator.num_processes > 1 or self.accelerator.scaler is not None:
+            raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
 
     def _gates(self) -> tuple[int, ...]:
         config = self.config

@@ -25,6 +25,7 @@ TRAINER = {
     "metrics",
     "model_card",
     "optim",
+    "optimizer_in_backward",
     "out_of_memory",
     "placement",
     "processes",
