@@ -205,7 +205,12 @@ def _origin(task: Task) -> dict[str, str]:
         "config": _hash([item for item in sorted(model.denoiser.config.items()) if not item[0].startswith("_")]),
         "scheduler": model.scheduler_name,
         "weights": _hash(
-            [(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]
+            # A quantised weight is a buffer.
+            [
+                (name, tuple(t.shape), str(t.dtype))
+                for m in model.modules()
+                for name, t in (*m.named_parameters(), *m.named_buffers())
+            ]
         ),
         "trained": f"{len(trained)} tensors, {_hash(trained)}",
         "batch": str(task.batch),
