@@ -5,6 +5,7 @@ metrics.jsonl                   one line per optimizer step
 samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and after; samples.jsonl: their rewards
 checkpoints/                    to resume from
 reward.png, before_after.png, pytorch_lora_weights.safetensors
+plan.png                        memory over a training step, where a memory budget is given
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from PIL import Image
 from rich.console import Console
 
 from alignprop_fast.cli_options import TrainOptions, make_config
+from alignprop_fast.cli_plan_summary import Prediction, predict
 from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
     Interrupt,
+    budget_here,
     check_tracker,
     check_writable,
     existing_as_absolute,
@@ -35,6 +38,7 @@ from alignprop_fast.cli_support import (
     pick_device,
 )
 from alignprop_fast.data import load_prompts
+from alignprop_fast.planner import parse_bytes
 from alignprop_fast.report import (
     JsonLines,
     Pictures,
@@ -45,6 +49,7 @@ from alignprop_fast.report import (
     to_images,
     write_whole,
 )
+from alignprop_fast.report_plan import plot_plan
 
 SAMPLE_PICTURES = 8
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
@@ -74,7 +79,7 @@ class Session:
         self.prompts = load_prompts(options.prompts)
         check_tracker(options.log_with)
         device = pick_device(options.device)
-        self.options = _resolved(options, device, self.folder)
+        self.options = self._held_to_device(_resolved(options, device, self.folder), device)
         config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
@@ -88,6 +93,8 @@ class Session:
         self._check_reward(pipeline.sd_pipeline, device)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
+        self.prediction: Prediction | None = None
+        self.peak_bytes = 0  # of the training steps, measured
         try:
             self.trainer = AlignPropTrainer(config, self.reward, self._draw_prompt, pipeline, self._after_step)
             self._check_budget()
@@ -110,6 +117,7 @@ class Session:
             try:
                 for metrics in trainer.steps():
                     display.update(metrics)
+                    self.peak_bytes = max(self.peak_bytes, metrics.peak_bytes)
                     if interrupt.requested:
                         break
             except ValueError as error:
@@ -165,10 +173,21 @@ class Session:
             return resume_from
         return str(self.folder) if resume and checkpoints(self.folder / "checkpoints") else ""
 
+    def _held_to_device(self, options: TrainOptions, device: str) -> TrainOptions:
+        """With no larger a budget than the device has; says so where that is less than was asked for."""
+        if options.memory_budget is None:
+            return options
+        _, budget_bytes, note = budget_here(parse_bytes(options.memory_budget), device)
+        if note:
+            self.console.print(note, soft_wrap=True)
+        return replace(options, memory_budget=str(budget_bytes)) if note else options
+
     def _check_budget(self) -> None:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
-        if self.options.memory_budget is not None:
-            self.plan = self.trainer.sampler.plan_for(self.options.batch_size)
+        sampler, options = self.trainer.sampler, self.options
+        if sampler.budget_bytes is not None:
+            table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
+            self.prediction = predict(table, steps, options.truncation, options.batch_size, sampler.budget_bytes)
 
     def _check_reward(self, pipe: Any, device: str) -> None:
         """Score a grey batch: a reward without gradient is to be refused before anything is written.
@@ -192,6 +211,9 @@ class Session:
         _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
         (self.folder / "samples").mkdir(exist_ok=True)
+        if self.prediction is not None:
+            title = f"{Path(self.options.model).name}, batch {self.options.batch_size}, reward {self.options.reward}"
+            plot_plan(self.folder / "plan.png", self.prediction.table, self.prediction.worst, title)
         self.metrics.keep_until(step)
         self.samples.keep_until(step if step else -1)
         if step == 0:

@@ -22,7 +22,7 @@ from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
-from alignprop_fast.optim import make_optimizer
+from alignprop_fast.optim import make_optimizer, state_bytes
 from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
 from alignprop_fast.training_state import find_resume, restore_training, save_training
@@ -84,6 +84,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             draw_unused_noise=True,
             reward=reward_function,
             reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
+            optimizer_bytes=state_bytes(config.optimizer, self.trainable_layers),
         )
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None

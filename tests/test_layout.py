@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
-TRAINER = {"checkpoint", "config", "data", "metrics", "model_card", "optim", "out_of_memory", "placement", "report", "training_state"}
+TRAINER = {
+    *("checkpoint", "config", "data", "metrics", "model_card", "optim", "out_of_memory", "placement", "report"),
+    "training_state",
+}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"kernels"}, {"torch"}),
@@ -30,6 +33,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "generate": ({"models", "sampling", "runtime", "planner", "cost_table"}, {"torch"}),
     "cost_table": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
     "evaluate": ({"generate", "rewards"}, {"torch"}),
+    "report_plan": ({"planner", "report"}, set()),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
         {"generate", "rewards", "planner", "trainer", *TRAINER},
