@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from alignprop_fast.optim import OPTIMIZERS, make_optimizer
+from alignprop_fast.optim import OPTIMIZERS, make_optimizer, state_bytes
 
 AVAILABLE = [name for name in OPTIMIZERS if name != "adamw8bit" or find_spec("bitsandbytes")]
 
@@ -64,3 +64,17 @@ def test_adamw_is_torch_adamw_with_our_options():
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="adamw, adamw8bit, adafactor"):
         make_optimizer("sgdd", [], learning_rate=0.1)
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_the_bytes_of_the_state_are_known_before_there_is_one(name):
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (16, 3), (4, 8, 6), (300,))]
+    optimizer = make_optimizer(name, parameters, learning_rate=0.01)
+    sum(p.square().sum() for p in parameters).backward()
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    # Step counters aside, and the tables of the 8-bit format, which all parameters share.
+    held = sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.numel() != 256)
+    assert state_bytes(name, parameters) == held
+    with pytest.raises(ValueError, match="unknown optimizer"):
+        state_bytes("sgd", parameters)

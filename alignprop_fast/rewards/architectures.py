@@ -119,9 +119,9 @@ def architecture_reward(
 ) -> WeightedSum:
     """The reward that `spec` describes (see `get_reward`) on the meta device, without weights where they are published.
 
-    dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a config.json
-    and a preprocessor_config.json, and the other published rewards need none. What has no published weights is loaded
-    as it is.
+    dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a
+    config.json and a preprocessor_config.json, and the other published rewards need none. What has no published weights
+    is loaded as it is.
 
     Raises:
         ValueError, OSError: as `get_reward`.

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from alignprop_fast.sampling import ddim_table, draw_gates, rescaled_guidance, trl_gates
+from alignprop_fast.sampling import ddim_table, draw_gates, gate_count, rescaled_guidance, trl_gates
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -100,7 +100,20 @@ def test_fixed_rules():
         trl_gates(4, False, 4, (0, 50))
 
 
+@pytest.mark.parametrize("rule", ["full", "last:3", "uniform", "uniform-once", "gaussian"])
+def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
+    """The mean of 4,000 draws of at most 10 steps; the tolerance is four standard errors at the widest spread."""
+    random.seed(0)
+    lengths = [len(draw_gates(rule, 10)) for _ in range(4000)]
+    most, mean = gate_count(rule, 10)
+    assert max(lengths) <= most == (3 if rule == "last:3" else 10)
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 3.0 / 4000**0.5
+    if rule in ("uniform-once", "gaussian"):
+        assert max(lengths) == most
+
+
 @pytest.mark.parametrize("rule", ["last:0", "last:5", "last", "last:x", "none", ""])
 def test_bad_rules_are_refused(rule):
-    with pytest.raises(ValueError, match="truncation"):
-        draw_gates(rule, 4)
+    for function in (draw_gates, gate_count):
+        with pytest.raises(ValueError, match="truncation"):
+            function(rule, 4)
