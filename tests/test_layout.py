@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "evaluate": ({"generate", "rewards"}, {"torch"}),
     "tracking": (set(), {"numpy", "PIL"}),
     "watch": ({"evaluate", "generate", "rewards"}, {"torch"}),
+    "report_plan": ({"planner", "report"}, set()),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
         {"generate", "rewards", "planner", "trainer", *TRAINER},

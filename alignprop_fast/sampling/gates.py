@@ -109,10 +109,10 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
 
 
 def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
-    """The most gradient steps that `draw_gates` gives under the rule, and how many it gives on average.
+    """The most gradient steps that `draw_truncation` gives under the rule, and how many it gives on average.
 
     Raises:
-        ValueError: as `draw_gates`.
+        ValueError: as `draw_truncation`.
     """
     if rule == "uniform":
         return num_steps, num_steps / 2  # step i is open with (i + 1) / (num_steps + 1)
@@ -121,7 +121,10 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     if rule == "gaussian":
         length = NormalDist(num_steps / 2, num_steps / 6)
         return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
-    steps = len(draw_gates(rule, num_steps))
+    # The others draw where the gradient steps lie, and hardly how many there are; what is drawn here is not to be missed.
+    state = random.getstate()
+    steps = len(draw_truncation(rule, num_steps).grad_steps)
+    random.setstate(state)
     return steps, float(steps)
 
 

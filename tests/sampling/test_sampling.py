@@ -10,7 +10,15 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from alignprop_fast.sampling import Truncation, ddim_table, draw_gates, draw_truncation, rescaled_guidance, trl_gates
+from alignprop_fast.sampling import (
+    Truncation,
+    ddim_table,
+    draw_gates,
+    draw_truncation,
+    gate_count,
+    rescaled_guidance,
+    trl_gates,
+)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -174,3 +182,21 @@ def test_a_table_without_x0_says_what_to_use():
     table = replace(ddim_table([0.9, 0.5], 1.0, [1, 0], 1, 0.0), x0=())
     with pytest.raises(ValueError, match="runs the chain to its end"):
         table.ending_at(0)
+
+
+@pytest.mark.parametrize("rule", ["full", "last:3", "lv:3", "drtune:3", "refl", "uniform", "uniform-once", "gaussian"])
+def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
+    """The mean of 4,000 draws of at most 10 steps; the tolerance is four standard errors at the widest spread."""
+    random.seed(0)
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(4000)]
+    most, mean = gate_count(rule, 10)
+    assert max(lengths) <= most == {"last:3": 3, "drtune:3": 3, "lv:3": 1, "refl": 1}.get(rule, 10)
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 3.0 / 4000**0.5
+    if rule in ("uniform-once", "gaussian"):
+        assert max(lengths) == most
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_bad_rules_have_no_number_of_steps(rule):
+    with pytest.raises(ValueError, match="truncation"):
+        gate_count(rule, 4)
