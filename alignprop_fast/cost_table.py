@@ -115,12 +115,12 @@ def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link
     step = step_costs(task.chain, x, formula, link)
     return CostTable(
         fixed={"workspace": step.untracked_bytes},
-        latent_bytes=_bytes([x]),
+        latent_bytes=_bytes([task.chain.start(x)]),
         image_bytes=_bytes([_images(task)]),
         step=step.segments,
         sampling_bytes=step.sampling_bytes,
         sampling_seconds=step.sampling_seconds,
-        decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, formula),
+        decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, task.model.decode_by_bands, formula),
         origin=origin,
     )
 
@@ -192,7 +192,9 @@ def _origin(task: Task) -> dict[str, str]:
     trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.parameters]
     return {
         "model": type(model.pipe).__name__,
-        "weights": _hash([(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]),
+        "weights": _hash(
+            [(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]
+        ),
         "trained": f"{len(trained)} tensors, {_hash(trained)}",
         "batch": str(task.batch),
         "height": str(task.size[0]),

@@ -14,17 +14,18 @@ import torch
 
 from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.models import adapt
-from alignprop_fast.models.stable_diffusion import Conditioning, Generator
+from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
 from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
 from alignprop_fast.sampling import (
     StepTable,
     Truncation,
-    ddim_table,
+    Update,
     draw_gates,
     draw_truncation,
     guided_step,
     guided_step_adjoint,
+    make_table,
     rescaled_guidance,
     trl_gates,
 )
@@ -38,14 +39,18 @@ class DifferentiableSampler:
     Source: Prabhudesai et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation".
 
     Args:
-        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a `DDIMScheduler`. Give its denoiser
-            adapters with `pipe.unet.add_adapter(...)`; decoder and text encoders are frozen here.
+        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline` or `FluxPipeline` with flow-match Euler. Give its
+            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`; decoder and text
+            encoders are frozen here.
         num_inference_steps: steps T of the chain.
-        guidance_scale: classifier-free guidance; 1 or less turns it off.
-        eta: DDIM noise, 0 (none) to 1 (as DDPM).
+        guidance_scale: classifier-free guidance; 1 or less turns it off. FLUX: the distilled guidance that its denoiser
+            is told.
+        eta: DDIM noise, 0 (none) to 1 (as DDPM); other schedulers have none to choose.
         memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". None: no
             measuring, every gradient step is replayed, which is the leanest way to run.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
+        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one, where there are negative prompts.
         height, width: pixels; the model's own size where None.
         draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
@@ -74,6 +79,7 @@ class DifferentiableSampler:
         memory_budget: int | str | None = None,
         *,
         guidance_rescale: float = 0.0,
+        true_cfg_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         draw_unused_noise: bool = False,
@@ -85,8 +91,9 @@ class DifferentiableSampler:
     ):
         self.model = adapt(pipe)
         self.size = self.model.image_size(height, width)
-        self.table = ddim_table(**self.model.schedule(num_inference_steps), eta=eta)
+        self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.cfg_scale = true_cfg_scale if self.model.embeds_guidance else guidance_scale
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
@@ -125,7 +132,7 @@ class DifferentiableSampler:
             generator: consumed as diffusers' pipeline consumes it; None: the global generator.
             grad_steps: indices (0 = noisiest) of the steps whose prediction carries gradient; None: all. The others are
                 detached: gradient passes by their affine path only. Under `torch.no_grad()` none is taken.
-            latents: initial latents [B, C, h, w] instead of drawn ones; if they require grad they receive it.
+            latents: initial unit noise [B, C, h, w] instead of drawn noise; if it requires grad it receives it.
             plan: run under this plan, with the gradient steps that it names, instead of choosing one.
             metadata: of the B prompts, for a `reward` whose costs are measured and that wants some; None: {} each.
             truncation: a rule of `draw_truncation` or what it drew, in place of grad_steps. Its `renoisings` are for
@@ -147,7 +154,8 @@ class DifferentiableSampler:
         chain = self._chain(cond, generator, table, truncation.input_gradient)
         task = self._task(chain, cond, prompts, metadata)
         self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain))
-        return self._run(chain, self.plan, self.model.initial_latents(len(prompts), self.size, generator, latents))
+        x = self.table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
+        return self._run(chain, self.plan, x)
 
     def renoise(
         self,
@@ -169,7 +177,7 @@ class DifferentiableSampler:
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
         self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
-        signal, level = self.table.last_level()
+        signal, level = self.table.level[-1]
         x = latents.detach()
         return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
 
@@ -180,7 +188,9 @@ class DifferentiableSampler:
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        return prompts, self.model.encode(prompts, negative_prompts, self.guidance_scale > 1, self.size)
+        guided = self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
+        cond = self.model.encode(prompts, negative_prompts, guided, self.size)
+        return prompts, replace(cond, embedded_guidance=self.guidance_scale)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
@@ -231,41 +241,41 @@ class DifferentiableSampler:
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
         self.latents = x.detach()
-        return by_image(self.model.decode, x, plan.decoder.name, plan.decoder.options, self._decoder_blocks)
+        model, decoder = self.model, plan.decoder
+        return by_image(model.decode, x, decoder.name, decoder.options, self._decoder_blocks, model.decode_by_bands)
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
-        model, scale = self.model, self.guidance_scale
+        model, scale = self.model, self.cfg_scale
         timesteps = torch.tensor(table.timesteps, device=model.device)
         combined = cond.branches == 1 or self.guidance_rescale > 0
-        blend = (1.0,) if combined else (1 - scale, scale)
-        weights = [tuple(b * share for share in blend) for b in table.b]
+        update = Update(table, (1.0,) if combined else (1 - scale, scale))
 
-        def network(i: int, x: torch.Tensor) -> torch.Tensor:
-            y = model.predict(x, timesteps[i], cond)
+        def network(i: int, state: torch.Tensor) -> torch.Tensor:
+            y = model.predict(update.model_input(i, state), timesteps[i], cond)
             return rescaled_guidance(y, scale, self.guidance_rescale) if combined and cond.branches == 2 else y
 
-        def advance(i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            noise = model.noise(x, generator) if self.draw_noise else None
-            return guided_step(x, y, noise, table.a[i], weights[i], table.sigma[i])
+        def advance(i: int, state: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            noise = model.noise(update.latents(state), generator) if self.draw_noise else None
+            return update.advance(i, state, y, noise)
 
-        def adjoint(i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            return guided_step_adjoint(g, table.a[i], weights[i], y_dtype)
-
-        def off_base(i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def off_base(i: int, state: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.inference_mode(), model.adapters_off():
-                base = network(i, x)
+                base = network(i, state)
             wide = torch.promote_types(y.dtype, torch.float32)
-            delta = guided_step(torch.zeros_like(x), y.to(wide) - base.to(wide), None, 0.0, blend)
-            _, gradient = guided_step_adjoint(2 / delta.numel() * delta, 0.0, blend, wide)
+            zero = torch.zeros_like(update.latents(state))
+            delta = guided_step(zero, y.to(wide) - base.to(wide), None, 0.0, update.blend)
+            _, gradient = guided_step_adjoint(2 / delta.numel() * delta, 0.0, update.blend, wide)
             return delta.square().mean(), gradient
 
         return Chain(
             len(table),
             network,
             advance,
-            adjoint,
+            update.adjoint,
             model.trainable(),
             self._denoiser_blocks,
+            start=update.start,
+            finish=update.latents,
             input_gradient=input_gradient,
             penalty=off_base if self.compare_with_base else None,
         )

@@ -20,24 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain import VAE, provenance
+from chain import provenance
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from alignprop_fast.models.architectures import VAE
 from alignprop_fast.models.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.surgery import LeanImageAttnProcessor, put_ops_in, take_ops_out
-from alignprop_fast.runtime import PeakMeter, apply_by_image, checkpointed
+from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
 
 WAYS = ("stock", "keep", "block", "bands", "stages")
 
 
 def make_decoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with device:
-        decoder = AutoencoderKL(**blocks, **VAE).decoder.requires_grad_(False)
+        decoder = AutoencoderKL(**VAE).decoder.requires_grad_(False)
     return decoder.to(dtype).to(memory_format=torch.channels_last)
 
 
@@ -51,20 +51,22 @@ def decode(decoder: nn.Module, x: torch.Tensor, way: str, rows: int | None) -> t
         return decoder(x)
     put_ops_in(decoder)
     blocks, attentions = (
-        [module for module in decoder.modules() if isinstance(module, kinds)]
+        [Block(name, module, "decoder") for name, module in decoder.named_modules() if isinstance(module, kinds)]
         for kinds in ((ResnetBlock2D, Upsample2D, Attention), Attention)
     )
     if way == "stages":
         with banded_stages(decoder, rows):
             return decoder(x)
-    if way != "bands":
-        return apply_by_image(decoder, x, way, blocks)
+    if way == "keep":
+        return decoder(x)
+    if way == "block":
+        return by_image(decoder, x, "image", {"*": "recompute"}, blocks)
 
     def by_bands(image: torch.Tensor) -> torch.Tensor:
-        with banded(bandable(decoder), rows), checkpointed(attentions):
+        with banded(bandable(decoder), rows), kept_as({"*": "recompute"}, attentions):
             return decoder(image)
 
-    return apply_by_image(by_bands, x, "image")
+    return by_image(by_bands, x, "image", {})
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

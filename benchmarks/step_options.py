@@ -26,7 +26,8 @@ from peft import LoraConfig
 
 from alignprop_fast.cost_table import blocks_of
 from alignprop_fast.models.architectures import UNETS
-from alignprop_fast.models.surgery import LeanAttnProcessor, put_ops_in, take_ops_out
+from alignprop_fast.models.lean_attention import LeanAttnProcessor
+from alignprop_fast.models.surgery import put_ops_in, take_ops_out
 from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
 
 SMALL: dict[str, Any] = {

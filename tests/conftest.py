@@ -48,6 +48,22 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sdxl_folder(tmp_path_factory.mktemp("models") / "tiny_sdxl")
 
 
+@pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `StableDiffusion3Pipeline` folder: three text encoders, dual attention, latents 8 x 8, images 16 x 16."""
+    from alignprop_fast.models.random_weights import make_sd3_folder
+
+    return make_sd3_folder(tmp_path_factory.mktemp("models") / "tiny_sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `FluxPipeline` folder: guidance embedding, dynamic shift; ask for images of 16 x 16 or so."""
+    from alignprop_fast.models.random_weights import make_flux_folder
+
+    return make_flux_folder(tmp_path_factory.mktemp("models") / "tiny_flux")
+
+
 @pytest.fixture
 def tiny_sd(tiny_sd_folder: Path):
     """The pipeline of `tiny_sd_folder`, freshly loaded, fp32 on the CPU, DDIM, all weights frozen."""
@@ -62,6 +78,22 @@ def tiny_sdxl(tiny_sdxl_folder: Path):
     from diffusers import StableDiffusionXLPipeline
 
     return _fresh(StableDiffusionXLPipeline, tiny_sdxl_folder)
+
+
+@pytest.fixture
+def tiny_sd3(tiny_sd3_folder: Path):
+    """The pipeline of `tiny_sd3_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, all weights frozen."""
+    from diffusers import StableDiffusion3Pipeline
+
+    return _fresh(StableDiffusion3Pipeline, tiny_sd3_folder)
+
+
+@pytest.fixture
+def tiny_flux(tiny_flux_folder: Path):
+    """The pipeline of `tiny_flux_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, all weights frozen."""
+    from diffusers import FluxPipeline
+
+    return _fresh(FluxPipeline, tiny_flux_folder)
 
 
 def _fresh(pipeline_class, folder: Path):

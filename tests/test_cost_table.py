@@ -24,7 +24,9 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     """Activations several times the weights, as with the real models."""
-    folder = make_sd_folder(tmp_path_factory.mktemp("models") / "sd", unet_widths=(32, 64), latent_size=16, vae_widths=(32, 32, 32))
+    folder = make_sd_folder(
+        tmp_path_factory.mktemp("models") / "sd", unet_widths=(32, 64), latent_size=16, vae_widths=(32, 32, 32)
+    )
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -407,7 +407,7 @@ def test_bad_settings_are_refused_with_a_remedy(tiny_sd, change, arguments, mess
 def test_other_schedulers_and_pipelines_are_refused(tiny_sd):
     with pytest.raises(ValueError, match="StableDiffusionPipeline"):
         DifferentiableSampler(tiny_sd.unet)
-    tiny_sd.scheduler = EulerDiscreteScheduler.from_config(tiny_sd.scheduler.config)
+    tiny_sd.scheduler = PNDMScheduler.from_config(tiny_sd.scheduler.config)
     with pytest.raises(ValueError, match=r"DDIMScheduler\.from_config"):
         DifferentiableSampler(tiny_sd)
 

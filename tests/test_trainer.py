@@ -440,5 +440,5 @@ def test_out_of_memory_in_a_noising_repeats_that_one_alone(tiny_sd_folder, tmp_p
 
 def test_out_of_memory_without_a_leaner_plan_says_what_to_change(tiny_sd_folder, tmp_path):
     trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, memory_budget="8GiB"), FailsOnce(times=1000))
-    with pytest.raises(torch.OutOfMemoryError, match="no leaner plan: use .*batch"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"no leaner plan: use .*batch"):
         trainer.train()

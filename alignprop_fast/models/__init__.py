@@ -6,24 +6,35 @@ Heavy: import what you need from the submodules. `adapt` picks the adapter that 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
+    from alignprop_fast.models.pipeline_adapter import PipelineAdapter
 
 
-def adapt(pipe: Any) -> "StableDiffusionAdapter":
+def adapt(pipe: Any) -> "PipelineAdapter":
     """The adapter for a diffusers pipeline.
 
     Raises:
         ValueError: a pipeline that no adapter fits.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import (
+        FluxPipeline,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
 
+    from alignprop_fast.models.flux import FluxAdapter
     from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
+    from alignprop_fast.models.stable_diffusion_3 import StableDiffusion3Adapter
     from alignprop_fast.models.stable_diffusion_xl import StableDiffusionXLAdapter
 
-    if isinstance(pipe, StableDiffusionXLPipeline):
-        return StableDiffusionXLAdapter(pipe)
-    if isinstance(pipe, StableDiffusionPipeline):
-        return StableDiffusionAdapter(pipe)
-    raise ValueError(
-        f"{type(pipe).__name__} is not supported: use a StableDiffusionPipeline or a StableDiffusionXLPipeline"
-    )
+    adapters: dict[type, type[PipelineAdapter]] = {
+        StableDiffusionPipeline: StableDiffusionAdapter,
+        StableDiffusionXLPipeline: StableDiffusionXLAdapter,
+        StableDiffusion3Pipeline: StableDiffusion3Adapter,
+        FluxPipeline: FluxAdapter,
+    }
+    for pipeline_class, adapter_class in adapters.items():
+        if isinstance(pipe, pipeline_class):
+            return adapter_class(pipe)
+    names = ", ".join(pipeline_class.__name__ for pipeline_class in adapters)
+    raise ValueError(f"{type(pipe).__name__} is not supported: use a pipeline of one of the classes {names}")

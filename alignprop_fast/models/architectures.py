@@ -14,14 +14,14 @@ for it) and text encoders present, since they count as weights. With `device="cu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-NAMES = ("sd15", "sdxl")
+NAMES = ("sd15", "sdxl", "sd35-medium", "flux-dev")
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -51,6 +51,34 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+_FLUX_DEV = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+
 VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -58,9 +86,12 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "norm_num_groups": 32,
 }
+_FLOW_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 _VAES: dict[str, dict[str, Any]] = {
     "sd15": {"scaling_factor": 0.18215, "force_upcast": False},
     "sdxl": {"scaling_factor": 0.13025},
+    "sd35-medium": {**_FLOW_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "flux-dev": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
 }
 
 _DIFFUSION = {
@@ -87,6 +118,15 @@ _CLIP_G = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+_T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def architecture(
@@ -94,6 +134,7 @@ def architecture(
     dtype: torch.dtype = torch.bfloat16,
     *,
     rank: int = 16,
+    targets: str = "attention",
     adapter_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "meta",
 ) -> Any:
@@ -102,12 +143,13 @@ def architecture(
     Args:
         name: one of NAMES.
         dtype: of the frozen weights.
-        rank: of the LoRA adapters on every query, key, value and output projection.
+        rank: of the LoRA adapters.
+        targets: the layers that have adapters, of `lora_targets.TARGETS`.
         adapter_dtype: torch.float32 or torch.bfloat16.
         device: "meta" has shapes and no storage; elsewhere weights are random.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or unknown targets.
     """
     from alignprop_fast.models import adapt
     from alignprop_fast.models.lora import add_lora
@@ -115,11 +157,11 @@ def architecture(
     if name not in NAMES:
         raise ValueError(f"unknown architecture {name!r}: use {', '.join(NAMES)}")
     with torch.device(device), _default_dtype(dtype):
-        pipe = _stable_diffusion(name)
+        pipe = _BUILDERS[name](name)
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        for parameter in add_lora(pipe, rank, rank):
+        for parameter in add_lora(pipe, rank, rank, targets):
             parameter.data = parameter.data.to(adapter_dtype)
     return adapt(pipe)
 
@@ -178,3 +220,49 @@ def _stable_diffusion(name: str) -> Any:
         second = _clip(_CLIP_G, projected=True)
         return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=None, add_watermarker=False)
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(**_T5_XXL))
+
+
+def _stable_diffusion_3(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**_SD35_MEDIUM),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(name),
+        text_encoder=_clip(_CLIP_L, projected=True),
+        tokenizer=None,
+        text_encoder_2=_clip(_CLIP_G, projected=True),
+        tokenizer_2=None,
+        text_encoder_3=_t5(),
+        tokenizer_3=None,
+    )
+
+
+def _flux(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+        ),
+        vae=_vae(name),
+        text_encoder=_clip(_CLIP_L, projected=False),
+        tokenizer=None,
+        text_encoder_2=_t5(),
+        tokenizer_2=None,
+        transformer=FluxTransformer2DModel(**_FLUX_DEV),
+    )
+
+
+_BUILDERS: dict[str, Callable[[str], Any]] = {
+    "sd15": _stable_diffusion,
+    "sdxl": _stable_diffusion,
+    "sd35-medium": _stable_diffusion_3,
+    "flux-dev": _flux,
+}

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021) on a UNet's attention projections, over PEFT, in the file format of diffusers."""
+"""LoRA adapters (Hu et al. 2021) on a denoiser (UNet or transformer), over PEFT, in the file format of diffusers."""
 
 from __future__ import annotations
 
@@ -9,83 +9,98 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.load import check_safetensors
+from alignprop_fast.models.lora_targets import denoiser, denoiser_name, target_modules
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
 
 
-def add_lora(pipe: Any, rank: int = 4, alpha: float = 4) -> list[torch.nn.Parameter]:
-    """Freeze `pipe.unet` and give it trainable fp32 adapters; returns their parameters.
+def add_lora(pipe: Any, rank: int = 4, alpha: float = 4, targets: str = "attention") -> list[torch.nn.Parameter]:
+    """Freeze the denoiser and give it trainable fp32 adapters; returns their parameters.
 
-    y = W x + (alpha / rank) B A x on every query, key, value and output projection, A drawn from N(0, 1 / rank^2) with
-    the global generator and B zero, so that at first nothing changes.
+    y = W x + (alpha / rank) B A x on every layer that `targets` (of `lora_targets.TARGETS`) names, A drawn from
+    N(0, 1 / rank^2) with the global generator and B zero, so that at first nothing changes.
 
     Raises:
-        ValueError: a rank below 1, or a UNet that already has adapters.
+        ValueError: a rank below 1, unknown targets, or a denoiser that already has adapters.
     """
     from peft import LoraConfig
 
     if rank < 1:
         raise ValueError(f"LoRA rank is {rank}: use at least 1")
     if has_lora(pipe):
-        raise ValueError("the UNet already has adapters: train those, or load the model without them")
-    pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGET_MODULES))
-    )
-    return trainable_in_fp32(pipe.unet)
+        raise ValueError("the denoiser already has adapters: train those, or load the model without them")
+    model = denoiser(pipe)
+    names = target_modules(model, targets)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names))
+    return trainable_in_fp32(model)
 
 
 def has_lora(pipe: Any) -> bool:
-    """Whether the UNet carries PEFT adapters."""
-    return bool(getattr(pipe.unet, "peft_config", None))
+    """Whether the denoiser carries PEFT adapters."""
+    return bool(getattr(denoiser(pipe), "peft_config", None))
 
 
 def train_loaded_lora(pipe: Any) -> list[torch.nn.Parameter]:
-    """Make adapters that `pipe.load_lora_weights` put into the UNet trainable, in fp32; returns their parameters."""
-    pipe.unet.requires_grad_(False)
-    for name, parameter in pipe.unet.named_parameters():
+    """Make adapters that `pipe.load_lora_weights` put in trainable, in fp32; returns their parameters."""
+    model = denoiser(pipe)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             parameter.requires_grad_(True)
-    return trainable_in_fp32(pipe.unet)
+    return trainable_in_fp32(model)
 
 
-def trainable_in_fp32(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trainable_in_fp32(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Give the trainable parameters fp32 storage, whatever the frozen ones have, and return them."""
-    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.to(torch.float32)
     return trainable
 
 
 def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Write the UNet's adapters to `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
+    """Write the denoiser's adapters to `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
     The file is written whole: a temporary name, then a rename. `metadata` goes into its header, beside the adapter's
     own configuration, which carries rank and alpha.
 
     Raises:
-        ValueError: a UNet without adapters.
+        ValueError: a denoiser without adapters.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save
 
     if not has_lora(pipe):
-        raise ValueError("the UNet has no adapters to save: call add_lora first")
+        raise ValueError("the denoiser has no adapters to save: call add_lora first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    name = next(iter(pipe.unet.peft_config))
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name=name))
-    tensors = {f"unet.{key}": tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+    prefix, config = denoiser_name(pipe), next(iter(denoiser(pipe).peft_config.values()))
+    tensors = {f"{prefix}.{key}": tensor.detach().contiguous().cpu() for key, tensor in _state(pipe).items()}
     header = {
         "format": "pt",
         **(metadata or {}),
-        "lora_adapter_metadata": _adapter_metadata(pipe.unet.peft_config[name]),
+        "lora_adapter_metadata": _adapter_metadata(prefix, config),
     }
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
     temporary.write_bytes(with_metadata(save(tensors), header))
     return temporary.replace(folder / WEIGHTS_NAME)
+
+
+def _state(pipe: Any) -> dict[str, torch.Tensor]:
+    """The adapters by their names in a file, without the prefix.
+
+    A UNet's attention has diffusers' older names, which all its versions read; everything else has PEFT's. Of a file
+    with both, diffusers' loader would leave the older names out.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    model = denoiser(pipe)
+    state = get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)))
+    if denoiser_name(pipe) != "unet":
+        return state
+    older = convert_state_dict_to_diffusers(state)
+    return older if all(".lora." in name for name in older) else state
 
 
 def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
@@ -100,7 +115,7 @@ def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def _adapter_metadata(config: Any) -> str:
+def _adapter_metadata(prefix: str, config: Any) -> str:
     """What `load_lora_weights` needs to know beside the shapes, as diffusers stores it.
 
     Only fields that every version of PEFT has: a file with all of LoraConfig loads nowhere but in the same version.
@@ -112,13 +127,13 @@ def _adapter_metadata(config: Any) -> str:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
     }
-    return json.dumps({f"unet.{key}": value for key, value in fields.items()}, sort_keys=True)
+    return json.dumps({f"{prefix}.{key}": value for key, value in fields.items()}, sort_keys=True)
 
 
 def load_lora(pipe: Any, folder: str | Path) -> None:
-    """Put the adapters of `folder/pytorch_lora_weights.safetensors` into the UNet.
+    """Put the adapters of `folder/pytorch_lora_weights.safetensors` into the denoiser.
 
-    Where the UNet has adapters already, their values are overwritten in place, so that an optimizer keeps its hold on
+    Where it has adapters already, their values are overwritten in place, so that an optimizer keeps its hold on
     them; otherwise this is `pipe.load_lora_weights`.
 
     Raises:
@@ -129,8 +144,9 @@ def load_lora(pipe: Any, folder: str | Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}: give the folder that training wrote")
     check_safetensors(file)
+    _check_no_dora(file)
     if has_lora(pipe):
-        _overwrite(pipe.unet, file)
+        _overwrite(pipe, file)
         return
     try:
         pipe.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME)
@@ -138,14 +154,19 @@ def load_lora(pipe: Any, folder: str | Path) -> None:
         raise ValueError(f"the adapters in {file} do not fit this model: load the model they were made for") from error
 
 
-def _overwrite(unet: Any, file: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
+def _check_no_dora(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as stream:
+        if any("magnitude_vector" in name or "dora_scale" in name for name in stream.keys()):  # noqa: SIM118
+            raise ValueError(f"{file} holds DoRA adapters, which are not supported: give plain LoRA")
+
+
+def _overwrite(pipe: Any, file: Path) -> None:
     from safetensors.torch import load_file
 
-    name = next(iter(unet.peft_config))
-    state = {key.removeprefix("unet."): tensor for key, tensor in load_file(file).items()}
-    mine = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=name))
+    state = {key.removeprefix(f"{denoiser_name(pipe)}."): tensor for key, tensor in load_file(file).items()}
+    mine = _state(pipe)
     if {key: tensor.shape for key, tensor in mine.items()} != {key: tensor.shape for key, tensor in state.items()}:
         raise ValueError(f"the adapters in {file} have another rank or other places: use the LoRA rank they have")
     # PEFT's own loader puts new parameters in, which an optimizer would not know.

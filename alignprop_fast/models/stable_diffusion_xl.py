@@ -1,26 +1,23 @@
 """Stable Diffusion XL: two text encoders, pooled text and size conditioning, a decoder that fp16 overflows."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
-from alignprop_fast.models.stable_diffusion import Conditioning, StableDiffusionAdapter
+from alignprop_fast.models.pipeline_adapter import Conditioning
+from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
 
 
 class StableDiffusionXLAdapter(StableDiffusionAdapter):
     """As `StableDiffusionAdapter`, for `StableDiffusionXLPipeline` (Podell et al. 2023)."""
 
-    def _text_encoders(self) -> Sequence[nn.Module]:
-        return [encoder for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2) if encoder is not None]
-
-    def _check(self) -> None:
-        super()._check()
-        if self.pipe.vae.dtype == torch.float16 and self.pipe.vae.config.force_upcast:
+    def __init__(self, pipe: Any):
+        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             raise ValueError(
                 "SDXL's own VAE overflows in fp16: load the pipeline in bfloat16, or the VAE in float32 or from the "
                 "fp16-fix weights"
             )
+        super().__init__(pipe)
 
     @torch.no_grad()
     def encode(

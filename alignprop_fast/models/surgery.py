@@ -8,13 +8,19 @@ option) the module's own forward runs. Attention changes its processor, which is
 from collections.abc import Callable, Iterator
 
 import torch
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from alignprop_fast.ops.attention import attention
+from alignprop_fast.models.lean_attention import (
+    autocasts,
+    is_plain,
+    kept_linears,
+    put_processors_in,
+    take_processors_out,
+)
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
@@ -26,11 +32,7 @@ from alignprop_fast.ops.lora_linear import Layer, lora_linear, lora_linears
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
     """Frozen weights and no autocast, which would cast inside the op's forward but not inside its backward."""
     learning = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
-    return not learning and not _autocasts(x)
-
-
-def _autocasts(x: torch.Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return not learning and not autocasts(x)
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -99,85 +101,11 @@ def _rate(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
 
-class LeanAttnProcessor(AttnProcessor2_0):
-    """`diffusers` attention of a transformer block, keeping q, k, v, o and the logsumexp."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attention_mask is not None or _autocasts(hidden_states):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        if encoder_hidden_states is None:
-            q, k, v = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        else:
-            (q,), (k, v) = _project(hidden_states, attn.to_q), _project(encoder_hidden_states, attn.to_k, attn.to_v)
-        o_BHMD = attention(_heads(q, attn.heads), _heads(k, attn.heads), _heads(v, attn.heads), attn.scale)
-        return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
-
-
-class LeanImageAttnProcessor(AttnProcessor2_0):
-    """`diffusers` attention over the pixels of an image, as decoders have it, keeping q, k, v, o and the logsumexp."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        plain = hidden_states.ndim == 4 and encoder_hidden_states is None and attention_mask is None
-        if not plain or _autocasts(hidden_states):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        x_BNC = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
-        q, k, v = (_heads(t, attn.heads) for t in _project(x_BNC, attn.to_q, attn.to_k, attn.to_v))
-        o_BNC = attention(q, k, v).transpose(1, 2).flatten(2)
-        y_BNC = attn.to_out[1](attn.to_out[0](o_BNC))
-        return hidden_states + y_BNC.transpose(1, 2).reshape(hidden_states.shape)
-
-
-def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Each layer's result on x, all at once where all are adapters that the op serves."""
-    layers = [linear.as_layer(x) if isinstance(linear, LeanLoraLinear) else None for linear in linears]
-    found = [layer for layer in layers if layer is not None]
-    if len(found) < len(layers):
-        return tuple(linear(x) for linear in linears)
-    return lora_linears(x, found, "qkv")
-
-
-def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
-    return x_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _is_plain(attn: Attention) -> bool:
-    """Attention as transformer blocks have it: nothing before the projections, nothing after them."""
-    return (
-        all(norm is None for norm in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross))
-        and not attn.residual_connection
-        and attn.rescale_output_factor == 1
-    )
-
-
-def _is_over_an_image(attn: Attention) -> bool:
-    """Attention with a group norm before it, its input added to its result, and nothing else."""
-    return (
-        isinstance(attn.group_norm, nn.GroupNorm)
-        and all(norm is None for norm in (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross))
-        and attn.residual_connection
-        and attn.rescale_output_factor == 1
-    )
-
-
 class LeanGEGLU(GEGLU):
     """`diffusers` GEGLU that keeps its projection alone."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if _autocasts(hidden_states):
+        if autocasts(hidden_states):
             return super().forward(hidden_states)
         return geglu(self.proj(hidden_states))
 
@@ -245,12 +173,7 @@ def put_ops_in(root: nn.Module) -> None:
             linear.__class__ = LeanLinear
         if isinstance(linear, LeanLinear | LeanLoraLinear):
             linear.kept_as = kind
-    for module in root.modules():
-        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
-            if _is_plain(module):
-                module.set_processor(LeanAttnProcessor())
-            elif _is_over_an_image(module):
-                module.set_processor(LeanImageAttnProcessor())
+    put_processors_in(root)
 
 
 def take_ops_out(root: nn.Module) -> None:
@@ -258,19 +181,20 @@ def take_ops_out(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
             vars(module).pop("kept_as", None)
-        if isinstance(module, Attention) and type(module.processor) in (LeanAttnProcessor, LeanImageAttnProcessor):
-            module.set_processor(AttnProcessor2_0())
+    take_processors_out(root)
     _swap(root, _STOCK.get)
 
 
 def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
     """The linear layers whose results a transformer block that runs again may keep, with their kind."""
     for module in root.modules():
-        if isinstance(module, Attention) and _is_plain(module):
-            yield from ((linear, "qkv") for linear in (module.to_q, module.to_k, module.to_v) if linear is not None)
-            yield module.to_out[0], "out"
-        elif isinstance(module, GEGLU):
+        if is_plain(module):
+            yield from kept_linears(module)
+        elif isinstance(module, GEGLU | GELU):
             yield module.proj, "geglu"
+        elif isinstance(module, FluxSingleTransformerBlock):
+            yield module.proj_mlp, "geglu"
+            yield module.proj_out, "out"
 
 
 def _swap(root: nn.Module, other: Callable[[type[nn.Module]], type[nn.Module] | None]) -> None:

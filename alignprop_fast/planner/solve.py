@@ -16,8 +16,8 @@ def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_by
 
     The plan holds for all gates with as many gradient steps, since they are drawn anew in each training step: it leaves
     room for a step without graph after all resident ones, even where none comes there. (`peak_bytes` is that of these
-    gates.) More budget never gives a slower plan. Where the table limits host memory, plans that offload more are left out,
-    and plans that do not offload at all stand in for them. To solve for many budgets or gates, keep a `Solver`.
+    gates.) More budget never gives a slower plan. Where the table limits host memory, plans that offload more are left
+    out, and plans that do not offload at all stand in for them. To solve for many budgets or gates, keep a `Solver`.
 
     Args:
         table: costs at this batch size, resolution and dtype.

@@ -31,6 +31,8 @@ class Chain:
     parameters: the tensors besides x that the network's gradient is wanted for.
     blocks: the parts of the network that the plan has an option for.
     offloader: moves what blocks keep to the host, where the plan asks for it.
+    start, finish: x -> the state that the steps above carry on instead of x where a method needs more than the latents,
+        and its last one -> the last latents. Both are recorded by autograd.
     input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
     penalty: (i, x, y) -> (a scalar, its gradient for y), of each gradient step; x counts as a constant in it, so that
         it acts on the parameters through its own step alone. Called without gradient.
@@ -43,6 +45,8 @@ class Chain:
     parameters: Sequence[torch.Tensor]
     blocks: Sequence[Block] = ()
     offloader: Offloader | None = None
+    start: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     input_gradient: bool = True
     penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
@@ -63,10 +67,14 @@ def run_penalised_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torc
     penalty, since that must not flow on into its input.
     """
     grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
+    x = chain.start(x)
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
-        return _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
-    with torch.no_grad():
-        return _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x), x.new_zeros(())
+        tape = _Tape(chain, plan, grad_steps, x.requires_grad)
+        x, penalty = _ChainFunction.apply(tape, x, *chain.parameters)
+    else:
+        with torch.no_grad():
+            x, penalty = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x), x.new_zeros(())
+    return chain.finish(x), penalty
 
 
 class _Tape:

@@ -1,6 +1,6 @@
 """Costs of the parts of a training step, as the planner's table wants them: denoising step, decoder, reward.
 
-On a device the parts are run and timed; on meta tensors they are counted, with a formula for the seconds of an operator.
+On a device the parts are run and timed. On meta tensors they are counted, with a formula for an operator's seconds.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ def step_costs(
 
     operator_seconds: estimates instead of timing (on meta tensors). link: bytes a second to host memory, for offload.
     """
+    x = chain.start(x)
     start = x.detach().requires_grad_()
     wanted = [start, *chain.parameters]
     work = Work(
@@ -47,7 +48,7 @@ def step_costs(
         return chain.network(0, x)
 
     sampling = trace(replace(work, forward=sample, backward=None), {})
-    options, lean = segments(work, everywhere=x.device.type == "meta", link=link)
+    options, lean = segments(work, link)
     untracked_bytes = max(sampling.untracked_bytes, lean.untracked_bytes)
     return StepCosts(options, sampling.peak_bytes, sampling.seconds, untracked_bytes)
 
@@ -56,14 +57,15 @@ def decoder_stages(
     decode: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     blocks: Sequence[Block],
+    banded: Callable[[torch.Tensor], torch.Tensor] | None = None,
     operator_seconds: Operator | None = None,
 ) -> tuple[Stage, ...]:
-    """The decoder on latents x [B, ...]: all images at once, or one by one, run again to go back."""
+    """The decoder on latents x [B, ...]: all images at once, one by one or by bands, run again to go back."""
 
-    def work(images: torch.Tensor) -> Work:
+    def work(fn: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, blocks: Sequence[Block]) -> Work:
         start = images.detach().requires_grad_()
         return Work(
-            forward=lambda: decode(start),
+            forward=lambda: fn(start),
             backward=lambda out: torch.autograd.grad(out, start, torch.ones_like(out)),
             blocks=blocks,
             device=x.device,
@@ -71,21 +73,20 @@ def decoder_stages(
             output_kept=False,
         )
 
-    everywhere = x.device.type == "meta"
-    at_once, _ = segments(work(x), everywhere)
-    one, lean = segments(work(x[:1]), everywhere) if len(x) > 1 else (at_once, None)
-    forward = _without_graph(work(x[:1]))
-    # While one image is decoded again the gradients of all others are there, and so are the images.
+    def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
+        forward = _without_graph(one)
+        # While one image is decoded again the gradients of all others are there, and so are the images.
+        raised = tuple(_raised(segment, others_bytes) for segment in segments)
+        return Stage(name, raised, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
+
     others_bytes = (len(x) - 1) * _output_bytes(lambda: decode(x[:1]))
-    again = Stage(
-        "image",
-        tuple(_raised(segment, others_bytes) for segment in one),
-        runs=len(x),
-        replayed=True,
-        forward_bytes=forward.peak_bytes,
-        forward_seconds=len(x) * forward.seconds,
-    )
-    return Stage("batch", at_once), again
+    at_once = segments(work(decode, x, blocks))[0]
+    one = work(decode, x[:1], blocks)
+    stages = [Stage("batch", at_once), again("image", one, segments(one)[0] if len(x) > 1 else at_once)]
+    if banded is not None:
+        one = work(banded, x[:1], ())
+        stages.append(again("bands", one, segments(one)[0]))
+    return tuple(stages)
 
 
 def reward_stages(
@@ -108,13 +109,13 @@ def reward_stages(
             operator_seconds=operator_seconds,
         )
 
-    stages = [Stage("batch", segments(work(len(images)), everywhere=True)[0])]
+    stages = [Stage("batch", segments(work(len(images)))[0])]
     image_bytes = images.numel() * images.element_size()
     chunk = 1
     while by_image and chunk < len(images):
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
-        chunked = tuple(_raised(segment, image_bytes) for segment in segments(work(chunk), everywhere=True)[0])
+        chunked = tuple(_raised(segment, image_bytes) for segment in segments(work(chunk))[0])
         stages.append(Stage(f"chunk:{chunk}", chunked, runs, True, forward.peak_bytes, runs * forward.seconds))
         chunk *= 2
     return tuple(stages)

@@ -47,9 +47,7 @@ class Block:
 
 
 @contextmanager
-def kept_as(
-    options: Mapping[str, str], blocks: Sequence[Block], offloader: Offloader | None = None
-) -> Iterator[None]:
+def kept_as(options: Mapping[str, str], blocks: Sequence[Block], offloader: Offloader | None = None) -> Iterator[None]:
     """Inside the block each of `blocks` keeps what its option says; one without an option keeps everything.
 
     options: option by name of a block, or "*" for all. The modules are left as they were found: names, parameters and
@@ -97,26 +95,30 @@ def by_image(
     stage: str,
     options: Mapping[str, str],
     blocks: Sequence[Block] = (),
+    banded: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """fn(x) for a function that treats the images of a batch x [B, ...] alike, run as the stage says.
 
     batch: all images at once. image: the input alone is kept; the backward pass runs fn again, one image at a time.
-    Either way each of `blocks` keeps what its option says, in "image" within the second run.
+    bands: as image, by `banded`, which does what fn does in less memory. In the first two each of `blocks` keeps what
+    its option says.
 
     Raises:
         ValueError: an unknown stage.
     """
-    if stage not in ("batch", "image"):
-        raise ValueError(f"unknown stage {stage!r} of the decoder: use batch or image")
+    if stage not in ("batch", "image", "bands"):
+        raise ValueError(f"unknown stage {stage!r} of the decoder: use batch, image or bands")
 
     def run(images: torch.Tensor) -> torch.Tensor:
+        if stage == "bands" and banded is not None:
+            return banded(images)
         with kept_as(options, blocks):
             return fn(images)
 
-    if not torch.is_grad_enabled():
-        return torch.cat([fn(image) for image in x.split(1 if stage == "image" else len(x))])
     if stage == "batch":
         return run(x)
+    if not torch.is_grad_enabled():
+        return torch.cat([run(image) for image in x.split(1)])
     return torch.cat([checkpoint(run, image, use_reentrant=False, preserve_rng_state=False) for image in x.split(1)])
 
 
@@ -146,6 +148,6 @@ def in_chunks(
 def _joined(values: Sequence[Any], sizes: Sequence[int]) -> Any:
     if all(isinstance(value, torch.Tensor) and value.ndim for value in values):
         return torch.cat(list(values))
-    if all(isinstance(value, int | float) or isinstance(value, torch.Tensor) for value in values):
+    if all(isinstance(value, int | float | torch.Tensor) for value in values):
         return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
     return values[0]

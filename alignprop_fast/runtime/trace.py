@@ -54,9 +54,7 @@ class Interval:
     def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
         """This interval changed as a like one was between two options."""
         names = ("kept_bytes", "forward_spike_bytes", "backward_spike_bytes", "seconds")
-        return replace(
-            self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names}
-        )
+        return replace(self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names})
 
     def option(self, name: str) -> Option:
         return Option(
@@ -66,7 +64,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Trace:
-    """Intervals in the order of execution; `untracked_bytes`: taken from the device by no tensor, such as workspaces."""
+    """Intervals in the order of execution; `untracked_bytes`: taken from the device by no tensor (workspaces)."""
 
     intervals: list[Interval]
     untracked_bytes: int
@@ -85,7 +83,7 @@ class Trace:
 
 
 def trace(work: Work, options: Mapping[str, str]) -> Trace:
-    """Run the work under the options: once for its bytes and, on a device that is timed, a few times for its seconds."""
+    """Run the work under the options: once for its bytes, and a few times for its seconds where the device is timed."""
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
     start_bytes = _cuda_bytes(work.device)
     with LiveBytes(cost) as live:
@@ -109,19 +107,23 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
     return Trace(_intervals(order, kept if work.backward else {}, live.peaks, seconds), untracked_bytes)
 
 
-def segments(work: Work, everywhere: bool, link: float | None = None) -> tuple[tuple[Segment, ...], Trace]:
+def segments(work: Work, link: float | None = None) -> tuple[tuple[Segment, ...], Trace]:
     """The segments of the work with every option of each, and the trace of the leanest run.
 
-    everywhere: measure an option on all blocks at once, which is exact but needs their memory; else on one block of
-        each kind with all others as lean as can be, and take the difference for the like.
+    An option is measured on all blocks at once, which is exact. Where the device lacks the memory for that, it is
+    measured on one block of each kind with all others as lean as can be, and the difference taken for the like.
+
     link: bytes a second to host memory; with it each option also comes with what it keeps offloaded.
+
+    Raises:
+        torch.OutOfMemoryError: not even the leanest options can run.
     """
     lean = trace(work, {"*": LEANEST})
     measured: dict[str, Trace] = {}
     for option in STEP_OPTIONS:
-        chosen = _chosen(lean, option, everywhere)
-        if option != LEANEST and chosen:
-            measured[option] = trace(work, {"*": LEANEST, **{name: option for name in chosen}})
+        names = [i.block.name for i in lean.intervals if i.block is not None and option in i.block.options()]
+        if option != LEANEST and names:
+            measured[option] = _measured(work, option, names, lean)
     largest = max((i.kept_bytes for t in (lean, *measured.values()) for i in t.intervals if i.block), default=0)
     result = []
     for index, interval in enumerate(lean.intervals):
@@ -130,29 +132,36 @@ def segments(work: Work, everywhere: bool, link: float | None = None) -> tuple[t
             continue
         options = []
         for name in interval.block.options():
-            option = _under(name, index, lean, measured, everywhere).option(name)
+            option_trace = measured.get(name, lean)
+            option = option_trace.intervals[index].option(name)
             options += [option, *_offloaded(option, largest, link)]
         result.append(Segment(interval.block.name, tuple(options)))
     return tuple(result), lean
 
 
-def _chosen(lean: Trace, option: str, everywhere: bool) -> list[str]:
-    """Names of the blocks to measure the option on."""
-    names: dict[Hashable, str] = {}
+def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:
+    """The trace of the option on the blocks of these names."""
+    try:
+        return trace(work, {"*": LEANEST, **dict.fromkeys(names, option)})
+    except torch.OutOfMemoryError:
+        return measured_on_one_of_each_kind(work, option, names, lean)
+
+
+def measured_on_one_of_each_kind(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:
+    """The trace of the option on the blocks of these names, from a run on the first of each kind among them."""
+    first: dict[Hashable, int] = {}
     for index, interval in enumerate(lean.intervals):
-        if interval.block is not None and option in interval.block.options():
-            names.setdefault(index if everywhere else interval.alike, interval.block.name)
-    return list(names.values())
-
-
-def _under(option: str, index: int, lean: Trace, measured: Mapping[str, Trace], everywhere: bool) -> Interval:
-    interval = lean.intervals[index]
-    if option == LEANEST or option not in measured:
-        return interval
-    if everywhere:
-        return measured[option].intervals[index]
-    like = next(k for k, other in enumerate(lean.intervals) if other.alike == interval.alike)
-    return interval.plus(measured[option].intervals[like], lean.intervals[like])
+        if interval.block is not None and interval.block.name in names:
+            first.setdefault(interval.alike, index)
+    blocks = [lean.intervals[index].block for index in first.values()]
+    found = trace(work, {"*": LEANEST, **{block.name: option for block in blocks if block is not None}})
+    intervals = [
+        interval.plus(found.intervals[first[interval.alike]], lean.intervals[first[interval.alike]])
+        if interval.block is not None and interval.block.name in names
+        else interval
+        for interval in lean.intervals
+    ]
+    return Trace(intervals, found.untracked_bytes)
 
 
 def _offloaded(option: Option, largest_bytes: int, link: float | None) -> list[Option]:
@@ -204,7 +213,7 @@ def _run(
     enter: Callable[[Hashable], None],
     between: Callable[[torch.Tensor], None],
 ) -> list[tuple[Block, Hashable]]:
-    """One run; `enter` is told where it is, `between` when forward is done. Returns the blocks as they came, and kinds."""
+    """One run; `enter` is told where it is, `between` when forward is done. Returns the blocks as they came, with kinds."""
     order: list[tuple[Block, Hashable]] = []
     with _at_ends(work.blocks, order, enter):
         enter(("forward", 0))

@@ -16,50 +16,49 @@ from dataclasses import dataclass, replace
 class StepTable:
     """Coefficients of T steps, index 0 the noisiest: x_next = a x + b y + sigma z at model time `timesteps`."""
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     a: tuple[float, ...]
     b: tuple[float, ...]
     sigma: tuple[float, ...]
     noisy: bool
     """Whether noise is drawn at every step (also where sigma happens to be zero), as diffusers does for eta > 0."""
+    input_scale: tuple[float, ...] = ()
+    """Per step the factor of the network's input: y = network(input_scale x). Empty: 1."""
+    init_scale: float = 1.0
+    """The chain starts from this times unit noise."""
+    history: tuple[tuple[float, float, float], ...] = ()
+    """Per step (c, p, q) of a two-step method: x_next = a x + b y + c h + sigma z and h_next = p x + q y, from h = 0.
+    Empty: a one-step method."""
     x0: tuple[tuple[float, float], ...] = ()
-    """Per step (c, d): the clean latents that it predicts are c x + d y. Empty where the update is of another form."""
+    """Per step (d, e): the clean latents that it predicts are d x + e y."""
     level: tuple[tuple[float, float], ...] = ()
-    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise. Empty as for x0."""
+    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise."""
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def ending_at(self, step: int) -> "StepTable":
-        """The steps before `step`, which then predicts the clean latents at once: x_next = x0, and the chain is over.
-
-        Raises:
-            ValueError: a table that does not know x0.
-        """
-        c, d = self._of_every_step(self.x0)[step]
+        """The steps before `step`, which then predicts the clean latents: x_next = x0, and the chain is over."""
+        d, e = self.x0[step]
         return replace(
             self,
             timesteps=self.timesteps[: step + 1],
-            a=(*self.a[:step], c),
-            b=(*self.b[:step], d),
+            a=(*self.a[:step], d),
+            b=(*self.b[:step], e),
             sigma=(*self.sigma[:step], 0.0),
+            input_scale=self.input_scale[: step + 1],
+            history=(*self.history[:step], (0.0, 0.0, 0.0)) if self.history else (),
             x0=self.x0[: step + 1],
             level=self.level[: step + 1],
         )
 
     def last_alone(self) -> "StepTable":
-        """A chain of one step: the last one, predicting the clean latents. Raises ValueError as `ending_at`."""
-        c, d = self._of_every_step(self.x0)[-1]
-        return StepTable(self.timesteps[-1:], (c,), (d,), (0.0,), self.noisy, self.x0[-1:], self.level[-1:])
-
-    def last_level(self) -> tuple[float, float]:
-        """(signal, noise) of the last step's x. Raises ValueError as `ending_at`."""
-        return self._of_every_step(self.level)[-1]
-
-    def _of_every_step(self, entries: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        if len(entries) != len(self):
-            raise ValueError("this scheduler has no closed form of x0: use a truncation that runs the chain to its end")
-        return entries
+        """A chain of one step: the last one, predicting the clean latents."""
+        d, e = self.x0[-1]
+        scale = self.input_scale[-1:]
+        return StepTable(
+            self.timesteps[-1:], (d,), (e,), (0.0,), self.noisy, scale, 1.0, (), self.x0[-1:], self.level[-1:]
+        )
 
 
 def _x0_eps(prediction_type: str, alpha: float) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -112,4 +111,4 @@ def ddim_table(
         x0s.append(x0)
         levels.append((alpha**0.5, (1 - alpha) ** 0.5))
     steps = tuple(int(t) for t in timesteps)
-    return StepTable(steps, tuple(a), tuple(b), tuple(sigmas), eta > 0, tuple(x0s), tuple(levels))
+    return StepTable(steps, tuple(a), tuple(b), tuple(sigmas), eta > 0, x0=tuple(x0s), level=tuple(levels))

@@ -9,20 +9,26 @@ from alignprop_fast.models.architectures import NAMES, architecture, parameters
 PUBLISHED = {
     "sd15": (859_520_964, 83_653_863, 123_060_480),
     "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
+    "sd35-medium": (2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656),
+    "flux-dev": (11_901_408_320, 83_819_683, 123_060_480 + 4_762_310_656),
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_parameter_counts_are_those_of_the_published_weights(name):
-    counts = parameters(architecture(name))
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    return request.param, architecture(request.param, torch.bfloat16, adapter_dtype=torch.bfloat16)
+
+
+def test_parameter_counts_are_those_of_the_published_weights(model):
+    name, adapter = model
+    counts = parameters(adapter)
     assert (counts["denoiser"], counts["vae"], counts["text"]) == PUBLISHED[name]
     assert counts["adapters"] > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_step_and_the_decoder_run_on_meta(name, guided):
-    adapter = architecture(name, torch.bfloat16, adapter_dtype=torch.bfloat16)
+def test_a_step_and_the_decoder_run_on_meta(model, guided):
+    _, adapter = model
     height, width = (side + shift for side, shift in zip(adapter.image_size(None, None), (64, -64), strict=True))
     x = adapter.initial_latents(1, (height, width), None, None)
     assert x.shape == (1, adapter.latent_channels, height // 8, width // 8)
@@ -39,5 +45,5 @@ def test_default_dtype_is_left_alone():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="sd15, sdxl"):
+    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev"):
         architecture("sd16")

@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from alignprop_fast.models import banded_decoder
 from alignprop_fast.models.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.surgery import put_ops_in
-from alignprop_fast.runtime import PeakMeter, apply_by_image, checkpointed
+from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
 
 
 @pytest.fixture
@@ -31,6 +31,10 @@ def image_and_gradient(fn, x):
 def assert_same(ours, whole):
     for a, b in zip(ours, whole, strict=True):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
+def blocks(decoder, kinds):
+    return [Block(name, module, "decoder") for name, module in decoder.named_modules() if isinstance(module, kinds)]
 
 
 def latents(batch=2):
@@ -99,10 +103,10 @@ def test_run_again_in_the_backward_pass(decoder):
     whole = image_and_gradient(decoder, x)
 
     def by_bands(x):
-        with banded(bandable(decoder), 3), checkpointed([m for m in decoder.modules() if isinstance(m, Attention)]):
+        with banded(bandable(decoder), 3), kept_as({"*": "recompute"}, blocks(decoder, Attention)):
             return decoder(x)
 
-    assert_same(image_and_gradient(lambda x: apply_by_image(by_bands, x, "image"), x), whole)
+    assert_same(image_and_gradient(lambda x: by_image(by_bands, x, "image", {}), x), whole)
     before = [dict(vars(module)) for module in decoder.modules()]
 
     def by_stages(x):
@@ -110,7 +114,7 @@ def test_run_again_in_the_backward_pass(decoder):
             return decoder(x)
 
     assert_same(image_and_gradient(by_stages, x), whole)
-    assert_same(image_and_gradient(lambda x: apply_by_image(by_stages, x, "image"), x), whole)
+    assert_same(image_and_gradient(lambda x: by_image(by_stages, x, "image", {}), x), whole)
     assert [dict(vars(module)) for module in decoder.modules()] == before
 
 
@@ -126,11 +130,10 @@ def test_peak_at_the_published_widths():
         decoder = vae.decoder.requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
         x = torch.empty(1, 4, 64, 64, dtype=torch.bfloat16)
     put_ops_in(decoder)
-    kinds = (ResnetBlock2D, Upsample2D, Attention)
-    attentions = [module for module in decoder.modules() if isinstance(module, Attention)]
+    whole, kinds = {"*": "recompute"}, ResnetBlock2D | Upsample2D | Attention
 
     def by_bands(x):
-        with banded(bandable(decoder), 32), checkpointed(attentions):
+        with banded(bandable(decoder), 32), kept_as(whole, blocks(decoder, Attention)):
             return decoder(x)
 
     def by_stages(x):
@@ -138,8 +141,8 @@ def test_peak_at_the_published_widths():
             return decoder(x)
 
     ways = {
-        "block": lambda x: apply_by_image(decoder, x, "block", [m for m in decoder.modules() if isinstance(m, kinds)]),
-        "bands": lambda x: apply_by_image(by_bands, x, "image"),
+        "block": lambda x: by_image(decoder, x, "image", whole, blocks(decoder, kinds)),
+        "bands": lambda x: by_image(by_bands, x, "image", {}),
         "stages": by_stages,
     }
     # Bands of 32 rows: more would make a slow test.

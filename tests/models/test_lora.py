@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 
+from alignprop_fast.models import adapt
 from alignprop_fast.models.lora import add_lora, has_lora, load_lora, save_lora
+from alignprop_fast.models.lora_targets import TARGETS, denoiser
 
 
 def _noise_prediction(pipe):
@@ -63,6 +66,48 @@ def test_sdxl_round_trip(tiny_sdxl, tmp_path):
     load_lora(tiny_sdxl, tmp_path)
     for parameter, expected in zip(parameters, saved, strict=True):
         assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_targets_of_every_model_round_trip_through_diffusers(model, targets, request, tmp_path):
+    pipe = request.getfixturevalue(model)
+    parameters = add_lora(pipe, 2, 6, targets)
+    if targets != "attention":
+        assert any(".ff." in name for name, parameter in denoiser(pipe).named_parameters() if parameter.requires_grad)
+    assert any(parameter.ndim == 4 for parameter in parameters) == (
+        targets == "all" and model in ("tiny_sd", "tiny_sdxl")
+    )
+    _train_a_little(parameters)
+    save_lora(pipe, tmp_path)
+    other = type(pipe).from_pretrained(request.getfixturevalue(f"{model}_folder"), local_files_only=True)
+    other.load_lora_weights(tmp_path)
+    mine, theirs = (
+        [p.detach() for name, p in sorted(denoiser(one).named_parameters()) if "lora_" in name] for one in (pipe, other)
+    )
+    assert len(mine) == len(parameters)
+    assert all(torch.equal(one, two) for one, two in zip(mine, theirs, strict=True))
+    scales = {
+        scale for module in denoiser(other).modules() if hasattr(module, "scaling") for scale in module.scaling.values()
+    }
+    assert scales == {3.0}
+
+
+def test_unknown_targets_are_refused(tiny_sd):
+    with pytest.raises(ValueError, match=r"attention, attention\+ff, all"):
+        add_lora(tiny_sd, targets="everything")
+
+
+def test_dora_is_refused(tiny_sd, tiny_sd_folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+    with pytest.raises(ValueError, match=r"DoRA.*use_dora=False"):
+        adapt(tiny_sd).trainable()
+    save_lora(tiny_sd, tmp_path)
+    other = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, local_files_only=True)
+    with pytest.raises(ValueError, match="DoRA"):
+        load_lora(other, tmp_path)
 
 
 def test_equal_adapters_make_equal_files(tiny_sd, tmp_path):

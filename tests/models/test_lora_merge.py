@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignprop_fast.models.lora import TARGET_MODULES, WEIGHTS_NAME, save_lora
+from alignprop_fast.models.lora import WEIGHTS_NAME, save_lora
 from alignprop_fast.models.lora_merge import Factors, lora_file, merge_loras, merged_file, read_lora
 from alignprop_fast.models.lora_mix import load_loras, set_lora_weights
 
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
-def made(folder, pipe_folder, seed, rank, alpha, targets=TARGET_MODULES):
+
+def made(folder, pipe_folder, seed, rank, alpha, targets=ATTENTION):
     """A LoRA folder with random factors: as `train` writes it, or, with places of our choice, as PEFT names things."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
@@ -24,7 +26,7 @@ def made(folder, pipe_folder, seed, rank, alpha, targets=TARGET_MODULES):
         for name, parameter in pipe.unet.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    if targets is TARGET_MODULES:
+    if targets is ATTENTION:
         save_lora(pipe, folder)
     else:
         state = get_peft_model_state_dict(pipe.unet, adapter_name="default")

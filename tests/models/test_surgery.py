@@ -13,9 +13,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from alignprop_fast.cost_table import blocks_of
+from alignprop_fast.models import adapt
+from alignprop_fast.models.lean_attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.surgery import (
     FrozenConv2d,
-    LeanAttnProcessor,
     LeanGEGLU,
     LeanGroupNorm,
     LeanLayerNorm,
@@ -25,7 +27,7 @@ from alignprop_fast.models.surgery import (
     put_ops_in,
     take_ops_out,
 )
-from alignprop_fast.runtime import Block, PeakMeter, kept_as
+from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
@@ -52,6 +54,29 @@ def test_values_and_gradients_stay(unet):
     assert {type(processor) for processor in unet.attn_processors.values()} == {LeanAttnProcessor}
     for lean_value, value in zip(run(unet, x), stock, strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "processor"), [("tiny_sd3", LeanJointAttnProcessor), ("tiny_flux", LeanFluxAttnProcessor)]
+)
+def test_values_and_gradients_of_transformers_stay(model, processor, request):
+    pipe = request.getfixturevalue(model)
+    targets = ["to_q", "to_v", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "net.0.proj"]
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapter = adapt(pipe)
+    cond = adapter.encode(["red cat"], None, True, (16, 24))
+    x = torch.randn(1, 16, 8, 12, requires_grad=True)
+    wanted = [x, *adapter.trainable()]
+    results = []
+    for swap, option in ((take_ops_out, "keep"), *((put_ops_in, option) for option in STEP_OPTIONS)):
+        swap(pipe.transformer)
+        assert (processor in {type(p) for p in pipe.transformer.attn_processors.values()}) == (swap is put_ops_in)
+        with kept_as({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
+            y = adapter.predict(x, torch.tensor(300.0), cond)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
+    for lean in results[1:]:
+        for lean_value, value in zip(lean, results[0], strict=True):
+            assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
 
 
 def test_decoder_values_stay(tiny_sd):

@@ -5,6 +5,7 @@ that blocks share.
 """
 
 import random
+import sys
 
 import pytest
 import torch
@@ -76,10 +77,18 @@ def counted(work, options):
     return kept, live.peak_bytes
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_costs_of_mixtures_are_sums(everywhere):
+@pytest.mark.parametrize("memory", ["enough", "too little for one option everywhere"])
+def test_costs_of_mixtures_are_sums(memory, monkeypatch):
     work, rng = make_work(), random.Random(0)
-    found, _ = segments(work, everywhere)
+    if memory != "enough":
+
+        def scarce(work, options):
+            if len(options) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return trace(work, options)
+
+        monkeypatch.setattr(sys.modules[trace.__module__], "trace", scarce)
+    found, _ = segments(work)
     assert [segment.name for segment in found] == [block.name for block in work.blocks] + ["rest"]
     mixtures = [{"*": option} for option in STEP_OPTIONS]
     mixtures += [{block.name: rng.choice([*STEP_OPTIONS]) for block in work.blocks} for _ in range(8)]
@@ -91,17 +100,17 @@ def test_costs_of_mixtures_are_sums(everywhere):
 
 def test_offloaded_options_keep_nothing_on_the_device_and_say_what_is_exposed():
     work = make_work()
-    found, _ = segments(work, everywhere=False, link=1e6)
+    found, _ = segments(work, link=1e6)
     slow, plain = found[0].option("keep+offload"), found[0].option("keep")
     assert slow.kept_bytes == 0 and slow.host_bytes == plain.kept_bytes > 0
     assert slow.seconds == pytest.approx(plain.seconds + 2 * plain.kept_bytes / 1e6 - plain.seconds, rel=1e-6)
-    fast = segments(work, everywhere=False, link=1e15)[0][0]
+    fast = segments(work, link=1e15)[0][0]
     assert fast.option("keep+offload").seconds == fast.option("keep").seconds
 
 
 def test_meta_tensors_count_the_same_bytes():
-    real, _ = segments(make_work(), everywhere=True)
-    meta, _ = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)), everywhere=True)
+    real, _ = segments(make_work())
+    meta, _ = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)))
     for one, two in zip(real, meta, strict=True):
         for option in one.options:
             other = two.option(option.name)

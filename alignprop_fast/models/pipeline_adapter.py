@@ -1,0 +1,220 @@
+"""A diffusers pipeline seen as a chain: text in, prediction per step, image out. What all models have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from alignprop_fast.models.banded_decoder import banded_stages
+from alignprop_fast.models.schedules import check_scheduler, schedule
+from alignprop_fast.models.surgery import put_ops_in
+
+Generator = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser sees beside latents and time, for K branches (unconditional first): [K * B, ...] each.
+
+    embedded_guidance: the guidance scale that a guidance-distilled denoiser is told; others are not told.
+    """
+
+    embeds: torch.Tensor
+    added: Mapping[str, torch.Tensor] | None
+    branches: int
+    embedded_guidance: float = 1.0
+
+
+class PipelineAdapter(ABC):
+    """A diffusers pipeline as the sampler needs it. The pipeline stays an ordinary one.
+
+    Freezes the decoder and the text encoders (only the denoiser's trainable parameters get gradients), lays the
+    convolutions out channels_last and puts the frozen-aware ops in (`surgery.take_ops_out` takes them out); no name,
+    value or adapter changes.
+
+    Raises:
+        ValueError: a scheduler or model option that the chain cannot reproduce; the message says how to change it.
+    """
+
+    schedulers: ClassVar[Sequence[str]]
+    embeds_guidance = False
+    """Whether guidance is distilled into the denoiser, which is told its scale; two branches are then an option."""
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.scheduler_name = check_scheduler(pipe.scheduler, self.schedulers)
+        for module in (pipe.vae, *self._text_encoders()):
+            module.requires_grad_(False)
+        for module in (self.denoiser, pipe.vae.decoder):
+            # Convolutions only: linear layers have no memory format.
+            module.to(memory_format=torch.channels_last)
+            put_ops_in(module)
+
+    def _text_encoders(self) -> Sequence[nn.Module]:
+        parts = self.pipe.components
+        return [parts[name] for name in parts if name.startswith("text_encoder") and parts[name] is not None]
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any: ...
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.pipe.vae
+
+    @property
+    @abstractmethod
+    def native_side(self) -> int:
+        """Side in pixels of the square pictures that the model was trained for."""
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels."""
+        return 8
+
+    @abstractmethod
+    def encode(
+        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+    ) -> Conditioning:
+        """Text embeddings of B prompts; two branches if guided, else one. `size` in pixels conditions SDXL alone."""
+
+    @abstractmethod
+    def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
+        """What `encode` gives for B prompts, in shape and dtype alone: to measure without text."""
+
+    @abstractmethod
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """Model output [K * B, C, h, w] at latents x [B, C, h, w], the same latents in every branch."""
+
+    @abstractmethod
+    def step_groups(self) -> dict[str, list[nn.Module]]:
+        """Modules of one denoising step that can be recomputed by themselves, by group."""
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.vae.config.latent_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The denoiser's parameters that ask for a gradient.
+
+        Raises:
+            ValueError: active dropout, which would make a replayed step another than the one that was run; or DoRA.
+        """
+        if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in self.denoiser.modules()):
+            raise ValueError("dropout is on in the denoiser: set lora_dropout to 0, or call its eval()")
+        if any(getattr(config, "use_dora", False) for config in getattr(self.denoiser, "peft_config", {}).values()):
+            raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
+        return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    def has_adapters(self) -> bool:
+        """Whether the denoiser is a base model with PEFT adapters on it."""
+        return any(isinstance(module, BaseTunerLayer) for module in self.denoiser.modules())
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside the block the denoiser is the base model: PEFT's adapters are left out of every forward pass."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer.disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                # The flag alone: `enable_adapters` also rewrites requires_grad, which a chain under way relies on.
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, was_off in zip(layers, before, strict=True):
+                layer._disable_adapters = was_off
+
+    def modules(self) -> Sequence[nn.Module]:
+        """Everything that holds weights while the chain runs."""
+        return [self.denoiser, self.pipe.vae, *self._text_encoders()]
+
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) in pixels, the model's own where None.
+
+        Raises:
+            ValueError: a side that does not divide into latents and patches.
+        """
+        size = (height or self.native_side, width or self.native_side)
+        if size[0] % self.size_multiple or size[1] % self.size_multiple:
+            raise ValueError(
+                f"image size {size[0]} x {size[1]} is not a multiple of {self.size_multiple} pixels: round it"
+            )
+        return size
+
+    def schedule(self, num_inference_steps: int, size: tuple[int, int]) -> dict[str, Any]:
+        """What `sampling.make_table` needs for a chain of that many steps.
+
+        Raises:
+            ValueError: more steps than the model was trained with, or none.
+        """
+        config = self.pipe.scheduler.config
+        if not 1 <= num_inference_steps <= config.num_train_timesteps:
+            raise ValueError(f"{num_inference_steps} inference steps: use 1 to {config.num_train_timesteps}")
+        scheduler = type(self.pipe.scheduler).from_config(config)
+        self._set_timesteps(scheduler, num_inference_steps, size)
+        return schedule(self.scheduler_name, scheduler)
+
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
+        scheduler.set_timesteps(num_inference_steps)
+
+    def initial_latents(
+        self, batch: int, size: tuple[int, int], generator: Generator, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Unit noise [B, C, h, w] in fp32 (or wider): drawn as the pipeline draws it, or the given one.
+
+        Raises:
+            ValueError: generators of another number than the batch.
+        """
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one each")
+        shape = (batch, self.latent_channels, *(side // self.pipe.vae_scale_factor for side in size))
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: use {shape}")
+        return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+
+    def noise(self, like: torch.Tensor, generator: Generator) -> torch.Tensor:
+        """Unit noise in the shape of `like`, drawn as the scheduler draws it (in the model's dtype)."""
+        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=self.dtype)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in [0, 1], fp32 (or wider), from latents [B, C, h, w]."""
+        vae = self.pipe.vae
+        image = vae.decode(self._unscaled(x).to(vae.dtype), return_dict=False)[0]
+        return (image.to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def decode_by_bands(self, x: torch.Tensor) -> torch.Tensor:
+        """As `decode`, in less memory and more time: the decoder's convolutions run by bands of rows."""
+        with banded_stages(self.pipe.vae.decoder):
+            return self.decode(x)
+
+    def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
+        config = self.pipe.vae.config
+        return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def decoder_segments(self) -> dict[str, list[nn.Module]]:
+        """Modules of the decoder that can be recomputed by themselves, by segment name."""
+        return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
+
+
+def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
+    """Modules of these kinds below root, in its order."""
+    return [module for module in root.modules() if isinstance(module, kinds)]

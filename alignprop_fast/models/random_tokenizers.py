@@ -1,0 +1,89 @@
+"""Small tokenizers in the real formats of CLIP and T5, for pipelines with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONTEXT_LENGTH = 77
+_MERGES = ("t h", "th e</w>", "r e", "re d</w>", "c a", "ca t</w>", "d o", "do g</w>", "a n", "an d</w>")
+
+
+def clip_vocabulary() -> dict[str, int]:
+    """Token to id in the order of CLIP's own vocabulary: bytes, bytes that end a word, merges, the two marks."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = len([byte for byte in range(256) if byte not in printable])
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(rest)]
+    merged = [merge.replace(" ", "") for merge in _MERGES]
+    tokens = letters + [letter + "</w>" for letter in letters] + merged + ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def end_id() -> int:
+    return clip_vocabulary()["<|endoftext|>"]
+
+
+def clip_tokenizer(folder: Path, pad_token: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    write_clip_tokenizer(folder, pad_token)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
+    """The four files of a published CLIP tokenizer, which transformers 4 and 5 both read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": CONTEXT_LENGTH,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        **special,
+    }
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(), ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_MERGES]) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def t5_vocabulary() -> list[tuple[str, float]]:
+    """Pieces of a Unigram model with their scores, in the order of T5's: the three marks, then pieces."""
+    words = ["▁" + word for word in ("the", "red", "cat", "dog", "and")]
+    letters = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    return [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((word, -2.0) for word in words),
+        *((x, -4.0) for x in letters),
+    ]
+
+
+def t5_tokenizer(folder: Path) -> Any:
+    """A T5 tokenizer in the two files that all versions of transformers read without sentencepiece."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    marks = ("<pad>", "</s>", "<unk>")
+    tokenizer = Tokenizer(models.Unigram(t5_vocabulary(), unk_id=2))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "T5TokenizerFast",
+        "model_max_length": 512,
+        "extra_ids": 0,
+        **dict(zip(("pad_token", "eos_token", "unk_token"), marks, strict=True)),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return T5TokenizerFast.from_pretrained(folder)

@@ -1,0 +1,72 @@
+"""Stable Diffusion 3 and 3.5 seen as a chain: a transformer over image and text tokens, flow matching, three texts."""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import JointTransformerBlock
+from torch import nn
+
+from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
+from alignprop_fast.models.schedules import FLOW, dynamic_shift
+
+CLIP_TOKENS, T5_TOKENS = 77, 256
+
+
+class StableDiffusion3Adapter(PipelineAdapter):
+    """`StableDiffusion3Pipeline` (Esser et al. 2024); see `PipelineAdapter`."""
+
+    schedulers = FLOW
+
+    @property
+    def denoiser(self) -> Any:
+        return self.pipe.transformer
+
+    @property
+    def native_side(self) -> int:
+        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        return self.pipe.vae_scale_factor * self.pipe.patch_size
+
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
+        tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
+        scheduler.set_timesteps(num_inference_steps, **dynamic_shift(scheduler.config, tokens))
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+    ) -> Conditioning:
+        cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative_prompts,
+            max_sequence_length=T5_TOKENS,
+        )
+        if guided:
+            cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
+        return Conditioning(cond, {"pooled_projections": pooled}, 1 + guided)
+
+    def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
+        count, config = (1 + guided) * batch, self.denoiser.config
+        embeds = torch.zeros(
+            count, CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim, dtype=self.dtype, device=self.device
+        )
+        pooled = embeds.new_zeros(count, config.pooled_projection_dim)
+        return Conditioning(embeds, {"pooled_projections": pooled}, 1 + guided)
+
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        x = torch.cat([x.to(self.dtype)] * cond.branches)
+        return self.denoiser(
+            hidden_states=x,
+            timestep=timestep.expand(len(x)),
+            encoder_hidden_states=cond.embeds,
+            **(cond.added or {}),
+            return_dict=False,
+        )[0]
+
+    def step_groups(self) -> dict[str, list[nn.Module]]:
+        return {"transformers": instances(self.denoiser, (JointTransformerBlock,))}

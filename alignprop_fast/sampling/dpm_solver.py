@@ -1,0 +1,61 @@
+"""DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) as a table of coefficients with history (see `StepTable`).
+
+x = alpha x0 + alpha s noise with the noise level s and alpha = (1 + s^2)^(-1/2); h = log(s / s_next), and with the
+prediction m = x0 of this step and m' that of the step before (h' then),
+
+    x_next = (alpha_next s_next) / (alpha s) x + alpha_next (1 - s_next / s) (m + k / r (m - m')),    r = h' / h
+
+where k = 1/2 (midpoint), or k = 1 / (1 - s_next / s) - 1 / h (Heun), or 0 (first order). m is linear in x and y.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from alignprop_fast.sampling.ddim import StepTable, _x0_eps
+
+
+def dpm_solver_table(
+    sigmas: Sequence[float],
+    timesteps: Sequence[float],
+    prediction_type: str = "epsilon",
+    solver_type: str = "midpoint",
+    second_order_steps: Sequence[int] = (),
+) -> StepTable:
+    """Coefficients of DPM-Solver++ of first and second order.
+
+    Args:
+        sigmas: T + 1 noise levels s, noisiest first, the last one that of the image.
+        timesteps: the model times of the first T of them.
+        prediction_type: epsilon, v_prediction or sample.
+        solver_type: midpoint or heun.
+        second_order_steps: indices (1 at least) of the steps that use the prediction before; the others do not.
+
+    Raises:
+        ValueError: an unknown prediction type or solver type.
+    """
+    if solver_type not in ("midpoint", "heun"):
+        raise ValueError(f"unknown solver type {solver_type!r}: use midpoint or heun")
+    a, b, history, level = [], [], [], []
+    for i, (s, s_next) in enumerate(pairwise(sigmas)):
+        (p, q), _ = _x0_eps(prediction_type, 1 / (1 + s**2))
+        alpha, alpha_next = (1 + s**2) ** -0.5, (1 + s_next**2) ** -0.5
+        gain, extra = alpha_next * (1 - s_next / s), 0.0
+        if i in second_order_steps:
+            h, h_before = math.log(s / s_next), math.log(sigmas[i - 1] / s)
+            share = 0.5 if solver_type == "midpoint" else 1 / (1 - s_next / s) - 1 / h
+            extra = gain * share * h / h_before
+        a.append(alpha_next * s_next / (alpha * s) + (gain + extra) * p)
+        b.append((gain + extra) * q)
+        history.append((-extra, p, q))
+        level.append((alpha, alpha * s))
+    return StepTable(
+        tuple(timesteps),
+        tuple(a),
+        tuple(b),
+        (0.0,) * len(a),
+        noisy=False,
+        history=tuple(history) if second_order_steps else (),
+        x0=tuple((p, q) for _, p, q in history),
+        level=tuple(level),
+    )
