@@ -100,13 +100,16 @@ def clear_unfinished(root: str | Path) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the random-number generators of Python, NumPy and torch (CPU and GPUs), loadable with weights_only."""
+    """States of the random-number generators of Python, NumPy and torch (CPU, and the current GPU if there is one).
+
+    Loadable with weights_only. One GPU: that of this process; each process of a run keeps its own.
+    """
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -114,20 +117,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` returned.
 
     Raises:
-        ValueError: the states come from another number of GPUs.
+        ValueError: the states come from a machine with a GPU and this one has none, or the other way round.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != gpus:
-        raise ValueError(
-            f"the checkpoint was made with {len(state['cuda'])} GPUs in view and there are {gpus}: resume on as many"
-        )
+    if bool(state["cuda"]) != torch.cuda.is_available():
+        where = "with" if state["cuda"] else "without"
+        raise ValueError(f"the checkpoint was made {where} a GPU, whose random numbers are others: resume it likewise")
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     numpy_keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", numpy_keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if gpus:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for gpu_state in state["cuda"]:
+        torch.cuda.set_rng_state(gpu_state)
 
 
 def _number(path: Path) -> int | None:

@@ -23,10 +23,41 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class BaseDtype(StrEnum):
+    auto = "auto"
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class AdapterDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class OptimizerName(StrEnum):
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    pagedadamw8bit = "pagedadamw8bit"
+    lion8bit = "lion8bit"
+    ademamix8bit = "ademamix8bit"
     adafactor = "adafactor"
+    prodigy = "prodigy"
+
+
+class SchedulerName(StrEnum):
+    auto = "auto"
+    ddim = "ddim"
+    euler = "euler"
+    euler_ancestral = "euler-ancestral"
+    dpm_solver = "dpm++2m"
+    flow_euler = "flow-euler"
+
+
+class LoraTargets(StrEnum):
+    attention = "attention"
+    feed_forward = "attention+ff"
+    all = "all"
 
 
 class Tracker(StrEnum):
@@ -41,6 +72,7 @@ class TrainOptions:
 
     output_dir: str = "alignprop-output"
     model: str = "demo"
+    model_config: str | None = None
     reward: str = "clip"
     reward_model: tuple[str, ...] = ()
     allow_pickle: bool = False
@@ -49,13 +81,19 @@ class TrainOptions:
     steps: int = 100
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    true_cfg_scale: float = 1.0
+    scheduler: str = "auto"
     eta: float = 1.0
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
     lora_rank: int = 4
     lora_alpha: float | None = None
+    lora_targets: str = "attention"
+    base_dtype: str = "auto"
+    adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    cache_text: bool = True
     mixed_precision: str = "auto"
     memory_budget: str | None = None
     truncation: str = "uniform"
@@ -92,8 +130,8 @@ _FIELDS = {
     "negative_prompt": "negative_prompts",
 }
 _SAME_NAME = (
-    *("lora_rank", "optimizer", "mixed_precision", "memory_budget", "truncation", "seed", "log_with"),
-    *("height", "width", "kl_weight"),
+    *("lora_rank", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget", "truncation"),
+    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
 )
 
 
@@ -198,12 +236,45 @@ _MODEL, _REWARD, _SAMPLING, _TRAINING, _DEVICE, _OUTPUT = (
 
 Model = Annotated[
     str,
-    _option(_MODEL, "Folder in the diffusers format (SD or SDXL), a Hub id (owner/name), or demo: the bundled model."),
+    _option(
+        _MODEL,
+        "Folder in the diffusers format (SD, SDXL, SD3 or FLUX), a .safetensors file, a Hub id (owner/name), or demo: "
+        "the bundled model.",
+    ),
+]
+ModelConfig = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "For a .safetensors file: folder of a model of the same architecture, for configurations and tokenizers; with "
+        "SD3 and FLUX for everything but the transformer.",
+        show_default="none",
+    ),
 ]
 LoraRank = Annotated[int, _option(_MODEL, "Rank of the LoRA adapters; their size grows with it.", min=1)]
 LoraAlpha = Annotated[
     float | None,
     _option(_MODEL, "Adapters are scaled by alpha / rank.", show_default="the rank"),
+]
+LoraTargetsChoice = Annotated[
+    LoraTargets,
+    _option(
+        _MODEL,
+        "Layers with adapters: attention (projections to queries, keys, values, output), attention+ff (feed-forward "
+        "layers too) or all (a UNet's convolutions too).",
+    ),
+]
+BasePrecision = Annotated[
+    BaseDtype,
+    _option(
+        _MODEL,
+        "How the denoiser's large linear layers are stored: auto (as --mixed-precision says), fp8 or int8 (half of "
+        "bf16), nf4 (a quarter; needs bitsandbytes). They are made whole for each product, which costs some time.",
+    ),
+]
+AdapterPrecision = Annotated[
+    AdapterDtype,
+    _option(_MODEL, "Precision of the adapters; bf16 halves their bytes and rounds at random, so that it learns too."),
 ]
 Reward = Annotated[
     str,
@@ -252,16 +323,41 @@ InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture
 GuidanceScale = Annotated[
     float, _option(_SAMPLING, "Classifier-free guidance; 1 or less turns it off.", min=0, max=100)
 ]
+TrueCfgScale = Annotated[
+    float,
+    _option(
+        _SAMPLING,
+        "FLUX: classifier-free guidance against the negative prompt, beside --guidance-scale, which FLUX's network is "
+        "told; 1 or less turns it off.",
+        min=0,
+        max=100,
+    ),
+]
+SchedulerChoice = Annotated[
+    SchedulerName,
+    _option(
+        _SAMPLING,
+        "How a step is taken, with the settings of the model's own scheduler; auto: ddim, and flow-euler for SD3 and "
+        "FLUX, which have no other.",
+    ),
+]
 Eta = Annotated[float, _option(_SAMPLING, "DDIM noise: 0 none, 1 as much as DDPM.", min=0, max=1)]
-Height = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
-Width = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
+_SIDE = "Pixels, a multiple of 8 (SD3 and FLUX: of 16)."
+Height = Annotated[int | None, _option(_SAMPLING, _SIDE, show_default="the model's own", min=8)]
+Width = Annotated[int | None, _option(_SAMPLING, _SIDE, show_default="the model's own", min=8)]
 Steps = Annotated[int, _option(_TRAINING, "Optimizer steps in all.", min=1)]
 BatchSize = Annotated[int, _option(_TRAINING, "Pictures that are drawn at once.", min=1)]
 Accumulation = Annotated[int, _option(_TRAINING, "Batches per optimizer step; costs time, not memory.", min=1)]
 LearningRate = Annotated[float, _option(_TRAINING, "Step size of the optimizer; 1e-4 to 1e-3 for most models.")]
 OptimizerChoice = Annotated[
     OptimizerName,
-    _option(_TRAINING, "adamw8bit needs an NVIDIA GPU and bitsandbytes; adafactor keeps one moment less."),
+    _option(
+        _TRAINING,
+        "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning "
+        "rate 1).",
+        case_sensitive=False,
+    ),
 ]
 Truncation = Annotated[
     str,
@@ -286,6 +382,14 @@ MemoryBudget = Annotated[
         "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
         "of being computed again.",
         show_default="the leanest way",
+    ),
+]
+CacheText = Annotated[
+    bool,
+    typer.Option(
+        "--cache-text/--no-cache-text",
+        help="Encode each prompt once, at the start; the text encoders then leave the GPU.",
+        rich_help_panel=_DEVICE,
     ),
 ]
 Device = Annotated[str, _option(_DEVICE, "auto (a GPU if there is one), cpu, cuda or cuda:N.")]

@@ -55,13 +55,15 @@ if TYPE_CHECKING:
     from alignprop_fast.watch import Watched
 
 SAMPLE_PICTURES = 8
+MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
 
 class Session:
     """A run that is set up: everything the user gave is read and checked, the first pictures are drawn.
 
-    Nothing is written before all of that is done.
+    Nothing is written before all of that is done. Of several processes (`accelerate launch`) all train, and the main
+    one alone prints, writes and draws sample pictures.
 
     Raises:
         ValueError, OSError: bad input, one line each.
@@ -73,18 +75,22 @@ class Session:
         import torch
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+        from alignprop_fast.processes import meeting, start_processes
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
-        is_new = not self.folder.exists()
-        self._check_folder(resume or resume_from is not None)
-        self.prompts = load_prompts(options.prompts)
-        check_tracker(options.log_with)
         device = pick_device(options.device)
-        self.options = _resolved(options, device, self.folder)
-        config = make_config(self.options, device, self._checkpoint(resume, resume_from))
+        processes = start_processes(cpu=device == "cpu")
+        self.is_main = processes.is_main_process
+        with meeting(), processes.main_process_first():  # what is wrong for all is said once
+            is_new = not self.folder.exists()
+            self._check_folder(resume or resume_from is not None)
+            self.prompts = load_prompts(options.prompts)
+            check_tracker(options.log_with)
+            self.options = _resolved(options, device, self.folder)
+            config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
             device=device,
@@ -94,7 +100,9 @@ class Session:
             allow_pickle=options.allow_pickle,
         )
         self.watch, self.stopping = make_watch(self.options, self.reward, device), make_stopping(self.options)
-        pipeline = DefaultDDPOStableDiffusionPipeline(options.model)
+        pipeline = DefaultDDPOStableDiffusionPipeline(
+            options.model, scheduler=options.scheduler, model_config=options.model_config
+        )
         self._check_reward(pipeline.sd_pipeline, device)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
@@ -109,11 +117,12 @@ class Session:
                 self._after_step,
                 stateful={name: owner for name, owner in owners.items() if owner is not None},
             )
+            self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
-            self.before = self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()
+            self.before = self._first_pictures()
             self._watched = self._look() if self.trainer.steps_done == 0 else None
         except BaseException:
-            if is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
+            if self.is_main and is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
                 shutil.rmtree(self.folder)
             raise
         self.after = self.before
@@ -122,16 +131,22 @@ class Session:
         """Train to the end and write the results.
 
         Raises:
-            typer.Exit: Ctrl-C (130, with a checkpoint), or no finite loss in many steps in a row (1).
+            typer.Exit: Ctrl-C (130, with a checkpoint), no finite loss in many steps in a row, or a lost process (1).
         """
+        from alignprop_fast.processes import ProcessLost, any_process
+
         trainer, steps = self.trainer, self.options.steps
         self._begin_folder()
         with Interrupt(self.console) as interrupt, Display(self.console, trainer.steps_done, steps) as display:
             try:
                 for metrics in () if self._stopped() else trainer.steps():
                     display.update(metrics)
-                    if interrupt.requested or self._stopped():
+                    # All or none: one that left alone would be waited for.
+                    if any_process(interrupt.requested or self._stopped()):
                         break
+            except ProcessLost as error:
+                fail(str(error))
+                raise typer.Exit(1) from error
             except ValueError as error:
                 if trainer.metrics is None or trainer.metrics.status != "not_finite":
                     raise
@@ -170,6 +185,11 @@ class Session:
         means = {name: fmean(values) for name, values in parts.items()}
         return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards), means)
 
+    def _first_pictures(self) -> Pictures:
+        if not self.is_main:
+            return Pictures((), (), ())
+        return self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()
+
     def _check_folder(self, resume: bool) -> None:
         check_writable(self.folder)
         used = [name for name in _OURS if (self.folder / name).exists()]
@@ -199,7 +219,9 @@ class Session:
         """
         import torch
 
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        from alignprop_fast.models.pipeline_adapter import native_side
+
+        own = native_side(pipe)
         count, height, width = self.options.batch_size, self.options.height or own, self.options.width or own
         images_BCHW = torch.full((count, 3, height, width), 0.5, device=device, requires_grad=True)
         self.reward(images_BCHW, [self.prompts[0]] * count, [{} for _ in range(count)])
@@ -208,6 +230,8 @@ class Session:
         return random.choice(self.prompts), {}
 
     def _begin_folder(self) -> None:
+        if not self.is_main:
+            return
         step = self.trainer.steps_done
         self.folder.mkdir(parents=True, exist_ok=True)
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
@@ -232,6 +256,8 @@ class Session:
         """The trainer's hook: called before the step's checkpoint, so that a resumed run finds every line before it."""
         metrics = self.trainer.metrics
         assert metrics is not None
+        if not self.is_main:
+            return
         self.metrics.append(metrics.to_dict())
         if metrics.step % self.options.sample_every == 0 or metrics.step == self.options.steps:
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
@@ -304,6 +330,11 @@ class Session:
 
     def _finish(self) -> None:
         steps = self._keep_best()
+        if self.is_main:
+            self._write_results(steps)
+        self.trainer.accelerator.end_training()
+
+    def _write_results(self, steps: int) -> None:
         write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
         self._plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
@@ -311,7 +342,6 @@ class Session:
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
         write_card(self.folder, self.options, self.prompts, steps, self.before, self.after)
-        self.trainer.accelerator.end_training()
 
     def _keep_best(self) -> int:
         """Go back to the adapters that early stopping kept, if it is on; returns the steps that the adapters had."""
@@ -330,6 +360,7 @@ def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
         options,
         output_dir=str(folder),
         model=options.model if options.model == "demo" else existing_as_absolute(options.model),
+        model_config=None if options.model_config is None else existing_as_absolute(options.model_config),
         prompts=existing_as_absolute(options.prompts),
         reward_model=tuple(map(_absolute_model, options.reward_model)),
         watch_prompts=options.watch_prompts and existing_as_absolute(options.watch_prompts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -23,16 +24,34 @@ if TYPE_CHECKING:
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
+def process_index() -> int:
+    """Of this process among those that `accelerate launch` or torchrun started; 0: the main one, or the only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def make_console() -> Console:
+    """What the commands print on; of several processes only the main one is heard."""
+    return Console(highlight=False, quiet=process_index() > 0)
+
+
 def fail(message: str) -> None:
-    """One line on stderr."""
-    print(f"alignprop-fast: {' '.join(message.split())}", file=sys.stderr)
+    """One line on stderr. Of several processes each may fail in its own way."""
+    who = f"process {process_index()}: " if process_index() else ""
+    print(f"alignprop-fast: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def setup_errors() -> Iterator[None]:
-    """Turn what set-up raises for the user (ValueError, OSError) into one line and exit code 2."""
+    """Turn what set-up raises for the user (ValueError, OSError) into one line and exit code 2; a lost process: 1."""
     try:
         yield
+    except RuntimeError as error:
+        from alignprop_fast.processes import ProcessLost
+
+        if not isinstance(error, ProcessLost):
+            raise
+        fail(str(error))
+        raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         fail(str(error) or type(error).__name__)
         raise typer.Exit(BAD_INPUT) from error
@@ -49,6 +68,7 @@ def quiet_libraries(console: Console) -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of CPU kernels that it could not download
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(logging.NullHandler())
     logging.getLogger("py.warnings").propagate = False
@@ -70,6 +90,8 @@ def pick_device(name: str) -> str:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if index and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {name} is one GPU, and each process has its own: leave --device out")
     if kind == "cuda":
         if int(index or 0) >= torch.cuda.device_count():
             raise ValueError(
@@ -77,6 +99,25 @@ def pick_device(name: str) -> str:
             )
         torch.cuda.set_device(int(index or 0))
     return name
+
+
+def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
+    """Name of the device, the memory budget on it (all of it where none is wanted), and a note if that is less.
+
+    Raises:
+        ValueError: more was wanted than the device has.
+    """
+    import os
+
+    import torch
+
+    from alignprop_fast.planner import budget_on
+
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, *budget_on(properties.name, properties.total_memory, wanted_bytes)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "this computer", *budget_on("this computer", memory_bytes, wanted_bytes, context_bytes=0)
 
 
 def check_writable(folder: Path) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from alignprop_fast import cli_options as o
 from alignprop_fast import cli_options_control as c
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
-from alignprop_fast.cli_support import plain, quiet_libraries, setup_errors
+from alignprop_fast.cli_support import make_console, plain, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
     from alignprop_fast.report import Pictures
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 def train(
     ctx: typer.Context,
     model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
+    lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
+    base_dtype: o.BasePrecision = o.BaseDtype.auto,
+    adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
@@ -32,6 +36,8 @@ def train(
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     eta: o.Eta = DEFAULTS.eta,
     height: o.Height = DEFAULTS.height,
     width: o.Width = DEFAULTS.width,
@@ -52,6 +58,7 @@ def train(
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
+    cache_text: o.CacheText = DEFAULTS.cache_text,
     device: o.Device = DEFAULTS.device,
     output_dir: o.OutputDir = DEFAULTS.output_dir,
     save_every: o.SaveEvery = DEFAULTS.save_every,
@@ -73,9 +80,10 @@ def train(
     - `alignprop-fast train --model path/to/sd15 --reward-model path/to/clip --prompts animals --memory-budget 24GiB`
     - `alignprop-fast train --reward colorfulness --watch-reward clip --patience 2 --max-drop 0.02 --output-dir held`
     - `alignprop-fast train --resume --output-dir colourful`
+    - `accelerate launch --num-processes 4 -m alignprop_fast train --model path/to/sd15 --prompts animals` (four GPUs)
     """
     chosen: dict[str, Any] = {field.name: plain(ctx.params[field.name]) for field in fields(TrainOptions)}
-    console = Console(highlight=False)
+    console = make_console()
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.cli_session import Session
@@ -84,7 +92,8 @@ def train(
     start = session.trainer.steps_done
     console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
     session.run()
-    print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+    if session.is_main:
+        print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
 
 
 def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures, Pictures]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.planner import parse_bytes
+from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
 _PRECISIONS = ("no", "none", "fp16", "bf16")
 _TRACKERS = (None, "wandb", "tensorboard", "trackio")
@@ -59,11 +60,18 @@ class AlignPropConfig:
             the three truncated_* fields; None: those fields.
         kl_weight: adds kl_weight * base_mse to the loss: the mean squared difference of the (guided) model output to
             the base model's, over the gradient steps (see `DifferentiableSampler`); needs adapters. 0 turns it off.
-        lora_rank, lora_alpha: of new adapters.
-        optimizer: "adamw", "adamw8bit" or "adafactor".
+        lora_rank, lora_alpha, lora_targets: of new adapters; targets: attention, attention+ff or all.
+        base_dtype: how the large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8", "int8" or
+            "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
+        adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters
+            and gradients, and no casts in the chain.
+        optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
+            "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
+        cache_text: encode each prompt once; between encodings the text encoders lie on the CPU.
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
+        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one; 1 or less turns it off.
 
     Raises:
         ValueError: a value that cannot work; one line that says what to use.
@@ -109,15 +117,21 @@ class AlignPropConfig:
     kl_weight: float = 0.0
     lora_rank: int = 4
     lora_alpha: float = 4
+    base_dtype: str = "auto"
+    adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    cache_text: bool = True
     max_bad_steps: int = 10
     height: int | None = None
     width: int | None = None
     guidance_rescale: float = 0.0
+    lora_targets: str = "attention"
+    true_cfg_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:
             self.optimizer = "adamw8bit"
+        self.optimizer = self.optimizer.lower()
         if isinstance(self.truncated_rand_backprop_minmax, list):  # YAML and JSON know no tuples
             self.truncated_rand_backprop_minmax = tuple(self.truncated_rand_backprop_minmax)
         self._check_counts()
@@ -154,12 +168,23 @@ class AlignPropConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a number of at least 0 and below 1")
         if self.train_adam_weight_decay < 0:
             raise ValueError(f"train_adam_weight_decay is {self.train_adam_weight_decay}: use 0 or more")
-        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            raise ValueError('8-bit AdamW needs bitsandbytes: pip install bitsandbytes, or use optimizer="adamw"')
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}: use {', '.join(OPTIMIZERS)}")
+        package = {"prodigy": "prodigyopt"}.get(self.optimizer, "bitsandbytes" if "8bit" in self.optimizer else None)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(f'{self.optimizer} needs {package}: pip install {package}, or use optimizer="adamw"')
 
     def _check_choices(self) -> None:
         if self.mixed_precision not in _PRECISIONS:
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}: use no, bf16 or fp16")
+        if self.base_dtype not in ("auto", "fp8", "int8", "nf4"):
+            raise ValueError(f"base_dtype is {self.base_dtype!r}: use auto, fp8, int8 or nf4")
+        if self.base_dtype == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError('base_dtype="nf4" needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8')
+        if self.adapter_dtype not in ("fp32", "bf16"):
+            raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}: use fp32 or bf16")
+        if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":
+            raise ValueError('adapter_dtype="bf16" does not go with mixed_precision="fp16": use bf16 for both')
         if self.log_with not in _TRACKERS:
             raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard, trackio or nothing")
         if not 0 <= self.sample_eta <= 1:

@@ -15,6 +15,7 @@ import torch
 from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
 from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
 from alignprop_fast.sampling import (
@@ -23,8 +24,6 @@ from alignprop_fast.sampling import (
     Update,
     draw_gates,
     draw_truncation,
-    guided_step,
-    guided_step_adjoint,
     make_table,
     rescaled_guidance,
     trl_gates,
@@ -56,6 +55,7 @@ class DifferentiableSampler:
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
         reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
         reward_bytes: what the reward's weights take on the device.
+        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
@@ -87,9 +87,11 @@ class DifferentiableSampler:
         reward: Callable[..., tuple[torch.Tensor, Any]] | None = None,
         reward_bytes: int = 0,
         optimizer_bytes: int | None = None,
+        cache_text: bool = False,
         compare_with_base: bool = False,
     ):
         self.model = adapt(pipe)
+        self._text = TextCache(self.model) if cache_text else None
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
@@ -188,9 +190,18 @@ class DifferentiableSampler:
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        guided = self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
-        cond = self.model.encode(prompts, negative_prompts, guided, self.size)
+        encode = self.model.encode if self._text is None else self._text.encode
+        cond = encode(prompts, negative_prompts, self._guided(negative_prompts), self.size)
         return prompts, replace(cond, embedded_guidance=self.guidance_scale)
+
+    def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+        """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
+        if self._text is not None:
+            self._text.remember(list(prompts), negative_prompt, self._guided(negative_prompt), self.size)
+
+    def _guided(self, negative_prompts: str | list[str] | None) -> bool:
+        """Whether the denoiser runs with and without the prompt; FLUX does where there is a negative prompt."""
+        return self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
@@ -210,6 +221,10 @@ class DifferentiableSampler:
         steps = task.chain.num_steps
         count = steps if num_grad_steps is None else num_grad_steps
         return self._make_plan(task, list(range(steps - count, steps)))
+
+    def solver(self, batch: int) -> Solver:
+        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost."""
+        return self._solver(self._blank_task(batch), len(self.table))
 
     def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
         """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
@@ -241,8 +256,8 @@ class DifferentiableSampler:
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
         self.latents = x.detach()
-        model, decoder = self.model, plan.decoder
-        return by_image(model.decode, x, decoder.name, decoder.options, self._decoder_blocks, model.decode_by_bands)
+        model, decoder, blocks = self.model, plan.decoder, self._decoder_blocks
+        return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
         model, scale = self.model, self.cfg_scale
@@ -262,10 +277,8 @@ class DifferentiableSampler:
             with torch.inference_mode(), model.adapters_off():
                 base = network(i, state)
             wide = torch.promote_types(y.dtype, torch.float32)
-            zero = torch.zeros_like(update.latents(state))
-            delta = guided_step(zero, y.to(wide) - base.to(wide), None, 0.0, update.blend)
-            _, gradient = guided_step_adjoint(2 / delta.numel() * delta, 0.0, update.blend, wide)
-            return delta.square().mean(), gradient
+            delta = update.blended(y.to(wide) - base.to(wide))
+            return delta.square().mean(), update.blended_adjoint(2 / delta.numel() * delta)
 
         return Chain(
             len(table),
@@ -298,13 +311,16 @@ class DifferentiableSampler:
         num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
         if self.budget_bytes is None or not torch.is_grad_enabled():
             return leanest(num_steps, grad_steps)
+        return self._solver(task, num_steps).plan(grad_steps, self.budget_bytes)
+
+    def _solver(self, task: Task, num_steps: int) -> Solver:
         key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
         if key not in self._solvers:
             self._solvers[key] = Solver(measured_table(task), num_steps, num_steps)
-        return self._solvers[key].plan(grad_steps, self.budget_bytes)
+        return self._solvers[key]
 
     def _blank_task(self, batch: int) -> Task:
-        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
+        cond = self.model.blank_conditioning(batch, self.cfg_scale > 1, self.size)
         return self._task(self._chain(cond, None, self.table, True), cond, [""] * batch, None)
 
     def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:

@@ -24,7 +24,8 @@ class StepMetrics:
     gradient_steps: denoising steps that carried gradient, summed over this process's micro-batches.
     status: "ok"; "no_gradient": the random gates left no step open; "not_finite": the update was skipped.
     images_per_second: images of all processes over seconds.
-    peak_bytes: peak of the device's memory in this step; on the CPU the process's peak so far (resident set).
+    peak_bytes: peak of the device's memory in this step, on the CPU the process's peak so far (resident set); of
+        several processes the largest.
     seconds: wall time of the step, without checkpoints and hooks.
     base_mse: mean squared difference of the model's output to the base model's; None where it is not measured.
     """

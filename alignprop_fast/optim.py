@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
 
 def make_optimizer(
@@ -18,33 +21,57 @@ def make_optimizer(
     weight_decay: float = 1e-4,
     epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """The optimizer of that name over the parameters.
+    """The optimizer of that name over the parameters; bytes of state per fp32 parameter as `optimizer_bytes` has them.
 
-    adamw: AdamW (Loshchilov and Hutter 2019), two fp32 moments, 8 bytes per fp32 parameter.
-    adamw8bit: AdamW with block-wise 8-bit moments (Dettmers et al. 2022), 2 bytes per parameter; needs bitsandbytes.
+    adamw: AdamW (Loshchilov and Hutter 2019), two fp32 moments: 8.
+    adamw8bit: AdamW with block-wise 8-bit moments (Dettmers et al. 2022): 2.03.
+    pagedadamw8bit: the same with moments in memory that the driver moves to the host when the GPU is full.
+    lion8bit: sign of a momentum (Chen et al. 2023), 8 bit: 1.02. Wants a learning rate 3 to 10 times smaller than Adam.
+    ademamix8bit: AdamW with a second, slow average of gradients (Pagliardini et al. 2024), beta3 = 0.9999: 3.05.
     adafactor: factored second moment and no first one (Shazeer and Stern 2018), with the learning rate as given
         (no relative step, no scaling by the parameter's size); `betas` and `epsilon` are not used.
+        4 (1/R + 1/C) for a matrix of R rows and C columns.
+    prodigy: Adam that finds its own step size (Mishchenko and Defazio 2023): 16. Wants learning rate 1.
+
+    The 8-bit ones are bitsandbytes' and keep tensors under 4096 elements in 32 bit: give them `FlatParameters`.
 
     Raises:
-        ValueError: unknown name, or a library that is not installed.
+        ValueError: unknown name, a library that is not installed, or paged state without an NVIDIA GPU.
     """
     parameters = list(parameters)
+    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
-    if name == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ValueError(
-                'adamw8bit needs bitsandbytes: pip install bitsandbytes, or use optimizer="adamw"'
-            ) from error
-        return bitsandbytes.optim.AdamW8bit(
-            parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon
-        )
+        return torch.optim.AdamW(parameters, betas=betas, eps=epsilon, **common)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(
-            parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False
-        )
+        return Adafactor(parameters, scale_parameter=False, relative_step=False, **common)
+    if name == "prodigy":
+        prodigyopt = _load("prodigyopt", name)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
+            return prodigyopt.Prodigy(parameters, betas=betas, eps=epsilon, **common)
+    if name == "lion8bit":
+        return _load("bitsandbytes", name).optim.Lion8bit(parameters, betas=betas, **common)
+    if name == "ademamix8bit":
+        optimizers = _load("bitsandbytes", name).optim
+        return optimizers.AdEMAMix8bit(parameters, betas=(*betas, 0.9999), eps=epsilon, **common)
+    if name == "adamw8bit":
+        return _load("bitsandbytes", name).optim.AdamW8bit(parameters, betas=betas, eps=epsilon, **common)
+    if name == "pagedadamw8bit":
+        if any(parameter.device.type != "cuda" for parameter in parameters):
+            raise ValueError("pagedadamw8bit needs an NVIDIA GPU, whose memory it pages: use adamw8bit")
+        return _load("bitsandbytes", name).optim.PagedAdamW8bit(parameters, betas=betas, eps=epsilon, **common)
     raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
+
+
+def _load(package: str, name: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ValueError(f'{name} needs {package}: pip install {package}, or use optimizer="adamw"') from error
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that an optimizer holds now, each counted once."""
+    tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.processes import MeetingAccelerator, start_processes
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,9 +31,10 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
         ValueError: fp16 without a GPU.
     """
     options = dict(config.accelerator_kwargs)
-    if config.mixed_precision == "fp16" and PartialState(cpu=bool(options.get("cpu"))).device.type == "cpu":
+    state = start_processes(bool(options.get("cpu")), options)
+    if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError('mixed_precision="fp16" needs a GPU: use "no" (fp32) or "bf16"')
-    accelerator = Accelerator(
+    accelerator = MeetingAccelerator(
         log_with=config.log_with,
         mixed_precision="no" if config.mixed_precision == "none" else config.mixed_precision,
         project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **config.project_kwargs}),
@@ -55,7 +57,7 @@ def _tracker_config(config: AlignPropConfig) -> dict[str, Any]:
 
 
 def place_model(pipeline: Any, accelerator: Accelerator, config: AlignPropConfig) -> None:
-    """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype.
+    """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype, or are quantised.
 
     A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
     that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16.
@@ -65,6 +67,8 @@ def place_model(pipeline: Any, accelerator: Accelerator, config: AlignPropConfig
     for encoder in pipeline.text_encoders:
         _move(encoder, device, dtype)
     _move(pipeline.vae, device, torch.float32 if overflows else dtype)
+    if config.base_dtype != "auto":
+        pipeline.quantize_base(config.base_dtype, device, dtype)
     _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
     if config.allow_tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -21,12 +21,16 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.control import Stateful
+from alignprop_fast.flat_parameters import FlatParameters
 from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
 from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
+from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
+from alignprop_fast.processes import meeting, parts_and_peak, sum_in_place
+from alignprop_fast.stochastic_rounding import RoundedOptimizer
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 
 logger = logging.getLogger(__name__)
@@ -71,12 +75,20 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
         place_model(sd_pipeline, self.accelerator, config)
-        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha)
+        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        if config.adapter_dtype == "bf16":
+            if not sd_pipeline.use_lora:
+                raise ValueError(
+                    'adapter_dtype="bf16" is for adapters, and the whole UNet is trained: leave it at fp32'
+                )
+            for parameter in self.trainable_layers:
+                parameter.data = parameter.data.to(torch.bfloat16)
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
-            broadcast([parameter.data for parameter in self.trainable_layers])
-        self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.trainable_layers))
+            with meeting():
+                broadcast([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
+        merge = sd_pipeline.use_lora and merges(config.optimizer)
         self.sampler = DifferentiableSampler(
             sd_pipeline.sd_pipeline,
             config.sample_num_steps,
@@ -84,13 +96,19 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             config.sample_eta,
             config.memory_budget,
             guidance_rescale=config.guidance_rescale,
+            true_cfg_scale=config.true_cfg_scale,
             height=config.height,
             width=config.width,
             draw_unused_noise=True,
             reward=reward_function,
             reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
+            cache_text=config.cache_text,
+            optimizer_bytes=optimizer_bytes(config.optimizer, [p.shape for p in self.trainable_layers], merge),
             compare_with_base=config.kl_weight > 0,
         )
+        # After the sampler, which lays convolutions out anew.
+        self.weights = FlatParameters(self.trainable_layers, merge)
+        self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.weights.tensors))
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
         self._bad_in_a_row = 0
@@ -134,13 +152,15 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.steps_done += 1
         seconds = time.perf_counter() - begin
         images = len(batches) * config.train_batch_size * self.accelerator.num_processes
+        numbers = averages(batches)
+        numbers["reward_parts"], peak = parts_and_peak(numbers["reward_parts"], peak_bytes(self.accelerator.device))
         self.metrics = StepMetrics(
             step=self.steps_done,
-            **averages(batches),
+            **numbers,
             grad_norm=grad_norm,
             status=status,
             images_per_second=images / seconds,
-            peak_bytes=peak_bytes(self.accelerator.device),
+            peak_bytes=peak,
             seconds=seconds,
         )
         self.accelerator.log({**self.metrics.to_log(), "epoch": epoch}, step=global_step)
@@ -224,28 +244,25 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         open_steps = torch.tensor(sum(batch.gradient_steps for batch in batches), device=self.accelerator.device)
         with_gradient = finite and self.accelerator.reduce(open_steps, "sum").item() > 0
         if with_gradient:
+            self.weights.gather_gradients()
             self._average_gradients()
-            grad_norm = float(self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm))
+            grad_norm = float(self.accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
             finite = math.isfinite(grad_norm)
             # With gradient scaling (fp16) the step is what lowers the scale; it leaves the weights alone by itself.
             if finite or self.accelerator.scaler is not None:
                 self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.weights.zero_grad()
         return ("not_finite" if not finite else "ok" if with_gradient else "no_gradient"), grad_norm
 
     def _average_gradients(self) -> None:
         """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.trainable_layers:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.trainable_layers])
-        sizes = [parameter.numel() for parameter in self.trainable_layers]
-        for parameter, mean in zip(
-            self.trainable_layers, self.accelerator.reduce(flat, "mean").split(sizes), strict=True
-        ):
-            parameter.grad = mean.view_as(parameter)
+        for tensor in self.weights.tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            sum_in_place(tensor.grad)
+            tensor.grad /= self.accelerator.num_processes
 
     def _stop_if_bad(self, status: str) -> None:
         bad = status == "not_finite"
@@ -261,14 +278,18 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
     def _setup_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
-        return make_optimizer(
-            config.optimizer,
-            parameters,
-            learning_rate=config.train_learning_rate,
-            betas=(config.train_adam_beta1, config.train_adam_beta2),
-            weight_decay=config.train_adam_weight_decay,
-            epsilon=config.train_adam_epsilon,
-        )
+
+        def make(tensors: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            return make_optimizer(
+                config.optimizer,
+                tensors,
+                learning_rate=config.train_learning_rate,
+                betas=(config.train_adam_beta1, config.train_adam_beta2),
+                weight_decay=config.train_adam_weight_decay,
+                epsilon=config.train_adam_epsilon,
+            )
+
+        return RoundedOptimizer(make, parameters, config.seed) if config.adapter_dtype == "bf16" else make(parameters)
 
     def _truncation(self) -> Truncation:
         config = self.config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import set_seed
 
 from alignprop_fast.checkpoint import (
     checkpoints,
@@ -24,6 +24,7 @@ from alignprop_fast.checkpoint import (
 )
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.placement import checkpoint_root
+from alignprop_fast.processes import of_all_processes
 
 if TYPE_CHECKING:
     from alignprop_fast.trainer import AlignPropTrainer
@@ -55,7 +56,7 @@ def find_resume(config: AlignPropConfig) -> Path | None:
 
 def save_training(trainer: AlignPropTrainer) -> Path:
     """Write `checkpoint_<steps done>`. Every process takes part; the main one writes, the others wait for it."""
-    rng_states = gather_object([rng_state()])
+    rng_states = of_all_processes(rng_state())
     root, config = checkpoint_root(trainer.config), trainer.config
     if trainer.accelerator.is_main_process:
         state = {name: getattr(trainer, name) for name in _COUNTERS}
@@ -78,8 +79,10 @@ def save_training(trainer: AlignPropTrainer) -> Path:
 def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
     """Put weights, optimizer, random-number states and counters back, in place. Random states last of all.
 
+    With another number of processes the run goes on with new random numbers: which images they share out has changed.
+
     Raises:
-        ValueError: the checkpoint was made with another rank, optimizer or number of processes.
+        ValueError: the checkpoint was made with another rank, optimizer or kind of device.
     """
     state = read_checkpoint(folder)
     _check_same(trainer.config, json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
@@ -95,22 +98,27 @@ def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
     trainer.optimizer.load_state_dict(moments["optimizer"])
     if trainer.accelerator.scaler is not None and moments["scaler"]:
         trainer.accelerator.scaler.load_state_dict(moments["scaler"])
-    processes = trainer.accelerator.num_processes
-    if len(rng_states) != processes:
-        raise ValueError(f"checkpoint {folder} was made by {len(rng_states)} processes: resume with as many")
     for name, owner in trainer.stateful.items():
         if name in owned:  # what an option of this run has added begins anew
             owner.load_state_dict(owned[name])
     for name in _COUNTERS:
         setattr(trainer, name, state[name])
     trainer.first_epoch = trainer.steps_done
-    set_rng_state(rng_states[trainer.accelerator.process_index])
+    processes = trainer.accelerator.num_processes
+    if len(rng_states) == processes:
+        set_rng_state(rng_states[trainer.accelerator.process_index])
+    else:
+        # Neither the numbers that the run began with, nor those of another process: seeds add the process's index.
+        set_seed((trainer.config.seed + 1000003 * trainer.steps_done) % 2**32, device_specific=True)
+        logger.warning(
+            "the checkpoint was made by %d processes and %d go on: with new random numbers", len(rng_states), processes
+        )
     logger.info("resumed from %s after %d steps", folder, trainer.steps_done)
 
 
 def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) -> None:
     """What the saved tensors cannot be read into without; other options may change between runs."""
-    for name in ("optimizer", "lora_rank", "lora_alpha"):
+    for name in ("optimizer", "adapter_dtype", "lora_rank", "lora_alpha"):
         if getattr(config, name) != saved.get(name):
             raise ValueError(f"checkpoint {folder} was made with {name}={saved.get(name)}: resume with the same")
 

@@ -89,6 +89,9 @@ def test_a_list_from_a_file_becomes_a_tuple():
         ("train_max_grad_norm", 0.0),
         ("train_adam_beta1", 1.0),
         ("train_adam_weight_decay", -1.0),
+        ("optimizer", "sgdd"),
+        ("base_dtype", "fp4"),
+        ("adapter_dtype", "fp16"),
         ("mixed_precision", "fp8"),
         ("log_with", "paper"),
         ("sample_eta", 1.5),
@@ -117,8 +120,13 @@ def test_truncation_without_any_gradient_is_refused():
     AlignPropConfig(sample_num_steps=10)
 
 
-def test_8bit_adam_without_bitsandbytes_names_the_remedy(monkeypatch):
+def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
     monkeypatch.setattr("alignprop_fast.config.find_spec", lambda name: None)
-    for options in ({"train_use_8bit_adam": True}, {"optimizer": "adamw8bit"}):
+    for options in ({"train_use_8bit_adam": True}, {"optimizer": "AdamW8bit"}, {"optimizer": "lion8bit"}):
         with pytest.raises(ValueError, match="pip install bitsandbytes"):
             AlignPropConfig(**options)
+    with pytest.raises(ValueError, match="prodigy needs prodigyopt: pip install prodigyopt"):
+        AlignPropConfig(optimizer="Prodigy")
+    with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8"):
+        AlignPropConfig(base_dtype="nf4")
+    AlignPropConfig(optimizer="AdamW")

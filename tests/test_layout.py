@@ -18,8 +18,8 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    *("checkpoint", "config", "control", "data", "metrics", "model_card", "optim", "out_of_memory", "placement"),
-    *("report", "training_state"),
+    *("checkpoint", "config", "control", "data", "flat_parameters", "metrics", "model_card", "optim", "out_of_memory"),
+    *("placement", "processes", "report", "stochastic_rounding", "training_state"),
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),

@@ -442,3 +442,31 @@ def test_out_of_memory_without_a_leaner_plan_says_what_to_change(tiny_sd_folder,
     trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, memory_budget="8GiB"), FailsOnce(times=1000))
     with pytest.raises(torch.OutOfMemoryError, match=r"no leaner plan: use .*batch"):
         trainer.train()
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8"])
+def test_lora_on_a_quantised_base(tmp_path, base):
+    config = make_config(tmp_path, mixed_precision="bf16", truncation="last:1", num_epochs=1, base_dtype=base)
+    trainer = make_trainer("demo", config)
+    assert any(name.endswith("attn1.to_q.base_layer.packed") for name, _ in trainer.sd_pipeline.unet.named_buffers())
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
+    with pytest.raises(ValueError, match="quantised: save its adapters"):
+        trainer.save_pretrained(tmp_path / "saved")
+
+
+def test_a_quantised_base_cannot_be_trained_itself(tiny_sd_folder, tmp_path):
+    with pytest.raises(ValueError, match="use adapters"):
+        make_trainer(tiny_sd_folder, make_config(tmp_path, base_dtype="int8"), use_lora=False)
+
+
+def test_bf16_adapters(tiny_sd_folder, tmp_path):
+    options = {"mixed_precision": "bf16", "truncation": "last:1", "num_epochs": 1}
+    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, adapter_dtype="bf16", **options))
+    before = weights(trainer)
+    assert {weight.dtype for weight in before} == {torch.bfloat16}
+    trainer.train()
+    assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
+    with pytest.raises(ValueError, match="the whole UNet is trained"):
+        make_trainer(tiny_sd_folder, make_config(tmp_path / "2", adapter_dtype="bf16", **options), use_lora=False)

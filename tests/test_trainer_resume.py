@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -55,10 +56,18 @@ def newest(output_dir):
     return checkpoints(output_dir / "checkpoints")[-1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer):
-    make_trainer(tiny_sd_folder, tmp_path / "whole", optimizer=optimizer, train_gradient_accumulation_steps=2).train()
-    parts = {"optimizer": optimizer, "train_gradient_accumulation_steps": 2, "save_freq": 2}
+OPTIMIZERS = ["adamw", "adafactor"]
+if find_spec("bitsandbytes"):
+    OPTIMIZERS += ["adamw8bit", "ademamix8bit"]
+if find_spec("prodigyopt"):
+    OPTIMIZERS += ["prodigy"]
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), [*((name, "fp32") for name in OPTIMIZERS), (OPTIMIZERS[-1], "bf16")])
+def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtype):
+    options = {"optimizer": optimizer, "adapter_dtype": dtype, "train_gradient_accumulation_steps": 2}
+    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train()
+    parts = {**options, "save_freq": 2}
     make_trainer(tiny_sd_folder, tmp_path / "parts", **parts).train(2)
     torch.randn(11), random.random()  # whatever else the process did in between
     resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **parts)

@@ -72,11 +72,6 @@ class PipelineAdapter(ABC):
         return self.pipe.vae
 
     @property
-    @abstractmethod
-    def native_side(self) -> int:
-        """Side in pixels of the square pictures that the model was trained for."""
-
-    @property
     def size_multiple(self) -> int:
         """What the sides of a picture must be multiples of, in pixels."""
         return 8
@@ -151,7 +146,8 @@ class PipelineAdapter(ABC):
         Raises:
             ValueError: a side that does not divide into latents and patches.
         """
-        size = (height or self.native_side, width or self.native_side)
+        own = native_side(self.pipe)
+        size = (height or own, width or own)
         if size[0] % self.size_multiple or size[1] % self.size_multiple:
             raise ValueError(
                 f"image size {size[0]} x {size[1]} is not a multiple of {self.size_multiple} pixels: round it"
@@ -213,6 +209,12 @@ class PipelineAdapter(ABC):
     def decoder_segments(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
+
+
+def native_side(pipe: Any) -> int:
+    """Side in pixels of the square pictures that a pipeline's model was trained for."""
+    latents = pipe.unet.config.sample_size if "unet" in pipe.components else pipe.default_sample_size
+    return latents * pipe.vae_scale_factor
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

@@ -71,10 +71,10 @@ def run_penalised_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torc
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
         tape = _Tape(chain, plan, grad_steps, x.requires_grad)
         x, penalty = _ChainFunction.apply(tape, x, *chain.parameters)
-    else:
-        with torch.no_grad():
-            x, penalty = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x), x.new_zeros(())
-    return chain.finish(x), penalty
+        return chain.finish(x), penalty
+    with torch.no_grad():
+        x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+        return chain.finish(x), x.new_zeros(())
 
 
 class _Tape:

@@ -55,9 +55,15 @@ class StepTable:
     def last_alone(self) -> "StepTable":
         """A chain of one step: the last one, predicting the clean latents."""
         d, e = self.x0[-1]
-        scale = self.input_scale[-1:]
         return StepTable(
-            self.timesteps[-1:], (d,), (e,), (0.0,), self.noisy, scale, 1.0, (), self.x0[-1:], self.level[-1:]
+            self.timesteps[-1:],
+            (d,),
+            (e,),
+            (0.0,),
+            self.noisy,
+            input_scale=self.input_scale[-1:],
+            x0=self.x0[-1:],
+            level=self.level[-1:],
         )
 
 

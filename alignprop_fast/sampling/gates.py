@@ -7,6 +7,7 @@ gradient there, dx += b g dy/dx.
 
 import random
 from dataclasses import dataclass
+from statistics import NormalDist
 
 _RULES = "full, uniform, uniform-once, gaussian, last:K, lv:N, drtune, drtune:K or refl"
 DRTUNE_STEPS = 5
@@ -105,6 +106,23 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
             raise ValueError(f"truncation {rule!r} asks for {argument} of {num_steps} steps: use 1 to {num_steps}")
         return tuple(range(num_steps - int(argument), num_steps))
     raise ValueError(f"unknown truncation {rule!r}: use {_RULES}; say last:1")
+
+
+def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
+    """The most gradient steps that `draw_gates` gives under the rule, and how many it gives on average.
+
+    Raises:
+        ValueError: as `draw_gates`.
+    """
+    if rule == "uniform":
+        return num_steps, num_steps / 2  # step i is open with (i + 1) / (num_steps + 1)
+    if rule == "uniform-once":
+        return num_steps, (num_steps + 1) / 2
+    if rule == "gaussian":
+        length = NormalDist(num_steps / 2, num_steps / 6)
+        return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
+    steps = len(draw_gates(rule, num_steps))
+    return steps, float(steps)
 
 
 def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]) -> tuple[int, ...]:

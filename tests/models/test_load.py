@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from alignprop_fast.models.load import load_pipeline
+from alignprop_fast.models import adapt
+from alignprop_fast.models.load import SCHEDULERS, load_pipeline
+from alignprop_fast.models.lora_targets import denoiser
 
 
 @pytest.fixture
@@ -49,10 +51,24 @@ def test_missing_folder(tmp_path):
     assert "nowhere" in _one_line(error) and "demo" in _one_line(error)
 
 
-def test_a_file_is_not_a_folder(copied):
+def test_a_file_of_another_kind(copied):
     with pytest.raises(ValueError) as error:
         load_pipeline(copied / "model_index.json")
-    assert "folder" in _one_line(error)
+    assert "no .safetensors file" in _one_line(error)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_every_scheduler_that_fits(kind, scheduler, request):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    if scheduler != "auto" and (scheduler == "flow-euler") != (kind in ("sd3", "flux")):
+        with pytest.raises(ValueError, match="does not fit"):
+            load_pipeline(folder, scheduler=scheduler)
+        return
+    pipe = load_pipeline(folder, scheduler=scheduler)
+    default = "flow-euler" if kind in ("sd3", "flux") else "ddim"
+    assert adapt(pipe).scheduler_name == (default if scheduler == "auto" else scheduler)
+    assert not any(parameter.requires_grad for parameter in denoiser(pipe).parameters())
 
 
 def test_folder_without_index(copied):
@@ -87,8 +103,8 @@ def test_missing_weights(copied):
 
 def test_unsupported_class_is_named(copied):
     index = json.loads((copied / "model_index.json").read_text())
-    index["_class_name"] = "FluxPipeline"
+    index["_class_name"] = "SanaPipeline"
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError) as error:
         load_pipeline(copied)
-    assert "FluxPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)
+    assert "SanaPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)

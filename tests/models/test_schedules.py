@@ -95,6 +95,13 @@ def test_what_cannot_be_reproduced_is_refused(scheduler, message):
         check_scheduler(scheduler, DIFFUSION)
 
 
+def test_an_option_of_another_class_is_no_option():
+    """diffusers keeps what it does not know in the config."""
+    config = diffusers.DDIMScheduler(clip_sample=True, thresholding=True).config
+    assert check_scheduler(make_scheduler("euler", config), DIFFUSION) == "euler"
+    assert check_scheduler(make_scheduler("ddim", config), DIFFUSION) == "ddim"
+
+
 def test_stochastic_flow_is_refused():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     with pytest.raises(ValueError, match="stochastic_sampling=False"):

@@ -163,7 +163,7 @@ def every_table():
     for kind in ("epsilon", "v_prediction", "sample"):
         yield kind, ddim_table([0.9, 0.6, 0.3, 0.1], 1.0, [3, 2, 1], 1, 0.7, kind)
         yield kind, euler_table(sigmas, (9, 5, 1), kind, ancestral=True)
-        yield kind, dpm_solver_table(sigmas, (9, 5, 1), kind, second_order_steps=(1, 2))
+        yield kind, dpm_solver_table(sigmas, (9, 5, 1), kind, second_order_steps=(1,))
     yield "flow", euler_table((0.9, 0.5, 0.2, 0.0), (9, 5, 1), "flow")
 
 

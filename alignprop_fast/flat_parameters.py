@@ -1,0 +1,85 @@
+"""Adapters as views into one flat parameter, so that an optimizer sees one large tensor in place of many small ones.
+
+Why: bitsandbytes keeps tensors under 4096 elements in 32 bit, and an adapter of rank 4 on 320 channels has 1280; one
+tensor is also one launch, one reduction over processes and one norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+
+class FlatParameters:
+    """Trainable parameters, laid end to end in one flat parameter for each dtype and device.
+
+    To their modules the parameters stay what they are: the same objects, names, shapes and strides, whose data are now
+    views. Their gradients come and go as ever; `gather_gradients` moves them into the flat ones for the optimizer. That
+    is one copy a step, at a moment when nothing else is alive; gradient buffers that live all the time would lie beside
+    the chain's own sums at the peak.
+
+    Attributes:
+        parameters: the parameters, as given.
+        tensors: what the optimizer steps: one flat parameter [N] for each dtype and device; without `merge` the
+            parameters themselves.
+
+    Args:
+        parameters: dense tensors (any memory format).
+        merge: lay them together. Not worth it for a whole model: it takes the parameters twice for a moment.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], merge: bool = True):
+        self.parameters = list(parameters)
+        groups: dict[tuple, list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        self._merged = [(_lay_together(group), group) for group in groups.values()] if merge else []
+        self.tensors = [flat for flat, _ in self._merged] if merge else self.parameters
+
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Move the parameters' gradients into those of `tensors`; a parameter without one counts as zero there.
+
+        Raises:
+            ValueError: a parameter is no view any more, so that the optimizer would step something else.
+        """
+        for flat, group in self._merged:
+            offsets = _offsets(group)
+            for parameter, offset in zip(group, offsets, strict=True):
+                if parameter.data_ptr() != flat.data_ptr() + offset * flat.element_size():
+                    raise ValueError(
+                        "the adapters were moved or cast after the trainer was made: place and load the model first"
+                    )
+            flat.grad = torch.zeros_like(flat)
+            views = [_view(flat.grad, p, offset) for p, offset in zip(group, offsets, strict=True)]
+            learned = [(view, p.grad) for view, p in zip(views, group, strict=True) if p.grad is not None]
+            if learned:
+                torch._foreach_copy_([view for view, _ in learned], [grad for _, grad in learned])
+            for parameter in group:
+                parameter.grad = None
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, gathered or not."""
+        for tensor in (*self.parameters, *self.tensors):
+            tensor.grad = None
+
+
+def _lay_together(group: list[nn.Parameter]) -> nn.Parameter:
+    first = group[0]
+    flat = torch.empty(sum(p.numel() for p in group), dtype=first.dtype, device=first.device)
+    for parameter, offset in zip(group, _offsets(group), strict=True):
+        view = _view(flat, parameter, offset)
+        view.copy_(parameter.detach())
+        parameter.data = view
+    return nn.Parameter(flat)
+
+
+def _offsets(group: list[nn.Parameter]) -> list[int]:
+    return [0, *accumulate(p.numel() for p in group[:-1])]
+
+
+def _view(flat: torch.Tensor, parameter: nn.Parameter, offset: int) -> torch.Tensor:
+    return flat.as_strided(parameter.size(), parameter.stride(), offset)
