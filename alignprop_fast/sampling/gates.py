@@ -121,7 +121,7 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     if rule == "gaussian":
         length = NormalDist(num_steps / 2, num_steps / 6)
         return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
-    # The others draw where the gradient steps lie, and hardly how many there are; what is drawn here is not to be missed.
+    # The others draw where the gradient steps lie, not how many; what is drawn here is not to be missed.
     state = random.getstate()
     steps = len(draw_truncation(rule, num_steps).grad_steps)
     random.setstate(state)

@@ -2,7 +2,6 @@
 
 import random
 import statistics
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,8 +12,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from alignprop_fast.sampling import (
     Truncation,
     ddim_table,
+    dpm_solver_table,
     draw_gates,
     draw_truncation,
+    euler_table,
     gate_count,
     rescaled_guidance,
     trl_gates,
@@ -156,6 +157,47 @@ def test_drtune_trains_equally_spaced_steps_before_a_drawn_end(rule, steps, coun
         assert len({b - a for a, b in pairwise(grad_steps)}) <= 1
         assert not cut.input_gradient
     assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step has its turn
+
+
+def every_table():
+    sigmas = (3.0, 1.5, 0.6, 0.0)
+    for kind in ("epsilon", "v_prediction", "sample"):
+        yield kind, ddim_table([0.9, 0.6, 0.3, 0.1], 1.0, [3, 2, 1], 1, 0.7, kind)
+        yield kind, euler_table(sigmas, (9, 5, 1), kind, ancestral=True)
+        yield kind, dpm_solver_table(sigmas, (9, 5, 1), kind, second_order_steps=(1,))
+    yield "flow", euler_table((0.9, 0.5, 0.2, 0.0), (9, 5, 1), "flow")
+
+
+@pytest.mark.parametrize(("kind", "table"), every_table())
+def test_every_step_knows_its_level_and_its_clean_latents(kind, table):
+    """Of latents at a step's level, under a perfect network, the clean latents are found again."""
+    clean, z = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for (signal, noise), (d, e) in zip(table.level, table.x0, strict=True):
+        alpha = signal**2 / (signal**2 + noise**2)
+        perfect = {"epsilon": z, "v_prediction": alpha**0.5 * z - (1 - alpha) ** 0.5 * clean, "sample": clean}
+        y = perfect[kind] if kind in perfect else z - clean
+        assert torch.allclose(d * (signal * clean + noise * z) + e * y, clean, atol=1e-12)
+    short, alone = table.ending_at(1), table.last_alone()
+    assert len(short) == 2 and short.a[0] == table.a[0] and short.sigma[1] == 0 and short.noisy == table.noisy
+    assert (short.a[1], short.b[1]) == table.x0[1] and (alone.a[0], alone.b[0]) == table.x0[2]
+    assert alone.timesteps == table.timesteps[2:] and alone.input_scale == table.input_scale[2:]
+    assert len(short.history) == (2 if table.history else 0) and not alone.history
+    if table.history:
+        assert short.history[0] == table.history[0] and short.history[1][0] == 0
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_levels_and_clean_latents_are_those_of_diffusers(prediction_type):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(7)
+    table = ddim_table(scheduler.alphas_cumprod.tolist(), 1.0, scheduler.timesteps.tolist(), 142, 1.0, prediction_type)
+    x, y, z = torch.randn(3, 1, 4, 4, 4, dtype=torch.float64)
+    for i, t in enumerate(scheduler.timesteps):
+        (d, e), (signal, noise) = table.x0[i], table.level[i]
+        assert torch.allclose(d * x + e * y, scheduler.step(y, t, x, eta=0.0).pred_original_sample, atol=1e-10)
+        # add_noise works in fp32
+        assert torch.allclose(signal * x + noise * z, scheduler.add_noise(x, z, t[None]), atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
