@@ -268,9 +268,10 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
 
 def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:
     from alignprop_fast.generate import DifferentiableSampler
+    from alignprop_fast.models.lora_targets import denoiser
     from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 
-    trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in denoiser(pipe).parameters() if parameter.requires_grad]
     return DifferentiableSampler(
         pipe,
         options["num_inference_steps"],
