@@ -215,7 +215,10 @@ def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
     if model in NAMES:
         pipe = architecture(model, dtype, rank=rank).pipe
     else:
-        pipe = load_outline(model, dtype)
+        try:
+            pipe = load_outline(model, dtype)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
         with torch.device("meta"):
             add_lora(pipe, rank, rank)
     if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
