@@ -285,7 +285,7 @@ OptimizerChoice = Annotated[
     _option(
         _TRAINING,
         "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
-        "1, ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor 4 / rank; prodigy 16 (from prodigyopt, wants learning "
         "rate 1).",
         case_sensitive=False,
     ),
