@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from alignprop_fast.cli_demo import demo
 from alignprop_fast.cli_evaluate import evaluate
 from alignprop_fast.cli_merge import merge
 from alignprop_fast.cli_options import ConfigCommand
+from alignprop_fast.cli_plan import plan
 from alignprop_fast.cli_sample import sample
 from alignprop_fast.cli_support import BAD_INPUT, INTERRUPTED, fail
 from alignprop_fast.cli_train import train
@@ -31,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command(cls=ConfigCommand)(train)
+app.command()(plan)
 app.command()(sample)
 app.command()(evaluate)
 app.command()(merge)
@@ -38,6 +41,9 @@ app.command()(merge)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: exit code 0, 2 after bad input, 130 after Ctrl-C."""
+    # Before anything imports torch: with segments that grow, live tensors can fill the budget instead of its pieces.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         code = app(arguments, standalone_mode=False)
     except _USAGE_ERRORS as error:

@@ -68,6 +68,7 @@ DiversityModel = Annotated[
 def evaluate(
     ctx: typer.Context,
     model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     lora: Loras = [],  # noqa: B006  # typer wants a list, and copies it
     scale: Scales = [],  # noqa: B006
     reward: o.Reward = DEFAULTS.reward,
@@ -80,6 +81,8 @@ def evaluate(
     negative_prompt: o.NegativePrompt = None,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     eta: o.Eta = DEFAULTS.eta,
     height: o.Height = None,
     width: o.Width = None,
@@ -117,7 +120,7 @@ def evaluate(
         sets = {_TRAINING: prompts} | ({_HELDOUT: heldout_prompts} if heldout_prompts else {})
         tasks = [t for name, s in sets.items() for t in tasks_of(name, load_prompts(s), images_per_prompt, seed)]
         device = pick_device(device)
-        pipe = open_pipeline(model, device, mixed_precision)
+        pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config)
         variants = _variants(_labels(lora), load_loras(pipe, lora), scale or [1.0])
         scored = open_reward(reward, pipe, reward_model, allow_pickle)
         parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
@@ -126,7 +129,15 @@ def evaluate(
             embed = ImageEmbedder(diversity_model, Loading(allow_pickle)).to(device)
         elif diversity_model is not None:
             raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
-        sampler = DifferentiableSampler(pipe, num_inference_steps, guidance_scale, eta, height=height, width=width)
+        sampler = DifferentiableSampler(
+            pipe,
+            num_inference_steps,
+            guidance_scale,
+            eta,
+            true_cfg_scale=true_cfg_scale,
+            height=height,
+            width=width,
+        )
         run = _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
         # The first batch is drawn before anything is said or written: what can go wrong has gone wrong by then.
         batches = run.batches(batch_size, negative_prompt)

@@ -67,10 +67,13 @@ def merge(
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
     model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     prompts: PromptSet = DEFAULTS.prompts,
     negative_prompt: o.NegativePrompt = None,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     eta: o.Eta = DEFAULTS.eta,
     height: o.Height = None,
     width: o.Width = None,
@@ -107,9 +110,17 @@ def merge(
             from alignprop_fast.models.lora_mix import load_loras
 
             texts, device = load_prompts(prompts), pick_device(device)
-            pipe = open_pipeline(model, device, mixed_precision)
+            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config)
             names = load_loras(pipe, [source for source, _ in mixture])
-            sampler = DifferentiableSampler(pipe, num_inference_steps, guidance_scale, eta, height=height, width=width)
+            sampler = DifferentiableSampler(
+                pipe,
+                num_inference_steps,
+                guidance_scale,
+                eta,
+                true_cfg_scale=true_cfg_scale,
+                height=height,
+                width=width,
+            )
             scored = open_reward(reward, pipe, reward_model, allow_pickle) if reward else None
             path = AdapterPath(sampler, names, scored, texts, seed, path_steps)
             # Drawn in part before anything is written: what can go wrong has gone wrong by then.

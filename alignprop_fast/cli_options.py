@@ -45,9 +45,25 @@ class OptimizerName(StrEnum):
     prodigy = "prodigy"
 
 
+class SchedulerName(StrEnum):
+    auto = "auto"
+    ddim = "ddim"
+    euler = "euler"
+    euler_ancestral = "euler-ancestral"
+    dpm_solver = "dpm++2m"
+    flow_euler = "flow-euler"
+
+
+class LoraTargets(StrEnum):
+    attention = "attention"
+    feed_forward = "attention+ff"
+    all = "all"
+
+
 class Tracker(StrEnum):
     wandb = "wandb"
     tensorboard = "tensorboard"
+    trackio = "trackio"
 
 
 @dataclass(frozen=True)
@@ -56,19 +72,24 @@ class TrainOptions:
 
     output_dir: str = "alignprop-output"
     model: str = "demo"
+    model_config: str | None = None
     reward: str = "clip"
     reward_model: tuple[str, ...] = ()
     allow_pickle: bool = False
+    normalise_rewards: bool = False
     prompts: str = "demo"
     steps: int = 100
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    true_cfg_scale: float = 1.0
+    scheduler: str = "auto"
     eta: float = 1.0
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
     lora_rank: int = 4
     lora_alpha: float | None = None
+    lora_targets: str = "attention"
     base_dtype: str = "auto"
     adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
@@ -76,6 +97,14 @@ class TrainOptions:
     mixed_precision: str = "auto"
     memory_budget: str | None = None
     truncation: str = "uniform"
+    kl_weight: float = 0.0
+    watch_reward: str | None = None
+    watch_reward_model: tuple[str, ...] = ()
+    watch_prompts: str | None = None
+    watch_pictures: int = 16
+    diversity_model: str | None = None
+    patience: int | None = None
+    max_drop: float = 0.0
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -101,18 +130,8 @@ _FIELDS = {
     "negative_prompt": "negative_prompts",
 }
 _SAME_NAME = (
-    *(
-        "lora_rank",
-        "adapter_dtype",
-        "optimizer",
-        "cache_text",
-        "mixed_precision",
-        "memory_budget",
-        "truncation",
-        "seed",
-        "log_with",
-    ),
-    *("height", "width"),
+    *("lora_rank", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget", "truncation"),
+    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
 )
 
 
@@ -139,7 +158,8 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
             **fields,
         )
     except ValueError as error:
-        flags = {field: "--" + name.replace("_", "-") for name, field in _FIELDS.items()}
+        names = _FIELDS | {name: name for name in _SAME_NAME}
+        flags = {field: "--" + name.replace("_", "-") for name, field in names.items()}
         message = re.sub(r"^\w+", lambda word: flags.get(word[0], word[0]), str(error))
         raise ValueError(message) from error
 
@@ -216,12 +236,33 @@ _MODEL, _REWARD, _SAMPLING, _TRAINING, _DEVICE, _OUTPUT = (
 
 Model = Annotated[
     str,
-    _option(_MODEL, "Folder in the diffusers format (SD or SDXL), a Hub id (owner/name), or demo: the bundled model."),
+    _option(
+        _MODEL,
+        "Folder in the diffusers format (SD, SDXL, SD3 or FLUX), a .safetensors file, a Hub id (owner/name), or demo: "
+        "the bundled model.",
+    ),
+]
+ModelConfig = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "For a .safetensors file: folder of a model of the same architecture, for configurations and tokenizers; with "
+        "SD3 and FLUX for everything but the transformer.",
+        show_default="none",
+    ),
 ]
 LoraRank = Annotated[int, _option(_MODEL, "Rank of the LoRA adapters; their size grows with it.", min=1)]
 LoraAlpha = Annotated[
     float | None,
     _option(_MODEL, "Adapters are scaled by alpha / rank.", show_default="the rank"),
+]
+LoraTargetsChoice = Annotated[
+    LoraTargets,
+    _option(
+        _MODEL,
+        "Layers with adapters: attention (projections to queries, keys, values, output), attention+ff (feed-forward "
+        "layers too) or all (a UNet's convolutions too).",
+    ),
 ]
 BasePrecision = Annotated[
     BaseDtype,
@@ -261,6 +302,15 @@ AllowPickle = Annotated[
         rich_help_panel=_REWARD,
     ),
 ]
+NormaliseRewards = Annotated[
+    bool,
+    typer.Option(
+        "--normalise-rewards",
+        help="Divide each part of a sum by the running standard deviation of its scores, so that the weights mean "
+        "strength whatever the scales; what is logged stays as it is.",
+        rich_help_panel=_REWARD,
+    ),
+]
 Prompts = Annotated[
     str,
     _option(
@@ -273,9 +323,28 @@ InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture
 GuidanceScale = Annotated[
     float, _option(_SAMPLING, "Classifier-free guidance; 1 or less turns it off.", min=0, max=100)
 ]
+TrueCfgScale = Annotated[
+    float,
+    _option(
+        _SAMPLING,
+        "FLUX: classifier-free guidance against the negative prompt, beside --guidance-scale, which FLUX's network is "
+        "told; 1 or less turns it off.",
+        min=0,
+        max=100,
+    ),
+]
+SchedulerChoice = Annotated[
+    SchedulerName,
+    _option(
+        _SAMPLING,
+        "How a step is taken, with the settings of the model's own scheduler; auto: ddim, and flow-euler for SD3 and "
+        "FLUX, which have no other.",
+    ),
+]
 Eta = Annotated[float, _option(_SAMPLING, "DDIM noise: 0 none, 1 as much as DDPM.", min=0, max=1)]
-Height = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
-Width = Annotated[int | None, _option(_SAMPLING, "Pixels, a multiple of 8.", show_default="the model's own", min=8)]
+_SIDE = "Pixels, a multiple of 8 (SD3 and FLUX: of 16)."
+Height = Annotated[int | None, _option(_SAMPLING, _SIDE, show_default="the model's own", min=8)]
+Width = Annotated[int | None, _option(_SAMPLING, _SIDE, show_default="the model's own", min=8)]
 Steps = Annotated[int, _option(_TRAINING, "Optimizer steps in all.", min=1)]
 BatchSize = Annotated[int, _option(_TRAINING, "Pictures that are drawn at once.", min=1)]
 Accumulation = Annotated[int, _option(_TRAINING, "Batches per optimizer step; costs time, not memory.", min=1)]
@@ -294,8 +363,10 @@ Truncation = Annotated[
     str,
     _option(
         _TRAINING,
-        "Denoising steps that carry gradient: uniform (drawn anew each time, about half of them, as in AlignProp), "
-        "uniform-once or gaussian (the last K, K drawn once), full, or last:K (DRaFT-K; last:1 is fastest).",
+        "Denoising steps that carry gradient. uniform: about half of them, drawn anew each time (AlignProp). "
+        "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
+        "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
+        "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
     ),
 ]
 Seed = Annotated[
@@ -327,7 +398,7 @@ SaveEvery = Annotated[int, _option(_OUTPUT, "Optimizer steps between checkpoints
 SampleEvery = Annotated[
     int, _option(_OUTPUT, "Optimizer steps between sample pictures (same prompts and seeds each time).", min=1)
 ]
-LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send the numbers to a tracker as well.")]
+LogWith = Annotated[Tracker | None, _option(_OUTPUT, "Send numbers and sample pictures to a tracker as well.")]
 Resume = Annotated[
     bool,
     typer.Option(

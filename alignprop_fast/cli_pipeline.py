@@ -28,8 +28,12 @@ def check_new_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty: choose another --output-dir")
 
 
-def open_pipeline(model: str, device: str, precision: str) -> Any:
+def open_pipeline(
+    model: str, device: str, precision: str, scheduler: str = "auto", model_config: str | None = None
+) -> Any:
     """The pipeline on the device, its weights in that precision ("auto": bf16 on a GPU, fp32 on the CPU).
+
+    scheduler, model_config: as in `load_pipeline`.
 
     Raises:
         ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
@@ -41,7 +45,8 @@ def open_pipeline(model: str, device: str, precision: str) -> Any:
     if precision == "fp16" and device == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
     name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
-    return load_pipeline(model, {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], device)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return load_pipeline(model, dtype, device, scheduler=str(scheduler), model_config=model_config)
 
 
 def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickle: bool) -> WeightedSum:
@@ -52,10 +57,12 @@ def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickl
     """
     import torch
 
+    from alignprop_fast.models.lora_targets import denoiser
     from alignprop_fast.rewards import get_reward
 
-    dtype = torch.bfloat16 if pipe.unet.dtype == torch.bfloat16 else torch.float32
-    return get_reward(reward, device=pipe.unet.device, dtype=dtype, model=reward_model, allow_pickle=allow_pickle)
+    model = denoiser(pipe)
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    return get_reward(reward, device=model.device, dtype=dtype, model=reward_model, allow_pickle=allow_pickle)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -41,6 +41,7 @@ FirstSeed = Annotated[
 
 def sample(
     model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     lora: Lora = None,
     prompt: Prompt = None,
     prompts: PromptSet = DEFAULTS.prompts,
@@ -48,6 +49,8 @@ def sample(
     negative_prompt: o.NegativePrompt = None,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     eta: o.Eta = DEFAULTS.eta,
     height: o.Height = None,
     width: o.Width = None,
@@ -77,10 +80,18 @@ def sample(
 
         check_new_folder(folder)
         texts = [text for text in (prompt or load_prompts(prompts)) for _ in range(images_per_prompt)]
-        pipe = open_pipeline(model, pick_device(device), mixed_precision)
+        pipe = open_pipeline(model, pick_device(device), mixed_precision, scheduler, model_config)
         if lora is not None:
             load_lora(pipe, Path(lora).expanduser())
-        sampler = DifferentiableSampler(pipe, num_inference_steps, guidance_scale, eta, height=height, width=width)
+        sampler = DifferentiableSampler(
+            pipe,
+            num_inference_steps,
+            guidance_scale,
+            eta,
+            true_cfg_scale=true_cfg_scale,
+            height=height,
+            width=width,
+        )
         # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
         seeds = range(seed, seed + len(texts))
         batches = draw(sampler, texts, seeds, batch_size, negative_prompt)

@@ -2,9 +2,12 @@
 
 config.yaml, versions.json      all options as resolved; versions of what computed
 metrics.jsonl                   one line per optimizer step
-samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and after; samples.jsonl: their rewards
+samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and after; samples.jsonl: their rewards,
+                                and what was watched
 checkpoints/                    to resume from
-reward.png, before_after.png, pytorch_lora_weights.safetensors
+reward.png, before_after.png, README.md (a model card)
+plan.png                        memory over a training step, where a memory budget is given
+pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
@@ -24,10 +27,14 @@ from PIL import Image
 from rich.console import Console
 
 from alignprop_fast.cli_options import TrainOptions, make_config
+from alignprop_fast.cli_options_control import make_stopping, make_watch
+from alignprop_fast.cli_plan_summary import Prediction, predict
+from alignprop_fast.cli_results import write_adapters, write_card
 from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
     Interrupt,
+    budget_here,
     check_tracker,
     check_writable,
     existing_as_absolute,
@@ -35,6 +42,7 @@ from alignprop_fast.cli_support import (
     pick_device,
 )
 from alignprop_fast.data import load_prompts
+from alignprop_fast.planner import parse_bytes
 from alignprop_fast.report import (
     JsonLines,
     Pictures,
@@ -45,6 +53,11 @@ from alignprop_fast.report import (
     to_images,
     write_whole,
 )
+from alignprop_fast.report_plan import plot_plan
+from alignprop_fast.tracking import log_picture
+
+if TYPE_CHECKING:
+    from alignprop_fast.watch import Watched
 
 SAMPLE_PICTURES = 8
 MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
@@ -69,6 +82,7 @@ class Session:
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
         from alignprop_fast.processes import meeting, start_processes
         from alignprop_fast.rewards import get_reward
+        from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
@@ -80,7 +94,7 @@ class Session:
             self._check_folder(resume or resume_from is not None)
             self.prompts = load_prompts(options.prompts)
             check_tracker(options.log_with)
-            self.options = _resolved(options, device, self.folder)
+            self.options = self._held_to_device(_resolved(options, device, self.folder), device)
             config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
@@ -90,15 +104,30 @@ class Session:
             model=options.reward_model,
             allow_pickle=options.allow_pickle,
         )
-        pipeline = DefaultDDPOStableDiffusionPipeline(options.model)
+        self.watch, self.stopping = make_watch(self.options, self.reward, device), make_stopping(self.options)
+        pipeline = DefaultDDPOStableDiffusionPipeline(
+            options.model, scheduler=options.scheduler, model_config=options.model_config
+        )
         self._check_reward(pipeline.sd_pipeline, device)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
+        self.prediction: Prediction | None = None
+        self.peak_bytes = 0  # of the training steps, measured
         try:
-            self.trainer = AlignPropTrainer(config, self.reward, self._draw_prompt, pipeline, self._after_step)
+            normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
+            owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
+            self.trainer = AlignPropTrainer(
+                config,
+                normalised or self.reward,
+                self._draw_prompt,
+                pipeline,
+                self._after_step,
+                stateful={name: owner for name, owner in owners.items() if owner is not None},
+            )
             self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
             self.before = self._first_pictures()
+            self._watched = self._look() if self.trainer.steps_done == 0 else None
         except BaseException:
             if self.is_main and is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
                 shutil.rmtree(self.folder)
@@ -117,10 +146,11 @@ class Session:
         self._begin_folder()
         with Interrupt(self.console) as interrupt, Display(self.console, trainer.steps_done, steps) as display:
             try:
-                for metrics in trainer.steps():
+                for metrics in () if self._stopped() else trainer.steps():
                     display.update(metrics)
+                    self.peak_bytes = max(self.peak_bytes, metrics.peak_bytes)
                     # All or none: one that left alone would be waited for.
-                    if any_process(interrupt.requested):
+                    if any_process(interrupt.requested or self._stopped()):
                         break
             except ProcessLost as error:
                 fail(str(error))
@@ -131,7 +161,9 @@ class Session:
                 fail(str(error))
                 raise typer.Exit(1) from error
         if trainer.steps_done < steps:
-            self._leave()
+            self._save()
+            if not self._stopped():
+                self._leave()
         self._finish()
 
     def draw(self, prompts: Sequence[str], first_seed: int | None = None) -> Pictures:
@@ -183,10 +215,21 @@ class Session:
             return resume_from
         return str(self.folder) if resume and checkpoints(self.folder / "checkpoints") else ""
 
+    def _held_to_device(self, options: TrainOptions, device: str) -> TrainOptions:
+        """With no larger a budget than the device has; says so where that is less than was asked for."""
+        if options.memory_budget is None:
+            return options
+        _, budget_bytes, note = budget_here(parse_bytes(options.memory_budget), device)
+        if note:
+            self.console.print(note, soft_wrap=True)
+        return replace(options, memory_budget=str(budget_bytes)) if note else options
+
     def _check_budget(self) -> None:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
-        if self.options.memory_budget is not None:
-            self.plan = self.trainer.sampler.plan_for(self.options.batch_size)
+        sampler, options = self.trainer.sampler, self.options
+        if sampler.budget_bytes is not None:
+            table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
+            self.prediction = predict(table, steps, options.truncation, options.batch_size, sampler.budget_bytes)
 
     def _check_reward(self, pipe: Any, device: str) -> None:
         """Score a grey batch: a reward without gradient is to be refused before anything is written.
@@ -195,7 +238,9 @@ class Session:
         """
         import torch
 
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        from alignprop_fast.models.pipeline_adapter import native_side
+
+        own = native_side(pipe)
         count, height, width = self.options.batch_size, self.options.height or own, self.options.width or own
         images_BCHW = torch.full((count, 3, height, width), 0.5, device=device, requires_grad=True)
         self.reward(images_BCHW, [self.prompts[0]] * count, [{} for _ in range(count)])
@@ -212,10 +257,13 @@ class Session:
         _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
         (self.folder / "samples").mkdir(exist_ok=True)
+        if self.prediction is not None:
+            title = f"{Path(self.options.model).name}, batch {self.options.batch_size}, reward {self.options.reward}"
+            plot_plan(self.folder / "plan.png", self.prediction.table, self.prediction.worst, title)
         self.metrics.keep_until(step)
         self.samples.keep_until(step if step else -1)
         if step == 0:
-            self._write_samples(0, self.before)
+            self._write_samples(0, self.before, self._watched)
 
     def _versions(self) -> dict[str, str]:
         import torch
@@ -235,19 +283,42 @@ class Session:
         self.metrics.append(metrics.to_dict())
         if metrics.step % self.options.sample_every == 0 or metrics.step == self.options.steps:
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
-            self._write_samples(metrics.step, self.after)
+            self._write_samples(metrics.step, self.after, self._look())
 
-    def _write_samples(self, step: int, pictures: Pictures) -> None:
+    def _look(self) -> Watched | None:
+        """What is watched, under the present adapters."""
+        if self.watch is None:
+            return None
+        watched, step = self.watch.look(self.trainer.sampler), self.trainer.steps_done
+        # The look at the end of a run must not count: a run that is resumed to more steps would have one more.
+        if self.stopping is not None and step % self.options.sample_every == 0:
+            self.stopping.update(step, watched.reward, self.trainer.trainable_layers)
+        return watched
+
+    def _stopped(self) -> bool:
+        return self.stopping is not None and self.stopping.stop
+
+    def _write_samples(self, step: int, pictures: Pictures, watched: Watched | None) -> None:
         folder = self.folder / "samples" / f"step_{step:04d}"
         folder.mkdir(exist_ok=True)
         for i, image in enumerate(pictures.images):
             save_image(image, folder / f"{i:02d}.png")
         title = f"Step {step}   mean reward {pictures.mean_reward:.3f}   ({self.options.reward})"
         save_grid(folder.with_suffix(".png"), pictures, title)
+        self._track(step, folder.with_suffix(".png"), pictures, watched)
         columns = {"prompts": pictures.prompts, "seeds": pictures.seeds, "rewards": pictures.rewards}
         means = {"reward_mean": pictures.mean_reward, "reward_parts": pictures.mean_parts}
-        self.samples.append({"step": step, **means, **columns})
+        watch = {} if watched is None else {"watch": watched.to_dict()}
+        self.samples.append({"step": step, **means, **watch, **columns})
         self._plot()
+
+    def _track(self, step: int, grid: Path, pictures: Pictures, watched: Watched | None) -> None:
+        """The same to the tracker, if there is one."""
+        accelerator = self.trainer.accelerator
+        numbers = {"samples/reward": pictures.mean_reward, **(watched.to_log() if watched else {})}
+        accelerator.log(numbers, step=step)
+        with Image.open(grid) as picture:
+            log_picture(accelerator.trackers, "samples", picture.convert("RGB"), step)
 
     def _load_before(self) -> Pictures:
         """The first pictures of the run that is resumed."""
@@ -266,9 +337,11 @@ class Session:
     def _plot(self) -> None:
         plot_rewards(self.folder / "reward.png", self.metrics.read(), self.samples.read())
 
-    def _leave(self) -> None:
+    def _save(self) -> None:
         if self.trainer.steps_done % self.options.save_every or self.trainer.steps_done == 0:
             self.trainer.save_checkpoint()
+
+    def _leave(self) -> None:
         self.console.print(
             f"stopped after step {self.trainer.steps_done}; to go on: alignprop-fast train --resume --output-dir "
             f"{self.options.output_dir}",
@@ -278,20 +351,29 @@ class Session:
         raise typer.Exit(INTERRUPTED)
 
     def _finish(self) -> None:
+        steps = self._keep_best()
         if self.is_main:
-            self._write_results()
+            self._write_results(steps)
         self.trainer.accelerator.end_training()
 
-    def _write_results(self) -> None:
-        from alignprop_fast.models.lora import save_lora
-
-        metadata = {"alignprop_reward": self.options.reward, "alignprop_steps": str(self.trainer.steps_done)}
-        save_lora(self.trainer.sd_pipeline.sd_pipeline, self.folder, metadata)
+    def _write_results(self, steps: int) -> None:
+        write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
         self._plot()
-        if self.after is self.before:  # resumed when there was nothing left to do
+        if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
-        title = f"Before (above) and after (below) {self.trainer.steps_done} steps on {self.options.reward}"
+        title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
+        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after)
+
+    def _keep_best(self) -> int:
+        """Go back to the adapters that early stopping kept, if it is on; returns the steps that the adapters had."""
+        done, stopping = self.trainer.steps_done, self.stopping
+        if stopping is None:
+            return done
+        stopping.restore(self.trainer.trainable_layers)
+        why = "stopped" if stopping.stop else "done"
+        self.console.print(f"{why} after step {done}: the adapters of step {stopping.kept_step} are kept")
+        return stopping.kept_step
 
 
 def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
@@ -300,8 +382,12 @@ def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
         options,
         output_dir=str(folder),
         model=options.model if options.model == "demo" else existing_as_absolute(options.model),
+        model_config=None if options.model_config is None else existing_as_absolute(options.model_config),
         prompts=existing_as_absolute(options.prompts),
         reward_model=tuple(map(_absolute_model, options.reward_model)),
+        watch_prompts=options.watch_prompts and existing_as_absolute(options.watch_prompts),
+        watch_reward_model=tuple(map(_absolute_model, options.watch_reward_model)),
+        diversity_model=options.diversity_model and existing_as_absolute(options.diversity_model),
         mixed_precision=precision if options.mixed_precision == "auto" else options.mixed_precision,
         lora_alpha=float(options.lora_rank if options.lora_alpha is None else options.lora_alpha),
     )

@@ -101,6 +101,25 @@ def pick_device(name: str) -> str:
     return name
 
 
+def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
+    """Name of the device, the memory budget on it (all of it where none is wanted), and a note if that is less.
+
+    Raises:
+        ValueError: more was wanted than the device has.
+    """
+    import os
+
+    import torch
+
+    from alignprop_fast.planner import budget_on
+
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, *budget_on(properties.name, properties.total_memory, wanted_bytes)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "this computer", *budget_on("this computer", memory_bytes, wanted_bytes, context_bytes=0)
+
+
 def check_writable(folder: Path) -> None:
     """Try to write where `folder` is or will be, without leaving anything.
 

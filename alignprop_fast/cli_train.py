@@ -11,27 +11,34 @@ from rich.console import Console
 from rich.table import Table
 
 from alignprop_fast import cli_options as o
+from alignprop_fast import cli_options_control as c
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
 from alignprop_fast.cli_support import make_console, plain, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
+    from alignprop_fast.cli_session import Session
     from alignprop_fast.report import Pictures
 
 
 def train(
     ctx: typer.Context,
     model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
+    lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
     base_dtype: o.BasePrecision = o.BaseDtype.auto,
     adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    normalise_rewards: o.NormaliseRewards = DEFAULTS.normalise_rewards,
     prompts: o.Prompts = DEFAULTS.prompts,
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     eta: o.Eta = DEFAULTS.eta,
     height: o.Height = DEFAULTS.height,
     width: o.Width = DEFAULTS.width,
@@ -41,6 +48,14 @@ def train(
     learning_rate: o.LearningRate = DEFAULTS.learning_rate,
     optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
     truncation: o.Truncation = DEFAULTS.truncation,
+    kl_weight: c.KlWeight = DEFAULTS.kl_weight,
+    watch_reward: c.WatchReward = DEFAULTS.watch_reward,
+    watch_reward_model: c.WatchRewardModel = [],  # noqa: B006
+    watch_prompts: c.WatchPrompts = DEFAULTS.watch_prompts,
+    watch_pictures: c.WatchPictures = DEFAULTS.watch_pictures,
+    diversity_model: c.DiversityModel = DEFAULTS.diversity_model,
+    patience: c.Patience = DEFAULTS.patience,
+    max_drop: c.MaxDrop = DEFAULTS.max_drop,
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
@@ -56,13 +71,15 @@ def train(
 ) -> None:
     """Fine-tune LoRA adapters by the gradient of a reward.
 
-    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), before_after.png, reward.png, samples/,
-    metrics.jsonl, checkpoints/, config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
+    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
+    ComfyUI and others), before_after.png, reward.png, README.md (a model card), samples/, metrics.jsonl, checkpoints/,
+    config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
 
     **Examples**
 
     - `alignprop-fast train --reward colorfulness --num-inference-steps 12 --output-dir colourful`
     - `alignprop-fast train --model path/to/sd15 --reward-model path/to/clip --prompts animals --memory-budget 24GiB`
+    - `alignprop-fast train --reward colorfulness --watch-reward clip --patience 2 --max-drop 0.02 --output-dir held`
     - `alignprop-fast train --resume --output-dir colourful`
     - `accelerate launch --num-processes 4 -m alignprop_fast train --model path/to/sd15 --prompts animals` (four GPUs)
     """
@@ -75,9 +92,37 @@ def train(
         session = Session(TrainOptions(**chosen), console, resume=resume, resume_from=resume_from)
     start = session.trainer.steps_done
     console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
+    _print_plan(console, session)
     session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+        _print_peak(console, session)
+
+
+def _print_plan(console: Console, session: Session) -> None:
+    from alignprop_fast.cli_plan_summary import print_prediction
+
+    if session.prediction is None:
+        hint = "every gradient step runs again in the backward pass, the leanest way; --memory-budget SIZE saves time"
+        console.print(f"no memory budget: {hint}, and alignprop-fast plan says how much", soft_wrap=True)
+    else:
+        print_prediction(console, session.prediction)
+
+
+def _print_peak(console: Console, session: Session) -> None:
+    """The measured peak beside the predicted one, where both are known."""
+    from alignprop_fast.planner import format_bytes
+
+    if session.prediction is None or not session.peak_bytes:
+        return
+    predicted, measured = session.prediction.worst.peak_bytes, format_bytes(session.peak_bytes)
+    line = f"peak:     predicted {format_bytes(predicted)} in the worst case, measured {measured}"
+    if session.trainer.accelerator.device.type != "cuda":
+        line = (
+            f"peak:     predicted {format_bytes(predicted)} of tensors in the worst case; the process took {measured} "
+            "with its libraries, which is all that can be measured on the CPU"
+        )
+    console.print(line, soft_wrap=True)
 
 
 def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures, Pictures]]) -> None:
@@ -93,3 +138,4 @@ def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures
     console.print(table)
     console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
+    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)

@@ -13,7 +13,7 @@ from alignprop_fast.planner import parse_bytes
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
 _PRECISIONS = ("no", "none", "fp16", "bf16")
-_TRACKERS = (None, "wandb", "tensorboard")
+_TRACKERS = (None, "wandb", "tensorboard", "trackio")
 
 
 @dataclass
@@ -24,7 +24,7 @@ class AlignPropConfig:
         exp_name: name of the experiment; the script's name without its extension.
         run_name: name of this run.
         seed: seed of the global random-number generators (plus the process index).
-        log_with: "wandb", "tensorboard" or None.
+        log_with: "wandb", "tensorboard", "trackio" or None.
         log_image_freq: call the image hook every so many optimizer steps.
         tracker_kwargs: options of the tracker, passed to accelerate's `init_trackers`.
         accelerator_kwargs: options of `accelerate.Accelerator`.
@@ -56,11 +56,13 @@ class AlignPropConfig:
     Fields of our own:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
         memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; None: the leanest plan.
-        truncation: a rule of `sampling.gates.draw_gates` ("full", "last:K", "uniform", ...) in place of the three
-            truncated_* fields; None: those fields.
-        lora_rank, lora_alpha: of new adapters.
-        base_dtype: how the UNet's large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8",
-            "int8" or "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
+        truncation: a rule of `sampling.gates` ("full", "last:K", "uniform", "lv:N", "drtune", "refl", ...) in place of
+            the three truncated_* fields; None: those fields.
+        kl_weight: adds kl_weight * base_mse to the loss: the mean squared difference of the (guided) model output to
+            the base model's, over the gradient steps (see `DifferentiableSampler`); needs adapters. 0 turns it off.
+        lora_rank, lora_alpha, lora_targets: of new adapters; targets: attention, attention+ff or all.
+        base_dtype: how the large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8", "int8" or
+            "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
         adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters
             and gradients, and no casts in the chain.
         optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
@@ -71,6 +73,7 @@ class AlignPropConfig:
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
+        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one; 1 or less turns it off.
 
     Raises:
         ValueError: a value that cannot work; one line that says what to use.
@@ -113,6 +116,7 @@ class AlignPropConfig:
     output_dir: str | None = None
     memory_budget: int | str | None = None
     truncation: str | None = None
+    kl_weight: float = 0.0
     lora_rank: int = 4
     lora_alpha: float = 4
     base_dtype: str = "auto"
@@ -124,6 +128,8 @@ class AlignPropConfig:
     height: int | None = None
     width: int | None = None
     guidance_rescale: float = 0.0
+    lora_targets: str = "attention"
+    true_cfg_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:
@@ -185,9 +191,11 @@ class AlignPropConfig:
         if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":
             raise ValueError('adapter_dtype="bf16" does not go with mixed_precision="fp16": use bf16 for both')
         if self.log_with not in _TRACKERS:
-            raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard or nothing")
+            raise ValueError(f"log_with is {self.log_with!r}: use wandb, tensorboard, trackio or nothing")
         if not 0 <= self.sample_eta <= 1:
             raise ValueError(f"sample_eta is {self.sample_eta}: use 0 (no noise) to 1 (DDPM's noise)")
+        if not 0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight is {self.kl_weight}: use 0 (off) or more")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {self.guidance_rescale}: use 0 (off) to 1")
 
@@ -195,7 +203,7 @@ class AlignPropConfig:
         """A setting under which no denoising step could ever carry gradient must not start to train."""
         last = self.sample_num_steps - 1
         if self.truncation is not None:
-            return  # draw_gates knows its rules and names them
+            return  # draw_truncation knows its rules and names them
         if not self.truncated_backprop_rand:
             if self.truncated_backprop_timestep > last:
                 raise ValueError(

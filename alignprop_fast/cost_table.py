@@ -1,6 +1,6 @@
 """The planner's table for a task: what its training step costs, measured on the device or estimated for a GPU by name.
 
-Measured tables are kept in the user's cache folder, by everything that their numbers depend on.
+Tables are kept in the user's cache folder, by everything that their numbers depend on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,33 +77,41 @@ def measured_table(task: Task) -> CostTable:
     """
     device = task.model.device
     origin = {**_origin(task), "source": "measured", "device": device_name(device)}
-    path = _cache_file(origin)
-    table = _read(path)
-    if table is None:
-        table = _costs(task, origin, None, link_rate(device))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_table(table, path)
-        except OSError:
-            pass  # the next process measures again
-    return _completed(table, task, None)
+    return _completed(_remembered(origin, lambda: _costs(task, origin, None, link_rate(device))), task, None)
 
 
 def estimated_table(task: Task, gpu: Gpu) -> CostTable:
-    """The table of a task on meta tensors, with the seconds that its operators would take on the GPU (a roofline)."""
+    """The table of a task on meta tensors, with the seconds that its operators would take on the GPU (a roofline).
+
+    Remembered like what is measured, since counting all operators of a large model takes a minute.
+    """
 
     def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
         halves = dtype in (torch.bfloat16, torch.float16)
         return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
 
     formula = operator_seconds(roofline)
-    origin = {**_origin(task), "source": "estimated", "device": gpu.name}
-    table = _costs(task, origin, formula, gpu.link)
+    origin = {**_origin(task), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    table = _remembered(origin, lambda: _costs(task, origin, formula, gpu.link))
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), task, formula)
 
 
+def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
+    """What was measured or estimated before with the very same origin, or costs(), kept for the next time."""
+    path = _cache_file(origin)
+    table = _read(path)
+    if table is None:
+        table = costs()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_table(table, path)
+        except OSError:
+            pass  # the next process does it again
+    return table
+
+
 def _read(path: Path) -> CostTable | None:
-    """What was measured before, unless by another version, or damaged."""
+    """What was remembered, unless by another version, or damaged."""
     try:
         return load_table(path) if path.is_file() else None
     except ValueError:
@@ -162,10 +171,11 @@ def _images(task: Task) -> torch.Tensor:
 def _fixed(task: Task) -> dict[str, int]:
     """Bytes that are there all through a training step, whatever the plan."""
     trained = task.chain.parameters
+    device = task.model.device  # diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
     tensors = [t for module in task.model.modules() for t in (*module.parameters(), *module.buffers())]
-    tensors = [t for t in tensors if t.device.type == task.model.device.type]
+    tensors = [t for t in tensors if t.device.type == device.type]
     conditioning = [t for t in vars(task.cond).values() if isinstance(t, torch.Tensor)]
     return {
         "weights": _bytes(tensors) - adapters_bytes,
@@ -190,28 +200,38 @@ def _origin(task: Task) -> dict[str, str]:
     """What the numbers of a table depend on, beside the device."""
     model = task.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.parameters]
+    # A quantised weight is a buffer.
+    named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
+    weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
     return {
         "model": type(model.pipe).__name__,
-        "weights": _hash(
-            # A quantised weight is a buffer.
-            [
-                (name, tuple(t.shape), str(t.dtype))
-                for m in model.modules()
-                for name, t in (*m.named_parameters(), *m.named_buffers())
-            ]
-        ),
+        # The number of attention heads shows in no weight.
+        "config": _hash([item for item in sorted(model.denoiser.config.items()) if not item[0].startswith("_")]),
+        "scheduler": model.scheduler_name,
+        "weights": _hash(weights),
         "trained": f"{len(trained)} tensors, {_hash(trained)}",
         "batch": str(task.batch),
         "height": str(task.size[0]),
         "width": str(task.size[1]),
         "branches": str(task.cond.branches),
-        "alignprop_fast": version("alignprop-fast"),
+        "alignprop_fast": f"{version('alignprop-fast')}, code {_code()}",
         "torch": version("torch"),
     }
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+@cache
+def _code() -> str:
+    """What counts and what is counted, so that no table outlives a change of the package under the same version."""
+    here = Path(__file__).parent
+    files = [
+        Path(__file__),
+        *(file for part in ("models", "ops", "runtime") for file in sorted((here / part).glob("*.py"))),
+    ]
+    return _hash([file.read_bytes() for file in files])
 
 
 def _cache_file(origin: Mapping[str, str]) -> Path:

@@ -17,10 +17,19 @@ from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
-from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_chain
-from alignprop_fast.sampling import Update, draw_gates, make_table, rescaled_guidance, trl_gates
+from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
+from alignprop_fast.sampling import (
+    StepTable,
+    Truncation,
+    Update,
+    draw_gates,
+    draw_truncation,
+    make_table,
+    rescaled_guidance,
+    trl_gates,
+)
 
-__all__ = ["DifferentiableSampler", "draw_gates", "trl_gates"]
+__all__ = ["DifferentiableSampler", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
 
 class DifferentiableSampler:
@@ -48,6 +57,14 @@ class DifferentiableSampler:
         reward_bytes: what the reward's weights take on the device.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
+        compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
+            base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
+            loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
+            gradient passes through the step's input.
+
+    The regulariser is that of DPOK (Fan et al. 2023) up to the weights of the steps: two Gaussian kernels of one step
+    with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence b^2 |y - y'|^2 / (2 sigma^2). As
+    there, the latents x of a step are constants in its term, and no second copy of the model is held.
 
     Raises:
         ValueError: a pipeline, scheduler or option that is not supported; the message names the remedy.
@@ -71,6 +88,7 @@ class DifferentiableSampler:
         reward_bytes: int = 0,
         optimizer_bytes: int | None = None,
         cache_text: bool = False,
+        compare_with_base: bool = False,
     ):
         self.model = adapt(pipe)
         self._text = TextCache(self.model) if cache_text else None
@@ -82,7 +100,13 @@ class DifferentiableSampler:
         self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
+        if compare_with_base and not self.model.has_adapters():
+            raise ValueError("a comparison with the base model needs adapters that can be switched off: add a LoRA")
+        self.compare_with_base = compare_with_base
+        self.base_mse: torch.Tensor | None = None
         self.plan: Plan | None = None
+        self.truncation: Truncation | None = None
+        self.latents: torch.Tensor | None = None
         self.gradient_sink: Callable[..., torch.Tensor | None] | None = None  # see `Chain.sink`
         self._solvers: dict[tuple, Solver] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
@@ -98,8 +122,12 @@ class DifferentiableSampler:
         latents: torch.Tensor | None = None,
         plan: Plan | None = None,
         metadata: Sequence[Any] | None = None,
+        truncation: Truncation | str | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
+
+        Then `self.plan`, `self.truncation`, `self.latents` (what was decoded, [B, C, h, w], detached) and, if asked
+        for, `self.base_mse` (a scalar with gradient, to be used in the same backward pass) are this call's.
 
         Args:
             prompts: B texts.
@@ -110,27 +138,62 @@ class DifferentiableSampler:
             latents: initial unit noise [B, C, h, w] instead of drawn noise; if it requires grad it receives it.
             plan: run under this plan, with the gradient steps that it names, instead of choosing one.
             metadata: of the B prompts, for a `reward` whose costs are measured and that wants some; None: {} each.
+            truncation: a rule of `draw_truncation` or what it drew, in place of grad_steps. Its `renoisings` are for
+                the caller, who asks for each by `renoise`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
             ValueError: a gradient step outside the chain, prompts of different numbers, or dropout in the denoiser.
         """
+        if isinstance(truncation, str):
+            truncation = draw_truncation(truncation, len(self.table))
+        if truncation is None:
+            truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
+        elif grad_steps is not None:
+            raise ValueError("grad_steps and truncation both say which steps carry gradient: give one of them")
+        self.truncation, last = truncation, truncation.last_step
+        table = self.table if last is None else self.table.ending_at(last)
+        prompts, cond = self._encode(prompts, negative_prompts)
+        chain = self._chain(cond, generator, table, truncation.input_gradient)
+        task = self._task(chain, cond, prompts, metadata)
+        self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain))
+        x = table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
+        return self._run(chain, self.plan, x)
+
+    def renoise(
+        self,
+        latents: torch.Tensor,
+        prompts: str | list[str],
+        negative_prompts: str | list[str] | None = None,
+        generator: Generator = None,
+        metadata: Sequence[Any] | None = None,
+    ) -> torch.Tensor:
+        """Images [B, 3, H, W] of latents noised to the level of the chain's last step and denoised by that step alone.
+
+        The step predicts the clean latents and carries gradient. Source: Clark et al. 2024, DRaFT-LV; equation in
+        `draw_truncation`.
+
+        Args:
+            latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
+            prompts, negative_prompts, generator, metadata: as for the sampler itself; the generator gives the noise.
+        """
+        prompts, cond = self._encode(prompts, negative_prompts)
+        chain = self._chain(cond, generator, self.table.last_alone(), True)
+        self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
+        signal, level = self.table.last_level()
+        x = latents.detach()
+        return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
+
+    def _encode(
+        self, prompts: str | list[str], negative_prompts: str | list[str] | None
+    ) -> tuple[list[str], Conditioning]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
         encode = self.model.encode if self._text is None else self._text.encode
         cond = encode(prompts, negative_prompts, self._guided(negative_prompts), self.size)
-        cond = replace(cond, embedded_guidance=self.guidance_scale)
-        chain = self._chain(cond, generator)
-        entries = list(metadata) if metadata is not None else [{} for _ in prompts]
-        task = self._task(chain, cond, prompts, entries)
-        self.plan = plan or self._make_plan(task, self._grad_steps(grad_steps, chain))
-        x = self.table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
-        decoder = self.plan.decoder
-        x = run_chain(replace(chain, offloader=self._offloader(self.plan), sink=self.gradient_sink), self.plan, x)
-        model, blocks = self.model, self._decoder_blocks
-        return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
+        return prompts, replace(cond, embedded_guidance=self.guidance_scale)
 
     def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
         """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
@@ -160,6 +223,10 @@ class DifferentiableSampler:
         count = steps if num_grad_steps is None else num_grad_steps
         return self._make_plan(task, list(range(steps - count, steps)))
 
+    def solver(self, batch: int) -> Solver:
+        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost."""
+        return self._solver(self._blank_task(batch), len(self.table))
+
     def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
         """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
         estimated for a GPU that need not be here.
@@ -185,8 +252,17 @@ class DifferentiableSampler:
         self.budget_bytes = budget_bytes
         return budget_bytes
 
-    def _chain(self, cond: Conditioning, generator: Generator) -> Chain:
-        table, model, scale = self.table, self.model, self.cfg_scale
+    def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
+        chain = replace(chain, offloader=self._offloader(plan), sink=self.gradient_sink)
+        x, penalty = run_penalised_chain(chain, plan, x)
+        if self.compare_with_base:
+            self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
+        self.latents = x.detach()
+        model, decoder, blocks = self.model, plan.decoder, self._decoder_blocks
+        return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
+
+    def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
+        model, scale = self.model, self.cfg_scale
         timesteps = torch.tensor(table.timesteps, device=model.device)
         combined = cond.branches == 1 or self.guidance_rescale > 0
         update = Update(table, (1.0,) if combined else (1 - scale, scale))
@@ -199,6 +275,13 @@ class DifferentiableSampler:
             noise = model.noise(update.latents(state), generator) if self.draw_noise else None
             return update.advance(i, state, y, noise)
 
+        def off_base(i: int, state: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.inference_mode(), model.adapters_off():
+                base = network(i, state)
+            wide = torch.promote_types(y.dtype, torch.float32)
+            delta = update.blended(y.to(wide) - base.to(wide))
+            return delta.square().mean(), update.blended_adjoint(2 / delta.numel() * delta)
+
         return Chain(
             len(table),
             network,
@@ -208,6 +291,8 @@ class DifferentiableSampler:
             self._denoiser_blocks,
             start=update.start,
             finish=update.latents,
+            input_gradient=input_gradient,
+            penalty=off_base if self.compare_with_base else None,
         )
 
     def _offloader(self, plan: Plan) -> Offloader | None:
@@ -216,27 +301,31 @@ class DifferentiableSampler:
         self._host_pool = self._host_pool or HostPool(self.model.device)
         return Offloader(self.model.device, self._host_pool)
 
-    def _grad_steps(self, grad_steps: Iterable[int] | None, chain: Chain) -> list[int]:
+    def _grad_steps(self, grad_steps: Iterable[int], chain: Chain) -> list[int]:
         """Ascending gradient steps; none where nothing could receive a gradient."""
-        steps = sorted(set(range(chain.num_steps) if grad_steps is None else grad_steps))
+        steps = sorted(set(grad_steps))
         if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
             raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
         return steps if torch.is_grad_enabled() and chain.parameters else []
 
     def _make_plan(self, task: Task, grad_steps: list[int]) -> Plan:
-        num_steps = task.chain.num_steps
+        # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
+        num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
         if self.budget_bytes is None or not torch.is_grad_enabled():
             return leanest(num_steps, grad_steps)
-        key = (task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
+        return self._solver(task, num_steps).plan(grad_steps, self.budget_bytes)
+
+    def _solver(self, task: Task, num_steps: int) -> Solver:
+        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
         if key not in self._solvers:
             self._solvers[key] = Solver(measured_table(task), num_steps, num_steps)
-        return self._solvers[key].plan(grad_steps, self.budget_bytes)
+        return self._solvers[key]
 
     def _blank_task(self, batch: int) -> Task:
-        cond = self.model.blank_conditioning(batch, self.guidance_scale > 1, self.size)
-        return self._task(self._chain(cond, None), cond, [""] * batch, [{} for _ in range(batch)])
+        cond = self.model.blank_conditioning(batch, self.cfg_scale > 1, self.size)
+        return self._task(self._chain(cond, None, self.table, True), cond, [""] * batch, None)
 
-    def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: list[Any]) -> Task:
+    def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:
         return Task(
             model=self.model,
             chain=chain,
@@ -244,7 +333,7 @@ class DifferentiableSampler:
             size=self.size,
             decoder_blocks=self._decoder_blocks,
             prompts=prompts,
-            metadata=metadata,
+            metadata=[{} for _ in prompts] if metadata is None else list(metadata),
             reward=self.reward,
             reward_bytes=self.reward_bytes,
             reserve_bytes=self.reserve_bytes,

@@ -19,7 +19,7 @@ class StepMetrics:
     step: optimizer steps done, this one included.
     reward_mean, reward_std: over the images of the step (the mean of the micro-batches' values, as trl logs them).
     reward_parts: mean of each part that the reward reports in its info.
-    loss: mean of the micro-batches' losses.
+    loss: mean of the micro-batches' losses, the regulariser included.
     grad_norm: before clipping; 0 where there was no gradient.
     gradient_steps: denoising steps that carried gradient, summed over this process's micro-batches.
     status: "ok"; "no_gradient": the random gates left no step open; "not_finite": the update was skipped.
@@ -27,6 +27,7 @@ class StepMetrics:
     peak_bytes: peak of the device's memory in this step, on the CPU the process's peak so far (resident set); of
         several processes the largest.
     seconds: wall time of the step, without checkpoints and hooks.
+    base_mse: mean squared difference of the model's output to the base model's; None where it is not measured.
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepMetrics:
     images_per_second: float
     peak_bytes: int
     seconds: float
+    base_mse: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain numbers, texts and one nested dictionary."""
@@ -49,7 +51,10 @@ class StepMetrics:
         """The numbers alone, flat, for a tracker."""
         fields = self.to_dict()
         parts = {f"reward/{name}": value for name, value in fields.pop("reward_parts").items()}
-        return {**{name: value for name, value in fields.items() if name not in ("step", "status")}, **parts}
+        numbers = {
+            name: value for name, value in fields.items() if name not in ("step", "status") and value is not None
+        }
+        return {**numbers, **parts}
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,16 @@ class BatchMetrics:
     reward_parts: dict[str, float]
     loss: float
     gradient_steps: int
+    base_mse: float | None = None
 
 
 def averages(batches: Sequence[BatchMetrics]) -> dict[str, Any]:
-    """Reward, parts, loss (means) and gradient steps (sum) of the micro-batches of one step."""
+    """Reward, parts, loss, distance to the base model (means), gradient steps (sum) of the micro-batches of a step."""
 
     def mean(values: Iterable[float]) -> float:
         return fmean([*values])
 
+    measured = [batch.base_mse for batch in batches if batch.base_mse is not None]
     names = [name for name in batches[0].reward_parts if all(name in batch.reward_parts for batch in batches)]
     return {
         "reward_mean": mean(batch.reward_mean for batch in batches),
@@ -76,6 +83,7 @@ def averages(batches: Sequence[BatchMetrics]) -> dict[str, Any]:
         "reward_parts": {name: mean(batch.reward_parts[name] for batch in batches) for name in names},
         "loss": mean(batch.loss for batch in batches),
         "gradient_steps": sum(batch.gradient_steps for batch in batches),
+        "base_mse": mean(measured) if measured else None,
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _TEXT = """---
@@ -13,7 +14,7 @@ _TEXT = """---
 
 Fine-tuned{base} by back-propagating a reward through the denoising chain, with
 AlignProp (`alignprop_fast`).
-{usage}
+{usage}{result}
 ## Training
 
 | option | value |
@@ -38,6 +39,55 @@ pipe.load_lora_weights("this folder")  # on the base model's diffusers pipeline
 ```
 """
 
+_RESULT = """
+In ComfyUI, AUTOMATIC1111 and other programs: put `{kohya}` into the folder of LoRAs. A strength below 1 takes a part of
+the effect. There are no trigger words.
+
+## Result
+
+Trained on `{base}` for the reward `{reward}`. Mean over {count} pictures of fixed prompts and seeds:
+
+| | before | after |
+|---|---|---|
+{scores}
+
+![The same prompts and seeds before (above) and after (below)]({picture})
+
+{number} prompts were trained on: {prompts}.
+"""
+_PROMPTS = 20  # that are listed, at most
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has to show.
+
+    base: the base model's name.
+    scores: (before, after) of the reward and of its parts. count: pictures that they are the means of. picture, kohya:
+    names of files beside the card.
+    """
+
+    base: str
+    reward: str
+    scores: Mapping[str, tuple[float, float]]
+    count: int
+    prompts: Sequence[str]
+    picture: str
+    kohya: str
+
+    def to_text(self) -> str:
+        listed = "; ".join(self.prompts[:_PROMPTS]) + ("; and more" if len(self.prompts) > _PROMPTS else "")
+        return _RESULT.format(
+            base=self.base,
+            reward=self.reward,
+            count=self.count,
+            scores="\n".join(f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in self.scores.items()),
+            picture=self.picture,
+            kohya=self.kohya,
+            number=len(self.prompts),
+            prompts=listed,
+        )
+
 
 def write_model_card(
     folder: str | Path,
@@ -48,6 +98,7 @@ def write_model_card(
     tags: Iterable[str],
     lora: bool,
     options: dict[str, object],
+    result: Result | None = None,
 ) -> Path:
     """Write `folder/README.md` and return its path. `base_model` is a Hub id, or None for a local folder."""
     from huggingface_hub import ModelCardData
@@ -60,6 +111,7 @@ def write_model_card(
         name=name,
         base=f" from [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
         usage=_LORA_USAGE if lora else "",
+        result=result.to_text() if result else "",
         options="\n".join(f"| {key} | {value} |" for key, value in options.items()),
     )
     folder = Path(folder)

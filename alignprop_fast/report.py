@@ -113,20 +113,21 @@ def save_before_after(path: str | Path, before: Pictures, after: Pictures, title
 
 
 def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]] = ()) -> None:
-    """The reward over the optimizer steps as a PNG: every step, smoothed, and each part in a panel of its own.
+    """The reward over the optimizer steps as a PNG: every step, smoothed; each part, the distance to the base model and
+    what is watched, where there are such, in panels of their own.
 
-    records: lines of metrics.jsonl (step, reward_mean, reward_std, reward_parts). samples: step and reward_mean of the
-    pictures with fixed prompts and seeds, where training's own prompts and noise do not blur what was learned.
+    records: lines of metrics.jsonl (step, reward_mean, reward_parts, base_mse). samples: step and reward_mean of the
+    pictures with fixed prompts and seeds, where training's own prompts and noise do not blur what was learned, and
+    "watch" (reward, diversity, parts).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = [record for record in records if record.get("reward_mean") is not None]
-    names = list(dict.fromkeys(name for record in records for name in record.get("reward_parts", {})))
-    names = names if len(names) > 1 else []
-    figure = Figure(figsize=(8, 4.2 + 1.9 * len(names)), dpi=120, layout="constrained")
+    curves = [*_part_curves(records), *_watch_curves(samples)]
+    figure = Figure(figsize=(8, 4.2 + 1.9 * len(curves)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1 + len(names), 1, sharex=True, squeeze=False, height_ratios=[2.2] + [1] * len(names))[
+    panels = figure.subplots(1 + len(curves), 1, sharex=True, squeeze=False, height_ratios=[2.2] + [1] * len(curves))[
         :, 0
     ]
     steps = [record["step"] for record in records]
@@ -144,11 +145,40 @@ def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: S
         )
     panels[0].set_title("Reward", loc="left", color=INK, fontweight="bold")
     panels[0].legend(frameon=False, labelcolor=INK, loc="best")
-    for panel, name in zip(panels[1:], names, strict=True):
-        _curve(panel, steps, [record.get("reward_parts", {}).get(name) for record in records], GREEN, name)
-        panel.set_title(f"{name} (unweighted)", loc="left", color=INK, fontsize=10)
+    for panel, (title, where, values, color) in zip(panels[1:], curves, strict=True):
+        _curve(panel, where, values, color, title)
+        panel.set_title(title, loc="left", color=INK, fontsize=10)
     panels[-1].set_xlabel("optimizer step", color=INK)
     save_figure(figure, Path(path))
+
+
+_Curve = tuple[str, list[int], list[float | None], str]  # title, steps, values, colour
+
+
+def _part_curves(records: Sequence[dict[str, Any]]) -> list[_Curve]:
+    """Each part of a reward that has several, and the distance to the base model where it was measured."""
+    steps = [record["step"] for record in records]
+    names = list(dict.fromkeys(name for record in records for name in record.get("reward_parts", {})))
+    curves: list[_Curve] = []
+    for name in names if len(names) > 1 else []:
+        values = [record.get("reward_parts", {}).get(name) for record in records]
+        curves.append((f"{name} (unweighted)", steps, values, GREEN))
+    distances = [record.get("base_mse") for record in records]
+    if any(distance is not None for distance in distances):
+        curves.append(("squared distance to the base model's output", steps, distances, GREY))
+    return curves
+
+
+def _watch_curves(samples: Sequence[dict[str, Any]]) -> list[_Curve]:
+    """The watched reward, its parts and the diversity, where something was watched."""
+    watched = [(record["step"], record["watch"]) for record in samples if record.get("watch")]
+    if not watched:
+        return []
+    steps = [step for step, _ in watched]
+    parts = list(dict.fromkeys(name for _, look in watched for name in look["parts"]))
+    curves: list[_Curve] = [("watched, not trained for", steps, [look["reward"] for _, look in watched], ORANGE)]
+    curves += [(f"watched: {name}", steps, [look["parts"].get(name) for _, look in watched], ORANGE) for name in parts]
+    return [*curves, ("watched: diversity", steps, [look["diversity"] for _, look in watched], ORANGE)]
 
 
 def smoothed(values: Sequence[float | None], share: float = 0.15) -> list[float]:

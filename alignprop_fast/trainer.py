@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,9 @@ from accelerate.utils import broadcast, set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.control import Stateful
 from alignprop_fast.flat_parameters import FlatParameters
-from alignprop_fast.generate import DifferentiableSampler, draw_gates, trl_gates
+from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
@@ -46,6 +48,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         sd_pipeline: a `DefaultDDPOStableDiffusionPipeline`.
         image_samples_hook: called as (pairs, global step, tracker or None) every `log_image_freq` steps; `pairs` holds
             images, prompts, prompt_metadata and rewards of the last micro-batch, detached.
+        stateful: objects, by name, whose state checkpoints keep and a resumed run gets back.
 
     Raises:
         ValueError, FileNotFoundError: an option that cannot work here, or a checkpoint that cannot be resumed from.
@@ -60,18 +63,20 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         prompt_function: Callable[[], tuple[str, Any]],
         sd_pipeline: Any,
         image_samples_hook: Callable[[dict[str, Any], int, Any], Any] | None = None,
+        stateful: Mapping[str, Stateful] | None = None,
     ):
         if not hasattr(sd_pipeline, "get_trainable_layers"):
             raise ValueError("sd_pipeline must be a DefaultDDPOStableDiffusionPipeline: give it your model's folder")
         self.config, self.sd_pipeline = config, sd_pipeline
         self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
+        self.stateful = dict(stateful or {})
         resume_from = find_resume(config)
-        self._gates()  # a truncation that cannot work is to fail here, before the model is placed
+        self._truncation()  # one that cannot work is to fail here, before the model is placed
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
         place_model(sd_pipeline, self.accelerator, config)
-        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha)
+        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         if config.adapter_dtype == "bf16":
             if not sd_pipeline.use_lora:
@@ -92,6 +97,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             config.sample_eta,
             config.memory_budget,
             guidance_rescale=config.guidance_rescale,
+            true_cfg_scale=config.true_cfg_scale,
             height=config.height,
             width=config.width,
             draw_unused_noise=True,
@@ -99,6 +105,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
             cache_text=config.cache_text,
             optimizer_bytes=optimizer_bytes(config.optimizer, [p.shape for p in self.trainable_layers], merge),
+            compare_with_base=config.kl_weight > 0,
         )
         # After the sampler, which lays convolutions out anew.
         self.weights = FlatParameters(self.trainable_layers, merge)
@@ -144,12 +151,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         batches: list[BatchMetrics] = []
         pairs: dict[str, Any] = {}
         for k in range(config.train_gradient_accumulation_steps):
-            if self.in_backward is None:
-                batch, pairs = with_less_memory(self.sampler, self._micro_batch)
-            else:  # what has been added to sums, or stepped, cannot be done once more
+            if self.in_backward is not None:
                 good = all(math.isfinite(earlier.loss) for earlier in batches)
                 self.in_backward.final = good and k == config.train_gradient_accumulation_steps - 1
-                batch, pairs = self._micro_batch()
+            batch, pairs = self._micro_batch()
             batches.append(batch)
         status, grad_norm = self._update(batches)
         self.steps_done += 1
@@ -189,25 +194,61 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
 
     def _micro_batch(self) -> tuple[BatchMetrics, dict[str, Any]]:
-        """Images, reward and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs."""
-        with self.autocast(), torch.enable_grad():
-            pairs = self._generate_samples(self.config.train_batch_size)
-            rewards, info = self._score(pairs)
-            loss = self.calculate_loss(rewards)
-            # A loss that is not finite makes the step void; its gradient is worth no time.
-            if loss.requires_grad and math.isfinite(loss.item()):
-                self.accelerator.backward(loss)
-        every_reward = self.accelerator.gather(rewards.detach()).float()
-        plan = self.sampler.plan
-        assert plan is not None
+        """Images, rewards and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs.
+
+        Each backward pass is a piece of work of its own: one that runs out of memory is repeated alone.
+        """
+        pairs, info, loss = self._repeatable(self._first_term)
+        plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
+        assert plan is not None and truncation is not None and latents is not None
+        base_mse = self.sampler.base_mse
+        for _ in range(truncation.renoisings):
+            loss += self._repeatable(partial(self._renoised_term, pairs, latents))
+        every_reward = self.accelerator.gather(pairs["rewards"]).float()
         batch = BatchMetrics(
             reward_mean=every_reward.mean().item(),
             reward_std=every_reward.std(correction=0).item(),
             reward_parts=reward_parts(info),
-            loss=self.accelerator.reduce(loss.detach().float(), "mean").item(),
+            loss=self.accelerator.reduce(loss, "mean").item(),
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
+            base_mse=None if base_mse is None else self.accelerator.reduce(base_mse.detach().float(), "mean").item(),
         )
-        return batch, {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}
+        if hasattr(self.reward_fn, "observe"):
+            parts = {name: part for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
+            self.reward_fn.observe({name: self.accelerator.gather(part) for name, part in parts.items()})
+        return batch, pairs
+
+    def _repeatable(self, work: Callable[[], Any]) -> Any:
+        if self.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
+            return work()
+        return with_less_memory(self.sampler, work)
+
+    def _first_term(self) -> tuple[dict[str, Any], Any, torch.Tensor]:
+        """Pairs with their rewards, detached; info; this term's share of the loss."""
+        with self.autocast(), torch.enable_grad():
+            pairs = self._generate_samples(self.config.train_batch_size)
+            rewards, info = self._score(pairs)
+            loss = self._backward(rewards)
+        return {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}, info, loss
+
+    def _renoised_term(self, pairs: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        """The share of the loss of the same pictures, noised and denoised by the last step."""
+        prompts, metadata = list(pairs["prompts"]), pairs["prompt_metadata"]
+        with self.autocast(), torch.enable_grad():
+            images = self.sampler.renoise(latents, prompts, self.config.negative_prompts, metadata=metadata)
+            return self._backward(self.compute_rewards({**pairs, "images": images}))
+
+    def _backward(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Backward of one of the losses whose mean counts; returns its share, detached, fp32."""
+        assert self.sampler.truncation is not None
+        loss = self.calculate_loss(rewards)
+        if self.sampler.base_mse is not None:
+            loss = loss + self.config.kl_weight * self.sampler.base_mse
+        loss = loss / (1 + self.sampler.truncation.renoisings)
+        # A loss that is not finite makes the step void; its gradient is worth no time.
+        if loss.requires_grad and math.isfinite(loss.item()):
+            self.accelerator.backward(loss)
+        return loss.detach().float()
 
     def _update(self, batches: list[BatchMetrics]) -> tuple[str, float]:
         """Clip and step, or skip; returns (status, gradient norm before clipping)."""
@@ -276,17 +317,22 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             )
         if self.accelerator.num_processes > 1 or self.accelerator.scaler is not None:
             raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
+        if (self.config.truncation or "").startswith("lv:"):
+            raise ValueError(
+                "optimizer_in_backward steps in one backward pass, and truncation lv:N has several: use last:1"
+            )
 
-    def _gates(self) -> tuple[int, ...]:
+    def _truncation(self) -> Truncation:
         config = self.config
         if config.truncation is not None:
-            return draw_gates(config.truncation, config.sample_num_steps)
-        return trl_gates(
+            return draw_truncation(config.truncation, config.sample_num_steps)
+        gates = trl_gates(
             config.sample_num_steps,
             config.truncated_backprop_rand,
             config.truncated_backprop_timestep,
             config.truncated_rand_backprop_minmax,
         )
+        return Truncation(gates)
 
     def _generate_samples(
         self, batch_size: int, with_grad: bool = True, prompts: list[str] | None = None
@@ -297,12 +343,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         else:
             drawn, metadata = tuple(prompts), tuple({} for _ in prompts)
         with torch.set_grad_enabled(with_grad):
-            images = self.sampler(
-                list(drawn),
-                self.config.negative_prompts,
-                grad_steps=self._gates() if with_grad else (),
-                metadata=metadata,
-            )
+            truncation = self._truncation() if with_grad else Truncation(())
+            images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation, metadata=metadata)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 
     def save_checkpoint(self) -> Path:

@@ -67,6 +67,7 @@ def save_training(trainer: AlignPropTrainer) -> Path:
             moments = {"optimizer": trainer.optimizer.state_dict(), "scaler": scaler and scaler.state_dict()}
             torch.save(moments, folder / "optimizer.pt")
             torch.save(rng_states, folder / "rng.pt")
+            torch.save({name: owner.state_dict() for name, owner in trainer.stateful.items()}, folder / "stateful.pt")
             (folder / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
 
         keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit
@@ -88,6 +89,7 @@ def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
     try:
         moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         rng_states = torch.load(folder / "rng.pt", map_location="cpu", weights_only=True)
+        owned = torch.load(folder / "stateful.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"checkpoint {folder} cannot be read by this torch: resume with the one that wrote it"
@@ -96,6 +98,9 @@ def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
     trainer.optimizer.load_state_dict(moments["optimizer"])
     if trainer.accelerator.scaler is not None and moments["scaler"]:
         trainer.accelerator.scaler.load_state_dict(moments["scaler"])
+    for name, owner in trainer.stateful.items():
+        if name in owned:  # what an option of this run has added begins anew
+            owner.load_state_dict(owned[name])
     for name in _COUNTERS:
         setattr(trainer, name, state[name])
     trainer.first_epoch = trainer.steps_done

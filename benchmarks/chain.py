@@ -68,7 +68,6 @@ def measure(pipe: Any, args: argparse.Namespace, budget: str | None) -> dict[str
         pipe.unet.zero_grad()
 
     step()
-    weights_bytes = sampler._weight_bytes()
     with PeakMeter(sampler.model.device) as meter:
         step()
     seconds = []
@@ -80,13 +79,14 @@ def measure(pipe: Any, args: argparse.Namespace, budget: str | None) -> dict[str
         seconds.append(time.perf_counter() - start)
     plan = sampler.plan
     assert plan is not None
+    weights = [t for module in sampler.model.modules() for t in (*module.parameters(), *module.buffers())]
     return {
         "budget": budget or "none",
         "resident": len(plan.resident_steps),
         "replayed": len(plan.replayed_steps),
-        "decoder": plan.decoder_options["decoder"],
+        "decoder": plan.decoder.name,
         "predicted_bytes": plan.peak_bytes,
-        "measured_bytes": weights_bytes + meter.peak_bytes,
+        "measured_bytes": sum(t.numel() * t.element_size() for t in weights) + meter.peak_bytes,
         "predicted_seconds": round(plan.seconds, 3),
         "median_seconds": round(statistics.median(seconds), 3),
         "spread_seconds": round(max(seconds) - min(seconds), 3),

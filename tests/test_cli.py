@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alignprop_fast.cli import main
 
 TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu")
 WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA = "kohya_lora_weights.safetensors"
 
 
 def snapshot(folder):
@@ -71,7 +73,7 @@ def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_pat
     assert "sample prompts" in printed and "step 3/3" in printed
     assert {path.name for path in out.iterdir()} == {
         *(WEIGHTS, "metrics.jsonl", "samples", "reward.png", "before_after.png", "checkpoints"),
-        *("config.yaml", "versions.json"),
+        *("config.yaml", "versions.json", "README.md", KOHYA),
     }
     assert {path.name for path in (out / "samples").glob("*.png")} == {f"step_000{i}.png" for i in (0, 2, 3)}
     assert [record["step"] for record in records(out)] == [1, 2, 3]
@@ -86,6 +88,14 @@ def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_pat
     assert {file.read_bytes() for file in folders[0].iterdir()} != {file.read_bytes() for file in folders[1].iterdir()}
     tiny_sd.load_lora_weights(out)
     assert any(p.abs().max() > 0 for name, p in tiny_sd.unet.named_parameters() if "lora_B" in name)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and "before_after.png" in card and "`colorfulness:2,compressibility`" in card
+    assert KOHYA in card and "load_lora_weights" in card and str(tmp_path) not in card
+    assert str(tiny_sd_folder.parent) not in card and f"| model | {tiny_sd_folder.name} |" in card
+    with safe_open(out / KOHYA, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_steps"] == metadata["alignprop_steps"] == "3"
+    assert metadata["alignprop_base_model"] == tiny_sd_folder.name and str(tmp_path) not in str(metadata)
     # `sample` with those adapters draws the very pictures of the last step.
     code, _, err = command(
         *("sample", "--model", tiny_sd_folder, "--lora", out, "--prompts", "demo", "--output-dir", tmp_path / "s"),
@@ -111,7 +121,7 @@ def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tin
         stream.write(json.dumps({**records(parts)[-1], "step": 3}) + '\n{"step": 4, "rew')
     code, _, err = command("train", "--resume", "--steps", 4, "--output-dir", parts)
     assert (code, err) == (0, "")
-    for name in (WEIGHTS, "samples/samples.jsonl", "samples/step_0004.png", "before_after.png"):
+    for name in (WEIGHTS, KOHYA, "samples/samples.jsonl", "samples/step_0004.png", "before_after.png"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     assert without_times(parts) == without_times(whole)
     assert (parts / WEIGHTS).read_bytes() != before[parts / WEIGHTS]
@@ -207,6 +217,13 @@ BAD = {
     "no learning rate": (["--learning-rate", "nan"], "--learning-rate is nan: use a number above 0"),
     "unknown optimizer": (["--optimizer", "adam"], "adamw8bit"),
     "unknown truncation": (["--truncation", "first:3"], "last:K"),
+    "nothing to watch": (["--patience", "2"], "add --watch-reward"),
+    "weights of nothing": (["--diversity-model", "{tmp}/none"], "add --watch-reward"),
+    "unknown watched reward": (["--watch-reward", "clap"], "did you mean 'clip'"),
+    "no watched prompts": (["--watch-reward", "clip", "--watch-prompts", "{tmp}/none.txt"], "no prompts file"),
+    "no patience": (["--watch-reward", "clip", "--patience", "0"], "--patience"),
+    "negative weight": (["--kl-weight", "-1"], "--kl-weight"),
+    "endless weight": (["--kl-weight", "inf"], "--kl-weight is inf: use 0 (off) or more"),
     "too long truncation": (["--truncation", "last:3"], "use 1 to 2"),
     "odd size": (["--height", "13"], "multiple of 8"),
     "no guidance": (["--guidance-scale", "nan"], "--guidance-scale"),
@@ -366,3 +383,63 @@ def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
     assert (tmp_path / "demo" / "before_after.png").is_file() and (tmp_path / "demo" / WEIGHTS).is_file()
     assert "the bundled model learns" in out and "seconds in all" in out
     assert command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")[0] == 2
+
+
+WATCHED = """
+def falls(images, prompts, metadata):
+    # What is watched: the darker the worse, so that training for brightness pleases it, and for darkness not.
+    return images.mean(dim=(1, 2, 3)), {}
+def darkness(images, prompts, metadata):
+    return -images.mean(dim=(1, 2, 3)), {}
+"""
+
+
+def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
+    command, tiny_sd, tiny_sd_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "watched_of_test.py").write_text(WATCHED)
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", tiny_sd_folder, "--reward", "watched_of_test:darkness", *TINY, "--learning-rate", "1e-2")
+    options = (*options, "--watch-reward", "watched_of_test:falls", "--watch-prompts", "demo", "--watch-pictures", 4)
+    options = (*options, "--sample-every", 2, "--save-every", 3, "--patience", 2)
+    whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
+    code, printed, err = command("train", *options, "--max-drop", 0.01, "--steps", 20, "--output-dir", whole)
+    assert (code, err) == (0, "")
+    samples = [json.loads(line) for line in (whole / "samples" / "samples.jsonl").read_text().splitlines()]
+    scores = [sample["watch"]["reward"] for sample in samples]
+    ended = samples[-1]["step"]
+    assert records(whole)[-1]["step"] == ended
+    good = [score >= max(scores[: i + 1]) - 0.01 for i, score in enumerate(scores)]
+    assert good[-3:] == [True, False, False]
+    kept = samples[-3]["step"]
+    assert f"stopped after step {ended}: the adapters of step {kept} are kept" in printed
+    assert 0 < kept < ended < 20
+    # The LoRA that is written is that of a run of so many steps which nobody watched.
+    unwatched = options[: options.index("--watch-reward")]
+    assert command("train", *unwatched, "--steps", kept, "--output-dir", plain)[0] == 0
+    written, expected = load_file(whole / WEIGHTS), load_file(plain / WEIGHTS)
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    # Interrupted in between and resumed, and resumed once more when it has stopped already.
+    assert command("train", *options, "--max-drop", 0.01, "--steps", 3, "--output-dir", parts)[0] == 0
+    for _ in range(2):
+        assert command("train", "--resume", "--steps", 20, "--output-dir", parts)[0] == 0
+        assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+        assert (parts / "before_after.png").read_bytes() == (whole / "before_after.png").read_bytes()
+        assert records(parts)[-1]["step"] == ended
+
+
+def test_a_normalised_mixture_resumes_exactly(command, tiny_sd_folder, tmp_path):
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness,compressibility:2", "--learning-rate", "1e-2")
+    options = (*options, *TINY, "--sample-every", 10, "--save-every", 2)
+    whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
+    assert command("train", *options, "--normalise-rewards", "--steps", 4, "--output-dir", whole)[0] == 0
+    assert command("train", *options, "--steps", 4, "--output-dir", plain)[0] == 0
+    assert command("train", *options, "--normalise-rewards", "--steps", 2, "--output-dir", parts)[0] == 0
+    assert command("train", "--resume", "--steps", 4, "--output-dir", parts)[0] == 0
+    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes() != (plain / WEIGHTS).read_bytes()
+    first = records(whole)[0]
+    parts_mean = first["reward_parts"]
+    assert first["reward_mean"] == pytest.approx(
+        parts_mean["colorfulness"] + 2 * parts_mean["compressibility"], rel=1e-5
+    )
+    assert first["grad_norm"] != pytest.approx(records(plain)[0]["grad_norm"], rel=1e-2)

@@ -4,7 +4,9 @@ Tolerances: images and gradients of fp32 chains differ by rounding alone. Measur
 relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten times that. The contract is 1e-3.
 """
 
+import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
-from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.generate import DifferentiableSampler, Truncation
+from alignprop_fast.models.surgery import take_ops_out
 from alignprop_fast.planner import BudgetInfeasible, Plan, StageChoice
 from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, HostPool, Offloader, PeakMeter
 
@@ -48,8 +51,25 @@ def reward(images):
     return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
 
 
-def plain_chain(pipe, grad_steps, scale, eta, rescale=0.0, seed=5, negative=None, latents=None):
-    """Images by the same chain, written with diffusers' scheduler and plain autograd."""
+def plain_chain(
+    pipe,
+    grad_steps,
+    scale,
+    eta,
+    rescale=0.0,
+    seed=5,
+    negative=None,
+    latents=None,
+    stop_input=False,
+    last=None,
+    again=0,
+):
+    """Images by the same chain, written with diffusers' scheduler and plain autograd.
+
+    stop_input: nothing flows through the network's input. last: a step that predicts x0, where the chain ends.
+    again: images of so many noisings of the final latents, denoised by the last step, too (in a list, after the
+    chain's).
+    """
     with torch.no_grad():
         if hasattr(pipe, "text_encoder_2"):
             cond, uncond, pooled, neg_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=negative)
@@ -64,21 +84,35 @@ def plain_chain(pipe, grad_steps, scale, eta, rescale=0.0, seed=5, negative=None
     x = latents if latents is not None else torch.randn(2, 4, size, size, generator=generator)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    for i, t in enumerate(scheduler.timesteps):
+
+    def predict(x, t):
         y = pipe.unet(torch.cat([x, x]), t, torch.cat([uncond, cond]), added_cond_kwargs=added).sample
-        y = y if i in grad_steps else y.detach()
         y_uncond, y_cond = y.chunk(2)
         y = y_uncond + scale * (y_cond - y_uncond)
-        y = rescale_noise_cfg(y, y_cond, rescale) if rescale else y
-        x = scheduler.step(y, t, x, eta=eta, generator=generator).prev_sample
-    return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        return rescale_noise_cfg(y, y_cond, rescale) if rescale else y
+
+    def decode(x):
+        return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+    for i, t in enumerate(scheduler.timesteps if last is None else scheduler.timesteps[: last + 1]):
+        y = predict(x.detach() if stop_input else x, t)
+        y = y if i in grad_steps else y.detach()
+        step = scheduler.step(y, t, x, eta=eta, generator=generator)
+        x = step.pred_original_sample if i == last else step.prev_sample
+    if not again:
+        return decode(x)
+    images, t = [decode(x)], scheduler.timesteps[-1]
+    for _ in range(again):
+        noised = scheduler.add_noise(x.detach(), torch.randn(x.shape, generator=generator), t)
+        images.append(decode(scheduler.step(predict(noised, t), t, noised).pred_original_sample))
+    return images
 
 
-def gradients(pipe, images):
+def gradients(pipe, images, more=0.0):
     named = {n: p for n, p in pipe.unet.named_parameters() if p.requires_grad}
     for parameter in named.values():
         parameter.grad = None
-    reward(images).backward()
+    (reward(images) + more).backward()
     return {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
 
 
@@ -140,6 +174,94 @@ def test_gradients_equal_plain_autograd(pipe, grad_steps, kind, eta, scale, resc
     images = sampler(PROMPTS, ["dog", "cat"], generator, plan=make_plan(kind, grad_steps))
     assert (images - theirs_images).abs().max() < 1e-5
     assert_equal_gradients(gradients(pipe, images), theirs)
+
+
+@pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
+@pytest.mark.parametrize(
+    ("truncation", "eta"),
+    [
+        (Truncation((1, 3), input_gradient=False), 0.5),
+        (Truncation((0, 2), input_gradient=False, last_step=2), 1.0),  # as drtune draws
+        (Truncation((0, 1), input_gradient=False, last_step=2), 0.0),  # the end is a step without gradient
+        (Truncation((3,), last_step=3), 0.0),  # as refl draws
+        (Truncation((2,), last_step=2), 1.0),
+    ],
+)
+def test_gradients_of_other_truncations_equal_plain_autograd(tiny_sd, kind, truncation, eta):
+    add_adapters(tiny_sd)
+    last = truncation.last_step
+    plain = plain_chain(tiny_sd, truncation.grad_steps, 5.0, eta, stop_input=not truncation.input_gradient, last=last)
+    theirs = gradients(tiny_sd, plain)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, eta)
+    plan = replace(make_plan(kind, truncation.grad_steps), num_steps=STEPS if last is None else last + 1)
+    generator = torch.Generator().manual_seed(5)
+    images = sampler(PROMPTS, None, generator, plan=plan, truncation=truncation)
+    assert (images - plain).abs().max() < 1e-5
+    assert_equal_gradients(gradients(tiny_sd, images), theirs)
+
+
+def test_renoised_pictures_equal_plain_autograd(tiny_sd):
+    """DRaFT-LV: the pictures of the chain and of each noising, and the mean of all their gradients."""
+    add_adapters(tiny_sd)
+    plain = plain_chain(tiny_sd, (3,), 5.0, 0.0, again=2)
+    theirs = gradients(tiny_sd, torch.stack(plain).flatten(0, 1))
+    sampler, generator = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.0), torch.Generator().manual_seed(5)
+    images = [sampler(PROMPTS, None, generator, truncation="lv:2")]
+    assert sampler.truncation.renoisings == 2
+    latents = sampler.latents
+    images += [sampler.renoise(latents, PROMPTS, None, generator) for _ in range(2)]
+    assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(images, plain, strict=True))
+    assert_equal_gradients(gradients(tiny_sd, torch.stack(images).flatten(0, 1)), theirs)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ops in", "ops out"])
+@pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
+def test_distance_to_the_base_model_equals_plain_autograd(tiny_sd, kind, stock):
+    """Value and gradient of reward and regulariser together; the reference never runs with adapters switched off."""
+    base = copy.deepcopy(tiny_sd.unet)
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.5, compare_with_base=True)
+    if stock:
+        take_ops_out(tiny_sd.unet)
+    inputs = []
+    hook = tiny_sd.unet.register_forward_hook(
+        lambda unet, args, kwargs, out: inputs.append((args, kwargs, out)), with_kwargs=True
+    )
+    plain = plain_chain(tiny_sd, (1, 3), 5.0, 0.5)
+    distances = []
+    for i in (1, 3):
+        (x, t, embeds), kwargs, _ = inputs[i]
+        ours = tiny_sd.unet(x.detach(), t, embeds, **kwargs).sample
+        uncond, cond = (ours - base(x.detach(), t, embeds, **kwargs).sample).chunk(2)
+        distances.append((uncond + 5.0 * (cond - uncond)).square().mean())
+    hook.remove()
+    expected = sum(distances) / 2
+    theirs = gradients(tiny_sd, plain, 1000 * expected)
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=make_plan(kind, (1, 3)))
+    assert expected > 1e-4 and sampler.base_mse.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert_equal_gradients(gradients(tiny_sd, images, 1000 * sampler.base_mse), theirs)
+    assert all(parameter.requires_grad for parameter in sampler.model.trainable())
+    tiny_sd.unet.zero_grad()
+
+
+def test_adapters_that_change_nothing_are_no_distance_away(tiny_sd):
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    sampler = DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+    sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0
+    with torch.no_grad():
+        sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0 and not sampler.base_mse.requires_grad
+
+
+def test_a_comparison_with_the_base_model_needs_adapters(tiny_sd):
+    with pytest.raises(ValueError, match="add a LoRA"):
+        DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+
+
+def test_two_ways_to_name_the_gradient_steps_are_refused(tiny_sd):
+    with pytest.raises(ValueError, match="give one of them"):
+        DifferentiableSampler(tiny_sd, STEPS)(PROMPTS, grad_steps=(1,), truncation="full")
 
 
 def test_every_plan_gives_the_same_bits(pipe):

@@ -18,19 +18,8 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    "checkpoint",
-    "config",
-    "data",
-    "flat_parameters",
-    "metrics",
-    "model_card",
-    "optim",
-    "optimizer_in_backward",
-    "out_of_memory",
-    "placement",
-    "processes",
-    "report",
-    "stochastic_rounding",
+    *("checkpoint", "config", "control", "data", "flat_parameters", "metrics", "model_card", "optim"),
+    *("optimizer_in_backward", "out_of_memory", "placement", "processes", "report", "stochastic_rounding"),
     "training_state",
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
@@ -45,6 +34,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "generate": ({"models", "sampling", "runtime", "planner", "cost_table"}, {"torch"}),
     "cost_table": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
     "evaluate": ({"generate", "rewards"}, {"torch"}),
+    "tracking": (set(), {"numpy", "PIL"}),
+    "watch": ({"evaluate", "generate", "rewards"}, {"torch"}),
+    "report_plan": ({"planner", "report"}, set()),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
         {"generate", "rewards", "planner", "trainer", *TRAINER},

@@ -106,6 +106,20 @@ def test_the_curve_shows_rewards_and_parts(tmp_path):
     )
 
 
+def test_what_is_watched_and_the_distance_to_the_base_model_have_panels(tmp_path):
+    records = [{"step": i, "reward_mean": 0.1 * i, "reward_parts": {"a": 1.0}} for i in range(1, 9)]
+    look = {"reward": 0.5, "diversity": 0.2, "parts": {}}
+    samples = [{"step": i, "reward_mean": 0.1 * i, "watch": look} for i in (0, 4, 8)]
+    plot_rewards(tmp_path / "plain.png", records, [{"step": 0, "reward_mean": 0.1}])
+    plot_rewards(tmp_path / "watched.png", records, samples)
+    plot_rewards(tmp_path / "base.png", [{**record, "base_mse": 0.1} for record in records], samples)
+    heights = [Image.open(tmp_path / f"{name}.png").height for name in ("plain", "watched", "base")]
+    assert heights[1] - heights[0] == pytest.approx(2 * (heights[2] - heights[1]), abs=2)
+    assert heights[2] > heights[1]
+    orange = [dark_pixels(tmp_path / f"{name}.png", (224, 123, 39)) for name in ("plain", "watched")]
+    assert orange[1] > 500 + orange[0]
+
+
 def test_no_global_state_of_matplotlib_is_touched(tmp_path):
     code = (
         "import sys; from alignprop_fast.report import plot_rewards;"

@@ -1,4 +1,4 @@
-"""The pipeline class of trl's AlignProp scripts, for Stable Diffusion and SDXL alike."""
+"""The pipeline class of trl's AlignProp scripts, for every model alike."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from alignprop_fast.models.lora import (
     train_loaded_lora,
     trainable_in_fp32,
 )
+from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class DefaultDDPOStableDiffusionPipeline:
         pretrained_model_name: a folder in the diffusers format, a Hub id, or "demo". LoRA weights that lie in the
             folder beside the model are loaded, and training goes on from them.
         pretrained_model_revision: of a Hub model.
-        use_lora: train adapters; otherwise the whole UNet. True in any case where the folder holds LoRA weights.
+        use_lora: train adapters; otherwise the whole denoiser. True in any case where the folder holds LoRA weights.
+        scheduler, model_config: as in `load_pipeline`.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -42,21 +44,30 @@ class DefaultDDPOStableDiffusionPipeline:
     """
 
     def __init__(
-        self, pretrained_model_name: str | Path, *, pretrained_model_revision: str = "main", use_lora: bool = True
+        self,
+        pretrained_model_name: str | Path,
+        *,
+        pretrained_model_revision: str = "main",
+        use_lora: bool = True,
+        scheduler: str = "auto",
+        model_config: str | Path | None = None,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
-        self.sd_pipeline = load_pipeline(pretrained_model_name, revision=pretrained_model_revision)
+        self.sd_pipeline = load_pipeline(
+            pretrained_model_name, revision=pretrained_model_revision, scheduler=scheduler, model_config=model_config
+        )
         folder = Path(pretrained_model_name).expanduser()
         if (folder / WEIGHTS_NAME).is_file():
             load_lora(self.sd_pipeline, folder)
             self.use_lora = True
             logger.info("training goes on from the LoRA weights in %s", folder)
-        # trl's chain ends at the first training timestep, never at alpha = 1.
-        scheduler = self.sd_pipeline.scheduler
-        self.sd_pipeline.scheduler = type(scheduler).from_config(scheduler.config, set_alpha_to_one=False)
-        self.sd_pipeline.unet.requires_grad_(not self.use_lora)
+        own = self.sd_pipeline.scheduler
+        if type(own).__name__ == "DDIMScheduler":
+            # trl's chain ends at the first training timestep, never at alpha = 1.
+            self.sd_pipeline.scheduler = type(own).from_config(own.config, set_alpha_to_one=False)
+        self.unet.requires_grad_(not self.use_lora)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with diffusers' own pipeline (its arguments, its output), without gradient."""
@@ -66,7 +77,8 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def unet(self) -> Any:
-        return self.sd_pipeline.unet
+        """The denoiser: SD's UNet, or the transformer of SD3 and FLUX."""
+        return denoiser(self.sd_pipeline)
 
     @property
     def vae(self) -> nn.Module:
@@ -86,9 +98,9 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """Every text encoder: one for Stable Diffusion, two for SDXL."""
-        second = getattr(self.sd_pipeline, "text_encoder_2", None)
-        return [self.text_encoder] if second is None else [self.text_encoder, second]
+        """Every text encoder: one for Stable Diffusion, two for SDXL and FLUX, three for SD3."""
+        parts = self.sd_pipeline.components
+        return [parts[name] for name in parts if name.startswith("text_encoder") and parts[name] is not None]
 
     @property
     def autocast(self) -> Callable[[], Any] | None:
@@ -111,14 +123,14 @@ class DefaultDDPOStableDiffusionPipeline:
         self.unet.to(dtype)
         quantize_linears(self.unet, kind, device, dtype)
 
-    def get_trainable_layers(self, rank: int = 4, alpha: float = 4) -> Any:
-        """The UNet, its trainable parameters in fp32: adapters (new ones of that rank, or those loaded) or all."""
+    def get_trainable_layers(self, rank: int = 4, alpha: float = 4, targets: str = "attention") -> Any:
+        """The denoiser, its trainable parameters in fp32: adapters (new ones of that rank, or those loaded) or all."""
         if not self.use_lora:
             trainable_in_fp32(self.unet)
         elif has_lora(self.sd_pipeline):
             train_loaded_lora(self.sd_pipeline)
         else:
-            add_lora(self.sd_pipeline, rank, alpha)
+            add_lora(self.sd_pipeline, rank, alpha, targets)
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
@@ -133,16 +145,16 @@ class DefaultDDPOStableDiffusionPipeline:
             self.sd_pipeline.save_pretrained(output_dir)
             return
         save_lora(self.sd_pipeline, output_dir)
-        parts = {**self.sd_pipeline.components, "unet": _without_adapters(self.unet)}
+        parts = {**self.sd_pipeline.components, self._denoiser_name: _without_adapters(self.unet)}
         type(self.sd_pipeline)(**parts).save_pretrained(output_dir)
 
     def save_checkpoint(self, models: list[nn.Module], weights: list[Any], output_dir: str | Path) -> None:
-        """Write the trained weights into a checkpoint folder: the adapters, or the UNet under `unet/`."""
+        """Write the trained weights into a checkpoint folder: the adapters, or the denoiser under its name."""
         self._check_models(models)
         if self.use_lora:
             save_lora(self.sd_pipeline, output_dir)
         else:
-            self.unet.save_pretrained(Path(output_dir) / "unet")
+            self.unet.save_pretrained(Path(output_dir) / self._denoiser_name)
 
     def load_checkpoint(self, models: list[nn.Module], input_dir: str | Path) -> None:
         """Read back what `save_checkpoint` wrote, into the parameters that are there.
@@ -154,12 +166,16 @@ class DefaultDDPOStableDiffusionPipeline:
         if self.use_lora:
             load_lora(self.sd_pipeline, input_dir)
             return
-        saved = type(self.unet).from_pretrained(Path(input_dir) / "unet", local_files_only=True)
+        saved = type(self.unet).from_pretrained(Path(input_dir) / self._denoiser_name, local_files_only=True)
         self.unet.load_state_dict(saved.state_dict())
+
+    @property
+    def _denoiser_name(self) -> str:
+        return denoiser_name(self.sd_pipeline)
 
     def _check_models(self, models: list[nn.Module]) -> None:
         if len(models) != 1 or models[0] is not self.unet:
-            raise ValueError("a checkpoint holds one model, this pipeline's UNet: pass [pipeline.unet]")
+            raise ValueError("a checkpoint holds one model, this pipeline's denoiser: pass [pipeline.unet]")
 
 
 def _without_adapters(unet: Any) -> Any:

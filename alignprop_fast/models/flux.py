@@ -27,10 +27,6 @@ class FluxAdapter(PipelineAdapter):
         return self.pipe.transformer
 
     @property
-    def native_side(self) -> int:
-        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
-
-    @property
     def size_multiple(self) -> int:
         return 2 * self.pipe.vae_scale_factor
 

@@ -1,7 +1,8 @@
 """A diffusers pipeline seen as a chain: text in, prediction per step, image out. What all models have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignprop_fast.models.banded_decoder import banded_stages
@@ -70,11 +72,6 @@ class PipelineAdapter(ABC):
         return self.pipe.vae
 
     @property
-    @abstractmethod
-    def native_side(self) -> int:
-        """Side in pixels of the square pictures that the model was trained for."""
-
-    @property
     def size_multiple(self) -> int:
         """What the sides of a picture must be multiples of, in pixels."""
         return 8
@@ -121,6 +118,24 @@ class PipelineAdapter(ABC):
             raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
+    def has_adapters(self) -> bool:
+        """Whether the denoiser is a base model with PEFT adapters on it."""
+        return any(isinstance(module, BaseTunerLayer) for module in self.denoiser.modules())
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside the block the denoiser is the base model: PEFT's adapters are left out of every forward pass."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer.disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                # The flag alone: `enable_adapters` also rewrites requires_grad, which a chain under way relies on.
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, was_off in zip(layers, before, strict=True):
+                layer._disable_adapters = was_off
+
     def modules(self) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs."""
         return [self.denoiser, self.pipe.vae, *self._text_encoders()]
@@ -131,7 +146,8 @@ class PipelineAdapter(ABC):
         Raises:
             ValueError: a side that does not divide into latents and patches.
         """
-        size = (height or self.native_side, width or self.native_side)
+        own = native_side(self.pipe)
+        size = (height or own, width or own)
         if size[0] % self.size_multiple or size[1] % self.size_multiple:
             raise ValueError(
                 f"image size {size[0]} x {size[1]} is not a multiple of {self.size_multiple} pixels: round it"
@@ -193,6 +209,12 @@ class PipelineAdapter(ABC):
     def decoder_segments(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
+
+
+def native_side(pipe: Any) -> int:
+    """Side in pixels of the square pictures that a pipeline's model was trained for."""
+    latents = pipe.unet.config.sample_size if "unet" in pipe.components else pipe.default_sample_size
+    return latents * pipe.vae_scale_factor
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

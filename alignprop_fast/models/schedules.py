@@ -41,7 +41,9 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
             f"{type(scheduler).__name__} is not supported here: use {', '.join(known)}, for example pipe.scheduler = "
             f"{first}.from_config(pipe.scheduler.config)"
         )
-    if config.get("thresholding") or config.get("clip_sample"):
+    # A config may carry options of another class that this one does not know.
+    clips = {"ddim": ("clip_sample", "thresholding"), "dpm++2m": ("thresholding",)}
+    if any(config.get(option) for option in clips.get(name, ())):
         raise ValueError(
             "the scheduler clips its estimate of the image, which latent models must not do: set "
             "clip_sample=False and thresholding=False, e.g. DDIMScheduler.from_config(config, clip_sample=False)"

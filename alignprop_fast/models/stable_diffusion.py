@@ -27,10 +27,6 @@ class StableDiffusionAdapter(PipelineAdapter):
     def denoiser(self) -> nn.Module:
         return self.pipe.unet
 
-    @property
-    def native_side(self) -> int:
-        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-
     @torch.no_grad()
     def encode(
         self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]

@@ -22,10 +22,6 @@ class StableDiffusion3Adapter(PipelineAdapter):
         return self.pipe.transformer
 
     @property
-    def native_side(self) -> int:
-        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
-
-    @property
     def size_multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.patch_size
 

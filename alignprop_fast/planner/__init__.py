@@ -1,6 +1,7 @@
 """From a cost table and a memory budget to a plan. Standard library and numpy: plans anywhere, for any machine."""
 
-from alignprop_fast.planner.budget import BudgetInfeasible, format_bytes, parse_bytes
+from alignprop_fast.planner.budget import BudgetInfeasible, budget_on, format_bytes, parse_bytes
+from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest, option_of
 from alignprop_fast.planner.scale import largest_batch, scaled
@@ -21,6 +22,8 @@ __all__ = [
     "Solver",
     "Stage",
     "StageChoice",
+    "budget_on",
+    "by_group",
     "find_gpu",
     "format_bytes",
     "largest_batch",
@@ -29,9 +32,11 @@ __all__ = [
     "option_of",
     "parse_bytes",
     "price",
+    "ranges",
     "roofline_seconds",
     "save_table",
     "scaled",
     "simulate",
     "solve",
+    "summary",
 ]

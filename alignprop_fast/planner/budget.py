@@ -5,6 +5,11 @@ from collections.abc import Sequence
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+# What CUDA itself takes of a GPU for a process, and libraries' handles.
+CONTEXT_BYTES = 2**29
+# A card of "24 GB" has 22.0 to 23.6 GiB for programs.
+_BOX_FRACTION = 1.1
+
 
 class BudgetInfeasible(ValueError):
     """No plan keeps the budget; `smallest_bytes` is the least that would do. The message names it and what lowers it.
@@ -36,6 +41,32 @@ def parse_bytes(size: int | str) -> int:
     if size_bytes <= 0:
         raise ValueError(f"memory budget {size!r} must be more than zero, for example 24GiB")
     return size_bytes
+
+
+def budget_on(
+    device: str, memory_bytes: int, wanted_bytes: int | None, context_bytes: int = CONTEXT_BYTES
+) -> tuple[int, str]:
+    """The memory budget on a device, and a note where it is less than was wanted.
+
+    Without a wish it is all of the memory but what the context takes. Sizes on boxes are rounded up: a wish that is
+    over by no more than that is held to what there is.
+
+    Raises:
+        ValueError: more was wanted than the device has.
+    """
+    usable_bytes = memory_bytes - context_bytes
+    if wanted_bytes is None or wanted_bytes <= usable_bytes:
+        return (usable_bytes if wanted_bytes is None else wanted_bytes), ""
+    if wanted_bytes > _BOX_FRACTION * memory_bytes:
+        raise ValueError(
+            f"a memory budget of {format_bytes(wanted_bytes)} is more than {device} has "
+            f"({format_bytes(memory_bytes)}): use at most {format_bytes(usable_bytes)}, or another device"
+        )
+    context = f", of which CUDA itself takes about {format_bytes(context_bytes)}" if context_bytes else ""
+    return usable_bytes, (
+        f"{device} has {format_bytes(memory_bytes)}{context}: "
+        f"the budget of {format_bytes(wanted_bytes)} is held to {format_bytes(usable_bytes)}"
+    )
 
 
 def format_bytes(size_bytes: float, up: bool = False) -> str:

@@ -1,13 +1,11 @@
 """A plan: which gradient steps keep their activations, which are replayed, and which option each segment takes."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from alignprop_fast.planner.budget import format_bytes
-
-EVERY_SEGMENT = "*"
+from alignprop_fast.planner.describe import EVERY_SEGMENT, by_group, ranges, summary
 
 
 def option_of(options: Mapping[str, str], segment: str, default: str = "keep") -> str:
@@ -58,37 +56,43 @@ class Plan:
             raise ValueError("a plan needs one mapping of options for each resident step")
 
     def explain(self) -> str:
-        """The plan in words: budget, peak and where it lies, what is kept and what is replayed."""
+        """The plan in words: peak and budget, time, which steps are resident or replayed and how, peak by phase and by
+        kind of memory."""
         resident, replayed = len(self.resident_steps), len(self.replayed_steps)
         rest = self.num_steps - resident - replayed
         lines = [
-            f"{self.num_steps} steps: {resident} resident{_ranges(self.resident_steps)}, "
-            f"{replayed} replayed{_ranges(self.replayed_steps)}, {rest} without gradient",
+            f"{self.num_steps} steps: {resident} resident{_which(self.resident_steps)}, "
+            f"{replayed} replayed{_which(self.replayed_steps)}, {rest} without gradient",
             *self._option_lines(),
         ]
         if not self.phases:
             return "\n".join([*lines, "no memory budget: nothing measured, the leanest way of running is taken"])
         worst = max(self.phases, key=lambda phase: self.phases[phase])
-        budget = "" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}: "
-        host = f", {format_bytes(self.host_bytes)} in host memory" if self.host_bytes else ""
-        peak = f"{budget}predicted peak {format_bytes(self.peak_bytes)} in phase '{worst}'{host}"
+        budget = "" if self.budget_bytes is None else f" of a budget of {format_bytes(self.budget_bytes)}"
+        host = f", and {format_bytes(self.host_bytes)} of host memory" if self.host_bytes else ""
+        groups = {name: size for name, size in by_group(self.kinds).items() if size}
         return "\n".join(
             [
-                f"{peak}, {self.seconds:.2f} s a training step",
+                f"predicted peak {format_bytes(self.peak_bytes)}{budget}, reached in the phase '{worst}'{host}",
+                f"predicted time {self.seconds:.2f} s a training step",
                 *lines,
                 "peak by phase: " + _sizes(self.phases),
-                "at the peak: " + _sizes(self.kinds),
+                "alive at the peak: " + _sizes(groups),
             ]
         )
 
     def _option_lines(self) -> list[str]:
-        groups = Counter(_summary(options) for options in self.resident_options)
-        lines = [f"  {count} resident: {summary}" for summary, count in groups.items()]
+        return [f"  {what}: {how}" for what, how in self.option_lines()]
+
+    def option_lines(self) -> list[tuple[str, str]]:
+        """("3 resident", "keep x 60 (transformer blocks)"), ...: the options of steps, decoder and reward in words."""
+        resident = Counter(summary(options) for options in self.resident_options)
+        lines = [(f"{count} resident", how) for how, count in resident.items()]
         if self.replayed_steps:
-            lines.append(f"  replayed: {_summary(self.replay_options)}")
+            lines.append((f"{len(self.replayed_steps)} replayed", summary(self.replay_options)))
         for what, stage in (("decoder", self.decoder), ("reward", self.reward)):
             if stage is not None:
-                lines.append(f"  {what}: by {stage.name}, {_summary(stage.options)}")
+                lines.append((what, f"by {stage.name}: {summary(stage.options)}"))
         return lines
 
 
@@ -100,32 +104,8 @@ def leanest(num_steps: int, grad_steps: Sequence[int]) -> Plan:
     return Plan(num_steps, (), tuple(grad_steps), replay_options={EVERY_SEGMENT: "attention"} if grad_steps else {})
 
 
-def _summary(options: Mapping[str, str]) -> str:
-    """ "attention x 60 (block), keep x 17 (resnet)": options by count, with the kinds of segment that take them."""
-    if not options:
-        return "no segments"
-    if set(options) == {EVERY_SEGMENT}:
-        return f"{options[EVERY_SEGMENT]} everywhere"
-    kinds: dict[str, Counter[str]] = {}
-    for segment, option in options.items():
-        kinds.setdefault(option, Counter())[re.sub(r"[\W_]*\d+$", "", segment) or segment] += 1
-    parts = []
-    for option, counts in sorted(kinds.items(), key=lambda item: -sum(item[1].values())):
-        common = [name for name, _ in counts.most_common(3)]
-        parts.append(f"{option} x {sum(counts.values())} ({', '.join(common)}{', ...' if len(counts) > 3 else ''})")
-    return ", ".join(parts)
-
-
-def _ranges(steps: Sequence[int]) -> str:
-    """ " (3-5, 9)" for steps 3, 4, 5 and 9; nothing for no steps."""
-    runs: list[list[int]] = []
-    for step in sorted(steps):
-        if runs and step == runs[-1][1] + 1:
-            runs[-1][1] = step
-        else:
-            runs.append([step, step])
-    text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
-    return f" ({text})" if text else ""
+def _which(steps: Sequence[int]) -> str:
+    return f" ({ranges(steps)})" if steps else ""
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .aesthetic import FiveLayers
@@ -58,7 +57,7 @@ class ImageReward(nn.Module):
         except (KeyError, IndexError) as error:
             raise OSError(f"{file} does not hold ImageReward: it lacks {error}; copy the file again") from error
         check_words(self.tokenizer, text["vocab_size"], file.parent, _TOKENIZER)
-        self.network = filled(lambda: _Network(vision, text), state, file, "ImageReward")
+        self.network = filled(lambda: Network(vision, text), state, file, "ImageReward")
         self.network.vision.to(loading.dtype)
         self.network.text.to(loading.dtype)
         edge = vision["image_size"]
@@ -78,7 +77,9 @@ class ImageReward(nn.Module):
         return (raw_B1.squeeze(-1) - _MEAN) / _STD, {}
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
+    """Both towers and the layers that make a number of them."""
+
     def __init__(self, vision: dict[str, Any], text: dict[str, Any]) -> None:
         from transformers import BlipTextConfig, BlipVisionConfig
         from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -89,13 +90,11 @@ class _Network(nn.Module):
         self.text = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
         self.mlp = FiveLayers(text["hidden_size"])
 
-    def forward(self, pixels_BCHW: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    def forward(self, pixels_BCHW: Tensor, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
         dtype = self.vision.post_layernorm.weight.dtype
         image_BNC = self.vision(pixel_values=pixels_BCHW.to(dtype)).last_hidden_state
-        seen_BN = torch.ones(image_BNC.shape[:2], dtype=torch.long, device=ids_BL.device)
-        text = self.text(
-            input_ids=ids_BL, attention_mask=mask_BL, encoder_hidden_states=image_BNC, encoder_attention_mask=seen_BN
-        )
+        # All of the picture is seen, so there is no mask for it.
+        text = self.text(input_ids=ids_BL, attention_mask=mask_BL, encoder_hidden_states=image_BNC)
         return self.mlp(at_least_fp32(text.last_hidden_state[:, 0]))
 
 

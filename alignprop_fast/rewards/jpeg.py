@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .preprocess import without_autocast
+
 # ITU-T T.81, tables K.1 and K.2, row by row. Below the chroma table's upper left corner every entry is 99.
 _LUMA_TABLE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -74,7 +76,7 @@ class JpegSize(nn.Module):
         """The five sums of the module's formula, [B, 5]; the estimate is linear in them."""
         images_BCHW = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
         # Autocast would run the products below in half precision, too coarse to tell a small coefficient from zero.
-        with torch.autocast(images_BCHW.device.type, enabled=False):
+        with without_autocast(images_BCHW):
             luma_B1HW, chroma_B2HW = self._planes(images_BCHW)
             luma_BCNK = _blocks(luma_B1HW, macro=2) @ self.luma_dct.to(images_BCHW.dtype)
             chroma_BCNK = _blocks(chroma_B2HW, macro=1) @ self.chroma_dct.to(images_BCHW.dtype)

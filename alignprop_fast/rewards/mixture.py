@@ -63,9 +63,13 @@ class WeightedSum:
             scores_B = checked_scores(part.name, result, images_BCHW)
             info[part.name] = scores_B.detach()
             own[part.name] = _own_info(result)
-            total_B = part.weight * scores_B if total_B is None else total_B + part.weight * scores_B
+            weighted_B = self._weighted(part, scores_B)
+            total_B = weighted_B if total_B is None else total_B + weighted_B
         assert total_B is not None
         return total_B, info | _merged(own, taken=set(info))
+
+    def _weighted(self, part: Part, scores_B: Tensor) -> Tensor:
+        return part.weight * scores_B
 
 
 def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:

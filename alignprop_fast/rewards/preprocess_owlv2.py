@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .preprocess import CLIP_MEAN, CLIP_STD, at_least_fp32
+from .preprocess import CLIP_MEAN, CLIP_STD, at_least_fp32, without_autocast
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Owlv2Preprocess:
         edge = max(height, width)
         square_BCHW = F.pad(images_BCHW, (0, edge - width, 0, edge - height))
         # Autocast would run the products in half precision.
-        with torch.autocast(images_BCHW.device.type, enabled=False):
+        with without_autocast(images_BCHW):
             down, across = (_resize_matrix(edge, target).to(square_BCHW) for target in self.size)
             resized_BCHW = down @ square_BCHW @ across.t()
         mean_C11, std_C11 = (resized_BCHW.new_tensor(values)[:, None, None] for values in (self.mean, self.std))

@@ -136,6 +136,20 @@ def get_reward(
     Returns a callable (images [B, 3, H, W] in [0, 1], prompts, metadata) -> (scores [B], {part: scores [B], ...}).
     Raises ValueError, FileNotFoundError or OSError, one line each, that say what is wrong with `spec` or the weights.
     """
+    given = [model] if isinstance(model, str | Path) else list(model or ())
+    parsed, models = parsed_spec(spec, [str(value) for value in given])
+    loading = Loading(allow_pickle, dtype)
+    # Every reward of this package scores each image by itself; of others nobody knows.
+    return WeightedSum(
+        [Part(name, weight, _build(name, models, loading, device), _head(name) in _REWARDS) for name, weight in parsed]
+    )
+
+
+def parsed_spec(spec: str, models: Sequence[str]) -> tuple[list[tuple[str, float]], dict[str, str]]:
+    """Name and weight of each part of `spec`, and which of the models belongs to which reward.
+
+    Raises ValueError for an empty or repeated part, and for models that no part, or none for certain, takes.
+    """
     pieces = [part.strip() for part in spec.split(",")]
     if not all(pieces):
         raise ValueError(f"empty part in the reward {spec!r}; write for example 'clip:1.0,compressibility:0.3'")
@@ -143,12 +157,7 @@ def get_reward(
     names = [name for name, _ in parsed]
     if len(set(names)) < len(names):
         raise ValueError(f"the reward {spec!r} names {_first_repeated(names)!r} twice; give it once, with one weight")
-    given = [model] if isinstance(model, str | Path) else list(model or ())
-    models, loading = _assigned(spec, names, [str(value) for value in given]), Loading(allow_pickle, dtype)
-    # Every reward of this package scores each image by itself; of others nobody knows.
-    return WeightedSum(
-        [Part(name, weight, _build(name, models, loading, device), _head(name) in _REWARDS) for name, weight in parsed]
-    )
+    return parsed, _assigned(spec, names, models)
 
 
 def split_model(value: str) -> tuple[str | None, str]:

@@ -1,7 +1,7 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
 from alignprop_fast.ops.choice import cache_folder, device_name
-from alignprop_fast.runtime.chain import Chain, run_chain
+from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
 from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, link_rate
@@ -32,6 +32,7 @@ __all__ = [
     "operator_seconds",
     "reward_stages",
     "run_chain",
+    "run_penalised_chain",
     "segments",
     "step_costs",
     "trace",

@@ -35,6 +35,9 @@ class Chain:
         (x, y, gradient of y, whether this is the last gradient step to come) -> gradient of x, if x wants one.
     start, finish: x -> the state that the steps above carry on instead of x where a method needs more than the latents,
         and its last one -> the last latents. Both are recorded by autograd.
+    input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
+    penalty: (i, x, y) -> (a scalar, its gradient for y), of each gradient step; x counts as a constant in it, so that
+        it acts on the parameters through its own step alone. Called without gradient.
     """
 
     num_steps: int
@@ -47,6 +50,8 @@ class Chain:
     sink: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor | None] | None = None
     start: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    input_gradient: bool = True
+    penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -55,14 +60,24 @@ def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
     Gradients reach `chain.parameters`, and x if it asks for one. The graph can be used once: it frees itself as it is
     used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
     """
+    return run_penalised_chain(chain, plan, x)[0]
+
+
+def run_penalised_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `run_chain`, and the sum of the penalties of the gradient steps, a scalar: differentiable in the parameters.
+
+    Both may be used in one backward pass. A gradient step whose input has a gradient, too, runs once more for its
+    penalty, since that must not flow on into its input.
+    """
     grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
     x = chain.start(x)
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
-        x = _ChainFunction.apply(_Tape(chain, plan, grad_steps, x.requires_grad), x, *chain.parameters)
-    else:
-        with torch.no_grad():
-            x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
-    return chain.finish(x)
+        tape = _Tape(chain, plan, grad_steps, x.requires_grad)
+        x, penalty = _ChainFunction.apply(tape, x, *chain.parameters)
+        return chain.finish(x), penalty
+    with torch.no_grad():
+        x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
+        return chain.finish(x), x.new_zeros(())
 
 
 class _Tape:
@@ -74,24 +89,36 @@ class _Tape:
         self.first = 0 if wants_gx else min(grad_steps, default=chain.num_steps)
         self.graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.inputs: dict[int, torch.Tensor] = {}
+        self.penalty: torch.Tensor | None = None
+        self.pulls: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
         self.used = False
+
+    def input_gradient(self, i: int) -> bool:
+        """Whether step i has someone to pass a gradient of its network's input on to."""
+        return self.chain.input_gradient and (i > self.first or self.wants_gx)
+
+    def penalise(self, i: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        if self.chain.penalty is not None:
+            value, self.pulls[i] = self.chain.penalty(i, x, y)
+            self.penalty = value if self.penalty is None else self.penalty + value
 
 
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device.type)
-        return _forward(tape, x)
+        out = _forward(tape, x)
+        return out, x.new_zeros(()) if tape.penalty is None else tape.penalty
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tape: _Tape = ctx.tape
         if tape.used:
             raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
         tape.used = True
         with ctx.autocast():
-            gx, grads = _backward(tape, g)
+            gx, grads = _backward(tape, g, g_penalty)
         return None, gx if tape.wants_gx else None, *grads
 
 
@@ -99,47 +126,56 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
     chain = tape.chain
     for i in range(chain.num_steps):
         if i in tape.grad_steps and i in tape.plan.resident_steps:
-            tape.graphs[i] = _record(tape, i, x, _options(tape.plan, i))
+            tape.graphs[i] = _record(tape, i, x, tape.input_gradient(i))
             y = tape.graphs[i][1].detach()
         else:
             if i in tape.grad_steps:
                 tape.inputs[i] = x
             with torch.inference_mode():
                 y = chain.network(i, x)
+        if i in tape.grad_steps:
+            tape.penalise(i, x, y)
         # Outside inference mode: a replay saves x for its backward pass, which inference tensors refuse.
         x = chain.advance(i, x, y)
         del y
     return x
 
 
-def _backward(tape: _Tape, g: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     chain = tape.chain
     sums: list[torch.Tensor | None] = [None] * len(chain.parameters)
     for i in range(chain.num_steps - 1, tape.first - 1, -1):
         if i in tape.graphs:
             x, y = tape.graphs.pop(i)
         elif i in tape.inputs:
-            x, y = _record(tape, i, tape.inputs.pop(i), _options(tape.plan, i))
+            x, y = _record(tape, i, tape.inputs.pop(i), tape.input_gradient(i))
         else:
             g, _ = chain.adjoint(i, g, g.dtype)
             continue
         g, gy = chain.adjoint(i, g, y.dtype)
+        pull = (g_penalty * tape.pulls.pop(i)).to(y.dtype) if tape.pulls else None
+        if pull is not None and not x.requires_grad:
+            gy = gy + pull
         if chain.sink is None:
             gx = _network_backward(x, y, gy, chain.parameters, sums)
         else:
             gx = chain.sink(x, y, gy, i == min(tape.grad_steps))
+        del y, gy
         if gx is not None:
             g = g + gx
-        del x, y, gy, gx
+            if pull is not None:
+                x, y = _record(tape, i, x, False)
+                _network_backward(x, y, pull, chain.parameters, sums)
+                del y
+        del x, gx
     return g, [s if s is None else s.to(p.dtype) for s, p in zip(sums, chain.parameters, strict=True)]
 
 
-def _record(tape: _Tape, i: int, x: torch.Tensor, options: Mapping[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the network of step i with a graph. Returns its (input, output)."""
-    # The first gradient step has no one to pass a gradient of x on to.
-    x = x.detach().requires_grad_(i > tape.first or tape.wants_gx)
+    x = x.detach().requires_grad_(input_gradient)
     chain = tape.chain
-    with torch.enable_grad(), kept_as(options, chain.blocks, chain.offloader):
+    with torch.enable_grad(), kept_as(_options(tape.plan, i), chain.blocks, chain.offloader):
         y = chain.network(i, x)
     if chain.offloader is not None:
         chain.offloader.settle()

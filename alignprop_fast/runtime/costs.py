@@ -96,7 +96,10 @@ def reward_stages(
     by_image: bool = False,
     operator_seconds: Operator | None = None,
 ) -> tuple[Stage, ...]:
-    """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if it may be cut, by chunks of it."""
+    """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if it may be cut, by chunks of it.
+
+    Chunks of one image are there at every batch size, so that a line can be drawn between tables.
+    """
 
     def work(count: int) -> Work:
         part = images[:count].detach().requires_grad_()
@@ -112,7 +115,7 @@ def reward_stages(
     stages = [Stage("batch", segments(work(len(images)))[0])]
     image_bytes = images.numel() * images.element_size()
     chunk = 1
-    while by_image and chunk < len(images):
+    while by_image and (chunk == 1 or chunk < len(images)):
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
         chunked = tuple(_raised(segment, image_bytes) for segment in segments(work(chunk))[0])

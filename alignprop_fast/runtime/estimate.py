@@ -8,14 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from alignprop_fast.runtime.measure import tensors_in
 from alignprop_fast.runtime.trace import Operator
 
 aten = torch.ops.aten
-# They give their memory a shape, or none a content.
-_FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+# They give their memory a shape, or none a content; dropout in evaluation gives back what it got.
+_FREE = {
+    *(aten.dropout, aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided),
+    *(aten.new_empty, aten.new_empty_strided),
+}
 
 
 def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Operator:
@@ -24,7 +27,7 @@ def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Op
     def seconds(func: Any, arguments: Any, out: Any) -> float:
         if func.overloadpacket in _FREE or _is_view(func):
             return 0.0
-        tensors = [t for t in tree_leaves((arguments, out)) if isinstance(t, torch.Tensor)]
+        tensors = tensors_in(*arguments, out)
         if not tensors:
             return 0.0
         size_bytes = sum(t.numel() * t.element_size() for t in tensors)
@@ -45,6 +48,15 @@ def _flop(func: Any, arguments: Any, out: Any) -> float:
         return 2 * _attention_product_flop(args[0], args[1])
     if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return 5 * _attention_product_flop(args[1], args[2])
+    # Inference mode does not split these into what the registry knows.
+    if func.overloadpacket is aten.linear:
+        return 2.0 * out.numel() * args[1].shape[1]
+    if func.overloadpacket is aten.conv2d:
+        return 2.0 * out.numel() * args[1][0].numel()
+    if func.overloadpacket is aten.matmul:
+        return 2.0 * out.numel() * args[0].shape[-1]
+    if func.overloadpacket is aten.scaled_dot_product_attention:
+        return 2 * _attention_product_flop(args[0], args[1])
     formula = flop_registry.get(func.overloadpacket)
     return float(formula(*args, **(kwargs or {}), out_val=out)) if formula else 0.0
 

@@ -8,9 +8,22 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.runtime.offload import HostPool
+
+
+def tensors_in(*trees: Any) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results. Knows what operators take, lists and dictionaries, which
+    makes it several times as fast as PyTorch's own walk; it runs twice for each operator that is counted."""
+    found: list[torch.Tensor] = []
+    for tree in trees:
+        if isinstance(tree, torch.Tensor):
+            found.append(tree)
+        elif isinstance(tree, list | tuple):
+            found += tensors_in(*tree)
+        elif isinstance(tree, dict):
+            found += tensors_in(*tree.values())
+    return found
 
 
 class LiveBytes(TorchDispatchMode):
@@ -49,11 +62,9 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes -= size_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {id(t.untyped_storage()) for t in tensors_in(args, kwargs)}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
+        for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
             # A view of something that was there before the block is not ours to count.
             if id(storage) in self._alive or id(storage) in inputs:

@@ -87,9 +87,11 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
     start_bytes = _cuda_bytes(work.device)
     with LiveBytes(cost) as live:
+        last_part: list[Hashable] = [None]
 
         def enter(label: Hashable) -> None:
             live.enter(label)
+            last_part[0] = label
             if cost is not None:
                 cost.label = label
 
@@ -98,8 +100,7 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
         def between(out: torch.Tensor) -> None:
             kept.update(live.born_in())
             if not work.output_kept:
-                last = ("forward", max(k for _, k in kept))  # type: ignore[misc]
-                kept[last] = max(kept[last] - out.untyped_storage().nbytes(), 0)
+                kept[last_part[0]] = max(kept[last_part[0]] - out.untyped_storage().nbytes(), 0)
 
         order = _run(work, options, enter, between)
     untracked_bytes = max(_cuda_bytes(work.device, peak=True) - start_bytes - live.peak_bytes, 0)
@@ -120,20 +121,19 @@ def segments(work: Work, link: float | None = None) -> tuple[tuple[Segment, ...]
     """
     lean = trace(work, {"*": LEANEST})
     measured: dict[str, Trace] = {}
-    for option in STEP_OPTIONS:
-        names = [i.block.name for i in lean.intervals if i.block is not None and option in i.block.options()]
-        if option != LEANEST and names:
-            measured[option] = _measured(work, option, names, lean)
+    for grade in STEP_OPTIONS:
+        names = [i.block.name for i in lean.intervals if i.block is not None and grade in i.block.options()]
+        if grade != LEANEST and names:
+            measured[grade] = _measured(work, grade, names, lean)
     largest = max((i.kept_bytes for t in (lean, *measured.values()) for i in t.intervals if i.block), default=0)
     result = []
     for index, interval in enumerate(lean.intervals):
         if interval.block is None:
             result.append(Segment("rest", (interval.option("keep"),)))
             continue
-        options = []
+        options: list[Option] = []
         for name in interval.block.options():
-            option_trace = measured.get(name, lean)
-            option = option_trace.intervals[index].option(name)
+            option = measured.get(name, lean).intervals[index].option(name)
             options += [option, *_offloaded(option, largest, link)]
         result.append(Segment(interval.block.name, tuple(options)))
     return tuple(result), lean
@@ -213,7 +213,7 @@ def _run(
     enter: Callable[[Hashable], None],
     between: Callable[[torch.Tensor], None],
 ) -> list[tuple[Block, Hashable]]:
-    """One run; `enter` is told where it is, `between` when forward is done. Returns the blocks as they came, with kinds."""
+    """One run; `enter` is told where it is, `between` when forward is done. Returns blocks and kinds as they came."""
     order: list[tuple[Block, Hashable]] = []
     with _at_ends(work.blocks, order, enter):
         enter(("forward", 0))

@@ -1,13 +1,83 @@
-"""Truncation rules: which steps of a chain carry gradient. Drawn before the chain runs, with Python's `random`.
+"""Truncation rules: how the gradient of a chain is cut. Drawn before the chain runs, with Python's `random`.
 
-A detached step passes the gradient on by its linear path only (x_next = a x + b y: dx = a g).
+With x_next = a x + b y and y = network(x), a step without gradient passes the gradient g of x_next on by its linear
+path only: dx = a g. A gradient step adds the network's part: dtheta += b g dy/dtheta and, unless the rule stops the
+gradient there, dx += b g dy/dx.
 """
 
 import random
+from dataclasses import dataclass
+from statistics import NormalDist
+
+_RULES = "full, uniform, uniform-once, gaussian, last:K, lv:N, drtune, drtune:K or refl"
+DRTUNE_STEPS = 5
+DRTUNE_STOP = 0.4
+REFL_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is cut in one chain.
+
+    grad_steps: indices (0 = noisiest) of the steps whose prediction carries gradient.
+    input_gradient: whether the gradient passes through the network's input as well (dy/dx above).
+    last_step: the step at which the chain ends, by taking the clean latents that it predicts; None: the last of all.
+    renoisings: how many times the picture is noised to the level of the chain's last step and denoised by that step
+        alone, with gradient and with a reward of its own.
+    """
+
+    grad_steps: tuple[int, ...]
+    input_gradient: bool = True
+    last_step: int | None = None
+    renoisings: int = 0
+
+
+def draw_truncation(rule: str, num_steps: int) -> Truncation:
+    """The cut of one chain of `num_steps` by a rule; draws from Python's `random` where the rule is random.
+
+    Rules, beside those of `draw_gates`:
+        lv:N: DRaFT-LV (Clark et al. 2024): last:1, and N times more the gradient of the reward at
+
+                x0_n = (x_n - noise * eps(x_n)) / signal,   x_n = signal * stop(x0) + noise * z_n,   z_n ~ N(0, 1)
+
+            with signal and noise of the chain's last step. The paper sums these 1 + N gradients, here their mean is
+            taken, so that the learning rate keeps its meaning. Costs N network evaluations and N reward queries more
+            per picture.
+        drtune, drtune:K: DRTune (Wu et al. 2024): y = network(stop(x)), so that gradients reach early steps by the
+            linear path alone and cannot explode; the chain ends at a step drawn from its last 40 % by predicting x0;
+            of the steps up to there K (5), equally spaced from a drawn offset on, carry gradient.
+        refl: ReFL (Xu et al. 2023): a step drawn from the last quarter predicts x0, the chain ends there, and this step
+            alone carries gradient.
+
+    Raises:
+        ValueError: unknown rule, or a number that does not fit the chain.
+    """
+    name, _, argument = rule.partition(":")
+    if name == "lv" and argument.isdigit():
+        if int(argument) < 1:
+            raise ValueError(f"truncation {rule!r} noises no picture: use lv:1 or more, or last:1")
+        return Truncation((num_steps - 1,), renoisings=int(argument))
+    if rule == "drtune" or (name == "drtune" and argument.isdigit()):
+        count = int(argument) if argument else min(DRTUNE_STEPS, num_steps)
+        return _drtune(rule, count, num_steps)
+    if rule == "refl":
+        step = num_steps - random.randint(1, max(1, round(REFL_SHARE * num_steps)))
+        return Truncation((step,), last_step=step)
+    return Truncation(draw_gates(rule, num_steps))
+
+
+def _drtune(rule: str, count: int, num_steps: int) -> Truncation:
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"truncation {rule!r} asks for {count} of {num_steps} steps: use 1 to {num_steps}")
+    last = num_steps - random.randint(1, max(1, round(DRTUNE_STOP * num_steps)))
+    count = min(count, last + 1)
+    stride = (last + 1) // count
+    first = random.randint(0, last - (count - 1) * stride)
+    return Truncation(tuple(range(first, last + 1, stride))[:count], input_gradient=False, last_step=last)
 
 
 def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
-    """Indices (0 = noisiest) of the gradient steps of one chain of `num_steps`.
+    """Indices (0 = noisiest) of the gradient steps of one chain of `num_steps`, for the rules that cut nothing else.
 
     Rules:
         full: every step.
@@ -35,7 +105,27 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
         if not 1 <= int(argument) <= num_steps:
             raise ValueError(f"truncation {rule!r} asks for {argument} of {num_steps} steps: use 1 to {num_steps}")
         return tuple(range(num_steps - int(argument), num_steps))
-    raise ValueError(f"unknown truncation {rule!r}: use full, uniform, uniform-once, gaussian or last:K, say last:1")
+    raise ValueError(f"unknown truncation {rule!r}: use {_RULES}; say last:1")
+
+
+def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
+    """The most gradient steps that `draw_truncation` gives under the rule, and how many it gives on average.
+
+    Raises:
+        ValueError: as `draw_truncation`.
+    """
+    if rule == "uniform":
+        return num_steps, num_steps / 2  # step i is open with (i + 1) / (num_steps + 1)
+    if rule == "uniform-once":
+        return num_steps, (num_steps + 1) / 2
+    if rule == "gaussian":
+        length = NormalDist(num_steps / 2, num_steps / 6)
+        return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
+    # The others draw where the gradient steps lie, and hardly how many there are; what is drawn here is not to be missed.
+    state = random.getstate()
+    steps = len(draw_truncation(rule, num_steps).grad_steps)
+    random.setstate(state)
+    return steps, float(steps)
 
 
 def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]) -> tuple[int, ...]:

@@ -54,5 +54,14 @@ class Update:
         _, gy = guided_step_adjoint(b * g_x + q * g_h, 1.0, self.blend, y_dtype)
         return torch.stack([a * g_x + p * g_h, c * g_x]), gy
 
+    def blended(self, y: torch.Tensor) -> torch.Tensor:
+        """The guided prediction sum_k blend_k y_k [B, ...] of y [len(blend) * B, ...]."""
+        branches = y.chunk(len(self.blend))
+        return guided_step(torch.zeros_like(branches[0]), y, None, 0.0, self.blend)
+
+    def blended_adjoint(self, g: torch.Tensor) -> torch.Tensor:
+        """The gradient of y, [len(blend) * B, ...], from that of the guided prediction."""
+        return guided_step_adjoint(g, 0.0, self.blend, g.dtype)[1]
+
     def _weights(self, b: float) -> tuple[float, ...]:
         return tuple(b * share for share in self.blend)

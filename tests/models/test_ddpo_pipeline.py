@@ -76,5 +76,5 @@ def test_lora_in_the_folder_is_trained_on(tiny_sd, tiny_sd_folder, tmp_path):
 
 def test_a_foreign_model_is_refused(tiny_sd_folder, tmp_path):
     pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
-    with pytest.raises(ValueError, match="this pipeline's UNet"):
+    with pytest.raises(ValueError, match="this pipeline's denoiser"):
         pipeline.save_checkpoint([torch.nn.Linear(1, 1)], [], tmp_path)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from alignprop_fast.models.load import load_pipeline
+from alignprop_fast.models import adapt
+from alignprop_fast.models.load import SCHEDULERS, load_outline, load_pipeline
+from alignprop_fast.models.lora_targets import denoiser
 
 
 @pytest.fixture
@@ -49,10 +51,24 @@ def test_missing_folder(tmp_path):
     assert "nowhere" in _one_line(error) and "demo" in _one_line(error)
 
 
-def test_a_file_is_not_a_folder(copied):
+def test_a_file_of_another_kind(copied):
     with pytest.raises(ValueError) as error:
         load_pipeline(copied / "model_index.json")
-    assert "folder" in _one_line(error)
+    assert "no .safetensors file" in _one_line(error)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_every_scheduler_that_fits(kind, scheduler, request):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    if scheduler != "auto" and (scheduler == "flow-euler") != (kind in ("sd3", "flux")):
+        with pytest.raises(ValueError, match="does not fit"):
+            load_pipeline(folder, scheduler=scheduler)
+        return
+    pipe = load_pipeline(folder, scheduler=scheduler)
+    default = "flow-euler" if kind in ("sd3", "flux") else "ddim"
+    assert adapt(pipe).scheduler_name == (default if scheduler == "auto" else scheduler)
+    assert not any(parameter.requires_grad for parameter in denoiser(pipe).parameters())
 
 
 def test_folder_without_index(copied):
@@ -87,8 +103,38 @@ def test_missing_weights(copied):
 
 def test_unsupported_class_is_named(copied):
     index = json.loads((copied / "model_index.json").read_text())
-    index["_class_name"] = "FluxPipeline"
+    index["_class_name"] = "SanaPipeline"
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError) as error:
         load_pipeline(copied)
-    assert "FluxPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)
+    assert "SanaPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_outline_is_the_pipeline_without_weights(kind, request, tmp_path):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    ignored = shutil.ignore_patterns("*.safetensors", "tokenizer*")
+    outline = load_outline(shutil.copytree(folder, tmp_path / "configs", ignore=ignored), torch.bfloat16)
+    pipe = load_pipeline(folder, torch.bfloat16)
+    assert type(outline) is type(pipe) and isinstance(outline.scheduler, DDIMScheduler)
+    assert outline.scheduler.config == pipe.scheduler.config
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        own = outline.components[name].state_dict(keep_vars=True)
+        expected = part.state_dict(keep_vars=True)
+        assert {k: (v.shape, v.dtype, v.requires_grad) for k, v in own.items()} == {
+            k: (v.shape, v.dtype, v.requires_grad) for k, v in expected.items()
+        }
+        assert all(tensor.is_meta for tensor in own.values()) and not outline.components[name].training
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_outline_of_damaged_configurations(copied, part):
+    (copied / part / "config.json").write_text("{")
+    with pytest.raises(ValueError) as error:
+        load_outline(copied)
+    assert "copy it again" in _one_line(error)
+    (copied / part / "config.json").unlink()
+    with pytest.raises(ValueError):
+        load_outline(copied)

@@ -4,13 +4,24 @@ Tolerance: float64, so results that differ by the order of sums alone agree to 1
 """
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from alignprop_fast.planner import Plan
-from alignprop_fast.runtime import Block, Chain, PeakMeter, Stopwatch, by_image, in_chunks, kept_as, run_chain
+from alignprop_fast.runtime import (
+    Block,
+    Chain,
+    PeakMeter,
+    Stopwatch,
+    by_image,
+    in_chunks,
+    kept_as,
+    run_chain,
+    run_penalised_chain,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,18 +45,54 @@ def make_chain(net):
 @pytest.mark.parametrize("grad_steps", [(0, 1, 2, 3, 4), (1, 3), (4,), (0,)])
 @pytest.mark.parametrize("resident", [0, 1, 5])
 @pytest.mark.parametrize("option", ["keep", "recompute"])
-def test_chain_equals_plain_autograd(grad_steps, resident, option):
+@pytest.mark.parametrize("through_input", [True, False])
+def test_chain_equals_plain_autograd(grad_steps, resident, option, through_input):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     cut = max(len(grad_steps) - resident, 0)
     options = {"*": option}
     plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
     wanted = [x0, *net.parameters()]
-    ours = torch.autograd.grad(run_chain(make_chain(net), plan, x0).sin().sum(), wanted)
+    chain = replace(make_chain(net), input_gradient=through_input)
+    ours = torch.autograd.grad(run_chain(chain, plan, x0).sin().sum(), wanted)
     x = x0
     for i in range(5):
-        y = net(x * (i + 1))
+        y = net((x if through_input else x.detach()) * (i + 1))
         x = 0.9 * x + 0.2 * (y if i in grad_steps else y.detach())
     for a, b in zip(ours, torch.autograd.grad(x.sin().sum(), wanted), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+@pytest.mark.parametrize("grad_steps", [(0, 1, 2, 3, 4), (1, 3), (4,)])
+@pytest.mark.parametrize("resident", [0, 1, 5])
+@pytest.mark.parametrize("through_input", [True, False])
+@pytest.mark.parametrize("used", ["both", "penalty", "latents"])
+def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, through_input, used):
+    net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(3, 6, dtype=torch.float64)
+    cut = max(len(grad_steps) - resident, 0)
+    options = {"*": "recompute"}
+    plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
+    chain = replace(
+        make_chain(net),
+        input_gradient=through_input,
+        penalty=lambda i, x, y: ((y - target).square().sum(), 2 * (y - target)),
+    )
+    wanted = [x0, *net.parameters()]
+
+    def total(x, penalty):
+        return (used != "penalty") * x.sin().sum() + 0.3 * (used != "latents") * penalty
+
+    out, penalty = run_penalised_chain(chain, plan, x0)
+    losses = {"both": lambda: total(out, penalty), "penalty": lambda: 0.3 * penalty, "latents": lambda: out.sin().sum()}
+    ours = torch.autograd.grad(losses[used](), wanted)
+    x, expected = x0, 0.0
+    for i in range(5):
+        y = net((x if through_input else x.detach()) * (i + 1))
+        if i in grad_steps:
+            expected = expected + (net(x.detach() * (i + 1)) - target).square().sum()
+        x = 0.9 * x + 0.2 * (y if i in grad_steps else y.detach())
+    assert torch.allclose(penalty, expected, atol=1e-10)
+    for a, b in zip(ours, torch.autograd.grad(total(x, expected), wanted), strict=True):
         assert torch.allclose(a, b, atol=1e-10)
 
 

@@ -2,13 +2,23 @@
 
 import random
 import statistics
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from alignprop_fast.sampling import ddim_table, draw_gates, rescaled_guidance, trl_gates
+from alignprop_fast.sampling import (
+    Truncation,
+    ddim_table,
+    draw_gates,
+    draw_truncation,
+    gate_count,
+    rescaled_guidance,
+    trl_gates,
+)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -100,7 +110,93 @@ def test_fixed_rules():
         trl_gates(4, False, 4, (0, 50))
 
 
-@pytest.mark.parametrize("rule", ["last:0", "last:5", "last", "last:x", "none", ""])
+BAD = [
+    "last:0",
+    "last:5",
+    "last",
+    "last:x",
+    "none",
+    "",
+    "lv",
+    "lv:0",
+    "lv:-1",
+    "drtune:0",
+    "drtune:5",
+    "drtune:",
+    "refl:2",
+]
+
+
+@pytest.mark.parametrize("rule", BAD)
 def test_bad_rules_are_refused(rule):
+    with pytest.raises(ValueError, match="truncation") as error:
+        draw_truncation(rule, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_rules_that_cut_more_than_gates():
+    random.seed(0)
+    assert draw_truncation("last:2", 4) == Truncation((2, 3))
+    assert draw_truncation("lv:3", 4) == Truncation((3,), renoisings=3)
+    drawn = [draw_truncation("refl", 40) for _ in range(400)]
+    assert {cut.last_step for cut in drawn} == set(range(30, 40))  # the last quarter
+    assert all(cut.grad_steps == (cut.last_step,) and cut.input_gradient for cut in drawn)
+    assert draw_truncation("refl", 1) == Truncation((0,), last_step=0)
+
+
+@pytest.mark.parametrize(("rule", "steps", "count"), [("drtune", 50, 5), ("drtune:3", 50, 3), ("drtune", 3, 3)])
+def test_drtune_trains_equally_spaced_steps_before_a_drawn_end(rule, steps, count):
+    random.seed(0)
+    drawn = [draw_truncation(rule, steps) for _ in range(2000)]
+    stop = max(1, round(0.4 * steps))
+    assert {cut.last_step for cut in drawn} == set(range(steps - stop, steps))
+    for cut in drawn:
+        grad_steps, end = cut.grad_steps, cut.last_step
+        assert len(grad_steps) == min(count, end + 1) and grad_steps[0] >= 0 and grad_steps[-1] <= end
+        assert len({b - a for a, b in pairwise(grad_steps)}) <= 1
+        assert not cut.input_gradient
+    assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step has its turn
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_chain_that_ends_early_predicts_the_clean_latents(prediction_type):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(7)
+    table = ddim_table(scheduler.alphas_cumprod.tolist(), 1.0, scheduler.timesteps.tolist(), 142, 1.0, prediction_type)
+    short = table.ending_at(4)
+    assert len(short) == 5 and short.a[:4] == table.a[:4] and short.sigma[4] == 0
+    alone = table.last_alone()
+    x, y = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
+    for one, t in ((short, scheduler.timesteps[4]), (alone, scheduler.timesteps[-1])):
+        theirs = scheduler.step(y, t, x, eta=0.0).pred_original_sample
+        assert torch.allclose(one.a[-1] * x + one.b[-1] * y, theirs, atol=1e-10)
+        assert one.timesteps[-1] == t
+    signal, noise = table.last_level()
+    z = torch.randn_like(x)
+    theirs = scheduler.add_noise(x, z, scheduler.timesteps[-1:])
+    assert torch.allclose(signal * x + noise * z, theirs, atol=1e-7)  # add_noise works in fp32
+
+
+def test_a_table_without_x0_says_what_to_use():
+    table = replace(ddim_table([0.9, 0.5], 1.0, [1, 0], 1, 0.0), x0=())
+    with pytest.raises(ValueError, match="runs the chain to its end"):
+        table.ending_at(0)
+
+
+@pytest.mark.parametrize("rule", ["full", "last:3", "lv:3", "drtune:3", "refl", "uniform", "uniform-once", "gaussian"])
+def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
+    """The mean of 4,000 draws of at most 10 steps; the tolerance is four standard errors at the widest spread."""
+    random.seed(0)
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(4000)]
+    most, mean = gate_count(rule, 10)
+    assert max(lengths) <= most == {"last:3": 3, "drtune:3": 3, "lv:3": 1, "refl": 1}.get(rule, 10)
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 3.0 / 4000**0.5
+    if rule in ("uniform-once", "gaussian"):
+        assert max(lengths) == most
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_bad_rules_have_no_number_of_steps(rule):
     with pytest.raises(ValueError, match="truncation"):
-        draw_gates(rule, 4)
+        gate_count(rule, 4)

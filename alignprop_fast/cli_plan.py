@@ -1,0 +1,139 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from alignprop_fast import cli_options as o
+from alignprop_fast.cli_options import DEFAULTS
+from alignprop_fast.cli_support import check_writable, plain, quiet_libraries, setup_errors
+
+_ESTIMATE = "Estimate"
+Model = Annotated[
+    str,
+    typer.Option(
+        help="sd15 or sdxl: the published architecture, no weights needed; a folder in the diffusers format, of which "
+        "the configuration files are enough; a Hub id (owner/name); or demo.",
+        rich_help_panel="Model",
+    ),
+]
+Resolution = Annotated[
+    int | None,
+    typer.Option(help="Height and width in pixels.", rich_help_panel="Sampling", show_default="the model's own", min=8),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="What tensors may take on the device in all, weights included, such as 24GiB.",
+        rich_help_panel="Device and memory",
+        show_default="all of the GPU's memory but what CUDA itself takes",
+    ),
+]
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="GPU to plan for, which need not be here, such as 'RTX 4090' or 'A100 80GB'.",
+        rich_help_panel="Device and memory",
+        show_default="the one that is here",
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of the GPU's computer, half of which offloading may take.",
+        rich_help_panel="Device and memory",
+        show_default="that of this computer",
+    ),
+]
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Load the model with its weights and measure on the device that is here instead of estimating.",
+        rich_help_panel=_ESTIMATE,
+    ),
+]
+FromTable = Annotated[
+    str | None,
+    typer.Option(
+        "--table", help="Plan from a cost table that --save-table wrote, without the model.", rich_help_panel=_ESTIMATE
+    ),
+]
+SaveTable = Annotated[
+    str | None, typer.Option(help="Write the cost table to this JSON file.", rich_help_panel="Output")
+]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write the plan and its numbers to this file.", rich_help_panel="Output")
+]
+
+
+def plan(
+    ctx: typer.Context,
+    model: Model = DEFAULTS.model,
+    lora_rank: o.LoraRank = DEFAULTS.lora_rank,
+    reward: o.Reward = DEFAULTS.reward,
+    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
+    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
+    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    resolution: Resolution = None,
+    height: o.Height = None,
+    width: o.Width = None,
+    batch_size: o.BatchSize = DEFAULTS.batch_size,
+    optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
+    truncation: o.Truncation = DEFAULTS.truncation,
+    mixed_precision: o.MixedPrecision = o.Precision.auto,
+    memory_budget: MemoryBudget = None,
+    gpu: GpuName = None,
+    host_memory: HostMemory = None,
+    measure: Measure = False,
+    table: FromTable = None,
+    save_table: SaveTable = None,
+    json: Json = None,
+    output_dir: o.OutputDir = "alignprop-plan",
+) -> None:
+    """Say what fits a memory budget, and how fast a training step will be: without weights, and on any GPU.
+
+    Takes the options of train. The budget holds for the worst case of --truncation, however many steps carry gradient;
+    the time is given for the mean as well. Writes plan.png, memory over the training step, to --output-dir. Exit code 2
+    and one line with the least budget where nothing fits.
+
+    Estimates count every operator on tensors without data, and time it by the GPU's data sheet.
+
+    **Examples**
+
+    - `alignprop-fast plan --model sdxl --gpu "RTX 4090" --reward hpsv2 --batch-size 1`
+    - `alignprop-fast plan --model sd15 --gpu "RTX 3060" --memory-budget 10GiB --truncation last:1 --json plan.json`
+    """
+    console, folder = Console(highlight=False), Path(output_dir).expanduser()
+    options = {name: plain(value) for name, value in ctx.params.items()}
+    with setup_errors():
+        from alignprop_fast.cli_plan_question import from_model, from_table
+        from alignprop_fast.cli_plan_summary import print_prediction, write_json
+        from alignprop_fast.planner import save_table as write_table
+        from alignprop_fast.report_plan import plot_plan
+
+        files = [Path(name).expanduser() for name in (save_table, json) if name is not None]
+        for place in (folder, *(file.parent for file in files)):
+            check_writable(place)
+        quiet_libraries(console)
+        given = [name for name in options if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+        question = from_model(console, options) if table is None else from_table(options, given)
+        prediction = question.predict()
+    if question.note:
+        console.print(question.note, soft_wrap=True)
+    console.print(question.title, soft_wrap=True)
+    print_prediction(console, prediction)
+    for file in (folder / "plan.png", *files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    plot_plan(folder / "plan.png", prediction.table, prediction.worst, question.title)
+    console.print(f"picture: {folder / 'plan.png'}", soft_wrap=True)
+    if save_table is not None:
+        write_table(prediction.table, Path(save_table).expanduser())
+    if json is not None:
+        write_json(Path(json).expanduser(), prediction, question.facts)

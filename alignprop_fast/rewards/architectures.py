@@ -1,0 +1,174 @@
+"""Published rewards without their weights: the real networks at full size on the meta device, to count what they take.
+
+    reward = architecture_reward("hpsv2:1.0,compressibility:0.3", torch.bfloat16)
+    scores, info = reward(images_on_meta, prompts, metadata)        # shapes alone; a gradient reaches the images
+
+The picture's side is the reward's own code. Prompts are not read: where the text is embedded without gradient, once for
+each prompt, zeros stand for it, and where text and picture meet in the network, tokens of the right number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .aesthetic import Aesthetic, FiveLayers
+from .clip import Similarity
+from .imagereward import ImageReward, Network
+from .mixture import Part, WeightedSum
+from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from .registry import get_reward, parsed_spec
+
+_META = torch.device("meta")
+
+# Towers of CLIP ViT-L/14 (Radford et al. 2021) and of open_clip's ViT-H/14, on which HPS v2 and PickScore build.
+_VIT_L = {
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "projection_dim": 768,
+}
+_VIT_H = {
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+        "hidden_act": "gelu",
+    },
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "projection_dim": 1024,
+}
+# BLIP's ViT-L/16 and its BERT with cross-attention (Li et al. 2022).
+_BLIP_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
+_BLIP_TEXT = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "encoder_hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "is_decoder": True,
+}
+_CLIP_PIXELS = Preprocess(shortest_edge=224, crop=(224, 224), mean=CLIP_MEAN, std=CLIP_STD)
+_HPS_PIXELS = Preprocess(longest_edge=224, clip=False, mean=CLIP_MEAN, std=CLIP_STD)
+
+
+class _Similarity(Similarity):
+    """PickScore's scale is left out: one product for each picture."""
+
+    def __init__(self, config: dict[str, Any], preprocess: Preprocess, dtype: torch.dtype) -> None:
+        super().__init__(_clip(config, dtype), None, preprocess)
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), self.model.config.projection_dim, device=_META)
+
+
+class _Aesthetic(Aesthetic):
+    def __init__(self, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)  # Aesthetic's own reads files
+        model = _clip(_VIT_L, dtype)
+        self.preprocess = _CLIP_PIXELS
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        with _META:
+            self.head = FiveLayers(model.config.projection_dim)
+
+
+class _ImageReward(ImageReward):
+    def __init__(self, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)  # ImageReward's own reads files
+        with _META:
+            self.network = Network(_BLIP_VISION, _BLIP_TEXT)
+        self.network.vision.to(dtype)
+        self.network.text.to(dtype)
+        self.tokenizer = _blank_tokens
+        self.preprocess = _CLIP_PIXELS
+
+
+def architecture_reward(
+    spec: str, dtype: torch.dtype, model: Sequence[str | Path] = (), allow_pickle: bool = False
+) -> WeightedSum:
+    """The reward that `spec` describes (see `get_reward`) on the meta device, without weights where they are published.
+
+    dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a
+    config.json and a preprocessor_config.json, and the other published rewards need none. What has no published weights
+    is loaded as it is.
+
+    Raises:
+        ValueError, OSError: as `get_reward`.
+    """
+    parsed, models = parsed_spec(spec, [str(value) for value in model])
+    return WeightedSum(
+        [_part(name, weight, models.get(name.partition(":")[0]), dtype, allow_pickle) for name, weight in parsed]
+    )
+
+
+def _part(name: str, weight: float, model: str | None, dtype: torch.dtype, allow_pickle: bool) -> Part:
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "hpsv2": lambda: _Similarity(_VIT_H, _HPS_PIXELS, dtype),
+        "pickscore": lambda: _Similarity(_VIT_H, _CLIP_PIXELS, dtype),
+        "clip": lambda: _Similarity(_VIT_L, _CLIP_PIXELS, dtype) if model is None else _of_folder(model, dtype),
+        "aesthetic": lambda: _Aesthetic(dtype),
+        "imagereward": lambda: _ImageReward(dtype),
+    }
+    if name in builders:
+        return Part(name, weight, builders[name]().requires_grad_(False).eval(), by_image=True)
+    (part,) = get_reward(name, device=_META, dtype=dtype, model=model, allow_pickle=allow_pickle).parts
+    return Part(name, weight, part.reward, part.by_image)
+
+
+def _of_folder(model: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import CLIPConfig
+
+    from .clip import clip_folder
+    from .weights import DEFAULT
+
+    folder = clip_folder(model, DEFAULT)
+    return _Similarity(CLIPConfig.from_pretrained(folder).to_dict(), Preprocess.from_folder(folder), dtype)
+
+
+def _clip(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    with _META:
+        return CLIPModel(CLIPConfig(**config)).to(dtype)
+
+
+class _Tokens(dict):
+    def to(self, device: Any) -> _Tokens:
+        return self
+
+
+def _blank_tokens(prompts: Sequence[str], *, max_length: int, **form: Any) -> _Tokens:
+    ids_BL = torch.zeros(len(prompts), max_length, dtype=torch.long, device=_META)
+    # Whether any token is masked cannot be asked of a tensor without data.
+    return _Tokens(input_ids=ids_BL, attention_mask=None)
