@@ -130,8 +130,8 @@ _FIELDS = {
     "negative_prompt": "negative_prompts",
 }
 _SAME_NAME = (
-    *("lora_rank", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget", "truncation"),
-    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
+    *("lora_rank", "base_dtype", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget"),
+    *("truncation", "seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
 )
 
 
