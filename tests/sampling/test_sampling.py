@@ -10,7 +10,15 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from alignprop_fast.sampling import Truncation, ddim_table, draw_gates, draw_truncation, rescaled_guidance, trl_gates
+from alignprop_fast.sampling import (
+    Truncation,
+    ddim_table,
+    draw_gates,
+    draw_truncation,
+    gate_count,
+    rescaled_guidance,
+    trl_gates,
+)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -174,3 +182,16 @@ def test_a_table_without_x0_says_what_to_use():
     table = replace(ddim_table([0.9, 0.5], 1.0, [1, 0], 1, 0.0), x0=())
     with pytest.raises(ValueError, match="runs the chain to its end"):
         table.ending_at(0)
+
+
+@pytest.mark.parametrize("rule", ["lv:2", "refl", "drtune", "drtune:7", "drtune:10"])
+def test_gradient_steps_of_rules_that_cut_more_are_counted_without_a_draw(rule):
+    random.seed(0)
+    state = random.getstate()
+    most, mean = gate_count(rule, 10)
+    assert random.getstate() == state
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(2000)]
+    assert max(lengths) == most
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 1.2 / 2000**0.5  # four standard errors at the widest spread
+    with pytest.raises(ValueError, match="use 1 to 4"):
+        gate_count("drtune:5", 4)
