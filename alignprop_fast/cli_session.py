@@ -124,6 +124,8 @@ class Session:
                 self._after_step,
                 stateful={name: owner for name, owner in owners.items() if owner is not None},
             )
+            if self.watch is not None:  # lies on the device too, and the plan is to know
+                self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
             self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
             self.before = self._first_pictures()

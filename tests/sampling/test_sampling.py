@@ -243,3 +243,16 @@ def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
 def test_bad_rules_have_no_number_of_steps(rule):
     with pytest.raises(ValueError, match="truncation"):
         gate_count(rule, 4)
+
+
+@pytest.mark.parametrize("rule", ["lv:2", "refl", "drtune", "drtune:7", "drtune:10"])
+def test_gradient_steps_of_rules_that_cut_more_are_counted_without_a_draw(rule):
+    random.seed(0)
+    state = random.getstate()
+    most, mean = gate_count(rule, 10)
+    assert random.getstate() == state
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(2000)]
+    assert max(lengths) == most
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 1.2 / 2000**0.5  # four standard errors at the widest spread
+    with pytest.raises(ValueError, match="use 1 to 4"):
+        gate_count("drtune:5", 4)
