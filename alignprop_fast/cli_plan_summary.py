@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def print_prediction(console: Console, prediction: Prediction) -> None:
     console.print(_options(worst))
 
 
-def write_json(path: Path, prediction: Prediction, facts: dict[str, Any]) -> None:
+def write_json(path: Path, prediction: Prediction, facts: Mapping[str, Any]) -> None:
     """The worst case's plan and the expected one's numbers, after the given facts."""
     from alignprop_fast.report import write_whole
 

@@ -6,6 +6,7 @@ samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and af
                                 and what was watched
 checkpoints/                    to resume from
 reward.png, before_after.png, README.md (a model card)
+plan.png                        memory over a training step, where a memory budget is given
 pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
 """
 
@@ -27,12 +28,14 @@ from rich.console import Console
 
 from alignprop_fast.cli_options import TrainOptions, make_config
 from alignprop_fast.cli_options_control import make_stopping, make_watch
+from alignprop_fast.cli_plan_summary import Prediction, predict
 from alignprop_fast.cli_records import Records
 from alignprop_fast.cli_results import write_adapters, write_card
 from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
     Interrupt,
+    budget_here,
     check_tracker,
     check_writable,
     existing_as_absolute,
@@ -40,12 +43,14 @@ from alignprop_fast.cli_support import (
     pick_device,
 )
 from alignprop_fast.data import load_prompts
+from alignprop_fast.planner import parse_bytes
 from alignprop_fast.report import (
     Pictures,
     save_before_after,
     to_images,
     write_whole,
 )
+from alignprop_fast.report_plan import plot_plan
 
 if TYPE_CHECKING:
     from alignprop_fast.watch import Watched
@@ -85,7 +90,7 @@ class Session:
             self._check_folder(resume or resume_from is not None)
             self.prompts = load_prompts(options.prompts)
             check_tracker(options.log_with)
-            self.options = _resolved(options, device, self.folder)
+            self.options = self._held_to_device(_resolved(options, device, self.folder), device)
             config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
@@ -101,6 +106,8 @@ class Session:
         )
         self._check_reward(pipeline.sd_pipeline, device)
         self.records = Records(self.folder, options.reward)
+        self.prediction: Prediction | None = None
+        self.peak_bytes = 0  # of the training steps, measured
         try:
             normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
             owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
@@ -138,6 +145,7 @@ class Session:
                 for metrics in () if stopped else trainer.steps():
                     display.update(metrics)
                     stopped = self._stopped()
+                    self.peak_bytes = max(self.peak_bytes, metrics.peak_bytes)
                     # All or none: one that left alone would be waited for.
                     if any_process(interrupt.requested) or stopped:
                         break
@@ -204,10 +212,21 @@ class Session:
             return resume_from
         return str(self.folder) if resume and checkpoints(self.folder / "checkpoints") else ""
 
+    def _held_to_device(self, options: TrainOptions, device: str) -> TrainOptions:
+        """With no larger a budget than the device has; says so where that is less than was asked for."""
+        if options.memory_budget is None:
+            return options
+        _, budget_bytes, note = budget_here(parse_bytes(options.memory_budget), device)
+        if note:
+            self.console.print(note, soft_wrap=True)
+        return replace(options, memory_budget=str(budget_bytes)) if note else options
+
     def _check_budget(self) -> None:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
-        if self.options.memory_budget is not None:
-            self.plan = self.trainer.sampler.plan_for(self.options.batch_size)
+        sampler, options = self.trainer.sampler, self.options
+        if sampler.budget_bytes is not None:
+            table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
+            self.prediction = predict(table, steps, options.truncation, options.batch_size, sampler.budget_bytes)
 
     def _check_reward(self, pipe: Any, device: str) -> None:
         """Score a grey batch: a reward without gradient is to be refused before anything is written.
@@ -234,6 +253,9 @@ class Session:
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
         _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
+        if self.prediction is not None:
+            title = f"{Path(self.options.model).name}, batch {self.options.batch_size}, reward {self.options.reward}"
+            plot_plan(self.folder / "plan.png", self.prediction.table, self.prediction.worst, title)
         self.records.begin(step)
         if step == 0:
             self.records.add_samples(0, self.before, self._watched, self.trainer.accelerator)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -199,26 +200,38 @@ def _origin(task: Task) -> dict[str, str]:
     """What the numbers of a table depend on, beside the device."""
     model = task.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.parameters]
+    # A quantised weight is a buffer.
+    named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
+    weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
     return {
         "model": type(model.pipe).__name__,
         # The number of attention heads shows in no weight.
         "config": _hash([item for item in sorted(model.denoiser.config.items()) if not item[0].startswith("_")]),
         "scheduler": model.scheduler_name,
-        "weights": _hash(
-            [(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]
-        ),
+        "weights": _hash(weights),
         "trained": f"{len(trained)} tensors, {_hash(trained)}",
         "batch": str(task.batch),
         "height": str(task.size[0]),
         "width": str(task.size[1]),
         "branches": str(task.cond.branches),
-        "alignprop_fast": version("alignprop-fast"),
+        "alignprop_fast": f"{version('alignprop-fast')}, code {_code()}",
         "torch": version("torch"),
     }
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+@cache
+def _code() -> str:
+    """What counts and what is counted, so that no table outlives a change of the package under the same version."""
+    here = Path(__file__).parent
+    files = [
+        Path(__file__),
+        *(file for part in ("models", "ops", "runtime") for file in sorted((here / part).glob("*.py"))),
+    ]
+    return _hash([file.read_bytes() for file in files])
 
 
 def _cache_file(origin: Mapping[str, str]) -> Path:

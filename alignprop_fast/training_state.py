@@ -118,7 +118,7 @@ def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
 
 def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) -> None:
     """What the saved tensors cannot be read into without; other options may change between runs."""
-    for name in ("optimizer", "adapter_dtype", "lora_rank", "lora_alpha"):
+    for name in ("optimizer", "optimizer_in_backward", "adapter_dtype", "lora_rank", "lora_alpha"):
         if getattr(config, name) != saved.get(name):
             raise ValueError(f"checkpoint {folder} was made with {name}={saved.get(name)}: resume with the same")
 

@@ -84,10 +84,12 @@ def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtyp
     )
 
 
-def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path):
-    make_trainer(tiny_sd_folder, tmp_path / "whole", use_lora=False).train(2)
-    make_trainer(tiny_sd_folder, tmp_path / "parts", use_lora=False).train(1)
-    make_trainer(tiny_sd_folder, tmp_path / "parts", use_lora=False, resume_from=str(tmp_path / "parts")).train(2)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path, in_backward):
+    options = {"use_lora": False, "optimizer_in_backward": in_backward}
+    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train(2)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", **options).train(1)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", **options, resume_from=str(tmp_path / "parts")).train(2)
     file = "unet/diffusion_pytorch_model.safetensors"
     assert (newest(tmp_path / "parts") / file).read_bytes() == (newest(tmp_path / "whole") / file).read_bytes()
 

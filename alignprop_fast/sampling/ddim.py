@@ -30,41 +30,57 @@ class StepTable:
     """Per step (c, p, q) of a two-step method: x_next = a x + b y + c h + sigma z and h_next = p x + q y, from h = 0.
     Empty: a one-step method."""
     x0: tuple[tuple[float, float], ...] = ()
-    """Per step (d, e): the clean latents that it predicts are d x + e y."""
+    """Per step (c, d): the clean latents that it predicts are c x + d y. Empty where the update is of another form."""
     level: tuple[tuple[float, float], ...] = ()
-    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise."""
+    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise. Empty as for x0."""
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def ending_at(self, step: int) -> "StepTable":
-        """The steps before `step`, which then predicts the clean latents: x_next = x0, and the chain is over."""
-        d, e = self.x0[step]
+        """The steps before `step`, which then predicts the clean latents at once: x_next = x0, and the chain is over.
+
+        Raises:
+            ValueError: a table that does not know x0.
+        """
+        c, d = self._of_every_step(self.x0)[step]
+        table = self._rows(0, step + 1)
         return replace(
-            self,
-            timesteps=self.timesteps[: step + 1],
-            a=(*self.a[:step], d),
-            b=(*self.b[:step], e),
-            sigma=(*self.sigma[:step], 0.0),
-            input_scale=self.input_scale[: step + 1],
-            history=(*self.history[:step], (0.0, 0.0, 0.0)) if self.history else (),
-            x0=self.x0[: step + 1],
-            level=self.level[: step + 1],
+            table,
+            a=(*table.a[:-1], c),
+            b=(*table.b[:-1], d),
+            sigma=(*table.sigma[:-1], 0.0),
+            # Of the step before the image does not depend any more.
+            history=tuple((0.0 if i == step else c, p, q) for i, (c, p, q) in enumerate(table.history)),
         )
 
     def last_alone(self) -> "StepTable":
-        """A chain of one step: the last one, predicting the clean latents."""
-        d, e = self.x0[-1]
-        return StepTable(
-            self.timesteps[-1:],
-            (d,),
-            (e,),
-            (0.0,),
-            self.noisy,
-            input_scale=self.input_scale[-1:],
-            x0=self.x0[-1:],
-            level=self.level[-1:],
+        """A chain of one step: the last one, predicting the clean latents. Raises ValueError as `ending_at`."""
+        last = len(self) - 1
+        return self.ending_at(last)._rows(last, last + 1)
+
+    def _rows(self, first: int, end: int) -> "StepTable":
+        """The steps first to end - 1 as they are."""
+        return replace(
+            self,
+            timesteps=self.timesteps[first:end],
+            a=self.a[first:end],
+            b=self.b[first:end],
+            sigma=self.sigma[first:end],
+            input_scale=self.input_scale[first:end],
+            history=self.history[first:end],
+            x0=self.x0[first:end],
+            level=self.level[first:end],
         )
+
+    def last_level(self) -> tuple[float, float]:
+        """(signal, noise) of the last step's x. Raises ValueError as `ending_at`."""
+        return self._of_every_step(self.level)[-1]
+
+    def _of_every_step(self, entries: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        if len(entries) != len(self):
+            raise ValueError("this scheduler has no closed form of x0: use a truncation that runs the chain to its end")
+        return entries
 
 
 def _x0_eps(prediction_type: str, alpha: float) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -57,28 +57,18 @@ def draw_truncation(rule: str, num_steps: int) -> Truncation:
         if int(argument) < 1:
             raise ValueError(f"truncation {rule!r} noises no picture: use lv:1 or more, or last:1")
         return Truncation((num_steps - 1,), renoisings=int(argument))
-    if _is_drtune(rule):
-        return _drtune(_drtune_steps(rule, num_steps), num_steps)
+    if rule == "drtune" or (name == "drtune" and argument.isdigit()):
+        count = int(argument) if argument else min(DRTUNE_STEPS, num_steps)
+        return _drtune(rule, count, num_steps)
     if rule == "refl":
         step = num_steps - random.randint(1, max(1, round(REFL_SHARE * num_steps)))
         return Truncation((step,), last_step=step)
     return Truncation(draw_gates(rule, num_steps))
 
 
-def _is_drtune(rule: str) -> bool:
-    name, _, argument = rule.partition(":")
-    return rule == "drtune" or (name == "drtune" and argument.isdigit())
-
-
-def _drtune_steps(rule: str, num_steps: int) -> int:
-    argument = rule.partition(":")[2]
-    count = int(argument) if argument else min(DRTUNE_STEPS, num_steps)
+def _drtune(rule: str, count: int, num_steps: int) -> Truncation:
     if not 1 <= count <= num_steps:
         raise ValueError(f"truncation {rule!r} asks for {count} of {num_steps} steps: use 1 to {num_steps}")
-    return count
-
-
-def _drtune(count: int, num_steps: int) -> Truncation:
     last = num_steps - random.randint(1, max(1, round(DRTUNE_STOP * num_steps)))
     count = min(count, last + 1)
     stride = (last + 1) // count
@@ -119,10 +109,7 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
 
 
 def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
-    """The most gradient steps of one chain under the rule, and how many it has on average. Draws nothing.
-
-    Of lv:N the chain alone is counted, not the N steps that run once more. Of drtune the most stand for the average: it
-    has fewer where it ends before its K-th step, which only chains of fewer than 2 K steps can do.
+    """The most gradient steps that `draw_truncation` gives under the rule, and how many it gives on average.
 
     Raises:
         ValueError: as `draw_truncation`.
@@ -134,10 +121,10 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     if rule == "gaussian":
         length = NormalDist(num_steps / 2, num_steps / 6)
         return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
-    if _is_drtune(rule):
-        steps = _drtune_steps(rule, num_steps)
-    else:
-        steps = 1 if rule == "refl" else len(draw_truncation(rule, num_steps).grad_steps)
+    # The others draw where the gradient steps lie, not how many; what is drawn here is not to be missed.
+    state = random.getstate()
+    steps = len(draw_truncation(rule, num_steps).grad_steps)
+    random.setstate(state)
     return steps, float(steps)
 
 

@@ -2,6 +2,7 @@
 
 import random
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -201,7 +202,7 @@ def test_every_step_knows_its_level_and_its_clean_latents(kind, table):
     assert len(short) == 2 and short.a[0] == table.a[0] and short.sigma[1] == 0 and short.noisy == table.noisy
     assert (short.a[1], short.b[1]) == table.x0[1] and (alone.a[0], alone.b[0]) == table.x0[2]
     assert alone.timesteps == table.timesteps[2:] and alone.input_scale == table.input_scale[2:]
-    assert len(short.history) == (2 if table.history else 0) and not alone.history
+    assert len(short.history) == (2 if table.history else 0) and all(c == 0 for c, _, _ in alone.history)
     if table.history:
         assert short.history[0] == table.history[0] and short.history[1][0] == 0
 
@@ -218,3 +219,47 @@ def test_levels_and_clean_latents_are_those_of_diffusers(prediction_type):
         assert torch.allclose(d * x + e * y, scheduler.step(y, t, x, eta=0.0).pred_original_sample, atol=1e-10)
         # add_noise works in fp32
         assert torch.allclose(signal * x + noise * z, scheduler.add_noise(x, z, t[None]), atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_chain_that_ends_early_predicts_the_clean_latents(prediction_type):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(7)
+    table = ddim_table(scheduler.alphas_cumprod.tolist(), 1.0, scheduler.timesteps.tolist(), 142, 1.0, prediction_type)
+    short = table.ending_at(4)
+    assert len(short) == 5 and short.a[:4] == table.a[:4] and short.sigma[4] == 0
+    alone = table.last_alone()
+    x, y = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
+    for one, t in ((short, scheduler.timesteps[4]), (alone, scheduler.timesteps[-1])):
+        theirs = scheduler.step(y, t, x, eta=0.0).pred_original_sample
+        assert torch.allclose(one.a[-1] * x + one.b[-1] * y, theirs, atol=1e-10)
+        assert one.timesteps[-1] == t
+    signal, noise = table.last_level()
+    z = torch.randn_like(x)
+    theirs = scheduler.add_noise(x, z, scheduler.timesteps[-1:])
+    assert torch.allclose(signal * x + noise * z, theirs, atol=1e-7)  # add_noise works in fp32
+
+
+def test_a_table_without_x0_says_what_to_use():
+    table = replace(ddim_table([0.9, 0.5], 1.0, [1, 0], 1, 0.0), x0=())
+    with pytest.raises(ValueError, match="runs the chain to its end"):
+        table.ending_at(0)
+
+
+@pytest.mark.parametrize("rule", ["full", "last:3", "lv:3", "drtune:3", "refl", "uniform", "uniform-once", "gaussian"])
+def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
+    """The mean of 4,000 draws of at most 10 steps; the tolerance is four standard errors at the widest spread."""
+    random.seed(0)
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(4000)]
+    most, mean = gate_count(rule, 10)
+    assert max(lengths) <= most == {"last:3": 3, "drtune:3": 3, "lv:3": 1, "refl": 1}.get(rule, 10)
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 3.0 / 4000**0.5
+    if rule in ("uniform-once", "gaussian"):
+        assert max(lengths) == most
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_bad_rules_have_no_number_of_steps(rule):
+    with pytest.raises(ValueError, match="truncation"):
+        gate_count(rule, 4)
