@@ -160,6 +160,26 @@ def test_drtune_trains_equally_spaced_steps_before_a_drawn_end(rule, steps, coun
     assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step has its turn
 
 
+@pytest.mark.parametrize(
+    "rule", ["full", "last:3", "uniform", "uniform-once", "gaussian", "lv:2", "drtune", "drtune:2", "refl"]
+)
+def test_gate_count_is_that_of_the_draws(rule):
+    """The mean of 2,000 draws of at most 12 steps has a standard error below 0.08."""
+    random.seed(0)
+    most, mean = gate_count(rule, 12)
+    counts = [len(draw_truncation(rule, 12).grad_steps) for _ in range(2000)]
+    assert max(counts) <= most and abs(statistics.fmean(counts) - mean) < 0.3
+    state = random.getstate()
+    gate_count(rule, 12)
+    assert random.getstate() == state
+
+
+def test_gate_count_refuses_what_cannot_be_drawn():
+    for rule in ("drtune:13", "lv:0", "none"):
+        with pytest.raises(ValueError, match="truncation"):
+            gate_count(rule, 12)
+
+
 def every_table():
     sigmas = (3.0, 1.5, 0.6, 0.0)
     for kind in ("epsilon", "v_prediction", "sample"):
