@@ -76,8 +76,8 @@ def decoder_stages(
     def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
         forward = _without_graph(one)
         # While one image is decoded again the gradients of all others are there, and so are the images.
-        raised = tuple(raised(segment, others_bytes) for segment in segments)
-        return Stage(name, raised, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
+        higher = tuple(raised(segment, others_bytes) for segment in segments)
+        return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
 
     others_bytes = (len(x) - 1) * _output_bytes(lambda: decode(x[:1]))
     at_once = segments(work(decode, x, blocks))[0]
