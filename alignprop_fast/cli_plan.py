@@ -122,7 +122,7 @@ def plan(
         for place in (folder, *(file.parent for file in files)):
             check_writable(place)
         quiet_libraries(console)
-        given = [name for name in options if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+        given = [name for name in options if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
         question = from_model(console, options) if table is None else from_table(options, given)
         prediction = question.predict()
     if question.note:

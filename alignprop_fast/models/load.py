@@ -124,6 +124,8 @@ def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> An
     part_class = getattr(module, str(class_name))
     with torch.device("meta"):
         if library == "transformers":
+            if not (folder / name / "config.json").is_file():  # transformers would make do with defaults
+                raise OSError(f"no config.json in {folder / name}")
             return part_class(part_class.config_class.from_pretrained(folder / name, local_files_only=True))
         return part_class.from_config(part_class.load_config(folder / name, local_files_only=True))
 

@@ -123,14 +123,6 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     Raises:
         ValueError: as `draw_truncation`.
     """
-    if rule.partition(":")[0] in ("lv", "drtune", "refl"):
-        state = random.getstate()
-        steps = len(draw_truncation(rule, num_steps).grad_steps)  # raises what is wrong with the rule
-        random.setstate(state)
-        if not rule.startswith("drtune"):
-            return steps, float(steps)
-        count, latest = _drtune_count(rule, num_steps), max(1, round(DRTUNE_STOP * num_steps))
-        return count, fmean(min(count, num_steps - back + 1) for back in range(1, latest + 1))
     if rule == "uniform":
         return num_steps, num_steps / 2  # step i is open with (i + 1) / (num_steps + 1)
     if rule == "uniform-once":
@@ -138,8 +130,13 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     if rule == "gaussian":
         length = NormalDist(num_steps / 2, num_steps / 6)
         return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
-    steps = len(draw_gates(rule, num_steps))
-    return steps, float(steps)
+    state = random.getstate()
+    steps = len(draw_truncation(rule, num_steps).grad_steps)  # raises what is wrong with the rule
+    random.setstate(state)
+    if not rule.startswith("drtune"):
+        return steps, float(steps)
+    count, latest = _drtune_count(rule, num_steps), max(1, round(DRTUNE_STOP * num_steps))
+    return count, fmean(min(count, num_steps - back + 1) for back in range(1, latest + 1))
 
 
 def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]) -> tuple[int, ...]:
