@@ -215,7 +215,10 @@ def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
     if model in NAMES:
         pipe = architecture(model, dtype, rank=rank).pipe
     else:
-        pipe = load_outline(model, dtype)
+        try:
+            pipe = load_outline(model, dtype)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
         with torch.device("meta"):
             add_lora(pipe, rank, rank)
     if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
@@ -283,9 +286,10 @@ def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
 
 def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:
     from alignprop_fast.generate import DifferentiableSampler
+    from alignprop_fast.models.lora_targets import denoiser
     from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 
-    trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in denoiser(pipe).parameters() if parameter.requires_grad]
     return DifferentiableSampler(
         pipe,
         options["num_inference_steps"],

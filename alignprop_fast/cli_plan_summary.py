@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from alignprop_fast.planner import CostTable, Moment, Plan, by_group, format_bytes, ranges, simulate
+from alignprop_fast.planner import MOST_BATCH, CostTable, Moment, Plan, by_group, format_bytes, ranges, simulate
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def print_prediction(console: Console, prediction: Prediction) -> None:
     of_budget = "" if budget is None else f" of {format_bytes(budget)}"
     console.print(f"fits: predicted peak {format_bytes(worst.peak_bytes)}{of_budget}, in the phase '{phase}'")
     if prediction.largest is not None:
-        console.print(f"largest batch that fits: {prediction.largest}")
+        more = " or more" if prediction.largest >= MOST_BATCH else ""
+        console.print(f"largest batch that fits: {prediction.largest}{more}")
     console.print(_plans(prediction))
     console.print(_peaks(prediction))
     console.print(_options(worst))

@@ -180,7 +180,7 @@ class DifferentiableSampler:
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
         self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
-        signal, level = self.table.last_level()
+        signal, level = self.table.level[-1]
         x = latents.detach()
         return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
 

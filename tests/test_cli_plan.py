@@ -118,13 +118,34 @@ def test_it_measures_a_model_with_weights(plan, tiny_sd_folder):
     assert json.loads(Path("plan.json").read_text())["source"] == "measured"
 
 
+def test_training_begins_with_its_plan_and_ends_with_its_peak(command, plan, tiny_sd_folder):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *SHORT)
+    code, out, err = command(*common, "--steps", 1, "--memory-budget", "2GiB", "--output-dir", "with")
+    assert (code, err) == (0, "")
+    before, after = out.split("step 1/1")
+    assert "fits: predicted peak" in before and "worst case" in before and "residual blocks" in before
+    assert "peak:     predicted" in after and "the process took" in after
+    assert Image.open("with/plan.png").size[0] > 1000
+    code, out, _ = command(*common, "--steps", 1, "--output-dir", "without")
+    assert code == 0 and "no memory budget" in out and "peak:     predicted" not in out
+    assert not Path("without/plan.png").exists()
+
+
+def test_training_is_held_to_the_device(command, plan, tiny_sd_folder, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2 * GIB)
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *SHORT)
+    code, out, _ = command(*common, "--steps", 1, "--memory-budget", "2.1GiB", "--output-dir", "out")
+    assert code == 0 and "this computer has 2.00 GiB: the budget of 2.10 GiB is held to 2.00 GiB" in out
+    assert "of 2.00 GiB, in the phase" in out
+
+
 BAD = {
     "no size": (["--memory-budget", "plenty"], "24GiB"),
     "negative": (["--memory-budget=-3GiB"], "24GiB"),
     "larger than the GPU": (["--memory-budget", "40GiB"], "more than RTX 4090 has (23.60 GiB)"),
     "too small": (["--memory-budget", "1MiB"], "the leanest plan needs"),
     "unknown GPU": (["--gpu", "RTX 4091"], "perhaps RTX 4090"),
-    "unknown model": (["--model", "sd16"], "no model folder sd16"),
+    "unknown model": (["--model", "sd16"], "of sd15, sdxl the name is enough"),
     "no configuration": (["--model", "{tmp}/broken"], "copy it again"),
     "unknown reward": (["--reward", "hps"], "did you mean 'hpsv2'"),
     "a reward that needs data": (["--reward", "data_reward_of_test:score"], "--measure"),

@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "planner": (set(), {"numpy"}),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),
-    "models": ({"ops", "demo"}, {"torch", "diffusers", "transformers", "peft", "safetensors"}),
+    "models": ({"ops", "demo"}, {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"}),
     "rewards": ({"ops", "demo"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
     "generate": ({"models", "sampling", "runtime", "planner", "cost_table"}, {"torch"}),

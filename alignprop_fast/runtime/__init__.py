@@ -2,7 +2,7 @@
 
 from alignprop_fast.ops.choice import cache_folder, device_name
 from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
-from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
+from alignprop_fast.runtime.costs import decoder_stages, raised, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, link_rate
 from alignprop_fast.runtime.offload import HostPool, Offloader
@@ -30,6 +30,7 @@ __all__ = [
     "kept_as",
     "link_rate",
     "operator_seconds",
+    "raised",
     "reward_stages",
     "run_chain",
     "run_penalised_chain",

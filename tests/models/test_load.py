@@ -138,3 +138,16 @@ def test_an_outline_of_damaged_configurations(copied, part):
     (copied / part / "config.json").unlink()
     with pytest.raises(ValueError):
         load_outline(copied)
+
+
+def test_a_hub_model_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Cannot load model owner/name. Please check out the root cause in the stacktrace above.\nmore")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", unreachable)
+    with pytest.raises(OSError) as caught:
+        load_pipeline("owner/name")
+    assert str(caught.value) == (
+        "cannot load owner/name from the Hub: Cannot load model owner/name; give the folder of a copy, such as one "
+        "made by `hf download owner/name --local-dir FOLDER`"
+    )

@@ -23,6 +23,7 @@ from alignprop_fast.planner import (
     solve,
     summary,
 )
+from alignprop_fast.planner.remedies import remedies
 
 
 def simple_table():
@@ -125,6 +126,14 @@ def test_too_small_a_budget_names_the_least_and_the_remedies():
         solve(replace(simple_table(), fixed={"weights": 10, "optimizer": 400}), 4, (0, 1), 100)
     with pytest.raises(BudgetInfeasible, match="chunked reward"):
         solve(replace(simple_table(), reserve_bytes=5000), 4, (0, 1), 100)
+
+
+@pytest.mark.parametrize(("part", "name"), [("decoder", "bands"), ("reward", "chunk:1")])
+def test_what_runs_in_pieces_already_is_no_remedy(part, name):
+    pieces = StageChoice(name)
+    plan = replace(leanest(4, (0, 1)), phases={part: 100}, kinds={"transient": 100}, peak_bytes=100, **{part: pieces})
+    assert remedies(plan) == ["a smaller batch or resolution"]
+    assert remedies(replace(plan, **{part: StageChoice("batch")})) != ["a smaller batch or resolution"]
 
 
 @pytest.mark.parametrize(
