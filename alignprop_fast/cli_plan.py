@@ -76,6 +76,8 @@ def plan(
     ctx: typer.Context,
     model: Model = DEFAULTS.model,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
+    base_dtype: o.BasePrecision = o.BaseDtype.auto,
+    adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,

@@ -223,6 +223,7 @@ def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
             add_lora(pipe, rank, rank)
     if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
         pipe.vae.to(torch.float32)
+    _change_dtypes(pipe, options)
     return _sampler(pipe, _reward_outline(options, torch.float32 if precision in ("no", "fp16") else dtype), options)
 
 
@@ -266,7 +267,21 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
     pipe = open_pipeline(options["model"], device, options["mixed_precision"])
     reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
     add_lora(pipe, options["lora_rank"], options["lora_rank"])
+    _change_dtypes(pipe, options)
     return _sampler(pipe, reward, options)
+
+
+def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
+    """The frozen linear layers and the adapters as --base-dtype and --adapter-dtype have them."""
+    import torch
+
+    from alignprop_fast.models.quantization import quantize_linears
+
+    if options["base_dtype"] != "auto":
+        quantize_linears(pipe.unet, options["base_dtype"], pipe.unet.device, pipe.unet.dtype)
+    for parameter in pipe.unet.parameters():
+        if parameter.requires_grad and options["adapter_dtype"] == "bf16":
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:

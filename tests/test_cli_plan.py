@@ -222,3 +222,17 @@ def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypat
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
     plan("--help")
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:128"
+
+
+def test_a_quantised_base_and_narrow_adapters_are_counted(plan, configs):
+    """What is always there falls by what is packed; the spike of a product that makes its weight whole is on top."""
+
+    def fixed(*more):
+        arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT)
+        code, _, err = plan(*arguments, *more, "--save-table", "t.json", "--output-dir", "out")
+        assert (code, err) == (0, "")
+        return load_table(Path("t.json")).fixed
+
+    plain, lean = fixed(), fixed("--base-dtype", "int8", "--adapter-dtype", "bf16")
+    assert lean["weights"] < plain["weights"]
+    assert lean["adapters"] == plain["adapters"] // 2 and lean["optimizer"] == plain["optimizer"]

@@ -40,7 +40,8 @@ class QuantizedWeight(torch.Tensor):
     def __new__(
         cls, kind: str, packed: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype
     ) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
+        # It has no memory of its own, and who counts memory is not to see any.
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device, storage_size=0)
 
     def __init__(
         self, kind: str, packed: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype
@@ -90,7 +91,7 @@ def quantize_linears(
     """Quantise the large linear layers below root, in place, one after another on the device; returns their names.
 
     Those of attention and feed-forward; not convolutions, norms, embeddings, adapters or what has fewer than `smallest`
-    weights. Before the ops are put in, and once the other weights have their dtype: a cast would round the scales.
+    weights. Once the other weights have their dtype: a cast would round the scales.
 
     Args:
         kind: "fp8", "int8" or "nf4".
@@ -106,7 +107,7 @@ def quantize_linears(
     found = [
         (name, module)
         for name, module in root.named_modules()
-        if type(module) is nn.Linear
+        if type(module) in (nn.Linear, LeanLinear)
         and module.weight.numel() >= smallest
         and not any(word in name for word in _SKIPPED)
     ]
