@@ -1,9 +1,9 @@
-"""One training step of SD1.5 at 512 and SDXL at 1024: samples a second and peak bytes, beside what one would use instead.
+"""One training step of SD1.5 at 512 and SDXL at 1024: samples a second and peak bytes, beside what else one could use.
 
     python benchmarks/train_step.py --seconds 500                     # on a GPU: both models, most telling rows first
     python benchmarks/train_step.py --model small --device cpu        # dry run
     python benchmarks/train_step.py --estimate "RTX 4090"             # the plan of each row; needs no GPU
-    python benchmarks/train_step.py --table benchmarks/results/estimated/train_step_rtx4090.csv     # table and picture again
+    python benchmarks/train_step.py --table train_step.csv            # table and picture again, from the CSV
 
 A step is 50 denoising steps with guidance, of which the last K carry gradient, the decoder, a reward as large as HPS v2
 (ViT-H), the backward pass and AdamW on adapters of rank 16. Weights are random and in bf16.
@@ -14,8 +14,9 @@ compiled: that, with torch.compile of the transformer blocks (or of the whole UN
 trl: trl 0.23.1 in an environment of its own (`--trl-python`, see compare_trl.py), SD1.5 alone, in processes of its own.
 
 The variants of a row take turns; seconds are medians, the spread is the largest less the smallest. Peak is the most
-that the allocator had handed out. GEMM share: FLOP of the step with nothing repeated, a second, over the rate of a large
-matrix product measured in the same run. The CSV is written anew after every measurement.
+that the allocator had handed out. GEMM share: FLOP of the step with nothing repeated, a second, over the rate of a
+large matrix product measured in the same run. The CSV is written anew after every measurement. Nothing here has run on
+a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from chain import provenance
-from train_step_rows import BUDGETS_GIB, COLUMNS, Setting, settings
+from train_step_estimate import estimate
+from train_step_rows import COLUMNS, Setting, Table, prediction, settings
 from train_step_table import markdown, plot
 from train_step_trl import trl_row
 from train_step_variants import EAGER_WAYS, Bench, step_flop
 
-from alignprop_fast.planner import BudgetInfeasible, Plan, Solver, budget_on, find_gpu, scaled
+from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.runtime import PeakMeter
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,22 +56,6 @@ class Case:
     run: Callable[[], None]
     limit_bytes: int | None = None  # what the allocator may take
     times: list[float] = field(default_factory=list)
-
-
-class Table:
-    """The rows so far, written anew whenever one changes."""
-
-    def __init__(self, file: Path):
-        self.file, self.rows = file, list[dict[str, Any]]()
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(self, row: dict[str, Any]) -> None:
-        if not any(row is known for known in self.rows):
-            self.rows.append(row)
-        with open(self.file, "w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
 
 
 class Clock:
@@ -113,13 +101,11 @@ def cases(bench: Bench, setting: Setting, args: argparse.Namespace, common: dict
     for budget in setting.budgets_gib:
         planned_bytes = int(budget * (1 - args.headroom) * GIB)
         row = {**same, "variant": "ours", "budget_gib": budget}
-        yield Case(row, lambda size=planned_bytes: bench.ours(batch, grad_steps, size), int(budget * GIB))
+        yield Case(row, partial(bench.ours, batch, grad_steps, planned_bytes), int(budget * GIB))
     for name in setting.rivals:
         if name in args.variants:
-            compiled = name == "compiled"
-            way = EAGER_WAYS[0]
-            row = {**same, "variant": name, "plan": f"checkpoint {way}"}
-            yield Case(row, lambda way=way, on=compiled: bench.eager(batch, grad_steps, way, on))
+            row = {**same, "variant": name, "plan": f"checkpoint {EAGER_WAYS[0]}"}
+            yield Case(row, partial(bench.eager, batch, grad_steps, EAGER_WAYS[0], name == "compiled"))
 
 
 def first_run(case: Case, bench: Bench) -> None:
@@ -156,30 +142,21 @@ def there_bytes(bench: Bench) -> int:
     return sum(t.numel() * t.element_size() for t in tensors) + bench.reward_bytes
 
 
-def prediction(plan: Plan) -> dict[str, Any]:
-    resident, replayed = len(plan.resident_steps), len(plan.replayed_steps)
-    return {
-        "predicted_peak_bytes": plan.peak_bytes,
-        "predicted_seconds": round(plan.seconds, 4),
-        "host_bytes": plan.host_bytes,
-        "plan": f"{resident} resident, {replayed} replayed; "
-        + "; ".join(f"{what}: {how}" for what, how in plan.option_lines()),
-    }
-
-
 def leaner(case: Case, bench: Bench, setting: Setting) -> None:
     """A rival that ran out of memory, once more in the leaner way."""
     way, compiled = EAGER_WAYS[1], case.row["variant"] == "compiled"
     case.row["plan"] = f"checkpoint {way}"
-    case.run = lambda: bench.eager(setting.batch, setting.grad_steps, way, compiled)
+    case.run = partial(bench.eager, setting.batch, setting.grad_steps, way, compiled)
     first_run(case, bench)
 
 
-def measure(bench: Bench, setting: Setting, args: argparse.Namespace, table: Table, clock: Clock) -> None:
-    """All rows of a setting: each once, then in turns."""
+def measure(
+    bench: Bench, flop_of: dict[str, float], setting: Setting, args: argparse.Namespace, table: Table, clock: Clock
+) -> None:
+    """All rows of a setting: each once, then in turns. flop_of: as `Bench.flop`."""
     rate = gemm_rate(bench.device, bench.dtype)
-    flop = step_flop(bench.counts, setting.batch, bench.steps, setting.grad_steps)
-    common = {**provenance(bench.device), **args.versions, "dtype": str(bench.dtype)[6:], "reward": args.reward}
+    flop = step_flop(flop_of, setting.batch, bench.steps, setting.grad_steps)
+    common = {**provenance(bench.device), **versions(), "dtype": str(bench.dtype)[6:], "reward": args.reward}
     common |= {"gemm_tflops": round(rate / 1e12, 3)}
     running = []
     for case in cases(bench, setting, args, common):
@@ -216,6 +193,7 @@ def run(args: argparse.Namespace, table: Table) -> None:
     """Every setting in the order of its weight until the time is up; one model on the device at a time."""
     device, clock = torch.device(args.device), Clock(args.seconds)
     bench: Bench | None = None
+    flop_of: dict[str, float] = {}
     for setting in settings(args.model):
         if clock.left() <= 0:
             print(f"out of time before {setting}")
@@ -225,10 +203,11 @@ def run(args: argparse.Namespace, table: Table) -> None:
             gc.collect()
             limit_memory(device, None)
             steps = setting.steps if args.steps is None else args.steps
-            outline = Bench(setting.model, device if setting.model == "small" else torch.device("meta"), 1, args.reward)
+            # Counted without data: on a GPU the package's kernels would hide what they compute.
+            countable = torch.device("cpu" if setting.model == "small" else "meta")
+            flop_of = Bench(setting.model, countable, 1, args.reward).flop()
             bench = Bench(setting.model, device, steps, args.reward, args.compiled)
-            bench.counts = outline.flop()
-        measure(bench, setting, args, table, clock)
+        measure(bench, flop_of, setting, args, table, clock)
         if setting.trl and args.trl_python and "trl" in args.variants and clock.left() > 0:
             common = {**provenance(device), "model": setting.model, "reward": args.reward}
             table.write(trl_row(args.trl_python, setting, bench.steps, args.repeats, common))
@@ -237,38 +216,11 @@ def run(args: argparse.Namespace, table: Table) -> None:
                 print({key: row.get(key, "") for key in ("variant", "budget_gib", *COLUMNS[11:])}, flush=True)
 
 
-def estimate(args: argparse.Namespace, table: Table) -> None:
-    """The plan of every row for a GPU by its data sheet. Two tables a model are counted; the others lie on their line."""
-    gpu, device = find_gpu(args.estimate), torch.device("cpu" if args.model == ["small"] else "meta")
-    for model in args.model:
-        steps = args.steps or settings([model])[0].steps
-        bench = Bench(model, device, steps, args.reward)
-        flop = bench.flop()
-        one, two = (bench.sampler.cost_table(batch, gpu) for batch in (1, 2))
-        for batch in sorted({setting.batch for setting in settings([model])}):
-            solver = Solver(scaled(one, two, 1, 2, batch), steps, steps)
-            for grad_steps in sorted({min(setting.grad_steps, steps) for setting in settings([model])}):
-                for budget in BUDGETS_GIB:
-                    row = {
-                        **{key: value for key, value in provenance(device).items() if key != "device"},
-                        **{"device": f"{gpu.name} (estimated)", **args.versions, "model": model, "batch": batch},
-                        **{"dtype": str(bench.dtype)[6:], "reward": args.reward, "steps": steps},
-                        **{"grad_steps": grad_steps, "variant": "ours", "budget_gib": budget},
-                    }
-                    try:
-                        budget_bytes, _ = budget_on(gpu.name, gpu.memory_bytes, budget * GIB)
-                        row["status"] = "ok"
-                    except ValueError:
-                        budget_bytes, row["status"] = budget * GIB, "more than the GPU has"
-                    try:
-                        plan = solver.plan(range(steps - grad_steps, steps), budget_bytes)
-                    except BudgetInfeasible as error:
-                        row |= {"status": "does not fit", "least_bytes": error.smallest_bytes}
-                    else:
-                        share = step_flop(flop, batch, steps, grad_steps) / plan.seconds / (0.7 * gpu.bf16_flops)
-                        row |= prediction(plan) | {"gemm_share": round(share, 4)}
-                        row["samples_per_second"] = round(batch / plan.seconds, 4)
-                    table.write(row)
+def versions() -> dict[str, str]:
+    try:
+        return {"triton": version("triton")}
+    except PackageNotFoundError:
+        return {"triton": "none"}
 
 
 def parse() -> argparse.Namespace:
@@ -295,20 +247,20 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.table is None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            args.versions = {"triton": version("triton")}
-        except PackageNotFoundError:
-            args.versions = {"triton": "none"}
-        where = "cpu" if args.device == "cpu" else "gpu"
         name = "".join((args.estimate or "").lower().split())
-        default = RESULTS / ("estimated" if name else where) / (f"train_step_{name}.csv" if name else "train_step.csv")
+        where = "estimated" if name else "cpu" if args.device == "cpu" else "gpu"
+        default = RESULTS / where / (f"train_step_{name}.csv" if name else "train_step.csv")
         table = Table(args.output or default)
-        (estimate if args.estimate else run)(args, table)
+        if args.estimate:
+            estimate(args.estimate, args.model, args.steps, args.reward, versions(), table)
+        else:
+            run(args, table)
+        table.save()
         args.table = table.file
     with open(args.table, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
+    if not rows:
+        raise SystemExit(f"no row in {args.table}: give more --seconds")
     plot(rows, args.table.with_suffix(".png"))
     print(markdown(rows))
 

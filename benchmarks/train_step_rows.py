@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from typing import Any
+
+from alignprop_fast.planner import Plan
 
 BATCHES = (1, 2, 4, 8)
 GRAD_STEPS = (1, 5, 25, 50)
@@ -42,18 +47,49 @@ _FIRST = (
 def settings(models: Sequence[str]) -> list[Setting]:
     """The settings of these models in the order of their weight."""
     if "small" in models:
-        # Budgets of a few MiB: the leanest plan, and one that keeps everything; the last is too small for any.
-        return [Setting("small", batch, k, (1, 0.001), steps=3) for batch, k in ((1, 2), (2, 1))]
+        # One budget that keeps everything, and one that is too small for any plan.
+        return [Setting("small", 2, 2, (1, 0.001), steps=3)]
     first = [setting for setting in _FIRST if setting.model in models]
     done = {(s.model, s.batch, s.grad_steps) for s in first}
     rest = []
     for model in [name for name in ("sdxl", "sd15") if name in models]:
         for grad_steps, batch in product((25, 1, 50, 5), (1, 4, 2, 8)):
             new = (model, batch, grad_steps) not in done
-            known = next(
-                (s.budgets_gib for s in first if (s.model, s.batch, s.grad_steps) == (model, batch, grad_steps)), ()
-            )
+            same = [s for s in first if (s.model, s.batch, s.grad_steps) == (model, batch, grad_steps)]
+            known = {size for setting in same for size in setting.budgets_gib}
             budgets = tuple(size for size in (24, 12, 48, 16, 80) if size not in known)
             rivals = ("eager", "compiled") if new else ()
             rest.append(Setting(model, batch, grad_steps, budgets, rivals, trl=new and model == "sd15"))
     return first + rest
+
+
+class Table:
+    """The rows so far, in a CSV that is written anew whenever one changes."""
+
+    def __init__(self, file: Path):
+        self.file, self.rows = file, list[dict[str, Any]]()
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take the row in, or what has changed in it since."""
+        if not any(row is known for known in self.rows):
+            self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        with open(self.file, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def prediction(plan: Plan) -> dict[str, Any]:
+    """What a plan says of its row."""
+    resident, replayed = len(plan.resident_steps), len(plan.replayed_steps)
+    return {
+        "predicted_peak_bytes": plan.peak_bytes,
+        "predicted_seconds": round(plan.seconds, 4),
+        "host_bytes": plan.host_bytes,
+        "plan": f"{resident} resident, {replayed} replayed; "
+        + "; ".join(f"{what}: {how}" for what, how in plan.option_lines()),
+    }

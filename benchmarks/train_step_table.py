@@ -61,7 +61,8 @@ def plot(rows: Sequence[Row], file: Path, grad_steps: Sequence[int] = (1, 25)) -
     import matplotlib.pyplot as plt
 
     done = [row for row in rows if row["samples_per_second"]]
-    shown = [k for k in grad_steps if any(int(row["grad_steps"]) == k for row in done)]
+    there = sorted({int(row["grad_steps"]) for row in done})
+    shown = [k for k in there if k in grad_steps] or there[:1]
     panels = [(model, k) for model in dict.fromkeys(row["model"] for row in done) for k in shown]
     if not panels:
         return

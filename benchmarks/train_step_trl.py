@@ -9,7 +9,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -77,6 +76,10 @@ def vit_h(device: str) -> Any:
     return reward
 
 
+def mean_reward(images: Any, prompts: Any, metadata: Any) -> Any:
+    return images.mean(dim=(1, 2, 3)), {}
+
+
 def train(model: str, output: str, reward: str, batch: int, steps: int, grad_steps: int, repeats: int) -> None:
     """A few steps of trl's trainer, timed; the first two are not."""
     import torch
@@ -96,8 +99,7 @@ def train(model: str, output: str, reward: str, batch: int, steps: int, grad_ste
         log_with=None,
         logdir=output + ".logs",
     )
-    mean = lambda images, prompts, metadata: (images.mean(dim=(1, 2, 3)), {})  # noqa: E731
-    score = mean if reward == "mean" else vit_h("cuda" if cuda else "cpu")
+    score = mean_reward if reward == "mean" else vit_h("cuda" if cuda else "cpu")
     pipeline = DefaultDDPOStableDiffusionPipeline(model, use_lora=True)
     trainer = AlignPropTrainer(config, score, lambda: ("a red cat", {}), pipeline)
     seconds = []
@@ -121,4 +123,4 @@ if __name__ == "__main__":
     parser.add_argument("reward")
     for number in ("batch", "steps", "grad_steps", "repeats"):
         parser.add_argument(number, type=int)
-    train(**vars(parser.parse_args(sys.argv[1:])))
+    train(**vars(parser.parse_args()))

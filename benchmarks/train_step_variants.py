@@ -1,7 +1,7 @@
 """The training steps that `train_step.py` sets side by side: this package's, and the same chain written with diffusers.
 
-One process holds one model. The variants share its weights, adapters, reward and optimizer and take turns: the package's
-ops go in for its own step and out for the others.
+One process holds one model. The variants share its weights, adapters, reward and optimizer and take turns: the
+package's ops go in for its own step and out for the others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Bench:
             self.pipe, steps, GUIDANCE, ETA, reward=self.reward, reward_bytes=reward_bytes
         )
         self._conditioning: dict[int, Conditioning] = {}
-        self.sampler.model.encode = lambda prompts, *_: self.conditioning(len(prompts))
+        # In place of the text encoders.
+        vars(self.sampler.model)["encode"] = lambda prompts, *_: self.conditioning(len(prompts))
         self.trained = self.sampler.model.trainable()
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         self._stock = False
@@ -124,7 +125,7 @@ class Bench:
             (model.enable_gradient_checkpointing if stock else model.disable_gradient_checkpointing)()
 
     def _compile(self, on: bool) -> None:
-        """torch.compile of the repeated transformer blocks, or of the whole UNet; off: as it was, compiled code kept."""
+        """torch.compile of the transformer blocks, or of the whole UNet; off: as it was, the compiled code kept."""
         if on and not self._compiled_calls:
             blocks = [m for m in self.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
             for module in blocks if self.compiled == "blocks" else [self.unet]:

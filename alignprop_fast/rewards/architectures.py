@@ -5,7 +5,7 @@
     reward = architecture_reward("hpsv2", torch.bfloat16, device="cuda")            # random weights, to be timed
 
 The picture's side is the reward's own code. Prompts are not read: where the text is embedded without gradient, once for
-each prompt, one fixed direction stands for it, and where text and picture meet in the network, tokens of the right number.
+each prompt, one fixed direction stands for it, and where text and picture meet in the network, blank tokens.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def architecture_reward(
 ) -> WeightedSum:
     """The reward that `spec` describes (see `get_reward`), without weights where they are published.
 
-    dtype: of the networks' weights. device: "meta" has shapes and no storage; elsewhere weights are random. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a
+    dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a
     config.json and a preprocessor_config.json, and the other published rewards need none. What has no published weights
-    is loaded as it is.
+    is loaded as it is. device: "meta" has shapes and no storage; elsewhere weights are random.
 
     Raises:
         ValueError, OSError: as `get_reward`.
