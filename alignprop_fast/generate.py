@@ -8,6 +8,7 @@ is carried to the backward pass.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
-from alignprop_fast.runtime import Chain, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
+from alignprop_fast.runtime import Chain, GraphedCalls, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
 from alignprop_fast.sampling import (
     StepTable,
     Truncation,
@@ -28,6 +29,8 @@ from alignprop_fast.sampling import (
     rescaled_guidance,
     trl_gates,
 )
+
+Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 __all__ = ["DifferentiableSampler", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
@@ -55,6 +58,8 @@ class DifferentiableSampler:
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
         reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
         reward_bytes: what the reward's weights take on the device.
+        cuda_graphs: run evaluations without gradient as CUDA graphs, recorded at their first use; the memory that one
+            takes is then reserved for good, and the planner counts it. Not tried on a GPU yet.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
@@ -89,6 +94,7 @@ class DifferentiableSampler:
         optimizer_bytes: int | None = None,
         cache_text: bool = False,
         compare_with_base: bool = False,
+        cuda_graphs: bool = False,
     ):
         self.model = adapt(pipe)
         self._text = TextCache(self.model) if cache_text else None
@@ -103,12 +109,16 @@ class DifferentiableSampler:
         if compare_with_base and not self.model.has_adapters():
             raise ValueError("a comparison with the base model needs adapters that can be switched off: add a LoRA")
         self.compare_with_base = compare_with_base
+        if cuda_graphs and self.model.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs a GPU, and the model is on {self.model.device}: leave it out")
+        self._graphs = GraphedCalls() if cuda_graphs else None
         self.base_mse: torch.Tensor | None = None
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
         self.gradient_sink: Callable[..., torch.Tensor | None] | None = None  # see `Chain.sink`
         self._solvers: dict[tuple, Solver] = {}
+        self._timesteps: dict[Any, torch.Tensor] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
         self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
         self._host_pool: HostPool | None = None
@@ -233,7 +243,7 @@ class DifferentiableSampler:
         """
         task = self._blank_task(batch)
         with torch.enable_grad():
-            return measured_table(task) if gpu is None else estimated_table(task, gpu)
+            return self._measured(task) if gpu is None else estimated_table(task, gpu)
 
     def tighten(self, factor: float = 0.9) -> int:
         """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
@@ -263,12 +273,12 @@ class DifferentiableSampler:
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
         model, scale = self.model, self.cfg_scale
-        timesteps = torch.tensor(table.timesteps, device=model.device)
+        timesteps = self._timesteps_of(table)
         combined = cond.branches == 1 or self.guidance_rescale > 0
         update = Update(table, (1.0,) if combined else (1 - scale, scale))
 
-        def network(i: int, state: torch.Tensor) -> torch.Tensor:
-            y = model.predict(update.model_input(i, state), timesteps[i], cond)
+        def network(i: int, state: torch.Tensor, predict: Predict = model.predict) -> torch.Tensor:
+            y = predict(update.model_input(i, state), timesteps[i], cond)
             return rescaled_guidance(y, scale, self.guidance_rescale) if combined and cond.branches == 2 else y
 
         def advance(i: int, state: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -293,7 +303,41 @@ class DifferentiableSampler:
             finish=update.latents,
             input_gradient=input_gradient,
             penalty=off_base if self.compare_with_base else None,
+            sample=None if self._graphs is None else partial(network, predict=self._graphed(self._graphs)),
         )
+
+    def _timesteps_of(self, table: StepTable) -> torch.Tensor:
+        """The chain's timesteps on the device, copied there once: each copy would wait for the device."""
+        known = self._timesteps.get(table.timesteps)
+        if known is None or known.device != self.model.device:
+            known = torch.tensor(table.timesteps, device=self.model.device)
+            self._timesteps[table.timesteps] = known
+        return known
+
+    def _graphed(self, graphs: GraphedCalls) -> Predict:
+        """`model.predict` by CUDA graphs.
+
+        Raises:
+            ValueError: under autocast, whose casts of the weights a graph would not make again.
+        """
+        model = self.model
+        if torch.is_autocast_enabled("cuda"):
+            raise ValueError("cuda_graphs does not go with autocast: train adapters on a bf16 model, or leave it out")
+        weights = model.fingerprint()
+
+        def predict(x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+            names, values = zip(*cond.added.items(), strict=True) if cond.added else ((), ())
+
+            def run(
+                x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *added: torch.Tensor
+            ) -> torch.Tensor:
+                of_added = dict(zip(names, added, strict=True)) if names else cond.added
+                return model.predict(x, timestep, replace(cond, embeds=embeds, added=of_added))
+
+            state = weights, cond.branches, cond.embedded_guidance, names
+            return graphs(run, (x, timestep, cond.embeds, *values), state)
+
+        return predict
 
     def _offloader(self, plan: Plan) -> Offloader | None:
         if not plan.host_bytes:
@@ -318,8 +362,14 @@ class DifferentiableSampler:
     def _solver(self, task: Task, num_steps: int) -> Solver:
         key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
         if key not in self._solvers:
-            self._solvers[key] = Solver(measured_table(task), num_steps, num_steps)
+            self._solvers[key] = Solver(self._measured(task), num_steps, num_steps)
         return self._solvers[key]
+
+    def _measured(self, task: Task) -> CostTable:
+        table = measured_table(task)
+        if self._graphs is None:
+            return table
+        return replace(table, fixed={**table.fixed, "graphs": table.sampling_bytes})
 
     def _blank_task(self, batch: int) -> Task:
         cond = self.model.blank_conditioning(batch, self.cfg_scale > 1, self.size)

@@ -1,7 +1,7 @@
 """A diffusers pipeline seen as a chain: text in, prediction per step, image out. What all models have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -135,6 +135,14 @@ class PipelineAdapter(ABC):
         finally:
             for layer, was_off in zip(layers, before, strict=True):
                 layer._disable_adapters = was_off
+
+    def fingerprint(self) -> Hashable:
+        """Where the denoiser's weights lie, and how its adapters are set: a recorded evaluation holds as long."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        return (
+            tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters()),
+            tuple((m.disable_adapters, *m.active_adapters, *getattr(m, "scaling", {}).values()) for m in layers),
+        )
 
     def modules(self) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs."""

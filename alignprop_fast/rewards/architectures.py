@@ -2,14 +2,16 @@
 
     reward = architecture_reward("hpsv2:1.0,compressibility:0.3", torch.bfloat16)
     scores, info = reward(images_on_meta, prompts, metadata)        # shapes alone; a gradient reaches the images
+    reward = architecture_reward("hpsv2", torch.bfloat16, device="cuda")            # random weights, to be timed
 
 The picture's side is the reward's own code. Prompts are not read: where the text is embedded without gradient, once for
-each prompt, zeros stand for it, and where text and picture meet in the network, tokens of the right number.
+each prompt, one fixed direction stands for it, and where text and picture meet in the network, blank tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from .imagereward import ImageReward, Network
 from .mixture import Part, WeightedSum
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from .registry import get_reward, parsed_spec
-
-_META = torch.device("meta")
 
 # Towers of CLIP ViT-L/14 (Radford et al. 2021) and of open_clip's ViT-H/14, on which HPS v2 and PickScore build.
 _VIT_L = {
@@ -86,80 +86,96 @@ _HPS_PIXELS = Preprocess(longest_edge=224, clip=False, mean=CLIP_MEAN, std=CLIP_
 class _Similarity(Similarity):
     """PickScore's scale is left out: one product for each picture."""
 
-    def __init__(self, config: dict[str, Any], preprocess: Preprocess, dtype: torch.dtype) -> None:
-        super().__init__(_clip(config, dtype), None, preprocess)
+    def __init__(
+        self, config: dict[str, Any], preprocess: Preprocess, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(_clip(config, dtype, device), None, preprocess)
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
-        return torch.zeros(len(prompts), self.model.config.projection_dim, device=_META)
+        width = self.model.config.projection_dim
+        return torch.full((len(prompts), width), width**-0.5, device=self.model.device)
 
 
 class _Aesthetic(Aesthetic):
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)  # Aesthetic's own reads files
-        model = _clip(_VIT_L, dtype)
+        model = _clip(_VIT_L, dtype, device)
         self.preprocess = _CLIP_PIXELS
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
-        with _META:
+        with device:
             self.head = FiveLayers(model.config.projection_dim)
 
 
 class _ImageReward(ImageReward):
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)  # ImageReward's own reads files
-        with _META:
+        with device:
             self.network = Network(_BLIP_VISION, _BLIP_TEXT)
         self.network.vision.to(dtype)
         self.network.text.to(dtype)
-        self.tokenizer = _blank_tokens
+        self.tokenizer = partial(_blank_tokens, device=device)
         self.preprocess = _CLIP_PIXELS
 
 
 def architecture_reward(
-    spec: str, dtype: torch.dtype, model: Sequence[str | Path] = (), allow_pickle: bool = False
+    spec: str,
+    dtype: torch.dtype,
+    model: Sequence[str | Path] = (),
+    allow_pickle: bool = False,
+    device: str | torch.device = "meta",
 ) -> WeightedSum:
-    """The reward that `spec` describes (see `get_reward`) on the meta device, without weights where they are published.
+    """The reward that `spec` describes (see `get_reward`), without weights where they are published.
 
     dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a
     config.json and a preprocessor_config.json, and the other published rewards need none. What has no published weights
-    is loaded as it is.
+    is loaded as it is. device: "meta" has shapes and no storage; elsewhere weights are random.
 
     Raises:
         ValueError, OSError: as `get_reward`.
     """
+    device = torch.device(device)
     parsed, models = parsed_spec(spec, [str(value) for value in model])
     return WeightedSum(
-        [_part(name, weight, models.get(name.partition(":")[0]), dtype, allow_pickle) for name, weight in parsed]
+        [
+            _part(name, weight, models.get(name.partition(":")[0]), dtype, allow_pickle, device)
+            for name, weight in parsed
+        ]
     )
 
 
-def _part(name: str, weight: float, model: str | None, dtype: torch.dtype, allow_pickle: bool) -> Part:
+def _part(
+    name: str, weight: float, model: str | None, dtype: torch.dtype, allow_pickle: bool, device: torch.device
+) -> Part:
+    def similarity(config: dict[str, Any], preprocess: Preprocess) -> nn.Module:
+        return _Similarity(config, preprocess, dtype, device)
+
     builders: dict[str, Callable[[], nn.Module]] = {
-        "hpsv2": lambda: _Similarity(_VIT_H, _HPS_PIXELS, dtype),
-        "pickscore": lambda: _Similarity(_VIT_H, _CLIP_PIXELS, dtype),
-        "clip": lambda: _Similarity(_VIT_L, _CLIP_PIXELS, dtype) if model is None else _of_folder(model, dtype),
-        "aesthetic": lambda: _Aesthetic(dtype),
-        "imagereward": lambda: _ImageReward(dtype),
+        "hpsv2": lambda: similarity(_VIT_H, _HPS_PIXELS),
+        "pickscore": lambda: similarity(_VIT_H, _CLIP_PIXELS),
+        "clip": lambda: similarity(*((_VIT_L, _CLIP_PIXELS) if model is None else _of_folder(model))),
+        "aesthetic": lambda: _Aesthetic(dtype, device),
+        "imagereward": lambda: _ImageReward(dtype, device),
     }
     if name in builders:
         return Part(name, weight, builders[name]().requires_grad_(False).eval(), by_image=True)
-    (part,) = get_reward(name, device=_META, dtype=dtype, model=model, allow_pickle=allow_pickle).parts
+    (part,) = get_reward(name, device=device, dtype=dtype, model=model, allow_pickle=allow_pickle).parts
     return Part(name, weight, part.reward, part.by_image)
 
 
-def _of_folder(model: str, dtype: torch.dtype) -> nn.Module:
+def _of_folder(model: str) -> tuple[dict[str, Any], Preprocess]:
     from transformers import CLIPConfig
 
     from .clip import clip_folder
     from .weights import DEFAULT
 
     folder = clip_folder(model, DEFAULT)
-    return _Similarity(CLIPConfig.from_pretrained(folder).to_dict(), Preprocess.from_folder(folder), dtype)
+    return CLIPConfig.from_pretrained(folder).to_dict(), Preprocess.from_folder(folder)
 
 
-def _clip(config: dict[str, Any], dtype: torch.dtype) -> Any:
+def _clip(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
-    with _META:
+    with device:
         return CLIPModel(CLIPConfig(**config)).to(dtype)
 
 
@@ -168,7 +184,7 @@ class _Tokens(dict):
         return self
 
 
-def _blank_tokens(prompts: Sequence[str], *, max_length: int, **form: Any) -> _Tokens:
-    ids_BL = torch.zeros(len(prompts), max_length, dtype=torch.long, device=_META)
+def _blank_tokens(prompts: Sequence[str], *, max_length: int, device: torch.device, **form: Any) -> _Tokens:
+    ids_BL = torch.zeros(len(prompts), max_length, dtype=torch.long, device=device)
     # Whether any token is masked cannot be asked of a tensor without data.
     return _Tokens(input_ids=ids_BL, attention_mask=None)

@@ -4,6 +4,7 @@ from alignprop_fast.ops.choice import cache_folder, device_name
 from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
 from alignprop_fast.runtime.costs import decoder_stages, raised, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
+from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, link_rate
 from alignprop_fast.runtime.offload import HostPool, Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
@@ -14,6 +15,7 @@ __all__ = [
     "STEP_OPTIONS",
     "Block",
     "Chain",
+    "GraphedCalls",
     "HostPool",
     "LiveBytes",
     "Offloader",

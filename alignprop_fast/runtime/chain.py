@@ -52,6 +52,7 @@ class Chain:
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     input_gradient: bool = True
     penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    sample: Callable[[int, torch.Tensor], torch.Tensor] | None = None
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -132,7 +133,7 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
             if i in tape.grad_steps:
                 tape.inputs[i] = x
             with torch.inference_mode():
-                y = chain.network(i, x)
+                y = (chain.sample or chain.network)(i, x)
         if i in tape.grad_steps:
             tape.penalise(i, x, y)
         # Outside inference mode: a replay saves x for its backward pass, which inference tensors refuse.

@@ -1,0 +1,150 @@
+"""Recorded evaluations and waits for the device: on the CPU their bookkeeping, on a GPU themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alignprop_fast import DifferentiableSampler
+from alignprop_fast.models.lora import add_lora
+from alignprop_fast.planner import Plan
+from alignprop_fast.runtime import GraphedCalls, run_chain
+
+STEPS, PROMPTS = 4, ["red cat", "dog"]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+PLAN = Plan(STEPS, (3,), (2,), ({"*": "norms"},), {"*": "attention"})
+
+
+class Recorded(GraphedCalls):
+    """As on a GPU, but that a replay runs the function again on the static buffers."""
+
+    captures = 0
+
+    def _capture(self, run):
+        self.captures += 1
+        output = run().clone()
+        return lambda: output.copy_(run()), output
+
+
+class Waits(TorchDispatchMode):
+    """Operators for which the host would wait on a GPU: a number read, a shape that depends on data, data made of
+    Python numbers."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.found += [name] if name in self.NAMES else []
+        return func(*args, **(kwargs or {}))
+
+
+def pipe_of(request, name):
+    pipe = request.getfixturevalue(name)
+    for parameter in add_lora(pipe, 2, 2):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return pipe
+
+
+def denoiser(pipe):
+    return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_a_chain_never_waits_for_the_device(request, name):
+    pipe = pipe_of(request, name)
+    size = {"height": 16, "width": 16} if name == "tiny_flux" else {}
+    sampler = DifferentiableSampler(pipe, STEPS, **size)
+    cond = sampler.model.blank_conditioning(2, name != "tiny_flux", sampler.size)
+    chain = sampler._chain(cond, None, sampler.table, True)
+    x = sampler.model.initial_latents(2, sampler.size, None, None)
+    with Waits() as waits:
+        assert x.sum().item() and torch.tensor([1.0]).sum() and len(waits.found) >= 2, "the test itself sees them"
+        waits.found.clear()
+        run_chain(chain, PLAN, x).sum().backward()
+    assert waits.found == []
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser(pipe).parameters())
+
+
+def gradients(sampler, seed=5, prompts=PROMPTS):
+    pipe = sampler.model.pipe
+    images = sampler(prompts, None, torch.Generator(sampler.model.device).manual_seed(seed), plan=PLAN)
+    (images * torch.linspace(0, 1, 16, device=images.device)).mean().backward()
+    grads = [p.grad.clone() for p in sampler.model.trainable()]
+    denoiser(pipe).zero_grad()
+    return images.detach(), grads
+
+
+def assert_same(one, two):
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True)) and one[1]
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_recorded_steps_give_the_same_bits(request, name):
+    pipe = pipe_of(request, name)
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, guidance_rescale=0.3) for _ in range(2))
+    graphed._graphs = graphs = Recorded()
+    assert_same(gradients(plain), gradients(graphed))
+    # Other prompts and weights changed in place need no new recording; another batch size, or weights elsewhere, do.
+    with torch.no_grad():
+        for parameter in graphed.model.trainable():
+            parameter.add_(0.05)
+    assert_same(gradients(plain, 6, ["dog", "cat"]), gradients(graphed, 6, ["dog", "cat"]))
+    assert graphs.captures == 1
+    assert_same(gradients(plain, 7, ["dog"]), gradients(graphed, 7, ["dog"]))
+    assert graphs.captures == 2
+    first = graphed.model.trainable()[0]
+    first.data = first.data.clone() * 2
+    assert_same(gradients(plain), gradients(graphed))
+    assert graphs.captures == 3
+
+
+def test_the_base_model_is_not_run_by_a_recording_with_adapters(request):
+    pipe = pipe_of(request, "tiny_sd")
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, compare_with_base=True) for _ in range(2))
+    graphed._graphs = Recorded()
+    assert_same(gradients(plain), gradients(graphed))
+    assert plain.base_mse > 0 and torch.equal(plain.base_mse, graphed.base_mse)
+
+
+def test_graphs_need_a_gpu_and_count_in_the_plan(request):
+    pipe = pipe_of(request, "tiny_sd")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        DifferentiableSampler(pipe, STEPS, cuda_graphs=True)
+    plain, graphed = (DifferentiableSampler(pipe, STEPS) for _ in range(2))
+    graphed._graphs = Recorded()
+    table = plain.cost_table(1)
+    assert graphed.cost_table(1).base_bytes(0) == table.base_bytes(0) + table.sampling_bytes
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_graphs_give_the_same_bits_on_a_gpu(request, name):
+    pipe = pipe_of(request, name).to("cuda", torch.bfloat16)
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on) for on in (False, True))
+    for seed, prompts in ((5, PROMPTS), (6, ["dog", "cat"]), (7, ["dog"])):
+        assert_same(gradients(plain, seed, prompts), gradients(graphed, seed, prompts))
+        with torch.no_grad():
+            for parameter in plain.model.trainable():
+                parameter.add_(0.05)
+
+
+@on_gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_chain_never_waits_on_a_gpu(request, cuda_graphs):
+    pipe = pipe_of(request, "tiny_sdxl").to("cuda", torch.bfloat16)
+    sampler = DifferentiableSampler(pipe, STEPS, cuda_graphs=cuda_graphs)
+    cond = sampler.model.blank_conditioning(2, True, sampler.size)
+    chain = sampler._chain(cond, None, sampler.table, True)
+    x = sampler.model.initial_latents(2, sampler.size, None, None)
+    for mode in ("default", "error"):  # the first run compiles and chooses kernels, and records graphs
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            run_chain(replace(chain), PLAN, x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
