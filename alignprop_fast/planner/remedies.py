@@ -3,15 +3,14 @@
 from alignprop_fast.planner.plan import Plan
 
 _BY_KIND = {
-    "weights": "a quantised base model (--base-dtype)",
-    "optimizer": "an 8-bit optimizer (--optimizer adamw8bit)",
+    "weights": "a quantised base model",
+    "optimizer": "an 8-bit optimizer",
     "latents": "a smaller batch or resolution, or fewer gradient steps",
     "images": "a smaller batch or resolution",
 }
-# The decoder goes by bands, and a reward that may be cut by chunks, wherever that helps: what is left is size.
 _BY_PHASE = {
-    "decoder": "a smaller batch or resolution",
-    "reward": "a smaller reward model or batch",
+    "decoder": "a tiled decode, a smaller batch or resolution",
+    "reward": "a chunked reward, a smaller batch",
 }
 _SHARE = 0.15  # of the peak; what takes less is not worth naming
 

@@ -122,9 +122,9 @@ def test_too_small_a_budget_names_the_least_and_the_remedies():
     with pytest.raises(BudgetInfeasible, match="quantised") as error:
         solve(simple_table(), 4, (0, 1), 1000)
     assert "8-bit" not in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(BudgetInfeasible, match=r"8-bit optimizer.*smaller batch or resolution"):
+    with pytest.raises(BudgetInfeasible, match=r"8-bit optimizer.*tiled decode"):
         solve(replace(simple_table(), fixed={"weights": 10, "optimizer": 400}), 4, (0, 1), 100)
-    with pytest.raises(BudgetInfeasible, match="smaller reward model"):
+    with pytest.raises(BudgetInfeasible, match="chunked reward"):
         solve(replace(simple_table(), reserve_bytes=5000), 4, (0, 1), 100)
 
 
