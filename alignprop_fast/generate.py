@@ -14,11 +14,21 @@ from typing import Any
 import torch
 
 from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
+from alignprop_fast.fast_predict import FastPredict, Predict
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
-from alignprop_fast.runtime import Chain, GraphedCalls, HostPool, Offloader, by_image, in_chunks, run_penalised_chain
+from alignprop_fast.runtime import (
+    Chain,
+    CompiledBlocks,
+    GraphedCalls,
+    HostPool,
+    Offloader,
+    by_image,
+    in_chunks,
+    run_penalised_chain,
+)
 from alignprop_fast.sampling import (
     StepTable,
     Truncation,
@@ -29,8 +39,6 @@ from alignprop_fast.sampling import (
     rescaled_guidance,
     trl_gates,
 )
-
-Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 __all__ = ["DifferentiableSampler", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
@@ -60,6 +68,8 @@ class DifferentiableSampler:
         reward_bytes: what the reward's weights take on the device.
         cuda_graphs: run evaluations without gradient as CUDA graphs, recorded at their first use; the memory that one
             takes is then reserved for good, and the planner counts it. Not tried on a GPU yet.
+        compiled: run the transformer blocks of evaluations without gradient through torch.compile. Results then differ
+            by rounding between a step without gradient and its replay. Not tried on a GPU yet.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
@@ -95,6 +105,7 @@ class DifferentiableSampler:
         cache_text: bool = False,
         compare_with_base: bool = False,
         cuda_graphs: bool = False,
+        compiled: bool = False,
     ):
         self.model = adapt(pipe)
         self._text = TextCache(self.model) if cache_text else None
@@ -111,7 +122,10 @@ class DifferentiableSampler:
         self.compare_with_base = compare_with_base
         if cuda_graphs and self.model.device.type != "cuda":
             raise ValueError(f"cuda_graphs needs a GPU, and the model is on {self.model.device}: leave it out")
-        self._graphs = GraphedCalls() if cuda_graphs else None
+        self._fast: FastPredict | None = None
+        if cuda_graphs or compiled:
+            blocks = CompiledBlocks(self.model.step_groups()["transformers"]) if compiled else None
+            self._fast = FastPredict(self.model, GraphedCalls() if cuda_graphs else None, blocks)
         self.base_mse: torch.Tensor | None = None
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
@@ -303,7 +317,7 @@ class DifferentiableSampler:
             finish=update.latents,
             input_gradient=input_gradient,
             penalty=off_base if self.compare_with_base else None,
-            sample=None if self._graphs is None else partial(network, predict=self._graphed(self._graphs)),
+            sample=None if self._fast is None else partial(network, predict=self._fast.for_chain()),
         )
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
@@ -313,31 +327,6 @@ class DifferentiableSampler:
             known = torch.tensor(table.timesteps, device=self.model.device)
             self._timesteps[table.timesteps] = known
         return known
-
-    def _graphed(self, graphs: GraphedCalls) -> Predict:
-        """`model.predict` by CUDA graphs.
-
-        Raises:
-            ValueError: under autocast, whose casts of the weights a graph would not make again.
-        """
-        model = self.model
-        if torch.is_autocast_enabled("cuda"):
-            raise ValueError("cuda_graphs does not go with autocast: train adapters on a bf16 model, or leave it out")
-        weights = model.fingerprint()
-
-        def predict(x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-            names, values = zip(*cond.added.items(), strict=True) if cond.added else ((), ())
-
-            def run(
-                x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *added: torch.Tensor
-            ) -> torch.Tensor:
-                of_added = dict(zip(names, added, strict=True)) if names else cond.added
-                return model.predict(x, timestep, replace(cond, embeds=embeds, added=of_added))
-
-            state = weights, cond.branches, cond.embedded_guidance, names
-            return graphs(run, (x, timestep, cond.embeds, *values), state)
-
-        return predict
 
     def _offloader(self, plan: Plan) -> Offloader | None:
         if not plan.host_bytes:
@@ -367,7 +356,7 @@ class DifferentiableSampler:
 
     def _measured(self, task: Task) -> CostTable:
         table = measured_table(task)
-        if self._graphs is None:
+        if self._fast is None or self._fast.graphs is None:
             return table
         return replace(table, fixed={**table.fixed, "graphs": table.sampling_bytes})
 

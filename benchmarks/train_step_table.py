@@ -81,7 +81,7 @@ def plot(rows: Sequence[Row], file: Path, grad_steps: Sequence[int] = (1, 25)) -
                 if points:
                     axis.plot(*zip(*points, strict=True), mark, color=color, markersize=4, label=label)
         axis.set(xlabel="peak, GiB", title=f"{model}, gradient through {k} of {own[0]['steps'] if own else ''} steps")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max((float(row["samples_per_second"]) for row in own), default=1))
         axis.legend(frameon=False, fontsize=7)
     axes[0][0].set_ylabel("samples a second")
     figure.suptitle(f"one training step, {done[0]['device']}", fontsize=10)

@@ -2,6 +2,7 @@
 
 from alignprop_fast.ops.choice import cache_folder, device_name
 from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
+from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import decoder_stages, raised, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
@@ -15,6 +16,7 @@ __all__ = [
     "STEP_OPTIONS",
     "Block",
     "Chain",
+    "CompiledBlocks",
     "GraphedCalls",
     "HostPool",
     "LiveBytes",

@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.fast_predict import FastPredict
 from alignprop_fast.models.lora import add_lora
 from alignprop_fast.planner import Plan
-from alignprop_fast.runtime import GraphedCalls, run_chain
+from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, run_chain
 
 STEPS, PROMPTS = 4, ["red cat", "dog"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -88,7 +89,8 @@ def assert_same(one, two):
 def test_recorded_steps_give_the_same_bits(request, name):
     pipe = pipe_of(request, name)
     plain, graphed = (DifferentiableSampler(pipe, STEPS, guidance_rescale=0.3) for _ in range(2))
-    graphed._graphs = graphs = Recorded()
+    graphs = Recorded()
+    graphed._fast = FastPredict(graphed.model, graphs, None)
     assert_same(gradients(plain), gradients(graphed))
     # Other prompts and weights changed in place need no new recording; another batch size, or weights elsewhere, do.
     with torch.no_grad():
@@ -107,7 +109,7 @@ def test_recorded_steps_give_the_same_bits(request, name):
 def test_the_base_model_is_not_run_by_a_recording_with_adapters(request):
     pipe = pipe_of(request, "tiny_sd")
     plain, graphed = (DifferentiableSampler(pipe, STEPS, compare_with_base=True) for _ in range(2))
-    graphed._graphs = Recorded()
+    graphed._fast = FastPredict(graphed.model, Recorded(), None)
     assert_same(gradients(plain), gradients(graphed))
     assert plain.base_mse > 0 and torch.equal(plain.base_mse, graphed.base_mse)
 
@@ -117,9 +119,33 @@ def test_graphs_need_a_gpu_and_count_in_the_plan(request):
     with pytest.raises(ValueError, match="needs a GPU"):
         DifferentiableSampler(pipe, STEPS, cuda_graphs=True)
     plain, graphed = (DifferentiableSampler(pipe, STEPS) for _ in range(2))
-    graphed._graphs = Recorded()
+    graphed._fast = FastPredict(graphed.model, Recorded(), None)
     table = plain.cost_table(1)
     assert graphed.cost_table(1).base_bytes(0) == table.base_bytes(0) + table.sampling_bytes
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_compiled_blocks_give_the_same_numbers_and_leave_no_trace(request, recorded):
+    pipe = pipe_of(request, "tiny_sd")
+    plain, compiled = (DifferentiableSampler(pipe, STEPS) for _ in range(2))
+    seen = []
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            seen.append(torch.is_grad_enabled())
+            return graph.forward(*arguments)
+
+        return run
+
+    blocks = CompiledBlocks(compiled.model.step_groups()["transformers"], backend)
+    compiled._fast = FastPredict(compiled.model, Recorded() if recorded else None, blocks)
+    torch._dynamo.reset()
+    (image, grads), (compiled_image, compiled_grads) = gradients(plain), gradients(compiled)
+    assert seen and not any(seen), "without gradient alone"
+    assert (image - compiled_image).abs().max() < 1e-5
+    for a, b in zip(grads, compiled_grads, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    assert not any("forward" in vars(module) for module in pipe.unet.modules())
 
 
 @on_gpu
