@@ -58,12 +58,17 @@ class Settings:
 DDPO_AT = (64, 128, 256, 384, 512, 640, 768, 896, 1024)
 OURS_AT = (8, 16, 24, 32, 48, 64, 96, 128)
 METHODS = {
-    "ddpo": Settings("ddpo", 1e-2, DDPO_AT, update_pictures=16),
+    "ddpo": Settings("ddpo", 1e-2, DDPO_AT, inner_epochs=2, update_pictures=16),
     "alignprop": Settings("uniform", 2e-3, OURS_AT),
     "one step": Settings("last:1", 2e-3, OURS_AT),
 }
 SWEEP_SEED = 100  # that no reported run has
-SWEEP = (Settings("ddpo", 1e-3, (128, 256, 384, 512), update_pictures=32),)
+SWEEP = (
+    Settings("ddpo", 1e-3, (128, 256, 384, 512), update_pictures=32),
+    Settings("ddpo", 3e-3, (128, 256), update_pictures=32),
+    Settings("ddpo", 1e-2, (128, 256), update_pictures=16),
+    Settings("ddpo", 1e-2, (128,), inner_epochs=2, update_pictures=16),
+)
 
 Row = dict[str, Any]
 
