@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reward", required=True)
     parser.add_argument("--inner-epochs", type=int, default=1, help="of ddpo")
     parser.add_argument("--update-pictures", type=int, default=32, help="per optimizer step of ddpo: 16, 32 or 64")
+    parser.add_argument("--clip-range", type=float, default=1e-4, help="of ddpo")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
@@ -72,7 +73,7 @@ def ddpo_trainer(args: argparse.Namespace, reward_fn: Any, prompt_fn: Any) -> An
         train_batch_size=16,
         train_gradient_accumulation_steps=args.update_pictures // 16,
         train_num_inner_epochs=args.inner_epochs,
-        train_clip_range=1e-4,
+        train_clip_range=args.clip_range,
         train_adv_clip_max=5.0,
         per_prompt_stat_tracking=True,
         per_prompt_stat_tracking_buffer_size=32,

@@ -19,7 +19,13 @@ def script(monkeypatch):
 
 def row(method, seed, queries, reward):
     same = {"wall_seconds": 2.0 * queries, "cpu_seconds": queries / 2, "heldout_reward": reward - 0.1}
-    settings = {"learning_rate": 1e-3, "inner_epochs": 1, "update_pictures": 4, "versions": "torch=0"}
+    settings = {
+        "learning_rate": 1e-3,
+        "inner_epochs": 1,
+        "update_pictures": 4,
+        "clip_range": 1e-4,
+        "versions": "torch=0",
+    }
     return {"method": method, "seed": seed, "queries": queries, "reward": reward, **same, **settings}
 
 
@@ -71,6 +77,23 @@ def test_plot_only(script, tmp_path, monkeypatch, capsys):
     assert "alignprop reaches it after" in capsys.readouterr().out
 
 
+def test_collecting_what_runs_have_so_far(script, tmp_path, monkeypatch, capsys):
+    """Rows of the files that are there, with the settings that they belong to; nothing is run for the others."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    rows = [{key: value for key, value in row.items() if key != "method"} for row in ROWS[:3]]
+    (runs / "alignprop_0.002_1_4_0.0001_seed1.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--collect", "--results", str(tmp_path), "--plot", str(tmp_path / "plot.png"), "--runs", str(runs)]
+    monkeypatch.setattr(sys, "argv", ["sample_efficiency.py", *arguments])
+    script.main()
+    found = script.read_csv(tmp_path / "sample_efficiency.csv")
+    assert [(row["method"], row["seed"], row["queries"]) for row in found] == [
+        ("alignprop", 1, queries) for queries in (0, 100, 200)
+    ]
+    assert all(row["learning_rate"] == 2e-3 for row in found)
+    assert "alignprop: 0.5000 at the start, 0.5600" in capsys.readouterr().out
+
+
 def test_trl_is_asked_for(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample_efficiency.py"])
     with pytest.raises(SystemExit, match="2"):
@@ -89,7 +112,7 @@ def test_a_run_that_was_cut_off_goes_on(script, tmp_path, monkeypatch):
         worker.Run(
             Namespace(
                 **{"method": "last:1", "seed": 3, "learning_rate": 2e-3, "evaluate_at": evaluate_at, "reward": "clip"},
-                **{"output": output, "inner_epochs": 1, "update_pictures": 4},
+                **{"output": output, "inner_epochs": 1, "update_pictures": 4, "clip_range": 0.0},
             )
         ).train()
         found = [json.loads(line) for line in output.read_text().splitlines()]
