@@ -195,16 +195,15 @@ def summary(rows: Sequence[Row]) -> list[str]:
             if len(reached) < len(taken):
                 lines.append(f"{text} in {len(reached)} of {len(taken)} runs")
                 continue
-            ratios = [budget / value for value in reached if value]
-            lines.append(
-                f"{text} after {mean(reached):.1f} ({min(reached):.1f} to {max(reached):.1f}) queries of {budget:.0f}: "
-                f"1/{min(ratios):.0f} in the slowest run"
-            )
+            taken_text = f"{mean(reached):.1f} ({min(reached):.1f} to {max(reached):.1f}) queries of {budget:.0f}"
+            share = f": 1/{budget / max(reached):.0f} in the slowest run" if max(reached) else ""
+            lines.append(f"{text} after {taken_text}{share}")
     return lines
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Mean reward over the seeds against queries and seconds, the band from the lowest to the highest seed."""
+    """Mean reward over the seeds against queries and seconds, as far as all of them got, in a band from the lowest to
+    the highest; and each seed's own line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +211,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharey="row", constrained_layout=True)
     for method, seeds in curves(rows).items():
-        steps = list(zip(*seeds, strict=False))[1:]  # up to where the shortest run is; a logarithm has no zero
+        steps = list(zip(*seeds, strict=False))[1:]  # a logarithm has no zero
         for across, axis in enumerate(AXES):
             for down, reward in enumerate(REWARDS):
                 values = [[row[reward] for row in step] for step in steps]
@@ -220,6 +219,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 (line,) = panels[down, across].plot(at, [mean(v) for v in values], ".-", markersize=4, label=method)
                 low, high = [min(v) for v in values], [max(v) for v in values]
                 panels[down, across].fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+                for curve in seeds:
+                    own = [row[axis] for row in curve[1:]], [row[reward] for row in curve[1:]]
+                    panels[down, across].plot(*own, color=line.get_color(), linewidth=0.6, alpha=0.7)
     for across, label in enumerate(AXES.values()):
         for down, (reward, title) in enumerate(REWARDS.items()):
             panel = panels[down, across]
@@ -230,7 +232,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         row[0].set_ylabel("mean reward")
     panels[0, 0].legend()
     count = max(len(seeds) for seeds in curves(rows).values())
-    figure.suptitle(f"Bundled model: mean of {count} seeds, band from lowest to highest; dotted: before training")
+    figure.suptitle(f"Bundled model, {count} seeds: mean, lowest to highest, and each; dotted: before training")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -263,6 +265,8 @@ def main() -> None:
     if not args.plot_only:
         compare(args, path)
     rows = read_csv(path)
+    if not any(row["queries"] for row in rows):
+        raise SystemExit(f"{path} has no run that was judged after training: let one go on first")
     draw(rows, args.plot)
     print("\n".join(summary(rows)))
 
