@@ -290,7 +290,7 @@ RewardModel = Annotated[
     _option(
         _REWARD,
         "Weights of the reward: a file, a folder or a Hub id (owner/name). NAME=PATH where several rewards have "
-        "weights, once for each.",
+        "weights, once for each. For count and remove also module:function, a detector of one's own.",
         show_default="the bundled models of clip, count and remove",
     ),
 ]
