@@ -3,12 +3,11 @@
 Arithmetic stays what it is, in the model's dtype and with the quantised weights' own values; so outputs and gradients
 are those of a dense model with these values, and every path works on it: the ops, PEFT's layers, stock PyTorch.
 Of each product one dense weight is alive at a time. bitsandbytes' own modules would quantise the activations too (int8)
-and pass the ops by; diffusers' layerwise casting leaves its dense copies to autograd, which holds them to the backward
-pass.
+and pass the ops by; diffusers' layerwise casting to fp8 has no scales.
 
     fp8    e4m3, a scale for each output channel                         8 bits     error of normal weights 2.6 %
-    int8   symmetric, a scale for each output channel                    8 bits                             0.8 %
-    nf4    4-bit normal float (Dettmers et al. 2023), scales of 64       4.25 bits                          9 %
+    int8   symmetric, a scale for each output channel                    8 bits                     0.4 to 0.8 %
+    nf4    4-bit normal float (Dettmers et al. 2023), scales of 64       4.25 bits                            9 %
 """
 
 from __future__ import annotations
