@@ -130,8 +130,8 @@ _FIELDS = {
     "negative_prompt": "negative_prompts",
 }
 _SAME_NAME = (
-    *("lora_rank", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget", "truncation"),
-    *("seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
+    *("lora_rank", "base_dtype", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget"),
+    *("truncation", "seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
 )
 
 
@@ -290,7 +290,7 @@ RewardModel = Annotated[
     _option(
         _REWARD,
         "Weights of the reward: a file, a folder or a Hub id (owner/name). NAME=PATH where several rewards have "
-        "weights, once for each.",
+        "weights, once for each. For count and remove also module:function, a detector of one's own.",
         show_default="the bundled models of clip, count and remove",
     ),
 ]
@@ -354,7 +354,7 @@ OptimizerChoice = Annotated[
     _option(
         _TRAINING,
         "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
-        "1, ademamix8bit 3 (all from bitsandbytes); adafactor under 1; prodigy 16 (from prodigyopt, wants learning "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor 4 / rank; prodigy 16 (from prodigyopt, wants learning "
         "rate 1).",
         case_sensitive=False,
     ),

@@ -76,6 +76,8 @@ def plan(
     ctx: typer.Context,
     model: Model = DEFAULTS.model,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
+    base_dtype: o.BasePrecision = o.BaseDtype.auto,
+    adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
@@ -122,7 +124,7 @@ def plan(
         for place in (folder, *(file.parent for file in files)):
             check_writable(place)
         quiet_libraries(console)
-        given = [name for name in options if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+        given = [name for name in options if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
         question = from_model(console, options) if table is None else from_table(options, given)
         prediction = question.predict()
     if question.note:

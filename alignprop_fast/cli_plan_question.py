@@ -215,11 +215,15 @@ def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
     if model in NAMES:
         pipe = architecture(model, dtype, rank=rank).pipe
     else:
-        pipe = load_outline(model, dtype)
+        try:
+            pipe = load_outline(model, dtype)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
         with torch.device("meta"):
             add_lora(pipe, rank, rank)
     if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
         pipe.vae.to(torch.float32)
+    _change_dtypes(pipe, options)
     return _sampler(pipe, _reward_outline(options, torch.float32 if precision in ("no", "fp16") else dtype), options)
 
 
@@ -263,14 +267,29 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
     pipe = open_pipeline(options["model"], device, options["mixed_precision"])
     reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
     add_lora(pipe, options["lora_rank"], options["lora_rank"])
+    _change_dtypes(pipe, options)
     return _sampler(pipe, reward, options)
+
+
+def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
+    """The frozen linear layers and the adapters as --base-dtype and --adapter-dtype have them."""
+    import torch
+
+    from alignprop_fast.models.quantization import quantize_linears
+
+    if options["base_dtype"] != "auto":
+        quantize_linears(pipe.unet, options["base_dtype"], pipe.unet.device, pipe.unet.dtype)
+    for parameter in pipe.unet.parameters():
+        if parameter.requires_grad and options["adapter_dtype"] == "bf16":
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:
     from alignprop_fast.generate import DifferentiableSampler
+    from alignprop_fast.models.lora_targets import denoiser
     from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 
-    trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in denoiser(pipe).parameters() if parameter.requires_grad]
     return DifferentiableSampler(
         pipe,
         options["num_inference_steps"],

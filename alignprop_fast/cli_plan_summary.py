@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from alignprop_fast.planner import CostTable, Moment, Plan, by_group, format_bytes, ranges, simulate
+from alignprop_fast.planner import MOST_BATCH, CostTable, Moment, Plan, by_group, format_bytes, ranges, simulate
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,14 @@ def print_prediction(console: Console, prediction: Prediction) -> None:
     of_budget = "" if budget is None else f" of {format_bytes(budget)}"
     console.print(f"fits: predicted peak {format_bytes(worst.peak_bytes)}{of_budget}, in the phase '{phase}'")
     if prediction.largest is not None:
-        console.print(f"largest batch that fits: {prediction.largest}")
+        more = " or more" if prediction.largest >= MOST_BATCH else ""
+        console.print(f"largest batch that fits: {prediction.largest}{more}")
     console.print(_plans(prediction))
     console.print(_peaks(prediction))
     console.print(_options(worst))
 
 
-def write_json(path: Path, prediction: Prediction, facts: dict[str, Any]) -> None:
+def write_json(path: Path, prediction: Prediction, facts: Mapping[str, Any]) -> None:
     """The worst case's plan and the expected one's numbers, after the given facts."""
     from alignprop_fast.report import write_whole
 

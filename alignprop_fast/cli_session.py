@@ -6,6 +6,7 @@ samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and af
                                 and what was watched
 checkpoints/                    to resume from
 reward.png, before_after.png, README.md (a model card)
+plan.png                        memory over a training step, where a memory budget is given
 pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
 """
 
@@ -27,11 +28,14 @@ from rich.console import Console
 
 from alignprop_fast.cli_options import TrainOptions, make_config
 from alignprop_fast.cli_options_control import make_stopping, make_watch
+from alignprop_fast.cli_plan_summary import Prediction, predict
+from alignprop_fast.cli_records import Records
 from alignprop_fast.cli_results import write_adapters, write_card
 from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
     Interrupt,
+    budget_here,
     check_tracker,
     check_writable,
     existing_as_absolute,
@@ -39,17 +43,14 @@ from alignprop_fast.cli_support import (
     pick_device,
 )
 from alignprop_fast.data import load_prompts
+from alignprop_fast.planner import parse_bytes
 from alignprop_fast.report import (
-    JsonLines,
     Pictures,
-    plot_rewards,
     save_before_after,
-    save_grid,
-    save_image,
     to_images,
     write_whole,
 )
-from alignprop_fast.tracking import log_picture
+from alignprop_fast.report_plan import plot_plan
 
 if TYPE_CHECKING:
     from alignprop_fast.watch import Watched
@@ -89,7 +90,7 @@ class Session:
             self._check_folder(resume or resume_from is not None)
             self.prompts = load_prompts(options.prompts)
             check_tracker(options.log_with)
-            self.options = _resolved(options, device, self.folder)
+            self.options = self._held_to_device(_resolved(options, device, self.folder), device)
             config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
@@ -104,8 +105,9 @@ class Session:
             options.model, scheduler=options.scheduler, model_config=options.model_config
         )
         self._check_reward(pipeline.sd_pipeline, device)
-        self.metrics = JsonLines(self.folder / "metrics.jsonl")
-        self.samples = JsonLines(self.folder / "samples" / "samples.jsonl")
+        self.records = Records(self.folder, options.reward)
+        self.prediction: Prediction | None = None
+        self.peak_bytes = 0  # of the training steps, measured
         try:
             normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
             owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
@@ -117,10 +119,12 @@ class Session:
                 self._after_step,
                 stateful={name: owner for name, owner in owners.items() if owner is not None},
             )
+            if self.watch is not None:  # lies on the device too, and the plan is to know
+                self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
             self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
             self.before = self._first_pictures()
-            self._watched = self._look() if self.trainer.steps_done == 0 else None
+            self._watched = self._look() if self.is_main and self.trainer.steps_done == 0 else None
         except BaseException:
             if self.is_main and is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
                 shutil.rmtree(self.folder)
@@ -137,12 +141,15 @@ class Session:
 
         trainer, steps = self.trainer, self.options.steps
         self._begin_folder()
+        stopped = self._stopped()
         with Interrupt(self.console) as interrupt, Display(self.console, trainer.steps_done, steps) as display:
             try:
-                for metrics in () if self._stopped() else trainer.steps():
+                for metrics in () if stopped else trainer.steps():
                     display.update(metrics)
+                    stopped = self._stopped()
+                    self.peak_bytes = max(self.peak_bytes, metrics.peak_bytes)
                     # All or none: one that left alone would be waited for.
-                    if any_process(interrupt.requested or self._stopped()):
+                    if any_process(interrupt.requested) or stopped:
                         break
             except ProcessLost as error:
                 fail(str(error))
@@ -154,7 +161,7 @@ class Session:
                 raise typer.Exit(1) from error
         if trainer.steps_done < steps:
             self._save()
-            if not self._stopped():
+            if not stopped:
                 self._leave()
         self._finish()
 
@@ -188,7 +195,7 @@ class Session:
     def _first_pictures(self) -> Pictures:
         if not self.is_main:
             return Pictures((), (), ())
-        return self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self._load_before()
+        return self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self.records.first_pictures()
 
     def _check_folder(self, resume: bool) -> None:
         check_writable(self.folder)
@@ -207,10 +214,21 @@ class Session:
             return resume_from
         return str(self.folder) if resume and checkpoints(self.folder / "checkpoints") else ""
 
+    def _held_to_device(self, options: TrainOptions, device: str) -> TrainOptions:
+        """With no larger a budget than the device has; says so where that is less than was asked for."""
+        if options.memory_budget is None:
+            return options
+        _, budget_bytes, note = budget_here(parse_bytes(options.memory_budget), device)
+        if note:
+            self.console.print(note, soft_wrap=True)
+        return replace(options, memory_budget=str(budget_bytes)) if note else options
+
     def _check_budget(self) -> None:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
-        if self.options.memory_budget is not None:
-            self.plan = self.trainer.sampler.plan_for(self.options.batch_size)
+        sampler, options = self.trainer.sampler, self.options
+        if sampler.budget_bytes is not None:
+            table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
+            self.prediction = predict(table, steps, options.truncation, options.batch_size, sampler.budget_bytes)
 
     def _check_reward(self, pipe: Any, device: str) -> None:
         """Score a grey batch: a reward without gradient is to be refused before anything is written.
@@ -237,11 +255,12 @@ class Session:
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
         _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
-        (self.folder / "samples").mkdir(exist_ok=True)
-        self.metrics.keep_until(step)
-        self.samples.keep_until(step if step else -1)
+        if self.prediction is not None:
+            title = f"{Path(self.options.model).name}, batch {self.options.batch_size}, reward {self.options.reward}"
+            plot_plan(self.folder / "plan.png", self.prediction.table, self.prediction.worst, title)
+        self.records.begin(step)
         if step == 0:
-            self._write_samples(0, self.before, self._watched)
+            self.records.add_samples(0, self.before, self._watched, self.trainer.accelerator)
 
     def _versions(self) -> dict[str, str]:
         import torch
@@ -258,10 +277,10 @@ class Session:
         assert metrics is not None
         if not self.is_main:
             return
-        self.metrics.append(metrics.to_dict())
+        self.records.add_step(metrics)
         if metrics.step % self.options.sample_every == 0 or metrics.step == self.options.steps:
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
-            self._write_samples(metrics.step, self.after, self._look())
+            self.records.add_samples(metrics.step, self.after, self._look(), self.trainer.accelerator)
 
     def _look(self) -> Watched | None:
         """What is watched, under the present adapters."""
@@ -274,46 +293,10 @@ class Session:
         return watched
 
     def _stopped(self) -> bool:
-        return self.stopping is not None and self.stopping.stop
+        """Whether early stopping has stopped the run; the main process decides, and all must ask."""
+        from alignprop_fast.processes import any_process
 
-    def _write_samples(self, step: int, pictures: Pictures, watched: Watched | None) -> None:
-        folder = self.folder / "samples" / f"step_{step:04d}"
-        folder.mkdir(exist_ok=True)
-        for i, image in enumerate(pictures.images):
-            save_image(image, folder / f"{i:02d}.png")
-        title = f"Step {step}   mean reward {pictures.mean_reward:.3f}   ({self.options.reward})"
-        save_grid(folder.with_suffix(".png"), pictures, title)
-        self._track(step, folder.with_suffix(".png"), pictures, watched)
-        columns = {"prompts": pictures.prompts, "seeds": pictures.seeds, "rewards": pictures.rewards}
-        means = {"reward_mean": pictures.mean_reward, "reward_parts": pictures.mean_parts}
-        watch = {} if watched is None else {"watch": watched.to_dict()}
-        self.samples.append({"step": step, **means, **watch, **columns})
-        self._plot()
-
-    def _track(self, step: int, grid: Path, pictures: Pictures, watched: Watched | None) -> None:
-        """The same to the tracker, if there is one."""
-        accelerator = self.trainer.accelerator
-        numbers = {"samples/reward": pictures.mean_reward, **(watched.to_log() if watched else {})}
-        accelerator.log(numbers, step=step)
-        with Image.open(grid) as picture:
-            log_picture(accelerator.trackers, "samples", picture.convert("RGB"), step)
-
-    def _load_before(self) -> Pictures:
-        """The first pictures of the run that is resumed."""
-        try:
-            record = next(record for record in self.samples.read() if record["step"] == 0)
-            files = [self.folder / "samples" / "step_0000" / f"{i:02d}.png" for i in range(len(record["prompts"]))]
-            images = tuple(Image.open(file).convert("RGB") for file in files)
-            rewards = tuple(float("nan") if reward is None else reward for reward in record["rewards"])
-            texts, seeds = tuple(record["prompts"]), tuple(record["seeds"])
-            return Pictures(images, texts, seeds, rewards, record["reward_parts"])
-        except (StopIteration, KeyError, OSError) as error:
-            raise ValueError(
-                f"{self.folder / 'samples'} has lost the pictures of step 0: copy the folder anew, or start a new run"
-            ) from error
-
-    def _plot(self) -> None:
-        plot_rewards(self.folder / "reward.png", self.metrics.read(), self.samples.read())
+        return any_process(self.is_main and self.stopping is not None and self.stopping.stop)
 
     def _save(self) -> None:
         if self.trainer.steps_done % self.options.save_every or self.trainer.steps_done == 0:
@@ -336,7 +319,7 @@ class Session:
 
     def _write_results(self, steps: int) -> None:
         write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
-        self._plot()
+        self.records.plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
             self.after = self.draw(self.before.prompts, self.before.seeds[0])
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"

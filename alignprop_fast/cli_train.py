@@ -16,6 +16,7 @@ from alignprop_fast.cli_options import DEFAULTS, TrainOptions
 from alignprop_fast.cli_support import make_console, plain, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
+    from alignprop_fast.cli_session import Session
     from alignprop_fast.report import Pictures
 
 
@@ -91,9 +92,37 @@ def train(
         session = Session(TrainOptions(**chosen), console, resume=resume, resume_from=resume_from)
     start = session.trainer.steps_done
     console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
+    _print_plan(console, session)
     session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+        _print_peak(console, session)
+
+
+def _print_plan(console: Console, session: Session) -> None:
+    from alignprop_fast.cli_plan_summary import print_prediction
+
+    if session.prediction is None:
+        hint = "every gradient step runs again in the backward pass, the leanest way; --memory-budget SIZE saves time"
+        console.print(f"no memory budget: {hint}, and alignprop-fast plan says how much", soft_wrap=True)
+    else:
+        print_prediction(console, session.prediction)
+
+
+def _print_peak(console: Console, session: Session) -> None:
+    """The measured peak beside the predicted one, where both are known."""
+    from alignprop_fast.planner import format_bytes
+
+    if session.prediction is None or not session.peak_bytes:
+        return
+    predicted, measured = session.prediction.worst.peak_bytes, format_bytes(session.peak_bytes)
+    line = f"peak:     predicted {format_bytes(predicted)} in the worst case, measured {measured}"
+    if session.trainer.accelerator.device.type != "cuda":
+        line = (
+            f"peak:     predicted {format_bytes(predicted)} of tensors in the worst case; the process took {measured} "
+            "with its libraries, which is all that can be measured on the CPU"
+        )
+    console.print(line, soft_wrap=True)
 
 
 def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures, Pictures]]) -> None:
@@ -109,4 +138,5 @@ def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures
     console.print(table)
     console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
-    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)
+    if (kohya := folder / "kohya_lora_weights.safetensors").exists():
+        console.print(f"          {kohya} for ComfyUI and others", soft_wrap=True)

@@ -67,6 +67,8 @@ class AlignPropConfig:
             and gradients, and no casts in the chain.
         optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
             "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
+        optimizer_in_backward: full fine-tuning only: step each parameter in the backward pass as soon as its gradient
+            is complete, and free it. `train_max_grad_norm` then clips each tensor's gradient by itself.
         cache_text: encode each prompt once; between encodings the text encoders lie on the CPU.
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
@@ -120,6 +122,7 @@ class AlignPropConfig:
     base_dtype: str = "auto"
     adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
+    optimizer_in_backward: bool = False
     cache_text: bool = True
     max_bad_steps: int = 10
     height: int | None = None
@@ -168,6 +171,8 @@ class AlignPropConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a number of at least 0 and below 1")
         if self.train_adam_weight_decay < 0:
             raise ValueError(f"train_adam_weight_decay is {self.train_adam_weight_decay}: use 0 or more")
+        if self.optimizer_in_backward and self.optimizer == "prodigy":
+            raise ValueError("prodigy needs all gradients at once: use another optimizer with optimizer_in_backward")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}: use {', '.join(OPTIMIZERS)}")
         package = {"prodigy": "prodigyopt"}.get(self.optimizer, "bitsandbytes" if "8bit" in self.optimizer else None)

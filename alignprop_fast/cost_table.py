@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_fast.planner import CostTable, Gpu, Stage, load_table, roofline_seconds, save_table
+from alignprop_fast.planner import CostTable, Gpu, Option, Segment, Stage, load_table, roofline_seconds, save_table
 from alignprop_fast.runtime import (
     Block,
     Chain,
@@ -27,6 +28,7 @@ from alignprop_fast.runtime import (
     device_name,
     link_rate,
     operator_seconds,
+    raised,
     reward_stages,
     step_costs,
 )
@@ -134,13 +136,35 @@ def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link
 
 
 def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTable:
+    if task.chain.penalty is not None:
+        table = _penalised(table, task)
+    # The sums of the gradients over the steps, in fp32, begin with the backward pass of the last one.
+    sums_bytes = 4 * sum(parameter.numel() for parameter in task.chain.parameters)
     return replace(
         table,
+        step=tuple(raised(segment, sums_bytes) for segment in table.step),
         fixed={**_fixed(task), **table.fixed},
         rewards=_rewards(task, formula),
         reserve_bytes=task.reserve_bytes,
         host_limit_bytes=_host_bytes() // 2,
     )
+
+
+def _penalised(table: CostTable, task: Task) -> CostTable:
+    """With `Chain.penalty`: one more evaluation without gradient in every gradient step, whose result the backward
+    pass waits for, and the step once more in the backward pass.
+    """
+    y_bytes = task.cond.branches * table.latent_bytes
+
+    def twice(option: Option, spike_bytes: int = 0, seconds: float = 0.0) -> Option:
+        spike_bytes = max(option.spike_bytes, spike_bytes)
+        return replace(option, spike_bytes=spike_bytes, seconds=2 * option.seconds + seconds)
+
+    *blocks, rest = table.step
+    step = [Segment(block.name, tuple(map(twice, block.options))) for block in blocks]
+    spike_bytes = table.sampling_bytes + 3 * y_bytes
+    last = [twice(option, spike_bytes, table.sampling_seconds) for option in rest.options]
+    return replace(table, step=(*step, Segment(rest.name, tuple(last))), latent_bytes=table.latent_bytes + y_bytes)
 
 
 def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
@@ -179,8 +203,7 @@ def _fixed(task: Task) -> dict[str, int]:
     return {
         "weights": _bytes(tensors) - adapters_bytes,
         "adapters": adapters_bytes,
-        # Sums over the steps in fp32, and the gradients that they end up in.
-        "gradients": 4 * numbers + adapters_bytes,
+        "gradients": adapters_bytes,
         "optimizer": 8 * numbers if task.optimizer_bytes is None else task.optimizer_bytes,
         "reward": task.reward_bytes,
         "conditioning": _bytes(conditioning),
@@ -199,26 +222,38 @@ def _origin(task: Task) -> dict[str, str]:
     """What the numbers of a table depend on, beside the device."""
     model = task.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.parameters]
+    # A quantised weight is a buffer.
+    named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
+    weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
     return {
         "model": type(model.pipe).__name__,
         # The number of attention heads shows in no weight.
         "config": _hash([item for item in sorted(model.denoiser.config.items()) if not item[0].startswith("_")]),
         "scheduler": model.scheduler_name,
-        "weights": _hash(
-            [(name, tuple(p.shape), str(p.dtype)) for m in model.modules() for name, p in m.named_parameters()]
-        ),
+        "weights": _hash(weights),
         "trained": f"{len(trained)} tensors, {_hash(trained)}",
         "batch": str(task.batch),
         "height": str(task.size[0]),
         "width": str(task.size[1]),
         "branches": str(task.cond.branches),
-        "alignprop_fast": version("alignprop-fast"),
+        "alignprop_fast": f"{version('alignprop-fast')}, code {_code()}",
         "torch": version("torch"),
     }
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+@cache
+def _code() -> str:
+    """What counts and what is counted, so that no table outlives a change of the package under the same version."""
+    here = Path(__file__).parent
+    files = [
+        Path(__file__),
+        *(file for part in ("models", "ops", "runtime") for file in sorted((here / part).glob("*.py"))),
+    ]
+    return _hash([file.read_bytes() for file in files])
 
 
 def _cache_file(origin: Mapping[str, str]) -> Path:

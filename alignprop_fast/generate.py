@@ -130,6 +130,7 @@ class DifferentiableSampler:
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
+        self.gradient_sink: Callable[..., torch.Tensor | None] | None = None  # see `Chain.sink`
         self._solvers: dict[tuple, Solver] = {}
         self._timesteps: dict[Any, torch.Tensor] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
@@ -180,7 +181,8 @@ class DifferentiableSampler:
         chain = self._chain(cond, generator, table, truncation.input_gradient)
         task = self._task(chain, cond, prompts, metadata)
         self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain))
-        return self._run(chain, self.plan, self.model.initial_latents(len(prompts), self.size, generator, latents))
+        x = table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
+        return self._run(chain, self.plan, x)
 
     def renoise(
         self,
@@ -202,7 +204,7 @@ class DifferentiableSampler:
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
         self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
-        signal, level = self.table.last_level()
+        signal, level = self.table.level[-1]
         x = latents.detach()
         return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
 
@@ -275,7 +277,8 @@ class DifferentiableSampler:
         return budget_bytes
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        x, penalty = run_penalised_chain(replace(chain, offloader=self._offloader(plan)), plan, x)
+        chain = replace(chain, offloader=self._offloader(plan), sink=self.gradient_sink)
+        x, penalty = run_penalised_chain(chain, plan, x)
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
         self.latents = x.detach()

@@ -39,9 +39,12 @@ pipe.load_lora_weights("this folder")  # on the base model's diffusers pipeline
 ```
 """
 
-_RESULT = """
-In ComfyUI, AUTOMATIC1111 and other programs: put `{kohya}` into the folder of LoRAs. A strength below 1 takes a part of
-the effect. There are no trigger words.
+_KOHYA = """
+In ComfyUI, AUTOMATIC1111 and other programs: put `{kohya}` into the folder of LoRAs.
+"""
+
+_RESULT = """{kohya}
+A strength below 1 takes a part of the effect. There are no trigger words.
 
 ## Result
 
@@ -64,7 +67,7 @@ class Result:
 
     base: the base model's name.
     scores: (before, after) of the reward and of its parts. count: pictures that they are the means of. picture, kohya:
-    names of files beside the card.
+    names of files beside the card; kohya None where there is none.
     """
 
     base: str
@@ -73,7 +76,7 @@ class Result:
     count: int
     prompts: Sequence[str]
     picture: str
-    kohya: str
+    kohya: str | None
 
     def to_text(self) -> str:
         listed = "; ".join(self.prompts[:_PROMPTS]) + ("; and more" if len(self.prompts) > _PROMPTS else "")
@@ -83,7 +86,7 @@ class Result:
             count=self.count,
             scores="\n".join(f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in self.scores.items()),
             picture=self.picture,
-            kohya=self.kohya,
+            kohya=_KOHYA.format(kohya=self.kohya) if self.kohya else "",
             number=len(self.prompts),
             prompts=listed,
         )

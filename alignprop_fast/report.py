@@ -124,13 +124,13 @@ def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: S
     from matplotlib.figure import Figure
 
     records = [record for record in records if record.get("reward_mean") is not None]
-    curves = [*_part_curves(records), *_watch_curves(samples)]
+    steps = [record["step"] for record in records]
+    curves = [*_part_curves(steps, records), *_watch_curves(samples)]
     figure = Figure(figsize=(8, 4.2 + 1.9 * len(curves)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1 + len(curves), 1, sharex=True, squeeze=False, height_ratios=[2.2] + [1] * len(curves))[
         :, 0
     ]
-    steps = [record["step"] for record in records]
     _curve(panels[0], steps, [record["reward_mean"] for record in records], BLUE, "training batch")
     if samples:
         values = [math.nan if record["reward_mean"] is None else record["reward_mean"] for record in samples]
@@ -146,7 +146,12 @@ def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: S
     panels[0].set_title("Reward", loc="left", color=INK, fontweight="bold")
     panels[0].legend(frameon=False, labelcolor=INK, loc="best")
     for panel, (title, where, values, color) in zip(panels[1:], curves, strict=True):
-        _curve(panel, where, values, color, title)
+        if where is steps:
+            _curve(panel, where, values, color, title)
+        else:  # the same pictures each time: nothing to smooth
+            numbers = [math.nan if value is None else value for value in values]
+            panel.plot(where, numbers, "D-", color=color, ms=4, lw=1.2)
+            _style(panel)
         panel.set_title(title, loc="left", color=INK, fontsize=10)
     panels[-1].set_xlabel("optimizer step", color=INK)
     save_figure(figure, Path(path))
@@ -155,9 +160,8 @@ def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: S
 _Curve = tuple[str, list[int], list[float | None], str]  # title, steps, values, colour
 
 
-def _part_curves(records: Sequence[dict[str, Any]]) -> list[_Curve]:
+def _part_curves(steps: list[int], records: Sequence[dict[str, Any]]) -> list[_Curve]:
     """Each part of a reward that has several, and the distance to the base model where it was measured."""
-    steps = [record["step"] for record in records]
     names = list(dict.fromkeys(name for record in records for name in record.get("reward_parts", {})))
     curves: list[_Curve] = []
     for name in names if len(names) > 1 else []:
@@ -194,11 +198,15 @@ def smoothed(values: Sequence[float | None], share: float = 0.15) -> list[float]
 
 
 def _curve(panel: Axes, steps: Sequence[int], values: Sequence[float | None], color: str, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     numbers = [math.nan if value is None else value for value in values]
     panel.plot(steps, numbers, ".", color=color, alpha=0.35, ms=7, mec="none")
     panel.plot(steps, smoothed(values), "-", color=color, lw=2, label=f"{label} (smoothed)")
+    _style(panel)
+
+
+def _style(panel: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     panel.grid(axis="y", color=RULE, lw=0.8)
     panel.set_axisbelow(True)
     panel.tick_params(colors=GREY, labelcolor=INK, length=0)

@@ -130,6 +130,7 @@ def _name_phases(axes: Axes, phases: Sequence[_Phase]) -> int:
             va="bottom",
             color=INK,
             fontsize=9,
+            zorder=10 - row,  # names hide the pointers of those above them
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.7, "shrinkA": 0, "shrinkB": 0} if narrow else None,
         )

@@ -26,6 +26,7 @@ from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_trun
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.optim import make_optimizer
+from alignprop_fast.optimizer_in_backward import OptimizerInBackward
 from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder, place_model
 from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
@@ -108,7 +109,11 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         )
         # After the sampler, which lays convolutions out anew.
         self.weights = FlatParameters(self.trainable_layers, merge)
-        self.optimizer = self.accelerator.prepare(self._setup_optimizer(self.weights.tensors))
+        optimizer = self._setup_optimizer(self.weights.tensors)
+        self.in_backward = optimizer if isinstance(optimizer, OptimizerInBackward) else None
+        if self.in_backward is not None:
+            self.sampler.gradient_sink = self.in_backward.receive
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
         self._bad_in_a_row = 0
@@ -145,7 +150,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.sd_pipeline.unet.train()
         batches: list[BatchMetrics] = []
         pairs: dict[str, Any] = {}
-        for _ in range(config.train_gradient_accumulation_steps):
+        for k in range(config.train_gradient_accumulation_steps):
+            if self.in_backward is not None:
+                good = all(math.isfinite(earlier.loss) for earlier in batches)
+                self.in_backward.final = good and k == config.train_gradient_accumulation_steps - 1
             batch, pairs = self._micro_batch()
             batches.append(batch)
         status, grad_norm = self._update(batches)
@@ -190,12 +198,12 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
         Each backward pass is a piece of work of its own: one that runs out of memory is repeated alone.
         """
-        pairs, info, loss = with_less_memory(self.sampler, self._first_term)
+        pairs, info, loss = self._repeatable(self._first_term)
         plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
         assert plan is not None and truncation is not None and latents is not None
         base_mse = self.sampler.base_mse
         for _ in range(truncation.renoisings):
-            loss += with_less_memory(self.sampler, partial(self._renoised_term, pairs, latents))
+            loss += self._repeatable(partial(self._renoised_term, pairs, latents))
         every_reward = self.accelerator.gather(pairs["rewards"]).float()
         batch = BatchMetrics(
             reward_mean=every_reward.mean().item(),
@@ -209,6 +217,11 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             parts = {name: part for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
             self.reward_fn.observe({name: self.accelerator.gather(part) for name, part in parts.items()})
         return batch, pairs
+
+    def _repeatable(self, work: Callable[[], Any]) -> Any:
+        if self.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
+            return work()
+        return with_less_memory(self.sampler, work)
 
     def _first_term(self) -> tuple[dict[str, Any], Any, torch.Tensor]:
         """Pairs with their rewards, detached; info; this term's share of the loss."""
@@ -243,7 +256,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         grad_norm = 0.0
         open_steps = torch.tensor(sum(batch.gradient_steps for batch in batches), device=self.accelerator.device)
         with_gradient = finite and self.accelerator.reduce(open_steps, "sum").item() > 0
-        if with_gradient:
+        if with_gradient and self.in_backward is not None:
+            grad_norm = self.in_backward.finish()
+            finite = math.isfinite(grad_norm)
+        elif with_gradient:
             self.weights.gather_gradients()
             self._average_gradients()
             grad_norm = float(self.accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
@@ -289,7 +305,22 @@ class AlignPropTrainer(PyTorchModelHubMixin):
                 epsilon=config.train_adam_epsilon,
             )
 
+        if config.optimizer_in_backward:
+            self._check_in_backward()
+            return OptimizerInBackward(make, parameters, config.train_max_grad_norm)
         return RoundedOptimizer(make, parameters, config.seed) if config.adapter_dtype == "bf16" else make(parameters)
+
+    def _check_in_backward(self) -> None:
+        if self.sd_pipeline.use_lora:
+            raise ValueError(
+                "optimizer_in_backward is for the whole UNet (use_lora=False): adapters gain nothing by it"
+            )
+        if self.accelerator.num_processes > 1 or self.accelerator.scaler is not None:
+            raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
+        if (self.config.truncation or "").startswith("lv:"):
+            raise ValueError(
+                "optimizer_in_backward steps in one backward pass, and truncation lv:N has several: use last:1"
+            )
 
     def _truncation(self) -> Truncation:
         config = self.config

@@ -117,10 +117,14 @@ def restore_training(trainer: AlignPropTrainer, folder: Path) -> None:
 
 
 def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) -> None:
-    """What the saved tensors cannot be read into without; other options may change between runs."""
-    for name in ("optimizer", "adapter_dtype", "lora_rank", "lora_alpha"):
-        if getattr(config, name) != saved.get(name):
-            raise ValueError(f"checkpoint {folder} was made with {name}={saved.get(name)}: resume with the same")
+    """What the saved tensors cannot be read into without; other options may change between runs.
+
+    An option that a checkpoint is older than had its default.
+    """
+    saved = {**asdict(AlignPropConfig()), **saved}
+    for name in ("optimizer", "optimizer_in_backward", "adapter_dtype", "lora_rank", "lora_alpha"):
+        if getattr(config, name) != saved[name]:
+            raise ValueError(f"checkpoint {folder} was made with {name}={saved[name]}: resume with the same")
 
 
 def versions() -> dict[str, str]:

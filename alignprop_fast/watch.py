@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignprop_fast.evaluate import BASE, DIVERSITY, REWARD, Evaluation, draw, tasks_of
 from alignprop_fast.generate import DifferentiableSampler
@@ -55,6 +55,12 @@ class Watch:
         self.reward, self.embed = reward, embed
         self.batch_size, self.negative_prompt = batch_size, negative_prompt
         self.tasks = tasks_of("watched", prompts, IMAGES_PER_PROMPT, seed)
+
+    def weight_bytes(self, trained: Any = None) -> int:
+        """What the weights of reward and embedding take on the device beside those of the reward that is trained."""
+        modules = [part.reward for part in self.reward.parts] if self.reward is not trained else []
+        found = [module for module in (*modules, self.embed) if isinstance(module, nn.Module)]
+        return sum(t.numel() * t.element_size() for m in found for t in (*m.parameters(), *m.buffers()))
 
     def look(self, sampler: DifferentiableSampler) -> Watched:
         """The scores under the sampler's present adapters."""

@@ -53,7 +53,7 @@ def train(name: str, options: TrainOptions, console: Console) -> list[dict[str, 
             "seed": options.seed,
             "versions": f"torch={version('torch')} diffusers={version('diffusers')}",
         }
-        for record in session.samples.read()
+        for record in session.records.samples.read()
     ]
 
 

@@ -38,8 +38,9 @@ def without_times(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("demo", "train", "sample", "evaluate", "merge")),
+        ((), ("demo", "train", "plan", "sample", "evaluate", "merge")),
         (("train",), ("--memory-budget", "default: 50", "--resume", "24GiB", "Examples")),
+        (("plan",), ("--gpu", "--table", "--json", "--host-memory", "Examples")),
         (("sample",), ("--lora", "--images-per-prompt", "Examples")),
         (("demo",), ("--output-dir", "Examples")),
         (("evaluate",), ("--lora", "--scale", "--heldout-prompts", "gained", "Examples")),
@@ -214,6 +215,7 @@ BAD = {
     "half a step": (["--steps", "1.5"], "--steps"),
     "impossible budget": (["--memory-budget", "1MiB"], "leanest plan needs"),
     "no budget": (["--memory-budget", "plenty"], "24GiB"),
+    "a budget beyond the device": (["--memory-budget", "100000GiB"], "more than this computer has"),
     "no learning rate": (["--learning-rate", "nan"], "--learning-rate is nan: use a number above 0"),
     "unknown optimizer": (["--optimizer", "adam"], "adamw8bit"),
     "unknown truncation": (["--truncation", "first:3"], "last:K"),

@@ -84,3 +84,25 @@ def test_a_watch_looks_at_the_same_pictures_and_draws_no_random_numbers(tiny_sd)
     one = embed(images)
     assert first.diversity == pytest.approx(1 - ((one[0] @ one[1] + one[2] @ one[3]) / 2).item(), abs=1e-4)
     assert set(first.to_log()) == {"watch/reward", "watch/diversity", "watch/colorfulness", "watch/compressibility"}
+
+
+@pytest.mark.parametrize("watched", ["clip", None])
+def test_the_plan_knows_the_weights_of_what_is_watched(watched, tiny_sd_folder, tmp_path):
+    from accelerate.state import AcceleratorState, GradientState
+    from rich.console import Console
+
+    from alignprop_fast.cli_options import TrainOptions
+    from alignprop_fast.cli_session import Session
+
+    options = {"model": str(tiny_sd_folder), "num_inference_steps": 1, "batch_size": 2, "watch_pictures": 2}
+    output = {"output_dir": str(tmp_path / "run"), "device": "cpu"}
+    session = Session(
+        TrainOptions(reward="clip", watch_reward=watched, watch_prompts="demo", **options, **output),
+        Console(quiet=True),
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    clip_bytes = session.reward.weight_bytes()
+    embedder_bytes = sum(t.numel() * t.element_size() for t in session.watch.embed.state_dict().values())
+    extra_bytes = session.trainer.sampler.reward_bytes - clip_bytes
+    assert extra_bytes - embedder_bytes == pytest.approx(clip_bytes if watched else 0, abs=4096)  # positions: buffers

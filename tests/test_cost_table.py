@@ -44,15 +44,17 @@ reward.by_image = True
 def step(sampler, plan):
     images = sampler(PROMPTS, generator=torch.Generator().manual_seed(0), plan=plan)
     scores, _ = sampler.score(images, PROMPTS, [{}, {}])
-    (-scores).mean().backward()
+    loss = -scores.mean()
+    (loss if sampler.base_mse is None else loss + sampler.base_mse).backward()
 
 
 def state_bytes(optimizer):
     return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
 
 
-def test_predicted_peaks_are_the_real_ones(pipe):
-    sampler = DifferentiableSampler(pipe, STEPS, memory_budget="8GiB", reward=reward)
+@pytest.mark.parametrize("penalised", [False, True])
+def test_predicted_peaks_are_the_real_ones(pipe, penalised):
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget="8GiB", reward=reward, compare_with_base=penalised)
     table = sampler.cost_table(len(PROMPTS))
     solver = Solver(table, STEPS, STEPS)
     with pytest.raises(BudgetInfeasible) as error:
@@ -65,18 +67,19 @@ def test_predicted_peaks_are_the_real_ones(pipe):
     optimizer.zero_grad()
     there_bytes = table.fixed["weights"] + table.fixed["adapters"] + state_bytes(optimizer)
     rng, residents, stages = random.Random(0), set(), set()
-    for k in range(7):
-        budget = least + (most - least) * k // 6
+    for k in range(2 if penalised else 7):
+        budget = least + (most - least) * k // (1 if penalised else 6)
         plan = solver.plan(sorted(rng.sample(range(STEPS), STEPS if k % 2 == 0 else 3)), budget)
         with LiveBytes() as live:
             step(sampler, plan)
         optimizer.zero_grad()
         real_bytes = there_bytes + live.peak_bytes
-        assert real_bytes <= plan.peak_bytes <= 1.03 * real_bytes, plan.explain()
+        # A replay is taken to compare with the base model once more, which counts where a plan is as lean as can be.
+        assert real_bytes <= plan.peak_bytes <= (1.12 if penalised else 1.03) * real_bytes, plan.explain()
         assert plan.peak_bytes <= budget
         residents.add(len(plan.resident_steps))
         stages |= {plan.decoder.name, plan.reward.name}
-    assert len(residents) >= 3 and len(stages) > 1
+    assert len(residents) >= (2 if penalised else 3) and (penalised or len(stages) > 1)
 
 
 def test_measured_tables_are_remembered(pipe, monkeypatch):

@@ -16,6 +16,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
 from alignprop_fast.generate import DifferentiableSampler, Truncation
+from alignprop_fast.models.schedules import make_scheduler
 from alignprop_fast.models.surgery import take_ops_out
 from alignprop_fast.planner import BudgetInfeasible, Plan, StageChoice
 from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, HostPool, Offloader, PeakMeter
@@ -257,6 +258,22 @@ def test_adapters_that_change_nothing_are_no_distance_away(tiny_sd):
 def test_a_comparison_with_the_base_model_needs_adapters(tiny_sd):
     with pytest.raises(ValueError, match="add a LoRA"):
         DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpm++2m"])
+def test_the_last_step_of_other_schedulers_predicts_the_clean_latents(tiny_sd, scheduler):
+    """Their chains end at noise level zero, so that ending at the last step by its clean latents changes nothing."""
+    add_adapters(tiny_sd)
+    tiny_sd.scheduler = make_scheduler(scheduler, tiny_sd.scheduler.config)
+    sampler, results = DifferentiableSampler(tiny_sd, STEPS), []
+    for last in (None, STEPS - 1):
+        truncation = Truncation((1, 3), last_step=last)
+        images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), truncation=truncation)
+        results.append((images.detach(), gradients(tiny_sd, images)))
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-5
+    assert_equal_gradients(results[1][1], results[0][1])
+    again = sampler.renoise(sampler.latents, PROMPTS, None, torch.Generator().manual_seed(6))
+    assert 1e-4 < (again - results[1][0]).abs().mean() < 0.2 and gradients(tiny_sd, again)
 
 
 def test_two_ways_to_name_the_gradient_steps_are_refused(tiny_sd):

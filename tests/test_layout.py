@@ -18,8 +18,9 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    *("checkpoint", "config", "control", "data", "flat_parameters", "metrics", "model_card", "optim", "out_of_memory"),
-    *("placement", "processes", "report", "stochastic_rounding", "training_state"),
+    *("checkpoint", "config", "control", "data", "flat_parameters", "metrics", "model_card", "optim"),
+    *("optimizer_in_backward", "out_of_memory", "placement", "processes", "report", "stochastic_rounding"),
+    "training_state",
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
@@ -27,7 +28,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "planner": (set(), {"numpy"}),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),
-    "models": ({"ops", "demo"}, {"torch", "diffusers", "transformers", "peft", "safetensors"}),
+    "models": ({"ops", "demo"}, {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"}),
     "rewards": ({"ops", "demo"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
     "generate": ({"models", "sampling", "runtime", "planner", "cost_table", "fast_predict"}, {"torch"}),
@@ -36,6 +37,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "evaluate": ({"generate", "rewards"}, {"torch"}),
     "tracking": (set(), {"numpy", "PIL"}),
     "watch": ({"evaluate", "generate", "rewards"}, {"torch"}),
+    "report_plan": ({"planner", "report"}, set()),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
         {"generate", "rewards", "planner", "trainer", *TRAINER},

@@ -393,8 +393,6 @@ def test_the_curve_is_the_same_with_and_without_the_frozen_aware_ops(tmp_path):
 class FailsOnce:
     """A reward that runs out of memory at its third call in training."""
 
-    by_image = True
-
     def __init__(self, times=1):
         self.times, self.calls, self.seen = times, 0, []
 

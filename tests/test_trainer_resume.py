@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +13,7 @@ from alignprop_fast.checkpoint import checkpoints
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.trainer import AlignPropTrainer
+from alignprop_fast.training_state import _check_same
 
 PROMPTS = ("the red cat", "a dog", "the cat and the dog")
 STEPS = 5
@@ -84,10 +86,12 @@ def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtyp
     )
 
 
-def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path):
-    make_trainer(tiny_sd_folder, tmp_path / "whole", use_lora=False).train(2)
-    make_trainer(tiny_sd_folder, tmp_path / "parts", use_lora=False).train(1)
-    make_trainer(tiny_sd_folder, tmp_path / "parts", use_lora=False, resume_from=str(tmp_path / "parts")).train(2)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path, in_backward):
+    options = {"use_lora": False, "optimizer_in_backward": in_backward}
+    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train(2)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", **options).train(1)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", **options, resume_from=str(tmp_path / "parts")).train(2)
     file = "unet/diffusion_pytorch_model.safetensors"
     assert (newest(tmp_path / "parts") / file).read_bytes() == (newest(tmp_path / "whole") / file).read_bytes()
 
@@ -137,6 +141,14 @@ def test_refusals_are_one_line(tiny_sd_folder, tmp_path):
     good = make_trainer(tiny_sd_folder, tmp_path, resume_from=str(tmp_path / "checkpoints" / "checkpoint_2"))
     good.train(3)
     assert make_trainer(tiny_sd_folder, tmp_path, **resume).first_epoch == 3
+
+
+def test_an_option_that_a_checkpoint_is_older_than_had_its_default(tmp_path):
+    saved = asdict(AlignPropConfig(lora_rank=8))
+    del saved["adapter_dtype"]
+    _check_same(AlignPropConfig(lora_rank=8), saved, tmp_path)
+    with pytest.raises(ValueError, match="made with adapter_dtype=fp32"):
+        _check_same(AlignPropConfig(lora_rank=8, adapter_dtype="bf16", mixed_precision="bf16"), saved, tmp_path)
 
 
 KILLER = """

@@ -124,6 +124,8 @@ def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> An
     part_class = getattr(module, str(class_name))
     with torch.device("meta"):
         if library == "transformers":
+            if not (folder / name / "config.json").is_file():  # transformers would make do with defaults
+                raise OSError(f"no config.json in {folder / name}")
             return part_class(part_class.config_class.from_pretrained(folder / name, local_files_only=True))
         return part_class.from_config(part_class.load_config(folder / name, local_files_only=True))
 
@@ -205,7 +207,10 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype, revision: str) -> A
         reason = _first_line(error)
         if local:
             raise ValueError(f"cannot load the pipeline in {source}: {reason}; save or download it again") from error
-        raise OSError(f"cannot load {source} from the Hub: {reason}; give the folder of a downloaded copy") from error
+        raise OSError(
+            f"cannot load {source} from the Hub: {reason}; give the folder of a copy, such as one made by "
+            f"`hf download {source} --local-dir FOLDER`"
+        ) from error
 
 
 def _from_single_file(file: Path, model_config: str | Path | None, dtype: torch.dtype) -> Any:
@@ -278,4 +283,6 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # diffusers points to a stack trace, which is not shown here.
+    lines = [line.partition(" Please check out the root cause")[0] for line in lines]
     return lines[0].rstrip(".:;") if lines else type(error).__name__

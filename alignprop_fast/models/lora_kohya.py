@@ -16,21 +16,29 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.lora import has_lora, with_metadata
+from alignprop_fast.models.lora_targets import denoiser_name
 
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 _TAGS = 100  # prompts that are listed in the metadata, at most
+
+
+def has_kohya_names(pipe: Any) -> bool:
+    """Whether these names are known for the pipeline's denoiser: UNets; transformers are called by other rules."""
+    return denoiser_name(pipe) == "unet"
 
 
 def save_kohya_lora(pipe: Any, folder: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
     """Write the UNet's adapters to `folder/kohya_lora_weights.safetensors`, whole, with `metadata` in the header.
 
     Raises:
-        ValueError: a UNet without adapters.
+        ValueError: a denoiser that is no UNet, or one without adapters.
     """
     from diffusers.utils import convert_state_dict_to_kohya
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save
 
+    if not has_kohya_names(pipe):
+        raise ValueError("kohya's names are known for UNets only: use pytorch_lora_weights.safetensors of save_lora")
     if not has_lora(pipe):
         raise ValueError("the UNet has no adapters to save: call add_lora first")
     name = next(iter(pipe.unet.peft_config))

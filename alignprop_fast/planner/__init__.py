@@ -4,7 +4,7 @@ from alignprop_fast.planner.budget import BudgetInfeasible, budget_on, format_by
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest, option_of
-from alignprop_fast.planner.scale import largest_batch, scaled
+from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, simulate
 from alignprop_fast.planner.solve import Solver, solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
@@ -12,6 +12,7 @@ from alignprop_fast.planner.tablefile import load_table, save_table
 
 __all__ = [
     "GPUS",
+    "MOST_BATCH",
     "BudgetInfeasible",
     "CostTable",
     "Gpu",

@@ -19,6 +19,8 @@ def remedies(leanest: Plan) -> list[str]:
     """What would lower the leanest plan's peak, by what is alive at its worst moment, the most effective first."""
     worst = max(leanest.phases, key=lambda phase: leanest.phases[phase])
     activations = _BY_PHASE.get(worst, "a smaller batch or resolution")
+    if _in_pieces(leanest, worst):
+        activations = "a smaller batch or resolution"
     sizes: dict[str, int] = {}
     for name, size in leanest.kinds.items():
         if name in ("kept", "transient"):
@@ -29,3 +31,10 @@ def remedies(leanest: Plan) -> list[str]:
     sizes.pop("", None)
     ranked = sorted(sizes, key=lambda remedy: -sizes[remedy])
     return [remedy for remedy in ranked if sizes[remedy] >= _SHARE * leanest.peak_bytes] or ranked[:1]
+
+
+def _in_pieces(leanest: Plan, phase: str) -> bool:
+    """Whether the plan tiles the decoder or chunks the reward already: no advice to do so then."""
+    if phase == "decoder":
+        return leanest.decoder.name == "bands"
+    return phase == "reward" and leanest.reward is not None and leanest.reward.name.startswith("chunk")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .preprocess import Preprocess, at_least_fp32
 from .preprocess_owlv2 import Owlv2Preprocess
+from .user_function import is_function_name, user_function
 from .weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
 
 _THRESHOLD = 0.1  # of the score at which transformers' post-processing reports a box
@@ -27,7 +28,7 @@ _SAME_OVERLAP, _OVERLAP_WIDTH = 0.5, 0.05  # intersection over union at which tw
 
 
 class Detector(Protocol):
-    """A detector of one kind of thing."""
+    """A detector of one kind of thing. As an `nn.Module` it is moved to the reward's device."""
 
     def candidates(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Returns margins [B, Q] and log-sameness [B, Q, Q] or None."""
@@ -36,7 +37,7 @@ class Detector(Protocol):
 
 def load_detector(model: str | Path | None, kind: str, loading: Loading = DEFAULT) -> nn.Module:
     """The detector of `kind`, "apple" say, in a folder (or under a Hub id): OWL-ViT, OWLv2 or a counter like the
-    bundled one, which None means.
+    bundled one, which None means. Or one of the user's, written `module:function`: function(kind) -> `Detector`.
 
     Raises FileNotFoundError, OSError or ValueError, one line each.
     """
@@ -44,6 +45,11 @@ def load_detector(model: str | Path | None, kind: str, loading: Loading = DEFAUL
         from alignprop_fast.demo import counter_path
 
         model = counter_path()
+    if is_function_name(str(model)) and not Path(model).exists():
+        detector = user_function(str(model), f"detector {str(model)!r}")(kind)
+        if not hasattr(detector, "candidates"):
+            raise ValueError(f"{model} gave a {type(detector).__name__}: let it return a detector with `candidates`")
+        return detector
     folder = model_folder(model, "detector", loading)
     found = model_type(folder)
     if found == "alignprop_counter":
@@ -91,7 +97,7 @@ class OpenVocabulary(nn.Module):
         margins_BQ = at_least_fp32(found.logits).squeeze(-1) - math.log(_THRESHOLD / (1 - _THRESHOLD))
         margins_BQ, best_BQ = margins_BQ.topk(min(_CANDIDATES, margins_BQ.shape[1]), dim=1)
         boxes_BQ4 = at_least_fp32(found.pred_boxes.detach()).gather(1, best_BQ[..., None].expand(-1, -1, 4))
-        return margins_BQ, _log_same(boxes_BQ4)
+        return margins_BQ, log_same_boxes(boxes_BQ4)
 
 
 class GridCounter(nn.Module):
@@ -127,7 +133,7 @@ OWLVIT_DEFAULTS = {
 }
 
 
-def _log_same(boxes_BQ4: Tensor) -> Tensor:
+def log_same_boxes(boxes_BQ4: Tensor) -> Tensor:
     """log sigmoid((IoU - 0.5) / 0.05) of boxes (centre x, centre y, width, height); 0 on the diagonal."""
     low_BQ2, high_BQ2 = (boxes_BQ4[..., :2] + sign * boxes_BQ4[..., 2:] / 2 for sign in (-1, 1))
     sides_BQQ2 = (

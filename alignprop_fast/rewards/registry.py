@@ -8,10 +8,7 @@ is the weight if it is a number (default 1).
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ import torch
 from torch import nn
 
 from .mixture import Part, Reward, WeightedSum
+from .user_function import user_function
 from .weights import Loading
 
 
@@ -210,7 +208,7 @@ def _build(name: str, models: Mapping[str, str], loading: Loading, device: str |
     head, colon, rest = name.partition(":")
     if head not in _REWARDS:
         if colon:
-            return _user_function(name, head, rest)
+            return user_function(name, f"reward {name!r}", _known())
         close = difflib.get_close_matches(head, _REWARDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"there is no reward {head!r}{hint} {_known()}")
@@ -224,26 +222,3 @@ def _build(name: str, models: Mapping[str, str], loading: Loading, device: str |
 
 def _known() -> str:
     return f"Rewards by name: {', '.join(reward_names())}; one of your own is written module:function"
-
-
-def _user_function(name: str, module_name: str, function_name: str) -> Callable[..., Any]:
-    # As for `python -m`, modules in the working directory count; only while importing, since other code (transformers
-    # among it) looks for optional packages by name and must not find folders that happen to lie there.
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"reward {name!r}: no module {error.name!r} in {folder} nor installed. {_known()}"
-            ) from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"reward {name!r}: importing {module_name!r} failed with {reason}") from error
-    finally:
-        sys.path.remove(folder)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        found = "is not a function" if hasattr(module, function_name) else "does not exist"
-        raise ValueError(f"reward {name!r}: {function_name!r} {found} in {module.__file__ or module_name}")
-    return function

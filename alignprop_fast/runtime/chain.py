@@ -31,6 +31,8 @@ class Chain:
     parameters: the tensors besides x that the network's gradient is wanted for.
     blocks: the parts of the network that the plan has an option for.
     offloader: moves what blocks keep to the host, where the plan asks for it.
+    sink: takes the parameters' gradients step by step, in place of autograd, to which the chain then gives none:
+        (x, y, gradient of y, whether this is the last gradient step to come) -> gradient of x, if x wants one.
     start, finish: x -> the state that the steps above carry on instead of x where a method needs more than the latents,
         and its last one -> the last latents. Both are recorded by autograd.
     input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
@@ -45,6 +47,7 @@ class Chain:
     parameters: Sequence[torch.Tensor]
     blocks: Sequence[Block] = ()
     offloader: Offloader | None = None
+    sink: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor | None] | None = None
     start: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     input_gradient: bool = True
@@ -154,7 +157,10 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
         pull = (g_penalty * tape.pulls.pop(i)).to(y.dtype) if tape.pulls else None
         if pull is not None and not x.requires_grad:
             gy = gy + pull
-        gx = _network_backward(x, y, gy, chain.parameters, sums)
+        if chain.sink is None:
+            gx = _network_backward(x, y, gy, chain.parameters, sums)
+        else:
+            gx = chain.sink(x, y, gy, i == min(tape.grad_steps))
         del y, gy
         if gx is not None:
             g = g + gx

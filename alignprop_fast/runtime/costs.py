@@ -76,8 +76,8 @@ def decoder_stages(
     def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
         forward = _without_graph(one)
         # While one image is decoded again the gradients of all others are there, and so are the images.
-        raised = tuple(_raised(segment, others_bytes) for segment in segments)
-        return Stage(name, raised, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
+        higher = tuple(raised(segment, others_bytes) for segment in segments)
+        return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
 
     others_bytes = (len(x) - 1) * _output_bytes(lambda: decode(x[:1]))
     at_once = segments(work(decode, x, blocks))[0]
@@ -118,7 +118,7 @@ def reward_stages(
     while by_image and (chunk == 1 or chunk < len(images)):
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
-        chunked = tuple(_raised(segment, image_bytes) for segment in segments(work(chunk))[0])
+        chunked = tuple(raised(segment, image_bytes) for segment in segments(work(chunk))[0])
         stages.append(Stage(f"chunk:{chunk}", chunked, runs, True, forward.peak_bytes, runs * forward.seconds))
         chunk *= 2
     return tuple(stages)
@@ -134,7 +134,8 @@ def _without_graph(work: Work) -> Trace:
     return trace(replace(work, forward=forward, backward=None), {})
 
 
-def _raised(segment: Segment, by_bytes: int) -> Segment:
+def raised(segment: Segment, by_bytes: int) -> Segment:
+    """The segment with so many bytes more at the worst moment of each option."""
     return replace(
         segment, options=tuple(replace(option, spike_bytes=option.spike_bytes + by_bytes) for option in segment.options)
     )

@@ -44,20 +44,34 @@ class StepTable:
             ValueError: a table that does not know x0.
         """
         c, d = self._of_every_step(self.x0)[step]
+        table = self._rows(0, step + 1)
         return replace(
-            self,
-            timesteps=self.timesteps[: step + 1],
-            a=(*self.a[:step], c),
-            b=(*self.b[:step], d),
-            sigma=(*self.sigma[:step], 0.0),
-            x0=self.x0[: step + 1],
-            level=self.level[: step + 1],
+            table,
+            a=(*table.a[:-1], c),
+            b=(*table.b[:-1], d),
+            sigma=(*table.sigma[:-1], 0.0),
+            # Of the step before the image does not depend any more.
+            history=tuple((0.0 if i == step else c, p, q) for i, (c, p, q) in enumerate(table.history)),
         )
 
     def last_alone(self) -> "StepTable":
         """A chain of one step: the last one, predicting the clean latents. Raises ValueError as `ending_at`."""
-        c, d = self._of_every_step(self.x0)[-1]
-        return StepTable(self.timesteps[-1:], (c,), (d,), (0.0,), self.noisy, x0=self.x0[-1:], level=self.level[-1:])
+        last = len(self) - 1
+        return self.ending_at(last)._rows(last, last + 1)
+
+    def _rows(self, first: int, end: int) -> "StepTable":
+        """The steps first to end - 1 as they are."""
+        return replace(
+            self,
+            timesteps=self.timesteps[first:end],
+            a=self.a[first:end],
+            b=self.b[first:end],
+            sigma=self.sigma[first:end],
+            input_scale=self.input_scale[first:end],
+            history=self.history[first:end],
+            x0=self.x0[first:end],
+            level=self.level[first:end],
+        )
 
     def last_level(self) -> tuple[float, float]:
         """(signal, noise) of the last step's x. Raises ValueError as `ending_at`."""

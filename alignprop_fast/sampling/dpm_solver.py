@@ -36,7 +36,7 @@ def dpm_solver_table(
     """
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"unknown solver type {solver_type!r}: use midpoint or heun")
-    a, b, history = [], [], []
+    a, b, history, levels = [], [], [], []
     for i, (s, s_next) in enumerate(pairwise(sigmas)):
         (p, q), _ = _x0_eps(prediction_type, 1 / (1 + s**2))
         alpha, alpha_next = (1 + s**2) ** -0.5, (1 + s_next**2) ** -0.5
@@ -48,6 +48,7 @@ def dpm_solver_table(
         a.append(alpha_next * s_next / (alpha * s) + (gain + extra) * p)
         b.append((gain + extra) * q)
         history.append((-extra, p, q))
+        levels.append((alpha, alpha * s))
     return StepTable(
         tuple(timesteps),
         tuple(a),
@@ -55,4 +56,6 @@ def dpm_solver_table(
         (0.0,) * len(a),
         noisy=False,
         history=tuple(history) if second_order_steps else (),
+        x0=tuple((p, q) for _, p, q in history),
+        level=tuple(levels),
     )

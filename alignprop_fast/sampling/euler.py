@@ -34,7 +34,7 @@ def euler_table(
     Raises:
         ValueError: an unknown prediction type.
     """
-    a, b, noise, scales = [], [], [], []
+    a, b, noise, scales, x0s, levels = [], [], [], [], [], []
     for sigma, sigma_next in pairwise(sigmas):
         up = sigma_next * max(1 - (sigma_next / sigma) ** 2, 0.0) ** 0.5 if ancestral else 0.0
         change = (sigma_next**2 - up**2) ** 0.5 - sigma
@@ -43,8 +43,18 @@ def euler_table(
         b.append(change * by_y)
         noise.append(up)
         scales.append(1.0 if prediction_type == "flow" else (sigma**2 + 1) ** -0.5)
+        x0s.append((1 - sigma * by_x, -sigma * by_y))
+        levels.append((1 - sigma if prediction_type == "flow" else 1.0, sigma))
     return StepTable(
-        tuple(timesteps), tuple(a), tuple(b), tuple(noise), ancestral, input_scale=tuple(scales), init_scale=init_scale
+        tuple(timesteps),
+        tuple(a),
+        tuple(b),
+        tuple(noise),
+        ancestral,
+        input_scale=tuple(scales),
+        init_scale=init_scale,
+        x0=tuple(x0s),
+        level=tuple(levels),
     )
 
 

@@ -7,7 +7,7 @@ gradient there, dx += b g dy/dx.
 
 import random
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 _RULES = "full, uniform, uniform-once, gaussian, last:K, lv:N, drtune, drtune:K or refl"
 DRTUNE_STEPS = 5
@@ -58,17 +58,23 @@ def draw_truncation(rule: str, num_steps: int) -> Truncation:
             raise ValueError(f"truncation {rule!r} noises no picture: use lv:1 or more, or last:1")
         return Truncation((num_steps - 1,), renoisings=int(argument))
     if rule == "drtune" or (name == "drtune" and argument.isdigit()):
-        count = int(argument) if argument else min(DRTUNE_STEPS, num_steps)
-        return _drtune(rule, count, num_steps)
+        return _drtune(_drtune_count(rule, num_steps), num_steps)
     if rule == "refl":
         step = num_steps - random.randint(1, max(1, round(REFL_SHARE * num_steps)))
         return Truncation((step,), last_step=step)
     return Truncation(draw_gates(rule, num_steps))
 
 
-def _drtune(rule: str, count: int, num_steps: int) -> Truncation:
+def _drtune_count(rule: str, num_steps: int) -> int:
+    """K of drtune:K, in range."""
+    argument = rule.partition(":")[2]
+    count = int(argument) if argument else min(DRTUNE_STEPS, num_steps)
     if not 1 <= count <= num_steps:
         raise ValueError(f"truncation {rule!r} asks for {count} of {num_steps} steps: use 1 to {num_steps}")
+    return count
+
+
+def _drtune(count: int, num_steps: int) -> Truncation:
     last = num_steps - random.randint(1, max(1, round(DRTUNE_STOP * num_steps)))
     count = min(count, last + 1)
     stride = (last + 1) // count
@@ -109,10 +115,13 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
 
 
 def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
-    """The most gradient steps that `draw_gates` gives under the rule, and how many it gives on average.
+    """The most gradient steps that `draw_truncation` gives under the rule, and how many it gives on average.
+
+    Draws nothing. Those of lv:N's renoisings are not counted: each is a chain of one step, after the first one's
+    backward pass.
 
     Raises:
-        ValueError: as `draw_gates`.
+        ValueError: as `draw_truncation`.
     """
     if rule == "uniform":
         return num_steps, num_steps / 2  # step i is open with (i + 1) / (num_steps + 1)
@@ -121,8 +130,13 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     if rule == "gaussian":
         length = NormalDist(num_steps / 2, num_steps / 6)
         return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
-    steps = len(draw_gates(rule, num_steps))
-    return steps, float(steps)
+    state = random.getstate()
+    steps = len(draw_truncation(rule, num_steps).grad_steps)  # raises what is wrong with the rule
+    random.setstate(state)
+    if not rule.startswith("drtune"):
+        return steps, float(steps)
+    count, latest = _drtune_count(rule, num_steps), max(1, round(DRTUNE_STOP * num_steps))
+    return count, fmean(min(count, num_steps - back + 1) for back in range(1, latest + 1))
 
 
 def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from alignprop_fast.models import adapt
-from alignprop_fast.models.load import SCHEDULERS, load_pipeline
+from alignprop_fast.models.load import SCHEDULERS, load_outline, load_pipeline
 from alignprop_fast.models.lora_targets import denoiser
 
 
@@ -108,3 +108,46 @@ def test_unsupported_class_is_named(copied):
     with pytest.raises(ValueError) as error:
         load_pipeline(copied)
     assert "SanaPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_outline_is_the_pipeline_without_weights(kind, request, tmp_path):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    ignored = shutil.ignore_patterns("*.safetensors", "tokenizer*")
+    outline = load_outline(shutil.copytree(folder, tmp_path / "configs", ignore=ignored), torch.bfloat16)
+    pipe = load_pipeline(folder, torch.bfloat16)
+    assert type(outline) is type(pipe) and isinstance(outline.scheduler, DDIMScheduler)
+    assert outline.scheduler.config == pipe.scheduler.config
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        own = outline.components[name].state_dict(keep_vars=True)
+        expected = part.state_dict(keep_vars=True)
+        assert {k: (v.shape, v.dtype, v.requires_grad) for k, v in own.items()} == {
+            k: (v.shape, v.dtype, v.requires_grad) for k, v in expected.items()
+        }
+        assert all(tensor.is_meta for tensor in own.values()) and not outline.components[name].training
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_outline_of_damaged_configurations(copied, part):
+    (copied / part / "config.json").write_text("{")
+    with pytest.raises(ValueError) as error:
+        load_outline(copied)
+    assert "copy it again" in _one_line(error)
+    (copied / part / "config.json").unlink()
+    with pytest.raises(ValueError):
+        load_outline(copied)
+
+
+def test_a_hub_model_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Cannot load model owner/name. Please check out the root cause in the stacktrace above.\nmore")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", unreachable)
+    with pytest.raises(OSError) as caught:
+        load_pipeline("owner/name")
+    assert str(caught.value) == (
+        "cannot load owner/name from the Hub: Cannot load model owner/name; give the folder of a copy, such as one "
+        "made by `hf download owner/name --local-dir FOLDER`"
+    )

@@ -106,3 +106,25 @@ def test_stochastic_flow_is_refused():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     with pytest.raises(ValueError, match="stochastic_sampling=False"):
         check_scheduler(scheduler, ("flow-euler",))
+
+
+@pytest.mark.parametrize("name", [*DIFFUSION, "flow-euler"])
+def test_a_chain_may_end_in_the_clean_latents(name):
+    """At signal x0 + noise z the exact prediction gives x0; a chain that ends there goes the way of the whole one."""
+    scheduler = make_scheduler(name, {} if name == "flow-euler" else BASE)
+    scheduler.set_timesteps(6)
+    table = make_table(schedule(name, scheduler), eta=0.5)
+    clean, noise, *predictions = torch.randn(8, 1, 4, 3, 3, dtype=torch.float64)
+    for i, (c, d) in enumerate(table.x0):
+        signal, level = table.level[i]
+        exact = noise - clean if name == "flow-euler" else noise
+        assert torch.allclose(c * (signal * clean + level * noise) + d * exact, clean, atol=1e-9)
+    update, short = Update(table, (1.0,)), Update(table.ending_at(3), (1.0,))
+    state, ending = update.start(table.init_scale * noise), short.start(table.init_scale * noise)
+    for i in range(4):
+        x = update.latents(state)
+        assert torch.equal(short.model_input(i, ending), update.model_input(i, state))
+        state, ending = (u.advance(i, s, predictions[i], None) for u, s in ((update, state), (short, ending)))
+    c, d = table.x0[3]
+    assert torch.allclose(short.latents(ending), c * x + d * predictions[3], atol=1e-12)
+    assert len(short.table) == 4 and len(table.last_alone()) == 1

@@ -12,13 +12,18 @@ from alignprop_fast.planner import (
     Segment,
     Stage,
     StageChoice,
+    budget_on,
+    by_group,
     format_bytes,
     leanest,
     option_of,
     parse_bytes,
     price,
+    ranges,
     solve,
+    summary,
 )
+from alignprop_fast.planner.remedies import remedies
 
 
 def simple_table():
@@ -76,6 +81,43 @@ def test_plans_explain_themselves():
     assert "leanest" in unmeasured and "attention everywhere" in unmeasured
 
 
+def test_blocks_are_named_by_their_kind():
+    options = {
+        **{f"down_blocks.{i}.attentions.0.transformer_blocks.{k}": "attention" for i in range(3) for k in range(2)},
+        **{f"up_blocks.{i}.resnets.0": "keep" for i in range(4)},
+        "mid_block.attentions.0": "keep",
+        "rest": "keep",
+        "7": "recompute",
+    }
+    assert summary(options) == (
+        "attention x 6 (transformer blocks), keep x 6 (residual blocks, attentions, the rest), recompute x 1 (7)"
+    )
+    assert summary({"*": "keep"}) == "keep everywhere" and summary({}) == "no segments"
+    assert ranges((9, 3, 4, 5)) == "3-5, 9" and ranges(()) == ""
+
+
+def test_kinds_of_memory_in_the_groups_that_people_think_in():
+    groups = by_group(
+        {"weights": 1, "reward": 2, "optimizer": 4, "gradients": 8, "latents": 16, "kept": 32, "mine": 64}
+    )
+    assert groups == {
+        **{"weights": 3, "adapters and optimizer": 12, "kept": 48, "transient": 0, "workspace": 0},
+        "other": 64,
+    }
+
+
+def test_budgets_are_held_to_the_device():
+    gib = 2**30
+    assert budget_on("card", 24 * gib, None) == (24 * gib - gib // 2, "")
+    assert budget_on("card", 24 * gib, 20 * gib) == (20 * gib, "")
+    # What is written on the box is met half way, and said.
+    size, note = budget_on("card", 22 * gib, 24 * gib)
+    assert size == 22 * gib - gib // 2 and "card has 22.00 GiB" in note and "held to 21.50 GiB" in note
+    with pytest.raises(ValueError, match=r"more than card has \(22.00 GiB\): use at most 21.50 GiB"):
+        budget_on("card", 22 * gib, 25 * gib)
+    assert budget_on("computer", gib, None, context_bytes=0) == (gib, "")
+
+
 def test_too_small_a_budget_names_the_least_and_the_remedies():
     with pytest.raises(BudgetInfeasible, match="quantised") as error:
         solve(simple_table(), 4, (0, 1), 1000)
@@ -84,6 +126,14 @@ def test_too_small_a_budget_names_the_least_and_the_remedies():
         solve(replace(simple_table(), fixed={"weights": 10, "optimizer": 400}), 4, (0, 1), 100)
     with pytest.raises(BudgetInfeasible, match="chunked reward"):
         solve(replace(simple_table(), reserve_bytes=5000), 4, (0, 1), 100)
+
+
+@pytest.mark.parametrize(("part", "name"), [("decoder", "bands"), ("reward", "chunk:1")])
+def test_what_runs_in_pieces_already_is_no_remedy(part, name):
+    pieces = StageChoice(name)
+    plan = replace(leanest(4, (0, 1)), phases={part: 100}, kinds={"transient": 100}, peak_bytes=100, **{part: pieces})
+    assert remedies(plan) == ["a smaller batch or resolution"]
+    assert remedies(replace(plan, **{part: StageChoice("batch")})) != ["a smaller batch or resolution"]
 
 
 @pytest.mark.parametrize(

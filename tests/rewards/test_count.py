@@ -16,7 +16,7 @@ from alignprop_fast.demo import counter_path, pictures_path
 from alignprop_fast.demo.vocabulary import COUNT_WORDS, THINGS
 from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.count import log_soft_count
-from alignprop_fast.rewards.detectors import OWLVIT_DEFAULTS, _log_same, load_detector
+from alignprop_fast.rewards.detectors import OWLVIT_DEFAULTS, load_detector, log_same_boxes
 from alignprop_fast.rewards.preprocess import Preprocess
 from alignprop_fast.rewards.preprocess_owlv2 import Owlv2Preprocess
 
@@ -24,7 +24,7 @@ ONE = ([""], [None])
 
 
 def count_of_boxes(logits: list[float], boxes: list[tuple[float, ...]]) -> float:
-    return log_soft_count(torch.tensor([logits]), _log_same(torch.tensor([boxes]))).exp().item()
+    return log_soft_count(torch.tensor([logits]), log_same_boxes(torch.tensor([boxes]))).exp().item()
 
 
 def test_each_thing_counts_once_however_many_boxes_it_has():
@@ -46,7 +46,7 @@ def test_gradient_of_the_formula_is_that_of_finite_differences():
     torch.manual_seed(0)
     margins = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     boxes = torch.rand(2, 7, 4, dtype=torch.float64) * 0.4 + 0.2
-    assert torch.autograd.gradcheck(lambda m: log_soft_count(m, _log_same(boxes)), margins)
+    assert torch.autograd.gradcheck(lambda m: log_soft_count(m, log_same_boxes(boxes)), margins)
     assert torch.autograd.gradcheck(lambda m: log_soft_count(m, None), margins)
 
 
@@ -150,7 +150,7 @@ def test_margins_are_the_librarys_logits(detector_folder, pictures):
     # A score of 0.1, the library's threshold, is a margin of nothing.
     torch.testing.assert_close(torch.sigmoid(margins - np.log(9)), torch.sigmoid(logits), rtol=0, atol=1e-5)
     boxes = torch.gather(output.pred_boxes, 1, order[..., None].expand(-1, -1, 4))
-    torch.testing.assert_close(log_same, _log_same(boxes), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_same, log_same_boxes(boxes), rtol=1e-3, atol=1e-3)
     assert logits.std(1).min() > 1e-3
 
 
@@ -190,6 +190,42 @@ def test_other_models_are_refused(tmp_path, clip_folder):
     with pytest.raises(OSError, match=r"cannot load the counter in .*is damaged") as caught:
         get_reward("count:cat=1", model=tmp_path / "counter")
     assert "\n" not in str(caught.value)
+
+
+OWN_DETECTOR = """
+import torch
+
+class Bright(torch.nn.Module):
+    def candidates(self, images):
+        return (images.mean(1).flatten(1) - 0.5) * 40, None
+
+def bright(kind):
+    assert kind == "lamp post"
+    return Bright()
+
+def nothing(kind):
+    return 3
+"""
+
+
+def test_a_detector_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_detector.py").write_text(OWN_DETECTOR)
+    monkeypatch.chdir(tmp_path)
+    image = torch.zeros(1, 3, 4, 4)
+    image[..., 1, :3] = 1
+    for spec, score in (("count:lamp post=3", 0.0), ("remove:lamp post", -20 - np.log(3))):
+        scores, info = get_reward(spec, model="my_detector:bright")(image.requires_grad_(), *ONE)
+        assert info["soft_count"].item() == pytest.approx(3, abs=1e-5)
+        assert scores.item() == pytest.approx(score, abs=1e-5)
+    scores.sum().backward()
+    assert image.grad.abs().sum() > 0
+    for model, message in (
+        ("my_detector:nothing", "gave a int: let it return a detector with `candidates`"),
+        ("my_detector:other", "detector 'my_detector:other': 'other' does not exist in"),
+        ("no_such_module:load", "detector 'no_such_module:load': no module 'no_such_module' in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_reward("count:lamp post=3", model=f"count={model}")
 
 
 def _processed(processor, images_BCHW: Tensor) -> Tensor:

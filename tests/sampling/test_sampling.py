@@ -10,7 +10,17 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from alignprop_fast.sampling import Truncation, ddim_table, draw_gates, draw_truncation, rescaled_guidance, trl_gates
+from alignprop_fast.sampling import (
+    Truncation,
+    ddim_table,
+    dpm_solver_table,
+    draw_gates,
+    draw_truncation,
+    euler_table,
+    gate_count,
+    rescaled_guidance,
+    trl_gates,
+)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -150,6 +160,67 @@ def test_drtune_trains_equally_spaced_steps_before_a_drawn_end(rule, steps, coun
     assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step has its turn
 
 
+@pytest.mark.parametrize(
+    "rule", ["full", "last:3", "uniform", "uniform-once", "gaussian", "lv:2", "drtune", "drtune:2", "refl"]
+)
+def test_gate_count_is_that_of_the_draws(rule):
+    """The mean of 2,000 draws of at most 12 steps has a standard error below 0.08."""
+    random.seed(0)
+    most, mean = gate_count(rule, 12)
+    counts = [len(draw_truncation(rule, 12).grad_steps) for _ in range(2000)]
+    assert max(counts) <= most and abs(statistics.fmean(counts) - mean) < 0.3
+    state = random.getstate()
+    gate_count(rule, 12)
+    assert random.getstate() == state
+
+
+def test_gate_count_refuses_what_cannot_be_drawn():
+    for rule in ("drtune:13", "lv:0", "none"):
+        with pytest.raises(ValueError, match="truncation"):
+            gate_count(rule, 12)
+
+
+def every_table():
+    sigmas = (3.0, 1.5, 0.6, 0.0)
+    for kind in ("epsilon", "v_prediction", "sample"):
+        yield kind, ddim_table([0.9, 0.6, 0.3, 0.1], 1.0, [3, 2, 1], 1, 0.7, kind)
+        yield kind, euler_table(sigmas, (9, 5, 1), kind, ancestral=True)
+        yield kind, dpm_solver_table(sigmas, (9, 5, 1), kind, second_order_steps=(1,))
+    yield "flow", euler_table((0.9, 0.5, 0.2, 0.0), (9, 5, 1), "flow")
+
+
+@pytest.mark.parametrize(("kind", "table"), every_table())
+def test_every_step_knows_its_level_and_its_clean_latents(kind, table):
+    """Of latents at a step's level, under a perfect network, the clean latents are found again."""
+    clean, z = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for (signal, noise), (d, e) in zip(table.level, table.x0, strict=True):
+        alpha = signal**2 / (signal**2 + noise**2)
+        perfect = {"epsilon": z, "v_prediction": alpha**0.5 * z - (1 - alpha) ** 0.5 * clean, "sample": clean}
+        y = perfect[kind] if kind in perfect else z - clean
+        assert torch.allclose(d * (signal * clean + noise * z) + e * y, clean, atol=1e-12)
+    short, alone = table.ending_at(1), table.last_alone()
+    assert len(short) == 2 and short.a[0] == table.a[0] and short.sigma[1] == 0 and short.noisy == table.noisy
+    assert (short.a[1], short.b[1]) == table.x0[1] and (alone.a[0], alone.b[0]) == table.x0[2]
+    assert alone.timesteps == table.timesteps[2:] and alone.input_scale == table.input_scale[2:]
+    assert len(short.history) == (2 if table.history else 0) and all(c == 0 for c, _, _ in alone.history)
+    if table.history:
+        assert short.history[0] == table.history[0] and short.history[1][0] == 0
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_levels_and_clean_latents_are_those_of_diffusers(prediction_type):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(7)
+    table = ddim_table(scheduler.alphas_cumprod.tolist(), 1.0, scheduler.timesteps.tolist(), 142, 1.0, prediction_type)
+    x, y, z = torch.randn(3, 1, 4, 4, 4, dtype=torch.float64)
+    for i, t in enumerate(scheduler.timesteps):
+        (d, e), (signal, noise) = table.x0[i], table.level[i]
+        assert torch.allclose(d * x + e * y, scheduler.step(y, t, x, eta=0.0).pred_original_sample, atol=1e-10)
+        # add_noise works in fp32
+        assert torch.allclose(signal * x + noise * z, scheduler.add_noise(x, z, t[None]), atol=1e-6)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_chain_that_ends_early_predicts_the_clean_latents(prediction_type):
     scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
@@ -174,3 +245,34 @@ def test_a_table_without_x0_says_what_to_use():
     table = replace(ddim_table([0.9, 0.5], 1.0, [1, 0], 1, 0.0), x0=())
     with pytest.raises(ValueError, match="runs the chain to its end"):
         table.ending_at(0)
+
+
+@pytest.mark.parametrize("rule", ["full", "last:3", "lv:3", "drtune:3", "refl", "uniform", "uniform-once", "gaussian"])
+def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
+    """The mean of 4,000 draws of at most 10 steps; the tolerance is four standard errors at the widest spread."""
+    random.seed(0)
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(4000)]
+    most, mean = gate_count(rule, 10)
+    assert max(lengths) <= most == {"last:3": 3, "drtune:3": 3, "lv:3": 1, "refl": 1}.get(rule, 10)
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 3.0 / 4000**0.5
+    if rule in ("uniform-once", "gaussian"):
+        assert max(lengths) == most
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_bad_rules_have_no_number_of_steps(rule):
+    with pytest.raises(ValueError, match="truncation"):
+        gate_count(rule, 4)
+
+
+@pytest.mark.parametrize("rule", ["lv:2", "refl", "drtune", "drtune:7", "drtune:10"])
+def test_gradient_steps_of_rules_that_cut_more_are_counted_without_a_draw(rule):
+    random.seed(0)
+    state = random.getstate()
+    most, mean = gate_count(rule, 10)
+    assert random.getstate() == state
+    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(2000)]
+    assert max(lengths) == most
+    assert abs(statistics.fmean(lengths) - mean) < 4 * 1.2 / 2000**0.5  # four standard errors at the widest spread
+    with pytest.raises(ValueError, match="use 1 to 4"):
+        gate_count("drtune:5", 4)

@@ -1,0 +1,42 @@
+"""Devices and dtypes: frozen weights in the mixed precision, and the trap of SDXL's VAE, which overflows in fp16."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.models import adapt
+from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.placement import place_model
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def placed(folder, precision, force_upcast):
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
+    pipeline.vae.register_to_config(force_upcast=force_upcast)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
+    place_model(pipeline, accelerator, AlignPropConfig(mixed_precision=precision))
+    return pipeline
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_vae_that_overflows_in_fp16_stays_in_fp32(tiny_sdxl_folder, precision, force_upcast):
+    """As it says by `force_upcast`; the fp16-fix weights say otherwise, and bf16 has range enough."""
+    pipeline = placed(tiny_sdxl_folder, precision, force_upcast)
+    assert pipeline.unet.dtype == DTYPES[precision]
+    assert {encoder.dtype for encoder in pipeline.text_encoders} == {DTYPES[precision]}
+    upcast = precision == "fp16" and force_upcast
+    assert pipeline.vae.dtype == (torch.float32 if upcast else DTYPES[precision])
+    adapt(pipeline.sd_pipeline)  # takes what was placed
+
+
+def test_the_sampler_refuses_such_a_vae_in_fp16(tiny_sdxl):
+    tiny_sdxl.vae.register_to_config(force_upcast=True)
+    tiny_sdxl.to(dtype=torch.float16)
+    with pytest.raises(ValueError, match="overflows in fp16: load the pipeline in bfloat16, or the VAE in float32"):
+        adapt(tiny_sdxl)
+    tiny_sdxl.vae.float()
+    adapt(tiny_sdxl)
