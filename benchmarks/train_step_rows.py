@@ -48,7 +48,7 @@ def settings(models: Sequence[str]) -> list[Setting]:
     """The settings of these models in the order of their weight."""
     if "small" in models:
         # One budget that keeps everything, and one that is too small for any plan.
-        return [Setting("small", 2, 2, (1, 0.001), steps=3)]
+        return [Setting("small", 2, 2, (1, 0.001), trl=True, steps=3)]
     first = [setting for setting in _FIRST if setting.model in models]
     done = {(s.model, s.batch, s.grad_steps) for s in first}
     rest = []

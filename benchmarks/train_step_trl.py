@@ -44,12 +44,18 @@ def trl_row(python: str, setting: Any, steps: int, repeats: int, common: dict[st
 def write_model(name: str, folder: Path) -> None:
     """A folder of Stable Diffusion with random weights, its UNet and VAE as published, its text encoder small."""
     import torch
-    from chain import make_pipeline
-    from train_step_variants import small_pipeline
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    pipe = small_pipeline() if name == "small" else make_pipeline(name, torch.device("cpu"), torch.bfloat16)
-    pipe.unet.delete_adapters("default")
-    pipe.save_pretrained(folder)
+    from alignprop_fast.models.architectures import UNETS, VAE
+    from alignprop_fast.models.random_weights import make_sd_folder
+
+    if name == "small":
+        make_sd_folder(folder)
+        return
+    # Its tokenizer stays as that wrote it: the environment of trl cannot read what a newer library saves.
+    make_sd_folder(folder, text_width=UNETS[name]["cross_attention_dim"])
+    UNet2DConditionModel(**UNETS[name]).to(torch.bfloat16).save_pretrained(folder / "unet")
+    AutoencoderKL(**VAE, scaling_factor=0.18215).to(torch.bfloat16).save_pretrained(folder / "vae")
 
 
 def vit_h(device: str) -> Any:
