@@ -145,7 +145,7 @@ BAD = {
     "larger than the GPU": (["--memory-budget", "40GiB"], "more than RTX 4090 has (23.60 GiB)"),
     "too small": (["--memory-budget", "1MiB"], "the leanest plan needs"),
     "unknown GPU": (["--gpu", "RTX 4091"], "perhaps RTX 4090"),
-    "unknown model": (["--model", "sd16"], "of sd15, sdxl the name is enough"),
+    "unknown model": (["--model", "sd16"], "of sd15, sdxl, sd35-medium, flux-dev the name is enough"),
     "no configuration": (["--model", "{tmp}/broken"], "copy it again"),
     "unknown reward": (["--reward", "hps"], "did you mean 'hpsv2'"),
     "a reward that needs data": (["--reward", "data_reward_of_test:score"], "--measure"),

@@ -40,7 +40,8 @@ def test_lora_linear_by_the_kernels_equals_plain():
         layer.up.requires_grad_()
     ys = lora_linears(x, layers)
     for fused, plain in zip(lora_linear_triton.run_forward(x, layers), ys, strict=True):
-        assert torch.allclose(fused, plain, atol=1e-5, rtol=1e-5)
+        # Sums of 40 products in another order: to the largest element, since one may be near zero.
+        assert (fused - plain).abs().max() <= 1e-5 * plain.abs().max()
     gs = [torch.ones_like(y) * (p + 1) for p, y in enumerate(ys)]
     wanted = [x, *(layer.down for layer in layers), *(layer.up for layer in layers)]
     dx, d_downs, d_ups = lora_linear_triton.run_backward(gs, x, layers, True)

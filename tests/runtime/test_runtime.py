@@ -166,7 +166,7 @@ def test_by_image(stage, option):
 
 
 def test_by_image_refuses_other_stages():
-    with pytest.raises(ValueError, match="batch or image"):
+    with pytest.raises(ValueError, match="batch, image or bands"):
         by_image(make_net(), torch.zeros(1, 6, dtype=torch.float64), "tile", {})
 
 
