@@ -178,10 +178,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
     methods = curves(rows)
     lines = []
     for method, seeds in methods.items():
-        ends = [curve[-1]["reward"] for curve in seeds]
+        ends, queries = ([curve[-1][key] for curve in seeds] for key in ("reward", "queries"))
+        length = f"{min(queries):.0f}" if min(queries) == max(queries) else f"{min(queries):.0f} to {max(queries):.0f}"
         lines.append(
             f"{method}: {seeds[0][0]['reward']:.4f} at the start, {mean(ends):.4f} ({min(ends):.4f} to {max(ends):.4f})"
-            f" after {seeds[0][-1]['queries']:.0f} queries, {mean(curve[-1]['cpu_seconds'] for curve in seeds):.0f} s"
+            f" after {length} queries, {mean(curve[-1]['cpu_seconds'] for curve in seeds):.0f} s"
         )
     if "ddpo" not in methods:
         return lines
