@@ -160,7 +160,9 @@ class Run:
             "adapters": [parameter.data for parameter in self.trainer.trainable_layers],
             "optimizer": self.trainer.optimizer.state_dict(),
             "random": (random.getstate(), torch.get_rng_state()),
-            "tracker": {key: [float(v) for v in values] for key, values in trackers.stats.items()} if trackers else {},
+            "tracker": {str(key): [float(v) for v in values] for key, values in trackers.stats.items()}
+            if trackers
+            else {},
         }
         partial = self.state_path.with_suffix(".part")
         torch.save(state, partial)
