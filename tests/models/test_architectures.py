@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from alignprop_fast.models import adapt
 from alignprop_fast.models.architectures import NAMES, architecture, parameters
+from alignprop_fast.models.load import load_pipeline
 
 # Frozen denoiser, VAE, text encoders: elements in the published weights.
 PUBLISHED = {
@@ -46,3 +48,20 @@ def test_default_dtype_is_left_alone():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev"):
         architecture("sd16")
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):
+    adapter = adapt(request.getfixturevalue(model))
+    size = adapter.image_size(None, None)
+    blank = adapter.blank_conditioning(2, True, size)
+    real = adapter.encode(["red cat", "dog"], ["", ""], True, size)
+    assert blank.embeds.shape == real.embeds.shape and blank.branches == real.branches
+    assert {k: v.shape for k, v in (blank.added or {}).items()} == {k: v.shape for k, v in (real.added or {}).items()}
+
+
+def test_blank_conditioning_of_the_bundled_model():
+    """Its texts are shorter than CLIP's 77 tokens."""
+    adapter = adapt(load_pipeline("demo"))
+    real = adapter.encode(["an apple"], None, True, (64, 64))
+    assert adapter.blank_conditioning(1, True, (64, 64)).embeds.shape == real.embeds.shape
