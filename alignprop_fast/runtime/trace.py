@@ -8,7 +8,6 @@ blocks, and the peak of a mixture follows from runs of pure options (`planner.ta
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Work:
     device: torch.device
     operator_seconds: Operator | None = None
     output_kept: bool = True
-    repeats: int = 2
+    repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -198,13 +197,13 @@ class _OperatorCost:
 
 
 def _timed(work: Work, options: Mapping[str, str]) -> dict[Hashable, float]:
-    """Median seconds of each part; the run for the bytes has warmed up."""
+    """Seconds of each part in the run of median length; the run for the bytes has warmed up."""
     runs = []
     for _ in range(work.repeats):
         watch = Stopwatch(work.device)
         _run(work, options, watch.enter, lambda out: None)
         runs.append(watch.seconds())
-    return {label: median(run[label] for run in runs) for label in runs[0]}
+    return sorted(runs, key=lambda run: sum(run.values()))[len(runs) // 2]
 
 
 def _run(
