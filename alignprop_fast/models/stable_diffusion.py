@@ -35,9 +35,9 @@ class StableDiffusionAdapter(PipelineAdapter):
         return Conditioning(torch.cat([uncond, cond]) if guided else cond, None, 1 + guided)
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
-        encoder: Any = self._text_encoders()[0]
-        length, width = encoder.config.max_position_embeddings, self.pipe.unet.config.cross_attention_dim
-        shape = ((1 + guided) * batch, length, width)
+        encoders: list[Any] = list(self._text_encoders())
+        length = encoders[0].config.max_position_embeddings if encoders else 77  # CLIP's
+        shape = ((1 + guided) * batch, length, self.pipe.unet.config.cross_attention_dim)
         embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return Conditioning(embeds, None, 1 + guided)
 

@@ -65,3 +65,5 @@ def test_blank_conditioning_of_the_bundled_model():
     adapter = adapt(load_pipeline("demo"))
     real = adapter.encode(["an apple"], None, True, (64, 64))
     assert adapter.blank_conditioning(1, True, (64, 64)).embeds.shape == real.embeds.shape
+    adapter.pipe.register_modules(text_encoder=None)  # embeddings made beforehand, by an encoder that is gone
+    assert adapter.blank_conditioning(1, True, (64, 64)).embeds.shape[1] == 77
