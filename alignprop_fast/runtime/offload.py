@@ -41,7 +41,8 @@ class HostPool:
                 raise RuntimeError(
                     f"the driver cannot lock {size_bytes} bytes of host memory (error {int(error)}): raise ulimit -l"
                 )
-            weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
+            # Not when the program ends, when the driver may be gone already.
+            weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr()).atexit = False
         return buffer, None
 
     def give(self, buffer: torch.Tensor, after: Any) -> None:
@@ -115,7 +116,7 @@ class _Record:
         """x, or a handle for it where it is worth moving. For use as a pack hook."""
         size_bytes = x.numel() * x.element_size()
         if (
-            x.device != self.owner.device
+            x.device.type != self.owner.device.type  # "cuda" and "cuda:0" are not equal
             or size_bytes < self.owner.smallest_bytes
             or x.untyped_storage().data_ptr() in self.staying
         ):
