@@ -31,16 +31,18 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
 
     Raises:
         RuntimeError: no candidate could run; the message has each one's reason.
+        torch.OutOfMemoryError: of one that might run where there is more memory: nothing is remembered then.
     """
     table = _table(device_name(device))
     if problem not in table:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return next(iter(candidates()))
-        table[problem] = {name: _milliseconds(fn, device) for name, fn in candidates().items()}
+        results = {name: _milliseconds(fn, device) for name, fn in candidates().items()}
+        if not any(isinstance(result, float) for result in results.values()):
+            raise RuntimeError(f"nothing can run {problem}: {results}")
+        table[problem] = results
         _save(device_name(device), table)
     times = {name: time for name, time in table[problem].items() if isinstance(time, float)}
-    if not times:
-        raise RuntimeError(f"nothing can run {problem}: {table[problem]}")
     return min(times, key=lambda name: times[name])
 
 
@@ -59,6 +61,8 @@ def _milliseconds(fn: Callable[[], object], device: torch.device) -> float | str
     try:
         fn()
         times = sorted(clock(fn))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError) as error:
         return str(error).partition("\n")[0][:120] or type(error).__name__
     return times[len(times) // 2]

@@ -1,0 +1,258 @@
+"""A process with a GPU that is not there: tensors on "cuda" lie in host memory and compute on the CPU (`device.cpp`).
+
+What it shows: that everything meets on one device, that the code behind `is_cuda` runs and gives the same numbers, what
+the allocator would have counted, running out of memory, and how often the host waits. What it cannot show: time, the
+order of streams, real kernels (Triton's run in its interpreter). Call `start` before torch is imported.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from importlib.metadata import version
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+SOURCE = Path(__file__).with_name("device.cpp")
+TOTAL_BYTES = 24 * 2**30
+
+
+def build() -> Path:
+    """The emulated device as a library; made once for a source and a torch. Raises FileNotFoundError: no compiler."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir()) / f"emulated_gpu_{os.getuid()}_{digest}.so"
+    if not library.exists():
+        compiler = shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            raise FileNotFoundError("no C++ compiler")
+        root = Path(str(find_spec("torch").origin)).parent
+        made = library.with_suffix(f".{os.getpid()}")
+        includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+        flags = ["-O1", "-std=c++20", "-fPIC", "-shared"]
+        link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
+        subprocess.run([compiler, *flags, *includes, str(SOURCE), "-o", str(made), *link], check=True)
+        os.replace(made, library)
+    return library
+
+
+class Emulated:
+    """What there is to ask of the device."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+        for name in ("allocated", "peak", "waits"):
+            getattr(library, f"emulated_{name}").restype = ctypes.c_int64
+
+    def allocated(self, device=None) -> int:
+        return self._library.emulated_allocated()
+
+    def peak(self, device=None) -> int:
+        return self._library.emulated_peak()
+
+    def waits(self) -> int:
+        """How often the host has waited for the device so far: `.item()`, copies to the host."""
+        return self._library.emulated_waits()
+
+    def reset_peak(self, device=None) -> None:
+        self._library.emulated_reset_peak()
+
+    def set_limit(self, size_bytes: int) -> None:
+        self._library.emulated_set_limit(ctypes.c_int64(size_bytes))
+
+
+def _attention(q, k, v, scale):
+    """(o, probabilities, logsumexp) of the formula, by plain operators."""
+    scores = (q.float() @ k.float().transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    return (weights @ v.float()).to(q.dtype), weights, lse
+
+
+def _attention_gradients(g, q, k, v, o, lse, scale):
+    scores = (q.float() @ k.float().transpose(-2, -1)) * scale
+    weights = (scores - lse[..., None]).exp()
+    dv = weights.transpose(-2, -1) @ g.float()
+    d_weights = g.float() @ v.float().transpose(-2, -1)
+    d_scores = weights * (d_weights - (g.float() * o.float()).sum(-1, keepdim=True)) * scale
+    return tuple(t.to(q.dtype) for t in (d_scores @ k.float(), d_scores.transpose(-2, -1) @ q.float(), dv))
+
+
+def _fused_attention():
+    """The fused attention of a GPU under its own names, shapes and argument lists. Returns what holds it in place."""
+    import torch
+
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+
+    def flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+        o, _, lse = _attention(q, k, v, scale)
+        none, state = q.new_empty(0), q.new_zeros(2, dtype=torch.uint64)
+        return o, lse, none, none, q.shape[2], k.shape[2], state, none, none
+
+    def flash_backward(g, q, k, v, o, lse, *rest, scale=None):
+        assert lse.shape == q.shape[:-1]
+        return _attention_gradients(g, q, k, v, o, lse, scale)
+
+    def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+        o, _, lse = _attention(q, k, v, scale)
+        padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+        state = q.new_zeros((), dtype=torch.int64)
+        return o, padded, state, state
+
+    def efficient_backward(g, q, k, v, bias, o, lse, *rest, scale=None):
+        assert lse.shape[-1] % 32 == 0
+        return *_attention_gradients(g, q, k, v, o, lse[..., : q.shape[2]], scale), q.new_empty(0)
+
+    def cudnn(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+        o, _, lse = _attention(q, k, v, scale)
+        none, state = q.new_empty(0), q.new_zeros((), dtype=torch.int64)
+        return o, lse[..., None], none, none, q.shape[2], k.shape[2], state, state, none
+
+    def cudnn_backward(g, q, k, v, o, lse, *rest, scale=None):
+        assert lse.shape == (*q.shape[:-1], 1)
+        return _attention_gradients(g, q, k, v, o, lse[..., 0], scale)
+
+    for function in (flash, efficient, cudnn):
+        library.impl(f"_scaled_dot_product_{function.__name__}_attention", function)
+    for name, function in (("flash", flash_backward), ("efficient", efficient_backward), ("cudnn", cudnn_backward)):
+        library.impl(f"_scaled_dot_product_{name}_attention_backward", function)
+    return library
+
+
+def _bf16_of_the_interpreter() -> None:
+    """Triton's interpreter cuts bf16 off where a GPU rounds, and multiplies the bits of bf16 matrices as integers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def narrowed(data):
+        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+
+    builder = interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, source, to):
+        if source.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
+            return widened(source)
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(narrowed(source.data), tl.bfloat16)
+        return cast(self, source, to)
+
+    builder.cast_impl = cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, cast_impl)
+    builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+
+
+class Stream:
+    """All work is done in the order in which it is asked for, whatever stream it is given to."""
+
+    def __init__(self, device=None, priority=0):
+        self.device = "cuda:0"
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream) -> None: ...
+    def wait_event(self, event) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event=None):
+        return event or Event()
+
+
+class Event:
+    def __init__(self, enable_timing=False, blocking=False, interprocess=False):
+        self._seconds = 0.0
+
+    def record(self, stream=None) -> None:
+        import time
+
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end._seconds - self._seconds) * 1000
+
+    def wait(self, stream=None) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (8, 9)) -> Emulated:
+    """Make this process see one GPU of `TOTAL_BYTES`."""
+    assert "torch" not in sys.modules, "torch has looked for devices already"
+    device = Emulated(ctypes.CDLL(str(build())))
+    import torch
+
+    device.set_limit(TOTAL_BYTES)
+    properties = SimpleNamespace(
+        name=name,
+        major=capability[0],
+        minor=capability[1],
+        total_memory=TOTAL_BYTES,
+        multi_processor_count=128,
+        warp_size=32,
+        max_threads_per_multi_processor=1536,
+        shared_memory_per_block_optin=99 * 1024,
+        L2_cache_size=72 * 2**20,
+    )
+    stream = Stream()
+    success = lambda *_: 0  # noqa: E731
+    runtime = SimpleNamespace(cudaHostRegister=success, cudaHostUnregister=success)
+    replaced = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "_lazy_init": lambda: None,
+        "init": lambda: None,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: name,
+        "get_device_capability": lambda device=None: capability,
+        "get_device_properties": lambda device=None: properties,
+        "synchronize": lambda device=None: None,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": Stream,
+        "Event": Event,
+        "is_current_stream_capturing": lambda: False,
+        "cudart": lambda: runtime,
+        "memory_allocated": device.allocated,
+        "max_memory_allocated": device.peak,
+        "memory_reserved": device.allocated,
+        "max_memory_reserved": device.peak,
+        "reset_peak_memory_stats": device.reset_peak,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device=None: (TOTAL_BYTES - emulated.allocated(), TOTAL_BYTES),
+        "set_per_process_memory_fraction": lambda fraction, device=None: emulated.set_limit(int(fraction * TOTAL_BYTES)),
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+        "manual_seed": lambda seed: None,  # the emulated device draws from the CPU's generator
+        "manual_seed_all": lambda seed: None,
+    }
+    emulated = device
+    device.operators = _fused_attention()
+    _bf16_of_the_interpreter()
+    for attribute, value in replaced.items():
+        assert hasattr(torch.cuda, attribute), attribute
+        setattr(torch.cuda, attribute, value)
+    return device
