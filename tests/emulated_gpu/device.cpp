@@ -55,6 +55,13 @@ struct DeviceGenerator : c10::GeneratorImpl {
 };
 
 std::atomic<int64_t> allocated{0}, peak{0}, limit{INT64_MAX}, waits{0};
+void (*on_wait)() = nullptr;
+
+void wait() {
+  ++waits;
+  if (on_wait != nullptr) on_wait();
+}
+
 
 // Rounded as PyTorch's CUDA allocator rounds.
 int64_t rounded(int64_t bytes) { return (bytes + 511) / 512 * 512; }
@@ -224,7 +231,7 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 // The one operator that may join devices. Copies to the host are waited for, those from it only without non_blocking.
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
-  if (to.is_cuda() != from.is_cuda() && !non_blocking) ++waits;
+  if (to.is_cuda() != from.is_cuda() && !non_blocking) wait();
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
   Call call(op);
   call.to_host(to).copy_(call.to_host(from));
@@ -232,7 +239,7 @@ at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
 }
 
 at::Scalar item(const at::Tensor& x) {
-  ++waits;
+  wait();
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::_local_scalar_dense", "");
   return at::_local_scalar_dense(Call(op).to_host(x));
 }
@@ -284,4 +291,5 @@ int64_t emulated_peak() { return peak; }
 void emulated_reset_peak() { peak = allocated.load(); }
 void emulated_set_limit(int64_t bytes) { limit = bytes; }
 int64_t emulated_waits() { return waits; }
+void emulated_on_wait(void (*callback)()) { on_wait = callback; }
 }

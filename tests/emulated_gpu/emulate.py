@@ -58,6 +58,11 @@ class Emulated:
         """How often the host has waited for the device so far: `.item()`, copies to the host."""
         return self._library.emulated_waits()
 
+    def on_wait(self, callback) -> None:
+        """Call this at every wait."""
+        self._callback = ctypes.CFUNCTYPE(None)(callback)  # kept, since the library keeps no reference
+        self._library.emulated_on_wait(self._callback)
+
     def reset_peak(self, device=None) -> None:
         self._library.emulated_reset_peak()
 
