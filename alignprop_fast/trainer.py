@@ -77,6 +77,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         set_seed(config.seed, device_specific=True)
         place_model(sd_pipeline, self.accelerator, config)
         unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
+        unet.train()
         self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         if config.adapter_dtype == "bf16":
             if not sd_pipeline.use_lora:
@@ -113,6 +114,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.in_backward = optimizer if isinstance(optimizer, OptimizerInBackward) else None
         if self.in_backward is not None:
             self.sampler.gradient_sink = self.in_backward.receive
+            self.sampler.keeps_gradients = config.train_gradient_accumulation_steps > 1
         self.optimizer = self.accelerator.prepare(optimizer)
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
@@ -147,7 +149,6 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         """
         begin, config = time.perf_counter(), self.config
         reset_peak_bytes(self.accelerator.device)
-        self.sd_pipeline.unet.train()
         batches: list[BatchMetrics] = []
         pairs: dict[str, Any] = {}
         for k in range(config.train_gradient_accumulation_steps):
