@@ -104,7 +104,7 @@ def test_the_plan_counts_the_gradients_that_are_alive(tiny_sd_folder, tmp_path, 
 def test_each_tensor_is_clipped_by_itself(tiny_sd_folder, tmp_path):
     trainer = make_trainer(tiny_sd_folder, tmp_path, optimizer_in_backward=True, train_max_grad_norm=1e-3)
     seen = []
-    for optimizer in trainer.in_backward._optimizers.values():
+    for optimizer in trainer.update.in_backward._optimizers.values():
         [tensor] = optimizer.param_groups[0]["params"]
         optimizer.step = lambda tensor=tensor: seen.append(tensor.grad.norm().item())
     trained(trainer, 1)
