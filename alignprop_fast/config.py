@@ -73,7 +73,10 @@ class AlignPropConfig:
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
-        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one; 1 or less turns it off.
+        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one, where there is a negative prompt; 1 or
+            less turns it off.
+        cuda_graphs, compiled: run evaluations without gradient as CUDA graphs, or their transformer blocks through
+            torch.compile; need a GPU. See `DifferentiableSampler`.
 
     Raises:
         ValueError: a value that cannot work; one line that says what to use.
@@ -130,6 +133,8 @@ class AlignPropConfig:
     guidance_rescale: float = 0.0
     lora_targets: str = "attention"
     true_cfg_scale: float = 1.0
+    cuda_graphs: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:
@@ -147,6 +152,18 @@ class AlignPropConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, flat: a nested dictionary becomes "field/key" entries, as in trl."""
         return _flatten(asdict(self))
+
+    def check_packages(self) -> None:
+        """To be asked before training: a plan needs none of these packages.
+
+        Raises:
+            ValueError: what the options need is not installed.
+        """
+        package = {"prodigy": "prodigyopt"}.get(self.optimizer, "bitsandbytes" if "8bit" in self.optimizer else None)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(f'{self.optimizer} needs {package}: pip install {package}, or use optimizer="adamw"')
+        if self.base_dtype == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError('base_dtype="nf4" needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8')
 
     def _check_counts(self) -> None:
         at_least_one = (
@@ -175,17 +192,12 @@ class AlignPropConfig:
             raise ValueError("prodigy needs all gradients at once: use another optimizer with optimizer_in_backward")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}: use {', '.join(OPTIMIZERS)}")
-        package = {"prodigy": "prodigyopt"}.get(self.optimizer, "bitsandbytes" if "8bit" in self.optimizer else None)
-        if package is not None and find_spec(package) is None:
-            raise ValueError(f'{self.optimizer} needs {package}: pip install {package}, or use optimizer="adamw"')
 
     def _check_choices(self) -> None:
         if self.mixed_precision not in _PRECISIONS:
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}: use no, bf16 or fp16")
         if self.base_dtype not in ("auto", "fp8", "int8", "nf4"):
             raise ValueError(f"base_dtype is {self.base_dtype!r}: use auto, fp8, int8 or nf4")
-        if self.base_dtype == "nf4" and find_spec("bitsandbytes") is None:
-            raise ValueError('base_dtype="nf4" needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8')
         if self.adapter_dtype not in ("fp32", "bf16"):
             raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}: use fp32 or bf16")
         if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":

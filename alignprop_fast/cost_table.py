@@ -28,7 +28,6 @@ from alignprop_fast.runtime import (
     device_name,
     link_rate,
     operator_seconds,
-    raised,
     reward_stages,
     step_costs,
 )
@@ -46,6 +45,8 @@ class Task:
     reward: (images, prompts, metadata) -> (scores, info), or None; reward_bytes: its weights.
     reserve_bytes: what the reward phase takes where there is no reward.
     optimizer_bytes: the optimizer's state; None: two fp32 numbers for each trainable parameter.
+    resident: the model's modules that lie on the device while the chain runs.
+    keeps_gradients: whether gradients of earlier backward passes lie beside the chain.
     """
 
     model: Any
@@ -53,12 +54,14 @@ class Task:
     cond: Any
     size: tuple[int, int]
     decoder_blocks: Sequence[Block]
+    resident: Sequence[nn.Module]
     prompts: Sequence[str]
     metadata: Sequence[Any]
     reward: Callable[..., tuple[torch.Tensor, Any]] | None = None
     reward_bytes: int = 0
     reserve_bytes: int = 0
     optimizer_bytes: int | None = None
+    keeps_gradients: bool = True
 
     @property
     def batch(self) -> int:
@@ -138,11 +141,12 @@ def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link
 def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTable:
     if task.chain.penalty is not None:
         table = _penalised(table, task)
-    # The sums of the gradients over the steps, in fp32, begin with the backward pass of the last one.
-    sums_bytes = 4 * sum(parameter.numel() for parameter in task.chain.parameters)
+    # A sink adds to what earlier backward passes left; without one, sums are made beside it, in fp32.
+    added = task.chain.sink is not None and task.keeps_gradients
+    sums_bytes = 0 if added else 4 * sum(parameter.numel() for parameter in task.chain.parameters)
     return replace(
         table,
-        step=tuple(raised(segment, sums_bytes) for segment in table.step),
+        sums_bytes=sums_bytes,
         fixed={**_fixed(task), **table.fixed},
         rewards=_rewards(task, formula),
         reserve_bytes=task.reserve_bytes,
@@ -197,13 +201,13 @@ def _fixed(task: Task) -> dict[str, int]:
     device = task.model.device  # diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
-    tensors = [t for module in task.model.modules() for t in (*module.parameters(), *module.buffers())]
+    tensors = [t for module in task.resident for t in (*module.parameters(), *module.buffers())]
     tensors = [t for t in tensors if t.device.type == device.type]
     conditioning = [t for t in vars(task.cond).values() if isinstance(t, torch.Tensor)]
     return {
         "weights": _bytes(tensors) - adapters_bytes,
         "adapters": adapters_bytes,
-        "gradients": adapters_bytes,
+        "gradients": adapters_bytes if task.keeps_gradients else 0,
         "optimizer": 8 * numbers if task.optimizer_bytes is None else task.optimizer_bytes,
         "reward": task.reward_bytes,
         "conditioning": _bytes(conditioning),
@@ -236,6 +240,8 @@ def _origin(task: Task) -> dict[str, str]:
         "height": str(task.size[0]),
         "width": str(task.size[1]),
         "branches": str(task.cond.branches),
+        "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
+        "gradients": "all at once" if task.chain.sink is None else "one by one",
         "alignprop_fast": f"{version('alignprop-fast')}, code {_code()}",
         "torch": version("torch"),
     }

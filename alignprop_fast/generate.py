@@ -120,8 +120,9 @@ class DifferentiableSampler:
         if compare_with_base and not self.model.has_adapters():
             raise ValueError("a comparison with the base model needs adapters that can be switched off: add a LoRA")
         self.compare_with_base = compare_with_base
-        if cuda_graphs and self.model.device.type != "cuda":
-            raise ValueError(f"cuda_graphs needs a GPU, and the model is on {self.model.device}: leave it out")
+        for name, wanted in (("cuda_graphs", cuda_graphs), ("compiled", compiled)):
+            if wanted and self.model.device.type == "cpu":
+                raise ValueError(f"{name} needs a GPU, and the model is on the CPU: leave it out")
         self._fast: FastPredict | None = None
         if cuda_graphs or compiled:
             blocks = CompiledBlocks(self.model.step_groups()["transformers"]) if compiled else None
@@ -131,6 +132,7 @@ class DifferentiableSampler:
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
         self.gradient_sink: Callable[..., torch.Tensor | None] | None = None  # see `Chain.sink`
+        self.keeps_gradients = True  # whether those of earlier backward passes lie beside the chain
         self._solvers: dict[tuple, Solver] = {}
         self._timesteps: dict[Any, torch.Tensor] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
@@ -236,28 +238,30 @@ class DifferentiableSampler:
             return self.reward(images, prompts, metadata)
         return in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
 
-    def plan_for(self, batch: int, num_grad_steps: int | None = None) -> Plan:
+    def plan_for(self, batch: int, num_grad_steps: int | None = None, negative_prompt: str | None = None) -> Plan:
         """The plan of a batch of this size with so many gradient steps; None: all of them, which needs the most memory.
+
+        negative_prompt: of all prompts; what it says does not matter, but for FLUX whether there is one does.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget.
         """
-        task = self._blank_task(batch)
+        task = self._blank_task(batch, negative_prompt)
         steps = task.chain.num_steps
         count = steps if num_grad_steps is None else num_grad_steps
         return self._make_plan(task, list(range(steps - count, steps)))
 
-    def solver(self, batch: int) -> Solver:
+    def solver(self, batch: int, negative_prompt: str | None = None) -> Solver:
         """What makes the plans of batches of this size within a memory budget; its `table` says what they cost."""
-        return self._solver(self._blank_task(batch), len(self.table))
+        return self._solver(self._blank_task(batch, negative_prompt), len(self.table))
 
-    def cost_table(self, batch: int, gpu: Gpu | None = None) -> CostTable:
+    def cost_table(self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None) -> CostTable:
         """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
         estimated for a GPU that need not be here.
         """
-        task = self._blank_task(batch)
+        task = self._blank_task(batch, negative_prompt)
         with torch.enable_grad():
-            return self._measured(task) if gpu is None else estimated_table(task, gpu)
+            return self._costs(task, gpu)
 
     def tighten(self, factor: float = 0.9) -> int:
         """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
@@ -277,7 +281,7 @@ class DifferentiableSampler:
         return budget_bytes
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        chain = replace(chain, offloader=self._offloader(plan), sink=self.gradient_sink)
+        chain = replace(chain, offloader=self._offloader(plan))
         x, penalty = run_penalised_chain(chain, plan, x)
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
@@ -313,6 +317,7 @@ class DifferentiableSampler:
             update.adjoint,
             model.trainable(),
             self._denoiser_blocks,
+            sink=self.gradient_sink,
             start=update.start,
             finish=update.latents,
             input_gradient=input_gradient,
@@ -351,17 +356,17 @@ class DifferentiableSampler:
     def _solver(self, task: Task, num_steps: int) -> Solver:
         key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
         if key not in self._solvers:
-            self._solvers[key] = Solver(self._measured(task), num_steps, num_steps)
+            self._solvers[key] = Solver(self._costs(task), num_steps, num_steps)
         return self._solvers[key]
 
-    def _measured(self, task: Task) -> CostTable:
-        table = measured_table(task)
+    def _costs(self, task: Task, gpu: Gpu | None = None) -> CostTable:
+        table = measured_table(task) if gpu is None else estimated_table(task, gpu)
         if self._fast is None or self._fast.graphs is None:
             return table
         return replace(table, fixed={**table.fixed, "graphs": table.sampling_bytes})
 
-    def _blank_task(self, batch: int) -> Task:
-        cond = self.model.blank_conditioning(batch, self.cfg_scale > 1, self.size)
+    def _blank_task(self, batch: int, negative_prompt: str | None) -> Task:
+        cond = self.model.blank_conditioning(batch, self._guided(negative_prompt), self.size)
         return self._task(self._chain(cond, None, self.table, True), cond, [""] * batch, None)
 
     def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:
@@ -371,12 +376,14 @@ class DifferentiableSampler:
             cond=cond,
             size=self.size,
             decoder_blocks=self._decoder_blocks,
+            resident=self.model.modules(with_text=self._text is None or not self._text.away),
             prompts=prompts,
             metadata=[{} for _ in prompts] if metadata is None else list(metadata),
             reward=self.reward,
             reward_bytes=self.reward_bytes,
             reserve_bytes=self.reserve_bytes,
             optimizer_bytes=self.optimizer_bytes,
+            keeps_gradients=self.keeps_gradients,
         )
 
 

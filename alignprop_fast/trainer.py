@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,18 +21,15 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.control import Stateful
-from alignprop_fast.flat_parameters import FlatParameters
-from alignprop_fast.generate import DifferentiableSampler, Truncation, draw_truncation, trl_gates
+from alignprop_fast.generate import Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
-from alignprop_fast.optim import make_optimizer
-from alignprop_fast.optimizer_in_backward import OptimizerInBackward
 from alignprop_fast.out_of_memory import with_less_memory
-from alignprop_fast.placement import make_accelerator, output_folder, place_model
-from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
-from alignprop_fast.processes import meeting, parts_and_peak, sum_in_place
-from alignprop_fast.stochastic_rounding import RoundedOptimizer
+from alignprop_fast.placement import make_accelerator, output_folder
+from alignprop_fast.prepare import make_sampler, prepare_model
+from alignprop_fast.processes import meeting, parts_and_peak
 from alignprop_fast.training_state import find_resume, restore_training, save_training
+from alignprop_fast.weight_update import WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -71,49 +68,23 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
         self.stateful = dict(stateful or {})
+        config.check_packages()
         resume_from = find_resume(config)
         self._truncation()  # one that cannot work is to fail here, before the model is placed
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
-        place_model(sd_pipeline, self.accelerator, config)
-        unet = sd_pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
-        self.trainable_layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        if config.adapter_dtype == "bf16":
-            if not sd_pipeline.use_lora:
-                raise ValueError(
-                    'adapter_dtype="bf16" is for adapters, and the whole UNet is trained: leave it at fp32'
-                )
-            for parameter in self.trainable_layers:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        self.trainable_layers = prepare_model(sd_pipeline, self.accelerator.device, config)
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
             with meeting():
                 broadcast([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
-        merge = sd_pipeline.use_lora and merges(config.optimizer)
-        self.sampler = DifferentiableSampler(
-            sd_pipeline.sd_pipeline,
-            config.sample_num_steps,
-            config.sample_guidance_scale,
-            config.sample_eta,
-            config.memory_budget,
-            guidance_rescale=config.guidance_rescale,
-            true_cfg_scale=config.true_cfg_scale,
-            height=config.height,
-            width=config.width,
-            draw_unused_noise=True,
-            reward=reward_function,
-            reward_bytes=reward_function.weight_bytes() if hasattr(reward_function, "weight_bytes") else 0,
-            cache_text=config.cache_text,
-            optimizer_bytes=optimizer_bytes(config.optimizer, [p.shape for p in self.trainable_layers], merge),
-            compare_with_base=config.kl_weight > 0,
-        )
+        self.sampler = make_sampler(sd_pipeline, config, reward_function)
         # After the sampler, which lays convolutions out anew.
-        self.weights = FlatParameters(self.trainable_layers, merge)
-        optimizer = self._setup_optimizer(self.weights.tensors)
-        self.in_backward = optimizer if isinstance(optimizer, OptimizerInBackward) else None
-        if self.in_backward is not None:
-            self.sampler.gradient_sink = self.in_backward.receive
-        self.optimizer = self.accelerator.prepare(optimizer)
+        self.update = WeightUpdate(config, self.accelerator, self.trainable_layers, sd_pipeline.use_lora)
+        self.optimizer = self.update.optimizer
+        if self.update.in_backward is not None:
+            self.sampler.gradient_sink = self.update.in_backward.receive
+            self.sampler.keeps_gradients = config.train_gradient_accumulation_steps > 1
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
         self._bad_in_a_row = 0
@@ -147,13 +118,11 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         """
         begin, config = time.perf_counter(), self.config
         reset_peak_bytes(self.accelerator.device)
-        self.sd_pipeline.unet.train()
         batches: list[BatchMetrics] = []
         pairs: dict[str, Any] = {}
         for k in range(config.train_gradient_accumulation_steps):
-            if self.in_backward is not None:
-                good = all(math.isfinite(earlier.loss) for earlier in batches)
-                self.in_backward.final = good and k == config.train_gradient_accumulation_steps - 1
+            good = all(math.isfinite(earlier.loss) for earlier in batches)
+            self.update.begin_backward(last=good and k == config.train_gradient_accumulation_steps - 1)
             batch, pairs = self._micro_batch()
             batches.append(batch)
         status, grad_norm = self._update(batches)
@@ -219,7 +188,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return batch, pairs
 
     def _repeatable(self, work: Callable[[], Any]) -> Any:
-        if self.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
+        if self.update.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
             return work()
         return with_less_memory(self.sampler, work)
 
@@ -251,34 +220,16 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return loss.detach().float()
 
     def _update(self, batches: list[BatchMetrics]) -> tuple[str, float]:
-        """Clip and step, or skip; returns (status, gradient norm before clipping)."""
+        """Step, or skip; returns (status, gradient norm before clipping)."""
         finite = all(math.isfinite(batch.loss) for batch in batches)
         grad_norm = 0.0
         open_steps = torch.tensor(sum(batch.gradient_steps for batch in batches), device=self.accelerator.device)
         with_gradient = finite and self.accelerator.reduce(open_steps, "sum").item() > 0
-        if with_gradient and self.in_backward is not None:
-            grad_norm = self.in_backward.finish()
+        if with_gradient:
+            grad_norm = self.update.step()
             finite = math.isfinite(grad_norm)
-        elif with_gradient:
-            self.weights.gather_gradients()
-            self._average_gradients()
-            grad_norm = float(self.accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
-            finite = math.isfinite(grad_norm)
-            # With gradient scaling (fp16) the step is what lowers the scale; it leaves the weights alone by itself.
-            if finite or self.accelerator.scaler is not None:
-                self.optimizer.step()
-        self.weights.zero_grad()
+        self.update.zero_grad()
         return ("not_finite" if not finite else "ok" if with_gradient else "no_gradient"), grad_norm
-
-    def _average_gradients(self) -> None:
-        """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
-        if self.accelerator.num_processes == 1:
-            return
-        for tensor in self.weights.tensors:
-            if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
-            sum_in_place(tensor.grad)
-            tensor.grad /= self.accelerator.num_processes
 
     def _stop_if_bad(self, status: str) -> None:
         bad = status == "not_finite"
@@ -290,36 +241,6 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             raise ValueError(
                 f"loss or gradient was not finite in {self._bad_in_a_row} steps in a row: lower the learning rate, "
                 "check the reward, or train in fp32"
-            )
-
-    def _setup_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        config = self.config
-
-        def make(tensors: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return make_optimizer(
-                config.optimizer,
-                tensors,
-                learning_rate=config.train_learning_rate,
-                betas=(config.train_adam_beta1, config.train_adam_beta2),
-                weight_decay=config.train_adam_weight_decay,
-                epsilon=config.train_adam_epsilon,
-            )
-
-        if config.optimizer_in_backward:
-            self._check_in_backward()
-            return OptimizerInBackward(make, parameters, config.train_max_grad_norm)
-        return RoundedOptimizer(make, parameters, config.seed) if config.adapter_dtype == "bf16" else make(parameters)
-
-    def _check_in_backward(self) -> None:
-        if self.sd_pipeline.use_lora:
-            raise ValueError(
-                "optimizer_in_backward is for the whole UNet (use_lora=False): adapters gain nothing by it"
-            )
-        if self.accelerator.num_processes > 1 or self.accelerator.scaler is not None:
-            raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
-        if (self.config.truncation or "").startswith("lv:"):
-            raise ValueError(
-                "optimizer_in_backward steps in one backward pass, and truncation lv:N has several: use last:1"
             )
 
     def _truncation(self) -> Truncation:

@@ -124,9 +124,9 @@ def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
     monkeypatch.setattr("alignprop_fast.config.find_spec", lambda name: None)
     for options in ({"train_use_8bit_adam": True}, {"optimizer": "AdamW8bit"}, {"optimizer": "lion8bit"}):
         with pytest.raises(ValueError, match="pip install bitsandbytes"):
-            AlignPropConfig(**options)
+            AlignPropConfig(**options).check_packages()
     with pytest.raises(ValueError, match="prodigy needs prodigyopt: pip install prodigyopt"):
-        AlignPropConfig(optimizer="Prodigy")
+        AlignPropConfig(optimizer="Prodigy").check_packages()
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8"):
-        AlignPropConfig(base_dtype="nf4")
-    AlignPropConfig(optimizer="AdamW")
+        AlignPropConfig(base_dtype="nf4").check_packages()
+    AlignPropConfig(optimizer="AdamW").check_packages()

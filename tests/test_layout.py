@@ -20,7 +20,7 @@ PACKAGE = ROOT / "alignprop_fast"
 TRAINER = {
     *("checkpoint", "config", "control", "data", "flat_parameters", "metrics", "model_card", "optim"),
     *("optimizer_in_backward", "out_of_memory", "placement", "processes", "report", "stochastic_rounding"),
-    "training_state",
+    *("prepare", "training_state", "weight_update"),
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),

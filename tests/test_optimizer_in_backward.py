@@ -7,7 +7,8 @@ import torch
 
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.runtime.measure import PeakMeter
+from alignprop_fast.planner import BudgetInfeasible
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter
 from alignprop_fast.trainer import AlignPropTrainer
 
 
@@ -77,10 +78,33 @@ def test_a_whole_set_of_gradients_less_at_the_peak(tiny_sd_folder, tmp_path, tru
     assert peaks[0] - peaks[1] > saved * gradients_bytes
 
 
+@pytest.mark.parametrize(("truncation", "batches"), [("last:1", 1), ("full", 1), ("full", 2)])
+def test_the_plan_counts_the_gradients_that_are_alive(tiny_sd_folder, tmp_path, truncation, batches):
+    """The leanest plan, whose peak lies in a backward pass, against live tensors: one set of gradients more or less is
+    a fifth of it. Measured here: within 0.5 %; what a step has beside the chain (embeddings, a loss) is not planned."""
+    trainer = make_trainer(
+        *(tiny_sd_folder, tmp_path),
+        **{"optimizer_in_backward": True, "truncation": truncation, "memory_budget": "8GiB"},
+        **{"train_gradient_accumulation_steps": batches, "height": 40, "width": 40},
+    )
+    solver, steps = trainer.sampler.solver(1), range(2 if truncation == "last:1" else 0, 3)
+    with pytest.raises(BudgetInfeasible) as error:
+        solver.plan(steps, 1)
+    trainer.sampler.budget_bytes = error.value.smallest_bytes
+    trained(trainer, 1)  # the optimizer's state is there from then on
+    fixed = solver.table.fixed
+    with LiveBytes() as live:
+        trainer.step(1, 1)
+    real_bytes = fixed["weights"] + fixed["adapters"] + fixed["optimizer"] + live.peak_bytes
+    plan = trainer.sampler.plan
+    assert plan.peak_bytes in (plan.phases.get("replayed steps"), plan.phases.get("resident steps"))
+    assert plan.peak_bytes == pytest.approx(real_bytes, rel=0.02)
+
+
 def test_each_tensor_is_clipped_by_itself(tiny_sd_folder, tmp_path):
     trainer = make_trainer(tiny_sd_folder, tmp_path, optimizer_in_backward=True, train_max_grad_norm=1e-3)
     seen = []
-    for optimizer in trainer.in_backward._optimizers.values():
+    for optimizer in trainer.update.in_backward._optimizers.values():
         [tensor] = optimizer.param_groups[0]["params"]
         optimizer.step = lambda tensor=tensor: seen.append(tensor.grad.norm().item())
     trained(trainer, 1)

@@ -326,6 +326,19 @@ def test_fp16_without_a_gpu_is_refused(tiny_sd_folder, tmp_path):
         make_trainer(tiny_sd_folder, make_config(tmp_path, mixed_precision="fp16"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they work on a GPU")
+@pytest.mark.parametrize("name", ["cuda_graphs", "compiled"])
+def test_what_needs_a_gpu_is_refused_without_one(tiny_sd_folder, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} needs a GPU, and the model is on the CPU: leave it out"):
+        make_trainer(tiny_sd_folder, make_config(tmp_path, **{name: True}))
+
+
+def test_graphs_are_refused_under_autocast(tiny_sd_folder, tmp_path):
+    config = make_config(tmp_path, mixed_precision="bf16", cuda_graphs=True)
+    with pytest.raises(ValueError, match="train adapters, or leave it out"):
+        make_trainer(tiny_sd_folder, config, use_lora=False)
+
+
 def test_unknown_truncation_is_refused(tiny_sd_folder, tmp_path):
     with pytest.raises(ValueError, match=r"unknown truncation .* last:K"):
         make_trainer(tiny_sd_folder, make_config(tmp_path, truncation="first:2"))

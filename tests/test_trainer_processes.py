@@ -60,10 +60,10 @@ def one_step_on(trainer, indices):
         return {"images": images, "prompts": prompts, "prompt_metadata": ({},) * len(indices)}
 
     trainer._generate_samples = generate
-    trainer.optimizer.step = lambda: seen.append([tensor.grad.clone() for tensor in trainer.weights.tensors])
+    trainer.optimizer.step = lambda: seen.append([tensor.grad.clone() for tensor in trainer.update.weights.tensors])
     with torch.no_grad():  # with B at zero no gradient would reach A
         torch.manual_seed(5)
-        trainer.weights.tensors[0].normal_(std=0.1)
+        trainer.update.weights.tensors[0].normal_(std=0.1)
     trainer.step(0, 0)
     return torch.cat(seen[0])
 

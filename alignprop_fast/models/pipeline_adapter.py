@@ -144,9 +144,9 @@ class PipelineAdapter(ABC):
             tuple((m.disable_adapters, *m.active_adapters, *getattr(m, "scaling", {}).values()) for m in layers),
         )
 
-    def modules(self) -> Sequence[nn.Module]:
-        """Everything that holds weights while the chain runs."""
-        return [self.denoiser, self.pipe.vae, *self._text_encoders()]
+    def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
+        """Everything that holds weights while the chain runs; `with_text`: the text encoders too."""
+        return [self.denoiser, self.pipe.vae, *(self._text_encoders() if with_text else ())]
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) in pixels, the model's own where None.

@@ -31,6 +31,11 @@ class TextCache:
         self._kept_bytes = 0
         self._move("cpu")
 
+    @property
+    def away(self) -> bool:
+        """Whether the text encoders lie elsewhere while the chain runs."""
+        return self._model.device.type != "cpu"
+
     def encode(
         self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
     ) -> Any:

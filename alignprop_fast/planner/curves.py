@@ -38,7 +38,9 @@ class Curves:
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
         self.table, self.num_steps = table, num_steps
-        self.replay = chain(table.step, Frontier.start(), REPLAY_LABELS, above=table.image_bytes)
+        # Beside a step's own worst moment: the images, and in its backward pass the sums of the gradients.
+        self.above = table.image_bytes + table.sums_of(most_grad_steps)
+        self.replay = chain(table.step, Frontier.start(), REPLAY_LABELS, self.above)
         self.tail = tail_frontier(table)
         self.step: Frontier | None = None  # labels of one resident step, where its frontier is repeated
         resident = self._exact(most_grad_steps)
@@ -64,7 +66,7 @@ class Curves:
         frontiers = [tail][: most_resident + 1]
         for _ in range(most_resident):
             for segment in reversed(self.table.step):
-                tail = in_front(segment, tail, EXACT_LABELS, self.table.image_bytes)
+                tail = in_front(segment, tail, EXACT_LABELS, self.above)
                 if tail.thinned:
                     return frontiers
             frontiers.append(tail)
@@ -78,7 +80,7 @@ class Curves:
         """
         rest, alone = (tail.pareto(TAIL_LABELS) for tail in self._tails())
         least = int(min(rest.need[0], alone.need[0]))
-        step = chain(self.table.step, Frontier.start(least), STEP_LABELS, self.table.image_bytes)
+        step = chain(self.table.step, Frontier.start(least), STEP_LABELS, self.above)
         self.step = replace(step, need=step.need - least)
         frontiers = [alone if self.num_steps == 0 else rest]
         for resident, steps in enumerate(repeated(self.step, most_grad_steps), start=1):

@@ -114,23 +114,28 @@ class _Walk:
         self.now = 0.0
         self.kept = 0
         self.images = 0
-        self.latents = table.latent_bytes * (2 + len(plan.resident_steps) + len(plan.replayed_steps))
+        grad_steps = len(plan.resident_steps) + len(plan.replayed_steps)
+        self.latents = table.latent_bytes * (2 + grad_steps)
+        self.sums = table.sums_of(grad_steps)
         self.residents = [_Chain.of(table.step, options) for options in plan.resident_options]
         self.replay = _Chain.of(table.step if plan.replayed_steps else (), plan.replay_options)
         self.decoder = _Part.of(table.decoders, plan.decoder)
         self.reward = _Part.of(table.rewards, plan.reward, table.reserve_bytes)
 
-    def moment(self, phase: str, label: str, peak: tuple[int, int], seconds: float, kept_after: int) -> Moment:
+    def moment(
+        self, phase: str, label: str, peak: tuple[int, int], seconds: float, kept_after: int, sums: int = 0
+    ) -> Moment:
         """peak: kept bytes and spike on top of what is alive before; kept_after: all kept bytes when it is over."""
         kinds = {
             **self.table.fixed,
+            "gradients": self.table.fixed.get("gradients", 0) + sums,
             "latents": self.latents,
             "images": self.images,
             "kept": self.kept + peak[0],
             "transient": peak[1],
         }
         start, self.now, self.kept = self.now, self.now + seconds, kept_after
-        resting = sum(self.table.fixed.values()) + self.latents + self.images + kept_after
+        resting = sum(self.table.fixed.values()) + sums + self.latents + self.images + kept_after
         return Moment(phase, label, kinds, resting, start, seconds)
 
     def moments(self) -> Iterator[Moment]:
@@ -163,10 +168,11 @@ class _Walk:
             self.kept -= chain.kept
             seconds = chain.seconds - min(self.table.sampling_seconds, chain.seconds)
             peak = (chain.kept_at_peak, chain.spike)
-            yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept)
+            yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept, self.sums)
         for step in reversed(self.plan.replayed_steps):
             peak = (self.replay.kept_at_peak, self.replay.spike)
-            yield self.moment("replayed steps", f"step {step} replayed", peak, self.replay.seconds, self.kept)
+            label = f"step {step} replayed"
+            yield self.moment("replayed steps", label, peak, self.replay.seconds, self.kept, self.sums)
 
     def host_bytes(self) -> int:
         """Most bytes in host memory at once: resident steps with decoder and reward, or one replayed step."""

@@ -46,11 +46,7 @@ class Solver:
             raise ValueError(f"{most_grad_steps} gradient steps of {num_steps}: there cannot be more than steps")
         self.table, self.num_steps = table, num_steps
         self.most_grad_steps = most_grad_steps
-        self.curves = [Curves(table, num_steps, most_grad_steps)]
-        limit = table.host_limit_bytes
-        if limit is not None and self.curves[0].most_host_bytes() > limit:
-            plain = _without_offload(table)
-            self.curves += [] if plain is None else [Curves(plain, num_steps, most_grad_steps)]
+        self._curves: dict[int, list[Curves]] = {}
 
     def plan(self, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
         """As `solve`."""
@@ -65,21 +61,37 @@ class Solver:
             raise BudgetInfeasible(budget_bytes, smallest.peak_bytes, remedies(smallest))
         return replace(plan, budget_bytes=budget_bytes)
 
+    def curves(self, grad_steps: int) -> list[Curves]:
+        """Frontiers that serve so many gradient steps: with offloading and, where that may be too much, without.
+
+        A single gradient step has frontiers of its own, since it has no sums beside it.
+        """
+        most = self.most_grad_steps if grad_steps > 1 else min(self.most_grad_steps, 1)
+        if most not in self._curves:
+            found = [Curves(self.table, self.num_steps, most)]
+            limit = self.table.host_limit_bytes
+            if limit is not None and found[0].most_host_bytes() > limit:
+                plain = _without_offload(self.table)
+                found += [] if plain is None else [Curves(plain, self.num_steps, most)]
+            self._curves[most] = found
+        return self._curves[most]
+
     def _fastest(self, steps: tuple[int, ...], budget_bytes: int) -> Plan | None:
         room = budget_bytes - self.table.base_bytes(len(steps))
+        all_curves = self.curves(len(steps))
         found = [
             (candidate.seconds, candidate.need, which, candidate)
-            for which, curves in enumerate(self.curves)
+            for which, curves in enumerate(all_curves)
             for candidate in curves.candidates(len(steps), room)
         ]
         if not found:
             return None
         _, _, which, candidate = min(found, key=lambda entry: entry[:3])
-        return price(self.table, self.curves[which].plan(steps, candidate))
+        return price(self.table, all_curves[which].plan(steps, candidate))
 
     def _smallest(self, steps: tuple[int, ...]) -> Plan:
         """The leanest plan."""
-        needs = [need for curves in self.curves if (need := curves.least_need(len(steps))) is not None]
+        needs = [need for curves in self.curves(len(steps)) if (need := curves.least_need(len(steps))) is not None]
         if not needs:
             raise ValueError("the cost table's host limit leaves no plan: raise it, or add options without offload")
         plan = self._fastest(steps, self.table.base_bytes(len(steps)) + min(needs))

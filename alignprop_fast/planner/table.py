@@ -112,6 +112,7 @@ class CostTable:
     image_bytes: the images, alive from the decoder on until the end of the step.
     step: segments of one denoising step that carries gradient.
     sampling_bytes, sampling_seconds: one denoising step without gradient: spike, time.
+    sums_bytes: the sums of the gradients over the steps, alive in the steps' backward passes where several carry one.
     decoders, rewards: alternatives; without rewards (no reward known), the reward's phase has a spike of reserve_bytes.
     optimizer_seconds: one update.
     host_limit_bytes: most that offloading may take of the host's memory; None for no limit.
@@ -128,16 +129,22 @@ class CostTable:
     rewards: tuple[Stage, ...] = ()
     reserve_bytes: int = 0
     optimizer_seconds: float = 0.0
+    sums_bytes: int = 0
     host_limit_bytes: int | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = [*self.fixed.values(), self.latent_bytes, self.image_bytes, self.sampling_bytes, self.reserve_bytes]
+        sizes = [*self.fixed.values(), self.latent_bytes, self.image_bytes, self.sampling_bytes]
+        sizes += [self.reserve_bytes, self.sums_bytes]
         _require_costs("table", [*sizes, self.host_limit_bytes or 0], (self.sampling_seconds, self.optimizer_seconds))
         _require(len(self.decoders) > 0, "no decoder")
         _require_distinct("step", [segment.name for segment in self.step])
         _require_distinct("decoders", [stage.name for stage in self.decoders])
         _require_distinct("rewards", [stage.name for stage in self.rewards])
+
+    def sums_of(self, grad_steps: int) -> int:
+        """Bytes of the sums of so many steps' gradients; a single step's gradient is its own sum."""
+        return self.sums_bytes if grad_steps > 1 else 0
 
     def base_bytes(self, grad_steps: int) -> int:
         """Bytes alive all through a training step with this many gradient steps."""

@@ -3,7 +3,7 @@
 from alignprop_fast.ops.choice import cache_folder, device_name
 from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
 from alignprop_fast.runtime.compiled import CompiledBlocks
-from alignprop_fast.runtime.costs import decoder_stages, raised, reward_stages, step_costs
+from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, link_rate
@@ -34,7 +34,6 @@ __all__ = [
     "kept_as",
     "link_rate",
     "operator_seconds",
-    "raised",
     "reward_stages",
     "run_chain",
     "run_penalised_chain",

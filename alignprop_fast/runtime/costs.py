@@ -35,9 +35,16 @@ def step_costs(
     x = chain.start(x)
     start = x.detach().requires_grad_()
     wanted = [start, *chain.parameters]
+
+    def backward(y: torch.Tensor) -> None:
+        if chain.sink is None:
+            torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
+        else:
+            _one_by_one(y, start, chain.parameters)
+
     work = Work(
         forward=lambda: chain.network(0, start),
-        backward=lambda y: torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True),
+        backward=backward,
         blocks=chain.blocks,
         device=x.device,
         operator_seconds=operator_seconds,
@@ -51,6 +58,26 @@ def step_costs(
     options, lean = segments(work, link)
     untracked_bytes = max(sampling.untracked_bytes, lean.untracked_bytes)
     return StepCosts(options, sampling.peak_bytes, sampling.seconds, untracked_bytes)
+
+
+def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    """Backward pass into a `Chain.sink`: each parameter's gradient is gone as soon as it has been added, or stepped."""
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in parameters]
+    try:
+        torch.autograd.backward(y, torch.ones_like(y), inputs=[*parameters, start])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+        start.grad = None
 
 
 def decoder_stages(

@@ -44,6 +44,7 @@ def random_table(rng):
         decoders=tuple(random_stage(rng, "decoder", name) for name in ("batch", "image")[: rng.randint(1, 2)]),
         rewards=tuple(random_stage(rng, "reward", name) for name in ("batch", "chunk:1")[: rng.randint(0, 2)]),
         reserve_bytes=rng.randint(0, 30),
+        sums_bytes=rng.choice([0, rng.randint(0, 40)]),
         optimizer_seconds=0.25,
     )
 
@@ -92,7 +93,8 @@ def tails(table):
 def every_plan(table, num_steps, grad_steps):
     """(peak, seconds) of every plan: resident steps with every option each, every replay, every tail."""
     base = sum(table.fixed.values()) + table.latent_bytes * (2 + grad_steps)
-    step, tail, images = np.array(runs(table.step)), tails(table), table.image_bytes
+    step, tail = np.array(runs(table.step)), tails(table)
+    images = table.image_bytes + (table.sums_bytes if grad_steps > 1 else 0)  # and sums: what a step finds
     plans = []
     for resident in range(grad_steps + 1):
         chosen = np.array(list(product(range(len(step)), repeat=resident)), dtype=int).reshape(
@@ -118,7 +120,9 @@ def every_plan(table, num_steps, grad_steps):
 
 def walked(table, plan):
     """Peak of a plan under its own gates, step after step."""
-    base, images = table.base_bytes(len(plan.resident_steps + plan.replayed_steps)), table.image_bytes
+    grad_steps = len(plan.resident_steps + plan.replayed_steps)
+    base, images = table.base_bytes(grad_steps), table.image_bytes
+    sums = table.sums_bytes if grad_steps > 1 else 0
 
     def chosen(segments, options):
         return run([segment.option(options[segment.name]) for segment in segments])
@@ -134,14 +138,14 @@ def walked(table, plan):
     for step in range(plan.num_steps):
         if step in plan.resident_steps:
             own, peak, _ = chosen(table.step, plan.resident_options[plan.resident_steps.index(step)])
-            moments.append(kept + peak + images)
+            moments.append(kept + peak + images + sums)
             kept += own
         else:
             moments.append(kept + table.sampling_bytes)
     decoder_kept, decoder_peak = stage(table.decoders, plan.decoder)
     moments += [kept + images + decoder_peak, kept + images + decoder_kept + stage(table.rewards, plan.reward)[1]]
     if plan.replayed_steps:
-        moments.append(images + chosen(table.step, plan.replay_options)[1])
+        moments.append(images + sums + chosen(table.step, plan.replay_options)[1])
     return base + max(moments)
 
 
@@ -170,6 +174,20 @@ def test_solver_equals_brute_force():
             assert plan.replayed_steps + plan.resident_steps == grad_steps
 
 
+def test_a_single_gradient_step_has_no_sums_beside_it():
+    """Also where the solver was made for several: the least budget that it names for one is one in which it plans."""
+    rng, fewer = random.Random(3), 0
+    for _ in range(200):
+        table = replace(random_table(rng), sums_bytes=40)
+        solver = Solver(table, 4, 4)
+        least = int(every_plan(table, 4, 1)[:, 0].min())
+        with pytest.raises(BudgetInfeasible) as error:
+            solver.plan((3,), least - 1)
+        assert error.value.smallest_bytes == least == solver.plan((3,), least).peak_bytes
+        fewer += least < every_plan(table, 4, 2)[:, 0].min() - table.latent_bytes
+    assert fewer > 100
+
+
 def test_repeated_frontiers_come_close_to_brute_force(monkeypatch):
     """The way large tables are solved, on small ones: never over budget, never far from the fastest plan."""
     monkeypatch.setattr("alignprop_fast.planner.curves.EXACT_SEGMENTS", 0)
@@ -190,7 +208,7 @@ def test_repeated_frontiers_come_close_to_brute_force(monkeypatch):
             assert plan.peak_bytes <= budget and not plan.exact and best <= plan.seconds <= before
             ratios.append(plan.seconds / best)
             before = plan.seconds
-    assert np.mean(ratios) < 1.01 and np.mean(np.array(ratios) == 1) > 0.8
+    assert np.mean(ratios) < 1.02 and np.mean(np.array(ratios) == 1) > 0.8
 
 
 def test_more_budget_never_gives_a_slower_plan():
@@ -250,7 +268,7 @@ def test_moments_are_what_the_plan_predicts():
             assert after.start_seconds == pytest.approx(before.start_seconds + before.seconds)
         end = moments[-1].start_seconds + moments[-1].seconds
         assert end + table.optimizer_seconds == pytest.approx(plan.seconds)
-        assert moments[-1].resting_bytes == table.base_bytes(3) + table.image_bytes
+        assert moments[-1].resting_bytes == table.base_bytes(3) + table.image_bytes + table.sums_bytes
         assert len(moments) == 5 + 4 + 3
 
 

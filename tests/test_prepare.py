@@ -1,14 +1,12 @@
 """Devices and dtypes: frozen weights in the mixed precision, and the trap of SDXL's VAE, which overflows in fp16."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models import adapt
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.placement import place_model
+from alignprop_fast.prepare import place_model
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
@@ -16,8 +14,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 def placed(folder, precision, force_upcast):
     pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
     pipeline.vae.register_to_config(force_upcast=force_upcast)
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
-    place_model(pipeline, accelerator, AlignPropConfig(mixed_precision=precision))
+    place_model(pipeline, torch.device("cpu"), AlignPropConfig(mixed_precision=precision))
     return pipeline
 
 
