@@ -127,7 +127,7 @@ def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link
     x = _latents(task)
     step = step_costs(task.chain, x, formula, link)
     return CostTable(
-        fixed={"workspace": step.untracked_bytes},
+        fixed={"workspace": step.workspace_bytes},
         latent_bytes=_bytes([task.chain.start(x)]),
         image_bytes=_bytes([_images(task)]),
         step=step.segments,

@@ -11,18 +11,19 @@ import torch
 
 from alignprop_fast.planner import Segment, Stage
 from alignprop_fast.runtime.chain import Chain
+from alignprop_fast.runtime.measure import Workspaces
 from alignprop_fast.runtime.segments import Block
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """One denoising step: segments with gradient, spike and seconds without; bytes that are no tensor's."""
+    """One denoising step: segments with gradient, spike and seconds without; what libraries hold on to from now on."""
 
     segments: tuple[Segment, ...]
     sampling_bytes: int
     sampling_seconds: float
-    untracked_bytes: int
+    workspace_bytes: int
 
 
 def step_costs(
@@ -54,10 +55,10 @@ def step_costs(
     def sample() -> torch.Tensor:
         return chain.network(0, x)
 
-    sampling = trace(replace(work, forward=sample, backward=None), {})
-    options, lean = segments(work, link)
-    untracked_bytes = max(sampling.untracked_bytes, lean.untracked_bytes)
-    return StepCosts(options, sampling.peak_bytes, sampling.seconds, untracked_bytes)
+    with Workspaces(x.device) as held:
+        sampling = trace(replace(work, forward=sample, backward=None), {})
+        options = segments(work, link)
+    return StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
 
 
 def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
@@ -107,12 +108,12 @@ def decoder_stages(
         return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
 
     others_bytes = (len(x) - 1) * _output_bytes(lambda: decode(x[:1]))
-    at_once = segments(work(decode, x, blocks))[0]
+    at_once = segments(work(decode, x, blocks))
     one = work(decode, x[:1], blocks)
-    stages = [Stage("batch", at_once), again("image", one, segments(one)[0] if len(x) > 1 else at_once)]
+    stages = [Stage("batch", at_once), again("image", one, segments(one) if len(x) > 1 else at_once)]
     if banded is not None:
         one = work(banded, x[:1], ())
-        stages.append(again("bands", one, segments(one)[0]))
+        stages.append(again("bands", one, segments(one)))
     return tuple(stages)
 
 
@@ -139,13 +140,13 @@ def reward_stages(
             operator_seconds=operator_seconds,
         )
 
-    stages = [Stage("batch", segments(work(len(images)))[0])]
+    stages = [Stage("batch", segments(work(len(images))))]
     image_bytes = images.numel() * images.element_size()
     chunk = 1
     while by_image and (chunk == 1 or chunk < len(images)):
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
-        chunked = tuple(raised(segment, image_bytes) for segment in segments(work(chunk))[0])
+        chunked = tuple(raised(segment, image_bytes) for segment in segments(work(chunk)))
         stages.append(Stage(f"chunk:{chunk}", chunked, runs, True, forward.peak_bytes, runs * forward.seconds))
         chunk *= 2
     return tuple(stages)

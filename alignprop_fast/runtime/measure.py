@@ -1,5 +1,6 @@
 """Measures bytes and seconds: live tensor bytes on the CPU, the allocator's statistics on a GPU."""
 
+import gc
 import time
 import weakref
 from collections import defaultdict
@@ -31,24 +32,42 @@ class LiveBytes(TorchDispatchMode):
 
     `enter(label)` begins a part of the block: `peaks` holds the most bytes alive in each, `born_in` where what is alive
     now was allocated. `on_operator` is told of every operator: (function, arguments, result).
+
+    device: a GPU, whose allocator then says what the peaks were, for kernels take workspaces that no result shows.
     """
 
-    def __init__(self, on_operator: Callable[[Any, Any, Any], None] | None = None) -> None:
+    def __init__(
+        self, on_operator: Callable[[Any, Any, Any], None] | None = None, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.live_bytes = 0
-        self.peaks: dict[Hashable, int] = {}
+        self.peaks: dict[Hashable, int] = {None: 0}
         self._label: Hashable = None
         self._alive: dict[int, tuple[Any, Hashable, int]] = {}
         self._on_operator = on_operator
-        self.enter(None)
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._start_bytes = 0
+
+    def __enter__(self) -> "LiveBytes":
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
+            self._start_bytes = torch.cuda.memory_allocated(self._gpu)
+        return super().__enter__()
 
     @property
     def peak_bytes(self) -> int:
         return max(self.peaks.values())
 
     def enter(self, label: Hashable) -> None:
+        self._leave()
         self._label = label
         self.peaks[label] = max(self.peaks.get(label, 0), self.live_bytes)
+
+    def _leave(self) -> None:
+        if self._gpu is not None:
+            peak_bytes = torch.cuda.max_memory_allocated(self._gpu) - self._start_bytes
+            self.peaks[self._label] = max(self.peaks[self._label], peak_bytes)
+            torch.cuda.reset_peak_memory_stats(self._gpu)
 
     def born_in(self) -> dict[Hashable, int]:
         """Bytes alive now, by the part in which they were allocated."""
@@ -70,6 +89,8 @@ class LiveBytes(TorchDispatchMode):
             if id(storage) in self._alive or id(storage) in inputs:
                 continue
             size_bytes = storage.nbytes()
+            if storage.device.type == "cuda":  # whose allocator hands out multiples of 512 bytes
+                size_bytes = -(-size_bytes // 512) * 512
             finalizer = weakref.finalize(storage, self._free, id(storage), size_bytes)
             self._alive[id(storage)] = finalizer, self._label, size_bytes
             self.live_bytes += size_bytes
@@ -80,6 +101,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._leave()
         for finalizer, _, _ in self._alive.values():
             finalizer.detach()
 
@@ -116,6 +138,26 @@ class PeakMeter:
         else:
             self._tracker.__exit__(*exception)
             self.peak_bytes = self._tracker.peak_bytes
+
+
+class Workspaces:
+    """`with Workspaces(device) as held:` run what is to be run later; then `held.size_bytes` is what libraries keep of
+    a GPU's memory from their first use on (cuBLAS, for each thread that calls it)."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.size_bytes = device, 0
+
+    def __enter__(self) -> "Workspaces":
+        if self.device.type == "cuda":
+            gc.collect()
+            torch._C._cuda_clearCublasWorkspaces()  # they may have been taken before
+            self._start_bytes = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.device.type == "cuda":
+            gc.collect()
+            self.size_bytes = max(torch.cuda.memory_allocated(self.device) - self._start_bytes, 0)
 
 
 class Stopwatch:

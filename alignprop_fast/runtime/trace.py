@@ -63,10 +63,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Trace:
-    """Intervals in the order of execution; `untracked_bytes`: taken from the device by no tensor (workspaces)."""
+    """Intervals in the order of execution."""
 
     intervals: list[Interval]
-    untracked_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -83,9 +82,10 @@ class Trace:
 
 def trace(work: Work, options: Mapping[str, str]) -> Trace:
     """Run the work under the options: once for its bytes, and a few times for its seconds where the device is timed."""
+    if work.device.type == "cuda":  # at the first run kernels are compiled and tried against each other
+        _run(work, options, lambda label: None, lambda out: None)
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
-    start_bytes = _cuda_bytes(work.device)
-    with LiveBytes(cost) as live:
+    with LiveBytes(cost, work.device) as live:
         last_part: list[Hashable] = [None]
 
         def enter(label: Hashable) -> None:
@@ -102,13 +102,12 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
                 kept[last_part[0]] = max(kept[last_part[0]] - out.untyped_storage().nbytes(), 0)
 
         order = _run(work, options, enter, between)
-    untracked_bytes = max(_cuda_bytes(work.device, peak=True) - start_bytes - live.peak_bytes, 0)
     seconds = cost.seconds if cost is not None else _timed(work, options)
-    return Trace(_intervals(order, kept if work.backward else {}, live.peaks, seconds), untracked_bytes)
+    return Trace(_intervals(order, kept if work.backward else {}, live.peaks, seconds))
 
 
-def segments(work: Work, link: float | None = None) -> tuple[tuple[Segment, ...], Trace]:
-    """The segments of the work with every option of each, and the trace of the leanest run.
+def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
+    """The segments of the work with every option of each.
 
     An option is measured on all blocks at once, which is exact. Where the device lacks the memory for that, it is
     measured on one block of each kind with all others as lean as can be, and the difference taken for the like.
@@ -135,7 +134,7 @@ def segments(work: Work, link: float | None = None) -> tuple[tuple[Segment, ...]
             option = measured.get(name, lean).intervals[index].option(name)
             options += [option, *_offloaded(option, largest, link)]
         result.append(Segment(interval.block.name, tuple(options)))
-    return tuple(result), lean
+    return tuple(result)
 
 
 def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:
@@ -160,7 +159,7 @@ def measured_on_one_of_each_kind(work: Work, option: str, names: Sequence[str], 
         else interval
         for interval in lean.intervals
     ]
-    return Trace(intervals, found.untracked_bytes)
+    return Trace(intervals)
 
 
 def _offloaded(option: Option, largest_bytes: int, link: float | None) -> list[Option]:
@@ -287,12 +286,3 @@ def _intervals(
             )
         )
     return result
-
-
-def _cuda_bytes(device: torch.device, peak: bool = False) -> int:
-    if device.type != "cuda":
-        return 0
-    if peak:
-        return torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)

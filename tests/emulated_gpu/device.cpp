@@ -229,6 +229,14 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     *value = call.result(*value);
 }
 
+// A convolution takes a workspace from the allocator for as long as it runs, as cuDNN's do.
+void with_workspace(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto count = op.schema().arguments().size();
+  const at::Tensor x = (stack->end() - count)->toTensor();
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(x.nbytes())}, x.options().dtype(at::kByte));
+  on_host(op, stack);
+}
+
 // The one operator that may join devices. Copies to the host are waited for, those from it only without non_blocking.
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (to.is_cuda() != from.is_cuda() && !non_blocking) wait();
@@ -282,7 +290,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_local_scalar_dense", &item);
   m.impl("_fused_sdp_choice", &plain_attention);
   for (const char* name : {"convolution", "convolution_backward"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_host>());
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&with_workspace>());
 }
 
 extern "C" {

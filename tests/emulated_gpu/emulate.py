@@ -112,7 +112,9 @@ def _fused_attention():
         assert lse.shape[-1] % 32 == 0
         return *_attention_gradients(g, q, k, v, o, lse[..., : q.shape[2]], scale), q.new_empty(0)
 
-    def cudnn(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    def cudnn(
+        q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None
+    ):
         o, _, lse = _attention(q, k, v, scale)
         none, state = q.new_empty(0), q.new_zeros((), dtype=torch.int64)
         return o, lse[..., None], none, none, q.shape[2], k.shape[2], state, state, none
@@ -244,7 +246,9 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "reset_peak_memory_stats": device.reset_peak,
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (TOTAL_BYTES - emulated.allocated(), TOTAL_BYTES),
-        "set_per_process_memory_fraction": lambda fraction, device=None: emulated.set_limit(int(fraction * TOTAL_BYTES)),
+        "set_per_process_memory_fraction": lambda fraction, device=None: emulated.set_limit(
+            int(fraction * TOTAL_BYTES)
+        ),
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "get_rng_state_all": lambda: [torch.get_rng_state()],
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),

@@ -88,7 +88,7 @@ def test_costs_of_mixtures_are_sums(memory, monkeypatch):
             return trace(work, options)
 
         monkeypatch.setattr(sys.modules[trace.__module__], "trace", scarce)
-    found, _ = segments(work)
+    found = segments(work)
     assert [segment.name for segment in found] == [block.name for block in work.blocks] + ["rest"]
     mixtures = [{"*": option} for option in STEP_OPTIONS]
     mixtures += [{block.name: rng.choice([*STEP_OPTIONS]) for block in work.blocks} for _ in range(8)]
@@ -100,17 +100,17 @@ def test_costs_of_mixtures_are_sums(memory, monkeypatch):
 
 def test_offloaded_options_keep_nothing_on_the_device_and_say_what_is_exposed():
     work = make_work()
-    found, _ = segments(work, link=1e6)
+    found = segments(work, link=1e6)
     slow, plain = found[0].option("keep+offload"), found[0].option("keep")
     assert slow.kept_bytes == 0 and slow.host_bytes == plain.kept_bytes > 0
     assert slow.seconds == pytest.approx(plain.seconds + 2 * plain.kept_bytes / 1e6 - plain.seconds, rel=1e-6)
-    fast = segments(work, link=1e15)[0][0]
+    fast = segments(work, link=1e15)[0]
     assert fast.option("keep+offload").seconds == fast.option("keep").seconds
 
 
 def test_meta_tensors_count_the_same_bytes():
-    real, _ = segments(make_work())
-    meta, _ = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)))
+    real = segments(make_work())
+    meta = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)))
     for one, two in zip(real, meta, strict=True):
         for option in one.options:
             other = two.option(option.name)
