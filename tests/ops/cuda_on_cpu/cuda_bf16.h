@@ -12,6 +12,7 @@ inline float __bfloat162float(__nv_bfloat16 v) {
   return value;
 }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  if (value != value) return {0x7fff};
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
