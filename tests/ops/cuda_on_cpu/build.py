@@ -32,7 +32,7 @@ def for_the_cpu(source: str) -> str:
         return f"cuda_on_cpu::launch({bounds[kernel]}, {configuration}, [&] {{ {kernel}{instance}({arguments}); }});"
 
     source = re.sub(r"(\w+)((?:<[^<>]*>)?)<<<(.*)>>>\((.*)\);", launch, source)
-    shared = r"extern __shared__ (?:alignas\(\d+\) )?(\w+) (\w+)\[\];"
+    shared = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
     return re.sub(shared, r"auto* \2 = reinterpret_cast<\1*>(cuda_on_cpu::shared_memory);", source)
 
 

@@ -259,6 +259,11 @@ inline float off_by(float value, int units) {
 
 }  // namespace cuda_on_cpu
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __expf(float a) {
   return cuda_on_cpu::off_by(std::exp(a), std::isfinite(a) ? 2 + int(std::fabs(1.173f * a)) : 0);
