@@ -38,9 +38,16 @@ def library(request):
     return loaded
 
 
-def randn(*shape, dtype, centre=0.0, scale=1.0):
-    generator = torch.Generator().manual_seed(sum(shape))
-    return (torch.randn(shape, generator=generator) * scale + centre).to(dtype)
+def tensors(dtype, shape, with_time=False, centre=1.0):
+    """x [B, H, W, C], t [B, C] or None, gamma and beta [C], and g like x: each from numbers of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    b, *_, c = shape
+    x, t, gamma, beta, g = randn(*shape) * 2 + centre, randn(b, c), randn(c), randn(c), randn(*shape)
+    return [v if v is None else v.to(dtype) for v in (x, t if with_time else None, gamma, beta, g)]
 
 
 def run(library, inputs, groups, chunks, silu, order, alignment=16):
@@ -73,15 +80,7 @@ def values(inputs, groups, silu, dtype):
 
 
 def check(library, dtype, shape, groups, chunks, silu=True, with_time=False, centre=1.0, alignment=16):
-    b, h, w, c = shape
-    t, gamma, beta = (randn(n, c, dtype=dtype) for n in (b, 1, 2))
-    inputs = (
-        randn(*shape, dtype=dtype, centre=centre, scale=2),
-        t if with_time else None,
-        gamma[0],
-        beta[1],
-        randn(b, h, w, c, dtype=dtype),
-    )
+    inputs = tensors(dtype, shape, with_time, centre)
     runs = [run(library, inputs, groups, chunks, silu, order, alignment) for order in ORDERS]
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -134,31 +133,25 @@ def test_a_large_mean(library, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saturated_silu(library, dtype):
     """z far beyond where exp overflows; __fdividef gives 0 there."""
-    x, gamma, g = (
-        randn(1, 3, 5, 32, dtype=dtype),
-        torch.full((32,), 100.0, dtype=dtype),
-        torch.ones(1, 3, 5, 32).to(dtype),
-    )
-    inputs = (x, None, gamma, torch.linspace(-200, 200, 32).to(dtype), g)
+    x, _, gamma, _, g = tensors(dtype, (1, 3, 5, 32))
+    inputs = (x, None, gamma * 100, torch.linspace(-200, 200, 32).to(dtype), g)
     results = run(library, inputs, 8, 2, True, 0)
     for ours, truth in zip(results[:2], values(inputs, 8, True, torch.float64), strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-3)
 
 
 def test_not_a_number_stays_in_its_group(library):
-    x = randn(1, 2, 3, 8, dtype=torch.bfloat16)
-    x[0, 1, 1, 0] = torch.nan
-    ones = torch.ones(8, dtype=torch.bfloat16)
-    y, dx, *_ = run(library, (x, None, ones, ones, torch.ones_like(x)), 4, 2, True, 0)
+    inputs = tensors(torch.bfloat16, (1, 2, 3, 8))
+    inputs[0][0, 1, 1, 0] = torch.nan
+    y, dx, *_ = run(library, inputs, 4, 2, True, 0)
     for v in (y, dx):
         assert v[..., :2].isnan().all() and v[..., 2:].isfinite().all()
 
 
 def test_what_cannot_be_launched_is_said(library):
-    c = 4097
-    inputs = (torch.ones(1, 1, 1, c), None, torch.ones(c), torch.ones(c), torch.ones(1, 1, 1, c))
-    with pytest.raises(AssertionError, match="too many channels for one row per thread block"):
-        run(library, inputs, 17, 1, True, 0)
+    for channels, groups in ((1025, 41), (4100, 41)):
+        with pytest.raises(AssertionError, match="too many channels for one row per thread block"):
+            run(library, tensors(torch.float32, (1, 1, 1, channels)), groups, 1, True, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,12 +160,11 @@ def test_op_bindings_and_kernels_together(library, monkeypatch, dtype, with_time
     """The op as on a GPU, but for the key that its tensors are dispatched by."""
     monkeypatch.setattr(torch.ops, "alignprop_fast", torch.ops.alignprop_fast_cuda_on_cpu)
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", module.CHUNK_ELEMENTS["cuda"] // 8)
-    b, c, h, w = 2, 320, 5, 7
-    x, t, g = randn(b, c, h, w, dtype=dtype), randn(b, c, dtype=dtype), randn(b, c, h, w, dtype=dtype)
-    x, gamma, beta = x.to(memory_format=torch.channels_last), *randn(2, c, dtype=dtype)
+    x, t, gamma, beta, g = tensors(dtype, (2, 5, 7, 320), with_time)
+    x, g = x.permute(0, 3, 1, 2), g.permute(0, 3, 1, 2)
 
     def results(op, d):
-        inputs = [v.to(d).requires_grad_() for v in (x, *([t] if with_time else []))]
+        inputs = [v.detach().to(d).requires_grad_() for v in (x, t) if v is not None]
         y = op(inputs[0], inputs[1] if with_time else None, gamma.to(d), beta.to(d))
         return [y.detach(), *torch.autograd.grad(y, inputs, g.to(d))]
 
