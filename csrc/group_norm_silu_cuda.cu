@@ -282,3 +282,10 @@ const char* cuda_forward(const GroupNormSiluParams& p, void* stream) { return la
 const char* cuda_backward(const GroupNormSiluParams& p, void* stream) { return launch_dtype(p, true, stream); }
 
 }  // namespace alignprop_fast
+
+// Null if these kernels run on the current device, else why not. Launches nothing.
+extern "C" const char* alignprop_fast_cuda_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, alignprop_fast::join_moments_kernel);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
