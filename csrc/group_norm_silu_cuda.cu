@@ -74,30 +74,25 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const Params p)
   }
 }
 
-// Joins (n, mean, squares) of two sets; either may be empty.
-__device__ void join(float& n, float& mean, float& square, float n2, float mean2, float square2) {
-  const float total = n + n2, share = total > 0.0f ? n2 / total : 0.0f, delta = mean2 - mean;
-  mean += delta * share;
-  square += square2 + delta * delta * n * share;
-  n = total;
-}
-
-// One warp per image and group.
+// One warp per image and group: the mean over all chunks, then the deviations from it.
 __global__ void __launch_bounds__(32) join_statistics_kernel(const Params p) {
   const float2* partial = reinterpret_cast<const float2*>(p.partial) + blockIdx.x * p.chunks;
-  const int64_t D = p.channels / p.groups;
-  float n = 0.0f, mean = 0.0f, square = 0.0f;
-  for (int64_t k = threadIdx.x; k < p.chunks; k += 32) {
-    const int64_t rows = first_row(p.rows, p.chunks, k + 1) - first_row(p.rows, p.chunks, k);
-    join(n, mean, square, float(D * rows), partial[k].x, partial[k].y);
+  const Chunks chunks(p);
+  const float D = float(int(p.channels) / int(p.groups));
+  float mean = 0.0f, square = 0.0f;
+#pragma unroll 8
+  for (int k = int(threadIdx.x); k < chunks.chunks; k += 32) mean += float(chunks.rows(k)) * partial[k].x;
+  mean = warp_sum(mean) / float(p.rows);
+#pragma unroll 8
+  for (int k = int(threadIdx.x); k < chunks.chunks; k += 32) {
+    const float2 chunk = partial[k];
+    const float delta = chunk.x - mean;
+    square += chunk.y + D * float(chunks.rows(k)) * delta * delta;
   }
-  // Towards lane 0 alone: joining is not symmetric in its rounding.
-  for (int offset = 16; offset > 0; offset /= 2)
-    join(n, mean, square, __shfl_down_sync(~0u, n, offset), __shfl_down_sync(~0u, mean, offset),
-         __shfl_down_sync(~0u, square, offset));
+  square = warp_sum(square);
   if (threadIdx.x == 0) {
     p.mean[blockIdx.x] = mean;
-    p.rstd[blockIdx.x] = 1.0f / sqrtf(square / n + p.eps);
+    p.rstd[blockIdx.x] = 1.0f / sqrtf(square / (D * float(p.rows)) + p.eps);
   }
 }
 
@@ -243,7 +238,9 @@ template <typename T, int V>
 const char* launch(const Params& p, bool backward, cudaStream_t stream) {
   const int lanes = int(p.channels) / V;
   if (lanes > kMaxThreads) return "too many channels for one row per thread block";
-  if ((p.rows / p.chunks + 1) * p.channels > INT_MAX) return "too many rows for so few chunks";
+  constexpr int64_t kMaxChunks = 32768;  // whose square an int holds
+  if (p.rows > INT_MAX || p.chunks > kMaxChunks || (p.rows / p.chunks + 1) * p.channels > INT_MAX)
+    return "too many rows or chunks";
   const int R = kBlockThreads / lanes > 1 ? kBlockThreads / lanes : 1;
   const int threads = (lanes * R + 31) / 32 * 32;
   const size_t shared = 2 * sizeof(float) * R * p.channels;
@@ -283,9 +280,9 @@ const char* cuda_backward(const GroupNormSiluParams& p, void* stream) { return l
 
 }  // namespace alignprop_fast
 
-// Null if these kernels run on the current device, else why not. Launches nothing.
+// Null if CUDA's runtime in this library works with the driver, else why not. Makes no context on any device.
 extern "C" const char* alignprop_fast_cuda_error() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, alignprop_fast::join_moments_kernel);
+  int devices;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -60,6 +60,17 @@ __device__ float warp_sum(float v) {
   return v;
 }
 
+// first_row of group_norm_silu.h in 32 bits: k rows / chunks = k (rows / chunks) + k (rows mod chunks) / chunks.
+struct Chunks {
+  int chunks, quotient, remainder;
+
+  __device__ explicit Chunks(const Params& p)
+      : chunks(int(p.chunks)), quotient(int(p.rows) / chunks), remainder(int(p.rows) - quotient * chunks) {}
+
+  __device__ int first_row(int k) const { return k * quotient + k * remainder / chunks; }
+  __device__ int rows(int k) const { return first_row(k + 1) - first_row(k); }
+};
+
 // Where this thread works: channels [channel, channel + V), rows slot, slot + R, ... of the chunk.
 template <int V>
 struct Place {
@@ -77,9 +88,9 @@ struct Place {
     active = slot < R;
     image = image_index;
     chunk = chunk_index;
-    const int64_t begin = first_row(p.rows, p.chunks, chunk);
-    rows = int(first_row(p.rows, p.chunks, chunk + 1) - begin);
-    offset = (image * p.rows + begin) * C + channel;
+    const Chunks chunks(p);
+    rows = chunks.rows(int(chunk));
+    offset = (image * p.rows + chunks.first_row(int(chunk))) * C + channel;
   }
 
   // Where the last batch of N rows begins, for a walk backwards.

@@ -181,7 +181,7 @@ def missing(device_type: str) -> str | None:
 
 
 def _load(library: Path, device_type: str) -> None:
-    """Raises BuildError if the current GPU does not run it: if its driver is older than the compiler, say."""
+    """Raises BuildError if the driver does not take it: it must know the CUDA of the compiler."""
     torch.ops.load_library(str(library))
     if device_type == "cuda":
         ask = ctypes.CDLL(str(library)).alignprop_fast_cuda_error

@@ -102,7 +102,7 @@ def test_one_cpp_compiler_for_both_languages(cxx, host):
 @pytest.mark.parametrize(
     ("error", "reason"), [('"driver too old"', "the kernels do not run here: driver too old"), ("nullptr", None)]
 )
-def test_a_library_that_the_gpu_refuses_is_left_alone(cache, monkeypatch, tmp_path, error, reason):
+def test_a_library_that_the_driver_refuses_is_left_alone(cache, monkeypatch, tmp_path, error, reason):
     if (cxx := shutil.which("g++")) is None:
         pytest.skip("no g++")
     library = tmp_path / "compiled-sm_89.so"

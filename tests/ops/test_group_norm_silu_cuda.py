@@ -125,9 +125,14 @@ def test_tensors_that_begin_anywhere(library, dtype):
     check(library, dtype, (2, 1, 11, 320), 32, 3, with_time=True, alignment=dtype.itemsize)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_mean(library, dtype):
-    check(library, dtype, (1, 1, 67, 64), 16, 40, centre=1000.0)
+@pytest.mark.parametrize("chunks", [1, 40, 323])
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_a_large_mean_cancels_nothing(library, spread, chunks):
+    """Error in fp32 of one deviation of x's own rounding: 1000 * 2^-24 / spread, times 10 for a sum of terms."""
+    x, _, gamma, beta, g = tensors(torch.float32, (1, 17, 19, 32), centre=0.0)
+    inputs = (x * (spread / 2) + 1000, None, torch.ones_like(gamma), torch.zeros_like(beta), g)
+    y, *_ = run(library, inputs, 8, chunks, False, 0)
+    assert (y - values(inputs, 8, False, torch.float64)[0]).abs().max() < 10 * 1000 * 2**-24 / spread
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -286,8 +286,4 @@ inline const char* cudaGetErrorString(cudaError_t) {
   *cuda_on_cpu::failure = 0;
   return text;
 }
-struct cudaFuncAttributes {};
-template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
-  return cudaSuccess;
-}
+inline cudaError_t cudaGetDeviceCount(int*) { return cudaSuccess; }
