@@ -58,7 +58,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         y, mean, rstd = torch.native_group_norm(_add(x, t_BC), gamma, beta, b, c, h * w, groups, eps)
         ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        return F.silu(y, inplace=True) if silu else y
+        # Not in place in compiled code: torch 2.11 returned a gradient of zeros.
+        return F.silu(y, inplace=not torch.compiler.is_compiling()) if silu else y
 
     @staticmethod
     @once_differentiable
