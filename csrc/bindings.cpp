@@ -84,7 +84,8 @@ void backward_cpu(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Ten
 
 void* current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const auto error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "group_norm_silu: the device has no current stream");
   return stream;
 }
 

@@ -1,136 +1,58 @@
 // CUDA version of group_norm_silu.h. A block owns one chunk of rows of one image and all channels; a thread owns V
-// neighbouring channels (16 bytes) and every R-th row. Per-channel results meet in shared memory, groups are summed by
-// one warp each, chunks by one warp in a launch of their own: the order of every sum is fixed, there are no atomics.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+// neighbouring channels and every R-th row. Per-channel results meet in shared memory, groups are summed by one warp
+// each, chunks by one warp in a launch of their own: the order of every sum is fixed, there are no atomics.
+#include "group_norm_silu_cuda.h"
 
-#include "group_norm_silu.h"
+#include <climits>
 
 namespace alignprop_fast {
 namespace {
 
-using Params = GroupNormSiluParams;
-constexpr int kMaxThreads = 640;    // fp32 rows of 2560 channels, the widest of SDXL, in vectors of 4
-constexpr int kBlockThreads = 256;  // aimed at where a row is narrower
-constexpr int kUnroll = 4;          // loads in flight per thread
-
-__device__ float to_float(float v) { return v; }
-__device__ float to_float(__half v) { return __half2float(v); }
-__device__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ void from_float(float v, float& to) { to = v; }
-__device__ void from_float(float v, __half& to) { to = __float2half_rn(v); }
-__device__ void from_float(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
-
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Vec {
-  T v[V];
-};
-
-template <typename T, int V>
-__device__ Vec<T, V> load(const T* from) {
-  return *reinterpret_cast<const Vec<T, V>*>(from);
-}
-
-// The fast intrinsics err by some 2 units in the last place of fp32: nothing beside 16-bit rounding, too much in fp32.
-template <typename T>
-__device__ float sigmoid(float z) {
-  if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-z));
-  return 1.0f / (1.0f + expf(-z));
-}
-
-template <typename T>
-__device__ float activation_gradient(float g, float z, bool silu) {
-  if (!silu) return g;
-  const float s = sigmoid<T>(z);
-  return g * s * (1.0f + z * (1.0f - s));
-}
-
-__device__ float warp_sum(float v) {
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
-}
-
-// Where this thread works: channels [channel, channel + V), rows from `row` in steps of R.
+// What the chunk has to say of one group, from lane 0 of a warp.
 template <int V>
-struct Place {
-  int lanes, R, slot, channel;
-  bool active;
-  int64_t image, chunk, begin, end, offset;
-
-  __device__ Place(const Params& p, int64_t chunk_index) {
-    lanes = int(p.channels) / V;
-    R = max(1, kBlockThreads / lanes);
-    slot = int(threadIdx.x) / lanes;
-    channel = (int(threadIdx.x) - slot * lanes) * V;
-    active = slot < R;
-    image = blockIdx.y;
-    chunk = chunk_index;
-    begin = first_row(p.rows, p.chunks, chunk);
-    end = first_row(p.rows, p.chunks, chunk + 1);
-    offset = image * p.rows * p.channels + channel;
-  }
-};
-
-// Per channel: z = (x - centre) scale + shift.
-template <typename T, int V>
-struct Affine {
-  float centre[V], scale[V], shift[V];
-
-  __device__ Affine(const Params& p, int64_t image, int channel) {
-    const int D = int(p.channels / p.groups);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const int c = channel + i;
-      const int64_t group = image * p.groups + c / D;
-      const float t = p.t == nullptr ? 0.0f : to_float(static_cast<const T*>(p.t)[image * p.channels + c]);
-      centre[i] = p.mean[group] - t;
-      scale[i] = p.rstd[group] * to_float(static_cast<const T*>(p.gamma)[c]);
-      shift[i] = to_float(static_cast<const T*>(p.beta)[c]);
-    }
-  }
-};
+__device__ void write_partial(const Params& p, const Place<V>& at, int group, float first, float second) {
+  if (threadIdx.x % 32 == 0)
+    reinterpret_cast<float2*>(p.partial)[(at.image * p.groups + group) * p.chunks + at.chunk] =
+        make_float2(first, second);
+}
 
 // Mean and squared deviations per channel by Welford's method, then per group of the chunk.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) statistics_kernel(const Params p) {
-  extern __shared__ float shared[];
-  const Place<V> at(p, blockIdx.x);
-  const int C = int(p.channels), D = C / int(p.groups), rows = int(at.end - at.begin);
+__global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const Params p) {
+  extern __shared__ __align__(16) float shared[];
+  const Place<V> at(p, blockIdx.y, blockIdx.x);
+  const int C = at.C, D = at.D;
   float *means = shared, *squares = shared + at.R * C;
   if (at.active) {
     const T* x = static_cast<const T*>(p.x) + at.offset;
-    float mean[V] = {}, square[V] = {};
+    Vec<float, V> mean{}, square{};
     float n = 0.0f;
-    for (int64_t row = at.begin + at.slot; row < at.end; row += at.R * kUnroll) {
-      Vec<T, V> in[kUnroll];
+    constexpr int N = kLoads<T>;
+    for (int row = at.slot; row < at.rows; row += at.R * N) {
+      Vec<T, V> in[N];
+      at.load(in, x, row);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (row + u * at.R < at.end) in[u] = load<T, V>(x + (row + u * at.R) * C);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (row + u * at.R < at.end) {
+      for (int u = 0; u < N; ++u)
+        if (at.has(row, u)) {
           n += 1.0f;
           const float share = __frcp_rn(n);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            const float value = to_float(in[u].v[i]), delta = value - mean[i];
-            mean[i] += delta * share;
-            square[i] += delta * (value - mean[i]);
+            const float value = to_float(in[u].v[i]), delta = value - mean.v[i];
+            mean.v[i] += delta * share;
+            square.v[i] += delta * (value - mean.v[i]);
           }
         }
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      means[at.slot * C + at.channel + i] = mean[i];
-      squares[at.slot * C + at.channel + i] = square[i];
-    }
+    store(means + at.slot * C + at.channel, mean);
+    store(squares + at.slot * C + at.channel, square);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
+  for (int c = int(threadIdx.x); c < C; c += int(blockDim.x)) {
     float seen = 0.0f, mean = 0.0f, square = 0.0f;
-    for (int r = 0; r < at.R && r < rows; ++r) {
-      const float n = float((rows - r + at.R - 1) / at.R), delta = means[r * C + c] - mean, share = n / (seen + n);
+    for (int r = 0; r < at.R && r < at.rows; ++r) {
+      const float n = float((at.rows - r + at.R - 1) / at.R), share = n / (seen + n);
+      const float delta = means[r * C + c] - mean;
       mean += delta * share;
       square += squares[r * C + c] + delta * delta * seen * share;
       seen += n;
@@ -139,120 +61,102 @@ __global__ void __launch_bounds__(kMaxThreads, 1) statistics_kernel(const Params
     squares[c] = square;
   }
   __syncthreads();
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  for (int group = warp; group < int(p.groups); group += int(blockDim.x) / 32) {
+  const int lane = int(threadIdx.x) % 32;
+  for (int group = int(threadIdx.x) / 32; group < int(p.groups); group += int(blockDim.x) / 32) {
     float mean = 0.0f, square = 0.0f;
     for (int d = lane; d < D; d += 32) mean += means[group * D + d];
     mean = warp_sum(mean) / float(D);
     for (int d = lane; d < D; d += 32) {
       const float delta = means[group * D + d] - mean;
-      square += squares[group * D + d] + float(rows) * delta * delta;
+      square += squares[group * D + d] + float(at.rows) * delta * delta;
     }
-    square = warp_sum(square);
-    if (lane == 0) {
-      float2* partial = reinterpret_cast<float2*>(p.partial);
-      partial[(at.image * p.groups + group) * p.chunks + at.chunk] = make_float2(mean, square);
-    }
+    write_partial(p, at, group, mean, warp_sum(square));
   }
 }
 
-// Joins (n, mean, squares) of two sets; either may be empty.
-__device__ void join(float& n, float& mean, float& square, float n2, float mean2, float square2) {
-  const float total = n + n2, share = total > 0.0f ? n2 / total : 0.0f, delta = mean2 - mean;
-  mean += delta * share;
-  square += square2 + delta * delta * n * share;
-  n = total;
-}
-
-// One warp per image and group.
+// One warp per image and group: the mean over all chunks, then the deviations from it.
 __global__ void __launch_bounds__(32) join_statistics_kernel(const Params p) {
   const float2* partial = reinterpret_cast<const float2*>(p.partial) + blockIdx.x * p.chunks;
-  const int64_t D = p.channels / p.groups;
-  float n = 0.0f, mean = 0.0f, square = 0.0f;
-  for (int64_t k = threadIdx.x; k < p.chunks; k += 32) {
-    const int64_t rows = first_row(p.rows, p.chunks, k + 1) - first_row(p.rows, p.chunks, k);
-    join(n, mean, square, float(D * rows), partial[k].x, partial[k].y);
+  const Chunks chunks(p);
+  const float D = float(int(p.channels) / int(p.groups));
+  float mean = 0.0f, square = 0.0f;
+#pragma unroll 8
+  for (int k = int(threadIdx.x); k < chunks.chunks; k += 32) mean += float(chunks.rows(k)) * partial[k].x;
+  mean = warp_sum(mean) / float(p.rows);
+#pragma unroll 8
+  for (int k = int(threadIdx.x); k < chunks.chunks; k += 32) {
+    const float2 chunk = partial[k];
+    const float delta = chunk.x - mean;
+    square += chunk.y + D * float(chunks.rows(k)) * delta * delta;
   }
-  // Towards lane 0 alone: joining is not symmetric in its rounding.
-  for (int offset = 16; offset > 0; offset /= 2)
-    join(n, mean, square, __shfl_down_sync(~0u, n, offset), __shfl_down_sync(~0u, mean, offset),
-         __shfl_down_sync(~0u, square, offset));
+  square = warp_sum(square);
   if (threadIdx.x == 0) {
     p.mean[blockIdx.x] = mean;
-    p.rstd[blockIdx.x] = 1.0f / sqrtf(square / n + p.eps);
+    p.rstd[blockIdx.x] = 1.0f / sqrtf(square / (D * float(p.rows)) + p.eps);
   }
 }
 
-// From the last chunk to the first: what the statistics pass read last is still in the second-level cache.
+// Images, chunks and the rows of a chunk from the last to the first: what the statistics pass read last is still in the
+// second-level cache, and where all blocks run at once that is the end of every chunk.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) apply_kernel(const Params p) {
-  const Place<V> at(p, p.chunks - 1 - blockIdx.x);
+__global__ void __launch_bounds__(kMaxThreads) apply_kernel(const Params p) {
+  const Place<V> at(p, gridDim.y - 1 - blockIdx.y, p.chunks - 1 - blockIdx.x);
   if (!at.active) return;
-  const int C = int(p.channels);
   const T* x = static_cast<const T*>(p.x) + at.offset;
   T* y = static_cast<T*>(p.out) + at.offset;
-  const Affine<T, V> f(p, at.image, at.channel);
-  for (int64_t row = at.begin + at.slot; row < at.end; row += at.R * kUnroll) {
-    Vec<T, V> in[kUnroll];
+  const Affine<T, V> f(p, at);
+  constexpr int N = kLoads<T>;
+  for (int row = at.template last_batch<N>(); row >= 0; row -= at.R * N) {
+    Vec<T, V> in[N];
+    at.load(in, x, row);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (row + u * at.R < at.end) in[u] = load<T, V>(x + (row + u * at.R) * C);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (row + u * at.R < at.end) {
+    for (int u = 0; u < N; ++u)
+      if (at.has(row, u)) {
         Vec<T, V> out;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float z = (to_float(in[u].v[i]) - f.centre[i]) * f.scale[i] + f.shift[i];
           from_float(p.silu ? z * sigmoid<T>(z) : z, out.v[i]);
         }
-        *reinterpret_cast<Vec<T, V>*>(y + (row + u * at.R) * C) = out;
+        store(y + (row + u * at.R) * at.C, out);
       }
   }
 }
 
 // Per group of the chunk: sums of gamma dz and gamma dz xhat.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) reduce_kernel(const Params p) {
-  extern __shared__ float shared[];
-  const Place<V> at(p, blockIdx.x);
-  const int C = int(p.channels), D = C / int(p.groups);
+__global__ void __launch_bounds__(kMaxThreads) reduce_kernel(const Params p) {
+  extern __shared__ __align__(16) float shared[];
+  const Place<V> at(p, blockIdx.y, blockIdx.x);
+  const int C = at.C, D = at.D;
   float *sums = shared, *sums_x = shared + at.R * C;
   if (at.active) {
     const T* x = static_cast<const T*>(p.x) + at.offset;
     const T* g = static_cast<const T*>(p.g) + at.offset;
-    const Affine<T, V> f(p, at.image, at.channel);
-    float sum[V] = {}, sum_x[V] = {};
-    constexpr int kPairs = kUnroll / 2;
-    for (int64_t row = at.begin + at.slot; row < at.end; row += at.R * kPairs) {
-      Vec<T, V> in[kPairs], gradient[kPairs];
+    const Affine<T, V> f(p, at);
+    Vec<float, V> sum{}, sum_x{};
+    constexpr int N = kLoads<T> / 2;
+    for (int row = at.slot; row < at.rows; row += at.R * N) {
+      Vec<T, V> in[N], gradient[N];
+      at.load(in, x, row);
+      at.load(gradient, g, row);
 #pragma unroll
-      for (int u = 0; u < kPairs; ++u)
-        if (row + u * at.R < at.end) {
-          in[u] = load<T, V>(x + (row + u * at.R) * C);
-          gradient[u] = load<T, V>(g + (row + u * at.R) * C);
-        }
-#pragma unroll
-      for (int u = 0; u < kPairs; ++u)
-        if (row + u * at.R < at.end) {
+      for (int u = 0; u < N; ++u)
+        if (at.has(row, u)) {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            const float d = to_float(in[u].v[i]) - f.centre[i];
-            const float dz =
-                activation_gradient<T>(to_float(gradient[u].v[i]), d * f.scale[i] + f.shift[i], p.silu);
-            sum[i] += dz;
-            sum_x[i] += dz * d;
+            const float d = to_float(in[u].v[i]) - f.centre[i], z = d * f.scale[i] + f.shift[i];
+            const float dz = activation_gradient<T>(to_float(gradient[u].v[i]), z, p.silu);
+            sum.v[i] += dz;
+            sum_x.v[i] += dz * d;
           }
         }
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      sums[at.slot * C + at.channel + i] = sum[i];
-      sums_x[at.slot * C + at.channel + i] = sum_x[i];
-    }
+    store(sums + at.slot * C + at.channel, sum);
+    store(sums_x + at.slot * C + at.channel, sum_x);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
+  for (int c = int(threadIdx.x); c < C; c += int(blockDim.x)) {
     const float gamma = to_float(static_cast<const T*>(p.gamma)[c]);
     float sum = 0.0f, sum_x = 0.0f;
     for (int r = 0; r < at.R; ++r) {
@@ -263,19 +167,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) reduce_kernel(const Params p) 
     sums_x[c] = gamma * sum_x;
   }
   __syncthreads();
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  for (int group = warp; group < int(p.groups); group += int(blockDim.x) / 32) {
+  const int lane = int(threadIdx.x) % 32;
+  for (int group = int(threadIdx.x) / 32; group < int(p.groups); group += int(blockDim.x) / 32) {
     float sum = 0.0f, sum_x = 0.0f;
     for (int d = lane; d < D; d += 32) {
       sum += sums[group * D + d];
       sum_x += sums_x[group * D + d];
     }
     sum = warp_sum(sum);
-    sum_x = warp_sum(sum_x) * p.rstd[at.image * p.groups + group];
-    if (lane == 0) {
-      float2* partial = reinterpret_cast<float2*>(p.partial);
-      partial[(at.image * p.groups + group) * p.chunks + at.chunk] = make_float2(sum, sum_x);
-    }
+    write_partial(p, at, group, sum, warp_sum(sum_x) * p.rstd[at.image * p.groups + group]);
   }
 }
 
@@ -294,42 +194,37 @@ __global__ void __launch_bounds__(32) join_moments_kernel(const Params p) {
 
 // dx = scale dz - d1 - (x - centre) d2, with d1 = rstd m1 and d2 = rstd^2 m2.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) input_gradient_kernel(const Params p) {
-  const Place<V> at(p, p.chunks - 1 - blockIdx.x);
+__global__ void __launch_bounds__(kMaxThreads) input_gradient_kernel(const Params p) {
+  const Place<V> at(p, gridDim.y - 1 - blockIdx.y, p.chunks - 1 - blockIdx.x);
   if (!at.active) return;
-  const int C = int(p.channels), D = C / int(p.groups);
   const T* x = static_cast<const T*>(p.x) + at.offset;
   const T* g = static_cast<const T*>(p.g) + at.offset;
   T* dx = static_cast<T*>(p.out) + at.offset;
-  const Affine<T, V> f(p, at.image, at.channel);
+  const Affine<T, V> f(p, at);
   float d1[V], d2[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const int64_t group = at.image * p.groups + (at.channel + i) / D;
+    const int64_t group = at.image * p.groups + (at.channel + i) / at.D;
     const float rstd = p.rstd[group];
     d1[i] = rstd * p.moments[2 * group];
     d2[i] = rstd * rstd * p.moments[2 * group + 1];
   }
-  constexpr int kPairs = kUnroll / 2;
-  for (int64_t row = at.begin + at.slot; row < at.end; row += at.R * kPairs) {
-    Vec<T, V> in[kPairs], gradient[kPairs];
+  constexpr int N = kLoads<T> / 2;
+  for (int row = at.template last_batch<N>(); row >= 0; row -= at.R * N) {
+    Vec<T, V> in[N], gradient[N];
+    at.load(in, x, row);
+    at.load(gradient, g, row);
 #pragma unroll
-    for (int u = 0; u < kPairs; ++u)
-      if (row + u * at.R < at.end) {
-        in[u] = load<T, V>(x + (row + u * at.R) * C);
-        gradient[u] = load<T, V>(g + (row + u * at.R) * C);
-      }
-#pragma unroll
-    for (int u = 0; u < kPairs; ++u)
-      if (row + u * at.R < at.end) {
+    for (int u = 0; u < N; ++u)
+      if (at.has(row, u)) {
         Vec<T, V> out;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const float d = to_float(in[u].v[i]) - f.centre[i];
-          const float dz = activation_gradient<T>(to_float(gradient[u].v[i]), d * f.scale[i] + f.shift[i], p.silu);
+          const float d = to_float(in[u].v[i]) - f.centre[i], z = d * f.scale[i] + f.shift[i];
+          const float dz = activation_gradient<T>(to_float(gradient[u].v[i]), z, p.silu);
           from_float(f.scale[i] * dz - d1[i] - d * d2[i], out.v[i]);
         }
-        *reinterpret_cast<Vec<T, V>*>(dx + (row + u * at.R) * C) = out;
+        store(dx + (row + u * at.R) * at.C, out);
       }
   }
 }
@@ -343,6 +238,9 @@ template <typename T, int V>
 const char* launch(const Params& p, bool backward, cudaStream_t stream) {
   const int lanes = int(p.channels) / V;
   if (lanes > kMaxThreads) return "too many channels for one row per thread block";
+  constexpr int64_t kMaxChunks = 32768;  // whose square an int holds
+  if (p.rows > INT_MAX || p.chunks > kMaxChunks || (p.rows / p.chunks + 1) * p.channels > INT_MAX)
+    return "too many rows or chunks";
   const int R = kBlockThreads / lanes > 1 ? kBlockThreads / lanes : 1;
   const int threads = (lanes * R + 31) / 32 * 32;
   const size_t shared = 2 * sizeof(float) * R * p.channels;
@@ -362,9 +260,9 @@ const char* launch(const Params& p, bool backward, cudaStream_t stream) {
 
 template <typename T>
 const char* launch_vectors(const Params& p, bool backward, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T);
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (p.channels % V == 0 && aligned(p.x) && aligned(p.g) && aligned(p.out)) return launch<T, V>(p, backward, stream);
+  const auto aligned = [](const void* to) { return reinterpret_cast<uintptr_t>(to) % sizeof(Vec<T, kVector>) == 0; };
+  if (p.channels % kVector == 0 && aligned(p.x) && aligned(p.g) && aligned(p.out))
+    return launch<T, kVector>(p, backward, stream);
   return launch<T, 1>(p, backward, stream);
 }
 
@@ -381,3 +279,10 @@ const char* cuda_forward(const GroupNormSiluParams& p, void* stream) { return la
 const char* cuda_backward(const GroupNormSiluParams& p, void* stream) { return launch_dtype(p, true, stream); }
 
 }  // namespace alignprop_fast
+
+// Null if CUDA's runtime in this library works with the driver, else why not. Makes no context on any device.
+extern "C" const char* alignprop_fast_cuda_error() {
+  int devices;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

@@ -7,6 +7,7 @@ a build: a compiler run of ten seconds would cost a short run more than the kern
 nothing: `missing` says what is lost.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ import torch
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 INSTALLED = Path(__file__).parent  # where setup.py leaves a library, if it builds one
+TOOLKIT = Path("/usr/local/cuda")
 ARCHES = ("80", "86", "89", "90", "100", "120")  # of an installed library, as far as nvcc knows them
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 # The oldest torch that the library must run under.
@@ -40,10 +42,12 @@ def nvcc_command(nvcc: str, arches: Iterable[str], source: Path | str, output: P
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler of $CUDA_HOME, of the search path or of /usr/local/cuda."""
+    """The CUDA compiler of $CUDA_HOME, the search path, /usr/local/cuda or the packages that torch brought."""
     home = os.environ.get("CUDA_HOME")
-    found = home and shutil.which("nvcc", path=f"{home}/bin")
-    return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    packages = Path(torch.__file__).parents[1] / "nvidia" / f"cu{(torch.version.cuda or '').split('.')[0]}"
+    folders = [f"{home}/bin"] if home else []
+    folders += [os.environ.get("PATH", os.defpath), f"{TOOLKIT}/bin", f"{packages}/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def present_arches() -> tuple[str, ...]:
@@ -113,10 +117,12 @@ def _run_ninja(folder: Path, arches: tuple[str, ...]) -> None:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     nvcc = find_nvcc() if arches else None
-    wanted = {"ninja (pip install ninja)": ninja, "C++ compiler": cxx, "nvcc": nvcc if arches else "unused"}
+    # The packages go by torch's own: pip leaves cuda-toolkit as torch brought it, from CUDA 13 on.
+    toolkit = "nvcc (pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl]', or the CUDA toolkit)"
+    wanted = {"ninja (pip install ninja)": ninja, "C++ compiler": cxx, toolkit: nvcc if arches else "unused"}
     if absent := [name for name, found in wanted.items() if not found]:
         raise BuildError(f"no {' and no '.join(absent)}")
-    log.warning("building C++%s kernels, about %d s, once", "/CUDA" if arches else "", 40 if arches else 10)
+    log.warning("building C++%s kernels, about %d s, once", "/CUDA" if arches else "", 15 if arches else 10)
     (folder / "build.ninja").write_text(_ninja_file(str(cxx), nvcc, arches))
     result = subprocess.run([str(ninja), "linked.so"], cwd=folder, capture_output=True, text=True)
     if result.returncode:
@@ -129,11 +135,16 @@ def _ninja_file(cxx: str, nvcc: str | None, arches: tuple[str, ...]) -> str:
     suffixes = {".cpp", ".cu"} if nvcc else {".cpp"}
     objects = {path.name + ".o": path for path in sorted(SOURCES.iterdir()) if path.suffix in suffixes}
     flags = [*CXX_FLAGS, *ABI_FLAGS, *(["-DUSE_CUDA"] if nvcc else []), f"-isystem {_escape(torch_dir / 'include')}"]
-    libraries = [f"-L{_escape(torch_dir / 'lib')}", "-ltorch_cpu", *(["-ltorch_cuda"] if nvcc else [])]
-    linker = f"{nvcc} -shared -cudart static" if nvcc else f"{cxx} -shared"
+    libraries = [f"-L{_escape(torch_dir / 'lib')}", "-ltorch_cpu"]
+    if nvcc:
+        # The packages of pip have CUDA's runtime in lib, where nvcc looks in lib64.
+        libraries += ["-ltorch_cuda", f"-L{_escape(Path(nvcc).parents[1] / 'lib')}"]
+    # One C++ compiler for all: of itself nvcc takes the default one, whatever $CXX says.
+    host = "" if " " in cxx else f" -ccbin {cxx}"
+    linker = f"{nvcc} -shared -cudart static{host}" if nvcc else f"{cxx} -shared"
     lines = [
         f"rule cxx\n  command = {cxx} {' '.join(flags)} -c $in -o $out",
-        f"rule cuda\n  command = {' '.join(nvcc_command(nvcc or 'nvcc', arches, '$in', '$out'))}",
+        f"rule cuda\n  command = {' '.join(nvcc_command(nvcc or 'nvcc', arches, '$in', '$out'))}{host}",
         f"rule link\n  command = {linker} $in {' '.join(libraries)} -o $out",
         *(f"build {o}: {'cuda' if path.suffix == '.cu' else 'cxx'} {_escape(path)}" for o, path in objects.items()),
         f"build linked.so: link {' '.join(objects)}",
@@ -162,11 +173,22 @@ def missing(device_type: str) -> str | None:
             build(library, arches)
         if not library.exists():
             return "not built (python -m alignprop_fast.ops.extension builds it)"
-        torch.ops.load_library(str(library))
+        _load(library, device_type)
     except (BuildError, OSError) as error:
         log.warning("slower group norm (PyTorch's own, which leaves channels_last): %s", error)
         return str(error)
     return None
+
+
+def _load(library: Path, device_type: str) -> None:
+    """Raises BuildError if the driver does not take it: it must know the CUDA of the compiler."""
+    torch.ops.load_library(str(library))
+    if device_type == "cuda":
+        ask = ctypes.CDLL(str(library)).alignprop_fast_cuda_error
+        ask.restype = ctypes.c_char_p
+        error: bytes | None = ask()
+        if error is not None:
+            raise BuildError(f"the kernels do not run here: {error.decode()}")
 
 
 def main() -> int:
@@ -175,8 +197,9 @@ def main() -> int:
     library = library_path(arches)
     try:
         build(library, arches)
-    except BuildError as error:
-        print(f"not built: {error}", file=sys.stderr)
+        _load(library, "cuda" if arches else "cpu")
+    except (BuildError, OSError) as error:
+        print(f"not usable: {error}", file=sys.stderr)
         return 1
     print(library)
     return 0

@@ -17,6 +17,8 @@ from alignprop_fast.ops import extension
 # Elements that one thread block or one task of a CPU thread takes, and the most pieces that an image is cut into.
 CHUNK_ELEMENTS = {"cuda": 8192, "cpu": 65536}
 MAX_CHUNKS = 512
+# Of csrc/ on a GPU: channels in a vector where they divide into such, and vectors or channels of a thread block.
+VECTOR, MAX_THREADS = 4, 1024
 COMPILED_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
@@ -56,7 +58,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         y, mean, rstd = torch.native_group_norm(_add(x, t_BC), gamma, beta, b, c, h * w, groups, eps)
         ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        return F.silu(y, inplace=True) if silu else y
+        # Not in place in compiled code: torch 2.11 returned a gradient of zeros.
+        return F.silu(y, inplace=not torch.compiler.is_compiling()) if silu else y
 
     @staticmethod
     @once_differentiable
@@ -146,8 +149,8 @@ def _aten_format(x: torch.Tensor) -> torch.memory_format:
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    # Vectors of 16 bytes: a view that starts in between is copied. (Compiled code has no views of such offsets.)
-    if not torch.compiler.is_compiling() and x.storage_offset() * x.element_size() % 16:
+    # A view that starts within a vector is copied. (Compiled code has no views of such offsets.)
+    if not torch.compiler.is_compiling() and x.storage_offset() % VECTOR:
         return x.clone()
     return x
 
@@ -188,8 +191,7 @@ def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
         return f"no kernel for {x.dtype} on {device}"
     if any(t is not None and t.dtype != x.dtype for t in small):
         return "the weights have another dtype than x"
-    vector = 16 // x.element_size()
-    if x.is_cuda and channels // (1 if channels % vector else vector) > 640:
+    if x.is_cuda and channels // (1 if channels % VECTOR else VECTOR) > MAX_THREADS:
         return f"rows of {channels} channels are too wide"
     return _extension_missing(device)
 

@@ -1,7 +1,10 @@
 """The loader of csrc/: what it does without a compiler, with a broken one, and with two processes at once."""
 
 import logging
+import re
+import shutil
 import stat
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,10 +67,50 @@ def test_a_gpu_without_compiler_costs_one_line(cache, monkeypatch, caplog):
     monkeypatch.setattr(extension, "find_nvcc", lambda: None)
     with caplog.at_level(logging.WARNING):
         reasons = [extension.missing("cuda") for _ in range(3)]
-    assert reasons == ["no nvcc"] * 3
+    said = "no nvcc (pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl]', or the CUDA toolkit)"
+    assert reasons == [said] * 3
     assert [r.getMessage() for r in caplog.records] == [
-        "slower group norm (PyTorch's own, which leaves channels_last): no nvcc"
+        f"slower group norm (PyTorch's own, which leaves channels_last): {said}"
     ]
+
+
+def test_nvcc_of_the_packages_that_torch_brought(monkeypatch, tmp_path):
+    monkeypatch.setattr(extension.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(extension.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(extension, "TOOLKIT", tmp_path / "toolkit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert extension.find_nvcc() is None
+    folders = [tmp_path / "nvidia" / "cu13", tmp_path / "toolkit", tmp_path / "home"]
+    monkeypatch.setenv("CUDA_HOME", str(folders[-1]))
+    for folder in folders:  # each goes before the last
+        (folder / "bin").mkdir(parents=True)
+        nvcc = compiler(folder / "bin" / "nvcc", "#!/bin/sh\n")
+        assert extension.find_nvcc() == nvcc
+
+
+@pytest.mark.parametrize(("cxx", "host"), [("/opt/bin/g++-13", " -ccbin /opt/bin/g++-13"), ("ccache g++", "")])
+def test_one_cpp_compiler_for_both_languages(cxx, host):
+    rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", extension._ninja_file(cxx, "/cuda/bin/nvcc", ("90",))))
+    assert rules["cxx"].startswith(cxx)
+    assert rules["cuda"].endswith(f"-o $out{host}")
+    assert (
+        rules["link"].startswith(f"/cuda/bin/nvcc -shared -cudart static{host} $in") and "-L/cuda/lib" in rules["link"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [('"driver too old"', "the kernels do not run here: driver too old"), ("nullptr", None)]
+)
+def test_a_library_that_the_driver_refuses_is_left_alone(cache, monkeypatch, tmp_path, error, reason):
+    if (cxx := shutil.which("g++")) is None:
+        pytest.skip("no g++")
+    library = tmp_path / "compiled-sm_89.so"
+    source = f'extern "C" const char* alignprop_fast_cuda_error() {{ return {error}; }}'
+    subprocess.run([cxx, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], input=source, text=True, check=True)
+    monkeypatch.setattr(extension, "present_arches", lambda: ("89",))
+    monkeypatch.setattr(extension, "installed", lambda arches: library)
+    assert extension.missing("cuda") == reason
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are built on Linux only")

@@ -29,7 +29,7 @@ def run(net, blocks, x, option, offloader):
 @pytest.mark.parametrize("grade", ["keep", "recompute"])
 def test_bits_stay_and_the_device_is_freed(grade):
     net, blocks = make_blocks()
-    offloader = Offloader(CPU, smallest_bytes=0)
+    offloader = Offloader(CPU, smallest_bytes=1)
     x = torch.randn(128, 64, requires_grad=True)
     kept_bytes, grad = run(net, blocks, x, grade, offloader)
     moved_bytes, moved = run(net, blocks, x, grade + OFFLOAD, offloader)
@@ -40,7 +40,7 @@ def test_bits_stay_and_the_device_is_freed(grade):
 
 def test_host_buffers_are_used_again():
     net, blocks = make_blocks()
-    offloader = Offloader(CPU, smallest_bytes=0)
+    offloader = Offloader(CPU, smallest_bytes=1)
     x = torch.randn(128, 64, requires_grad=True)
     sizes = []
     for _ in range(3):
@@ -53,7 +53,7 @@ def test_host_buffers_are_used_again():
 
 def test_a_graph_that_is_dropped_gives_its_buffers_back():
     net, blocks = make_blocks()
-    offloader = Offloader(CPU, smallest_bytes=0)
+    offloader = Offloader(CPU, smallest_bytes=1)
     x = torch.randn(128, 64, requires_grad=True)
     for _ in range(3):
         with kept_as({"*": "keep" + OFFLOAD}, blocks, offloader):
@@ -92,7 +92,7 @@ def test_memory_order_survives():
             return Save.apply(x)
 
     module = Module()
-    offloader = Offloader(CPU, pool, smallest_bytes=0)
+    offloader = Offloader(CPU, pool, smallest_bytes=1)
     with kept_as({"m": "keep" + OFFLOAD}, [Block("m", module, "residuals")], offloader):
         y = module(torch.randn(2, 4, 6, 6, requires_grad=True))
     offloader.settle()
