@@ -23,6 +23,7 @@ from alignprop_fast.runtime import (
     Block,
     Chain,
     Operator,
+    allocated_bytes,
     cache_folder,
     decoder_stages,
     device_name,
@@ -30,6 +31,7 @@ from alignprop_fast.runtime import (
     operator_seconds,
     reward_stages,
     step_costs,
+    transfer_bytes,
 )
 
 # cuBLAS and cuDNN workspaces and the rounding of the allocator, where no device is at hand to measure them.
@@ -131,6 +133,7 @@ def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link
         latent_bytes=_bytes([task.chain.start(x)]),
         image_bytes=_bytes([_images(task)]),
         step=step.segments,
+        transfer_bytes=transfer_bytes(step.segments),
         sampling_bytes=step.sampling_bytes,
         sampling_seconds=step.sampling_seconds,
         decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, task.model.decode_by_bands, formula),
@@ -215,7 +218,7 @@ def _fixed(task: Task) -> dict[str, int]:
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    return sum(allocated_bytes(t.numel() * t.element_size(), t.device) for t in {id(t): t for t in tensors}.values())
 
 
 def _host_bytes() -> int:

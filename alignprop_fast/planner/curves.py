@@ -38,8 +38,9 @@ class Curves:
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
         self.table, self.num_steps = table, num_steps
-        # Beside a step's own worst moment: the images, and in its backward pass the sums of the gradients.
-        self.above = table.image_bytes + table.sums_of(most_grad_steps)
+        # Beside a step's own worst moment: the images, the sums of the gradients, and what offloading
+        # has on its way.
+        self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
         self.replay = chain(table.step, Frontier.start(), REPLAY_LABELS, self.above)
         self.tail = tail_frontier(table)
         self.step: Frontier | None = None  # labels of one resident step, where its frontier is repeated

@@ -96,6 +96,7 @@ def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, b
         decoders=line.stages(one.decoders, two.decoders),
         rewards=line.stages(one.rewards, two.rewards),
         reserve_bytes=line.size(one.reserve_bytes, two.reserve_bytes),
+        transfer_bytes=line.size(one.transfer_bytes, two.transfer_bytes),
         optimizer_seconds=line.seconds(one.optimizer_seconds, two.optimizer_seconds),
         origin={**one.origin, "batch_size": str(batch)},
     )

@@ -119,6 +119,7 @@ class _Walk:
         self.sums = table.sums_of(grad_steps)
         self.residents = [_Chain.of(table.step, options) for options in plan.resident_options]
         self.replay = _Chain.of(table.step if plan.replayed_steps else (), plan.replay_options)
+        self.transfer = table.transfer_bytes if any(chain.host for chain in (*self.residents, self.replay)) else 0
         self.decoder = _Part.of(table.decoders, plan.decoder)
         self.reward = _Part.of(table.rewards, plan.reward, table.reserve_bytes)
 
@@ -157,7 +158,7 @@ class _Walk:
             if step in residents:
                 chain = residents[step]
                 seconds = min(self.table.sampling_seconds, chain.seconds)
-                peak = (chain.kept_at_peak, chain.spike)
+                peak = (chain.kept_at_peak, chain.spike + self.transfer)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
                 peak = (0, self.table.sampling_bytes)
@@ -167,10 +168,10 @@ class _Walk:
         for step, chain in zip(reversed(self.plan.resident_steps), reversed(self.residents), strict=True):
             self.kept -= chain.kept
             seconds = chain.seconds - min(self.table.sampling_seconds, chain.seconds)
-            peak = (chain.kept_at_peak, chain.spike)
+            peak = (chain.kept_at_peak, chain.spike + self.transfer)
             yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept, self.sums)
         for step in reversed(self.plan.replayed_steps):
-            peak = (self.replay.kept_at_peak, self.replay.spike)
+            peak = (self.replay.kept_at_peak, self.replay.spike + self.transfer)
             label = f"step {step} replayed"
             yield self.moment("replayed steps", label, peak, self.replay.seconds, self.kept, self.sums)
 

@@ -62,7 +62,7 @@ class Solver:
         return replace(plan, budget_bytes=budget_bytes)
 
     def curves(self, grad_steps: int) -> list[Curves]:
-        """Frontiers that serve so many gradient steps: with offloading and, where that may be too much, without.
+        """Frontiers that serve so many gradient steps: with offloading and, where that may cost too much, without.
 
         A single gradient step has frontiers of its own, since it has no sums beside it.
         """
@@ -70,7 +70,7 @@ class Solver:
         if most not in self._curves:
             found = [Curves(self.table, self.num_steps, most)]
             limit = self.table.host_limit_bytes
-            if limit is not None and found[0].most_host_bytes() > limit:
+            if self.table.transfer_bytes or (limit is not None and found[0].most_host_bytes() > limit):
                 plain = _without_offload(self.table)
                 found += [] if plain is None else [Curves(plain, self.num_steps, most)]
             self._curves[most] = found
@@ -115,4 +115,4 @@ def _without_offload(table: CostTable) -> CostTable | None:
     step, decoders, rewards = plain(table.step), stages(table.decoders), stages(table.rewards)
     if step is None or not decoders or (table.rewards and not rewards):
         return None
-    return replace(table, step=step, decoders=decoders, rewards=rewards)
+    return replace(table, step=step, decoders=decoders, rewards=rewards, transfer_bytes=0)

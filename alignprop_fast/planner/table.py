@@ -113,6 +113,8 @@ class CostTable:
     step: segments of one denoising step that carries gradient.
     sampling_bytes, sampling_seconds: one denoising step without gradient: spike, time.
     sums_bytes: the sums of the gradients over the steps, alive in the steps' backward passes where several carry one.
+    transfer_bytes: what one block's tensors take on their way to host memory or back beside a neighbour's worst moment,
+        on top of every spike of a step under plans that offload.
     decoders, rewards: alternatives; without rewards (no reward known), the reward's phase has a spike of reserve_bytes.
     optimizer_seconds: one update.
     host_limit_bytes: most that offloading may take of the host's memory; None for no limit.
@@ -130,12 +132,13 @@ class CostTable:
     reserve_bytes: int = 0
     optimizer_seconds: float = 0.0
     sums_bytes: int = 0
+    transfer_bytes: int = 0
     host_limit_bytes: int | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = [*self.fixed.values(), self.latent_bytes, self.image_bytes, self.sampling_bytes]
-        sizes += [self.reserve_bytes, self.sums_bytes]
+        sizes += [self.reserve_bytes, self.sums_bytes, self.transfer_bytes]
         _require_costs("table", [*sizes, self.host_limit_bytes or 0], (self.sampling_seconds, self.optimizer_seconds))
         _require(len(self.decoders) > 0, "no decoder")
         _require_distinct("step", [segment.name for segment in self.step])

@@ -6,10 +6,10 @@ from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
-from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, link_rate
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
 from alignprop_fast.runtime.offload import HostPool, Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
-from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
+from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
 
 __all__ = [
     "OFFLOAD",
@@ -26,6 +26,7 @@ __all__ = [
     "Stopwatch",
     "Trace",
     "Work",
+    "allocated_bytes",
     "by_image",
     "cache_folder",
     "decoder_stages",
@@ -40,4 +41,5 @@ __all__ = [
     "segments",
     "step_costs",
     "trace",
+    "transfer_bytes",
 ]

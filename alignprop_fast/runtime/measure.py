@@ -27,6 +27,11 @@ def tensors_in(*trees: Any) -> list[torch.Tensor]:
     return found
 
 
+def allocated_bytes(size_bytes: int, device: torch.device) -> int:
+    """What the device's allocator hands out for a tensor of so many bytes: on a GPU a multiple of 512."""
+    return -(-size_bytes // 512) * 512 if device.type == "cuda" else size_bytes
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate inside the block, until they are freed.
 
@@ -88,9 +93,7 @@ class LiveBytes(TorchDispatchMode):
             # A view of something that was there before the block is not ours to count.
             if id(storage) in self._alive or id(storage) in inputs:
                 continue
-            size_bytes = storage.nbytes()
-            if storage.device.type == "cuda":  # whose allocator hands out multiples of 512 bytes
-                size_bytes = -(-size_bytes // 512) * 512
+            size_bytes = allocated_bytes(storage.nbytes(), storage.device)
             finalizer = weakref.finalize(storage, self._free, id(storage), size_bytes)
             self._alive[id(storage)] = finalizer, self._label, size_bytes
             self.live_bytes += size_bytes

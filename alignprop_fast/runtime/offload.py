@@ -134,7 +134,8 @@ class _Record:
         with _on(self.owner.out, self.owner.device):
             if after is not None:
                 self.owner.out.wait_event(after)  # type: ignore[union-attr]
-            handle.on_host().copy_(x, non_blocking=True)
+            if x.device.type != "meta":  # whose copies are counted, not made
+                handle.on_host().copy_(x, non_blocking=True)
         weakref.finalize(handle, _give_back, self.owner.pool, buffer, weakref.ref(self))
         return handle
 
@@ -183,7 +184,8 @@ class _Record:
         with _on(self.owner.back, self.owner.device):
             for handle in handles:
                 assert handle.device_tensor is not None
-                handle.device_tensor.copy_(handle.on_host(), non_blocking=True)
+                if handle.device_tensor.device.type != "meta":
+                    handle.device_tensor.copy_(handle.on_host(), non_blocking=True)
         if self.owner.back is not None:
             self.back_event = self.owner.back.record_event()
 

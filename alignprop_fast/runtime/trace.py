@@ -5,7 +5,7 @@ Every byte is charged to the interval that allocated it, so that the costs of a 
 blocks, and the peak of a mixture follows from runs of pure options (`planner.table` has the arithmetic).
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.planner import Option, Segment
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
+from alignprop_fast.runtime.offload import HostPool, Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, kept_as
 
 LEANEST = "recompute"
@@ -41,24 +42,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Interval:
-    """Costs of one interval under one option; spikes are above all that is kept up to and including the interval."""
+    """Costs of one interval under one option; spikes are above all that is kept up to and including the interval.
+
+    host_bytes: what was moved to host memory. Above the spikes is what the block before has on its way there or back.
+    """
 
     block: Block | None
     alike: Hashable
     kept_bytes: int
+    host_bytes: int
     forward_spike_bytes: int
     backward_spike_bytes: int
     seconds: float
 
     def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
         """This interval changed as a like one was between two options."""
-        names = ("kept_bytes", "forward_spike_bytes", "backward_spike_bytes", "seconds")
+        names = ("kept_bytes", "host_bytes", "forward_spike_bytes", "backward_spike_bytes", "seconds")
         return replace(self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names})
 
     def option(self, name: str) -> Option:
-        return Option(
-            name, self.kept_bytes, max(self.forward_spike_bytes, self.backward_spike_bytes), max(self.seconds, 0.0)
-        )
+        spike_bytes = max(self.forward_spike_bytes, self.backward_spike_bytes)
+        return Option(name, self.kept_bytes, spike_bytes, max(self.seconds, 0.0), self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,36 @@ class Trace:
 
 
 def trace(work: Work, options: Mapping[str, str]) -> Trace:
-    """Run the work under the options: once for its bytes, and a few times for its seconds where the device is timed."""
+    """Run the work under the options: once for its bytes, and a few times for its seconds where the device is timed.
+
+    What is offloaded is not timed: on a run where all is, the copies wait for each other.
+    """
     if work.device.type == "cuda":  # at the first run kernels are compiled and tried against each other
         _run(work, options, lambda label: None, lambda out: None)
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
+    pool = HostPool(work.device)
+    moved: dict[Hashable, int] = {}
+    kept: dict[Hashable, int] = {}
+    part: Hashable = None
     with LiveBytes(cost, work.device) as live:
-        last_part: list[Hashable] = [None]
 
         def enter(label: Hashable) -> None:
+            nonlocal part
+            moved[part] = pool.size_bytes - sum(moved.values())
             live.enter(label)
-            last_part[0] = label
+            part = label
             if cost is not None:
                 cost.label = label
-
-        kept: dict[Hashable, int] = {}
 
         def between(out: torch.Tensor) -> None:
             kept.update(live.born_in())
             if not work.output_kept:
-                kept[last_part[0]] = max(kept[last_part[0]] - out.untyped_storage().nbytes(), 0)
+                kept[part] = max(kept[part] - out.untyped_storage().nbytes(), 0)
 
-        order = _run(work, options, enter, between)
-    seconds = cost.seconds if cost is not None else _timed(work, options)
-    return Trace(_intervals(order, kept if work.backward else {}, live.peaks, seconds))
+        order = _run(work, options, enter, between, pool)
+    offloads = any(option.endswith(OFFLOAD) for option in options.values())
+    seconds = cost.seconds if cost is not None else {} if offloads else _timed(work, options)
+    return Trace(_intervals(order, kept if work.backward else {}, moved, live.peaks, seconds))
 
 
 def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
@@ -118,12 +129,8 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
         torch.OutOfMemoryError: not even the leanest options can run.
     """
     lean = trace(work, {"*": LEANEST})
-    measured: dict[str, Trace] = {}
-    for grade in STEP_OPTIONS:
-        names = [i.block.name for i in lean.intervals if i.block is not None and grade in i.block.options()]
-        if grade != LEANEST and names:
-            measured[grade] = _measured(work, grade, names, lean)
-    largest = max((i.kept_bytes for t in (lean, *measured.values()) for i in t.intervals if i.block), default=0)
+    measured = _traces(work, STEP_OPTIONS, lean)
+    offloaded = {} if link is None else _traces(work, [grade + OFFLOAD for grade in STEP_OPTIONS], lean)
     result = []
     for index, interval in enumerate(lean.intervals):
         if interval.block is None:
@@ -132,9 +139,33 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
         options: list[Option] = []
         for name in interval.block.options():
             option = measured.get(name, lean).intervals[index].option(name)
-            options += [option, *_offloaded(option, largest, link)]
+            options.append(option)
+            if link is not None and option.kept_bytes:
+                there = offloaded[name + OFFLOAD].intervals[index].option(name + OFFLOAD)
+                options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
         result.append(Segment(interval.block.name, tuple(options)))
     return tuple(result)
+
+
+def transfer_bytes(found: Sequence[Segment]) -> int:
+    """What the block before one may have on its way to host memory or back."""
+    return max((option.host_bytes for segment in found for option in segment.options), default=0)
+
+
+def _traces(work: Work, names: Iterable[str], lean: Trace) -> dict[str, Trace]:
+    """The trace of each option on all blocks that have its grade."""
+    found: dict[str, Trace] = {}
+    for name in names:
+        grade = name.removesuffix(OFFLOAD)
+        blocks = [i.block.name for i in lean.intervals if i.block is not None and grade in i.block.options()]
+        if name != LEANEST and blocks:
+            found[name] = _measured(work, name, blocks, lean)
+    return found
+
+
+def _with_copies(seconds: float, copy_seconds: float) -> float:
+    """A copy each way hides behind the block's own time: about a third forward, the rest back."""
+    return seconds + max(copy_seconds - seconds / 3, 0) + max(copy_seconds - seconds * 2 / 3, 0)
 
 
 def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:
@@ -160,26 +191,6 @@ def measured_on_one_of_each_kind(work: Work, option: str, names: Sequence[str], 
         for interval in lean.intervals
     ]
     return Trace(intervals)
-
-
-def _offloaded(option: Option, largest_bytes: int, link: float | None) -> list[Option]:
-    """The option with what it keeps on the host: a copy each way hides behind the block's own time.
-
-    While a block's tensors travel, a neighbour's may be on the device too.
-    """
-    if link is None or option.kept_bytes == 0:
-        return []
-    copy_seconds = option.kept_bytes / link
-    exposed_seconds = max(copy_seconds - option.seconds / 3, 0) + max(copy_seconds - option.seconds * 2 / 3, 0)
-    return [
-        Option(
-            option.name + OFFLOAD,
-            kept_bytes=0,
-            spike_bytes=option.spike_bytes + option.kept_bytes + largest_bytes,
-            seconds=option.seconds + exposed_seconds,
-            host_bytes=option.kept_bytes,
-        )
-    ]
 
 
 class _OperatorCost:
@@ -210,13 +221,16 @@ def _run(
     options: Mapping[str, str],
     enter: Callable[[Hashable], None],
     between: Callable[[torch.Tensor], None],
+    pool: HostPool | None = None,
 ) -> list[tuple[Block, Hashable]]:
     """One run; `enter` is told where it is, `between` when forward is done. Returns blocks and kinds as they came."""
+    offloader = Offloader(work.device, pool)
     order: list[tuple[Block, Hashable]] = []
     with _at_ends(work.blocks, order, enter):
         enter(("forward", 0))
-        with kept_as(options, work.blocks):
+        with kept_as(options, work.blocks, offloader):
             out = work.forward()
+        offloader.settle()
         between(out)
         if work.backward is not None:
             enter(("backward", len(order)))
@@ -268,10 +282,12 @@ def _kind(block: Block, args: Any, kwargs: Any) -> Hashable:
 def _intervals(
     order: list[tuple[Block, Hashable]],
     kept: Mapping[Hashable, int],
+    moved: Mapping[Hashable, int],
     peaks: Mapping[Hashable, int],
     seconds: Mapping[Hashable, float],
 ) -> list[Interval]:
-    result, total_bytes = [], 0
+    result: list[Interval] = []
+    total_bytes, before_bytes = 0, 0
     for index, (block, kind) in enumerate([*order, (None, None)]):
         forward, backward = ("forward", index), ("backward", index)
         total_bytes += kept.get(forward, 0)
@@ -280,9 +296,11 @@ def _intervals(
                 block=block,
                 alike=kind,
                 kept_bytes=kept.get(forward, 0),
-                forward_spike_bytes=max(peaks.get(forward, 0) - total_bytes, 0),
-                backward_spike_bytes=max(peaks.get(backward, 0) - total_bytes, 0),
+                host_bytes=moved.get(forward, 0),
+                forward_spike_bytes=max(peaks.get(forward, 0) - total_bytes - before_bytes, 0),
+                backward_spike_bytes=max(peaks.get(backward, 0) - total_bytes - before_bytes, 0),
                 seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
             )
         )
+        before_bytes = moved.get(forward, 0)
     return result

@@ -250,6 +250,30 @@ def test_host_memory_is_kept_to_its_limit():
     assert over > 20 and slower_alone > 20
 
 
+def test_offloading_makes_room_for_what_is_on_its_way():
+    """Plans that offload carry one block's transfer beside every worst moment of a step; plans that do not, do not."""
+    rng, offloads, does_not = random.Random(4), 0, 0
+    for _ in range(300):
+        plain = random_table(rng)
+        table = replace(offloading(plain, None), transfer_bytes=rng.randint(1, 60))
+        # The same peaks without a word on transfers: as if they were images that only the steps find.
+        step = tuple(
+            replace(s, options=tuple(replace(o, spike_bytes=o.spike_bytes + table.transfer_bytes) for o in s.options))
+            for s in table.step
+        )
+        plans = np.concatenate([every_plan(plain, 3, 2), every_plan(replace(table, step=step), 3, 2)])
+        least, most = int(plans[:, 0].min()), int(plans[:, 0].max())
+        solver = Solver(table, 3, 2)
+        with pytest.raises(BudgetInfeasible) as error:
+            solver.plan((0, 2), least - 1)
+        assert error.value.smallest_bytes == least
+        for budget in (least, rng.randint(least, most), most):
+            plan = solver.plan((0, 2), budget)
+            assert plan.seconds == plans[plans[:, 0] <= budget, 1].min() and plan.peak_bytes <= budget
+            offloads, does_not = offloads + (plan.host_bytes > 0), does_not + (plan.host_bytes == 0)
+    assert offloads > 100 and does_not > 100
+
+
 def test_a_host_limit_that_leaves_no_plan():
     table = random_table(random.Random(0))
     only = replace(table, step=(Segment("step.0", (Option("offload", 1, 1, 1.0, 100),)),), host_limit_bytes=50)
