@@ -18,7 +18,7 @@ from alignprop_fast.fast_predict import FastPredict, Predict
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.models.text_cache import TextCache
-from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, leanest, parse_bytes
+from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, Plan, Solver, leanest, parse_bytes
 from alignprop_fast.runtime import (
     Chain,
     CompiledBlocks,
@@ -271,6 +271,8 @@ class DifferentiableSampler:
         """
         if self.budget_bytes is None:
             taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
+        elif not self._solvers:  # while the costs were measured, the leanest way first
+            raise BudgetInfeasible(self.budget_bytes, self.budget_bytes)
         else:
             peak_bytes = self.plan.peak_bytes if self.plan else 0
             taken_bytes = min(self.budget_bytes, peak_bytes or self.budget_bytes)

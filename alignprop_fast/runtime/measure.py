@@ -189,7 +189,7 @@ class Stopwatch:
         return totals
 
 
-def link_rate(device: torch.device, size_bytes: int = 2**28) -> float | None:
+def link_rate(device: torch.device, size_bytes: int = 2**26) -> float | None:
     """Bytes a second between registered host memory and the device, measured; None where there is no link."""
     if device.type != "cuda":
         return None
