@@ -40,7 +40,8 @@ app.command()(merge)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process: exit code 0, 2 after bad input, 130 after Ctrl-C."""
+    """Run the command line and leave the process: exit code 0, 2 after bad input or on too small a GPU, 130 after
+    Ctrl-C."""
     # Before anything imports torch: with segments that grow, live tensors can fill the budget instead of its pieces.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -50,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if message := error.format_message():
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its sake
+            raise
+        fail(_out_of_memory(str(error)))
+        code = BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     sys.exit(code or 0)
+
+
+def _out_of_memory(message: str) -> str:
+    """Torch's first sentences say how much of what; what to do is in it where a plan was known."""
+    known = "no leaner plan" in message
+    first = message.partition("\n")[0].partition(" If reserved")[0].removesuffix(".")
+    return first if known else f"{first}: use a smaller --batch-size or --height and --width, or --base-dtype fp8"

@@ -1,8 +1,9 @@
 """A process with a GPU that is not there: tensors on "cuda" lie in host memory and compute on the CPU (`device.cpp`).
 
-What it shows: that everything meets on one device, that the code behind `is_cuda` runs and gives the same numbers, what
-the allocator would have counted, running out of memory, and how often the host waits. What it cannot show: time, the
-order of streams, real kernels (Triton's run in its interpreter). Call `start` before torch is imported.
+`pytest -p emulate` starts it; so does `start()`, before torch is imported. What it shows: that everything meets on one
+device, that the code behind `is_cuda` runs and gives the same numbers, what the allocator would have counted, running
+out of memory, and how often the host waits. What it cannot show: time, the order of streams, real kernels (Triton's run
+in its interpreter).
 """
 
 import contextlib
@@ -13,10 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
+
+from interpreter_bf16 import bf16_of_the_interpreter
 
 SOURCE = Path(__file__).with_name("device.cpp")
 TOTAL_BYTES = 24 * 2**30
@@ -130,39 +133,6 @@ def _fused_attention():
     return library
 
 
-def _bf16_of_the_interpreter() -> None:
-    """Triton's interpreter cuts bf16 off where a GPU rounds, and multiplies the bits of bf16 matrices as integers."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        data = (x.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, tl.float32)
-
-    def narrowed(data):
-        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
-
-    builder = interpreter.InterpreterBuilder
-    cast, dot = builder.cast_impl, builder.create_dot
-
-    def cast_impl(self, source, to):
-        if source.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
-            return widened(source)
-        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
-            return interpreter.TensorHandle(narrowed(source.data), tl.bfloat16)
-        return cast(self, source, to)
-
-    builder.cast_impl = cast_impl
-    for name in ("create_fp_ext", "create_fp_trunc"):
-        setattr(builder, name, cast_impl)
-    builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-
-
 class Stream:
     """All work is done in the order in which it is asked for, whatever stream it is given to."""
 
@@ -198,8 +168,21 @@ class Event:
         return True
 
 
+_started: list[Emulated] = []
+
+
+def started() -> Emulated:
+    """The device of this process."""
+    return _started[0]
+
+
+def pytest_load_initial_conftests() -> None:
+    start()
+
+
 def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (8, 9)) -> Emulated:
     """Make this process see one GPU of `TOTAL_BYTES`."""
+    os.environ["TRITON_INTERPRET"] = "1"
     assert "torch" not in sys.modules, "torch has looked for devices already"
     device = Emulated(ctypes.CDLL(str(build())))
     import torch
@@ -260,8 +243,10 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     }
     emulated = device
     device.operators = _fused_attention()
-    _bf16_of_the_interpreter()
+    bf16_of_the_interpreter()
     for attribute, value in replaced.items():
         assert hasattr(torch.cuda, attribute), attribute
         setattr(torch.cuda, attribute, value)
+    torch._C._cuda_clearCublasWorkspaces = lambda: None
+    _started.append(device)
     return device

@@ -1,7 +1,7 @@
 """The attention kernels against float64: output, logsumexp and all three gradients.
 
-Tolerance: twice the error of plain PyTorch in the same dtype, plus 1e-6 (design rule for every op). bf16 is left to a
-GPU: the interpreter's bf16 arithmetic is wrong. The kernels for few keys are also run in fp32, which shows a mistake
+Tolerance: twice the error of plain PyTorch in the same dtype, plus 1e-6 (design rule for every op).
+The kernels for few keys are also run in fp32, which shows a mistake
 that half types would hide, though the choice between kernels sends fp32 the general way.
 """
 
@@ -19,7 +19,7 @@ tiles = pytest.importorskip("alignprop_fast.kernels.attention_tiles")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies fp16 without BLAS: what does not depend on the dtype is shown in fp32 there.
 QUICK = torch.float16 if DEVICE == "cuda" else torch.float32
-HALF = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+HALF = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,73 @@
+"""Images and gradients of a chain on the emulated GPU are those of the CPU, for every architecture; no step waits."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from alignprop_fast import DifferentiableSampler
+from alignprop_fast.runtime import run_chain
+
+pytestmark = pytest.mark.usefixtures("plain_kernels")
+
+STEPS, PROMPTS = 4, ["a red cat", "a dog"]
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def pipes(request, emulated):
+    """The same pipeline on the CPU and on the GPU, with adapters that change something."""
+    pipe = request.getfixturevalue(request.param)
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    torch.manual_seed(0)
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return pipe, deepcopy(pipe).to("cuda")
+
+
+def run(pipe, budget):
+    size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=budget, **size)
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(3), grad_steps=[1, 3])
+    (images * torch.linspace(0, 1, 16, device=images.device)).mean().backward()
+    grads = [p.grad for p in sampler.model.trainable()]
+    assert all(g is not None and g.device == images.device for g in grads)
+    return images.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu(), sampler
+
+
+# A budget that keeps everything, one under which everything runs again, and none.
+@pytest.mark.parametrize("budget", ["10GiB", "least", None])
+def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
+    on_cpu, on_gpu = pipes
+    if budget == "least":
+        from alignprop_fast.planner import BudgetInfeasible
+
+        with pytest.raises(BudgetInfeasible) as error:
+            run(on_gpu, 1)
+        budget = error.value.smallest_bytes
+    images, grads, _ = run(on_cpu, None)
+    ours, our_grads, sampler = run(on_gpu, budget)
+    # fp32 on both; attention and norms sum in another order.
+    assert (images - ours).abs().max() <= 1e-5
+    assert (grads - our_grads).abs().max() <= 1e-4 * grads.abs().max()
+    assert budget is None or sampler.plan.peak_bytes <= 10 * 2**30
+
+
+def test_no_step_waits_for_the_device(pipes, emulated):
+    _, on_gpu = pipes
+    size = {"height": 16, "width": 16} if type(on_gpu).__name__ == "FluxPipeline" else {}
+    sampler = DifferentiableSampler(on_gpu, STEPS, **size)
+    cond = sampler.model.blank_conditioning(2, type(on_gpu).__name__ != "FluxPipeline", sampler.size)
+    chain = sampler._chain(cond, None, sampler.table, True)
+    x = sampler.model.initial_latents(2, sampler.size, None, None)
+    before = emulated.waits()
+    assert x.sum().item() is not None and emulated.waits() == before + 1, "the device sees who waits"
+    plan = sampler.plan_for(2)
+    before = emulated.waits()
+    out = run_chain(chain, plan, x)
+    out.sum().backward()
+    # The noise of each step is drawn on the host, as diffusers draws it, and copied.
+    drawn = STEPS if sampler.draw_noise else 0
+    assert emulated.waits() - before <= drawn
