@@ -110,7 +110,7 @@ def merge(
             from alignprop_fast.models.lora_mix import load_loras
 
             texts, device = load_prompts(prompts), pick_device(device)
-            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config)
+            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
             names = load_loras(pipe, [source for source, _ in mixture])
             sampler = DifferentiableSampler(
                 pipe,

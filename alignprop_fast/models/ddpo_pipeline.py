@@ -35,7 +35,7 @@ class DefaultDDPOStableDiffusionPipeline:
             folder beside the model are loaded, and training goes on from them.
         pretrained_model_revision: of a Hub model.
         use_lora: train adapters; otherwise the whole denoiser. True in any case where the folder holds LoRA weights.
-        scheduler, model_config: as in `load_pipeline`.
+        scheduler, model_config, allow_pickle: as in `load_pipeline`.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -51,12 +51,17 @@ class DefaultDDPOStableDiffusionPipeline:
         use_lora: bool = True,
         scheduler: str = "auto",
         model_config: str | Path | None = None,
+        allow_pickle: bool = False,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
         self.sd_pipeline = load_pipeline(
-            pretrained_model_name, revision=pretrained_model_revision, scheduler=scheduler, model_config=model_config
+            pretrained_model_name,
+            revision=pretrained_model_revision,
+            scheduler=scheduler,
+            model_config=model_config,
+            allow_pickle=allow_pickle,
         )
         folder = Path(pretrained_model_name).expanduser()
         if (folder / WEIGHTS_NAME).is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.models.load import check_safetensors
+from alignprop_fast.models.load_folder import check_safetensors
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name, target_modules
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.models.load import check_safetensors
+from alignprop_fast.models.load_folder import check_safetensors
 from alignprop_fast.models.lora import WEIGHTS_NAME, with_metadata
 
 _METADATA_KEY = "lora_adapter_metadata"

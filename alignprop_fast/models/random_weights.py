@@ -59,6 +59,7 @@ def make_sdxl_folder(
     latent_size: int = 8,
     vae_widths: tuple[int, ...] = (16, 32),
     text_width: int = 16,
+    second_text_width: int | None = None,
     norm_groups: int = 8,
     heads: int = 2,
     layers_per_block: int = 1,
@@ -66,19 +67,20 @@ def make_sdxl_folder(
 ) -> Path:
     """Write a `StableDiffusionXLPipeline` (two text encoders, size conditioning) with random weights.
 
-    Arguments as in `make_sd_folder`; both text encoders have `text_width` channels, so that the
-    cross-attention sees 2 * text_width.
+    Arguments as in `make_sd_folder`; the second text encoder has `second_text_width` channels (as many as the first
+    where None), and the cross-attention sees those of both.
     """
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    pooled, time_width = 32, 8
+    pooled, time_width, second_width = 32, 8, second_text_width or text_width
+    cross_width = text_width + second_width
     conditioning = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": time_width,
         "projection_class_embeddings_input_dim": pooled + 6 * time_width,
     }
-    second = text_config(text_width, pad_token_id=0, projection_dim=pooled, hidden_act="gelu")
+    second = text_config(second_width, pad_token_id=0, projection_dim=pooled, hidden_act="gelu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = StableDiffusionXLPipeline(
@@ -87,7 +89,7 @@ def make_sdxl_folder(
             text_encoder_2=CLIPTextModelWithProjection(second),
             tokenizer=clip_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
             tokenizer_2=clip_tokenizer(Path(folder) / "tokenizer_2", pad_token="!"),
-            unet=unet(unet_widths, latent_size, 2 * text_width, norm_groups, heads, layers_per_block, conditioning),
+            unet=unet(unet_widths, latent_size, cross_width, norm_groups, heads, layers_per_block, conditioning),
             scheduler=diffusion_scheduler(),
             add_watermarker=False,
         )
@@ -156,12 +158,14 @@ def make_flux_folder(
     vae_widths: tuple[int, ...] = (16, 32),
     text_width: int = 16,
     norm_groups: int = 8,
+    guidance_embeds: bool = True,
     seed: int = 0,
 ) -> Path:
     """Write a `FluxPipeline` as FLUX.1-dev is (guidance embedding, dynamic shift) with random weights.
 
-    Arguments as in `make_sd3_folder`; head_width is a multiple of 8. The pipeline's own picture size is 128 latents
-    whatever the model: ask for a smaller one.
+    Without `guidance_embeds` it is FLUX.1-schnell (no guidance embedding, no shift). Others as in `make_sd3_folder`;
+    head_width is a multiple of 8. The pipeline's own picture size is 128 latents whatever the model: ask for a smaller
+    one.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
@@ -182,11 +186,15 @@ def make_flux_folder(
                 num_attention_heads=heads,
                 joint_attention_dim=2 * text_width,
                 pooled_projection_dim=text_width,
-                guidance_embeds=True,
+                guidance_embeds=guidance_embeds,
                 axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(
-                shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+                shift=3.0 if guidance_embeds else 1.0,
+                use_dynamic_shifting=guidance_embeds,
+                base_shift=0.5,
+                max_shift=1.15,
+                max_image_seq_len=4096,
             ),
         )
     return _save(pipe, folder, {"tokenizer": "<|endoftext|>"})
