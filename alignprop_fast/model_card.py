@@ -40,7 +40,7 @@ pipe.load_lora_weights("this folder")  # on the base model's diffusers pipeline
 """
 
 _KOHYA = """
-In ComfyUI, AUTOMATIC1111 and other programs: put `{kohya}` into the folder of LoRAs.
+In ComfyUI, Forge and other programs: put `{kohya}` into the folder of LoRAs.
 """
 
 _RESULT = """{kohya}

@@ -13,7 +13,6 @@ from torch import nn
 
 from alignprop_fast.models.load import load_pipeline
 from alignprop_fast.models.lora import (
-    WEIGHTS_NAME,
     add_lora,
     has_lora,
     load_lora,
@@ -21,6 +20,7 @@ from alignprop_fast.models.lora import (
     train_loaded_lora,
     trainable_in_fp32,
 )
+from alignprop_fast.models.lora_file import WEIGHTS_NAME
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 
