@@ -67,7 +67,7 @@ def write_card(
             len(after.images),
             tuple(prompts),
             "before_after.png",
-            KOHYA_NAME if (folder / KOHYA_NAME).exists() else None,
+            KOHYA_NAME,
         ),
     )
 
