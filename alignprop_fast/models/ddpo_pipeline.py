@@ -63,10 +63,13 @@ class DefaultDDPOStableDiffusionPipeline:
             model_config=model_config,
             allow_pickle=allow_pickle,
         )
+        self._loaded: dict[str, torch.Tensor] = {}
         folder = Path(pretrained_model_name).expanduser()
         if (folder / WEIGHTS_NAME).is_file():
             load_lora(self.sd_pipeline, folder)
             self.use_lora = True
+            adapters = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
+            self._loaded = {name: parameter.detach().clone() for name, parameter in adapters.items()}
             logger.info("training goes on from the LoRA weights in %s", folder)
         own = self.sd_pipeline.scheduler
         if type(own).__name__ == "DDIMScheduler":
@@ -134,6 +137,10 @@ class DefaultDDPOStableDiffusionPipeline:
             trainable_in_fp32(self.unet)
         elif has_lora(self.sd_pipeline):
             train_loaded_lora(self.sd_pipeline)
+            with torch.no_grad():  # which the model's own precision may have rounded meanwhile
+                for name, values in self._loaded.items():
+                    self.unet.get_parameter(name).copy_(values)
+            self._loaded = {}
         else:
             add_lora(self.sd_pipeline, rank, alpha, targets)
         return self.unet
