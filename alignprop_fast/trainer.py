@@ -276,7 +276,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             return
         for tensor in self.weights.tensors:
             if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
+                tensor.grad = torch.zeros_like(tensor, dtype=tensor.grad_dtype)
             sum_in_place(tensor.grad)
             tensor.grad /= self.accelerator.num_processes
 
