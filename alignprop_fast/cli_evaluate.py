@@ -120,7 +120,7 @@ def evaluate(
         sets = {_TRAINING: prompts} | ({_HELDOUT: heldout_prompts} if heldout_prompts else {})
         tasks = [t for name, s in sets.items() for t in tasks_of(name, load_prompts(s), images_per_prompt, seed)]
         device = pick_device(device)
-        pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config)
+        pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
         variants = _variants(_labels(lora), load_loras(pipe, lora), scale or [1.0])
         scored = open_reward(reward, pipe, reward_model, allow_pickle)
         parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []

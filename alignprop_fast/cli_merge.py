@@ -25,7 +25,8 @@ Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER:WEIGHT",
-        help="Output folders of train, or LoRA files (.safetensors), each with its weight, 1 where there is none.",
+        help="Output folders of train, or LoRA files (.safetensors, in diffusers' or kohya's naming), each with its "
+        "weight, 1 where there is none.",
         show_default=False,
     ),
 ]
@@ -85,8 +86,9 @@ def merge(
 ) -> None:
     """Mix adapters linearly, or scale one toward the base model.
 
-    Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights) and merge.json (weights, ranks, relative
-    Frobenius errors) to --output-dir. No model is loaded, but for the pictures of --path-steps.
+    Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
+    ComfyUI and others) and merge.json (weights, ranks, relative Frobenius errors) to --output-dir. No model is loaded,
+    but for the pictures of --path-steps.
 
     **Examples**
 
@@ -98,7 +100,8 @@ def merge(
     path = None
     with setup_errors():
         quiet_libraries(console)
-        from alignprop_fast.models.lora_merge import merge_loras, read_lora
+        from alignprop_fast.models.lora_file import read_lora
+        from alignprop_fast.models.lora_merge import merge_loras
 
         check_new_folder(folder)
         mixture = [_split(adapter) for adapter in adapters]
@@ -110,7 +113,7 @@ def merge(
             from alignprop_fast.models.lora_mix import load_loras
 
             texts, device = load_prompts(prompts), pick_device(device)
-            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config)
+            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
             names = load_loras(pipe, [source for source, _ in mixture])
             sampler = DifferentiableSampler(
                 pipe,
@@ -136,6 +139,7 @@ def merge(
         console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
     _print(console, merged, rank)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
+    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)
 
 
 def _check(
@@ -169,8 +173,8 @@ def _split(adapter: str) -> tuple[str, float]:
 
 def _write(folder: Path, merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | None) -> None:
     from alignprop_fast import __version__
-    from alignprop_fast.models.lora import WEIGHTS_NAME
-    from alignprop_fast.models.lora_merge import merged_file
+    from alignprop_fast.models.lora_file import WEIGHTS_NAME, lora_content
+    from alignprop_fast.models.lora_kohya import KOHYA_NAME, kohya_content
     from alignprop_fast.report import write_whole
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,5 +186,8 @@ def _write(folder: Path, merged: Merged, mixture: Sequence[tuple[str, float]], r
         "alignprop_fast": __version__,
     }
     mixed = " + ".join(f"{weight:g} {Path(path).name}" for path, weight in mixture)
-    write_whole(folder / WEIGHTS_NAME, merged_file(merged.factors, {"alignprop_merged": mixed}))
+    metadata = {"alignprop_merged": mixed}
+    write_whole(folder / WEIGHTS_NAME, lora_content(merged.factors, metadata))
+    kohya = {**metadata, "ss_training_comment": f"merged: {mixed}", "modelspec.title": mixed}
+    write_whole(folder / KOHYA_NAME, kohya_content(merged.factors, kohya))
     write_whole(folder / "merge.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -298,8 +298,9 @@ AllowPickle = Annotated[
     bool,
     typer.Option(
         "--allow-pickle",
-        help="Also read reward weights in .pt, .pth and .bin files (tensors only; nothing in them is run).",
-        rich_help_panel=_REWARD,
+        help="Also read weights in .pt, .pth and .bin files, of rewards and of models that have no others (tensors "
+        "only; nothing in them is run).",
+        rich_help_panel=_MODEL,
     ),
 ]
 NormaliseRewards = Annotated[

@@ -29,11 +29,16 @@ def check_new_folder(folder: Path) -> None:
 
 
 def open_pipeline(
-    model: str, device: str, precision: str, scheduler: str = "auto", model_config: str | None = None
+    model: str,
+    device: str,
+    precision: str,
+    scheduler: str = "auto",
+    model_config: str | None = None,
+    allow_pickle: bool = False,
 ) -> Any:
     """The pipeline on the device, its weights in that precision ("auto": bf16 on a GPU, fp32 on the CPU).
 
-    scheduler, model_config: as in `load_pipeline`.
+    scheduler, model_config, allow_pickle: as in `load_pipeline`.
 
     Raises:
         ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
@@ -46,7 +51,9 @@ def open_pipeline(
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
     name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    return load_pipeline(model, dtype, device, scheduler=str(scheduler), model_config=model_config)
+    return load_pipeline(
+        model, dtype, device, scheduler=str(scheduler), model_config=model_config, allow_pickle=allow_pickle
+    )
 
 
 def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickle: bool) -> WeightedSum:

@@ -15,9 +15,9 @@ _NOT_FOR_OTHERS = ("output_dir", "device", "save_every", "sample_every", "log_wi
 
 
 def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int) -> None:
-    """The adapters after `steps` optimizer steps, under diffusers' names and, of a UNet, under kohya's."""
+    """The adapters after `steps` optimizer steps, under diffusers' names and under kohya's."""
     from alignprop_fast.models.lora import save_lora
-    from alignprop_fast.models.lora_kohya import has_kohya_names, kohya_metadata, save_kohya_lora
+    from alignprop_fast.models.lora_kohya import kohya_metadata, save_kohya_lora
     from alignprop_fast.training_state import versions
 
     own = {
@@ -29,8 +29,6 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
         "alignprop_versions": json.dumps(versions()),
     }
     save_lora(pipe, folder, own)
-    if not has_kohya_names(pipe):
-        return
     kohya = kohya_metadata(
         pipe,
         base_model=shareable(options.model),
@@ -69,7 +67,7 @@ def write_card(
             len(after.images),
             tuple(prompts),
             "before_after.png",
-            KOHYA_NAME if (folder / KOHYA_NAME).exists() else None,
+            KOHYA_NAME,
         ),
     )
 

@@ -42,6 +42,7 @@ FirstSeed = Annotated[
 def sample(
     model: o.Model = DEFAULTS.model,
     model_config: o.ModelConfig = DEFAULTS.model_config,
+    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
     lora: Lora = None,
     prompt: Prompt = None,
     prompts: PromptSet = DEFAULTS.prompts,
@@ -80,7 +81,7 @@ def sample(
 
         check_new_folder(folder)
         texts = [text for text in (prompt or load_prompts(prompts)) for _ in range(images_per_prompt)]
-        pipe = open_pipeline(model, pick_device(device), mixed_precision, scheduler, model_config)
+        pipe = open_pipeline(model, pick_device(device), mixed_precision, scheduler, model_config, allow_pickle)
         if lora is not None:
             load_lora(pipe, Path(lora).expanduser())
         sampler = DifferentiableSampler(

@@ -102,7 +102,10 @@ class Session:
         )
         self.watch, self.stopping = make_watch(self.options, self.reward, device), make_stopping(self.options)
         pipeline = DefaultDDPOStableDiffusionPipeline(
-            options.model, scheduler=options.scheduler, model_config=options.model_config
+            options.model,
+            scheduler=options.scheduler,
+            model_config=options.model_config,
+            allow_pickle=options.allow_pickle,
         )
         self._check_reward(pipeline.sd_pipeline, device)
         self.records = Records(self.folder, options.reward)

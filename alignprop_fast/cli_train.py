@@ -138,5 +138,4 @@ def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures
     console.print(table)
     console.print(f"pictures: {folder / 'before_after.png'}\ncurve:    {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
-    if (kohya := folder / "kohya_lora_weights.safetensors").exists():
-        console.print(f"          {kohya} for ComfyUI and others", soft_wrap=True)
+    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)

@@ -40,7 +40,7 @@ pipe.load_lora_weights("this folder")  # on the base model's diffusers pipeline
 """
 
 _KOHYA = """
-In ComfyUI, AUTOMATIC1111 and other programs: put `{kohya}` into the folder of LoRAs.
+In ComfyUI, Forge and other programs: put `{kohya}` into the folder of LoRAs.
 """
 
 _RESULT = """{kohya}
@@ -67,7 +67,7 @@ class Result:
 
     base: the base model's name.
     scores: (before, after) of the reward and of its parts. count: pictures that they are the means of. picture, kohya:
-    names of files beside the card; kohya None where there is none.
+    names of files beside the card.
     """
 
     base: str
@@ -76,7 +76,7 @@ class Result:
     count: int
     prompts: Sequence[str]
     picture: str
-    kohya: str | None
+    kohya: str
 
     def to_text(self) -> str:
         listed = "; ".join(self.prompts[:_PROMPTS]) + ("; and more" if len(self.prompts) > _PROMPTS else "")
@@ -86,7 +86,7 @@ class Result:
             count=self.count,
             scores="\n".join(f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in self.scores.items()),
             picture=self.picture,
-            kohya=_KOHYA.format(kohya=self.kohya) if self.kohya else "",
+            kohya=_KOHYA.format(kohya=self.kohya),
             number=len(self.prompts),
             prompts=listed,
         )

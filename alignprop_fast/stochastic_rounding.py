@@ -28,8 +28,9 @@ def stochastic_round(x: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 class RoundedOptimizer(torch.optim.Optimizer):
     """An optimizer of bf16 parameters whose state and step are those of fp32 ones.
 
-    fp32 copies live in `step` alone, when no activations do: 8 bytes per parameter for a moment. Random numbers come
-    from the seed and the number of steps: the same in every process and after a resume, and not those of training.
+    Gradients may be in fp32, as `FlatParameters` has them, or bf16. fp32 copies live in `step` alone, when no
+    activations do: 4 bytes per parameter for a moment, and as many for a bf16 gradient. Random numbers come from the
+    seed and the number of steps: the same in every process and after a resume, and not those of training.
 
     Args:
         make: makes the optimizer that steps the fp32 copies.

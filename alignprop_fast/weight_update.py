@@ -77,7 +77,7 @@ class WeightUpdate:
             return
         for tensor in self.weights.tensors:
             if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
+                tensor.grad = torch.zeros_like(tensor, dtype=tensor.grad_dtype)
             sum_in_place(tensor.grad)
             tensor.grad /= self._accelerator.num_processes
 

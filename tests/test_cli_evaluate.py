@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignprop_fast.models.lora import WEIGHTS_NAME, add_lora, save_lora
-from alignprop_fast.models.lora_merge import read_lora
+from alignprop_fast.models.lora import add_lora, save_lora
+from alignprop_fast.models.lora_file import WEIGHTS_NAME, read_lora
+from alignprop_fast.models.lora_kohya import KOHYA_NAME
 
 TINY = ("--num-inference-steps", "2", "--batch-size", "3", "--device", "cpu")
 
@@ -151,6 +152,32 @@ def test_merge_writes_a_file_that_diffusers_loads(command, tiny_sd, loras, tmp_p
     assert f"{record['relative_error']:.2%} in all" in printed and 0.1 < record["relative_error"] < 1
 
 
+def test_merge_reads_and_writes_kohya_files(command, tiny_sd_folder, loras, tmp_path):
+    """Inputs in either naming, the same mixture in both outputs, and pictures of each."""
+    assert command("merge", loras / "first", "--output-dir", tmp_path / "one")[0] == 0
+    kohya = tmp_path / "one" / KOHYA_NAME
+    code, printed, err = command("merge", f"{kohya}:0.5", f"{loras / 'second'}:0.5", "--output-dir", tmp_path / "k")
+    assert (code, err) == (0, "") and KOHYA_NAME in printed
+    assert command("merge", f"{loras / 'first'}:0.5", f"{loras / 'second'}:0.5", "--output-dir", tmp_path / "d")[0] == 0
+    mixed = [read_lora(tmp_path / out / name) for out in "kd" for name in (KOHYA_NAME, WEIGHTS_NAME)]
+    for other in mixed[1:]:
+        assert other.keys() == mixed[0].keys()
+        for module, factors in mixed[0].items():
+            torch.testing.assert_close(other[module].delta(), factors.delta(), rtol=1e-6, atol=1e-6)
+    arguments = ("--model", tiny_sd_folder, *TINY, "--prompts", loras / "prompts.txt", "--reward", "colorfulness")
+    values = []
+    for name in (KOHYA_NAME, WEIGHTS_NAME):
+        shutil.rmtree(tmp_path / "e", ignore_errors=True)
+        assert command("evaluate", *arguments, "--lora", tmp_path / "k" / name, "--output-dir", tmp_path / "e")[0] == 0
+        values.append([float(row["value"]) for row in table(tmp_path / "e" / "evaluation.csv")])
+    assert values[0] == pytest.approx(values[1], abs=1e-4) and len(set(values[0])) == len(values[0])
+    code, _, err = command(
+        *("sample", "--model", tiny_sd_folder, "--lora", kohya, "--prompt", "a cat", "--num-inference-steps", 2),
+        *("--output-dir", tmp_path / "s"),
+    )
+    assert (code, err) == (0, "")
+
+
 def test_the_path_begins_at_one_adapter_and_ends_at_the_other(command, tiny_sd_folder, loras, tmp_path):
     common = ("--model", tiny_sd_folder, *TINY, "--prompts", loras / "prompts.txt", "--reward", "colorfulness")
     code, out, err = command(
@@ -166,7 +193,9 @@ def test_the_path_begins_at_one_adapter_and_ends_at_the_other(command, tiny_sd_f
         )
     )
     assert (code, err) == (0, "") and "6/6 pictures" in out
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {WEIGHTS_NAME, "merge.json", "path.png", "path.csv"}
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {
+        *(WEIGHTS_NAME, KOHYA_NAME, "merge.json", "path.png", "path.csv")
+    }
     rows = table(tmp_path / "p" / "path.csv")
     assert [(row["t"], row["prompt"], row["seed"]) for row in rows][::2] == [
         (t, "a cat", "0") for t in ("0.0", "0.5", "1.0")

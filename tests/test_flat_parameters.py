@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 from alignprop_fast.flat_parameters import FlatParameters
+from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.models.lora import add_lora, load_lora, save_lora
 from alignprop_fast.optim import make_optimizer
 
@@ -58,12 +59,75 @@ def test_strides_and_dtypes_are_kept():
     assert [tensor.dtype for tensor in flat.tensors] == [torch.float32, torch.bfloat16]
     assert parameters[0].is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(parameters, tensors, strict=True))
-    parameters[0].grad, parameters[1].grad = torch.randn(4, 8, 3, 3), torch.ones(5, 3, dtype=torch.bfloat16)
+    parameters[0].grad, parameters[1].grad = torch.randn(4, 8, 3, 3), torch.ones(5, 3)
     wanted = parameters[0].detach() - 0.1 * parameters[0].grad
     flat.gather_gradients()
     torch.optim.SGD(flat.tensors, lr=0.1).step()
     torch.testing.assert_close(parameters[0].detach(), wanted)
     assert torch.equal(parameters[2], tensors[2]), "no gradient counts as zero"
+
+
+class Wide(torch.autograd.Function):
+    """A chain's gradient of bf16 parameters: a sum in fp32."""
+
+    @staticmethod
+    def forward(ctx, parameter, grad):
+        ctx.save_for_backward(grad)
+        return parameter.float().sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_micro_batches_add_up_in_fp32(merge):
+    """Of 16 gradients of one sign a bf16 sum loses up to 16 roundings of 1/512; here there is none but fp32's."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [1 + torch.rand(4096, generator=generator) for _ in range(16)]
+    parameters = [torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16)) for _ in range(2)]
+    flat = FlatParameters(parameters, merge)
+    narrow = torch.zeros(4096, dtype=torch.bfloat16)
+    for grad in grads:
+        Wide.apply(parameters[0], grad).backward()
+        narrow += grad.bfloat16()
+    flat.gather_gradients()
+    exact = torch.stack(grads).double().sum(0)
+    assert flat.tensors[0].grad.dtype == torch.float32 and flat.tensors[0].dtype == torch.bfloat16
+    torch.testing.assert_close(flat.tensors[0].grad[:4096].double(), exact, rtol=16 * 2**-24, atol=0)
+    assert ((narrow.double() - exact) / exact).abs().max() > 3 * 2**-9
+    assert flat.tensors[0].grad[4096:].count_nonzero() == 0 and (merge or flat.tensors[1].grad is None)
+    flat.zero_grad()
+    assert all(tensor.grad is None for tensor in (*parameters, *flat.tensors))
+
+
+def test_micro_batches_of_a_chain_in_bf16(tiny_sd):
+    """16 backward passes through the chain: their sum is that of the fp32 gradients that each gives by itself."""
+    tiny_sd.to(torch.bfloat16)
+    parameters = add_lora(tiny_sd, rank=4)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.1).to(torch.bfloat16)
+    flat = FlatParameters(parameters)
+    sampler = DifferentiableSampler(tiny_sd, num_inference_steps=2)
+
+    def backward(seed):
+        images = sampler(["a dog"], generator=torch.Generator().manual_seed(seed), grad_steps=[0, 1])
+        (images.float() * torch.linspace(0, 1, images.shape[-1])).mean().backward()
+
+    exact = 0.0
+    for seed in range(16):
+        backward(seed)
+        flat.gather_gradients()
+        exact = exact + flat.tensors[0].grad.double()
+        flat.zero_grad()
+    for seed in range(16):
+        backward(seed)
+    flat.gather_gradients()
+    found = flat.tensors[0].grad
+    assert found.dtype == torch.float32 and (found != found.bfloat16()).any(), "not rounded anywhere"
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
 def test_files_are_read_into_the_flat_parameter(tiny_sd, tmp_path):

@@ -91,6 +91,8 @@ def train(name, epochs, **options):
 assert train("whole", 3).accelerator.num_processes == 2
 train("parts", 2)
 train("parts", 3, resume_from=f"{root}/parts")
+# Separate tensors, of which a process without a gradient step has no gradients: zeros, in fp32 as the others' are.
+train("narrow", 6, optimizer="adafactor", adapter_dtype="bf16")
 trainer = make_trainer(folder, f"{root}/gradient")
 rank = trainer.accelerator.process_index
 gradient = one_step_on(trainer, [rank])

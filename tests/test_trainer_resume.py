@@ -11,7 +11,11 @@ import torch
 
 from alignprop_fast.checkpoint import checkpoints
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.models.load import load_pipeline
+from alignprop_fast.models.lora import load_lora
+from alignprop_fast.models.quantization import is_quantized, quantize_linears
 from alignprop_fast.trainer import AlignPropTrainer
 from alignprop_fast.training_state import _check_same
 
@@ -84,6 +88,31 @@ def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtyp
     assert adapter_bytes(newest(tmp_path / "whole")) != adapter_bytes(
         newest(tmp_path / "whole").with_name("checkpoint_4")
     )
+
+
+@pytest.mark.parametrize("base", ["int8", *(["nf4"] if find_spec("bitsandbytes") else [])])
+def test_resuming_on_a_quantised_base(tiny_sd_folder, tmp_path, base):
+    options = {"base_dtype": base, "train_learning_rate": 1e-2}
+    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train(3)
+    make_trainer(tiny_sd_folder, tmp_path / "parts", **options).train(1)
+    resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **options)
+    resumed.train(3)
+    assert adapter_bytes(newest(tmp_path / "parts")) == adapter_bytes(newest(tmp_path / "whole"))
+    assert is_quantized(resumed.sd_pipeline.unet)
+    # The same adapters on the same base draw the same pictures outside of the trainer.
+    pipe = load_pipeline(tiny_sd_folder)
+    pipe.scheduler = resumed.sd_pipeline.scheduler
+    quantize_linears(pipe.unet, base, torch.device("cpu"), torch.float32)
+
+    def drawn(sampler):
+        return sampler("the red cat", generator=torch.Generator().manual_seed(0), grad_steps=())
+
+    scale = resumed.config.sample_guidance_scale
+    without = drawn(DifferentiableSampler(pipe, 2, scale))
+    load_lora(pipe, newest(tmp_path / "parts"))
+    found, expected = drawn(DifferentiableSampler(pipe, 2, scale)), drawn(resumed.sampler)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (found - without).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

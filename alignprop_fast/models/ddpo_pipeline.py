@@ -13,7 +13,6 @@ from torch import nn
 
 from alignprop_fast.models.load import load_pipeline
 from alignprop_fast.models.lora import (
-    WEIGHTS_NAME,
     add_lora,
     has_lora,
     load_lora,
@@ -21,6 +20,7 @@ from alignprop_fast.models.lora import (
     train_loaded_lora,
     trainable_in_fp32,
 )
+from alignprop_fast.models.lora_file import WEIGHTS_NAME
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 
@@ -35,7 +35,7 @@ class DefaultDDPOStableDiffusionPipeline:
             folder beside the model are loaded, and training goes on from them.
         pretrained_model_revision: of a Hub model.
         use_lora: train adapters; otherwise the whole denoiser. True in any case where the folder holds LoRA weights.
-        scheduler, model_config: as in `load_pipeline`.
+        scheduler, model_config, allow_pickle: as in `load_pipeline`.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -51,17 +51,25 @@ class DefaultDDPOStableDiffusionPipeline:
         use_lora: bool = True,
         scheduler: str = "auto",
         model_config: str | Path | None = None,
+        allow_pickle: bool = False,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
         self.sd_pipeline = load_pipeline(
-            pretrained_model_name, revision=pretrained_model_revision, scheduler=scheduler, model_config=model_config
+            pretrained_model_name,
+            revision=pretrained_model_revision,
+            scheduler=scheduler,
+            model_config=model_config,
+            allow_pickle=allow_pickle,
         )
+        self._loaded: dict[str, torch.Tensor] = {}
         folder = Path(pretrained_model_name).expanduser()
         if (folder / WEIGHTS_NAME).is_file():
             load_lora(self.sd_pipeline, folder)
             self.use_lora = True
+            adapters = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
+            self._loaded = {name: parameter.detach().clone() for name, parameter in adapters.items()}
             logger.info("training goes on from the LoRA weights in %s", folder)
         own = self.sd_pipeline.scheduler
         if type(own).__name__ == "DDIMScheduler":
@@ -129,6 +137,10 @@ class DefaultDDPOStableDiffusionPipeline:
             trainable_in_fp32(self.unet)
         elif has_lora(self.sd_pipeline):
             train_loaded_lora(self.sd_pipeline)
+            with torch.no_grad():  # which the model's own precision may have rounded meanwhile
+                for name, values in self._loaded.items():
+                    self.unet.get_parameter(name).copy_(values)
+            self._loaded = {}
         else:
             add_lora(self.sd_pipeline, rank, alpha, targets)
         return self.unet

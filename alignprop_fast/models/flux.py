@@ -21,6 +21,7 @@ class FluxAdapter(PipelineAdapter):
 
     schedulers = FLOW
     embeds_guidance = True
+    channels_per_latent = 4
 
     @property
     def denoiser(self) -> Any:

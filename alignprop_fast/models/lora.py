@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignprop_fast.models.load import check_safetensors
+from alignprop_fast.models.lora_file import (
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    is_kohya,
+    lora_content,
+    lora_file,
+    read_lora,
+    with_metadata,
+)
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name, target_modules
-
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def add_lora(pipe: Any, rank: int = 4, alpha: float = 4, targets: str = "attention") -> list[torch.nn.Parameter]:
@@ -79,7 +86,7 @@ def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = N
     header = {
         "format": "pt",
         **(metadata or {}),
-        "lora_adapter_metadata": _adapter_metadata(prefix, config),
+        METADATA_KEY: _adapter_metadata(prefix, config),
     }
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
     temporary.write_bytes(with_metadata(save(tensors), header))
@@ -103,18 +110,6 @@ def _state(pipe: Any) -> dict[str, torch.Tensor]:
     return older if all(".lora." in name for name in older) else state
 
 
-def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
-    """A safetensors file with that metadata in a fixed order; the library's own order changes from run to run.
-
-    Format: 8 bytes length of the header (little endian), the header in JSON padded to a multiple of 8, the tensors.
-    """
-    length = int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
-
-
 def _adapter_metadata(prefix: str, config: Any) -> str:
     """What `load_lora_weights` needs to know beside the shapes, as diffusers stores it.
 
@@ -130,36 +125,61 @@ def _adapter_metadata(prefix: str, config: Any) -> str:
     return json.dumps({f"{prefix}.{key}": value for key, value in fields.items()}, sort_keys=True)
 
 
-def load_lora(pipe: Any, folder: str | Path) -> None:
-    """Put the adapters of `folder/pytorch_lora_weights.safetensors` into the denoiser.
+def load_lora(pipe: Any, path: str | Path) -> None:
+    """Put the adapters of a LoRA file, or of `path/pytorch_lora_weights.safetensors`, into the denoiser.
 
     Where it has adapters already, their values are overwritten in place, so that an optimizer keeps its hold on
     them; otherwise this is `pipe.load_lora_weights`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or adapters of another shape or in other places.
+        ValueError: a damaged file, or adapters of another kind or shape, or in other places.
     """
-    file = Path(folder) / WEIGHTS_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}: give the folder that training wrote")
-    check_safetensors(file)
-    _check_no_dora(file)
-    if has_lora(pipe):
+    file = lora_file(path)
+    if not has_lora(pipe):
+        load_new(pipe, file)
+    elif is_kohya(file):
+        raise ValueError(f"{file} is in kohya's naming, and the denoiser has adapters already: give {WEIGHTS_NAME}")
+    else:
         _overwrite(pipe, file)
-        return
+
+
+def load_new(pipe: Any, file: Path, name: str | None = None) -> None:
+    """Give the pipeline the adapters of a LoRA file, in diffusers' naming or kohya's, under that name.
+
+    Raises:
+        ValueError: as `load_lora`.
+    """
+    lora = read_lora(file)
     try:
-        pipe.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME)
+        if is_kohya(file):  # diffusers itself reads some of these, not SD3's, and FLUX's at one width alone
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / WEIGHTS_NAME).write_bytes(lora_content(lora))
+                pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
+        else:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"the adapters in {file} do not fit this model: load the model they were made for") from error
+        raise _misfit(file) from error
+    # diffusers passes over names that it does not know.
+    if not all(_has(pipe, module, name) for module in lora):
+        raise _misfit(file)
 
 
-def _check_no_dora(file: Path) -> None:
-    from safetensors import safe_open
+def _has(pipe: Any, module: str, name: str | None) -> bool:
+    """Whether that adapter (or any) is in the module, such as unet.mid_block.attentions.0....to_q."""
+    part, _, inner = module.partition(".")
+    # transformers 5 has no `text_model` in one of its text encoders.
+    for path in (inner, inner.removeprefix("text_model.")):
+        try:
+            held = pipe.components[part].get_submodule(path).lora_A
+        except (KeyError, AttributeError):
+            continue
+        return bool(held) if name is None else name in held
+    return False
 
-    with safe_open(file, framework="pt") as stream:
-        if any("magnitude_vector" in name or "dora_scale" in name for name in stream.keys()):  # noqa: SIM118
-            raise ValueError(f"{file} holds DoRA adapters, which are not supported: give plain LoRA")
+
+def _misfit(file: Path) -> ValueError:
+    return ValueError(f"the adapters in {file} do not fit this model: load the model they were made for")
 
 
 def _overwrite(pipe: Any, file: Path) -> None:

@@ -1,10 +1,4 @@
-"""The adapters once more under kohya's names, which ComfyUI, AUTOMATIC1111 and others read, and kohya's metadata.
-
-    unet.mid_block.attentions.0 ... to_q.lora_A.weight  ->  lora_unet_mid_block_attentions_0 ... to_q.lora_down.weight
-
-and an `.alpha` beside each pair, since these readers scale by alpha / rank. Blocks are called as in diffusers, for SDXL
-too: all of these readers know both ways, and so does `load_lora_weights`.
-"""
+"""The adapters once more in kohya's naming, which ComfyUI, Forge and others read, with kohya's metadata."""
 
 from __future__ import annotations
 
@@ -13,53 +7,60 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from alignprop_fast.models.lora import has_lora, with_metadata
-from alignprop_fast.models.lora_targets import denoiser_name
+from alignprop_fast.models.lora import has_lora
+from alignprop_fast.models.lora_file import Factors, Lora, with_metadata
+from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
+from alignprop_fast.models.lora_targets import denoiser, denoiser_name
+from alignprop_fast.models.pipeline_adapter import native_side
 
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 _TAGS = 100  # prompts that are listed in the metadata, at most
 
 
-def has_kohya_names(pipe: Any) -> bool:
-    """Whether these names are known for the pipeline's denoiser: UNets; transformers are called by other rules."""
-    return denoiser_name(pipe) == "unet"
-
-
 def save_kohya_lora(pipe: Any, folder: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write the UNet's adapters to `folder/kohya_lora_weights.safetensors`, whole, with `metadata` in the header.
+    """Write the denoiser's adapters to `folder/kohya_lora_weights.safetensors`, whole, with `metadata` in the header.
 
     Raises:
-        ValueError: a denoiser that is no UNet, or one without adapters.
+        ValueError: a denoiser without adapters.
     """
-    from diffusers.utils import convert_state_dict_to_kohya
-    from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save
-
-    if not has_kohya_names(pipe):
-        raise ValueError("kohya's names are known for UNets only: use pytorch_lora_weights.safetensors of save_lora")
     if not has_lora(pipe):
-        raise ValueError("the UNet has no adapters to save: call add_lora first")
-    name = next(iter(pipe.unet.peft_config))
-    state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
-    tensors = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in state.items()})
-    # diffusers writes alpha = rank, whatever alpha the adapters have.
-    tensors |= _alphas(pipe.unet, name)
-    content = save({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()})
+        raise ValueError("the denoiser has no adapters to save: call add_lora first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{KOHYA_NAME}.tmp"
-    temporary.write_bytes(with_metadata(content, {"format": "pt", **(metadata or {})}))
+    temporary.write_bytes(kohya_content(_adapters(pipe), metadata))
     return temporary.replace(folder / KOHYA_NAME)
 
 
-def _alphas(unet: Any, name: str) -> dict[str, torch.Tensor]:
+def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a `kohya_lora_weights.safetensors`. Raises ValueError as `to_kohya`."""
+    from safetensors.torch import save
+
+    ranks = {factors.rank for factors in lora.values()}
+    alphas = {factors.scale * factors.rank for factors in lora.values()}
+    kind = ""
+    if any(module.startswith("transformer.") for module in lora):
+        kind = "_flux" if is_flux(lora) else "_sd3"
+    header = {
+        "format": "pt",
+        "ss_network_module": f"networks.lora{kind}",
+        "ss_network_dim": str(max(ranks)),
+        "ss_network_alpha": str(float(max(alphas))),
+        **(metadata or {}),
+    }
+    return with_metadata(save({name: tensor.contiguous() for name, tensor in to_kohya(lora).items()}), header)
+
+
+def _adapters(pipe: Any) -> Lora:
     from peft.tuners.lora import LoraLayer
 
+    model, prefix = denoiser(pipe), denoiser_name(pipe)
+    name = next(iter(model.peft_config))
     return {
-        f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(float(layer.scaling[name] * layer.r[name]))
-        for path, layer in unet.named_modules()
+        f"{prefix}.{path}": Factors(
+            layer.lora_A[name].weight.detach().cpu(), layer.lora_B[name].weight.detach().cpu(), layer.scaling[name]
+        )
+        for path, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
 
@@ -73,18 +74,13 @@ def kohya_metadata(
     there are no trigger words, they stand in their place. options: of those called steps, seed, learning_rate,
     optimizer and mixed_precision, what there is.
     """
-    adapters = next(iter(pipe.unet.peft_config.values()))
-    config = pipe.unet.config
-    is_xl = getattr(pipe, "text_encoder_2", None) is not None
-    names = _version_names(is_xl, config.cross_attention_dim)
-    size = config.sample_size * pipe.vae_scale_factor
+    config = denoiser(pipe).config
+    side = native_side(pipe)
     known = {"steps": "ss_steps", "seed": "ss_seed", "learning_rate": "ss_unet_lr"}
     known |= {"optimizer": "ss_optimizer", "mixed_precision": "ss_mixed_precision"}
+    kind = {"v_prediction": "v", "epsilon": "epsilon"}.get(pipe.scheduler.config.get("prediction_type", ""))
     return {
-        **names,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(adapters.r),
-        "ss_network_alpha": str(float(adapters.lora_alpha)),
+        **_version_names(type(denoiser(pipe)).__name__, config, getattr(pipe, "text_encoder_2", None) is not None),
         "ss_sd_model_name": base_model,
         "ss_training_comment": comment,
         "ss_tag_frequency": json.dumps({"prompts": dict.fromkeys(prompts[:_TAGS], 1)}),
@@ -94,18 +90,25 @@ def kohya_metadata(
         "modelspec.title": title,
         "modelspec.description": comment,
         "modelspec.trigger_phrase": "",
-        "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "v" if pipe.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.resolution": f"{side}x{side}",
+        **({} if kind is None else {"modelspec.prediction_type": kind}),
     }
 
 
-def _version_names(is_xl: bool, text_width: int) -> dict[str, str]:
-    """The base model's family, by the width of its text conditioning; nothing for one that is none of Stability's."""
-    if is_xl and text_width == 2048:
+def _version_names(class_name: str, config: Any, has_second_text: bool) -> dict[str, str]:
+    """The base model's family, by the width of its text conditioning or of its blocks; nothing for one of no family
+    that these keys have a name for."""
+    if class_name == "FluxTransformer2DModel":
+        version, architecture = "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
+    elif class_name == "SD3Transformer2DModel":
+        size = {(24, True): "5-medium", (24, False): "m", (38, False): "5-large"}
+        name = size.get((config.num_layers, bool(config.get("dual_attention_layers"))))
+        return {} if name is None else {"modelspec.architecture": f"stable-diffusion-3-{name}/lora"}
+    elif has_second_text and config.cross_attention_dim == 2048:
         version, architecture = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    elif not is_xl and text_width == 768:
+    elif not has_second_text and config.cross_attention_dim == 768:
         version, architecture = "sd_v1", "stable-diffusion-v1"
-    elif not is_xl and text_width == 1024:
+    elif not has_second_text and config.cross_attention_dim == 1024:
         version, architecture = "sd_v2", "stable-diffusion-v2-512"
     else:
         return {}

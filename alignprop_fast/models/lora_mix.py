@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.models.lora_merge import lora_file, lora_modules
+from alignprop_fast.models.lora import load_new
+from alignprop_fast.models.lora_file import lora_file
 
 
 def load_loras(pipe: Any, paths: Sequence[str | Path]) -> list[str]:
@@ -18,15 +19,7 @@ def load_loras(pipe: Any, paths: Sequence[str | Path]) -> list[str]:
     """
     names = [f"lora_{i}" for i in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
-        file = lora_file(path)
-        modules = lora_modules(file)
-        try:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise _misfit(file) from error
-        # diffusers passes over names that it does not know.
-        if not all(_has(pipe, module, name) for module in modules):
-            raise _misfit(file)
+        load_new(pipe, lora_file(path), name)
     set_lora_weights(pipe, {})
     return names
 
@@ -40,16 +33,3 @@ def set_lora_weights(pipe: Any, weights: Mapping[str, float]) -> None:
         return
     pipe.enable_lora()
     pipe.set_adapters(list(weights), list(weights.values()))
-
-
-def _has(pipe: Any, module: str, name: str) -> bool:
-    """Whether that adapter is in the module, such as unet.mid_block.attentions.0....to_q."""
-    part, _, inner = module.partition(".")
-    try:
-        return name in pipe.components[part].get_submodule(inner).lora_A
-    except (KeyError, AttributeError):
-        return False
-
-
-def _misfit(file: Path) -> ValueError:
-    return ValueError(f"the adapters in {file} do not fit this model: load the model they were made for")

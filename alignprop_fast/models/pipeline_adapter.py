@@ -48,9 +48,17 @@ class PipelineAdapter(ABC):
     schedulers: ClassVar[Sequence[str]]
     embeds_guidance = False
     """Whether guidance is distilled into the denoiser, which is told its scale; two branches are then an option."""
+    channels_per_latent: ClassVar[int] = 1
+    """Channels of the denoiser's input for each of the latents'."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
+        seen, drawn = self.denoiser.config.in_channels, self.channels_per_latent * self.latent_channels
+        if seen != drawn:
+            raise ValueError(
+                f"the denoiser takes {seen} channels and not {drawn}: it draws from a picture beside the prompt, as "
+                "models for inpainting and editing do; use the text-to-image model that it was made from"
+            )
         self.scheduler_name = check_scheduler(pipe.scheduler, self.schedulers)
         for module in (pipe.vae, *self._text_encoders()):
             module.requires_grad_(False)

@@ -32,7 +32,8 @@ _SKIPPED = ("emb", "norm", "lora_")
 class QuantizedWeight(torch.Tensor):
     """A packed weight [O, I] that passes for the dense one: whatever reads it gets the dequantised values.
 
-    Autograd saves it as it is, packed.
+    Autograd saves it as it is, packed. It is made anew at each access, so that a change in place would be lost without
+    a sound: it raises ValueError, naming the remedy.
     """
 
     @staticmethod
@@ -56,8 +57,22 @@ class QuantizedWeight(torch.Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             one = args[0]
             return QuantizedWeight(one.kind, one.packed, one.scale, one.shape, one.dtype)
+        if func._schema.is_mutable:
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            given |= kwargs or {}
+            written = [given.get(argument.name) for argument in func._schema.arguments if argument.is_write]
+            if any(isinstance(value, QuantizedWeight) for value in written):
+                raise _fixed()
         args, kwargs = tree_map_only(QuantizedWeight, QuantizedWeight.dequantized, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise _fixed()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.kind}, {tuple(self.shape)}, {self.dtype})"
@@ -68,6 +83,13 @@ class QuantizedWeight(torch.Tensor):
             return _from_nf4(self.packed, self.scale, self.shape, self.dtype)
         values = self.packed.view(torch.float8_e4m3fn) if self.kind == "fp8" else self.packed
         return values.to(self.dtype).mul_(self.scale.to(self.dtype))
+
+
+def _fixed() -> ValueError:
+    return ValueError(
+        "the base model is quantised, and its weights cannot be changed (fuse_lora, merge): leave the adapters as they "
+        "are, or load the model without base_dtype and fuse there"
+    )
 
 
 class QuantizedLinear(LeanLinear):

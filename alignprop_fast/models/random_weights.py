@@ -8,22 +8,12 @@ that reads those (diffusers, this package, trl) reads these.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from alignprop_fast.models.random_tokenizers import (
-    CONTEXT_LENGTH,
-    clip_tokenizer,
-    clip_vocabulary,
-    end_id,
-    t5_tokenizer,
-    t5_vocabulary,
-    write_clip_tokenizer,
-)
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextConfig
+from alignprop_fast.models.random_networks import diffusion_scheduler, t5, text_config, unet, vae
+from alignprop_fast.models.random_tokenizers import clip_tokenizer, end_id, t5_tokenizer, write_clip_tokenizer
 
 
 def make_sd_folder(
@@ -50,11 +40,11 @@ def make_sd_folder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = StableDiffusionPipeline(
-            vae=_vae(vae_widths, norm_groups, scaling_factor=0.18215),
-            text_encoder=CLIPTextModel(_text_config(text_width, pad_token_id=end_id())),
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.18215),
+            text_encoder=CLIPTextModel(text_config(text_width, pad_token_id=end_id())),
             tokenizer=clip_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
-            unet=_unet(unet_widths, latent_size, text_width, norm_groups, heads, layers_per_block),
-            scheduler=_scheduler(),
+            unet=unet(unet_widths, latent_size, text_width, norm_groups, heads, layers_per_block),
+            scheduler=diffusion_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -69,6 +59,7 @@ def make_sdxl_folder(
     latent_size: int = 8,
     vae_widths: tuple[int, ...] = (16, 32),
     text_width: int = 16,
+    second_text_width: int | None = None,
     norm_groups: int = 8,
     heads: int = 2,
     layers_per_block: int = 1,
@@ -76,29 +67,30 @@ def make_sdxl_folder(
 ) -> Path:
     """Write a `StableDiffusionXLPipeline` (two text encoders, size conditioning) with random weights.
 
-    Arguments as in `make_sd_folder`; both text encoders have `text_width` channels, so that the
-    cross-attention sees 2 * text_width.
+    Arguments as in `make_sd_folder`; the second text encoder has `second_text_width` channels (as many as the first
+    where None), and the cross-attention sees those of both.
     """
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    pooled, time_width = 32, 8
+    pooled, time_width, second_width = 32, 8, second_text_width or text_width
+    cross_width = text_width + second_width
     conditioning = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": time_width,
         "projection_class_embeddings_input_dim": pooled + 6 * time_width,
     }
-    second = _text_config(text_width, pad_token_id=0, projection_dim=pooled, hidden_act="gelu")
+    second = text_config(second_width, pad_token_id=0, projection_dim=pooled, hidden_act="gelu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = StableDiffusionXLPipeline(
-            vae=_vae(vae_widths, norm_groups, scaling_factor=0.13025),
-            text_encoder=CLIPTextModel(_text_config(text_width, pad_token_id=end_id())),
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.13025),
+            text_encoder=CLIPTextModel(text_config(text_width, pad_token_id=end_id())),
             text_encoder_2=CLIPTextModelWithProjection(second),
             tokenizer=clip_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
             tokenizer_2=clip_tokenizer(Path(folder) / "tokenizer_2", pad_token="!"),
-            unet=_unet(unet_widths, latent_size, 2 * text_width, norm_groups, heads, layers_per_block, conditioning),
-            scheduler=_scheduler(),
+            unet=unet(unet_widths, latent_size, cross_width, norm_groups, heads, layers_per_block, conditioning),
+            scheduler=diffusion_scheduler(),
             add_watermarker=False,
         )
     return _save(pipe, Path(folder), {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"})
@@ -126,16 +118,16 @@ def make_sd3_folder(
 
     width, folder = heads * head_width, Path(folder)
     clips = [
-        _text_config(text_width, pad_token_id=pad, hidden_act=act)
+        text_config(text_width, pad_token_id=pad, hidden_act=act)
         for pad, act in ((end_id(), "quick_gelu"), (0, "gelu"))
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = StableDiffusion3Pipeline(
-            vae=_flow_vae(vae_widths, norm_groups, scaling_factor=1.5305, shift_factor=0.0609),
+            vae=vae(vae_widths, norm_groups, scaling_factor=1.5305, shift_factor=0.0609),
             text_encoder=CLIPTextModelWithProjection(clips[0]),
             text_encoder_2=CLIPTextModelWithProjection(clips[1]),
-            text_encoder_3=_t5(2 * text_width),
+            text_encoder_3=t5(2 * text_width),
             tokenizer=clip_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
             tokenizer_2=clip_tokenizer(folder / "tokenizer_2", pad_token="!"),
             tokenizer_3=t5_tokenizer(folder / "tokenizer_3"),
@@ -166,12 +158,14 @@ def make_flux_folder(
     vae_widths: tuple[int, ...] = (16, 32),
     text_width: int = 16,
     norm_groups: int = 8,
+    guidance_embeds: bool = True,
     seed: int = 0,
 ) -> Path:
     """Write a `FluxPipeline` as FLUX.1-dev is (guidance embedding, dynamic shift) with random weights.
 
-    Arguments as in `make_sd3_folder`; head_width is a multiple of 8. The pipeline's own picture size is 128 latents
-    whatever the model: ask for a smaller one.
+    Without `guidance_embeds` it is FLUX.1-schnell (no guidance embedding, no shift). Others as in `make_sd3_folder`;
+    head_width is a multiple of 8. The pipeline's own picture size is 128 latents whatever the model: ask for a smaller
+    one.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
@@ -180,9 +174,9 @@ def make_flux_folder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = FluxPipeline(
-            vae=_flow_vae(vae_widths, norm_groups, scaling_factor=0.3611, shift_factor=0.1159),
-            text_encoder=CLIPTextModel(_text_config(text_width, pad_token_id=end_id())),
-            text_encoder_2=_t5(2 * text_width),
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=CLIPTextModel(text_config(text_width, pad_token_id=end_id())),
+            text_encoder_2=t5(2 * text_width),
             tokenizer=clip_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
             tokenizer_2=t5_tokenizer(folder / "tokenizer_2"),
             transformer=FluxTransformer2DModel(
@@ -192,122 +186,18 @@ def make_flux_folder(
                 num_attention_heads=heads,
                 joint_attention_dim=2 * text_width,
                 pooled_projection_dim=text_width,
-                guidance_embeds=True,
+                guidance_embeds=guidance_embeds,
                 axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(
-                shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+                shift=3.0 if guidance_embeds else 1.0,
+                use_dynamic_shifting=guidance_embeds,
+                base_shift=0.5,
+                max_shift=1.15,
+                max_image_seq_len=4096,
             ),
         )
     return _save(pipe, folder, {"tokenizer": "<|endoftext|>"})
-
-
-def _unet(
-    widths: tuple[int, ...],
-    latent_size: int,
-    cross_width: int,
-    norm_groups: int,
-    heads: int,
-    layers_per_block: int,
-    conditioning: dict[str, Any] | None = None,
-) -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    levels = len(widths)
-    return UNet2DConditionModel(
-        sample_size=latent_size,
-        block_out_channels=widths,
-        layers_per_block=layers_per_block,
-        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        cross_attention_dim=cross_width,
-        attention_head_dim=heads,  # diffusers reads this field as the number of heads
-        norm_num_groups=norm_groups,
-        **(conditioning or {}),
-    )
-
-
-def _vae(widths: tuple[int, ...], norm_groups: int, scaling_factor: float) -> torch.nn.Module:
-    from diffusers import AutoencoderKL
-
-    levels = len(widths)
-    return AutoencoderKL(
-        block_out_channels=widths,
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=4,
-        norm_num_groups=norm_groups,
-        scaling_factor=scaling_factor,
-    )
-
-
-def _flow_vae(widths: tuple[int, ...], norm_groups: int, scaling_factor: float, shift_factor: float) -> torch.nn.Module:
-    """The VAE of SD3 and FLUX: 16 channels, a shift, no convolutions around the latents."""
-    from diffusers import AutoencoderKL
-
-    levels = len(widths)
-    return AutoencoderKL(
-        block_out_channels=widths,
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=16,
-        norm_num_groups=norm_groups,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def _t5(width: int) -> torch.nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_vocabulary()),
-            d_model=width,
-            d_kv=8,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-def _scheduler() -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def _text_config(
-    width: int, pad_token_id: int, projection_dim: int = 32, hidden_act: str = "quick_gelu"
-) -> CLIPTextConfig:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=len(clip_vocabulary()),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=projection_dim,
-        max_position_embeddings=CONTEXT_LENGTH,
-        hidden_act=hidden_act,
-        bos_token_id=end_id() - 1,
-        eos_token_id=end_id(),
-        pad_token_id=pad_token_id,
-    )
 
 
 def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:

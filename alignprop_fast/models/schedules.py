@@ -27,6 +27,24 @@ def make_scheduler(name: str, config: Any) -> Any:
     return getattr(diffusers, _CLASSES[name]).from_config(config, **fixed)
 
 
+def check_family(scheduler: Any, supported: Sequence[str]) -> None:
+    """Refuse the noise that a model was trained with where none of the supported schedulers has it.
+
+    `make_scheduler` would take from another family's settings what it knows, and leave the rest.
+
+    Raises:
+        ValueError: flow matching where diffusion is supported, or the other way round.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if bool(is_flow) != (tuple(supported) == FLOW):
+        own, wanted = ("flow matching", "diffusion") if is_flow else ("diffusion", "flow matching")
+        raise ValueError(
+            f"the model's own scheduler, {name}, is for {own}, and its class is supported with {wanted} alone: use "
+            "another model, or put the scheduler that it was trained with into its folder scheduler/"
+        )
+
+
 def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
     """The name of a scheduler that the chain can reproduce.
 
@@ -42,6 +60,11 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
             f"{first}.from_config(pipe.scheduler.config)"
         )
     # A config may carry options of another class that this one does not know.
+    if config.get("sigma_data") is not None:
+        raise ValueError(
+            "the model was trained with EDM noise (sigma_data in its scheduler's settings), as Playground v2.5 is, "
+            "which is not supported: use SDXL or another model with the noise of Stable Diffusion"
+        )
     clips = {"ddim": ("clip_sample", "thresholding"), "dpm++2m": ("thresholding",)}
     if any(config.get(option) for option in clips.get(name, ())):
         raise ValueError(

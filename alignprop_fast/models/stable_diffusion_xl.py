@@ -17,7 +17,18 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
                 "SDXL's own VAE overflows in fp16: load the pipeline in bfloat16, or the VAE in float32 or from the "
                 "fp16-fix weights"
             )
+        second = pipe.text_encoder_2
+        if second is not None and second.config.projection_dim != self._pooled_width(pipe.unet.config):
+            raise ValueError(
+                "the UNet takes other numbers beside text and sizes, as SDXL's refiner does, which draws from a "
+                "picture: use SDXL's base model or a fine-tune of it"
+            )
         super().__init__(pipe)
+
+    @staticmethod
+    def _pooled_width(config: Any) -> int:
+        """Channels of the pooled text, which the UNet sees beside six embedded numbers."""
+        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     @torch.no_grad()
     def encode(
@@ -32,9 +43,8 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         embeds = super().blank_conditioning(batch, guided, size).embeds
-        config = self.pipe.unet.config
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return self._with_size(embeds, embeds.new_zeros(len(embeds), width), guided, size)
+        pooled = embeds.new_zeros(len(embeds), self._pooled_width(self.pipe.unet.config))
+        return self._with_size(embeds, pooled, guided, size)
 
     def _with_size(
         self, embeds: torch.Tensor, pooled: torch.Tensor, guided: bool, size: tuple[int, int]

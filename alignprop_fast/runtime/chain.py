@@ -169,7 +169,8 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
                 _network_backward(x, y, pull, chain.parameters, sums)
                 del y
         del x, gx
-    return g, [s if s is None else s.to(p.dtype) for s, p in zip(sums, chain.parameters, strict=True)]
+    # As wide as they are: autograd rounds them to what a parameter's gradient is to be (its `grad_dtype`).
+    return g, sums
 
 
 def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The pipeline class of trl's scripts: its attributes, what it trains, what it writes."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -72,6 +73,26 @@ def test_lora_in_the_folder_is_trained_on(tiny_sd, tiny_sd_folder, tmp_path):
     now = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     assert all(torch.equal(one, two) for one, two in zip(parameters, now, strict=True))
     assert len(unet.peft_config) == 1
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+def test_loaded_adapters_are_not_rounded_to_the_precision_of_the_model(tiny_sd, tiny_sd_folder, tmp_path, base):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in add_lora(tiny_sd, rank=3, alpha=6):
+            parameter.normal_(generator=generator)
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    save_lora(tiny_sd, folder)
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder)
+    if base is None:
+        pipeline.unet.to(torch.bfloat16)
+    else:
+        pipeline.quantize_base(base, torch.device("cpu"), torch.bfloat16)
+    unet = pipeline.get_trainable_layers(rank=3, alpha=6)
+    expected = [parameter for parameter in tiny_sd.unet.parameters() if parameter.requires_grad]
+    now = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert all(torch.equal(one, two) for one, two in zip(expected, now, strict=True))
+    assert {parameter.dtype for parameter in now} == {torch.float32} and unet.dtype == torch.bfloat16
 
 
 def test_a_foreign_model_is_refused(tiny_sd_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_missing_weights(copied):
     (copied / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError) as error:
         load_pipeline(copied)
-    assert "cannot load the pipeline" in _one_line(error)
+    assert f"the vae of {copied} has no weights" in _one_line(error)
 
 
 def test_unsupported_class_is_named(copied):
@@ -140,14 +141,57 @@ def test_an_outline_of_damaged_configurations(copied, part):
         load_outline(copied)
 
 
-def test_a_hub_model_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
-    def unreachable(*_, **__):
-        raise OSError("Cannot load model owner/name. Please check out the root cause in the stacktrace above.\nmore")
+class Hub:
+    """Stands in for the Hub's three questions: what a model has, its index, and the download, from a local folder."""
 
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", unreachable)
+    def __init__(self, monkeypatch, folder, online=True):
+        self.folder, self.online, self.asked = folder, online, []
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", self._info)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self._file)
+        monkeypatch.setattr("diffusers.DiffusionPipeline.download", self._download)
+
+    def _info(self, model, revision):
+        if not self.online:
+            raise OSError(
+                "Cannot load model owner/name. Please check out the root cause in the stacktrace above.\nmore"
+            )
+        names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def _file(self, model, name, revision, local_files_only):
+        assert local_files_only != self.online
+        if not (self.folder / name).is_file():
+            raise OSError("not in the cache")
+        return str(self.folder / name)
+
+    def _download(self, model, **options):
+        self.asked.append((model, options))
+        return str(self.folder)
+
+
+def test_a_hub_model_that_cannot_be_reached_says_how_to_get_it(monkeypatch, tmp_path):
+    Hub(monkeypatch, tmp_path, online=False)
     with pytest.raises(OSError) as caught:
         load_pipeline("owner/name")
     assert str(caught.value) == (
         "cannot load owner/name from the Hub: Cannot load model owner/name; give the folder of a copy, such as one "
         "made by `hf download owner/name --local-dir FOLDER`"
     )
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_hub_model_in_the_variant_that_it_has(monkeypatch, tiny_sd, tmp_path, online, caplog):
+    tiny_sd.save_pretrained(tmp_path, variant="fp16")
+    hub = Hub(monkeypatch, tmp_path, online)
+    assert load_pipeline("owner/name", revision="v1").unet.dtype == torch.float32
+    assert hub.asked == [("owner/name", {"revision": "v1", "variant": "fp16", "use_safetensors": True})]
+    assert "owner/name holds no full weights" in caplog.text
+
+
+def test_an_unsupported_hub_model_is_not_downloaded(monkeypatch, copied):
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxKontextPipeline"}))
+    hub = Hub(monkeypatch, copied)
+    with pytest.raises(ValueError, match="owner/name holds a FluxKontextPipeline, which draws from a picture"):
+        load_pipeline("owner/name")
+    assert not hub.asked

@@ -1,89 +1,20 @@
 """One .safetensors file in the layouts that are passed around, with another model's folder for the configurations."""
 
-import re
+import json
 import shutil
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from alignprop_fast.models.load import load_pipeline
 from alignprop_fast.models.lora_targets import denoiser
+from alignprop_fast.models.random_weights import make_sdxl_folder
 
-RESIDUAL = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-# Of a UNet of two levels with one layer each: attention in the first level alone.
-UNET_BLOCKS = {
-    "down_blocks.0.resnets.0": "input_blocks.1.0",
-    "down_blocks.0.attentions.0": "input_blocks.1.1",
-    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-    "down_blocks.1.resnets.0": "input_blocks.3.0",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "up_blocks.0.resnets.0": "output_blocks.0.0",
-    "up_blocks.0.resnets.1": "output_blocks.1.0",
-    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
-    "up_blocks.1.resnets.0": "output_blocks.2.0",
-    "up_blocks.1.attentions.0": "output_blocks.2.1",
-    "up_blocks.1.resnets.1": "output_blocks.3.0",
-    "up_blocks.1.attentions.1": "output_blocks.3.1",
-}
-UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-def ldm_unet_name(name):
-    for theirs, ldm in {**UNET_BLOCKS, **UNET_ENDS}.items():
-        if name.startswith(theirs + "."):
-            rest = name.removeprefix(theirs)
-            for inner, old in RESIDUAL.items():
-                rest = rest.replace(f".{inner}.", f".{old}.") if ".resnets." in theirs else rest
-            return f"model.diffusion_model.{ldm}{rest}"
-    raise AssertionError(name)
-
-
-def ldm_vae_name(name):
-    """For two levels of one layer (two in the decoder)."""
-    name = re.sub(r"encoder\.down_blocks\.(\d)\.resnets\.(\d)", r"encoder.down.\1.block.\2", name)
-    name = re.sub(r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample", name)
-    up = {"0": "1", "1": "0"}
-    name = re.sub(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"decoder.up.{up[m[1]]}.block.{m[2]}", name)
-    name = re.sub(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.up.{up[m[1]]}.upsample", name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    for theirs, old in attention.items():
-        name = name.replace(f"mid_block.attentions.0.{theirs}.", f"mid.attn_1.{old}.")
-    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    return f"first_stage_model.{name}"
-
-
-def ldm_file(folder, path):
-    """A Stable Diffusion 1.x folder's weights in one file, in the original layout."""
-    state = {ldm_unet_name(name): tensor for name, tensor in weights(folder / "unet").items()}
-    for name, tensor in weights(folder / "vae").items():
-        old = ldm_vae_name(name)
-        is_matrix = ".attn_1." in old and old.endswith("weight") and "norm" not in old
-        state[old] = tensor[:, :, None, None] if is_matrix else tensor
-    for name, tensor in weights(folder / "text_encoder").items():
-        state[f"cond_stage_model.transformer.{name}"] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    return path
-
-
-def weights(folder):
-    return load_file(next(folder.glob("*.safetensors")))
+from . import original_layout
+from .original_layout import weights, whole_file
 
 
 @pytest.fixture
@@ -92,25 +23,130 @@ def configuration(tiny_sd_folder, tmp_path):
     return shutil.copytree(tiny_sd_folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def test_stable_diffusion_in_the_original_layout(tiny_sd, tiny_sd_folder, configuration, tmp_path):
-    pipe = load_pipeline(ldm_file(tiny_sd_folder, tmp_path / "model.safetensors"), model_config=configuration)
-    for part in ("unet", "vae", "text_encoder"):
-        mine, theirs = getattr(pipe, part).state_dict(), getattr(tiny_sd, part).state_dict()
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine), part
-    images = [
-        one("red cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-        for one in (pipe, tiny_sd)
-    ]
-    assert torch.equal(*images)
+def assert_same(pipe, folder, dtype=torch.float32):
+    """Every weight and a picture are those of the folder; in transformers, CLIP's names depend on the version."""
+    other = type(pipe).from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+    for name, part in other.components.items():
+        if isinstance(part, torch.nn.Module):
+            mine, theirs = pipe.components[name].state_dict(), part.state_dict()
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    assert torch.equal(*(picture(one) for one in (pipe, other)))
+
+
+def picture(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 16, "width": 16}
+    return pipe("red cat", **size, num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def without_weights(folder, to):
+    return shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_stable_diffusion_in_the_original_layout(tiny_sd_folder, configuration, tmp_path):
+    pipe = load_pipeline(whole_file(tiny_sd_folder, tmp_path / "model.safetensors"), model_config=configuration)
+    assert_same(pipe, tiny_sd_folder)
+
+
+def test_sdxl_in_the_original_layout(tmp_path):
+    """Of two text encoders of one width diffusers could not tell which is which; SDXL's have 768 and 1280."""
+    folder = make_sdxl_folder(tmp_path / "sdxl", second_text_width=32)
+    file = whole_file(folder, tmp_path / "model.safetensors")
+    assert_same(load_pipeline(file, model_config=without_weights(folder, tmp_path / "config")), folder)
+
+
+@pytest.mark.parametrize("prefix", ["", original_layout.UNET_PREFIX])
+def test_sd3_in_the_original_layout(tiny_sd3_folder, tmp_path, prefix):
+    state = original_layout.mmdit(weights(tiny_sd3_folder / "transformer"))
+    file = original_layout.write({prefix + k: v for k, v in state.items()}, tmp_path / "model.safetensors")
+    config = shutil.copytree(tiny_sd3_folder, tmp_path / "config", ignore=shutil.ignore_patterns("diffusion*"))
+    shutil.copytree(tiny_sd3_folder / "vae", config / "vae", dirs_exist_ok=True)
+    assert_same(load_pipeline(file, model_config=config), tiny_sd3_folder)
 
 
 def test_a_file_without_vae_takes_the_folders(tiny_sd_folder, tmp_path):
-    file = ldm_file(tiny_sd_folder, tmp_path / "model.safetensors")
+    file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in load_file(file).items() if "first_stage" not in name}, file)
     pipe = load_pipeline(file, model_config=tiny_sd_folder)
     assert torch.equal(pipe.unet.conv_in.weight, 2 * weights(tiny_sd_folder / "unet")["conv_in.weight"])
     assert torch.equal(pipe.vae.decoder.conv_in.weight, weights(tiny_sd_folder / "vae")["decoder.conv_in.weight"])
+
+
+def test_flux_in_the_original_layout():
+    """diffusers takes FLUX's fused layers apart at their published width alone, so here with thin matrices.
+
+    A pipeline of that width takes gigabytes.
+    """
+    transformer = FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=2,
+        num_attention_heads=1,
+        attention_head_dim=8,
+        axes_dims_rope=(2, 2, 4),
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+    )
+    wide = {"attn.to_q": 3072, "attn.to_k": 3072, "attn.to_v": 3072, "proj_mlp": 12288}
+    state = {}
+    for name, tensor in transformer.state_dict().items():
+        rows = next((n for part, n in wide.items() if name.startswith("single_") and f".{part}." in name), len(tensor))
+        state[name] = torch.randn(rows, *tensor.shape[1:])
+    back = convert_flux_transformer_checkpoint_to_diffusers(original_layout.flux(state))
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_flux_of_another_width_says_what_to_give(tiny_flux_folder, tmp_path):
+    state = original_layout.flux(weights(tiny_flux_folder / "transformer"))
+    file = original_layout.write(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"FLUX of width 32 in the original layout, .*the diffusers format") as error:
+        load_pipeline(file, model_config=tiny_flux_folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conditioner.embedders.0.model.ln_final.bias": torch.ones(2)}, "SDXL's refiner"),
+        ({"edm_mean": torch.ones(4)}, "Playground v2.5"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, "UNet of 9 channels"),
+        ({"model.diffusion_model.out.2.scale_weight": torch.ones(1)}, "--base-dtype fp8"),
+        ({"v_pred": torch.ones(0)}, '"prediction_type": "v_prediction"'),
+        ({"v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, '"v_prediction", "rescale_betas_zero_snr": true'),
+    ],
+)
+def test_files_of_other_kinds(tiny_sd_folder, tmp_path, changes, message):
+    file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
+    save_file({**load_file(file), **changes}, file)
+    with pytest.raises(ValueError, match=message) as error:
+        load_pipeline(file, model_config=tiny_sd_folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fine_tune_that_says_that_it_predicts_v(tiny_sd_folder, configuration, tmp_path):
+    file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
+    save_file({**load_file(file), "v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, file)
+    settings = json.loads((configuration / "scheduler" / "scheduler_config.json").read_text())
+    settings |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    (configuration / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    assert load_pipeline(file, model_config=configuration).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_folder_may_hold_a_variant_alone_or_lack_t5(tiny_sd3_folder, tiny_sd_folder, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_folder, text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "sd3", variant="fp16")
+    state = original_layout.mmdit(weights(tiny_sd3_folder / "transformer"))
+    (tmp_path / "sd3" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    file = original_layout.write(state, tmp_path / "model.safetensors")
+    assert load_pipeline(file, model_config=tmp_path / "sd3").text_encoder_3 is None
+    file = whole_file(tiny_sd_folder, file)
+    save_file({name: tensor for name, tensor in load_file(file).items() if "first_stage" not in name}, file)
+    StableDiffusionPipeline.from_pretrained(tiny_sd_folder).save_pretrained(tmp_path / "sd", variant="fp16")
+    assert not any(
+        parameter.is_meta for parameter in load_pipeline(file, model_config=tmp_path / "sd").vae.parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -126,7 +162,7 @@ def test_a_transformer_alone_takes_the_rest_from_the_folder(kind, request, tmp_p
 
 
 def test_what_goes_wrong(tiny_sd_folder, tiny_sdxl_folder, configuration, tmp_path):
-    file = ldm_file(tiny_sd_folder, tmp_path / "model.safetensors")
+    file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="--model-config FOLDER"):
         load_pipeline(file)
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -70,13 +70,32 @@ def test_metadata(tiny_sd, tmp_path):
     file = save_kohya_lora(tiny_sd, tmp_path, found)
     assert file.read_bytes() == save_kohya_lora(tiny_sd, tmp_path, found).read_bytes()
     with safe_open(file, framework="pt") as opened:
-        assert opened.metadata() == {"format": "pt", **found}
-    assert (found["ss_network_dim"], found["ss_network_alpha"], found["ss_steps"]) == ("3", "12.0", "7")
+        written = opened.metadata()
+    assert written.items() >= {"format": "pt", "ss_network_module": "networks.lora", **found}.items()
+    assert (written["ss_network_dim"], written["ss_network_alpha"], written["ss_steps"]) == ("3", "12.0", "7")
     assert found["ss_sd_model_name"] == "some/model" and found["ss_seed"] == "0"
     assert json.loads(found["ss_tag_frequency"]) == {"prompts": {"a cat": 1, "a dog": 1}}
     assert "ss_base_model_version" not in found  # of no family that these keys have a name for
     tiny_sd.unet.register_to_config(cross_attention_dim=768)
     assert kohya_metadata(tiny_sd, **texts, options={})["ss_base_model_version"] == "sd_v1"
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "architecture"),
+    [("tiny_flux", "networks.lora_flux", "flux-1-dev/lora"), ("tiny_sd3", "networks.lora_sd3", None)],
+)
+def test_metadata_of_transformers(request, tmp_path, model, module, architecture):
+    pipe = request.getfixturevalue(model)
+    add_lora(pipe, rank=3, alpha=12)
+    found = kohya_metadata(pipe, base_model="m", title="t", comment="c", prompts=["a cat"], options={})
+    with safe_open(save_kohya_lora(pipe, tmp_path, found), framework="pt") as opened:
+        written = opened.metadata()
+    assert written["ss_network_module"] == module and written.get("modelspec.architecture") == architecture
+    assert "modelspec.prediction_type" not in written
+    if model == "tiny_sd3":
+        pipe.transformer.register_to_config(num_layers=24)
+        found = kohya_metadata(pipe, base_model="m", title="t", comment="c", prompts=[], options={})
+        assert found["modelspec.architecture"] == "stable-diffusion-3-5-medium/lora"
 
 
 def test_saving_without_adapters_is_refused(tiny_sd, tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignprop_fast.models.lora import WEIGHTS_NAME, save_lora
-from alignprop_fast.models.lora_merge import Factors, lora_file, merge_loras, merged_file, read_lora
+from alignprop_fast.models.lora import save_lora
+from alignprop_fast.models.lora_file import WEIGHTS_NAME, Factors, lora_content, lora_file, read_lora
+from alignprop_fast.models.lora_merge import merge_loras
 from alignprop_fast.models.lora_mix import load_loras, set_lora_weights
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -49,7 +50,7 @@ def adapters(tmp_path_factory, tiny_sd_folder):
 def merge(folder, loras, rank=None):
     merged = merge_loras([(read_lora(path), weight) for path, weight in loras], rank)
     folder.mkdir(exist_ok=True)
-    (folder / WEIGHTS_NAME).write_bytes(merged_file(merged.factors))
+    (folder / WEIGHTS_NAME).write_bytes(lora_content(merged.factors))
     return merged
 
 
@@ -171,7 +172,7 @@ def test_scale_by_pattern(tmp_path):
     config = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"^mid.to_q": 4, "to_k": 8}}
     save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})
     read = read_lora(tmp_path / "x.safetensors")
-    assert [float(read[f"unet.{name}"].up[0, 0]) for name in names] == [2, 1, 4]
+    assert [float(read[f"unet.{name}"].scaled_up()[0, 0]) for name in names] == [2, 1, 4]
 
 
 def square(size=4, rank=2):

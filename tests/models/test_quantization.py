@@ -5,10 +5,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from alignprop_fast.generate import DifferentiableSampler
-from alignprop_fast.models.lora import add_lora
+from alignprop_fast.models.lora import add_lora, load_lora, save_lora
+from alignprop_fast.models.lora_mix import load_loras, set_lora_weights
 from alignprop_fast.models.quantization import QuantizedLinear, QuantizedWeight, is_quantized, quantize_linears
 
 KINDS = ["fp8", "int8"] + (["nf4"] if find_spec("bitsandbytes") else [])
@@ -76,6 +78,76 @@ def test_autograd_saves_no_dense_weight():
         root(torch.randn(3, 256, requires_grad=True))
     weights = [t for t in saved if t.ndim == 2 and set(t.shape) == {256, 320}]
     assert len(weights) == 2 and all(isinstance(weight, QuantizedWeight) for weight in weights)
+
+
+@pytest.fixture
+def lora_folder(tiny_sd_folder, tmp_path):
+    """Adapters of rank 4 with random factors, alpha twice the rank."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, local_files_only=True)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in add_lora(pipe, rank=4, alpha=8):
+            parameter.normal_(std=0.2, generator=generator)
+    save_lora(pipe, tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def drawn(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("red cat", num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+LOADERS = {
+    "diffusers": lambda pipe, folder: pipe.load_lora_weights(folder),
+    "sample": load_lora,
+    "evaluate": lambda pipe, folder: set_lora_weights(pipe, {load_loras(pipe, [folder])[0]: 1.0}),
+}
+
+
+@pytest.mark.parametrize("first", ["lora", "quantise"])
+@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_from_a_file_on_a_quantised_base(tiny_sd, lora_folder, kind, how, first):
+    """In whichever order: the pictures of the dense model with the quantised values and the same adapters."""
+    steps = [lambda: LOADERS[how](tiny_sd, lora_folder)]
+    steps.insert(first == "lora", lambda: quantize_linears(tiny_sd.unet, kind, CPU, torch.float32, smallest=0))
+    for step in steps:
+        step()
+    assert sum(isinstance(module, QuantizedLinear) for module in tiny_sd.unet.modules()) > 20
+    with_adapters = drawn(tiny_sd)
+    torch.testing.assert_close(with_adapters, drawn(dense_twin(tiny_sd)), rtol=0, atol=1e-6)
+    tiny_sd.disable_lora()
+    assert (drawn(tiny_sd) - with_adapters).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fusing_into_a_quantised_base_is_refused(tiny_sd, lora_folder, kind, safe):
+    """PEFT would change a weight that is thrown away, switch the adapters off, and draw the base model."""
+    quantize_linears(tiny_sd.unet, kind, CPU, torch.float32, smallest=0)
+    load_lora(tiny_sd, lora_folder)
+    before = drawn(tiny_sd)
+    with pytest.raises(ValueError, match=r"is quantised.*cannot be changed \(fuse_lora.*without base_dtype") as error:
+        tiny_sd.fuse_lora(safe_fusing=safe)
+    assert "\n" not in str(error.value)
+    assert torch.equal(drawn(tiny_sd), before)
+
+
+def test_a_quantised_weight_is_not_changed_in_place():
+    root = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    quantize_linears(root, "int8", CPU, torch.float32)
+    weight, before = root[0].weight, root[0].weight.dequantized()
+    changes = [lambda: weight.add_(1), lambda: weight.copy_(before), lambda: torch.add(before, 1, out=weight)]
+    for change in changes:
+        with pytest.raises(ValueError, match="is quantised"):
+            change()
+    with pytest.raises(ValueError, match="is quantised"):
+        weight.data = before
+    other = before.clone()
+    other.add_(weight)  # it may be read, also by what changes another
+    torch.testing.assert_close(other, 2 * before)
+    assert type(weight.data) is QuantizedWeight and torch.equal(weight + 0, before)
 
 
 def test_small_layers_and_convolutions_stay(tiny_sd):
