@@ -1,11 +1,12 @@
 """For the checks of this folder, which `tests/test_emulated_gpu.py` runs in a process that sees the emulated GPU."""
 
-import emulate
 import pytest
 
 
 @pytest.fixture(scope="session")
 def emulated():
+    import emulate
+
     return emulate.started()
 
 
