@@ -67,7 +67,8 @@ class DifferentiableSampler:
         reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
         reward_bytes: what the reward's weights take on the device.
         cuda_graphs: run evaluations without gradient as CUDA graphs, recorded at their first use; the memory that one
-            takes is then reserved for good, and the planner counts it. Not tried on a GPU yet.
+            takes is then reserved for good, and the planner counts it. Without a budget replays are graphs, too, one
+            forward and one back. Tried on an emulated GPU only.
         compiled: run the transformer blocks of evaluations without gradient through torch.compile. Results then differ
             by rounding between a step without gradient and its replay. Not tried on a GPU yet.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
@@ -283,7 +284,7 @@ class DifferentiableSampler:
         return budget_bytes
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        chain = replace(chain, offloader=self._offloader(plan))
+        chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
         x, penalty = run_penalised_chain(chain, plan, x)
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
@@ -334,6 +335,14 @@ class DifferentiableSampler:
             known = torch.tensor(table.timesteps, device=self.model.device)
             self._timesteps[table.timesteps] = known
         return known
+
+    def _replay(self, chain: Chain, plan: Plan) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
+        """Recorded replays, which reserve what they keep: a budget has better uses for that."""
+        if self._fast is None or self.budget_bytes is not None or not plan.replayed_steps:
+            return None
+        predict = self._fast.for_replays(tuple(sorted(plan.replay_options.items())))
+        network: Any = chain.network
+        return None if predict is None else partial(network, predict=predict)
 
     def _offloader(self, plan: Plan) -> Offloader | None:
         if not plan.host_bytes:

@@ -53,6 +53,7 @@ class Chain:
     input_gradient: bool = True
     penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     sample: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    replay: Callable[[int, torch.Tensor], torch.Tensor] | None = None
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -177,8 +178,9 @@ def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple
     """Run the network of step i with a graph. Returns its (input, output)."""
     x = x.detach().requires_grad_(input_gradient)
     chain = tape.chain
+    network = chain.network if chain.replay is None or i in tape.plan.resident_steps else chain.replay
     with torch.enable_grad(), kept_as(_options(tape.plan, i), chain.blocks, chain.offloader):
-        y = chain.network(i, x)
+        y = network(i, x)
     if chain.offloader is not None:
         chain.offloader.settle()
     return x, y
@@ -200,17 +202,17 @@ def _network_backward(
     """Add the parameters' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
     wanted = [*parameters, x] if x.requires_grad else list(parameters)
     grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    found = [(k, grad) for k, grad in enumerate(grads[: len(parameters)]) if grad is not None]
+    added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
+    if added:  # in one launch
+        torch._foreach_add_(*map(list, zip(*added, strict=True)))
     taken: set[int] = set()
-    for k, grad in enumerate(grads[: len(parameters)]):
-        if grad is None:
-            continue
-        total = sums[k]
-        if total is not None:
-            total.add_(grad)
-            continue
-        # Sums of many low-precision terms lose the small ones. Autograd may give one tensor for two parameters.
-        sums[k] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=grad.data_ptr() in taken)
-        taken.add(grad.data_ptr())
+    for k, grad in found:
+        if sums[k] is None:
+            # Sums of many low-precision terms lose the small ones. Autograd may give one tensor for two parameters.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            sums[k] = grad.to(wide, copy=grad.data_ptr() in taken)
+            taken.add(grad.data_ptr())
     return grads[-1] if x.requires_grad else None
 
 

@@ -1,20 +1,35 @@
-"""A function of tensors recorded once as a CUDA graph and replayed, so that no step waits for Python to launch it.
+"""A function of tensors recorded once as CUDA graphs and replayed, so that no step waits for Python to launch it.
 
-Not tried on a GPU yet. Source: torch.cuda.CUDAGraph.
+Tried on an emulated GPU, not on a real one yet. Source: torch.cuda.CUDAGraph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Run = Callable[[], torch.Tensor]
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A recorded call: static inputs and output, and what computes the one from the other. With gradient also the
+    static gradient of the output, and those that follow from it, end to end in one tensor, with their shapes."""
+
+    inputs: list[torch.Tensor]
+    forward: Callable[[], None]
+    output: torch.Tensor
+    gradient: torch.Tensor | None = None
+    backward: Callable[[], None] | None = None
+    flat: torch.Tensor | None = None
+    shapes: Sequence[torch.Size | None] = ()
 
 
 class GraphedCalls:
-    """Calls fn(*inputs) without gradient, by a graph for each set of input shapes.
+    """Calls fn(*inputs) by a graph for each set of input shapes, or with gradient by two: one forward, one back.
 
     Inputs are copied into static buffers, and the output is one: it holds until the next call. All graphs share one
     memory pool, which stays reserved; they never run at the same time, and no output is read after the next call.
@@ -23,38 +38,127 @@ class GraphedCalls:
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[Hashable, tuple[list[torch.Tensor], Callable[[], None], torch.Tensor]] = {}
+        self._graphs: dict[Hashable, _Recorded] = {}
         self._state: Hashable = None
         self._pool: Any = None
 
     @torch.inference_mode()
-    def __call__(
-        self, fn: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], state: Hashable
+    def __call__(self, fn: Callable[..., torch.Tensor], inputs: Tensors, state: Hashable) -> torch.Tensor:
+        """fn(*inputs) without gradient. state: everything that fn depends on beside its inputs' values."""
+        key = self._key("without gradient", inputs, state)
+        if key not in self._graphs:
+            buffers = [x.clone() for x in inputs]
+            self._warm_up(lambda: fn(*buffers))
+            self._graphs[key] = _Recorded(buffers, *self._capture(lambda: fn(*buffers)))
+        recorded = self._graphs[key]
+        _fill(recorded.inputs, inputs)
+        recorded.forward()
+        return recorded.output
+
+    def with_gradient(
+        self,
+        fn: Callable[..., torch.Tensor],
+        inputs: Tensors,
+        parameters: Tensors,
+        state: Hashable,
+        how: Hashable = None,
     ) -> torch.Tensor:
-        """fn(*inputs). state: everything that fn depends on beside its inputs' values."""
+        """fn(*inputs) with gradient for its first input, if that wants one, and for the parameters that fn reads.
+
+        how: what of the call's own changes the recording and no other one: what is kept for the backward pass.
+        """
+        key = self._key((how, inputs[0].requires_grad), inputs, state)
+        if key not in self._graphs:
+            self._graphs[key] = self._recorded_with_gradient(fn, inputs, parameters)
+        return _WithGradient.apply(self._graphs[key], len(inputs), *inputs, *parameters)
+
+    def _key(self, kind: Hashable, inputs: Tensors, state: Hashable) -> Hashable:
         if state != self._state:
             self._graphs.clear()
             self._state, self._pool = state, None
-        key = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
-        if key not in self._graphs:
-            buffers = [x.clone() for x in inputs]
-            self._graphs[key] = (buffers, *self._capture(lambda: fn(*buffers)))
-        buffers, replay, output = self._graphs[key]
-        for buffer, x in zip(buffers, inputs, strict=True):
-            buffer.copy_(x)
-        replay()
-        return output
+        return kind, tuple((x.shape, x.stride(), x.dtype) for x in inputs)
 
-    def _capture(self, run: Run) -> tuple[Callable[[], None], torch.Tensor]:
-        """(replay, static output) of the run, after two that are not recorded, where kernels are made and chosen."""
+    def _recorded_with_gradient(
+        self, fn: Callable[..., torch.Tensor], inputs: Tensors, parameters: Tensors
+    ) -> _Recorded:
+        buffers = [x.detach().clone() for x in inputs]
+        buffers[0].requires_grad_(inputs[0].requires_grad)
+        wanted = [t for t in (buffers[0], *parameters) if t.requires_grad]
+        shapes: list[torch.Size | None] = []
+
+        def forward() -> torch.Tensor:
+            with torch.enable_grad():
+                return fn(*buffers)
+
+        def back(y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+            found = torch.autograd.grad(y, wanted, g, allow_unused=True)
+            shapes[:] = [None if t is None else t.shape for t in found]
+            # One tensor is copied out in one launch. Sums over steps are in fp32 or wider.
+            return torch.cat(
+                [t.flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in found if t is not None]
+            )
+
+        def both() -> torch.Tensor:
+            y = forward()
+            return back(y, torch.zeros_like(y))
+
+        self._warm_up(both)
+        run_forward, output = self._capture(forward)
+        gradient = torch.zeros_like(output)
+        run_backward, flat = self._capture(lambda: back(output, gradient))
+        return _Recorded(buffers, run_forward, output.detach(), gradient, run_backward, flat, tuple(shapes))
+
+    def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
+        """Two runs that are not recorded, where kernels are made and chosen."""
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(2):
                 run()
         main.wait_stream(side)
+
+    def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """(replay, static output) of the run."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = run()
         return graph.replay, output
+
+
+class _WithGradient(torch.autograd.Function):
+    """A recorded call as a node of autograd's graph: (recorded, count of inputs, *inputs, *parameters) -> output."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, count: int, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.recorded, ctx.count = recorded, count
+        _fill(recorded.inputs, tensors[:count])
+        recorded.forward()
+        # A new tensor, or autograd would take the static one for this call's for good.
+        return recorded.output.view_as(recorded.output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        recorded: _Recorded = ctx.recorded
+        assert recorded.gradient is not None and recorded.backward is not None and recorded.flat is not None
+        recorded.gradient.copy_(grads[0])
+        recorded.backward()
+        pieces = _pieces(recorded.flat.clone(), recorded.shapes)
+        first = next(pieces) if ctx.needs_input_grad[2] else None
+        return None, None, first, *[None] * (ctx.count - 1), *pieces
+
+
+def _pieces(flat: torch.Tensor, shapes: Sequence[torch.Size | None]) -> Iterator[torch.Tensor | None]:
+    start = 0
+    for shape in shapes:
+        if shape is None:
+            yield None
+            continue
+        yield flat[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+
+
+@torch.no_grad()
+def _fill(buffers: Tensors, values: Tensors) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)

@@ -216,6 +216,40 @@ class Call {
   std::vector<std::pair<at::Tensor, at::Tensor>> arguments_;
 };
 
+// A graph: operators with their operands, which it keeps alive where they lie, and what they returned.
+struct Node {
+  c10::OperatorHandle op;
+  std::vector<c10::IValue> arguments;
+  std::vector<at::Tensor> results;
+};
+using Graph = std::vector<Node>;
+Graph* capturing = nullptr;
+
+void collect(const c10::IValue& value, std::vector<at::Tensor>& into) {
+  if (value.isTensor()) into.push_back(value.toTensor());
+  if (value.isTensorList())
+    for (const at::Tensor& x : value.toTensorVector()) into.push_back(x);
+}
+
+// The operators once more on the same memory: no Python runs.
+void replay(const Graph& graph) {
+  at::NoGradGuard no_grad;
+  for (const Node& node : graph) {
+    Call call(node.op);
+    torch::jit::Stack stack;
+    for (const auto& value : node.arguments) stack.push_back(call.argument(value));
+    node.op.callBoxed(&stack);
+    std::vector<at::Tensor> hosts;
+    for (const auto& value : stack) collect(value, hosts);
+    for (size_t i = 0; i < hosts.size(); ++i) {
+      // What was made empty, to be given its size by the operator after it, has that size now.
+      if (!hosts[i].defined() || !node.results[i].is_cuda() || hosts[i].sizes() != node.results[i].sizes()) continue;
+      const at::Tensor there = call.to_host(node.results[i]);
+      if (there.storage().data() != hosts[i].storage().data()) there.copy_(hosts[i]);
+    }
+  }
+}
+
 void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto count = op.schema().arguments().size();
   Call call(op);
@@ -227,6 +261,12 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   call.update_arguments();
   for (auto value = stack->end() - op.schema().returns().size(); value != stack->end(); ++value)
     *value = call.result(*value);
+  if (capturing != nullptr) {
+    Node node{op, arguments, {}};
+    for (auto value = stack->end() - op.schema().returns().size(); value != stack->end(); ++value)
+      collect(*value, node.results);
+    capturing->push_back(std::move(node));
+  }
 }
 
 // A convolution takes a workspace from the allocator for as long as it runs, as cuDNN's do.
@@ -241,12 +281,17 @@ void with_workspace(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (to.is_cuda() != from.is_cuda() && !non_blocking) wait();
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
+  if (capturing != nullptr) {
+    TORCH_CHECK(to.is_cuda() && from.is_cuda(), "operation not permitted when stream is capturing");
+    capturing->push_back({op, {to, from, non_blocking}, {to}});
+  }
   Call call(op);
   call.to_host(to).copy_(call.to_host(from));
   return to;
 }
 
 at::Scalar item(const at::Tensor& x) {
+  TORCH_CHECK(capturing == nullptr, "operation not permitted when stream is capturing");
   wait();
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::_local_scalar_dense", "");
   return at::_local_scalar_dense(Call(op).to_host(x));
@@ -298,6 +343,11 @@ int64_t emulated_allocated() { return allocated; }
 int64_t emulated_peak() { return peak; }
 void emulated_reset_peak() { peak = allocated.load(); }
 void emulated_set_limit(int64_t bytes) { limit = bytes; }
+void* emulated_capture_begin() { return capturing = new Graph(); }
+void emulated_capture_end() { capturing = nullptr; }
+bool emulated_is_capturing() { return capturing != nullptr; }
+void emulated_replay(void* graph) { replay(*static_cast<Graph*>(graph)); }
+void emulated_forget(void* graph) { delete static_cast<Graph*>(graph); }
 int64_t emulated_waits() { return waits; }
 void emulated_on_wait(void (*callback)()) { on_wait = callback; }
 }

@@ -46,31 +46,33 @@ def build() -> Path:
 class Emulated:
     """What there is to ask of the device."""
 
-    def __init__(self, library: ctypes.CDLL):
-        self._library = library
+    def __init__(self, library: ctypes.PyDLL):
+        self.library = library
+        library.emulated_capture_begin.restype = ctypes.c_void_p
+        library.emulated_is_capturing.restype = ctypes.c_bool
         for name in ("allocated", "peak", "waits"):
             getattr(library, f"emulated_{name}").restype = ctypes.c_int64
 
     def allocated(self, device=None) -> int:
-        return self._library.emulated_allocated()
+        return self.library.emulated_allocated()
 
     def peak(self, device=None) -> int:
-        return self._library.emulated_peak()
+        return self.library.emulated_peak()
 
     def waits(self) -> int:
         """How often the host has waited for the device so far: `.item()`, copies to the host."""
-        return self._library.emulated_waits()
+        return self.library.emulated_waits()
 
     def on_wait(self, callback) -> None:
         """Call this at every wait."""
         self._callback = ctypes.CFUNCTYPE(None)(callback)  # kept, since the library keeps no reference
-        self._library.emulated_on_wait(self._callback)
+        self.library.emulated_on_wait(self._callback)
 
     def reset_peak(self, device=None) -> None:
-        self._library.emulated_reset_peak()
+        self.library.emulated_reset_peak()
 
     def set_limit(self, size_bytes: int) -> None:
-        self._library.emulated_set_limit(ctypes.c_int64(size_bytes))
+        self.library.emulated_set_limit(ctypes.c_int64(size_bytes))
 
 
 def _attention(q, k, v, scale):
@@ -168,6 +170,26 @@ class Event:
         return True
 
 
+class CUDAGraph:
+    """Operators recorded with their memory, and run again without Python."""
+
+    def __init__(self, keep_graph=False):
+        self._library, self._graph = started().library, None
+
+    def capture_begin(self, *arguments, **options) -> None:
+        self._graph = self._library.emulated_capture_begin()
+
+    def capture_end(self) -> None:
+        self._library.emulated_capture_end()
+
+    def replay(self) -> None:
+        self._library.emulated_replay(ctypes.c_void_p(self._graph))
+
+    def __del__(self):
+        if self._graph is not None:
+            self._library.emulated_forget(ctypes.c_void_p(self._graph))
+
+
 _started: list[Emulated] = []
 
 
@@ -184,7 +206,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     """Make this process see one GPU of `TOTAL_BYTES`."""
     os.environ["TRITON_INTERPRET"] = "1"
     assert "torch" not in sys.modules, "torch has looked for devices already"
-    device = Emulated(ctypes.CDLL(str(build())))
+    device = Emulated(ctypes.PyDLL(str(build())))
     import torch
 
     device.set_limit(TOTAL_BYTES)
@@ -220,7 +242,9 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "stream": lambda stream: contextlib.nullcontext(),
         "Stream": Stream,
         "Event": Event,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: device.library.emulated_is_capturing(),
+        "CUDAGraph": CUDAGraph,
+        "graph_pool_handle": lambda: (0, 1),
         "cudart": lambda: runtime,
         "memory_allocated": device.allocated,
         "max_memory_allocated": device.peak,
@@ -247,6 +271,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     for attribute, value in replaced.items():
         assert hasattr(torch.cuda, attribute), attribute
         setattr(torch.cuda, attribute, value)
-    torch._C._cuda_clearCublasWorkspaces = lambda: None
+    for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+        setattr(torch._C, name, lambda: None)
     _started.append(device)
     return device

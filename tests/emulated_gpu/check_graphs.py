@@ -1,0 +1,58 @@
+"""CUDA graphs on the emulated GPU, which records operators with their memory and runs them again without Python."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from alignprop_fast import DifferentiableSampler
+
+pytestmark = pytest.mark.usefixtures("plain_kernels")
+
+STEPS, PROMPTS = 4, ["a red cat", "a dog"]
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def pipe(request, emulated):
+    pipe = request.getfixturevalue(request.param)
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    torch.manual_seed(0)
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return pipe.to("cuda")
+
+
+def run(sampler, prompts, seed, grad_steps):
+    images = sampler(prompts, None, torch.Generator().manual_seed(seed), grad_steps=grad_steps)
+    (images * torch.linspace(0, 1, 16, device="cuda")).mean().backward()
+    grads = [p.grad.clone() for p in sampler.model.trainable()]
+    sampler.model.denoiser.zero_grad()
+    return images.detach(), grads
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3])
+def test_graphs_give_the_same_bits(pipe, rescale):
+    """With other prompts, noise, gates and weights than those that were recorded, and after another batch size."""
+    size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
+    options = {"guidance_rescale": rescale, **size}
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on, **options) for on in (False, True))
+    runs = ((PROMPTS, 1, [1, 3]), (["a dog", "sun"], 2, [0, 1, 2]), (["sun"], 3, [2]), (PROMPTS, 4, [3]))
+    for prompts, seed, grad_steps in runs:
+        images, grads = run(plain, prompts, seed, grad_steps)
+        ours, our_grads = run(graphed, prompts, seed, grad_steps)
+        assert torch.equal(images, ours)
+        assert all(torch.equal(a, b) for a, b in zip(grads, our_grads, strict=True)) and any(g.any() for g in grads)
+        with torch.no_grad():
+            for parameter in plain.model.trainable():
+                parameter.mul_(1.1)
+    # Of a batch size: without gradient; with, where the step's input wants one (not with one step alone); with, where not.
+    assert len(graphed._fast.graphs._graphs) == 3 + 2
+
+
+def test_python_does_not_run_again(pipe, monkeypatch):
+    size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
+    sampler = DifferentiableSampler(pipe, STEPS, cuda_graphs=True, **size)
+    run(sampler, PROMPTS, 1, [1, 3])
+    monkeypatch.setattr(type(sampler.model), "predict", None)
+    run(sampler, PROMPTS, 2, [2, 3])
