@@ -63,8 +63,8 @@ class AlignPropConfig:
         lora_rank, lora_alpha, lora_targets: of new adapters; targets: attention, attention+ff or all.
         base_dtype: how the large frozen linear layers are stored: "auto" (as mixed_precision says), "fp8", "int8" or
             "nf4" (bitsandbytes); they compute in the mixed precision's dtype all the same.
-        adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters
-            and gradients, and no casts in the chain.
+        adapter_dtype: "fp32", or "bf16" with stochastic rounding in the optimizer's step: half the bytes of adapters,
+            and no casts in the chain. Gradients are fp32 all the same.
         optimizer: "adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit" (bitsandbytes), "adafactor" or
             "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
         optimizer_in_backward: full fine-tuning only: step each parameter in the backward pass as soon as its gradient

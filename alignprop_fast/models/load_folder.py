@@ -128,7 +128,9 @@ def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow
     names = [variants.get(variant) or variants[None] for part, variants in found.items() if part not in pickles]
     others = sorted({str(one) for variants in found.values() for one in variants if one not in (None, variant)})
     if variant is None and others:
-        logger.info("%s holds the full weights and a variant (%s): the full ones are taken", where, ", ".join(others))
+        logger.warning(
+            "%s holds the full weights and a variant (%s): the full ones are taken", where, ", ".join(others)
+        )
     if pickles:
         logger.warning("%s: the pickles %s are read, tensors only", where, ", ".join(pickles.values()))
     return Weights(variant, tuple(names), tuple(pickles))

@@ -149,6 +149,13 @@ def test_there_and_back_are_the_same_factors(shapes):
         assert torch.equal(back[module].down, factors.down) and torch.equal(back[module].up, factors.up)
 
 
+def test_flux_without_single_stream_blocks_is_known_by_its_width():
+    shapes = {name: shape for name, shape in FLUX_ATTENTION.items() if not name.startswith("single_")}
+    assert all(name.startswith("lora_unet_double_blocks_") for name in to_kohya(made(shapes)))
+    narrow = {name: (1536, 1536) for name in shapes}  # SD3-medium
+    assert all(name.startswith("lora_unet_joint_blocks_") for name in to_kohya(made(narrow)))
+
+
 def test_parts_of_different_scales():
     lora = made({"transformer_blocks.1.attn.to_q": (8, 8), "transformer_blocks.1.attn.to_k": (8, 8)}, scale=0.5)
     lora["transformer.transformer_blocks.1.attn.to_k"] = Factors(torch.ones(2, 8), torch.ones(8, 2), 3.0)
