@@ -46,7 +46,7 @@ def test_graphs_give_the_same_bits(pipe, rescale):
         with torch.no_grad():
             for parameter in plain.model.trainable():
                 parameter.mul_(1.1)
-    # Of a batch size: without gradient; with, where the step's input wants one (never of a single step); with, where not.
+    # Of a batch size: without gradient, with, and with but for the step's input, which a single step does not want.
     assert len(graphed._fast.graphs._graphs) == 3 + 2
 
 
