@@ -55,6 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> "LiveBytes":
         if self._gpu is not None:
+            gc.collect()  # what is garbage already must not be taken for what was there, and be gone midway
             torch.cuda.reset_peak_memory_stats(self._gpu)
             self._start_bytes = torch.cuda.memory_allocated(self._gpu)
         return super().__enter__()

@@ -114,6 +114,10 @@ class _Record:
     @torch.no_grad()
     def away(self, x: torch.Tensor) -> Any:
         """x, or a handle for it where it is worth moving. For use as a pack hook."""
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        # An operator's own output comes with its graph, which would hold it, and it the graph: where a step fails, no
+        # one could free them. (A detached tensor still knows what it is a view of.)
+        x = x.data
         size_bytes = x.numel() * x.element_size()
         if (
             x.device.type != self.owner.device.type  # "cuda" and "cuda:0" are not equal
@@ -121,10 +125,9 @@ class _Record:
             or x.untyped_storage().data_ptr() in self.staying
         ):
             return x
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
         handle = self.handles.get(key)
         if handle is None:
-            handle = self.handles[key] = self._send(x.detach(), size_bytes)
+            handle = self.handles[key] = self._send(x, size_bytes)
         handle.uses += 1
         return self, handle
 

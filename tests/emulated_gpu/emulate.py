@@ -271,7 +271,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     for attribute, value in replaced.items():
         assert hasattr(torch.cuda, attribute), attribute
         setattr(torch.cuda, attribute, value)
-    for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
-        setattr(torch._C, name, lambda: None)
+    for internal in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+        setattr(torch._C, internal, lambda: None)
     _started.append(device)
     return device
