@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from alignprop_fast import cli_options as o
+from alignprop_fast import cli_options_control as c
 from alignprop_fast.cli_options import DEFAULTS
 from alignprop_fast.cli_support import check_writable, plain, quiet_libraries, setup_errors
 
@@ -76,21 +77,27 @@ def plan(
     ctx: typer.Context,
     model: Model = DEFAULTS.model,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
+    lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
     base_dtype: o.BasePrecision = o.BaseDtype.auto,
     adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
     resolution: Resolution = None,
     height: o.Height = None,
     width: o.Width = None,
     batch_size: o.BatchSize = DEFAULTS.batch_size,
     optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
     truncation: o.Truncation = DEFAULTS.truncation,
+    kl_weight: c.KlWeight = DEFAULTS.kl_weight,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: MemoryBudget = None,
+    cache_text: o.CacheText = DEFAULTS.cache_text,
     gpu: GpuName = None,
     host_memory: HostMemory = None,
     measure: Measure = False,

@@ -152,7 +152,7 @@ def from_model(console: Console, options: Mapping[str, Any]) -> Question:
     for size in dict.fromkeys((batch, 2 if batch == 1 else 1)):
         how = "measuring" if gpu is None else "counting the operators of"
         with console.status(f"{how} a training step at batch size {size}; a large model takes a minute, once"):
-            tables[size] = _with_host(sampler.cost_table(size, gpu), options)
+            tables[size] = _with_host(sampler.cost_table(size, gpu, options["negative_prompt"] or None), options)
     height, width = sampler.size
     facts = {
         "model": options["model"],
@@ -207,20 +207,22 @@ def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
     import torch
 
     from alignprop_fast.models.architectures import NAMES, architecture
-    from alignprop_fast.models.load import load_outline
+    from alignprop_fast.models.load import load_outline, pick_scheduler
     from alignprop_fast.models.lora import add_lora
 
-    model, precision, rank = options["model"], options["mixed_precision"], options["lora_rank"]
+    model, precision = options["model"], options["mixed_precision"]
+    rank, targets = options["lora_rank"], options["lora_targets"]
     dtype = torch.float32 if precision == "no" else torch.bfloat16  # fp16 takes as much and as long
     if model in NAMES:
-        pipe = architecture(model, dtype, rank=rank).pipe
+        pipe = architecture(model, dtype, rank=rank, targets=targets).pipe
     else:
         try:
             pipe = load_outline(model, dtype)
         except FileNotFoundError as error:
             raise ValueError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
         with torch.device("meta"):
-            add_lora(pipe, rank, rank)
+            add_lora(pipe, rank, rank, targets)
+    pipe.scheduler = pick_scheduler(pipe, options["scheduler"])
     if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
         pipe.vae.to(torch.float32)
     _change_dtypes(pipe, options)
@@ -264,9 +266,9 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
 
     if options["model"] in NAMES:
         raise ValueError(f"{options['model']} is an architecture without weights: give --measure a folder or a Hub id")
-    pipe = open_pipeline(options["model"], device, options["mixed_precision"])
+    pipe = open_pipeline(options["model"], device, options["mixed_precision"], options["scheduler"])
     reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
-    add_lora(pipe, options["lora_rank"], options["lora_rank"])
+    add_lora(pipe, options["lora_rank"], options["lora_rank"], options["lora_targets"])
     _change_dtypes(pipe, options)
     return _sampler(pipe, reward, options)
 
@@ -275,11 +277,13 @@ def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
     """The frozen linear layers and the adapters as --base-dtype and --adapter-dtype have them."""
     import torch
 
+    from alignprop_fast.models.lora_targets import denoiser
     from alignprop_fast.models.quantization import quantize_linears
 
+    model = denoiser(pipe)
     if options["base_dtype"] != "auto":
-        quantize_linears(pipe.unet, options["base_dtype"], pipe.unet.device, pipe.unet.dtype)
-    for parameter in pipe.unet.parameters():
+        quantize_linears(model, options["base_dtype"], model.device, model.dtype)
+    for parameter in model.parameters():
         if parameter.requires_grad and options["adapter_dtype"] == "bf16":
             parameter.data = parameter.data.to(torch.bfloat16)
 
@@ -294,6 +298,9 @@ def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> Differentiab
         pipe,
         options["num_inference_steps"],
         options["guidance_scale"],
+        true_cfg_scale=options["true_cfg_scale"],
+        cache_text=options["cache_text"],
+        compare_with_base=options["kl_weight"] > 0,
         height=options["height"] or options["resolution"],
         width=options["width"] or options["resolution"],
         reward=reward,

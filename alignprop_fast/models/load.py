@@ -65,7 +65,7 @@ def load_pipeline(
     else:
         pipe = load_folder(*fetch(source, revision, allow_pickle), dtype)
     _check_complete(pipe, model)
-    pipe.scheduler = _scheduler(pipe, scheduler)
+    pipe.scheduler = pick_scheduler(pipe, scheduler)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -87,7 +87,7 @@ def load_outline(model: str | Path, dtype: torch.dtype = torch.bfloat16, revisio
         pipe = _outline(folder, index)
     except LOADING_ERRORS as error:
         raise ValueError(f"cannot read the configuration in {folder}: {first_line(error)}; copy it again") from error
-    pipe.scheduler = _scheduler(pipe, "auto")
+    pipe.scheduler = pick_scheduler(pipe, "auto")
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -124,7 +124,7 @@ def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> An
         return part_class.from_config(part_class.load_config(folder / name, local_files_only=True))
 
 
-def _scheduler(pipe: Any, name: str) -> Any:
+def pick_scheduler(pipe: Any, name: str) -> Any:
     supported = DIFFUSION if "unet" in pipe.components else FLOW
     name = supported[0] if name == "auto" else name
     if name not in supported:
