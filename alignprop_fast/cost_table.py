@@ -210,15 +210,18 @@ def _fixed(task: Task) -> dict[str, int]:
     return {
         "weights": _bytes(tensors) - adapters_bytes,
         "adapters": adapters_bytes,
-        "gradients": adapters_bytes if task.keeps_gradients else 0,
+        # Those of bf16 adapters are in fp32 all the same (see `FlatParameters`).
+        "gradients": _bytes(trained, narrowest=4) if task.keeps_gradients else 0,
         "optimizer": 8 * numbers if task.optimizer_bytes is None else task.optimizer_bytes,
         "reward": task.reward_bytes,
         "conditioning": _bytes(conditioning),
     }
 
 
-def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(allocated_bytes(t.numel() * t.element_size(), t.device) for t in {id(t): t for t in tensors}.values())
+def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
+    """What tensors take, each counted once, or would take with no fewer bytes an element."""
+    distinct = {id(t): t for t in tensors}.values()
+    return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
 def _host_bytes() -> int:

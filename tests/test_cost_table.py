@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 from alignprop_fast import cost_table
+from alignprop_fast.flat_parameters import FlatParameters
 from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.models.random_weights import make_sd_folder
 from alignprop_fast.planner import BudgetInfeasible, Solver, find_gpu
@@ -80,6 +81,18 @@ def test_predicted_peaks_are_the_real_ones(pipe, penalised):
         residents.add(len(plan.resident_steps))
         stages |= {plan.decoder.name, plan.reward.name}
     assert len(residents) >= (2 if penalised else 3) and (penalised or len(stages) > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_counted_as_they_lie_between_micro_batches(tiny_sd, dtype):
+    tiny_sd.to(dtype).unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_q"]))
+    sampler = DifferentiableSampler(tiny_sd, STEPS)
+    parameters = sampler.model.trainable()
+    assert {parameter.dtype for parameter in parameters} == {dtype}
+    FlatParameters(parameters)
+    sampler(["a dog"], grad_steps=[0]).mean().backward()
+    taken = sum(parameter.grad.numel() * parameter.grad.element_size() for parameter in parameters)
+    assert sampler.cost_table(1).fixed["gradients"] == taken == 4 * sum(map(torch.numel, parameters))
 
 
 def test_measured_tables_are_remembered(pipe, monkeypatch):
