@@ -266,7 +266,9 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
 
     if options["model"] in NAMES:
         raise ValueError(f"{options['model']} is an architecture without weights: give --measure a folder or a Hub id")
-    pipe = open_pipeline(options["model"], device, options["mixed_precision"], options["scheduler"])
+    pipe = open_pipeline(
+        options["model"], device, options["mixed_precision"], options["scheduler"], None, options["allow_pickle"]
+    )
     reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
     add_lora(pipe, options["lora_rank"], options["lora_rank"], options["lora_targets"])
     _change_dtypes(pipe, options)
@@ -286,6 +288,7 @@ def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and options["adapter_dtype"] == "bf16":
             parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.grad_dtype = torch.float32  # as the trainer sums them
 
 
 def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:

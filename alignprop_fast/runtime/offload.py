@@ -114,7 +114,7 @@ class _Record:
     @torch.no_grad()
     def away(self, x: torch.Tensor) -> Any:
         """x, or a handle for it where it is worth moving. For use as a pack hook."""
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        key = (_storage(x), x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
         # An operator's own output comes with its graph, which would hold it, and it the graph: where a step fails, no
         # one could free them. (A detached tensor still knows what it is a view of.)
         x = x.data
@@ -122,7 +122,7 @@ class _Record:
         if (
             x.device.type != self.owner.device.type  # "cuda" and "cuda:0" are not equal
             or size_bytes < self.owner.smallest_bytes
-            or x.untyped_storage().data_ptr() in self.staying
+            or _storage(x) in self.staying
         ):
             return x
         handle = self.handles.get(key)
@@ -201,7 +201,12 @@ def _give_back(pool: HostPool, buffer: torch.Tensor, record: "weakref.ref[_Recor
 def _staying(module: nn.Module, others: tuple[Any, ...]) -> set[int]:
     """Storages that are there anyway: weights, and inputs that every block shares, such as the text embeddings."""
     tensors = [*module.parameters(), *module.buffers(), *(t for t in others if isinstance(t, torch.Tensor))]
-    return {t.untyped_storage().data_ptr() for t in tensors}
+    return {_storage(t) for t in tensors}
+
+
+def _storage(x: torch.Tensor) -> int:
+    """Which storage it is, also on the meta device, where all lie at address 0."""
+    return x.untyped_storage()._cdata
 
 
 def _is_dense(x: torch.Tensor) -> bool:

@@ -135,12 +135,14 @@ def test_mixtures_with_offloading_never_take_more_than_predicted(seed):
 
 
 def test_meta_tensors_count_the_same_bytes():
-    real = segments(make_work())
-    meta = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)))
+    real = segments(make_work(), link=1e9)
+    meta = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)), link=1e9)
+    assert transfer_bytes(real) > 0
     for one, two in zip(real, meta, strict=True):
         for option in one.options:
             other = two.option(option.name)
             assert (option.kept_bytes, option.spike_bytes) == (other.kept_bytes, other.spike_bytes)
+            assert option.host_bytes == other.host_bytes
             assert other.seconds > 0
 
 
