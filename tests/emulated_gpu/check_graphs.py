@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
 
@@ -11,16 +10,9 @@ pytestmark = pytest.mark.usefixtures("plain_kernels")
 STEPS, PROMPTS = 4, ["a red cat", "a dog"]
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
-def pipe(request, emulated):
-    pipe = request.getfixturevalue(request.param)
-    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    torch.manual_seed(0)
-    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return pipe.to("cuda")
+@pytest.fixture
+def pipe(adapted):
+    return adapted.to("cuda")
 
 
 def run(sampler, prompts, seed, grad_steps):

@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.runtime import run_chain
@@ -14,17 +13,10 @@ pytestmark = pytest.mark.usefixtures("plain_kernels")
 STEPS, PROMPTS = 4, ["a red cat", "a dog"]
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
-def pipes(request, emulated):
-    """The same pipeline on the CPU and on the GPU, with adapters that change something."""
-    pipe = request.getfixturevalue(request.param)
-    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    torch.manual_seed(0)
-    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return pipe, deepcopy(pipe).to("cuda")
+@pytest.fixture
+def pipes(adapted):
+    """The same pipeline on the CPU and on the GPU."""
+    return adapted, deepcopy(adapted).to("cuda")
 
 
 def run(pipe, budget):

@@ -10,6 +10,22 @@ def emulated():
     return emulate.started()
 
 
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def adapted(request, emulated):
+    """A pipeline of each architecture on the CPU, with adapters that change something."""
+    import torch
+    from peft import LoraConfig
+
+    pipe = request.getfixturevalue(request.param)
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    torch.manual_seed(0)
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return pipe
+
+
 @pytest.fixture(scope="session")
 def plain_kernels():
     """Triton's interpreter takes seconds for what these checks run hundreds of times; its kernels have tests of their
