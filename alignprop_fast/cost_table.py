@@ -77,7 +77,7 @@ def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> lis
 
 
 def measured_table(task: Task) -> CostTable:
-    """Run each part of the task on its device under each option, in a few seconds; or read what was measured before.
+    """Run each part of the task on its device under each option, or read what was measured before.
 
     The reward is a callable of whatever make: it is measured anew each time.
     """

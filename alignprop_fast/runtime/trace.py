@@ -85,12 +85,13 @@ class Trace:
 
 
 def trace(work: Work, options: Mapping[str, str]) -> Trace:
-    """Run the work under the options: once for its bytes, and a few times for its seconds where the device is timed.
+    """Run the work under the options: a few times for its seconds where the device is timed, and once for its bytes.
 
+    In this order: at the very first run kernels are compiled, and tried against each other in memory of their own.
     What is offloaded is not timed: on a run where all is, the copies wait for each other.
     """
-    if work.device.type == "cuda":  # at the first run kernels are compiled and tried against each other
-        _run(work, options, lambda label: None, lambda out: None)
+    offloads = any(option.endswith(OFFLOAD) for option in options.values())
+    seconds = {} if work.operator_seconds or offloads else _timed(work, options)
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
     pool = HostPool(work.device)
     moved: dict[Hashable, int] = {}
@@ -112,8 +113,8 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
                 kept[part] = max(kept[part] - out.untyped_storage().nbytes(), 0)
 
         order = _run(work, options, enter, between, pool)
-    offloads = any(option.endswith(OFFLOAD) for option in options.values())
-    seconds = cost.seconds if cost is not None else {} if offloads else _timed(work, options)
+    if cost is not None:
+        seconds = cost.seconds
     return Trace(_intervals(order, kept if work.backward else {}, moved, live.peaks, seconds))
 
 
@@ -207,7 +208,7 @@ class _OperatorCost:
 
 
 def _timed(work: Work, options: Mapping[str, str]) -> dict[Hashable, float]:
-    """Seconds of each part in the run of median length; the run for the bytes has warmed up."""
+    """Seconds of each part in the run of median length: not the first one, which warms up."""
     runs = []
     for _ in range(work.repeats):
         watch = Stopwatch(work.device)
