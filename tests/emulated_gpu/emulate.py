@@ -273,5 +273,6 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         setattr(torch.cuda, attribute, value)
     for internal in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
         setattr(torch._C, internal, lambda: None)
+    torch._C._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes looks for it when it is imported
     _started.append(device)
     return device
