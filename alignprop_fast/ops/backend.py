@@ -66,20 +66,23 @@ def attempt(
 ) -> Result:
     """first(*arguments), and from its first failure in this process on plain(*arguments), which returns the same.
 
-    Not for tensors that are traced, of which nothing can be said here.
+    Not for tensors that are traced. A full device is no failure of `first`, and is raised; so is what happens while a
+    CUDA graph is captured, which is lost. Where `plain` fails too the arguments are at fault.
 
-    name: what is switched off then. A full device is no failure of `first`, and is raised; so is what happens while a
-    CUDA graph is captured, which is lost.
+    name: what is switched off then.
     """
-    if switched_off.reason(name) is None:
-        try:
-            return first(*arguments, **keywords)
-        except Exception as error:  # of compilers, drivers and libraries: there is no list of them
-            if is_out_of_memory(error) or _is_capturing():
-                raise
-            switched_off.switch_off(name, f"{type(error).__name__}: {error}")
+    if switched_off.reason(name) is not None:
+        return plain(*arguments, **keywords)
+    try:
+        return first(*arguments, **keywords)
+    except Exception as error:  # of compilers, drivers and libraries: there is no list of them
+        if is_out_of_memory(error) or _is_capturing():
+            raise
+        reason = f"{type(error).__name__}: {error}"
     # Not in the handler, whose traceback would keep the tensors of what failed.
-    return plain(*arguments, **keywords)
+    result = plain(*arguments, **keywords)
+    switched_off.switch_off(name, reason)
+    return result
 
 
 def or_plain(
