@@ -51,10 +51,9 @@ def test_graphs(tiny_sd, plain_kernels):
     assert torch.equal(images, plain)
 
 
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
 def test_offloading_and_measuring(adapted, plain_kernels):
-    pipe = adapted.to("cuda:0")
-    size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    sampler = DifferentiableSampler(pipe, STEPS, memory_budget="10GiB", **size)
+    sampler = DifferentiableSampler(adapted.to("cuda:0"), STEPS, memory_budget="10GiB")
     sampler(PROMPTS, None, torch.Generator().manual_seed(0)).sum().backward()
     assert all(parameter.grad is not None for parameter in sampler.model.trainable())
     device = torch.device("cuda", 0)

@@ -277,7 +277,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "current_device": lambda: current.index,
         "set_device": current.set,
         "_exchange_device": current.exchange,
-        "_maybe_exchange_device": current.exchange,
+        "_maybe_exchange_device": lambda index: current.exchange(index),  # torch.compile tells the two apart
         "get_device_name": lambda device=None: name,
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: properties,
