@@ -79,3 +79,22 @@ def test_the_choice_is_explained():
     q, k, _ = qkv(1, 2, 16, 24, 32, torch.float16 if DEVICE == "cuda" else torch.float32)
     for direction in ("forward", "backward"):
         assert choose(direction, q, k).name in explain(direction, q, k)
+
+
+def as_on_a_gpu(q, k):
+    """What `choose` does with tensors of a GPU, for tensors of the CPU, with the CPU's kernel in place of the GPU's."""
+    assert backends.is_traced(q), "under the compiler nothing is timed"
+    return backends.CPU if backends._untimed(q) == "efficient" else None
+
+
+@pytest.mark.parametrize("without_gradient", [True, False])
+def test_compiles_whole_through_the_branch_of_a_gpu(monkeypatch, without_gradient):
+    """Dynamo's tensors are no fake tensors to the code that it traces."""
+    backend = backends.Backend("any", backends._cpu_forward, backends._cpu_backward)
+    monkeypatch.setattr(backends, "_cuda_backends", lambda: {"efficient": backend})
+    monkeypatch.setattr(backends, "_serves_cpu", lambda q: False, raising=False)
+    tensors = [t.requires_grad_(not without_gradient) for t in qkv(1, 2, 16, 24, 32, torch.float32)]
+    monkeypatch.setattr(backends, "choose", as_on_a_gpu)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.set_grad_enabled(not without_gradient):
+        assert torch.allclose(compiled(*tensors), attention_reference(*tensors), atol=1e-6)
