@@ -76,6 +76,7 @@ class Session:
         import torch
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+        from alignprop_fast.placement import make_deterministic
         from alignprop_fast.processes import meeting, start_processes
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.rewards.normalise import NormalisedSum
@@ -83,6 +84,8 @@ class Session:
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
         device = pick_device(options.device)
+        if options.deterministic and device != "cpu":
+            make_deterministic()
         processes = start_processes(cpu=device == "cpu")
         self.is_main = processes.is_main_process
         with meeting(), processes.main_process_first():  # what is wrong for all is said once

@@ -117,8 +117,10 @@ def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
 
     direction: "forward" or "backward".
     """
-    if not q.is_cuda:
-        return CPU
+    return _choose_on_gpu(direction, q, k) if q.is_cuda else CPU
+
+
+def _choose_on_gpu(direction: str, q: Tensor, k: Tensor) -> Backend:
     # Traced, not run: there is nothing to time.
     name = _untimed(q) if is_traced(q) else fastest(_problem(direction, q, k), _Candidates(direction, q, k), q.device)
     return _cuda_backends()[name]

@@ -47,7 +47,8 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
     """Name of the candidate that took the least time on this problem, of those whose results are right.
 
     Checked and timed on first use; the times are remembered in the user's cache folder, by device and versions. While a
-    CUDA graph is being captured nothing can be timed: a problem that is new then gets the first candidate.
+    CUDA graph is being captured nothing can be timed: a problem that is new then gets the first candidate. Under
+    torch's flag for deterministic algorithms the first whose results are right is taken, however long it takes.
 
     Args:
         problem: what distinguishes this problem from others: operator, direction, dtype, shape.
@@ -65,9 +66,9 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
     if memo not in _chosen:
         offered = candidates()
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _least(_table(key).get(problem, {}), offered) or next(iter(offered))
+            return _best(_table(key).get(problem, {}), offered) or next(iter(offered))
         _measure(key, problem, offered, device)
-        _chosen[memo] = _least(_table(key)[problem], offered) or _refuse(problem, _failures.pop((key, problem)))
+        _chosen[memo] = _best(_table(key)[problem], offered) or _refuse(problem, _failures.pop((key, problem)))
     return _chosen[memo]
 
 
@@ -117,8 +118,10 @@ def _measure(key: str, problem: str, offered: Candidates, device: torch.device) 
         _save(key, problem, times)
 
 
-def _least(times: Mapping[str, float], offered: Candidates) -> str | None:
+def _best(times: Mapping[str, float], offered: Candidates) -> str | None:
     timed = [name for name in offered if name in times]
+    if torch.are_deterministic_algorithms_enabled():  # bits must not hang on times
+        return next(iter(timed), None)
     return min(timed, key=lambda name: times[name], default=None)
 
 

@@ -6,6 +6,7 @@ Tolerance: error against the float64 reference at most twice that of plain PyTor
 import pytest
 import torch
 
+from alignprop_fast.ops import attention_backends as backends
 from alignprop_fast.ops.attention import attention, attention_reference
 from alignprop_fast.ops.attention_backends import choose, explain
 
@@ -81,20 +82,18 @@ def test_the_choice_is_explained():
         assert choose(direction, q, k).name in explain(direction, q, k)
 
 
-def as_on_a_gpu(q, k):
-    """What `choose` does with tensors of a GPU, for tensors of the CPU, with the CPU's kernel in place of the GPU's."""
-    assert backends.is_traced(q), "under the compiler nothing is timed"
-    return backends.CPU if backends._untimed(q) == "efficient" else None
-
-
-@pytest.mark.parametrize("without_gradient", [True, False])
-def test_compiles_whole_through_the_branch_of_a_gpu(monkeypatch, without_gradient):
-    """Dynamo's tensors are no fake tensors to the code that it traces."""
-    backend = backends.Backend("any", backends._cpu_forward, backends._cpu_backward)
-    monkeypatch.setattr(backends, "_cuda_backends", lambda: {"efficient": backend})
-    monkeypatch.setattr(backends, "_serves_cpu", lambda q: False, raising=False)
-    tensors = [t.requires_grad_(not without_gradient) for t in qkv(1, 2, 16, 24, 32, torch.float32)]
-    monkeypatch.setattr(backends, "choose", as_on_a_gpu)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_compiles_whole_as_on_a_gpu(monkeypatch, with_gradient):
+    """Dynamo's tensors are not fake ones to the code that it traces; what is chosen there here runs on the CPU."""
+    monkeypatch.setattr(backends, "choose", backends._choose_on_gpu)
+    monkeypatch.setattr(backends, "_efficient_forward", backends._cpu_forward)
+    monkeypatch.setattr(backends, "_efficient_backward", backends._cpu_backward)
+    backends._cuda_backends.cache_clear()
+    tensors = [t.cpu().requires_grad_(with_gradient) for t in qkv(1, 2, 16, 24, 32, torch.float32)]
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
-    with torch.set_grad_enabled(not without_gradient):
-        assert torch.allclose(compiled(*tensors), attention_reference(*tensors), atol=1e-6)
+    try:
+        with torch.set_grad_enabled(with_gradient):
+            assert torch.allclose(compiled(*tensors), attention_reference(*tensors), atol=1e-6)
+    finally:
+        backends._cuda_backends.cache_clear()
+        torch._dynamo.reset()
