@@ -83,9 +83,9 @@ class Session:
         from alignprop_fast.trainer import AlignPropTrainer
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
+        if options.deterministic and options.device != "cpu" and torch.cuda.is_available():
+            make_deterministic()  # before a device is made the current one, which starts CUDA
         device = pick_device(options.device)
-        if options.deterministic and device != "cpu":
-            make_deterministic()
         processes = start_processes(cpu=device == "cpu")
         self.is_main = processes.is_main_process
         with meeting(), processes.main_process_first():  # what is wrong for all is said once

@@ -30,11 +30,11 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
         ValueError: fp16 without a GPU.
     """
     options = dict(config.accelerator_kwargs)
+    if config.deterministic and torch.cuda.is_available() and not options.get("cpu"):
+        make_deterministic()
     state = start_processes(bool(options.get("cpu")), options)
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError('mixed_precision="fp16" needs a GPU: use "no" (fp32) or "bf16"')
-    if config.deterministic and state.device.type == "cuda":
-        make_deterministic()
     accelerator = MeetingAccelerator(
         log_with=config.log_with,
         mixed_precision="no" if config.mixed_precision == "none" else config.mixed_precision,
