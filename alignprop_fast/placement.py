@@ -61,7 +61,7 @@ def make_deterministic() -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # The package's kernels write all of what they allocate.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _tracker_config(config: AlignPropConfig) -> dict[str, Any]:

@@ -55,8 +55,9 @@ class Case:
     @cached_property
     def expected(self) -> tuple[Tensors, Tensors]:
         """(o, lse, dq, dk, dv) of some heads [P, ...] by the plain expression: in this dtype, and in float64."""
-        heads = [self.some_heads(t) for t in (self.q, self.k, self.v, self.g)]
-        return plain(*heads, self.scale), plain(*(t.double() for t in heads), self.scale)
+        q, k, v, g = (self.some_heads(t) for t in (self.q, self.k, self.v, self.g))
+        exact = plain(q.double(), k.double(), v.double(), g.double(), self.scale)
+        return plain(q, k, v, g, self.scale), exact
 
     def some_heads(self, t: Tensor) -> Tensor:
         """[P, ...] of [B, H, ...]: the first head, the last, and others evenly between."""
@@ -156,4 +157,5 @@ class BackwardTrial:
         return None
 
     def _of(self, case: Case, forward: Tensors, g: Tensor) -> Tensors:
-        return self.backend.backward(g, case.q, case.k, case.v, *forward, case.scale)
+        o, lse = forward
+        return self.backend.backward(g, case.q, case.k, case.v, o, lse, case.scale)

@@ -180,7 +180,8 @@ def _device_and_versions(device: torch.device) -> str:
     versions = f"torch {torch.__version__}, triton {triton}, alignprop_fast {alignprop_fast.__version__}"
     if device.type != "cuda":
         return f"{platform.machine()}, {versions}"
-    libraries = f"cuDNN {torch.backends.cudnn.version()}, driver {torch._C._cuda_getDriverVersion()}"
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    libraries = f"cuDNN {torch.backends.cudnn.version()}, driver {driver}"
     return f"{torch.cuda.get_device_name(device)}, {versions}, {libraries}"
 
 
