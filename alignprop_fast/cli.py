@@ -52,9 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its sake
+        if "does not have a deterministic implementation" in str(error):
+            fail(f"{str(error).partition(',')[0]}: leave --deterministic out, or use another reward")
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its sake
+            fail(_out_of_memory(str(error)))
+        else:
             raise
-        fail(_out_of_memory(str(error)))
         code = BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED

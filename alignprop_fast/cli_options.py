@@ -113,6 +113,7 @@ class TrainOptions:
     sample_every: int = 10
     log_with: str | None = None
     device: str = "auto"
+    deterministic: bool = False
 
 
 DEFAULTS = TrainOptions()
@@ -132,6 +133,7 @@ _FIELDS = {
 _SAME_NAME = (
     *("lora_rank", "base_dtype", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget"),
     *("truncation", "seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
+    "deterministic",
 )
 
 
@@ -390,6 +392,14 @@ CacheText = Annotated[
     typer.Option(
         "--cache-text/--no-cache-text",
         help="Encode each prompt once, at the start; the text encoders then leave the GPU.",
+        rich_help_panel=_DEVICE,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same bits from run to run on a GPU too, as on the CPU always; costs some speed.",
         rich_help_panel=_DEVICE,
     ),
 ]

@@ -76,12 +76,15 @@ class Session:
         import torch
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+        from alignprop_fast.placement import make_deterministic
         from alignprop_fast.processes import meeting, start_processes
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
 
         self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
+        if options.deterministic and options.device != "cpu" and torch.cuda.is_available():
+            make_deterministic()  # before a device is made the current one, which starts CUDA
         device = pick_device(options.device)
         processes = start_processes(cpu=device == "cpu")
         self.is_main = processes.is_main_process

@@ -60,6 +60,7 @@ def train(
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
     cache_text: o.CacheText = DEFAULTS.cache_text,
+    deterministic: o.Deterministic = DEFAULTS.deterministic,
     device: o.Device = DEFAULTS.device,
     output_dir: o.OutputDir = DEFAULTS.output_dir,
     save_every: o.SaveEvery = DEFAULTS.save_every,

@@ -77,6 +77,8 @@ class AlignPropConfig:
             less turns it off.
         cuda_graphs, compiled: run evaluations without gradient as CUDA graphs, or their transformer blocks through
             torch.compile; need a GPU. See `DifferentiableSampler`.
+        deterministic: the same bits from run to run on a GPU too, by `torch.use_deterministic_algorithms`; costs some
+            speed. An operator that has no such form ends the run, and says so.
 
     Raises:
         ValueError: a value that cannot work; one line that says what to use.
@@ -135,6 +137,7 @@ class AlignPropConfig:
     true_cfg_scale: float = 1.0
     cuda_graphs: bool = False
     compiled: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.train_use_8bit_adam:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
@@ -28,6 +30,8 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
         ValueError: fp16 without a GPU.
     """
     options = dict(config.accelerator_kwargs)
+    if config.deterministic and torch.cuda.is_available() and not options.get("cpu"):
+        make_deterministic()
     state = start_processes(bool(options.get("cpu")), options)
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError('mixed_precision="fp16" needs a GPU: use "no" (fp32) or "bf16"')
@@ -43,6 +47,21 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
             config.tracker_project_name, config=_tracker_config(config), init_kwargs=config.tracker_kwargs
         )
     return accelerator
+
+
+def make_deterministic() -> None:
+    """Let this process compute the same bits from run to run on a GPU; to be called before anything runs there.
+
+    Raises:
+        ValueError: cuBLAS has started without the workspaces that this takes.
+    """
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        if torch.cuda.is_initialized():
+            raise ValueError("deterministic comes too late: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    # The package's kernels write all of what they allocate.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _tracker_config(config: AlignPropConfig) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """On a GPU: the allocator's peak is the plan's, within 1 % and never above; every option and offloading give the same
-bits. Skipped without one; has not run on a GPU yet.
+bits in deterministic mode. Skipped without one; has not run on a GPU yet.
 
 SD1.5's own architecture at 512 x 512, random weights in bf16: so large that the libraries' workspaces are under 1 %.
 """
@@ -74,7 +74,10 @@ def test_the_peak_is_the_predicted_one(measured, which):
 
 
 @pytest.mark.parametrize("option", [name + end for name in STEP_OPTIONS for end in ("", OFFLOAD)])
-def test_every_option_gives_the_same_bits(measured, option):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_option_gives_the_same_gradients(measured, option, deterministic, monkeypatch):
+    """The same bits where torch is asked for them."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sampler, _ = measured
     decoder = StageChoice("image", {"*": "recompute"})
 
@@ -82,6 +85,12 @@ def test_every_option_gives_the_same_bits(measured, option):
         options = {"*": name}
         return Plan(STEPS, (5,), (3,), (options,), options, decoder=decoder, host_bytes=OFFLOAD in name)
 
-    expected, found = gradients(sampler, plan("keep")), gradients(sampler, plan(option))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        expected, found = gradients(sampler, plan("keep")), gradients(sampler, plan(option))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert any(grad.abs().max() > 0 for grad in expected)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for a, b in zip(expected, found, strict=True):
+        # Attention's backward pass adds in any order otherwise: of bf16's 8 bits, a few roundings.
+        assert torch.equal(a, b) if deterministic else (a - b).norm() <= 0.02 * a.norm()

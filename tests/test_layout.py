@@ -24,7 +24,7 @@ TRAINER = {
 }
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
-    "ops": ({"kernels"}, {"torch"}),
+    "ops": ({"kernels"}, {"torch", "filelock"}),
     "planner": (set(), {"numpy"}),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),

@@ -5,7 +5,8 @@
 
 One form of the logsumexp lets the backward pass of one follow the forward pass of another, so each direction takes what
 is fastest on this GPU at this shape: cuDNN and flash trade places by GPU, and for short keys neither fills the chip in
-the backward pass.
+the backward pass. What is chosen has shown right results on the shape before (`attention_trials`). Under torch's flag
+for deterministic algorithms flash and efficient have backward passes that are, and cuDNN's is not taken.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch._subclasses import FakeTensor
 
-from alignprop_fast.ops import attention_plain, attention_triton
-from alignprop_fast.ops.backend import only_plain
+from alignprop_fast.ops import attention_plain, attention_triton, choice, switched_off
+from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
+from alignprop_fast.ops.backend import backend, is_traced, only_plain
 from alignprop_fast.ops.choice import fastest
 
 Tensor = torch.Tensor
@@ -57,10 +58,17 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
 
 
 def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
+    # A plan that was built for one layout of g and o may be taken for another (pytorch #191576, #171627).
+    g, o = _laid_out_like(q, g), _laid_out_like(q, o)
     return aten._scaled_dot_product_cudnn_attention_backward(
         *(g, q, k, v, o, lse[..., None], *_no_dropout(q), None, None, None, q.shape[2], k.shape[2], 0.0, False),
         scale=scale,
     )
+
+
+def _laid_out_like(q: Tensor, t: Tensor) -> Tensor:
+    """t [B, H, M, D] with its dimensions in the order in which they lie in q's memory."""
+    return t if t.stride() == q.stride() else torch.empty_like(q).copy_(t)
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
@@ -88,14 +96,21 @@ def _cuda_backends() -> dict[str, Backend]:
         Backend("cudnn", _cudnn_forward, _cudnn_backward),
         Backend("flash", _flash_forward, _flash_backward),
         Backend("efficient", _efficient_forward, _efficient_backward),
-        # Without Triton this one raises when it is tried, and is left out for that.
         Backend("triton", attention_triton.forward, attention_triton.backward),
+        PLAIN,
     ]
-    return {backend.name: backend for backend in found}
+    return {one.name: one for one in found}
 
 
 CPU = Backend("cpu", _cpu_forward, _cpu_backward)
 PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward)
+
+# PyTorch's own guards know of GPUs and library versions on which a kernel is not served, or is wrong.
+_GUARDS = {
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    "flash": torch.backends.cuda.can_use_flash_attention,
+    "efficient": torch.backends.cuda.can_use_efficient_attention,
+}
 
 
 def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
@@ -105,25 +120,24 @@ def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
     """
     if only_plain(q):
         return PLAIN
-    if not q.is_cuda:
-        return CPU
-    backends = _cuda_backends()
-    if isinstance(q, FakeTensor):
-        # Traced, not run: there is nothing to time.
-        return next(iter(backends.values()))
-    return backends[fastest(_problem(direction, q, k), lambda: _candidates(direction, q, k), q.device)]
+    return _choose_on_gpu(direction, q, k) if q.is_cuda else CPU
+
+
+def _choose_on_gpu(direction: str, q: Tensor, k: Tensor) -> Backend:
+    # Traced, not run: there is nothing to time.
+    name = _untimed(q) if is_traced(q) else fastest(_problem(direction, q, k), _Candidates(direction, q, k), q.device)
+    return _cuda_backends()[name]
 
 
 def explain(direction: str, q: Tensor, k: Tensor) -> str:
-    """Which implementation serves this shape and direction, and the times it was chosen by."""
-    from alignprop_fast.ops import choice
-
+    """Which implementation serves this shape and direction, the times it was chosen by, and why others were not."""
     name = choose(direction, q, k).name
     if name == PLAIN.name:
         return f"attention {direction} on {q.device}: plain PyTorch, slow, since no fused kernel is known to serve it"
     if not q.is_cuda:
         return f"attention {direction} on {q.device.type}: {name}, PyTorch's fused kernel"
-    return f"attention {direction}: {name}; {choice.explain(_problem(direction, q, k), q.device)}"
+    reasons = "".join(f", {name}: {reason}" for name, reason in _refused(direction, q, k).items())
+    return f"attention {direction}: {name}; {choice.explain(_problem(direction, q, k), q.device)}{reasons}"
 
 
 def _problem(direction: str, q: Tensor, k: Tensor) -> str:
@@ -131,26 +145,42 @@ def _problem(direction: str, q: Tensor, k: Tensor) -> str:
     return f"attention {direction} {str(q.dtype).removeprefix('torch.')} B{b} H{h} M{m} N{k.shape[2]} D{d}"
 
 
-def _candidates(direction: str, q: Tensor, k: Tensor) -> dict[str, Callable[[], object]]:
-    """Every implementation on random tensors of this shape; one that cannot serve it raises when called."""
-    b, h, m, d = q.shape
-    q_BMHD = torch.randn(b, m, h, d, dtype=q.dtype, device=q.device)
-    k_BNHD, v_BNHD = torch.randn(2, b, k.shape[2], h, d, dtype=q.dtype, device=q.device)
-    query, key, value = (t.transpose(1, 2) for t in (q_BMHD, k_BNHD, v_BNHD))
-    scale = d**-0.5
+def _untimed(q: Tensor) -> str:
+    """One that serves this dtype and head size without a trial."""
+    return "flash" if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 else "efficient"
 
-    def forward(backend: Backend) -> Callable[[], object]:
-        return lambda: backend.forward(query, key, value, scale)
 
-    def backward(backend: Backend) -> Callable[[], object]:
-        outputs: list[Tensors] = []
+def _refused(direction: str, q: Tensor, k: Tensor) -> dict[str, str]:
+    """Implementations that are not even tried on this shape, with the reason."""
+    wants_gradient = direction == "backward"
+    query, key = (t.detach().requires_grad_(wants_gradient) for t in (q, k))
+    params = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, False, False)
+    why = "PyTorch refuses it for this GPU, shape or version"
+    found = {name: why for name, can_use in _GUARDS.items() if not can_use(params)}
+    if wants_gradient and torch.are_deterministic_algorithms_enabled():
+        found["cudnn"] = "its backward pass is not deterministic"
+    if backend(q, "attention") != "triton":
+        found["triton"] = switched_off.reason("triton") or "Triton does not serve it here"
+    for name in _cuda_backends():
+        if reason := switched_off.reason(f"attention.{name}.{direction}"):
+            found[name] = reason
+    return found
 
-        def run() -> object:
-            if not outputs:
-                outputs.append(backend.forward(query, key, value, scale))
-            o, lse = outputs[0]
-            return backend.backward(query, query, key, value, o, lse, scale)
 
-        return run
+@dataclass(frozen=True)
+class _Candidates:
+    """Makes a trial of every implementation that may be tried on this shape."""
 
-    return {name: (forward if direction == "forward" else backward)(b) for name, b in _cuda_backends().items()}
+    direction: str
+    q: Tensor
+    k: Tensor
+
+    def __call__(self) -> dict[str, ForwardTrial | BackwardTrial]:
+        refused, first = _refused(self.direction, self.q, self.k), _untimed(self.q)
+        tried = [one for name, one in _cuda_backends().items() if name not in refused]
+        trials = Trials(self.q, self.k, self._forward)
+        trial = ForwardTrial if self.direction == "forward" else BackwardTrial
+        return {b.name: trial(b, trials) for b in sorted(tried, key=lambda b: b.name != first)}
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
+        return choose("forward", q, k).forward(q, k, v, scale)

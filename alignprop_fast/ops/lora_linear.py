@@ -10,7 +10,7 @@ saves the copy of each adapter.) x A^T is made again: it costs R / O of the forw
 or cuBLAS with small products beside it, whichever was measured faster (`ops.choice`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ def backward_plain(g: Tensor, x: Tensor | None, layer: Layer, wanted: Sequence[b
     return dx, d_down, d_up
 
 
-def plain_outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+def plain_outputs(x: Tensor, layers: Iterable[Layer]) -> tuple[Tensor, ...]:
     """y of each layer by PyTorch's own products."""
     return tuple(forward_plain(x, layer) for layer in layers)
 
@@ -92,14 +92,14 @@ def plain_outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 def plain_gradients(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    layers: Sequence[Layer],
+    layers: Iterable[Layer],
     wants_gx: bool,
     learn: Sequence[tuple[bool, bool]] | None = None,
 ) -> fused.Gradients:
     """(dx, dA of each layer, dB of each layer) by PyTorch's own products; learn: which dA and dB, where not all."""
     total: Tensor | None = None
     d_downs, d_ups = [], []
-    for g, layer, (down, up) in zip(gs, layers, learn or [(True, True)] * len(layers), strict=True):
+    for g, layer, (down, up) in zip(gs, layers, learn or [(True, True)] * len(gs), strict=True):
         dx, d_down, d_up = backward_plain(g, x, layer, (wants_gx, down, up))
         total = dx if total is None or dx is None else total.add_(dx)
         d_downs.append(d_down)

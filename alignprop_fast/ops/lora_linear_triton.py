@@ -1,12 +1,13 @@
 """The package's LoRA kernels as custom operators, and the choice between them and PyTorch's own products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from alignprop_fast.ops.backend import backend, is_traced
-from alignprop_fast.ops.choice import fastest
+from alignprop_fast.ops.choice import Candidate, difference, fastest
 
 Tensor = torch.Tensor
 Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
@@ -41,20 +42,93 @@ def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
     return f"lora_linear {direction} {dtypes} T{x.numel() // x.shape[-1]} I{x.shape[-1]} O{outs} R{ranks}"
 
 
-def _candidates(direction: str, x: Tensor, layers: Sequence[Any]) -> dict[str, Callable[[], object]]:
-    from alignprop_fast.ops.lora_linear import backward_plain, forward_plain
+def _candidates(direction: str, x: Tensor, layers: Sequence[Any]) -> dict[str, Candidate]:
+    inputs = _Inputs(x, layers)
+    return {kind.name: kind(direction, inputs) for kind in (_PlainTrial, _TritonTrial)}
 
-    random = torch.randn(x.shape, dtype=x.dtype, device=x.device)
-    if direction == "forward":
-        return {
-            "plain": lambda: [forward_plain(random, layer) for layer in layers],
-            "triton": lambda: run_forward(random, layers),
-        }
-    gs = [random.new_ones(*x.shape[:-1], layer.weight.shape[0]) for layer in layers]
-    return {
-        "plain": lambda: [backward_plain(g, random, layer, (True,) * 3) for g, layer in zip(gs, layers, strict=True)],
-        "triton": lambda: run_backward(gs, random, layers, True),
-    }
+
+class _Inputs:
+    """Random tensors for these layers, whose weights are their own, made when they are asked for first.
+
+    Adapters are random too: those that have not learned yet are zero, and hide what is wrong.
+    """
+
+    def __init__(self, x: Tensor, layers: Sequence[Any]):
+        self._x, self._layers = x, layers
+        # A generator of its own: a choice that is made must not change what the program draws.
+        self._generator = torch.Generator(x.device).manual_seed(0)
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self._random(self._x, self._x.shape)
+
+    @cached_property
+    def gs(self) -> list[Tensor]:
+        return [self._random(self._x, (*self._x.shape[:-1], len(layer.weight))) for layer in self._layers]
+
+    @cached_property
+    def layers(self) -> list[Any]:
+        return [
+            layer._replace(down=self._random(layer.down, layer.down.shape), up=self._random(layer.up, layer.up.shape))
+            for layer in self._layers
+        ]
+
+    def _random(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=like.device)
+        return (x / shape[-1] ** 0.5).to(like.dtype)
+
+
+class _PlainTrial:
+    """A candidate of `ops.choice`: PyTorch's own products, which are the reference too."""
+
+    name = "plain"
+
+    def __init__(self, direction: str, inputs: _Inputs):
+        self.direction, self.inputs = direction, inputs
+
+    def run(self) -> Sequence[Tensor | None]:
+        return self._results(self.inputs.x, self.inputs.gs, self.inputs.layers)
+
+    def fault(self) -> str | None:
+        return None
+
+    def exact(self) -> Sequence[Tensor | None]:
+        """The results in float64; one layer's weights at a time."""
+        layers = (layer._replace(**_in_float64(layer)) for layer in self.inputs.layers)
+        return self._results(self.inputs.x.double(), [g.double() for g in self.inputs.gs], layers)
+
+    def _results(self, x: Tensor, gs: Sequence[Tensor], layers: Iterable[Any]) -> Sequence[Tensor | None]:
+        from alignprop_fast.ops.lora_linear import plain_gradients, plain_outputs
+
+        if self.direction == "forward":
+            return plain_outputs(x, layers)
+        dx, d_downs, d_ups = plain_gradients(gs, x, layers, True)
+        return [dx, *d_downs, *d_ups]
+
+
+class _TritonTrial:
+    """A candidate of `ops.choice`: the package's kernels."""
+
+    name = "triton"
+
+    def __init__(self, direction: str, inputs: _Inputs):
+        self.direction, self.inputs = direction, inputs
+
+    def run(self) -> Sequence[Tensor | None]:
+        inputs = self.inputs
+        if self.direction == "forward":
+            return run_forward(inputs.x, inputs.layers)
+        dx, d_downs, d_ups = run_backward(inputs.gs, inputs.x, inputs.layers, True)
+        return [dx, *d_downs, *d_ups]
+
+    def fault(self) -> str | None:
+        plain = _PlainTrial(self.direction, self.inputs)
+        ratio = difference(self.run(), plain.run(), plain.exact())
+        return None if ratio <= 1 else f"errors are {ratio:.3g} times what is allowed"
+
+
+def _in_float64(layer: Any) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in layer._asdict().items() if isinstance(value, Tensor)}
 
 
 def run_forward(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:

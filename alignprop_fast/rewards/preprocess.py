@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Preprocess:
         # Bicubic overshoots at edges and 8-bit pictures cannot: PIL resizes rows, clips, resizes columns, clips (since
         # version 13 columns first where the height shrinks more than the width; only by rounding can it do so here).
         for target in ((height, size[1]), size):
-            images_BCHW = F.interpolate(images_BCHW, size=target, mode=self.resampling, antialias=True)
+            images_BCHW = _interpolate(images_BCHW, target, self.resampling)
             images_BCHW = images_BCHW.clamp(0, 1) if self.clip else images_BCHW
         return self._square(images_BCHW)
 
@@ -140,3 +141,21 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def _interpolate(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """The antialiased resize, whose backward pass on a GPU adds atomically: as two products where that must not be."""
+    if not (images_BCHW.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return F.interpolate(images_BCHW, size=size, mode=mode, antialias=True)
+    with without_autocast(images_BCHW):
+        down, across = (
+            _resize_matrix(edge, target, mode).to(images_BCHW)
+            for edge, target in zip(images_BCHW.shape[-2:], size, strict=True)
+        )
+        return down @ images_BCHW @ across.T
+
+
+@lru_cache(maxsize=8)
+def _resize_matrix(before: int, after: int, mode: str) -> Tensor:
+    """[after, before]: what the resize of one edge does to each pixel."""
+    return F.interpolate(torch.eye(before)[None, None], size=(after, before), mode=mode, antialias=True)[0, 0]

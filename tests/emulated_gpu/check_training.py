@@ -36,3 +36,43 @@ def test_a_gpu_that_is_too_small_is_answered_in_one_line(command, tmp_path, emul
         emulated.set_limit(24 * 2**30)
     assert code == 2 and "out of memory" in error and "Traceback" not in error
     assert torch.cuda.memory_allocated() < 2**30
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Leaves torch as it was."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_deterministic_turns_torch_s_mode_on_and_gives_the_same_bytes(command, tmp_path, deterministic):
+    options = ("--num-inference-steps", 3, "--batch-size", 1, "--steps", 2, "--deterministic")
+    files = []
+    for name in ("one", "two"):
+        code, _, error = command("train", *options, "--output-dir", tmp_path / name)
+        assert code == 0, error
+        assert torch.are_deterministic_algorithms_enabled()
+        files.append((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_deterministic_is_refused_where_it_comes_too_late(command, tmp_path, monkeypatch):
+    """CUDA has started already, as the emulated one has."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    code, _, error = command("train", "--steps", 1, "--deterministic", "--output-dir", tmp_path / "out")
+    assert code == 2 and "CUBLAS_WORKSPACE_CONFIG=:4096:8" in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(7, 40), (50, 9)])
+def test_the_deterministic_resize_is_the_same(emulated, deterministic, mode, size):
+    from alignprop_fast.rewards.preprocess import _interpolate
+
+    images = torch.rand(2, 3, 31, 23, generator=torch.Generator().manual_seed(0)).to("cuda")
+    plain = _interpolate(images, size, mode)
+    torch.use_deterministic_algorithms(True)
+    ours = _interpolate(images, size, mode)
+    # Sums of fp32 in another order, of values up to 1.
+    assert (ours - plain).abs().max() <= 1e-5 and not torch.equal(ours, plain)

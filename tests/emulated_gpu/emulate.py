@@ -8,6 +8,7 @@ in its interpreter).
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -48,6 +49,8 @@ class Emulated:
 
     def __init__(self, library: ctypes.PyDLL):
         self.library = library
+        # What a fused attention is to return instead, by its name ("cudnn_backward"): (results, arguments) -> results.
+        self.faults = {}
         library.emulated_capture_begin.restype = ctypes.c_void_p
         library.emulated_is_capturing.restype = ctypes.c_bool
         for name in ("allocated", "peak", "waits"):
@@ -128,10 +131,19 @@ def _fused_attention():
         assert lse.shape == (*q.shape[:-1], 1)
         return _attention_gradients(g, q, k, v, o, lse[..., 0], scale)
 
+    def register(name, end, function):
+        @functools.wraps(function)
+        def run(*arguments, **options):
+            results = function(*arguments, **options)
+            fault = started().faults.get(name + end)
+            return results if fault is None else fault(results, arguments)
+
+        library.impl(f"_scaled_dot_product_{name}_attention{end}", run)
+
     for function in (flash, efficient, cudnn):
-        library.impl(f"_scaled_dot_product_{function.__name__}_attention", function)
+        register(function.__name__, "", function)
     for name, function in (("flash", flash_backward), ("efficient", efficient_backward), ("cudnn", cudnn_backward)):
-        library.impl(f"_scaled_dot_product_{name}_attention_backward", function)
+        register(name, "_backward", function)
     return library
 
 
@@ -159,6 +171,17 @@ class Current:
 
 
 current = Current()
+
+
+def _guards():
+    """PyTorch's own guards, which say no without a GPU."""
+    import torch
+
+    def halves_only(params, debug=False):
+        return params.query.dtype in (torch.float16, torch.bfloat16)
+
+    torch.backends.cuda.can_use_cudnn_attention = torch.backends.cuda.can_use_flash_attention = halves_only
+    torch.backends.cuda.can_use_efficient_attention = lambda params, debug=False: True
 
 
 class Stream:
@@ -312,6 +335,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     }
     emulated = device
     device.operators = _fused_attention()
+    _guards()
     bf16_of_the_interpreter()
     _checked_launches()
     for attribute, value in replaced.items():
@@ -319,6 +343,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         setattr(torch.cuda, attribute, value)
     for internal in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
         setattr(torch._C, internal, lambda: None)
+    torch._C._cuda_getDriverVersion = lambda: 13000
     torch._C._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes looks for it when it is imported
     _started.append(device)
     return device

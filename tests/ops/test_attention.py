@@ -6,6 +6,7 @@ Tolerance: error against the float64 reference at most twice that of plain PyTor
 import pytest
 import torch
 
+from alignprop_fast.ops import attention_backends as backends
 from alignprop_fast.ops.attention import attention, attention_reference
 from alignprop_fast.ops.attention_backends import choose, explain
 
@@ -79,3 +80,20 @@ def test_the_choice_is_explained():
     q, k, _ = qkv(1, 2, 16, 24, 32, torch.float16 if DEVICE == "cuda" else torch.float32)
     for direction in ("forward", "backward"):
         assert choose(direction, q, k).name in explain(direction, q, k)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_compiles_whole_as_on_a_gpu(monkeypatch, with_gradient):
+    """Dynamo's tensors are not fake ones to the code that it traces; what is chosen there here runs on the CPU."""
+    monkeypatch.setattr(backends, "choose", backends._choose_on_gpu)
+    monkeypatch.setattr(backends, "_efficient_forward", backends._cpu_forward)
+    monkeypatch.setattr(backends, "_efficient_backward", backends._cpu_backward)
+    backends._cuda_backends.cache_clear()
+    tensors = [t.cpu().requires_grad_(with_gradient) for t in qkv(1, 2, 16, 24, 32, torch.float32)]
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    try:
+        with torch.set_grad_enabled(with_gradient):
+            assert torch.allclose(compiled(*tensors), attention_reference(*tensors), atol=1e-6)
+    finally:
+        backends._cuda_backends.cache_clear()
+        torch._dynamo.reset()

@@ -94,3 +94,15 @@ def test_compiles_whole_and_runs_on_meta_tensors():
         assert torch.allclose(a, b, atol=1e-6)
     meta = lora_linear(*(t.to("meta") for t in (x, weight, bias, down, up)))
     assert meta.shape == (2, 7, 10)
+
+
+def test_compiles_whole_as_on_a_gpu(monkeypatch):
+    """With kernels that could serve: Dynamo's tensors are not fake ones to the code that it traces."""
+    monkeypatch.setattr("alignprop_fast.ops.lora_linear_triton.backend", lambda *arguments: "triton")
+    x, weight, bias, down, up = (t.float() for t in tensors((2, 7), 12, 10, 4))
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        assert torch.allclose(
+            compiled(x, weight, bias, down, up, 0.5), lora_linear_reference(x, weight, bias, down, up, 0.5), atol=1e-5
+        )
+    torch._dynamo.reset()

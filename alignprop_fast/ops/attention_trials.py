@@ -1,0 +1,161 @@
+"""What a backend of attention shows on a shape before it may be chosen: right results, then its time.
+
+Two sets of tensors: random ones, and ones whose logits all lie near -110. With those the logsumexp is below -88.7, so
+that exp(-logsumexp) overflows in fp32: kernels that reckon a padded key in turned gradients into NaN there and on no
+random data (pytorch #196678, cudnn-frontend #628).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from alignprop_fast.ops.choice import difference
+
+Tensor = torch.Tensor
+Tensors = tuple[torch.Tensor, ...]
+
+_LOW = -110.0
+# Enough heads to see one that goes wrong, few enough for a second at most in float64; scores that are there at once.
+_MOST_HEADS, _MOST_SCORES = 16, 2**23
+
+
+class Backend(Protocol):
+    """See `attention_backends`."""
+
+    @property
+    def forward(self) -> Callable[[Tensor, Tensor, Tensor, float], Tensors]: ...
+
+    @property
+    def backward(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensors]: ...
+
+
+class Case:
+    """q, g [B, H, M, D] and k, v [B, H, N, D] in the memory that projections leave, [B, M, H, D].
+
+    Args:
+        q, k: tensors of the shape, dtype and device in question; their values are not read.
+        low: whether all logits are to lie near -110.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, low: bool):
+        self.low, self.scale = low, q.shape[-1] ** -0.5
+        # A generator of its own: a choice that is made must not change what the program draws.
+        generator = torch.Generator(q.device).manual_seed(0)
+        self.q, self.g, self.k, self.v = (
+            torch.randn(t.transpose(1, 2).shape, generator=generator, dtype=t.dtype, device=t.device).transpose(1, 2)
+            for t in (q, q, k, k)
+        )
+        if low:
+            self.q[..., 0] = (-_LOW / self.scale) ** 0.5
+            self.k[..., 0] = -((-_LOW / self.scale) ** 0.5)
+
+    @cached_property
+    def expected(self) -> tuple[Tensors, Tensors]:
+        """(o, lse, dq, dk, dv) of some heads [P, ...] by the plain expression: in this dtype, and in float64."""
+        q, k, v, g = (self.some_heads(t) for t in (self.q, self.k, self.v, self.g))
+        exact = plain(q.double(), k.double(), v.double(), g.double(), self.scale)
+        return plain(q, k, v, g, self.scale), exact
+
+    def some_heads(self, t: Tensor) -> Tensor:
+        """[P, ...] of [B, H, ...]: the first head, the last, and others evenly between."""
+        count = t.shape[0] * t.shape[1]
+        index = torch.linspace(0, count - 1, min(count, _MOST_HEADS)).long().tolist()
+        return torch.stack([t[i // t.shape[1], i % t.shape[1]] for i in index])
+
+    def fault(self, found: Tensors, first: int) -> str | None:
+        """What is wrong with results, which are those of `expected` from number `first` on."""
+        inexact, exact = (tensors[first : first + len(found)] for tensors in self.expected)
+        # Roundings are judged on the random tensors: low logits enlarge those of any order of summation.
+        ratio = difference([self.some_heads(t) for t in found], inexact, exact, relative=0.01 if self.low else 0.0)
+        if ratio <= 1:
+            return None
+        return f"errors are {ratio:.3g} times what is allowed{' where all logits are near -110' if self.low else ''}"
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Tensors:
+    """(o, lse, dq, dk, dv) of softmax(scale q k^T) v, as autograd would make them, in the tensors' own dtype.
+
+    q, g: [P, M, D]; k, v: [P, N, D]; lse: [P, M]. By heads and rows, so that few scores are there at once.
+    """
+    return tuple(torch.stack(t) for t in zip(*map(_plain_head, q, k, v, g, [scale] * len(q)), strict=True))
+
+
+def _plain_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Tensors:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    rows: list[Tensors] = []
+    count = max(1, _MOST_SCORES // len(k))
+    for q_rows, g_rows in zip(q.split(count), g.split(count), strict=True):
+        scores = scale * (q_rows @ k.T)
+        weights = scores.softmax(-1)
+        d_weights = g_rows @ v.T
+        d_scores = scale * weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+        rows.append((weights @ v, scores.logsumexp(-1), d_scores @ k))
+        dk += d_scores.T @ q_rows
+        dv += weights.T @ g_rows
+    return *(torch.cat(parts) for parts in zip(*rows, strict=True)), dk, dv
+
+
+class Trials:
+    """What the trials of one shape share, made when the first of them asks.
+
+    Args:
+        q, k: see `Case`.
+        forward: the forward pass that a backward pass will follow.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, forward: Callable[[Tensor, Tensor, Tensor, float], Tensors]):
+        self._q, self._k, self._forward = q, k, forward
+
+    @cached_property
+    def cases(self) -> tuple[Case, ...]:
+        return tuple(Case(self._q, self._k, low) for low in (False, True))
+
+    @cached_property
+    def forwards(self) -> tuple[Tensors, ...]:
+        """(o, lse) of each case."""
+        return tuple(self._forward(case.q, case.k, case.v, case.scale) for case in self.cases)
+
+
+@dataclass(frozen=True)
+class ForwardTrial:
+    """A candidate of `ops.choice`: the forward pass of one backend."""
+
+    backend: Backend
+    trials: Trials
+
+    def run(self) -> Tensors:
+        return self._of(self.trials.cases[0])
+
+    def fault(self) -> str | None:
+        faults = (case.fault(self._of(case), first=0) for case in self.trials.cases)
+        return next((fault for fault in faults if fault), None)
+
+    def _of(self, case: Case) -> Tensors:
+        return self.backend.forward(case.q, case.k, case.v, case.scale)
+
+
+@dataclass(frozen=True)
+class BackwardTrial:
+    """The backward pass of one backend, after the forward pass that it will follow."""
+
+    backend: Backend
+    trials: Trials
+
+    def run(self) -> Tensors:
+        return self._of(self.trials.cases[0], self.trials.forwards[0], self.trials.cases[0].g)
+
+    def fault(self) -> str | None:
+        for case, forward in zip(self.trials.cases, self.trials.forwards, strict=True):
+            # As the gradient comes from an output projection, and as it comes from a tensor of its own.
+            for g, memory in ((case.g, "[B, M, H, D]"), (case.g.contiguous(), "[B, H, M, D]")):
+                if fault := case.fault(self._of(case, forward, g), first=2):
+                    return f"{fault}, with g in the memory of {memory}"
+        return None
+
+    def _of(self, case: Case, forward: Tensors, g: Tensor) -> Tensors:
+        o, lse = forward
+        return self.backend.backward(g, case.q, case.k, case.v, o, lse, case.scale)
