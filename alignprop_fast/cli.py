@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its sake
+        from alignprop_fast.ops.errors import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         fail(_out_of_memory(str(error)))
         code = BAD_INPUT

@@ -70,9 +70,6 @@ class Question:
         if len(self.tables) < 2:
             return None
         (small, one), (large, two) = sorted(self.tables.items())
-        # Chunks of several images are there at some batch sizes only.
-        common = {stage.name for stage in one.rewards} & {stage.name for stage in two.rewards}
-        one, two = (replace(t, rewards=tuple(s for s in t.rewards if s.name in common)) for t in (one, two))
         steps = range(self.num_steps - gate_count(self.truncation, self.num_steps)[0], self.num_steps)
         try:
             batch, _ = largest_batch(

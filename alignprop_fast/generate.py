@@ -25,6 +25,7 @@ from alignprop_fast.runtime import (
     GraphedCalls,
     HostPool,
     Offloader,
+    autocast_dtype,
     by_image,
     in_chunks,
     run_penalised_chain,
@@ -178,6 +179,7 @@ class DifferentiableSampler:
             truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
         elif grad_steps is not None:
             raise ValueError("grad_steps and truncation both say which steps carry gradient: give one of them")
+        self._let_go()
         self.truncation, last = truncation, truncation.last_step
         table = self.table if last is None else self.table.ending_at(last)
         prompts, cond = self._encode(prompts, negative_prompts)
@@ -204,6 +206,7 @@ class DifferentiableSampler:
             latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
             prompts, negative_prompts, generator, metadata: as for the sampler itself; the generator gives the noise.
         """
+        self._let_go()
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
         self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
@@ -253,7 +256,11 @@ class DifferentiableSampler:
         return self._make_plan(task, list(range(steps - count, steps)))
 
     def solver(self, batch: int, negative_prompt: str | None = None) -> Solver:
-        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost."""
+        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost.
+
+        Costs are those under the autocast state at the time of the call: that of the sampler's own calls, if it is to
+        serve them.
+        """
         return self._solver(self._blank_task(batch, negative_prompt), len(self.table))
 
     def cost_table(self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None) -> CostTable:
@@ -282,6 +289,10 @@ class DifferentiableSampler:
             solver.plan(range(solver.num_steps), budget_bytes)
         self.budget_bytes = budget_bytes
         return budget_bytes
+
+    def _let_go(self) -> None:
+        """Drop what is left of the last call: its term holds its whole chain where no backward pass went through it."""
+        self.base_mse = self.latents = None
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
         chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
@@ -365,7 +376,8 @@ class DifferentiableSampler:
         return self._solver(task, num_steps).plan(grad_steps, self.budget_bytes)
 
     def _solver(self, task: Task, num_steps: int) -> Solver:
-        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
+        cast = autocast_dtype(self.model.device)
+        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters), cast)
         if key not in self._solvers:
             self._solvers[key] = Solver(self._costs(task), num_steps, num_steps)
         return self._solvers[key]
