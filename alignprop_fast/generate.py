@@ -6,6 +6,7 @@ Here the two halves of the package meet: `sampling` says what a step computes, `
 is carried to the backward pass.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,7 +73,8 @@ class DifferentiableSampler:
             forward and one back. Tried on an emulated GPU only.
         compiled: run the transformer blocks of evaluations without gradient through torch.compile. Results then differ
             by rounding between a step without gradient and its replay. Not tried on a GPU yet.
-        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
+        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between, and
+            where they do not fit beside the model it waits there while they encode.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
@@ -110,7 +112,7 @@ class DifferentiableSampler:
         compiled: bool = False,
     ):
         self.model = adapt(pipe)
-        self._text = TextCache(self.model) if cache_text else None
+        self._text = TextCache(self.model, self._room_bytes) if cache_text else None
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
@@ -229,6 +231,15 @@ class DifferentiableSampler:
         """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
         if self._text is not None:
             self._text.remember(list(prompts), negative_prompt, self._guided(negative_prompt), self.size)
+
+    def _room_bytes(self) -> float:
+        """What the device, or the budget, has left at the moment."""
+        device = self.model.device
+        if device.type != "cuda":
+            return math.inf
+        allocated = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+        return free if self.budget_bytes is None else min(free, self.budget_bytes - allocated)
 
     def _guided(self, negative_prompts: str | list[str] | None) -> bool:
         """Whether the denoiser runs with and without the prompt; FLUX does where there is a negative prompt."""
