@@ -61,8 +61,7 @@ def test_an_installed_wheel_finds_its_kernels_and_takes_no_other_name(wheel, tmp
 
 
 def test_a_package_that_is_on_the_path_alone_knows_its_versions(tmp_path, tiny_sd_folder):
-    """No distribution is installed then; every budgeted run writes versions into its cost table, and every run a file.
-    """
+    """No distribution is installed then. Every cost table and every run names its versions."""
     (tmp_path / "alignprop_fast").symlink_to(ROOT / "alignprop_fast")
     code = f"""
 import importlib.metadata as metadata

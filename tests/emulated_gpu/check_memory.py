@@ -85,4 +85,3 @@ def test_a_device_with_less_than_it_should_have(emulated, sampler):
         assert torch.equal(images, again)
     finally:
         emulated.set_limit(2**40)
-

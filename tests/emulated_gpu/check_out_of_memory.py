@@ -87,7 +87,9 @@ def banded(x_BN):
     return (x_BN * 2)[:, None]
 
 
-@pytest.mark.parametrize(("room", "stages"), [(200, ["batch", "image", "bands"]), (12, ["image", "bands"]), (7, ["bands"])])
+@pytest.mark.parametrize(
+    ("room", "stages"), [(200, ["batch", "image", "bands"]), (12, ["image", "bands"]), (7, ["bands"])]
+)
 def test_a_decoder_stage_that_does_not_fit_is_left_out(emulated, limited, room, stages):
     x = torch.randn(4, 2**18, device=GPU)
     limited(room * MIB)
