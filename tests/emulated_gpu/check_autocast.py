@@ -40,6 +40,6 @@ def test_the_plan_is_that_of_the_chain_under_autocast(sampler):
         peak = torch.cuda.max_memory_allocated()
         del images
     assert len(moments) == len(parameters) and sampler.plan.resident_steps
-    # Less: what this check holds itself, the loss and timesteps, a number for each. More: a block whose neighbour has less
-    # on its way to the host than the largest one.
+    # Less: what this check holds itself, the loss and timesteps, a number for each. More: what the largest block has on
+    # its way to the host is reckoned with beside every block.
     assert peak - 16 * 512 <= sampler.plan.peak_bytes <= 1.1 * peak
