@@ -52,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
     except RuntimeError as error:
+        from alignprop_fast.ops.errors import is_out_of_memory
+
         if "does not have a deterministic implementation" in str(error):
             fail(f"{str(error).partition(',')[0]}: leave --deterministic out, or use another reward")
-        elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its sake
+        elif is_out_of_memory(error):
             fail(_out_of_memory(str(error)))
         else:
             raise

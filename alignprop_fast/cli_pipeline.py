@@ -35,10 +35,11 @@ def open_pipeline(
     scheduler: str = "auto",
     model_config: str | None = None,
     allow_pickle: bool = False,
+    place: bool = True,
 ) -> Any:
     """The pipeline on the device, its weights in that precision ("auto": bf16 on a GPU, fp32 on the CPU).
 
-    scheduler, model_config, allow_pickle: as in `load_pipeline`.
+    place: whether it is to lie on the device already. scheduler, model_config, allow_pickle: as in `load_pipeline`.
 
     Raises:
         ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
@@ -51,8 +52,9 @@ def open_pipeline(
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
     name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    where = device if place else "cpu"
     return load_pipeline(
-        model, dtype, device, scheduler=str(scheduler), model_config=model_config, allow_pickle=allow_pickle
+        model, dtype, where, scheduler=str(scheduler), model_config=model_config, allow_pickle=allow_pickle
     )
 
 

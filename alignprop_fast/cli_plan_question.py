@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,6 @@ class Question:
         if len(self.tables) < 2:
             return None
         (small, one), (large, two) = sorted(self.tables.items())
-        # Chunks of several images are there at some batch sizes only.
-        common = {stage.name for stage in one.rewards} & {stage.name for stage in two.rewards}
-        one, two = (replace(t, rewards=tuple(s for s in t.rewards if s.name in common)) for t in (one, two))
         steps = range(self.num_steps - gate_count(self.truncation, self.num_steps)[0], self.num_steps)
         try:
             batch, _ = largest_batch(
@@ -131,6 +129,7 @@ def from_model(console: Console, options: Mapping[str, Any]) -> Question:
     Raises:
         ValueError, OSError: bad input, one line each.
     """
+    from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
     from alignprop_fast.sampling import gate_count
 
     _check_size(options)
@@ -148,11 +147,16 @@ def from_model(console: Console, options: Mapping[str, Any]) -> Question:
         name = gpu.name
         budget_bytes, note = budget_on(gpu.name, gpu.memory_bytes, wanted_bytes)
         sampler = _outline(options)
-    tables = {}
+    tables: dict[int, CostTable] = {}
     for size in dict.fromkeys((batch, 2 if batch == 1 else 1)):
         how = "measuring" if gpu is None else "counting the operators of"
         with console.status(f"{how} a training step at batch size {size}; a large model takes a minute, once"):
-            tables[size] = _with_host(sampler.cost_table(size, gpu, options["negative_prompt"] or None), options)
+            table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, options["negative_prompt"] or None))
+        if isinstance(table, OutOfMemory):
+            if size == batch:
+                raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
+            break  # one table answers all but what the largest batch is
+        tables[size] = _with_host(table, options)
     height, width = sampler.size
     facts = {
         "model": options["model"],
@@ -225,7 +229,7 @@ def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
     pipe.scheduler = pick_scheduler(pipe, options["scheduler"])
     if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
         pipe.vae.to(torch.float32)
-    _change_dtypes(pipe, options)
+    _change_dtypes(pipe, options, "meta")
     return _sampler(pipe, _reward_outline(options, torch.float32 if precision in ("no", "fp16") else dtype), options)
 
 
@@ -263,20 +267,26 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
     from alignprop_fast.cli_pipeline import open_pipeline, open_reward
     from alignprop_fast.models.architectures import NAMES
     from alignprop_fast.models.lora import add_lora
+    from alignprop_fast.models.lora_targets import denoiser
 
     if options["model"] in NAMES:
         raise ValueError(f"{options['model']} is an architecture without weights: give --measure a folder or a Hub id")
     pipe = open_pipeline(
-        options["model"], device, options["mixed_precision"], options["scheduler"], None, options["allow_pickle"]
+        *(options["model"], device, options["mixed_precision"], options["scheduler"], None, options["allow_pickle"]),
+        place=False,
     )
-    reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
     add_lora(pipe, options["lora_rank"], options["lora_rank"], options["lora_targets"])
-    _change_dtypes(pipe, options)
+    _change_dtypes(pipe, options, device)
+    # Last what may not have to lie there at all, as in training.
+    placed = [denoiser(pipe), pipe.vae] if options["cache_text"] else [pipe]
+    for part in placed:
+        part.to(device)
+    reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
     return _sampler(pipe, reward, options)
 
 
-def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
-    """The frozen linear layers and the adapters as --base-dtype and --adapter-dtype have them."""
+def _change_dtypes(pipe: Any, options: Mapping[str, Any], device: str) -> None:
+    """The frozen linear layers and the adapters as --base-dtype and --adapter-dtype have them; packed on the device."""
     import torch
 
     from alignprop_fast.models.lora_targets import denoiser
@@ -284,7 +294,7 @@ def _change_dtypes(pipe: Any, options: Mapping[str, Any]) -> None:
 
     model = denoiser(pipe)
     if options["base_dtype"] != "auto":
-        quantize_linears(model, options["base_dtype"], model.device, model.dtype)
+        quantize_linears(model, options["base_dtype"], torch.device(device), model.dtype)
     for parameter in model.parameters():
         if parameter.requires_grad and options["adapter_dtype"] == "bf16":
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -233,7 +233,8 @@ class Session:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
         sampler, options = self.trainer.sampler, self.options
         if sampler.budget_bytes is not None:
-            table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
+            with self.trainer.autocast():  # as the training steps will
+                table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
             self.prediction = predict(table, steps, options.truncation, options.batch_size, sampler.budget_bytes)
 
     def _check_reward(self, pipe: Any, device: str) -> None:

@@ -11,19 +11,22 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import alignprop_fast
 from alignprop_fast.planner import CostTable, Gpu, Option, Segment, Stage, load_table, roofline_seconds, save_table
 from alignprop_fast.runtime import (
+    DECODER_STAGES,
+    STEP_OPTIONS,
     Block,
     Chain,
     Operator,
     allocated_bytes,
+    autocast_dtype,
     cache_folder,
     decoder_stages,
     device_name,
@@ -79,6 +82,7 @@ def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> lis
 def measured_table(task: Task) -> CostTable:
     """Run each part of the task on its device under each option, or read what was measured before.
 
+    To be called under the autocast state that the task will run under: a table of another state has other costs.
     The reward is a callable of whatever make: it is measured anew each time.
     """
     device = task.model.device
@@ -108,12 +112,20 @@ def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> Co
     table = _read(path)
     if table is None:
         table = costs()
+        if not _complete(table):  # for want of memory, of which the next process may have more
+            return table
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_table(table, path)
         except OSError:
             pass  # the next process does it again
     return table
+
+
+def _complete(table: CostTable) -> bool:
+    """Whether every way to carry a step and the decoder could be measured."""
+    options = {option.name for segment in table.step for option in segment.options}
+    return options >= STEP_OPTIONS.keys() and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
 
 
 def _read(path: Path) -> CostTable | None:
@@ -127,16 +139,19 @@ def _read(path: Path) -> CostTable | None:
 def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
     """The table but for what `_completed` adds."""
     x = _latents(task)
+    image_bytes = _bytes([_images(task)])
     step = step_costs(task.chain, x, formula, link)
     return CostTable(
         fixed={"workspace": step.workspace_bytes},
         latent_bytes=_bytes([task.chain.start(x)]),
-        image_bytes=_bytes([_images(task)]),
+        image_bytes=image_bytes,
         step=step.segments,
         transfer_bytes=transfer_bytes(step.segments),
         sampling_bytes=step.sampling_bytes,
         sampling_seconds=step.sampling_seconds,
-        decoders=decoder_stages(task.model.decode, x, task.decoder_blocks, task.model.decode_by_bands, formula),
+        decoders=decoder_stages(
+            task.model.decode, x, image_bytes, task.decoder_blocks, task.model.decode_by_bands, formula
+        ),
         origin=origin,
     )
 
@@ -247,9 +262,10 @@ def _origin(task: Task) -> dict[str, str]:
         "width": str(task.size[1]),
         "branches": str(task.cond.branches),
         "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
+        "autocast": str(autocast_dtype(model.device)),
         "gradients": "all at once" if task.chain.sink is None else "one by one",
-        "alignprop_fast": f"{version('alignprop-fast')}, code {_code()}",
-        "torch": version("torch"),
+        "alignprop_fast": f"{alignprop_fast.__version__}, code {_code()}",
+        "torch": torch.__version__,
     }
 
 

@@ -6,6 +6,7 @@ Here the two halves of the package meet: `sampling` says what a step computes, `
 is carried to the backward pass.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from alignprop_fast.runtime import (
     GraphedCalls,
     HostPool,
     Offloader,
+    autocast_dtype,
     by_image,
     in_chunks,
     run_penalised_chain,
@@ -71,7 +73,8 @@ class DifferentiableSampler:
             forward and one back. Tried on an emulated GPU only.
         compiled: run the transformer blocks of evaluations without gradient through torch.compile. Results then differ
             by rounding between a step without gradient and its replay. Not tried on a GPU yet.
-        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between.
+        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between, and
+            where they do not fit beside the model it waits there while they encode.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
@@ -109,7 +112,7 @@ class DifferentiableSampler:
         compiled: bool = False,
     ):
         self.model = adapt(pipe)
-        self._text = TextCache(self.model) if cache_text else None
+        self._text = TextCache(self.model, self._room_bytes) if cache_text else None
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
@@ -178,6 +181,7 @@ class DifferentiableSampler:
             truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
         elif grad_steps is not None:
             raise ValueError("grad_steps and truncation both say which steps carry gradient: give one of them")
+        self._let_go()
         self.truncation, last = truncation, truncation.last_step
         table = self.table if last is None else self.table.ending_at(last)
         prompts, cond = self._encode(prompts, negative_prompts)
@@ -204,6 +208,7 @@ class DifferentiableSampler:
             latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
             prompts, negative_prompts, generator, metadata: as for the sampler itself; the generator gives the noise.
         """
+        self._let_go()
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
         self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
@@ -226,6 +231,15 @@ class DifferentiableSampler:
         """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
         if self._text is not None:
             self._text.remember(list(prompts), negative_prompt, self._guided(negative_prompt), self.size)
+
+    def _room_bytes(self) -> float:
+        """What the device, or the budget, has left at the moment."""
+        device = self.model.device
+        if device.type != "cuda":
+            return math.inf
+        allocated = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+        return free if self.budget_bytes is None else min(free, self.budget_bytes - allocated)
 
     def _guided(self, negative_prompts: str | list[str] | None) -> bool:
         """Whether the denoiser runs with and without the prompt; FLUX does where there is a negative prompt."""
@@ -253,7 +267,11 @@ class DifferentiableSampler:
         return self._make_plan(task, list(range(steps - count, steps)))
 
     def solver(self, batch: int, negative_prompt: str | None = None) -> Solver:
-        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost."""
+        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost.
+
+        Costs are those under the autocast state at the time of the call: that of the sampler's own calls, if it is to
+        serve them.
+        """
         return self._solver(self._blank_task(batch, negative_prompt), len(self.table))
 
     def cost_table(self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None) -> CostTable:
@@ -282,6 +300,10 @@ class DifferentiableSampler:
             solver.plan(range(solver.num_steps), budget_bytes)
         self.budget_bytes = budget_bytes
         return budget_bytes
+
+    def _let_go(self) -> None:
+        """Drop what is left of the last call: its term holds its whole chain where no backward pass went through it."""
+        self.base_mse = self.latents = None
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
         chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
@@ -365,7 +387,8 @@ class DifferentiableSampler:
         return self._solver(task, num_steps).plan(grad_steps, self.budget_bytes)
 
     def _solver(self, task: Task, num_steps: int) -> Solver:
-        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters))
+        cast = autocast_dtype(self.model.device)
+        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters), cast)
         if key not in self._solvers:
             self._solvers[key] = Solver(self._costs(task), num_steps, num_steps)
         return self._solvers[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,6 +10,7 @@ import torch
 
 from alignprop_fast.checkpoint import rng_state, set_rng_state
 from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.planner import BudgetInfeasible, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -29,16 +29,11 @@ def with_less_memory(sampler: DifferentiableSampler, work: Callable[[], Result])
     """
     while True:
         state = rng_state()
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            # The traceback holds every tensor of the failed run.
-            reason, error.__traceback__ = str(error).partition("\n")[0], None
+        result = unless_out_of_memory(work)
+        if not isinstance(result, OutOfMemory):
+            return result
         set_rng_state(state)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        _tighten(sampler, reason)
+        _tighten(sampler, result.reason)
 
 
 def _tighten(sampler: DifferentiableSampler, reason: str) -> None:

@@ -73,12 +73,13 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype, or are quantised.
 
     A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
-    that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16.
+    that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16. With `cache_text` the text encoders
+    stay on the CPU: they visit the device when there is something to encode.
     """
     dtype = _DTYPES.get(config.mixed_precision, torch.float32)
     overflows = dtype is torch.float16 and pipeline.vae.config.get("force_upcast", False)
     for encoder in pipeline.text_encoders:
-        _move(encoder, device, dtype)
+        _move(encoder, torch.device("cpu") if config.cache_text else device, dtype)
     _move(pipeline.vae, device, torch.float32 if overflows else dtype)
     if config.base_dtype != "auto":
         pipeline.quantize_base(config.base_dtype, device, dtype)

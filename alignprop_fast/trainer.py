@@ -170,7 +170,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         pairs, info, loss = self._repeatable(self._first_term)
         plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
         assert plan is not None and truncation is not None and latents is not None
-        base_mse = self.sampler.base_mse
+        # Detached: without a backward pass, of a loss that is not finite, the term holds its whole chain.
+        base_mse = None if self.sampler.base_mse is None else self.sampler.base_mse.detach()
         for _ in range(truncation.renoisings):
             loss += self._repeatable(partial(self._renoised_term, pairs, latents))
         every_reward = self.accelerator.gather(pairs["rewards"]).float()
@@ -180,7 +181,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             reward_parts=reward_parts(info),
             loss=self.accelerator.reduce(loss, "mean").item(),
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
-            base_mse=None if base_mse is None else self.accelerator.reduce(base_mse.detach().float(), "mean").item(),
+            base_mse=None if base_mse is None else self.accelerator.reduce(base_mse.float(), "mean").item(),
         )
         if hasattr(self.reward_fn, "observe"):
             parts = {name: part for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}

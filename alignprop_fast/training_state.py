@@ -7,7 +7,7 @@ import logging
 import pickle
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COUNTERS = ("steps_done", "global_step", "skipped_steps")
-_PACKAGES = ("alignprop-fast", "torch", "diffusers", "transformers", "peft", "accelerate")
+_PACKAGES = ("alignprop_fast", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def find_resume(config: AlignPropConfig) -> Path | None:
@@ -129,10 +129,8 @@ def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) ->
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    # Not the installed distributions': a package may lie on the path without one.
+    return {
+        "python": platform.python_version(),
+        **{name.replace("_", "-"): import_module(name).__version__ for name in _PACKAGES},
+    }

@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import deque
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,8 @@ class Run:
                 images = pipe(prompts, generator=generators, output_type="pt", **SAMPLING).images
                 scores += self.reward(images, prompts, [{} for _ in prompts])[0].tolist()
             row[name] = sum(scores) / len(scores)
-        packages = ("torch", "diffusers", "trl" if self.args.method == "ddpo" else "alignprop-fast")
-        row["versions"] = " ".join(f"{name}={version(name)}" for name in packages)
+        packages = ("torch", "diffusers", "trl" if self.args.method == "ddpo" else "alignprop_fast")
+        row["versions"] = " ".join(f"{name}={import_module(name).__version__}" for name in packages)
         self.rows.append(row)
         self.save()
         print(json.dumps(row), flush=True)

@@ -41,6 +41,7 @@ from train_step_table import markdown, plot
 from train_step_trl import trl_row
 from train_step_variants import EAGER_WAYS, Bench, step_flop
 
+from alignprop_fast.ops.errors import is_out_of_memory
 from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.runtime import PeakMeter
 
@@ -119,7 +120,9 @@ def first_run(case: Case, bench: Bench) -> None:
     except BudgetInfeasible as error:
         row |= {"status": "does not fit", "least_bytes": error.smallest_bytes}
         return
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         row["status"] = "out of memory"
         error.__traceback__ = None
         bench.optimizer.zero_grad(set_to_none=True)

@@ -105,6 +105,33 @@ def test_measured_tables_are_remembered(pipe, monkeypatch):
         other.cost_table(1)
 
 
+def test_a_table_from_which_something_was_left_out_is_not_remembered(pipe, monkeypatch):
+    """The next process may have the memory for it."""
+
+    def too_large(images):
+        if len(images) > 1:
+            raise torch.AcceleratorError("CUDA error: out of memory", 2)
+        return decode(images)
+
+    sampler = DifferentiableSampler(pipe, STEPS, height=48, width=48)
+    decode = sampler.model.decode
+    monkeypatch.setattr(sampler.model, "decode", too_large)
+    assert [stage.name for stage in sampler.cost_table(2).decoders] == ["image", "bands"]
+    monkeypatch.setattr(sampler.model, "decode", decode)
+    assert [stage.name for stage in sampler.cost_table(2).decoders] == ["batch", "image", "bands"]
+
+
+def test_a_table_is_that_of_the_autocast_state_it_was_measured_in(pipe):
+    sampler = DifferentiableSampler(pipe, STEPS, height=48, width=48, memory_budget="8GiB")
+    plain = sampler.solver(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sampler.solver(1)
+    assert sampler.solver(1) is plain is not cast
+    assert (plain.table.origin["autocast"], cast.table.origin["autocast"]) == ("None", "torch.bfloat16")
+    kept = [sum(segment.option("keep").kept_bytes for segment in one.table.step) for one in (plain, cast)]
+    assert kept[0] != kept[1]
+
+
 def test_a_damaged_table_is_measured_again(pipe):
     sampler = DifferentiableSampler(pipe, STEPS, height=32, width=32)
     first = sampler.cost_table(1)

@@ -1,12 +1,17 @@
 """The built wheel, which users without a checkout get: everything once, and nothing named `kernels` at its top."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import alignprop_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("alignprop_fast", "csrc", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -53,3 +58,35 @@ def test_an_installed_wheel_finds_its_kernels_and_takes_no_other_name(wheel, tmp
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert all(path.startswith(str(tmp_path)) for path in result.stdout.split())
     assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")} == {"alignprop_fast"}
+
+
+def test_a_package_that_is_on_the_path_alone_knows_its_versions(tmp_path, tiny_sd_folder):
+    """No distribution is installed then. Every cost table and every run names its versions."""
+    (tmp_path / "alignprop_fast").symlink_to(ROOT / "alignprop_fast")
+    code = f"""
+import importlib.metadata as metadata
+found = metadata.Distribution.from_name
+def hidden(name):
+    if name.replace("_", "-") == "alignprop-fast":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.Distribution.from_name = hidden
+import alignprop_fast
+from diffusers import StableDiffusionPipeline
+from alignprop_fast.cost_table import _origin
+from alignprop_fast.training_state import versions
+pipe = StableDiffusionPipeline.from_pretrained({str(tiny_sd_folder)!r}, local_files_only=True)
+sampler = alignprop_fast.DifferentiableSampler(pipe, 2)
+origin = _origin(sampler._blank_task(1, None))
+print(alignprop_fast.__file__, origin["alignprop_fast"], versions()["alignprop-fast"], versions()["torch"], sep="\\n")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    file, in_table, own, of_torch = run.stdout.splitlines()
+    assert file.startswith(str(tmp_path)) and in_table.startswith(f"{alignprop_fast.__version__}, code ")
+    assert (own, of_torch) == (alignprop_fast.__version__, torch.__version__)
+
+
+def test_both_places_say_the_same_version():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == alignprop_fast.__version__

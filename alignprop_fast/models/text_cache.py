@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 2 * 2**30
+_WITH_ACTIVATIONS = 1.1  # of what the text encoders weigh; they run one prompt at a time, without gradient
 
 
 class TextCache:
@@ -17,24 +24,32 @@ class TextCache:
 
     Every prompt is encoded by itself, so that its embedding, to the last bit, does not hang on the prompts beside it.
     Embeddings are kept in host memory, the least recently used going first, and copied to the device when asked for.
-    Between encodings the text encoders lie on the CPU: SDXL's take 1.5 GiB in bf16. Where the model itself is on the
-    CPU they stay, and what is saved is time.
+    Between encodings the text encoders lie on the CPU: SDXL's take 1.5 GiB in bf16. Where there is no room for them
+    beside the model (T5 takes 9 GiB), the frozen weights of the model's blocks lie there meanwhile. Where the model
+    itself is on the CPU all stay, and what is saved is time.
 
     Args:
         model: an adapter of `models.adapt`.
+        room_bytes: () -> bytes of the model's device that may be taken at the moment.
         limit_bytes: host memory for embeddings; one pair of SDXL takes 0.6 MiB in bf16, of FLUX 4 MiB.
     """
 
-    def __init__(self, model: Any, limit_bytes: int = LIMIT_BYTES):
-        self._model, self._limit_bytes = model, limit_bytes
+    def __init__(self, model: Any, room_bytes: Callable[[], float] = lambda: math.inf, limit_bytes: int = LIMIT_BYTES):
+        self._model, self._room_bytes, self._limit_bytes = model, room_bytes, limit_bytes
+        self._told = False
         self._kept: OrderedDict[tuple, Any] = OrderedDict()
         self._kept_bytes = 0
-        self._move("cpu")
+        if self._moves:
+            self._move_encoders("cpu")
 
     @property
     def away(self) -> bool:
         """Whether the text encoders lie elsewhere while the chain runs."""
         return self._model.device.type != "cpu"
+
+    @property
+    def _moves(self) -> bool:
+        return self.away and self._model.device.type != "meta"
 
     def encode(
         self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
@@ -51,9 +66,8 @@ class TextCache:
         entries = {key: self._kept[key] for key in keys if key in self._kept}
         missing = [key for key in dict.fromkeys(keys) if key not in entries]
         if missing:
-            self._move(self._model.device)
-            entries |= {key: self._encoded(*key) for key in missing}
-            self._move("cpu")
+            with self._encoders_on_device():
+                entries |= {key: self._encoded(*key) for key in missing}
         for key in entries:
             self._keep(key, entries[key])
         return [entries[key] for key in keys]
@@ -71,12 +85,45 @@ class TextCache:
         while self._kept_bytes > self._limit_bytes and len(self._kept) > 1:
             self._kept_bytes -= _bytes(self._kept.popitem(last=False)[1])
 
-    def _move(self, device: Any) -> None:
-        if self._model.device.type != "cuda":
+    @contextmanager
+    def _encoders_on_device(self) -> Iterator[None]:
+        if not self._moves:
+            yield
             return
-        for name, part in self._model.pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(device)
+        device = self._model.device
+        aside = [] if _WITH_ACTIVATIONS * self._encoder_bytes() <= self._room_bytes() else self._block_weights()
+        if aside and not self._told:
+            logger.warning("the text encoders do not fit beside the model: it waits in host memory while they encode")
+            self._told = True
+        try:
+            _move(aside, "cpu")
+            self._move_encoders(device)
+            yield
+        finally:
+            self._move_encoders("cpu")
+            _move(aside, device)
+
+    def _encoders(self) -> list[nn.Module]:
+        parts = self._model.pipe.components
+        return [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
+
+    def _encoder_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for part in self._encoders() for t in part.parameters())
+
+    def _move_encoders(self, device: Any) -> None:
+        for part in self._encoders():
+            part.to(device)
+
+    def _block_weights(self) -> list[torch.Tensor]:
+        """Nearly all that a frozen model weighs. Adapters stay: an optimizer may hold them as views of its own."""
+        blocks = [block for group in self._model.step_groups().values() for block in group]
+        tensors = [t for block in blocks for t in (*block.parameters(), *block.buffers()) if not t.requires_grad]
+        return list({id(t): t for t in tensors}.values())
+
+
+def _move(tensors: Sequence[torch.Tensor], device: Any) -> None:
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
 
 
 def _joined(entries: Sequence[Any], device: torch.device) -> Any:

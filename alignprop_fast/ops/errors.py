@@ -1,9 +1,23 @@
-"""Whether an error says that the device's memory is full."""
+"""Whether an error says that the device's memory is full, and work that may run out of it."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 # What libraries say that take memory of their own and know no OutOfMemoryError.
 _SAID = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """What work came to for which the device was too small. reason: what the device said, in one line."""
+
+    reason: str
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -11,3 +25,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
+
+
+def unless_out_of_memory(work: Callable[[], Result]) -> Result | OutOfMemory:
+    """work(), or `OutOfMemory`; by then everything that the failed run held is free for what is done instead.
+
+    Not to be replaced by doing it instead inside `except`: there the error's traceback holds the failed run's frames,
+    and they hold its graph.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        error.__traceback__ = None  # someone else may hold the error
+    gc.collect()  # hooks and closures of the run refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what is reserved lies in pieces of the failed run's sizes
+    return OutOfMemory(reason)

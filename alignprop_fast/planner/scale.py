@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from alignprop_fast.planner.budget import BudgetInfeasible
 from alignprop_fast.planner.plan import Plan
@@ -10,6 +11,9 @@ from alignprop_fast.planner.solve import solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 MOST_BATCH = 1024
+_REMEDY = "take both from the same model"
+
+Alternative = TypeVar("Alternative", Option, Stage)
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,6 @@ class _Line:
         )
 
     def options(self, owner: str, first: Sequence[Option], second: Sequence[Option]) -> tuple[Option, ...]:
-        names = [option.name for option in first]
-        _require_equal(f"options of {owner}", names, [option.name for option in second])
         return tuple(
             Option(
                 one.name,
@@ -49,12 +51,10 @@ class _Line:
                 self.seconds(one.seconds, two.seconds),
                 self.size(one.host_bytes, two.host_bytes),
             )
-            for one, two in zip(first, second, strict=True)
+            for one, two in _in_both(f"option of {owner}", first, second)
         )
 
     def stages(self, first: Sequence[Stage], second: Sequence[Stage]) -> tuple[Stage, ...]:
-        names = [(stage.name, stage.replayed) for stage in first]
-        _require_equal("stages", names, [(stage.name, stage.replayed) for stage in second])
         return tuple(
             replace(
                 one,
@@ -63,23 +63,34 @@ class _Line:
                 forward_bytes=self.size(one.forward_bytes, two.forward_bytes),
                 forward_seconds=self.seconds(one.forward_seconds, two.forward_seconds),
             )
-            for one, two in zip(first, second, strict=True)
+            for one, two in _in_both("stage", first, second)
         )
+
+
+def _in_both(
+    what: str, first: Sequence[Alternative], second: Sequence[Alternative]
+) -> list[tuple[Alternative, Alternative]]:
+    """Pairs of the same name: what does not fit at one batch size, or is no way to cut it, is in one table alone."""
+    named = {two.name: two for two in second}
+    pairs = [(one, named[one.name]) for one in first if one.name in named]
+    if not pairs and (first or second):
+        raise ValueError(f"two cost tables with no {what} in common have none between them: {_REMEDY}")
+    return pairs
 
 
 def _require_equal(what: str, first: Sequence, second: Sequence) -> None:
     if first != second:
-        raise ValueError(f"two cost tables with different {what} have none between them: take both from the same model")
+        raise ValueError(f"two cost tables with different {what} have none between them: {_REMEDY}")
 
 
 def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, batch: int) -> CostTable:
     """The cost table at another batch size: every byte and second on the line through those of two tables.
 
     All costs are a constant and a share for each image, so two tables say all. Bytes are rounded up; nothing falls
-    below zero.
+    below zero. Options and stages that only one of them has are left out.
 
     Raises:
-        ValueError: the tables have different segments, options or stages, or equal batch sizes.
+        ValueError: the tables have different segments, no option or stage in common, or equal batch sizes.
     """
     if batch_1 == batch_2:
         raise ValueError(f"two cost tables at batch size {batch_1} give no line: take a second one at another size")

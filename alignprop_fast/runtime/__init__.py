@@ -1,9 +1,9 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
 from alignprop_fast.ops.choice import cache_folder, device_name
-from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
+from alignprop_fast.runtime.chain import Chain, autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.compiled import CompiledBlocks
-from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
+from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
@@ -12,6 +12,7 @@ from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_ima
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
 
 __all__ = [
+    "DECODER_STAGES",
     "OFFLOAD",
     "STEP_OPTIONS",
     "Block",
@@ -27,6 +28,7 @@ __all__ = [
     "Trace",
     "Work",
     "allocated_bytes",
+    "autocast_dtype",
     "by_image",
     "cache_folder",
     "decoder_stages",

@@ -108,9 +108,11 @@ class _Tape:
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.tape, ctx.autocast = tape, _autocast_state(x.device.type)
+        ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
         out = _forward(tape, x)
-        return out, x.new_zeros(()) if tape.penalty is None else tape.penalty
+        # As an output it will hold this node, which holds the tape: a cycle, if the tape held it.
+        penalty, tape.penalty = tape.penalty, None
+        return out, x.new_zeros(()) if penalty is None else penalty
 
     @staticmethod
     @once_differentiable
@@ -216,9 +218,14 @@ def _network_backward(
     return grads[-1] if x.requires_grad else None
 
 
-def _autocast_state(device_type: str) -> Callable[[], AbstractContextManager]:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on the device at present; None without it, and for meta tensors, which know none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _autocast_state(device: torch.device) -> Callable[[], AbstractContextManager]:
     """A factory of contexts that restore today's autocast state: the backward pass runs outside the caller's."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype=dtype)
+    dtype = autocast_dtype(device)
+    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)

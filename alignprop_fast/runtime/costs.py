@@ -3,17 +3,24 @@
 On a device the parts are run and timed. On meta tensors they are counted, with a formula for an operator's seconds.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.planner import Segment, Stage
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.measure import Workspaces
 from alignprop_fast.runtime.segments import Block
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
+
+logger = logging.getLogger(__name__)
+
+DECODER_STAGES = ("batch", "image", "bands")
 
 
 @dataclass(frozen=True)
@@ -84,14 +91,21 @@ def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch
 def decoder_stages(
     decode: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
+    image_bytes: int,
     blocks: Sequence[Block],
-    banded: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    banded: Callable[[torch.Tensor], torch.Tensor],
     operator_seconds: Operator | None = None,
 ) -> tuple[Stage, ...]:
-    """The decoder on latents x [B, ...]: all images at once, one by one or by bands, run again to go back."""
+    """The decoder on latents x [B, ...]: all images at once, one by one or by bands, run again to go back.
 
-    def work(fn: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, blocks: Sequence[Block]) -> Work:
-        start = images.detach().requires_grad_()
+    image_bytes: of all B images as they are decoded. A stage that the device lacks the memory for is left out.
+
+    Raises:
+        torch.OutOfMemoryError: it lacks the memory for all of them.
+    """
+
+    def work(fn: Callable[[torch.Tensor], torch.Tensor], count: int, blocks: Sequence[Block]) -> Work:
+        start = x[:count].detach().requires_grad_()
         return Work(
             forward=lambda: fn(start),
             backward=lambda out: torch.autograd.grad(out, start, torch.ones_like(out)),
@@ -101,20 +115,25 @@ def decoder_stages(
             output_kept=False,
         )
 
+    @cache
+    def at_once(count: int) -> tuple[Segment, ...]:
+        return segments(work(decode, count, blocks))
+
     def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
         forward = _without_graph(one)
         # While one image is decoded again the gradients of all others are there, and so are the images.
-        higher = tuple(raised(segment, others_bytes) for segment in segments)
+        higher = tuple(raised(segment, image_bytes * (len(x) - 1) // len(x)) for segment in segments)
         return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
 
-    others_bytes = (len(x) - 1) * _output_bytes(lambda: decode(x[:1]))
-    at_once = segments(work(decode, x, blocks))
-    one = work(decode, x[:1], blocks)
-    stages = [Stage("batch", at_once), again("image", one, segments(one) if len(x) > 1 else at_once)]
-    if banded is not None:
-        one = work(banded, x[:1], ())
-        stages.append(again("bands", one, segments(one)))
-    return tuple(stages)
+    bands = work(banded, 1, ())
+    return _that_fit(
+        "decoder",
+        {
+            "batch": lambda: Stage("batch", at_once(len(x))),
+            "image": lambda: again("image", work(decode, 1, blocks), at_once(1)),
+            "bands": lambda: again("bands", bands, segments(bands)),
+        },
+    )
 
 
 def reward_stages(
@@ -126,7 +145,10 @@ def reward_stages(
 ) -> tuple[Stage, ...]:
     """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if it may be cut, by chunks of it.
 
-    Chunks of one image are there at every batch size, so that a line can be drawn between tables.
+    A stage that the device lacks the memory for is left out.
+
+    Raises:
+        torch.OutOfMemoryError: it lacks the memory for all of them.
     """
 
     def work(count: int) -> Work:
@@ -140,15 +162,32 @@ def reward_stages(
             operator_seconds=operator_seconds,
         )
 
-    stages = [Stage("batch", segments(work(len(images))))]
-    image_bytes = images.numel() * images.element_size()
-    chunk = 1
-    while by_image and (chunk == 1 or chunk < len(images)):
+    def chunked(chunk: int) -> Stage:
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
-        chunked = tuple(raised(segment, image_bytes) for segment in segments(work(chunk)))
-        stages.append(Stage(f"chunk:{chunk}", chunked, runs, True, forward.peak_bytes, runs * forward.seconds))
+        found = tuple(raised(segment, image_bytes) for segment in segments(work(chunk)))
+        return Stage(f"chunk:{chunk}", found, runs, True, forward.peak_bytes, runs * forward.seconds)
+
+    image_bytes = images.numel() * images.element_size()
+    ways = {"batch": lambda: Stage("batch", segments(work(len(images))))}
+    chunk = 1
+    while by_image and (chunk == 1 or chunk < len(images)):
+        ways[f"chunk:{chunk}"] = partial(chunked, chunk)
         chunk *= 2
+    return _that_fit("reward", ways)
+
+
+def _that_fit(part: str, ways: Mapping[str, Callable[[], Stage]]) -> tuple[Stage, ...]:
+    """The stages that the device has the memory to measure; of the others a line in the log."""
+    stages: list[Stage] = []
+    for name, measure in ways.items():
+        found = unless_out_of_memory(measure)
+        if isinstance(found, Stage):
+            stages.append(found)
+        else:
+            logger.info("the %s by %s does not fit and is left out: %s", part, name, found.reason)
+    if not stages:
+        raise torch.OutOfMemoryError(f"out of memory: the {part} fits neither at once nor in pieces")
     return tuple(stages)
 
 
@@ -167,9 +206,3 @@ def raised(segment: Segment, by_bytes: int) -> Segment:
     return replace(
         segment, options=tuple(replace(option, spike_bytes=option.spike_bytes + by_bytes) for option in segment.options)
     )
-
-
-def _output_bytes(fn: Callable[[], torch.Tensor]) -> int:
-    with torch.no_grad():
-        out = fn()
-    return out.numel() * out.element_size()

@@ -122,7 +122,8 @@ class _Record:
         size_bytes = x.numel() * x.element_size()
         if (
             x.device.type != self.owner.device.type  # "cuda" and "cuda:0" are not equal
-            or size_bytes < self.owner.smallest_bytes
+            # What frees no memory is not moved: a packed weight passes for a dense one and has no memory of its own.
+            or min(size_bytes, x.untyped_storage().nbytes()) < self.owner.smallest_bytes
             or _storage(x) in self.staying
         ):
             return x

@@ -8,11 +8,13 @@ blocks, and the peak of a mixture follows from runs of pure options (`planner.ta
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.planner import Option, Segment
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
 from alignprop_fast.runtime.offload import HostPool, Offloader
@@ -122,15 +124,16 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
     """The segments of the work with every option of each.
 
     An option is measured on all blocks at once, which is exact. Where the device lacks the memory for that, it is
-    measured on one block of each kind with all others as lean as can be, and the difference taken for the like.
+    measured on one block of each kind with all others as lean as can be, and the difference taken for the like. One
+    that does not fit even so is left out.
 
     link: bytes a second to host memory; with it each option also comes with what it keeps offloaded.
 
     Raises:
-        torch.OutOfMemoryError: not even the leanest options can run.
+        RuntimeError: out of memory (`ops.errors`): not even the leanest options can run.
     """
     lean = trace(work, {"*": LEANEST})
-    measured = _traces(work, STEP_OPTIONS, lean)
+    measured = {LEANEST: lean, **_traces(work, STEP_OPTIONS, lean)}
     offloaded = {} if link is None else _traces(work, [grade + OFFLOAD for grade in STEP_OPTIONS], lean)
     result = []
     for index, interval in enumerate(lean.intervals):
@@ -139,9 +142,11 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
             continue
         options: list[Option] = []
         for name in interval.block.options():
-            option = measured.get(name, lean).intervals[index].option(name)
+            if name not in measured:
+                continue
+            option = measured[name].intervals[index].option(name)
             options.append(option)
-            if link is not None and option.kept_bytes:
+            if link is not None and option.kept_bytes and name + OFFLOAD in offloaded:
                 there = offloaded[name + OFFLOAD].intervals[index].option(name + OFFLOAD)
                 options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
         result.append(Segment(interval.block.name, tuple(options)))
@@ -154,13 +159,13 @@ def transfer_bytes(found: Sequence[Segment]) -> int:
 
 
 def _traces(work: Work, names: Iterable[str], lean: Trace) -> dict[str, Trace]:
-    """The trace of each option on all blocks that have its grade."""
+    """The trace of each option on all blocks that have its grade; of none that does not fit."""
     found: dict[str, Trace] = {}
     for name in names:
         grade = name.removesuffix(OFFLOAD)
         blocks = [i.block.name for i in lean.intervals if i.block is not None and grade in i.block.options()]
-        if name != LEANEST and blocks:
-            found[name] = _measured(work, name, blocks, lean)
+        if name != LEANEST and blocks and (measured := _measured(work, name, blocks, lean)) is not None:
+            found[name] = measured
     return found
 
 
@@ -169,12 +174,17 @@ def _with_copies(seconds: float, copy_seconds: float) -> float:
     return seconds + max(copy_seconds - seconds / 3, 0) + max(copy_seconds - seconds * 2 / 3, 0)
 
 
-def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:
-    """The trace of the option on the blocks of these names."""
-    try:
-        return trace(work, {"*": LEANEST, **dict.fromkeys(names, option)})
-    except torch.OutOfMemoryError:
-        return measured_on_one_of_each_kind(work, option, names, lean)
+def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace | None:
+    """The trace of the option on the blocks of these names; None where the device lacks the memory."""
+    everywhere = {"*": LEANEST, **dict.fromkeys(names, option)}
+    for attempt in (
+        partial(trace, work, everywhere),
+        partial(measured_on_one_of_each_kind, work, option, names, lean),
+    ):
+        found = unless_out_of_memory(attempt)
+        if not isinstance(found, OutOfMemory):
+            return found
+    return None
 
 
 def measured_on_one_of_each_kind(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:

@@ -65,12 +65,27 @@ def test_tables_of_different_models_have_none_between_them():
         replace(table, step=table.step[:2]),
         replace(table, fixed={"weights": 1}),
         replace(table, rewards=()),
-        replace(table, step=(*table.step[:2], Segment("block.2", table.step[2].options[:2]))),
+        replace(table, decoders=(replace(table.decoders[0], name="other"),)),
     ):
         with pytest.raises(ValueError, match="same model"):
             scaled(table, other, 1, 2, 3)
     with pytest.raises(ValueError, match="another size"):
         scaled(table, table, 1, 1, 3)
+
+
+def test_what_fits_at_one_batch_size_alone_is_left_out():
+    """The decoder's whole batch and an option of a step: measured at batch size 1, too large at 4."""
+    small, large = table_of_batch(1), table_of_batch(4)
+    step = tuple(replace(segment, options=segment.options[1:]) for segment in large.step)
+    large = replace(large, decoders=large.decoders[1:], step=step)
+    table = scaled(small, large, 1, 4, 2)
+    assert [stage.name for stage in table.decoders] == ["image"]
+    assert {option.name for segment in table.step for option in segment.options} == {"recompute", "offload"}
+    expected = table_of_batch(2)
+    assert table.decoders[0] == expected.decoders[1] and table.step[0].options == expected.step[0].options[1:]
+    for one in (table, large):  # and the planner does without
+        plan = solve(one, 6, (3, 4, 5), 10**6)
+        assert plan.decoder.name == "image" and plan.peak_bytes > 0 and "image" in plan.explain()
 
 
 @pytest.mark.parametrize("budget", [1200, 3000, 10_000])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from alignprop_fast.models.quantization import QuantizedLinear, quantize_linears
 from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, PeakMeter, kept_as
 
 CPU = torch.device("cpu")
@@ -67,6 +68,20 @@ def test_small_tensors_and_weights_stay():
     x = torch.randn(8, 64, requires_grad=True)
     run(net, blocks, x, "keep" + OFFLOAD, offloader)
     assert offloader.pool.size_bytes == 0
+
+
+def test_a_packed_weight_stays():
+    """It passes for a dense one, so that moving it made it dense and took its bytes from the host, for nothing."""
+    moved = []
+    for kind in (None, "int8"):
+        net, blocks = make_blocks()
+        if kind is not None:
+            assert len(quantize_linears(net, kind, CPU, torch.float32)) == 8
+            assert isinstance(net[0][0], QuantizedLinear)
+        offloader = Offloader(CPU, smallest_bytes=1)
+        run(net, blocks, torch.randn(128, 64, requires_grad=True), "keep" + OFFLOAD, offloader)
+        moved.append(offloader.pool.size_bytes)
+    assert moved[0] == moved[1] > 0
 
 
 def test_memory_order_survives():

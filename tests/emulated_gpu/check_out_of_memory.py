@@ -1,0 +1,136 @@
+"""A device that is too small for what is tried: what is tried instead begins with what was there before.
+
+A chain of eight blocks, of which one run keeps several times what a run of a single block does.
+"""
+
+import gc
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
+from alignprop_fast.runtime import Block, Work, decoder_stages, reward_stages, segments, trace
+
+GPU = torch.device("cuda")
+MIB = 2**20
+
+
+class Layer(nn.Module):
+    """Keeps about four times its input, or the input alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64, device=GPU).requires_grad_(False)
+
+    def forward(self, x):
+        return x + self.linear(x.sin() * x.cos()).tanh() * 0.1
+
+
+@pytest.fixture
+def limited(emulated):
+    """Sets how much may be allocated beside what is there, for the length of a check."""
+    yield lambda size_bytes: emulated.set_limit(at_rest() + int(size_bytes))
+    emulated.set_limit(24 * 2**30)
+
+
+def at_rest():
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.fixture(scope="module")
+def work(emulated):
+    net = nn.Sequential(*(Layer() for _ in range(8)))
+    x = torch.randn(4096, 64, device=GPU, requires_grad=True)  # 1 MiB
+    blocks = [Block(f"layer.{k}", layer, "residuals") for k, layer in enumerate(net)]
+    return Work(lambda: net(x), lambda y: torch.autograd.grad(y.sum(), x), blocks, GPU, repeats=1)
+
+
+def test_a_failed_run_is_gone_when_its_fallback_begins(emulated, limited, work, monkeypatch):
+    """Old code fell back inside `except`, with the failed run's graph beside it, and died at this limit."""
+    module = sys.modules[trace.__module__]
+    begun, one_of_each = [], module.measured_on_one_of_each_kind
+
+    def watched(*arguments):
+        begun.append(torch.cuda.memory_allocated())  # not collected first: whoever calls has to have done so
+        return one_of_each(*arguments)
+
+    monkeypatch.setattr(module, "measured_on_one_of_each_kind", watched)
+    all_fits, start = segments(work), at_rest()
+    assert not begun
+    limited(0.6 * trace(work, {}).peak_bytes)
+    found = segments(work)
+    assert begun == [start]
+    for one, other in zip(found, all_fits, strict=True):
+        assert [(o.name, o.kept_bytes) for o in one.options] == [(o.name, o.kept_bytes) for o in other.options]
+
+
+def test_an_option_that_fits_nowhere_is_left_out(emulated, limited, work):
+    lean = trace(work, {"*": "recompute"}).peak_bytes
+    limited(lean + 0.1 * MIB)
+    found = segments(work)
+    assert {option.name for segment in found[:-1] for option in segment.options} == {"recompute"}
+    limited(0.5 * lean)
+    with pytest.raises(torch.OutOfMemoryError):
+        segments(work)
+
+
+def decode(x_BN):
+    """Images of 1 MiB, for each of which 5 MiB are alive at once."""
+    return (x_BN.sin().cos().exp().tanh() * x_BN)[:, None]
+
+
+def banded(x_BN):
+    """The same in less."""
+    return (x_BN * 2)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("room", "stages"), [(200, ["batch", "image", "bands"]), (12, ["image", "bands"]), (7, ["bands"])]
+)
+def test_a_decoder_stage_that_does_not_fit_is_left_out(emulated, limited, room, stages):
+    x = torch.randn(4, 2**18, device=GPU)
+    limited(room * MIB)
+    found = decoder_stages(decode, x, 4 * MIB, (), banded)
+    assert [stage.name for stage in found] == stages
+
+
+def test_a_decoder_of_which_no_stage_fits_says_so(emulated, limited):
+    x = torch.randn(4, 2**18, device=GPU)
+    limited(MIB)
+    with pytest.raises(torch.OutOfMemoryError, match="decoder fits neither at once nor in pieces"):
+        decoder_stages(decode, x, 4 * MIB, (), banded)
+
+
+def test_a_reward_that_fits_in_chunks_alone(emulated, limited):
+    images = torch.randn(4, 3, 256, 256, device=GPU)  # 3 MiB
+
+    def score(images_BCHW, *lists):
+        return images_BCHW.sin().cos().exp().mean((1, 2, 3)), {}
+
+    assert [stage.name for stage in reward_stages(score, images, by_image=True)] == ["batch", "chunk:1", "chunk:2"]
+    limited(9 * MIB)
+    assert [stage.name for stage in reward_stages(score, images, by_image=True)] == ["chunk:1", "chunk:2"]
+
+
+def test_what_failed_is_freed_though_the_error_is_held_and_frames_refer_to_each_other(emulated, limited):
+    held, start = [], at_rest()
+
+    def fails():
+        x = torch.ones(MIB, device=GPU, requires_grad=True)
+        kept = [x.exp()]
+        kept.append(lambda: kept)
+        try:
+            torch.empty(200 * MIB, device=GPU)
+        except torch.OutOfMemoryError as error:
+            held.append(error)
+            raise
+
+    limited(100 * MIB)
+    found = unless_out_of_memory(fails)
+    assert isinstance(found, OutOfMemory) and found.reason.startswith("CUDA out of memory") and held
+    assert torch.cuda.memory_allocated() == start
+    with pytest.raises(ValueError, match="another"):
+        unless_out_of_memory(lambda: (_ for _ in ()).throw(ValueError("another")))
