@@ -6,8 +6,10 @@ from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
+from alignprop_fast.runtime.host_memory import lockable_bytes
+from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
-from alignprop_fast.runtime.offload import HostPool, Offloader
+from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
 
@@ -34,6 +36,7 @@ __all__ = [
     "in_chunks",
     "kept_as",
     "link_rate",
+    "lockable_bytes",
     "operator_seconds",
     "reward_stages",
     "run_chain",
