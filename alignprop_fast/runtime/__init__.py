@@ -4,6 +4,7 @@ from alignprop_fast.ops.choice import cache_folder, device_name
 from alignprop_fast.runtime.chain import Chain, run_chain, run_penalised_chain
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import decoder_stages, reward_stages, step_costs
+from alignprop_fast.runtime.device_memory import device_memory, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
@@ -32,6 +33,7 @@ __all__ = [
     "by_image",
     "cache_folder",
     "decoder_stages",
+    "device_memory",
     "device_name",
     "in_chunks",
     "kept_as",
@@ -45,4 +47,5 @@ __all__ = [
     "step_costs",
     "trace",
     "transfer_bytes",
+    "use_growing_segments",
 ]

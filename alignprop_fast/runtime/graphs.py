@@ -124,9 +124,7 @@ class GraphedCalls:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # What other threads ask of the driver meanwhile (NCCL's watchdog asks for events) is no part of the recording.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._side_stream(), capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream(), capture_error_mode="thread_local"):
             output = run()
         return graph.replay, output
 

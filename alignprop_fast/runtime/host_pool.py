@@ -7,6 +7,7 @@ import logging
 import mmap
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class HostPool:
     """
 
     def __init__(self, device: torch.device, limit_bytes: int | None = None):
-        self._device = device
+        self.device = device
         self._free: dict[int, list[HostBuffer]] = defaultdict(list)  # in each list first what has waited longest
         self._chains = 0
         self.size_bytes, self.limit_bytes = 0, limit_bytes
@@ -85,7 +86,7 @@ class HostPool:
 
     def _allocate(self, size_bytes: int) -> torch.Tensor | None:
         memory = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)  # whole pages, of nobody else
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self._lock(memory)
         return memory
 
@@ -97,7 +98,7 @@ class HostPool:
             # Not when the program ends, when the driver may be gone already.
             weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
             return
-        _forget_error(self._device)
+        _forget_error(self.device)
         if self.limit_bytes is None or self.limit_bytes > self.size_bytes:
             self.limit_bytes = self.size_bytes
             log.warning(
@@ -117,7 +118,5 @@ class CountedPool(HostPool):
 
 def _forget_error(device: torch.device) -> None:
     """The next kernel would be taken for what failed: the driver remembers an error until someone asks for it."""
-    try:
+    with suppress(RuntimeError):
         torch.zeros(1, device=device)
-    except RuntimeError:
-        pass

@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.planner import Option, Segment
-from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
+from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, kept_as
 

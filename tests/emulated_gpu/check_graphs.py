@@ -27,8 +27,8 @@ def run(sampler, prompts, seed, grad_steps):
 def test_graphs_give_the_same_bits(pipe, rescale):
     """With other prompts, noise, gates and weights than those that were recorded, and after another batch size."""
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    options = {"guidance_rescale": rescale, **size}
-    plain, graphed = (DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=on, **options) for on in (False, True))
+    options = {"guidance_rescale": rescale, "memory_budget": None, **size}
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on, **options) for on in (False, True))
     runs = ((PROMPTS, 1, [1, 3]), (["a dog", "sun"], 2, [0, 1, 2]), (["sun"], 3, [2]), (PROMPTS, 4, [3]))
     for prompts, seed, grad_steps in runs:
         images, grads = run(plain, prompts, seed, grad_steps)
@@ -51,7 +51,7 @@ def test_python_does_not_run_again(pipe, monkeypatch):
 
 
 def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatch):
-    """cuBLAS keeps a workspace for each stream that it meets; NCCL's watchdog asks the driver in a thread of its own."""
+    """cuBLAS keeps a workspace for each stream that it meets; NCCL's watchdog asks the driver in its own thread."""
     streams, modes = set(), []
     begin = torch.cuda.CUDAGraph.capture_begin
 

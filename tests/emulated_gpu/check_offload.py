@@ -1,4 +1,4 @@
-"""Offloading on the emulated GPU: which copy waits for which, and host memory that is locked, refused and given back."""
+"""Offloading on the emulated GPU: which copy waits for which; host memory locked, refused and given back."""
 
 import contextlib
 import gc
@@ -67,7 +67,7 @@ def step(net, offloader, dies):
     with pytest.raises(RuntimeError, match="the step dies") if dies else contextlib.nullcontext():
         x, y = forward(net, offloader)
         y.sum().backward()
-    x = y = None
+        del x, y
     gc.collect()  # the traceback holds the step
 
 
