@@ -20,7 +20,7 @@ def lockable_bytes(wanted_bytes: int | None = None, root: Path = Path("/")) -> i
 
 def available_bytes(root: Path = Path("/")) -> int:
     """Bytes that this process can still take: what the computer has free or, if that is less, its control groups."""
-    return max(0, min(_free_on_computer(root), *_free_in_groups(root)))
+    return max(0, min([_free_on_computer(root), *_free_in_groups(root)]))
 
 
 def _free_on_computer(root: Path) -> int:
