@@ -26,7 +26,7 @@ from alignprop_fast.planner import (
     Gpu,
     Plan,
     Solver,
-    budget_here,
+    budget_from_free,
     leanest,
     parse_budget,
     parse_bytes,
@@ -411,7 +411,7 @@ class DifferentiableSampler:
         if not self._budget_is_settled and self.model.device.type == "cuda":
             self._warm_up(task)
             wanted_bytes, memory = self.budget_bytes, device_memory(self.model.device)
-            self.budget_bytes, self.budget_note = budget_here(**asdict(memory), wanted_bytes=wanted_bytes)
+            self.budget_bytes, self.budget_note = budget_from_free(**asdict(memory), wanted_bytes=wanted_bytes)
             is_less = wanted_bytes is not None and wanted_bytes > self.budget_bytes
             logger.log(logging.WARNING if is_less else logging.INFO, self.budget_note)
         self._budget_is_settled = True

@@ -3,7 +3,7 @@
 from alignprop_fast.planner.budget import (
     AUTO,
     BudgetInfeasible,
-    budget_here,
+    budget_from_free,
     budget_on,
     format_bytes,
     parse_budget,
@@ -32,7 +32,7 @@ __all__ = [
     "Solver",
     "Stage",
     "StageChoice",
-    "budget_here",
+    "budget_from_free",
     "budget_on",
     "by_group",
     "find_gpu",

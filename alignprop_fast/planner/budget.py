@@ -86,7 +86,7 @@ def budget_on(
     )
 
 
-def budget_here(
+def budget_from_free(
     device: str, total_bytes: int, free_bytes: int, own_bytes: int, wanted_bytes: int | None
 ) -> tuple[int, str]:
     """The memory budget on a GPU that is here, and where it comes from, in one line.

@@ -12,7 +12,7 @@ from alignprop_fast.planner import (
     Segment,
     Stage,
     StageChoice,
-    budget_here,
+    budget_from_free,
     budget_on,
     by_group,
     format_bytes,
@@ -123,12 +123,12 @@ def test_budgets_are_held_to_the_device():
 def test_a_budget_on_a_gpu_that_is_here_is_what_is_free():
     gib = 2**30
     card = {"device": "card", "total_bytes": 100 * gib, "free_bytes": 60 * gib, "own_bytes": 30 * gib}
-    size, note = budget_here(**card, wanted_bytes=None)
+    size, note = budget_from_free(**card, wanted_bytes=None)
     assert size == 87 * gib and note.startswith("memory budget 87.00 GiB")
     assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% stay free" in note
-    size, note = budget_here(**card, wanted_bytes=90 * gib)
+    size, note = budget_from_free(**card, wanted_bytes=90 * gib)
     assert size == 87 * gib and "90.00 GiB is held to 87.00 GiB" in note and "taken 10.00 GiB" in note
-    assert budget_here(**card, wanted_bytes=87 * gib)[0] == 87 * gib
+    assert budget_from_free(**card, wanted_bytes=87 * gib)[0] == 87 * gib
 
 
 def test_budgets_in_words():
