@@ -95,7 +95,8 @@ class TrainOptions:
     optimizer: str = "adamw"
     cache_text: bool = True
     mixed_precision: str = "auto"
-    memory_budget: str | None = None
+    memory_budget: str = "auto"
+    host_memory: str | None = None
     truncation: str = "uniform"
     kl_weight: float = 0.0
     watch_reward: str | None = None
@@ -132,6 +133,7 @@ _FIELDS = {
 }
 _SAME_NAME = (
     *("lora_rank", "base_dtype", "adapter_dtype", "optimizer", "cache_text", "mixed_precision", "memory_budget"),
+    "host_memory",
     *("truncation", "seed", "log_with", "height", "width", "lora_targets", "true_cfg_scale", "kl_weight"),
     "deterministic",
 )
@@ -203,6 +205,8 @@ class ConfigCommand(TyperCommand):
             raise typer.BadParameter(f"{path} is not valid YAML{where}: write lines such as 'batch_size: 4'") from error
         if not isinstance(content, dict):
             raise typer.BadParameter(f"{path} holds no options: write lines such as 'batch_size: 4'")
+        if "memory_budget" in content and content["memory_budget"] is None:
+            content["memory_budget"] = "none"  # as runs have it that began when that was the default
         known = [
             parameter.name for parameter in self.params if parameter.name not in ("config", "resume", "resume_from")
         ]
@@ -379,12 +383,19 @@ MixedPrecision = Annotated[
     Precision, _option(_DEVICE, "Precision of the frozen weights; auto: bf16 on a GPU, fp32 (no) on the CPU.")
 ]
 MemoryBudget = Annotated[
-    str | None,
+    str,
     _option(
         _DEVICE,
         "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
-        "of being computed again.",
-        show_default="the leanest way",
+        "of being computed again. auto: what is free on the GPU (none on the CPU); none: the leanest way, slower.",
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    _option(
+        _DEVICE,
+        "What offloading may lock of the computer's memory, by all processes together, such as 16GiB.",
+        show_default="half of what is free here",
     ),
 ]
 CacheText = Annotated[

@@ -27,11 +27,11 @@ Resolution = Annotated[
     typer.Option(help="Height and width in pixels.", rich_help_panel="Sampling", show_default="the model's own", min=8),
 ]
 MemoryBudget = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="What tensors may take on the device in all, weights included, such as 24GiB.",
+        help="What tensors may take on the device in all, weights included, such as 24GiB; auto: all of the GPU's "
+        "memory but what CUDA itself takes, with --measure what is free.",
         rich_help_panel="Device and memory",
-        show_default="all of the GPU's memory but what CUDA itself takes",
     ),
 ]
 GpuName = Annotated[
@@ -41,14 +41,6 @@ GpuName = Annotated[
         help="GPU to plan for, which need not be here, such as 'RTX 4090' or 'A100 80GB'.",
         rich_help_panel="Device and memory",
         show_default="the one that is here",
-    ),
-]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory of the GPU's computer, half of which offloading may take.",
-        rich_help_panel="Device and memory",
-        show_default="that of this computer",
     ),
 ]
 Measure = Annotated[
@@ -96,10 +88,10 @@ def plan(
     truncation: o.Truncation = DEFAULTS.truncation,
     kl_weight: c.KlWeight = DEFAULTS.kl_weight,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
-    memory_budget: MemoryBudget = None,
+    memory_budget: MemoryBudget = DEFAULTS.memory_budget,
     cache_text: o.CacheText = DEFAULTS.cache_text,
     gpu: GpuName = None,
-    host_memory: HostMemory = None,
+    host_memory: o.HostMemory = None,
     measure: Measure = False,
     table: FromTable = None,
     save_table: SaveTable = None,

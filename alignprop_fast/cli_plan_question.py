@@ -13,6 +13,7 @@ from rich.console import Console
 from alignprop_fast.cli_plan_summary import Prediction, predict
 from alignprop_fast.cli_support import budget_here, pick_device
 from alignprop_fast.planner import (
+    AUTO,
     GPUS,
     BudgetInfeasible,
     CostTable,
@@ -21,6 +22,7 @@ from alignprop_fast.planner import (
     find_gpu,
     largest_batch,
     load_table,
+    parse_budget,
     parse_bytes,
     scaled,
 )
@@ -91,7 +93,7 @@ def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
         raise ValueError(
             f"--{idle[0].replace('_', '-')} is settled by --table: leave it out, or estimate without --table"
         )
-    wanted_bytes = _size(options["memory_budget"])
+    wanted_bytes = _wanted_bytes(options)
     table = _with_host(load_table(Path(options["table"]).expanduser()), options)
     origin = table.origin
     device = origin.get("device", "an unknown device").partition(",")[0]
@@ -133,7 +135,7 @@ def from_model(console: Console, options: Mapping[str, Any]) -> Question:
     from alignprop_fast.sampling import gate_count
 
     _check_size(options)
-    wanted_bytes, batch = _size(options["memory_budget"]), options["batch_size"]
+    wanted_bytes, batch = _wanted_bytes(options), options["batch_size"]
     gate_count(options["truncation"], options["num_inference_steps"])
     gpu: Gpu | None = None
     if options["measure"]:
@@ -157,6 +159,8 @@ def from_model(console: Console, options: Mapping[str, Any]) -> Question:
                 raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
             break  # one table answers all but what the largest batch is
         tables[size] = _with_host(table, options)
+    if (held_bytes := sampler.settled_budget(batch, options["negative_prompt"] or None)) is not None:
+        budget_bytes, note = held_bytes, sampler.budget_note
     height, width = sampler.size
     facts = {
         "model": options["model"],
@@ -180,13 +184,18 @@ def _check_size(options: Mapping[str, Any]) -> None:
         raise ValueError("--resolution stands for --height and --width: give the one or the others")
 
 
-def _size(text: str | None) -> int | None:
-    return None if text is None else parse_bytes(text)
+def _wanted_bytes(options: Mapping[str, Any]) -> int | None:
+    """--memory-budget; None: auto."""
+    budget = parse_budget(options["memory_budget"])
+    if budget is None:
+        raise ValueError("--memory-budget none is the leanest way, of which there is no plan: give a size, or auto")
+    return None if budget == AUTO else int(budget)
 
 
 def _with_host(table: CostTable, options: Mapping[str, Any]) -> CostTable:
-    host_bytes = _size(options["host_memory"])
-    return table if host_bytes is None else replace(table, host_limit_bytes=host_bytes // 2)
+    if options["host_memory"] is None:
+        return table
+    return replace(table, host_limit_bytes=parse_bytes(options["host_memory"], "host memory"))
 
 
 def _gpu(name: str | None) -> Gpu:
@@ -312,6 +321,8 @@ def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> Differentiab
         options["num_inference_steps"],
         options["guidance_scale"],
         true_cfg_scale=options["true_cfg_scale"],
+        memory_budget=options["memory_budget"] if pipe.device.type == "cuda" else None,
+        host_memory=options["host_memory"],
         cache_text=options["cache_text"],
         compare_with_base=options["kl_weight"] > 0,
         height=options["height"] or options["resolution"],

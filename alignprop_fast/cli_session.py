@@ -43,7 +43,7 @@ from alignprop_fast.cli_support import (
     pick_device,
 )
 from alignprop_fast.data import load_prompts
-from alignprop_fast.planner import parse_bytes
+from alignprop_fast.planner import parse_budget
 from alignprop_fast.report import (
     Pictures,
     save_before_after,
@@ -222,9 +222,10 @@ class Session:
 
     def _held_to_device(self, options: TrainOptions, device: str) -> TrainOptions:
         """With no larger a budget than the device has; says so where that is less than was asked for."""
-        if options.memory_budget is None:
+        budget = parse_budget(options.memory_budget)
+        if not isinstance(budget, int):
             return options
-        _, budget_bytes, note = budget_here(parse_bytes(options.memory_budget), device)
+        _, budget_bytes, note = budget_here(budget, device)
         if note:
             self.console.print(note, soft_wrap=True)
         return replace(options, memory_budget=str(budget_bytes)) if note else options
@@ -232,10 +233,13 @@ class Session:
     def _check_budget(self) -> None:
         """Have a plan made now: a budget that no plan can keep is to be refused before anything is written."""
         sampler, options = self.trainer.sampler, self.options
-        if sampler.budget_bytes is not None:
-            with self.trainer.autocast():  # as the training steps will
-                table, steps = sampler.solver(options.batch_size).table, options.num_inference_steps
-            self.prediction = predict(table, steps, options.truncation, options.batch_size, sampler.budget_bytes)
+        with self.trainer.autocast():  # as the training steps will
+            budget_bytes = sampler.settled_budget(options.batch_size, options.negative_prompt)
+            if budget_bytes is None:
+                return
+            table = sampler.solver(options.batch_size, options.negative_prompt).table
+        steps = options.num_inference_steps
+        self.prediction = predict(table, steps, options.truncation, options.batch_size, budget_bytes)
 
     def _check_reward(self, pipe: Any, device: str) -> None:
         """Score a grey batch: a reward without gradient is to be refused before anything is written.

@@ -104,6 +104,8 @@ def pick_device(name: str) -> str:
 def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
     """Name of the device, the memory budget on it (all of it where none is wanted), and a note if that is less.
 
+    A GPU's budget is held to what is free there later (`DifferentiableSampler`), when that can be known.
+
     Raises:
         ValueError: more was wanted than the device has.
     """
@@ -115,7 +117,8 @@ def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
 
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        return properties.name, *budget_on(properties.name, properties.total_memory, wanted_bytes)
+        budget_bytes, _ = budget_on(properties.name, properties.total_memory, wanted_bytes, context_bytes=0)
+        return properties.name, wanted_bytes or budget_bytes, ""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return "this computer", *budget_on("this computer", memory_bytes, wanted_bytes, context_bytes=0)
 

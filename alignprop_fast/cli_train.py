@@ -59,6 +59,7 @@ def train(
     seed: o.Seed = DEFAULTS.seed,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
+    host_memory: o.HostMemory = DEFAULTS.host_memory,
     cache_text: o.CacheText = DEFAULTS.cache_text,
     deterministic: o.Deterministic = DEFAULTS.deterministic,
     device: o.Device = DEFAULTS.device,
@@ -106,8 +107,10 @@ def _print_plan(console: Console, session: Session) -> None:
     if session.prediction is None:
         hint = "every gradient step runs again in the backward pass, the leanest way; --memory-budget SIZE saves time"
         console.print(f"no memory budget: {hint}, and alignprop-fast plan says how much", soft_wrap=True)
-    else:
-        print_prediction(console, session.prediction)
+        return
+    if session.options.memory_budget == "auto":
+        console.print(session.trainer.sampler.budget_note, soft_wrap=True)
+    print_prediction(console, session.prediction)
 
 
 def _print_peak(console: Console, session: Session) -> None:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.planner import parse_bytes
+from alignprop_fast.planner import AUTO, parse_budget, parse_bytes
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
 _PRECISIONS = ("no", "none", "fp16", "bf16")
@@ -55,7 +55,10 @@ class AlignPropConfig:
 
     Fields of our own:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
-        memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; None: the leanest plan.
+        memory_budget: what live tensors may take on the device in all, in bytes or as "24GiB"; "auto": what is free on
+            the GPU, and as None on the CPU; None or "none": the leanest way. See `DifferentiableSampler`.
+        host_memory: what offloading may lock of this computer's memory, in bytes or as "16GiB", by all processes
+            together; None: half of what is free.
         truncation: a rule of `sampling.gates` ("full", "last:K", "uniform", "lv:N", "drtune", "refl", ...) in place of
             the three truncated_* fields; None: those fields.
         kl_weight: adds kl_weight * base_mse to the loss: the mean squared difference of the (guided) model output to
@@ -119,7 +122,8 @@ class AlignPropConfig:
     push_to_hub: bool = False
 
     output_dir: str | None = None
-    memory_budget: int | str | None = None
+    memory_budget: int | str | None = AUTO
+    host_memory: int | str | None = None
     truncation: str | None = None
     kl_weight: float = 0.0
     lora_rank: int = 4
@@ -149,8 +153,9 @@ class AlignPropConfig:
         self._check_optimizer()
         self._check_choices()
         self._check_truncation()
-        if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
+        parse_budget(self.memory_budget)
+        if self.host_memory is not None:
+            parse_bytes(self.host_memory, "host memory")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, flat: a nested dictionary becomes "field/key" entries, as in trl."""

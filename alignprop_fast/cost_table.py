@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -52,6 +51,7 @@ class Task:
     optimizer_bytes: the optimizer's state; None: two fp32 numbers for each trainable parameter.
     resident: the model's modules that lie on the device while the chain runs.
     keeps_gradients: whether gradients of earlier backward passes lie beside the chain.
+    host_limit_bytes: the most that offloading may take of the host's memory.
     """
 
     model: Any
@@ -67,6 +67,7 @@ class Task:
     reserve_bytes: int = 0
     optimizer_bytes: int | None = None
     keeps_gradients: bool = True
+    host_limit_bytes: int = 0
 
     @property
     def batch(self) -> int:
@@ -86,8 +87,11 @@ def measured_table(task: Task) -> CostTable:
     The reward is a callable of whatever make: it is measured anew each time.
     """
     device = task.model.device
+    link = link_rate(device)
     origin = {**_origin(task), "source": "measured", "device": device_name(device)}
-    return _completed(_remembered(origin, lambda: _costs(task, origin, None, link_rate(device))), task, None)
+    if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
+        origin["offload"] = "none"
+    return _completed(_remembered(origin, lambda: _costs(task, origin, None, link)), task, None)
 
 
 def estimated_table(task: Task, gpu: Gpu) -> CostTable:
@@ -168,7 +172,7 @@ def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTa
         fixed={**_fixed(task), **table.fixed},
         rewards=_rewards(task, formula),
         reserve_bytes=task.reserve_bytes,
-        host_limit_bytes=_host_bytes() // 2,
+        host_limit_bytes=task.host_limit_bytes,
     )
 
 
@@ -237,10 +241,6 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
     """What tensors take, each counted once, or would take with no fewer bytes an element."""
     distinct = {id(t): t for t in tensors}.values()
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _origin(task: Task) -> dict[str, str]:

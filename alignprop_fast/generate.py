@@ -6,9 +6,10 @@ Here the two halves of the package meet: `sampling` says what a step computes, `
 is carried to the backward pass.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,18 @@ from alignprop_fast.fast_predict import FastPredict, Predict
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.models.text_cache import TextCache
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, Plan, Solver, leanest, parse_bytes
+from alignprop_fast.planner import (
+    AUTO,
+    BudgetInfeasible,
+    CostTable,
+    Gpu,
+    Plan,
+    Solver,
+    budget_from_free,
+    leanest,
+    parse_budget,
+    parse_bytes,
+)
 from alignprop_fast.runtime import (
     Chain,
     CompiledBlocks,
@@ -28,8 +40,12 @@ from alignprop_fast.runtime import (
     Offloader,
     autocast_dtype,
     by_image,
+    device_memory,
     in_chunks,
+    lockable_bytes,
     run_penalised_chain,
+    unless_out_of_memory,
+    use_growing_segments,
 )
 from alignprop_fast.sampling import (
     StepTable,
@@ -43,6 +59,8 @@ from alignprop_fast.sampling import (
 )
 
 __all__ = ["DifferentiableSampler", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
+
+logger = logging.getLogger(__name__)
 
 
 class DifferentiableSampler:
@@ -59,8 +77,9 @@ class DifferentiableSampler:
         guidance_scale: classifier-free guidance; 1 or less turns it off. FLUX: the distilled guidance that its denoiser
             is told.
         eta: DDIM noise, 0 (none) to 1 (as DDPM); other schedulers have none to choose.
-        memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". None: no
-            measuring, every gradient step is replayed, which is the leanest way to run.
+        memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". "auto": on a
+            GPU what is free there; elsewhere as None. None, or "none": no measuring, every gradient step is replayed,
+            which is the leanest way to run. On a GPU no budget exceeds what is free at the first plan (`budget_note`).
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
         true_cfg_scale: FLUX: classifier-free guidance beside the distilled one, where there are negative prompts.
         height, width: pixels; the model's own size where None.
@@ -68,6 +87,8 @@ class DifferentiableSampler:
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
         reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
         reward_bytes: what the reward's weights take on the device.
+        host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
+            together; None: half of what is free.
         cuda_graphs: run evaluations without gradient as CUDA graphs, recorded at their first use; the memory that one
             takes is then reserved for good, and the planner counts it. Without a budget replays are graphs, too, one
             forward and one back. Tried on an emulated GPU only.
@@ -95,7 +116,7 @@ class DifferentiableSampler:
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         eta: float = 1.0,
-        memory_budget: int | str | None = None,
+        memory_budget: int | str | None = AUTO,
         *,
         guidance_rescale: float = 0.0,
         true_cfg_scale: float = 1.0,
@@ -106,6 +127,7 @@ class DifferentiableSampler:
         reward: Callable[..., tuple[torch.Tensor, Any]] | None = None,
         reward_bytes: int = 0,
         optimizer_bytes: int | None = None,
+        host_memory: int | str | None = None,
         cache_text: bool = False,
         compare_with_base: bool = False,
         cuda_graphs: bool = False,
@@ -118,7 +140,12 @@ class DifferentiableSampler:
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.cfg_scale = true_cfg_scale if self.model.embeds_guidance else guidance_scale
         self.draw_noise = self.table.noisy or draw_unused_noise
-        self.budget_bytes = None if memory_budget is None else parse_bytes(memory_budget)
+        budget = parse_budget(memory_budget)
+        self.budget_bytes = budget if isinstance(budget, int) else None  # with "auto" None until the first plan
+        self.budget_note = ""  # how the budget came about
+        self._takes_what_is_free, self._budget_is_settled = budget == AUTO, False
+        if budget is not None and self.model.device.type == "cuda":
+            use_growing_segments()
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
         if compare_with_base and not self.model.has_adapters():
@@ -141,6 +168,7 @@ class DifferentiableSampler:
         self._timesteps: dict[Any, torch.Tensor] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
         self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
+        self.host_memory_bytes = None if host_memory is None else parse_bytes(host_memory, "host memory")
         self._host_pool: HostPool | None = None
 
     def __call__(
@@ -187,7 +215,8 @@ class DifferentiableSampler:
         prompts, cond = self._encode(prompts, negative_prompts)
         chain = self._chain(cond, generator, table, truncation.input_gradient)
         task = self._task(chain, cond, prompts, metadata)
-        self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain))
+        wants_gradient = latents is not None and latents.requires_grad
+        self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain), wants_gradient)
         x = table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
         return self._run(chain, self.plan, x)
 
@@ -282,16 +311,24 @@ class DifferentiableSampler:
         with torch.enable_grad():
             return self._costs(task, gpu)
 
+    def settled_budget(self, batch: int, negative_prompt: str | None = None) -> int | None:
+        """The memory budget in bytes, None for none. On a GPU everything has then been measured, and has run once."""
+        if not self._has_budget():
+            return None
+        task = self._blank_task(batch, negative_prompt)
+        self._solver(task, len(self.table))
+        return self._settled_budget(task)
+
     def tighten(self, factor: float = 0.9) -> int:
         """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
 
         Raises:
             BudgetInfeasible: there is no leaner plan.
         """
-        if self.budget_bytes is None:
+        if not self._has_budget():
             taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
-        elif not self._solvers:  # while the costs were measured, the leanest way first
-            raise BudgetInfeasible(self.budget_bytes, self.budget_bytes)
+        elif self.budget_bytes is None or not self._solvers:  # while the costs were measured, the leanest way first
+            raise BudgetInfeasible(self.budget_bytes or 0, self.budget_bytes or 0)
         else:
             peak_bytes = self.plan.peak_bytes if self.plan else 0
             taken_bytes = min(self.budget_bytes, peak_bytes or self.budget_bytes)
@@ -306,13 +343,18 @@ class DifferentiableSampler:
         self.base_mse = self.latents = None
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
-        x, penalty = run_penalised_chain(chain, plan, x)
+        images, x, penalty = self._images(chain, plan, x)
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
         self.latents = x.detach()
+        return images
+
+    def _images(self, chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images, latents, sum of the penalties) of a chain that starts at x."""
+        chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
+        x, penalty = run_penalised_chain(chain, plan, x)
         model, decoder, blocks = self.model, plan.decoder, self._decoder_blocks
-        return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
+        return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands), x, penalty
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
         model, scale = self.model, self.cfg_scale
@@ -360,17 +402,21 @@ class DifferentiableSampler:
 
     def _replay(self, chain: Chain, plan: Plan) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
         """Recorded replays, which reserve what they keep: a budget has better uses for that."""
-        if self._fast is None or self.budget_bytes is not None or not plan.replayed_steps:
+        if self._fast is None or self._has_budget() or not plan.replayed_steps:
             return None
         predict = self._fast.for_replays(tuple(sorted(plan.replay_options.items())))
         network: Any = chain.network
         return None if predict is None else partial(network, predict=predict)
 
     def _offloader(self, plan: Plan) -> Offloader | None:
-        if not plan.host_bytes:
-            return None
-        self._host_pool = self._host_pool or HostPool(self.model.device)
-        return Offloader(self.model.device, self._host_pool)
+        if torch.is_grad_enabled():
+            self._pool().begin_chain()
+        return Offloader(self.model.device, self._pool()) if plan.host_bytes else None
+
+    def _pool(self) -> HostPool:
+        if self._host_pool is None or self._host_pool.device != self.model.device:
+            self._host_pool = HostPool(self.model.device, lockable_bytes(self.host_memory_bytes))
+        return self._host_pool
 
     def _grad_steps(self, grad_steps: Iterable[int], chain: Chain) -> list[int]:
         """Ascending gradient steps; none where nothing could receive a gradient."""
@@ -379,18 +425,48 @@ class DifferentiableSampler:
             raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
         return steps if torch.is_grad_enabled() and chain.parameters else []
 
-    def _make_plan(self, task: Task, grad_steps: list[int]) -> Plan:
+    def _has_budget(self) -> bool:
+        return self.budget_bytes is not None or (self._takes_what_is_free and self.model.device.type == "cuda")
+
+    def _settled_budget(self, task: Task) -> int:
+        """The budget, on a GPU held to what is free there. That is looked at once, after the costs are known: kernels
+        are loaded then, and libraries have taken what they take."""
+        if not self._budget_is_settled and self.model.device.type == "cuda":
+            # One that runs out has loaded what it reached; the plan, which is leaner, decides what fits.
+            unless_out_of_memory(partial(self._warm_up, task))
+            wanted_bytes, memory = self.budget_bytes, device_memory(self.model.device)
+            self.budget_bytes, self.budget_note = budget_from_free(**asdict(memory), wanted_bytes=wanted_bytes)
+            is_less = wanted_bytes is not None and wanted_bytes > self.budget_bytes
+            logger.log(logging.WARNING if is_less else logging.INFO, self.budget_note)
+        self._budget_is_settled = True
+        assert self.budget_bytes is not None
+        return self.budget_bytes
+
+    def _warm_up(self, task: Task) -> None:
+        """One gradient step and its pictures, forward and back, as lean as can be; takes no random number."""
+        chain = replace(self._chain(task.cond, None, self.table.last_alone(), True), sink=None)
+        with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
+            x = self.model.initial_latents(task.batch, self.size, None, None).requires_grad_()
+            images, _, _ = self._images(chain, leanest(1, (0,)), x)
+            torch.autograd.grad(images.sum(), [x, *chain.parameters], allow_unused=True)
+
+    def _make_plan(self, task: Task, grad_steps: list[int], wants_gradient: bool = False) -> Plan:
+        """wants_gradient: something beside the trainable parameters does."""
         # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
         num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
-        if self.budget_bytes is None or not torch.is_grad_enabled():
+        if not (self._has_budget() and torch.is_grad_enabled() and (grad_steps or wants_gradient)):
             return leanest(num_steps, grad_steps)
-        return self._solver(task, num_steps).plan(grad_steps, self.budget_bytes)
+        solver = self._solver(task, num_steps)
+        return solver.plan(grad_steps, self._settled_budget(task))
 
     def _solver(self, task: Task, num_steps: int) -> Solver:
         cast = autocast_dtype(self.model.device)
         key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters), cast)
         if key not in self._solvers:
             self._solvers[key] = Solver(self._costs(task), num_steps, num_steps)
+        table, limit_bytes = self._solvers[key].table, self._pool().limit_bytes
+        if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver has refused more
+            self._solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
         return self._solvers[key]
 
     def _costs(self, task: Task, gpu: Gpu | None = None) -> CostTable:
@@ -418,6 +494,7 @@ class DifferentiableSampler:
             reserve_bytes=self.reserve_bytes,
             optimizer_bytes=self.optimizer_bytes,
             keeps_gradients=self.keeps_gradients,
+            host_limit_bytes=self._pool().limit_bytes or 0,
         )
 
 

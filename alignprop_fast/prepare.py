@@ -63,6 +63,7 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         reward_bytes=reward.weight_bytes() if hasattr(reward, "weight_bytes") else 0,
         cache_text=config.cache_text,
         optimizer_bytes=optimizer_bytes(config.optimizer, shapes, merged),
+        host_memory=config.host_memory,
         compare_with_base=config.kl_weight > 0,
         cuda_graphs=config.cuda_graphs,
         compiled=config.compiled,

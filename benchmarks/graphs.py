@@ -37,7 +37,7 @@ def main() -> None:
     bench = Bench(args.model, device, args.steps, "mean")
     samplers = {"eager": bench.sampler}
     if device.type == "cuda":
-        samplers["graphs"] = DifferentiableSampler(bench.pipe, args.steps, GUIDANCE, ETA, cuda_graphs=True)
+        samplers["graphs"] = DifferentiableSampler(bench.pipe, args.steps, GUIDANCE, ETA, None, cuda_graphs=True)
         vars(samplers["graphs"].model)["encode"] = lambda prompts, *_: bench.conditioning(len(prompts))
     rows: list[dict[str, Any]] = []
     for batch in args.batches:

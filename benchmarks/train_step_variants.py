@@ -54,7 +54,7 @@ class Bench:
             self.reward, reward_bytes = network, network.weight_bytes()
         self.reward_bytes = reward_bytes
         self.sampler = DifferentiableSampler(
-            self.pipe, steps, GUIDANCE, ETA, reward=self.reward, reward_bytes=reward_bytes
+            self.pipe, steps, GUIDANCE, ETA, None, reward=self.reward, reward_bytes=reward_bytes
         )
         self._conditioning: dict[int, Conditioning] = {}
         # In place of the text encoders.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,10 @@ def without_times(folder):
     ("arguments", "words"),
     [
         ((), ("demo", "train", "plan", "sample", "evaluate", "merge")),
-        (("train",), ("--memory-budget", "default: 50", "--resume", "24GiB", "Examples")),
+        (
+            ("train",),
+            ("--memory-budget", "--host-memory", "default: auto", "default: 50", "--resume", "24GiB", "Examples"),
+        ),
         (("plan",), ("--gpu", "--table", "--json", "--host-memory", "Examples")),
         (("sample",), ("--lora", "--images-per-prompt", "Examples")),
         (("demo",), ("--output-dir", "Examples")),
@@ -172,6 +176,23 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
     expected = {"steps": 1, "learning_rate": 1e-4, "truncation": "last:1", "memory_budget": "8GiB", "seed": 0}
     assert {name: config[name] for name in expected} == expected
     assert records(tmp_path / "out")[0]["gradient_steps"] == 1
+
+
+@pytest.mark.parametrize("written", ["null", "none", "auto"])
+def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
+    """null was what stood in config.yaml of every run without a budget, when that was the leanest way."""
+    from alignprop_fast.cli_options import ConfigCommand, TrainOptions
+    from alignprop_fast.cli_train import train
+
+    app = typer.Typer()
+    app.command(cls=ConfigCommand)(train)
+    app.callback()(lambda: None)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"memory_budget: {written}\n")
+    own = typer.main.get_command(app).commands["train"]
+    context = own.make_context("train", ["--config", str(file)])
+    assert context.params["memory_budget"] == ("none" if written == "null" else written)
+    assert own.make_context("train", []).params["memory_budget"] == TrainOptions().memory_budget == "auto"
 
 
 def test_several_reward_models_and_what_a_reward_tells(command, tiny_sd_folder, tmp_path):

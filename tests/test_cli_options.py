@@ -11,6 +11,7 @@ SHARED = sorted({field.name for field in fields(TrainOptions)} & {field.name for
 OTHER = {
     "adapter_dtype": "bf16",
     "base_dtype": "int8",
+    "host_memory": "3GiB",
     "log_with": "tensorboard",
     "lora_targets": "all",
     "memory_budget": "9GiB",

@@ -1,6 +1,14 @@
 """From a cost table and a memory budget to a plan. Standard library and numpy: plans anywhere, for any machine."""
 
-from alignprop_fast.planner.budget import BudgetInfeasible, budget_on, format_bytes, parse_bytes
+from alignprop_fast.planner.budget import (
+    AUTO,
+    BudgetInfeasible,
+    budget_from_free,
+    budget_on,
+    format_bytes,
+    parse_budget,
+    parse_bytes,
+)
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest, option_of
@@ -11,6 +19,7 @@ from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 from alignprop_fast.planner.tablefile import load_table, save_table
 
 __all__ = [
+    "AUTO",
     "GPUS",
     "MOST_BATCH",
     "BudgetInfeasible",
@@ -23,6 +32,7 @@ __all__ = [
     "Solver",
     "Stage",
     "StageChoice",
+    "budget_from_free",
     "budget_on",
     "by_group",
     "find_gpu",
@@ -31,6 +41,7 @@ __all__ = [
     "leanest",
     "load_table",
     "option_of",
+    "parse_budget",
     "parse_bytes",
     "price",
     "ranges",

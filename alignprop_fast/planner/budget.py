@@ -5,8 +5,12 @@ from collections.abc import Sequence
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# What CUDA itself takes of a GPU for a process, and libraries' handles.
+AUTO, NONE = "auto", "none"  # budgets in words: what is free on the device; the leanest way
+
+# What CUDA itself takes of a GPU for a process, and libraries' handles, on a GPU that is not here.
 CONTEXT_BYTES = 2**29
+# Of a GPU that is here: left free, for what libraries take later and for memory that is in pieces.
+HEADROOM = 0.03
 # A card of "24 GB" has 22.0 to 23.6 GiB for programs.
 _BOX_FRACTION = 1.1
 
@@ -28,25 +32,38 @@ class BudgetInfeasible(ValueError):
         )
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_budget(budget: int | str | None) -> int | str | None:
+    """A memory budget: bytes, "auto", or None, which "none" stands for, too.
+
+    Raises:
+        ValueError: neither a positive size nor one of the words.
+    """
+    if budget is None or budget in (AUTO, NONE):
+        return AUTO if budget == AUTO else None
+    return parse_bytes(budget)
+
+
+def parse_bytes(size: int | str, what: str = "memory budget") -> int:
     """Bytes from 25769803776, "24GiB", "512 MiB" or "24GB" (powers of ten without the i).
+
+    what: whose size it is, for the message.
 
     Raises:
         ValueError: not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"memory budget {size!r} is no size: write bytes or, for example, 24GiB or 512MiB")
+        raise ValueError(f"{what} {size!r} is no size: write bytes or, for example, 24GiB or 512MiB")
     size_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
     if size_bytes <= 0:
-        raise ValueError(f"memory budget {size!r} must be more than zero, for example 24GiB")
+        raise ValueError(f"{what} {size!r} must be more than zero, for example 24GiB")
     return size_bytes
 
 
 def budget_on(
     device: str, memory_bytes: int, wanted_bytes: int | None, context_bytes: int = CONTEXT_BYTES
 ) -> tuple[int, str]:
-    """The memory budget on a device, and a note where it is less than was wanted.
+    """The memory budget on a device that is not here, and a note where it is less than was wanted.
 
     Without a wish it is all of the memory but what the context takes. Sizes on boxes are rounded up: a wish that is
     over by no more than that is held to what there is.
@@ -66,6 +83,30 @@ def budget_on(
     return usable_bytes, (
         f"{device} has {format_bytes(memory_bytes)}{context}: "
         f"the budget of {format_bytes(wanted_bytes)} is held to {format_bytes(usable_bytes)}"
+    )
+
+
+def budget_from_free(
+    device: str, total_bytes: int, free_bytes: int, own_bytes: int, wanted_bytes: int | None
+) -> tuple[int, str]:
+    """The memory budget on a GPU that is here, and where it comes from, in one line.
+
+    It is what the tensors of this process take now and what is free, less the headroom, or what is wanted, if less.
+
+    own_bytes: tensors of this process. free_bytes: what the driver would still hand out.
+    """
+    usable_bytes = own_bytes + free_bytes - int(HEADROOM * total_bytes)
+    if wanted_bytes is not None and wanted_bytes <= usable_bytes:
+        return wanted_bytes, f"memory budget {format_bytes(wanted_bytes)}, as asked for"
+    taken_bytes = total_bytes - free_bytes - own_bytes
+    why = (
+        f"of {format_bytes(total_bytes)} on {device}, CUDA, its libraries and other programs have taken "
+        f"{format_bytes(taken_bytes)}, and {HEADROOM:.0%} stay free"
+    )
+    if wanted_bytes is None:
+        return usable_bytes, f"memory budget {format_bytes(usable_bytes)}: {why}"
+    return usable_bytes, (
+        f"the memory budget of {format_bytes(wanted_bytes)} is held to {format_bytes(usable_bytes)}: {why}"
     )
 
 

@@ -1,13 +1,17 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
 from alignprop_fast.ops.choice import cache_folder, device_name
+from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.runtime.chain import Chain, autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
+from alignprop_fast.runtime.device_memory import device_memory, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
+from alignprop_fast.runtime.host_memory import lockable_bytes
+from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
-from alignprop_fast.runtime.offload import HostPool, Offloader
+from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
 
@@ -32,10 +36,12 @@ __all__ = [
     "by_image",
     "cache_folder",
     "decoder_stages",
+    "device_memory",
     "device_name",
     "in_chunks",
     "kept_as",
     "link_rate",
+    "lockable_bytes",
     "operator_seconds",
     "reward_stages",
     "run_chain",
@@ -44,4 +50,6 @@ __all__ = [
     "step_costs",
     "trace",
     "transfer_bytes",
+    "unless_out_of_memory",
+    "use_growing_segments",
 ]

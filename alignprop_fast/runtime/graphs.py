@@ -41,6 +41,8 @@ class GraphedCalls:
         self._graphs: dict[Hashable, _Recorded] = {}
         self._state: Hashable = None
         self._pool: Any = None
+        # One for all warm-ups and recordings: each stream that cuBLAS meets costs a workspace of its own, for good.
+        self._stream: torch.cuda.Stream | None = None
 
     @torch.inference_mode()
     def __call__(self, fn: Callable[..., torch.Tensor], inputs: Tensors, state: Hashable) -> torch.Tensor:
@@ -112,7 +114,7 @@ class GraphedCalls:
 
     def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
         """Two runs that are not recorded, where kernels are made and chosen."""
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, main = self._side_stream(), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -123,9 +125,14 @@ class GraphedCalls:
         """(replay, static output) of the run."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads ask of the driver meanwhile (NCCL's watchdog asks for events) is no part of the recording.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream(), capture_error_mode="thread_local"):
             output = run()
         return graph.replay, output
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        self._stream = self._stream or torch.cuda.Stream()
+        return self._stream
 
 
 class _WithGradient(torch.autograd.Function):

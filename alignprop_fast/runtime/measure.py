@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignprop_fast.runtime.offload import HostPool
+from alignprop_fast.runtime.host_pool import HostPool
 
 
 def tensors_in(*trees: Any) -> list[torch.Tensor]:
@@ -191,10 +191,14 @@ class Stopwatch:
 
 
 def link_rate(device: torch.device, size_bytes: int = 2**26) -> float | None:
-    """Bytes a second between registered host memory and the device, measured; None where there is no link."""
+    """Bytes a second between registered host memory and the device, measured; None where there is no link, or the
+    driver registers no host memory."""
     if device.type != "cuda":
         return None
-    buffer, _ = HostPool(device).take(size_bytes)
+    pool = HostPool(device)
+    buffer = pool.take(size_bytes).memory
+    if buffer is None or pool.limit_bytes is not None:  # refused
+        return None
     there = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     there.copy_(buffer)
     watch = Stopwatch(device)

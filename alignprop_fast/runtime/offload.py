@@ -4,13 +4,11 @@ Copies out and in run on streams of their own: out while the following blocks ru
 backward pass. At most two blocks' worth is on the device for it at any moment: a block's tensors are let go when the
 next block is done, and fetched when the backward pass reaches the block after it.
 
-Host memory is allocated to the byte and registered with the driver: `pin_memory` would round up to a power of two. On
-devices without streams (the CPU, for tests) the same copies are made at once.
+Host memory is allocated to the byte and registered with the driver (`host_pool`). On devices without streams (the CPU,
+for tests) the same copies are made at once.
 """
 
-import mmap
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,36 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.runtime.host_pool import HostBuffer, HostPool
+
 Move = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
-
-
-class HostPool:
-    """Page-locked host buffers, kept and handed out again by size; `size_bytes` is what they take in all."""
-
-    def __init__(self, device: torch.device):
-        self._device, self._cuda = device, device.type == "cuda"
-        self._free: dict[int, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
-        self.size_bytes = 0
-
-    def take(self, size_bytes: int) -> tuple[torch.Tensor, Any]:
-        """(buffer [size_bytes] of uint8, event after which it may be written, or None)."""
-        if self._free[size_bytes]:
-            return self._free[size_bytes].pop()
-        buffer = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)  # whole pages, of nobody else
-        self.size_bytes += size_bytes
-        if self._cuda:
-            with torch.cuda.device(self._device):
-                error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
-            if int(error) != 0:
-                raise RuntimeError(
-                    f"the driver cannot lock {size_bytes} bytes of host memory (error {int(error)}): raise ulimit -l"
-                )
-            # Not when the program ends, when the driver may be gone already.
-            weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr()).atexit = False
-        return buffer, None
-
-    def give(self, buffer: torch.Tensor, after: Any) -> None:
-        self._free[len(buffer)].append((buffer, after))
 
 
 class Offloader:
@@ -91,14 +62,31 @@ class Offloader:
 class _Handle:
     """One tensor on the host, or on its way back."""
 
-    def __init__(self, x: torch.Tensor, buffer: torch.Tensor):
+    def __init__(self, x: torch.Tensor, buffer: HostBuffer):
         self.shape, self.dtype = x.shape, x.dtype
         self.stride = x.stride() if _is_dense(x) else _contiguous(x.shape)
         self.buffer, self.uses = buffer, 0
         self.device_tensor: torch.Tensor | None = x
 
-    def on_host(self) -> torch.Tensor:
-        return self.buffer.view(self.dtype).as_strided(self.shape, self.stride)
+    def copy_out(self, x: torch.Tensor, stream: Any) -> None:
+        """x into the buffer, in this stream, which is the current one."""
+        if self.buffer.after is not None:
+            stream.wait_event(self.buffer.after)
+        if self.buffer.memory is not None:
+            self._on_host(self.buffer.memory).copy_(x, non_blocking=True)
+        self.buffer.touched(stream)
+
+    def copy_back(self, stream: Any) -> None:
+        """The buffer into `device_tensor`, in this stream, which is the current one."""
+        assert self.device_tensor is not None
+        if self.buffer.memory is None:
+            self.device_tensor.zero_()  # a number that an index may have, too
+        else:
+            self.device_tensor.copy_(self._on_host(self.buffer.memory), non_blocking=True)
+        self.buffer.touched(stream)
+
+    def _on_host(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory.view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class _Record:
@@ -134,14 +122,12 @@ class _Record:
         return self, handle
 
     def _send(self, x: torch.Tensor, size_bytes: int) -> _Handle:
-        buffer, after = self.owner.pool.take(size_bytes)
+        buffer = self.owner.pool.take(size_bytes)
         handle = _Handle(x, buffer)
+        # Not when the program ends, when the driver may be gone already.
+        weakref.finalize(handle, _give_back, self.owner.pool, buffer, self.owner.device).atexit = False
         with _on(self.owner.out, self.owner.device):
-            if after is not None:
-                self.owner.out.wait_event(after)  # type: ignore[union-attr]
-            if x.device.type != "meta":  # whose copies are counted, not made
-                handle.on_host().copy_(x, non_blocking=True)
-        weakref.finalize(handle, _give_back, self.owner.pool, buffer, weakref.ref(self))
+            handle.copy_out(x, self.owner.out)
         return handle
 
     def sent(self) -> None:
@@ -188,16 +174,17 @@ class _Record:
             )
         with _on(self.owner.back, self.owner.device):
             for handle in handles:
-                assert handle.device_tensor is not None
-                if handle.device_tensor.device.type != "meta":
-                    handle.device_tensor.copy_(handle.on_host(), non_blocking=True)
+                handle.copy_back(self.owner.back)
         if self.owner.back is not None:
             self.back_event = self.owner.back.record_event()
 
 
-def _give_back(pool: HostPool, buffer: torch.Tensor, record: "weakref.ref[_Record]") -> None:
-    alive = record()
-    pool.give(buffer, None if alive is None else alive.back_event)
+def _give_back(pool: HostPool, buffer: HostBuffer, device: torch.device) -> None:
+    """A handle is about to go, with the device memory that its copies read or wrote."""
+    if buffer.after is not None:
+        # Where a step died, a copy may be on its way still: nothing else may get that memory before it has arrived.
+        torch.cuda.current_stream(device).wait_event(buffer.after)
+    pool.give(buffer)
 
 
 def _staying(module: nn.Module, others: tuple[Any, ...]) -> set[int]:

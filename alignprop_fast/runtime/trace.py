@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.planner import Option, Segment
+from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
-from alignprop_fast.runtime.offload import HostPool, Offloader
+from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, kept_as
 
 LEANEST = "recompute"
@@ -90,12 +91,13 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
     """Run the work under the options: a few times for its seconds where the device is timed, and once for its bytes.
 
     In this order: at the very first run kernels are compiled, and tried against each other in memory of their own.
-    What is offloaded is not timed: on a run where all is, the copies wait for each other.
+    What is offloaded is not timed: on a run where all is, the copies wait for each other. Nor is it copied: its bytes
+    are counted, no host memory is taken, and the backward pass gets zeros.
     """
     offloads = any(option.endswith(OFFLOAD) for option in options.values())
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
-    pool = HostPool(work.device)
+    pool = CountedPool(work.device)
     moved: dict[Hashable, int] = {}
     kept: dict[Hashable, int] = {}
     part: Hashable = None

@@ -27,7 +27,7 @@ def run(sampler, prompts, seed, grad_steps):
 def test_graphs_give_the_same_bits(pipe, rescale):
     """With other prompts, noise, gates and weights than those that were recorded, and after another batch size."""
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    options = {"guidance_rescale": rescale, **size}
+    options = {"guidance_rescale": rescale, "memory_budget": None, **size}
     plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on, **options) for on in (False, True))
     runs = ((PROMPTS, 1, [1, 3]), (["a dog", "sun"], 2, [0, 1, 2]), (["sun"], 3, [2]), (PROMPTS, 4, [3]))
     for prompts, seed, grad_steps in runs:
@@ -44,7 +44,28 @@ def test_graphs_give_the_same_bits(pipe, rescale):
 
 def test_python_does_not_run_again(pipe, monkeypatch):
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    sampler = DifferentiableSampler(pipe, STEPS, cuda_graphs=True, **size)
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=True, **size)
     run(sampler, PROMPTS, 1, [1, 3])
     monkeypatch.setattr(type(sampler.model), "predict", None)
     run(sampler, PROMPTS, 2, [2, 3])
+
+
+def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatch):
+    """cuBLAS keeps a workspace for each stream that it meets; NCCL's watchdog asks the driver in its own thread."""
+    streams, modes = set(), []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def beginning(self, *pool, capture_error_mode, **options):
+        streams.add(torch.cuda.current_stream())
+        modes.append(capture_error_mode)
+        begin(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", beginning)
+    size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=True, **size)
+    made = type(torch.cuda.current_stream()).made
+    for prompts in (PROMPTS, ["sun"]):
+        run(sampler, prompts, 1, [1, 3])
+    assert len(streams) == 1 and torch.cuda.current_stream() not in streams
+    assert type(torch.cuda.current_stream()).made == made + 1
+    assert len(modes) > 2 and set(modes) == {"thread_local"}

@@ -76,3 +76,20 @@ def test_the_deterministic_resize_is_the_same(emulated, deterministic, mode, siz
     ours = _interpolate(images, size, mode)
     # Sums of fp32 in another order, of values up to 1.
     assert (ours - plain).abs().max() <= 1e-5 and not torch.equal(ours, plain)
+
+
+def test_who_names_no_budget_gets_the_fast_way_and_is_told_which(command, tmp_path):
+    out = tmp_path / "out"
+    options = ("--num-inference-steps", 3, "--batch-size", 2, "--truncation", "full", "--steps", 1)
+    code, shown, error = command("train", *options, "--output-dir", out)
+    assert code == 0, error
+    # 3 % of 24 GiB stay free; the emulated device has no context, and no desktop.
+    assert "memory budget 23.28 GiB: of 24.00 GiB on NVIDIA GeForce RTX 4090" in " ".join(shown.split())
+    assert "3 (0-2)" in shown, "all steps are resident"
+    config = (out / "config.yaml").read_text()
+    assert "memory_budget: auto" in config
+    # A run of the time when no budget was the default goes on as it began.
+    (out / "config.yaml").write_text(config.replace("memory_budget: auto", "memory_budget: null"))
+    code, shown, error = command("train", "--resume", "--steps", 2, "--output-dir", out)
+    assert code == 0, error
+    assert "no memory budget" in shown

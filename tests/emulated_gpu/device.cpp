@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <unordered_map>
+#include <utility>
 
 namespace {
 
@@ -56,6 +57,8 @@ struct DeviceGenerator : c10::GeneratorImpl {
 
 std::atomic<int64_t> allocated{0}, peak{0}, limit{INT64_MAX}, waits{0};
 void (*on_wait)() = nullptr;
+// What a call outside of PyTorch has left behind: the next operator that looks takes it for its own.
+bool failed = false;
 
 void wait() {
   ++waits;
@@ -251,6 +254,7 @@ void replay(const Graph& graph) {
 }
 
 void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  TORCH_CHECK(!std::exchange(failed, false), "CUDA error: the error of an earlier call");
   const auto count = op.schema().arguments().size();
   Call call(op);
   std::vector<c10::IValue> arguments(stack->end() - count, stack->end());
@@ -343,6 +347,8 @@ int64_t emulated_allocated() { return allocated; }
 int64_t emulated_peak() { return peak; }
 void emulated_reset_peak() { peak = allocated.load(); }
 void emulated_set_limit(int64_t bytes) { limit = bytes; }
+int64_t emulated_limit() { return limit; }
+void emulated_fail() { failed = true; }
 void* emulated_capture_begin() { return capturing = new Graph(); }
 void emulated_capture_end() { capturing = nullptr; }
 bool emulated_is_capturing() { return capturing != nullptr; }

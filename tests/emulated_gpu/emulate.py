@@ -2,8 +2,8 @@
 
 `pytest -p emulate` starts it; so does `start()`, before torch is imported. What it shows: that everything meets on one
 device, that the code behind `is_cuda` runs and gives the same numbers, what the allocator would have counted, running
-out of memory, and how often the host waits. What it cannot show: time, the order of streams, real kernels (Triton's run
-in its interpreter).
+out of memory, how often the host waits, and what the streams have been told to wait for. What it cannot show: time,
+real kernels (Triton's run in its interpreter).
 """
 
 import contextlib
@@ -53,8 +53,10 @@ class Emulated:
         self.faults = {}
         library.emulated_capture_begin.restype = ctypes.c_void_p
         library.emulated_is_capturing.restype = ctypes.c_bool
-        for name in ("allocated", "peak", "waits"):
+        for name in ("allocated", "peak", "waits", "limit"):
             getattr(library, f"emulated_{name}").restype = ctypes.c_int64
+        self.registered: dict[int, int] = {}  # host memory that the driver has locked: its size by its address
+        self.lockable_bytes = 2**63  # how much of it the driver locks
 
     def allocated(self, device=None) -> int:
         return self.library.emulated_allocated()
@@ -75,7 +77,24 @@ class Emulated:
         self.library.emulated_reset_peak()
 
     def set_limit(self, size_bytes: int) -> None:
+        """What this process can take; of the device's memory others have the rest."""
         self.library.emulated_set_limit(ctypes.c_int64(size_bytes))
+
+    def memory(self, device=None) -> tuple[int, int]:
+        """(free, in all)."""
+        return max(min(self.library.emulated_limit(), TOTAL_BYTES) - self.allocated(), 0), TOTAL_BYTES
+
+    def register(self, address: int, size_bytes: int, flags: int) -> int:
+        current.check()
+        if sum(self.registered.values()) + size_bytes > self.lockable_bytes:
+            self.library.emulated_fail()
+            return 2
+        self.registered[address] = size_bytes
+        return 0
+
+    def unregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
 
 
 def _attention(q, k, v, scale):
@@ -185,7 +204,11 @@ def _guards():
 
 
 class Stream:
-    """All work is done in the order in which it is asked for, whatever stream it is given to."""
+    """All work is done in the order in which it is asked for, whatever stream it is given to. What must have been done
+    before it on a GPU is in `seen`: by stream the count of what it was given."""
+
+    made = 0
+    current: "Stream"
 
     def __init__(self, device=None, priority=0):
         import torch
@@ -193,31 +216,64 @@ class Stream:
         current.check(device)
         self.device = torch.device("cuda", 0)
         self.cuda_stream = 0
+        self.number, Stream.made = Stream.made, Stream.made + 1
+        self.seen = {self.number: 0}
 
-    def wait_stream(self, stream) -> None: ...
-    def wait_event(self, event) -> None: ...
+    def work(self) -> tuple[int, int]:
+        """Something more for the stream to do; which and where."""
+        self.seen[self.number] += 1
+        return self.number, self.seen[self.number]
+
+    def comes_after(self, work: tuple[int, int]) -> bool:
+        """Whether what the stream is given now waits for that."""
+        return self.seen.get(work[0], 0) >= work[1]
+
+    def wait_stream(self, stream) -> None:
+        self._wait(stream.seen)
+
+    def wait_event(self, event) -> None:
+        self._wait(event.seen)
+
+    def _wait(self, seen) -> None:
+        self.seen = {number: max(self.seen.get(number, 0), seen.get(number, 0)) for number in {**self.seen, **seen}}
+
     def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
 
     def record_event(self, event=None):
-        return event or Event()
+        event = event or Event()
+        event.record(self)
+        return event
+
+
+@contextlib.contextmanager
+def on_stream(stream):
+    before, Stream.current = Stream.current, stream or Stream.current
+    try:
+        yield
+    finally:
+        Stream.current = before
 
 
 class Event:
     def __init__(self, enable_timing=False, blocking=False, interprocess=False):
         self._seconds = 0.0
+        self.seen: dict[int, int] = {}  # nothing is waited for where it was never recorded
 
     def record(self, stream=None) -> None:
         import time
 
         current.check(None if stream is None else stream.device)
         self._seconds = time.perf_counter()
+        self.seen = dict((stream or Stream.current).seen)
 
     def elapsed_time(self, end: "Event") -> float:
         return (end._seconds - self._seconds) * 1000
 
-    def wait(self, stream=None) -> None: ...
+    def wait(self, stream=None) -> None:
+        (stream or Stream.current).wait_event(self)
+
     def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
@@ -288,8 +344,8 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         shared_memory_per_block_optin=99 * 1024,
         L2_cache_size=72 * 2**20,
     )
-    stream = Stream()
-    runtime = SimpleNamespace(cudaHostRegister=lambda *_: current.check() or 0, cudaHostUnregister=lambda *_: 0)
+    main = Stream.current = Stream()
+    runtime = SimpleNamespace(cudaHostRegister=device.register, cudaHostUnregister=device.unregister)
     replaced = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -305,9 +361,9 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: properties,
         "synchronize": current.check,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: Stream.current,
+        "default_stream": lambda device=None: main,
+        "stream": on_stream,
         "Stream": Stream,
         "Event": Event,
         "is_current_stream_capturing": lambda: device.library.emulated_is_capturing(),
@@ -320,7 +376,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "max_memory_reserved": device.peak,
         "reset_peak_memory_stats": device.reset_peak,
         "empty_cache": lambda: None,
-        "mem_get_info": lambda device=None: (TOTAL_BYTES - emulated.allocated(), TOTAL_BYTES),
+        "mem_get_info": device.memory,
         "set_per_process_memory_fraction": lambda fraction, device=None: emulated.set_limit(
             int(fraction * TOTAL_BYTES)
         ),

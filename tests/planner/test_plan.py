@@ -12,11 +12,13 @@ from alignprop_fast.planner import (
     Segment,
     Stage,
     StageChoice,
+    budget_from_free,
     budget_on,
     by_group,
     format_bytes,
     leanest,
     option_of,
+    parse_budget,
     parse_bytes,
     price,
     ranges,
@@ -116,6 +118,26 @@ def test_budgets_are_held_to_the_device():
     with pytest.raises(ValueError, match=r"more than card has \(22.00 GiB\): use at most 21.50 GiB"):
         budget_on("card", 22 * gib, 25 * gib)
     assert budget_on("computer", gib, None, context_bytes=0) == (gib, "")
+
+
+def test_a_budget_on_a_gpu_that_is_here_is_what_is_free():
+    gib = 2**30
+    card = {"device": "card", "total_bytes": 100 * gib, "free_bytes": 60 * gib, "own_bytes": 30 * gib}
+    size, note = budget_from_free(**card, wanted_bytes=None)
+    assert size == 87 * gib and note.startswith("memory budget 87.00 GiB")
+    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% stay free" in note
+    size, note = budget_from_free(**card, wanted_bytes=90 * gib)
+    assert size == 87 * gib and "90.00 GiB is held to 87.00 GiB" in note and "taken 10.00 GiB" in note
+    assert budget_from_free(**card, wanted_bytes=87 * gib)[0] == 87 * gib
+
+
+def test_budgets_in_words():
+    assert [parse_budget(text) for text in (None, "none", "auto", "2GiB", 7)] == [None, None, "auto", 2**31, 7]
+    for text in ("Auto", "much", 0, ""):
+        with pytest.raises(ValueError, match="24GiB"):
+            parse_budget(text)
+    with pytest.raises(ValueError, match="host memory 'much' is no size"):
+        parse_bytes("much", "host memory")
 
 
 def test_too_small_a_budget_names_the_least_and_the_remedies():
