@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "planner": (set(), {"numpy"}),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),
+    "doctor": ({"ops", "runtime"}, {"torch"}),
     "models": ({"ops", "demo"}, {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"}),
     "rewards": ({"ops", "demo"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
