@@ -29,12 +29,12 @@ class Check:
     op: "layer_norm", "attention", ...; implementation: "triton", "csrc", "reference", or "cudnn > flash", the forward
         and the backward pass of attention.
     case: shape and what else tells it from others; dtype: "bfloat16", ...
-    error: the largest absolute error, over outputs and gradients; error_over_bound: over what is accepted, twice the
-        error of the plain expression in that dtype plus 1e-6, of the result where that is largest. None where there is no
-        result, or one that is not finite.
+    error_over_bound: the largest, over outputs and gradients, of error over what is accepted: twice the error of the
+        plain expression in that dtype plus 1e-6; error: that absolute error. None where a result is missing or not
+        finite.
     deterministic: whether two runs gave the same bits; None where there are no two.
     fault: what is wrong, None if nothing is. off: the name that it was switched off by, None where it is not.
-    serves: False where the implementation says that it is not made for this case, which is no fault.
+    note: why there is no result, where that is no fault: not made for this case, or no memory left.
     """
 
     op: str
@@ -46,7 +46,7 @@ class Check:
     deterministic: bool | None = None
     fault: str | None = None
     off: str | None = None
-    serves: bool = True
+    note: str | None = None
 
 
 @dataclass
