@@ -118,10 +118,14 @@ def _checks(checks: Sequence[Check]) -> Table:
     for check in checks:
         rows[check.op, check.implementation].append(check)
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
-    table = Table("op", "by", "cases", box=SIMPLE_HEAD, caption="largest error over what is accepted: wrong above 1")
-    for dtype in dtypes:
-        table.add_column(DTYPES.get(dtype, dtype), justify="right")
-    table.add_column("same bits twice")
+    table = Table(
+        box=SIMPLE_HEAD, caption="bf16 ...: largest error over what is accepted, wrong above 1; bits: the same twice"
+    )
+    for name in ("op", "by"):
+        table.add_column(name, no_wrap=True)
+    for name in ("cases", *(DTYPES.get(dtype, dtype) for dtype in dtypes)):
+        table.add_column(name, justify="right")
+    table.add_column("bits")
     table.add_column("what is wrong")
     for (op, implementation), cases in rows.items():
         errors = [_worst([case for case in cases if case.dtype == dtype]) for dtype in dtypes]
@@ -129,7 +133,7 @@ def _checks(checks: Sequence[Check]) -> Table:
         twice = {case.deterministic for case in cases} - {None}
         table.add_row(
             *(op, implementation, str(len(cases)), *errors),
-            "no" if False in twice else "yes" if twice else "",
+            "differ" if False in twice else "same" if twice else "",
             escape(faults[0]) if faults else "",
             style=_style(cases),
         )
@@ -140,7 +144,7 @@ def _worst(cases: Sequence[Check]) -> str:
     if any(case.fault for case in cases):
         return "wrong"
     errors = [case.error_over_bound for case in cases if case.error_over_bound is not None]
-    return f"{max(errors):.2f}" if errors else "not made for it" if cases else ""
+    return f"{max(errors):.2f}" if errors else "none" if cases else ""
 
 
 def _style(cases: Sequence[Check]) -> str | None:
