@@ -97,7 +97,7 @@ def _tables(report: Report) -> Iterable[Table | str]:
         yield _facts(section, [fact for fact in report.facts if fact.section == section])
     if report.checks:
         yield _checks(report.checks)
-    if report.off:
+    if report.off or report.absent:
         yield _off(report)
     for fact in report.facts:
         if fact.remedy is not None:
@@ -155,8 +155,8 @@ def _style(cases: Sequence[Check]) -> str | None:
 
 
 def _off(report: Report) -> Table:
-    table = Table("switched off", "why", "remedy", box=SIMPLE_HEAD)
-    for name, reason in report.off.items():
+    table = Table("switched off or absent", "why", "remedy", box=SIMPLE_HEAD)
+    for name, reason in (report.off | report.absent).items():
         table.add_row(escape(name), escape(reason), escape(report.remedies[name]))
     return table
 

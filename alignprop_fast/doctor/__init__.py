@@ -9,7 +9,7 @@ op_cases.py     the ops, each at a real and a ragged shape
 attention.py    every forward with every backward pass of attention's backends
 speeds.py       which implementation is fastest, and by how much
 remedies.py     what to install or do for a reason
-first_time.py   the short examination before the first training step on a GPU
+first_time.py   the short examination before the first training step on a GPU, in a process of its own
 """
 
 from alignprop_fast.doctor.examine import examine

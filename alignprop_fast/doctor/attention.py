@@ -160,5 +160,5 @@ def _backward(row: Check, backend: Backend, problem: _Problem, g: Tensor, output
 
 def _refused(row: Check, error: Exception, problem: _Problem) -> Check:
     """A library that raises may not be made for this case, as flash is not for fp32."""
-    row = failed(row, error, problem.qkv[0].device)
+    row = failed(row, error, problem.qkv[0].device, _name(row))
     return row if row.fault is None else replace(row, fault=None, note=f"{_REFUSED}{row.fault}")

@@ -94,36 +94,36 @@ def check(case: Case) -> Check:
         ours, again = (case.run(case.inputs, gs) for _ in range(2))
         row = compared(row, ours, plain, exact, again, len(outputs), case.coarse)
     except Exception as error:  # whatever a kernel, a compiler or a library raises is what we are here to see
-        row = failed(row, error, case.inputs[0].device)
+        row = failed(row, error, case.inputs[0].device, case.off)
     return settled(row, case.off)
 
 
-def failed(row: Check, error: Exception, device: torch.device) -> Check:
+def failed(row: Check, error: Exception, device: torch.device, off: str | None) -> Check:
     """What an exception says of the implementation.
 
     Raises:
-        DeviceLost: the device answers no more.
+        DeviceLost: the device answers no more; what did that is switched off by the name `off`.
     """
-    answers(device, f"{row.op} ({row.implementation}, {row.case}, {row.dtype})")
+    if not answers(device):
+        lost = f"the GPU answers no more after {row.op} ({row.implementation}, {row.case}, {row.dtype}): {_line(error)}"
+        if off is not None:
+            switched_off.switch_off(off, lost)
+        raise DeviceLost(lost) from error
     if is_out_of_memory(error):
         return replace(row, note="not examined: the device's memory is full")
-    return replace(row, fault=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    return replace(row, fault=_line(error))
 
 
-def answers(device: torch.device, after: str) -> None:
-    """Ask the device whether it is there.
-
-    Raises:
-        DeviceLost: it is not, after what was named.
-    """
-    if device.type != "cuda":
-        return
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes: one illegal access of a kernel, and a CUDA context never does again."""
     try:
-        torch.cuda.synchronize(device)
-        torch.ones(1, device=device).add_(1).item()
+        return torch.ones(1, device=device).add_(1).item() == 2
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise DeviceLost(f"the GPU answers no more after {after}: {str(error).partition(chr(10))[0]}") from error
+        return is_out_of_memory(error)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def settled(row: Check, off: str | None) -> Check:

@@ -41,7 +41,7 @@ class _Examination:
     def __init__(self, device: torch.device, quick: bool, dtypes: Sequence[torch.dtype], tell: Callable[[str], None]):
         self.device, self.dtypes, self.tell = device, dtypes, tell
         self.report = Report(str(device), quick)
-        self.large = self.lost = False
+        self.large = False
 
     def run(self) -> Report:
         begin = time.perf_counter()
@@ -63,13 +63,13 @@ class _Examination:
     def _guarded(self, section: Callable[[], None]) -> None:
         """Run a section; what it raises becomes a row."""
         name = section.__name__.strip("_").replace("_", " ")
-        if self.lost and section != self._what_is_off:
+        if self.report.lost and section != self._what_is_off:
             return
         self.tell(name)
         try:
             section()
         except DeviceLost as error:
-            self.lost = True
+            self.report.lost = True
             self.report.facts.append(Fact(name, "GPU", str(error), wrong=True, remedy=remedy(str(error))))
         except Exception as error:
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
@@ -127,14 +127,14 @@ class _Examination:
         self._add(speeds.of_attention(draw, (attention.LARGE if self.large else attention.SMALL)[:2]))
 
     def _what_is_off(self) -> None:
-        off = switched_off.everything()
+        report = self.report
+        report.off = switched_off.everything()
         if self.device.type == "cuda" and find_spec("triton") is None:
-            off["triton"] = "triton is not installed"
-        missing = None if self.lost else extension.missing(self.device.type)
+            report.absent["triton"] = "triton is not installed"
+        missing = None if report.lost else extension.missing(self.device.type)
         if missing is not None:
-            off["group_norm_silu.csrc"] = missing
-        self.report.off = off
-        self.report.remedies = {name: remedy(reason) for name, reason in off.items()}
+            report.absent["group_norm_silu.csrc"] = missing
+        report.remedies = {name: remedy(reason) for name, reason in (report.off | report.absent).items()}
 
     def _draws(self) -> Iterable[Draw]:
         return (Draw(dtype, self.device) for dtype in self.dtypes)

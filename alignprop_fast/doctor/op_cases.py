@@ -50,7 +50,7 @@ def plain_cases(draw: Draw, large: bool) -> Iterator[Case]:
 
 def _served(x: Tensor, op: str) -> tuple[str, str | None]:
     """(implementation, name that it is switched off by) of an op with a Triton kernel."""
-    name = backend.backend(x)
+    name = backend.backend(x, op)
     return name, f"{op}.triton" if name == "triton" else None
 
 

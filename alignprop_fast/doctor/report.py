@@ -53,15 +53,19 @@ class Check:
 class Report:
     """An examination of one device ("cuda:0", "cpu").
 
+    lost: whether the device answered no more at some point: what comes after it was not examined.
     off: why each implementation is switched off in this process (`ops.switched_off`), by name.
-    remedies: what to install or do to get it back, by the same names.
+    absent: why each is not there at all: not installed, not built.
+    remedies: what to install or do to get it back, by the names of both.
     """
 
     device: str
     quick: bool
     facts: list[Fact] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    lost: bool = False
     off: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     remedies: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
