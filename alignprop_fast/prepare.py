@@ -18,6 +18,11 @@ from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def compute_dtype(config: AlignPropConfig) -> torch.dtype:
+    """What the networks compute in."""
+    return _DTYPES.get(config.mixed_precision, torch.float32)
+
+
 def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) -> list[nn.Parameter]:
     """Place the pipeline and make its denoiser trainable; returns the trainable parameters, in their dtype.
 
@@ -75,7 +80,7 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
     that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16.
     """
-    dtype = _DTYPES.get(config.mixed_precision, torch.float32)
+    dtype = compute_dtype(config)
     overflows = dtype is torch.float16 and pipeline.vae.config.get("force_upcast", False)
     for encoder in pipeline.text_encoders:
         _move(encoder, device, dtype)

@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report_plan": ({"planner", "report"}, set()),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
-        {"generate", "rewards", "planner", "trainer", *TRAINER},
+        {"doctor", "generate", "rewards", "planner", "trainer", *TRAINER},
         {"torch", "numpy", "accelerate", "huggingface_hub", "rich", "matplotlib", "PIL", "yaml"},
     ),
 }

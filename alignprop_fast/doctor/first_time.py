@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,22 +115,25 @@ def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str]) -> _A
     if run.returncode != 0:
         last = run.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"the examination ended with exit code {run.returncode}: {last}")
-    report = json.loads(run.stdout.rpartition("\n{\n")[2].join(["{\n", ""]))
+    report = json.loads(run.stdout)
     return _Answer(len(report["checks"]), report["lost"], report["off"], report["wrong"])
 
 
 def main() -> None:
-    """The other process: the question on standard input, the report on standard output."""
+    """The other process: the question on standard input, the report, and nothing else, on standard output."""
     from alignprop_fast.doctor.examine import examine
 
+    output, sys.stdout = sys.stdout, sys.stderr
     question = json.loads(sys.stdin.read())
     if question["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     for name, reason in question["off"].items():
         switched_off.switch_off(name, reason)
-    report = examine(torch.device(question["device"]), quick=True, dtypes=[getattr(torch, question["dtype"])])
-    sys.stdout.write("\n" + report.to_json())
+    dtype = getattr(torch, question["dtype"])
+    # Should the process end, its last line says where.
+    report = examine(torch.device(question["device"]), True, [dtype], tell=partial(print, flush=True))
+    output.write(report.to_json())
 
 
 if __name__ == "__main__":
