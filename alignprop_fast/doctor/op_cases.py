@@ -24,9 +24,9 @@ from alignprop_fast.ops.lora_linear import Layer
 
 Tensor = torch.Tensor
 EPS = 1e-5
-# (tokens, channels) of SDXL's first transformer blocks under guidance, or what a CPU computes in a moment.
-TOKENS = {True: (2, 4096), False: (2, 40)}
-WIDTH = {True: 640, False: 32}
+# Tokens and channels of most of SDXL's transformer blocks under guidance, or what a CPU computes in a moment.
+TOKENS = {True: (2, 1024), False: (2, 40)}
+WIDTH = {True: 1280, False: 32}
 RAGGED = (3, 29)
 
 
