@@ -2,7 +2,9 @@
 
 Each gets what it would get in training: q, k and v as the projections leave them, heads inside; the gradient in that
 layout and in the one of a contiguous [B, H, M, D]. In one case all logits are near -100, whose exponentials underflow
-where a kernel forgets to subtract their maximum: random numbers cannot show that.
+where a kernel forgets to subtract their maximum: random numbers cannot show that. There a hundredth of the largest
+number is accepted as well: fp32 knows such a logit to 4e-6, and who makes probabilities again from the logsumexp, as
+all do, has that error in each, where the plain expression has none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,6 +66,7 @@ class _Problem:
     exact_lse: Tensor
     plain_lse: Tensor
     scale: float
+    coarse: float
 
 
 def backends_of(device: torch.device) -> list[Backend]:
@@ -121,7 +124,7 @@ def _problem(draw: Draw, sizes: Sizes) -> _Problem:
     layouts = {"g as q": g, "g contiguous": g.contiguous()}
     exact, exact_lse = formula(q.double(), k.double(), v.double(), g.double(), scale)
     plain, plain_lse = formula(q, k, v, g, scale)
-    return _Problem((q, k, v), layouts, exact, plain, exact_lse, plain_lse, scale)
+    return _Problem((q, k, v), layouts, exact, plain, exact_lse, plain_lse, scale, 0.01 if sizes.low else 0.0)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> tuple[list[Tensor], Tensor]:
@@ -142,7 +145,7 @@ def _forward(row: Check, backend: Backend, problem: _Problem) -> tuple[tuple[Ten
     try:
         (o, lse), (o2, lse2) = (backend.forward(*problem.qkv, problem.scale) for _ in range(2))
         plain, exact = [problem.plain[0], problem.plain_lse.float()], [problem.exact[0], problem.exact_lse]
-        row = compared(row, [o, lse.float()], plain, exact, [o2, lse2.float()], 2)
+        row = compared(row, [o, lse.float()], plain, exact, [o2, lse2.float()], 2, problem.coarse)
     except Exception as error:  # as each library likes
         return None, _refused(row, error, problem)
     row = settled(row, _name(row))
@@ -152,7 +155,7 @@ def _forward(row: Check, backend: Backend, problem: _Problem) -> tuple[tuple[Ten
 def _backward(row: Check, backend: Backend, problem: _Problem, g: Tensor, outputs: tuple[Tensor, Tensor]) -> Check:
     try:
         ours, again = (list(backend.backward(g, *problem.qkv, *outputs, problem.scale)) for _ in range(2))
-        row = compared(row, ours, problem.plain[1:], problem.exact[1:], again, 0)
+        row = compared(row, ours, problem.plain[1:], problem.exact[1:], again, 0, problem.coarse)
     except Exception as error:  # as each library likes
         return _refused(row, error, problem)
     return settled(row, _name(row))

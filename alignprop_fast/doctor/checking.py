@@ -31,7 +31,7 @@ class Case:
     inputs: the first `learning` get gradients. outputs: how many results are outputs.
     run: the implementation; reference: the plain expression, which is called with the inputs in float64 as well.
     off: the name that `implementation` is switched off by, None where nothing would take its place.
-    coarse: accept an error of this share of the largest number, where `reference` is no yardstick for rounding.
+    coarse: accept an error of this share of the largest number as well, where `reference` is no yardstick for rounding.
     """
 
     op: str
@@ -43,7 +43,7 @@ class Case:
     run: Implementation
     reference: Callable[..., Any]
     off: str | None = None
-    coarse: float | None = None
+    coarse: float = 0.0
 
 
 class Draw:
@@ -144,9 +144,9 @@ def compared(
     exact: Sequence[Tensor],
     again: Sequence[Tensor] | None,
     outputs: int,
-    coarse: float | None = None,
+    coarse: float = 0.0,
 ) -> Check:
-    """The row with errors, and with the fault where there is one. Results lie on the device: this waits for it."""
+    """The row with errors, and with the fault where there is one; waits for the device. coarse: see `Case`."""
     same = None if again is None else all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     worst = (-1.0, 0.0)
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
@@ -156,7 +156,7 @@ def compared(
         if not torch.isfinite(a).all():
             return replace(row, fault=f"NaN or infinity in {where}")
         error, allowed = (float((t.double() - c).abs().max()) for t in (a, b))
-        bound = 2 * allowed + 1e-6 if coarse is None else coarse * float(c.abs().max())
+        bound = max(2 * allowed + 1e-6, coarse * float(c.abs().max()))
         if not error <= bound:  # a bound that is not a number accepts nothing
             row = replace(row, fault=f"error {error:.2g} in {where}, accepted is {bound:.2g}")
         worst = max(worst, (error / bound, error))
