@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.ops import attention_backends, choice
+from alignprop_fast.ops import attention_backends, backend, choice, switched_off
 
 STEPS, PROMPTS = 2, ["a red cat", "a dog"]
 
@@ -52,5 +52,31 @@ def test_the_kernels_give_what_plain_operators_give(gradients):
     plain_images, plain_grads, none = gradients(triton=False)
     assert len(launched) == 3 and not none
     # bf16 has 8 bits, and a chain of networks adds its roundings up; a wrong kernel is off by the whole signal.
+    assert (images - plain_images).abs().max() <= 0.03
+    assert torch.nn.functional.cosine_similarity(grads, plain_grads, dim=0) >= 0.99
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A slim image: Triton finds no gcc when it is to start the first kernel."""
+    from triton.runtime.interpreter import GridExecutor
+
+    def missing(*arguments, **keywords):
+        raise FileNotFoundError(2, "No such file or directory", "gcc")
+
+    monkeypatch.setattr(GridExecutor, "__call__", missing)
+    monkeypatch.setattr(backend, "_probed", set())
+    yield
+    switched_off.forget()
+
+
+def test_without_a_compiler_the_chain_is_that_of_plain_operators(gradients, no_compiler, caplog):
+    images, grads, launched = gradients(triton=True)
+    plain_images, plain_grads, _ = gradients(triton=False)
+    assert not launched, "the probe has switched Triton off before any of them"
+    # The measured choice is replaced here by one that insists on our attention kernels.
+    assert set(switched_off.everything()) == {"triton", "attention.triton.forward", "attention.triton.backward"}
+    assert len([record for record in caplog.records if "switched off" in record.getMessage()]) == 3
+    # Attention in another order of sums, rounded to bf16.
     assert (images - plain_images).abs().max() <= 0.03
     assert torch.nn.functional.cosine_similarity(grads, plain_grads, dim=0) >= 0.99
