@@ -15,6 +15,7 @@ import torch
 import alignprop_fast
 from alignprop_fast.doctor.report import Fact
 from alignprop_fast.ops import extension
+from alignprop_fast.runtime.host_memory import lockable_bytes
 
 GIB = 2**30
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate")
@@ -68,7 +69,7 @@ def memory_of(device: torch.device) -> Iterator[Fact]:
     else:
         threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
         yield Fact("device", "CPU", f"{platform.processor() or platform.machine()}, {threads}")
-    yield _size("host memory that may be pinned", host_memory_bytes())
+    yield _size("host memory that may be pinned", lockable_bytes())
 
 
 def unusable_gpu() -> Fact | None:
@@ -86,14 +87,6 @@ def unusable_gpu() -> Fact | None:
         wrong=True,
         remedy="update the NVIDIA driver, or install a torch for an older CUDA",
     )
-
-
-def host_memory_bytes() -> int:
-    """Host memory that offloading may lock.
-
-    TODO on merging: `runtime.host_memory.lockable_bytes` of the branch `budget` in its place.
-    """
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _software(name: str, value: str, remedy: str | None = None) -> Fact:
