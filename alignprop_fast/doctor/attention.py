@@ -16,6 +16,7 @@ from alignprop_fast.doctor.checking import Draw, compared, dtype_name, failed, s
 from alignprop_fast.doctor.report import Check
 from alignprop_fast.ops import attention_backends, switched_off
 from alignprop_fast.ops.attention_backends import Backend
+from alignprop_fast.ops.backend import only_plain
 
 Tensor = torch.Tensor
 _REFUSED = "cannot run: "
@@ -69,10 +70,6 @@ class _Problem:
     coarse: float
 
 
-def backends_of(device: torch.device) -> list[Backend]:
-    return list(attention_backends._cuda_backends().values()) if device.type == "cuda" else [attention_backends.CPU]
-
-
 def check_attention(draw: Draw, all_sizes: Sequence[Sizes]) -> Iterator[Check]:
     """A row for each forward pass and for each pair, at each of the sizes. What is wrong is switched off.
 
@@ -82,12 +79,12 @@ def check_attention(draw: Draw, all_sizes: Sequence[Sizes]) -> Iterator[Check]:
     for sizes in all_sizes:
         problem = _problem(draw, sizes)
         row = Check("attention", "", str(sizes), dtype_name(draw.dtype))
-        for forward in _on(draw.device, "forward"):
+        for forward in _tried("forward", *problem.qkv[:2]):
             outputs, result = _forward(replace(row, implementation=forward.name), forward, problem)
             yield result
             if outputs is None:
                 continue
-            for backward in _on(draw.device, "backward"):
+            for backward in _tried("backward", *problem.qkv[:2]):
                 for layout, g in problem.gs.items():
                     pair = replace(row, implementation=f"{forward.name} > {backward.name}", case=f"{sizes}, {layout}")
                     yield _backward(pair, backward, problem, g, outputs)
@@ -104,14 +101,20 @@ def without_those_that_never_run(rows: Sequence[Check]) -> list[Check]:
     return result
 
 
-def _name(row: Check) -> str:
-    """What the row's pass is switched off by."""
+def _name(row: Check) -> str | None:
+    """What the row's pass is switched off by; None for plain PyTorch, which takes the place of all others."""
     forward, pair, backward = row.implementation.partition(" > ")
-    return f"attention.{backward}.backward" if pair else f"attention.{forward}.forward"
+    name, direction = (backward, "backward") if pair else (forward, "forward")
+    return None if name == attention_backends.PLAIN.name else f"attention.{name}.{direction}"
 
 
-def _on(device: torch.device, direction: str) -> list[Backend]:
-    return [b for b in backends_of(device) if switched_off.reason(f"attention.{b.name}.{direction}") is None]
+def _tried(direction: str, q: Tensor, k: Tensor) -> list[Backend]:
+    """The implementations that `attention` may choose, or fall back to, for this shape."""
+    if only_plain(q):
+        return [attention_backends.PLAIN]
+    fused = attention_backends._cuda_backends().values() if q.is_cuda else [attention_backends.CPU]
+    on = [backend for backend in fused if switched_off.reason(f"attention.{backend.name}.{direction}") is None]
+    return [*on, attention_backends.PLAIN]
 
 
 def _problem(draw: Draw, sizes: Sizes) -> _Problem:
