@@ -22,6 +22,7 @@ SIZES = (attention.Sizes(1, 1, 32, 77, 32), attention.Sizes(1, 1, 32, 77, 32, lo
 def fresh(emulated, monkeypatch):
     """Nothing is off; the interpreter takes minutes for thousands of keys, and its speed says nothing."""
     monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr("alignprop_fast.doctor.ceilings.MOST_SECONDS", 0.01)
     monkeypatch.setattr(
         attention, "SMALL", (attention.Sizes(1, 1, 32, 77, 32), attention.Sizes(1, 1, 32, 77, 32, True))
     )
