@@ -38,13 +38,14 @@ def without_times(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("demo", "train", "plan", "sample", "evaluate", "merge")),
+        ((), ("demo", "train", "plan", "sample", "evaluate", "merge", "doctor")),
         (("train",), ("--memory-budget", "default: 50", "--resume", "24GiB", "Examples")),
         (("plan",), ("--gpu", "--table", "--json", "--host-memory", "Examples")),
         (("sample",), ("--lora", "--images-per-prompt", "Examples")),
         (("demo",), ("--output-dir", "Examples")),
         (("evaluate",), ("--lora", "--scale", "--heldout-prompts", "gained", "Examples")),
         (("merge",), ("ADAPTER:WEIGHT", "--rank", "--path-steps", "Examples")),
+        (("doctor",), ("--device", "--json", "--deterministic", "Examples")),
     ],
 )
 def test_help_teaches(command, monkeypatch, arguments, words):
