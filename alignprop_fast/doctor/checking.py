@@ -83,18 +83,21 @@ def check(case: Case) -> Check:
         DeviceLost: the device answers no more.
     """
     row = Check(case.op, case.implementation, case.name, dtype_name(case.dtype))
-    reference = autograd_of(case.reference, case.learning)
-    with torch.no_grad():
-        outputs = as_list(case.reference(*case.inputs))
-    draw = Draw(torch.float32, case.inputs[0].device)
-    gs = [draw(*y.shape).to(y.dtype) for y in outputs]
+    device, reference = case.inputs[0].device, autograd_of(case.reference, case.learning)
     try:
+        with torch.no_grad():
+            outputs = as_list(case.reference(*case.inputs))
+        draw = Draw(torch.float32, device)
+        gs = [draw(*y.shape).to(y.dtype) for y in outputs]
         plain = reference(case.inputs, gs)
         exact = reference([x.double() for x in case.inputs], [g.double() for g in gs])
+    except Exception as error:  # nobody's fault but PyTorch's, which nothing replaces
+        return failed(replace(row, implementation="plain PyTorch"), error, device, None)
+    try:
         ours, again = (case.run(case.inputs, gs) for _ in range(2))
         row = compared(row, ours, plain, exact, again, len(outputs), case.coarse)
     except Exception as error:  # whatever a kernel, a compiler or a library raises is what we are here to see
-        row = failed(row, error, case.inputs[0].device, case.off)
+        row = failed(row, error, device, case.off)
     return settled(row, case.off)
 
 

@@ -1,5 +1,7 @@
 """What one check accepts and what it names: twice the error of the plain expression plus 1e-6, no more."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -86,6 +88,11 @@ def test_a_full_device_is_no_fault():
 
     row = check(case(full))
     assert row.fault is None and "memory is full" in row.note and not switched_off.everything()
+
+
+def test_a_reference_that_raises_is_not_the_implementation_s_fault():
+    row = check(dataclasses.replace(case(squared), reference=lambda x: x @ x))
+    assert row.implementation == "plain PyTorch" and row.fault and row.off is None and not switched_off.everything()
 
 
 def test_a_device_that_answers_no_more_ends_the_examination_and_the_culprit_is_off():

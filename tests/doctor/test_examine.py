@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from alignprop_fast.doctor import examine, facts
+from alignprop_fast.doctor import attention, examine, facts
 from alignprop_fast.doctor.remedies import remedy
 from alignprop_fast.ops import frozen_conv2d, switched_off
 
@@ -68,6 +68,18 @@ def test_a_fault_in_a_section_is_a_row(monkeypatch):
     (row,) = report.facts
     assert (row.section, row.name, row.value) == ("device", "not examined", "RuntimeError: no such counter")
     assert report.exit_code == 0 and report.checks
+
+
+def test_a_size_too_large_for_the_device_costs_its_row_alone(monkeypatch):
+    def formula(q, *rest):
+        if q.shape[2] == 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(q, *rest)
+
+    right = attention.formula
+    monkeypatch.setattr(attention, "formula", formula)
+    rows = [check for check in examine(CPU, quick=True).checks if check.op == "attention"]
+    assert "memory is full" in rows[0].note and len(rows) > 10 and not [check for check in rows if check.fault]
 
 
 def test_a_device_that_cannot_be_used_is_exit_code_1():
