@@ -53,7 +53,7 @@ class _Examination:
         threads = torch.get_num_threads()
         for section in sections:
             # On tensors this small a second thread costs time, on a busy machine a great deal of it.
-            torch.set_num_threads(threads if section == self._ceilings else 1)
+            torch.set_num_threads(threads if section in (self._device, self._ceilings) else 1)
             self._guarded(section)
         torch.set_num_threads(threads)
         self._guarded(self._what_is_off)
