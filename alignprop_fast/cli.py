@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from alignprop_fast.cli_demo import demo
+from alignprop_fast.cli_doctor import doctor
 from alignprop_fast.cli_evaluate import evaluate
 from alignprop_fast.cli_merge import merge
 from alignprop_fast.cli_options import ConfigCommand
@@ -37,6 +38,7 @@ app.command()(plan)
 app.command()(sample)
 app.command()(evaluate)
 app.command()(merge)
+app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

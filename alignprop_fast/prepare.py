@@ -18,6 +18,11 @@ from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def compute_dtype(config: AlignPropConfig) -> torch.dtype:
+    """What the networks compute in."""
+    return _DTYPES.get(config.mixed_precision, torch.float32)
+
+
 def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) -> list[nn.Parameter]:
     """Place the pipeline and make its denoiser trainable; returns the trainable parameters, in their dtype.
 
@@ -77,7 +82,7 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16. With `cache_text` the text encoders
     stay on the CPU: they visit the device when there is something to encode.
     """
-    dtype = _DTYPES.get(config.mixed_precision, torch.float32)
+    dtype = compute_dtype(config)
     overflows = dtype is torch.float16 and pipeline.vae.config.get("force_upcast", False)
     for encoder in pipeline.text_encoders:
         _move(encoder, torch.device("cpu") if config.cache_text else device, dtype)

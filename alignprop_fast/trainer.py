@@ -21,12 +21,13 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.control import Stateful
+from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.generate import Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder
-from alignprop_fast.prepare import make_sampler, prepare_model
+from alignprop_fast.prepare import compute_dtype, make_sampler, prepare_model
 from alignprop_fast.processes import meeting, parts_and_peak
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 from alignprop_fast.weight_update import WeightUpdate
@@ -72,6 +73,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         resume_from = find_resume(config)
         self._truncation()  # one that cannot work is to fail here, before the model is placed
         self.accelerator = make_accelerator(config)
+        examine_once(self.accelerator.device, compute_dtype(config))
         set_seed(config.seed, device_specific=True)
         self.trainable_layers = prepare_model(sd_pipeline, self.accelerator.device, config)
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count

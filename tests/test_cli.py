@@ -39,7 +39,7 @@ def without_times(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("demo", "train", "plan", "sample", "evaluate", "merge")),
+        ((), ("demo", "train", "plan", "sample", "evaluate", "merge", "doctor")),
         (
             ("train",),
             ("--memory-budget", "--host-memory", "default: auto", "default: 50", "--resume", "24GiB", "Examples"),
@@ -49,6 +49,7 @@ def without_times(folder):
         (("demo",), ("--output-dir", "Examples")),
         (("evaluate",), ("--lora", "--scale", "--heldout-prompts", "gained", "Examples")),
         (("merge",), ("ADAPTER:WEIGHT", "--rank", "--path-steps", "Examples")),
+        (("doctor",), ("--device", "--json", "--deterministic", "Examples")),
     ],
 )
 def test_help_teaches(command, monkeypatch, arguments, words):

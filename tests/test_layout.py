@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "planner": (set(), {"numpy"}),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),
+    "doctor": ({"ops", "runtime"}, {"torch"}),
     "models": ({"ops", "demo"}, {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"}),
     "rewards": ({"ops", "demo"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
@@ -40,7 +41,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report_plan": ({"planner", "report"}, set()),
     "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
     "trainer": (
-        {"generate", "ops", "rewards", "planner", "trainer", *TRAINER},
+        {"doctor", "generate", "ops", "rewards", "planner", "trainer", *TRAINER},
         {"torch", "numpy", "accelerate", "huggingface_hub", "rich", "matplotlib", "PIL", "yaml"},
     ),
 }

@@ -55,6 +55,25 @@ def make_trainer(folder, config, reward=ramp_reward, use_lora=True, hook=None):
     return AlignPropTrainer(config, reward, draw_prompt, pipeline, hook)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_device_is_examined_before_the_model_takes_its_memory(
+    monkeypatch, tiny_sd_folder, tmp_path, precision, dtype
+):
+    class Placed(Exception):
+        pass
+
+    def place(*arguments):
+        raise Placed
+
+    examined = []
+    monkeypatch.setattr("alignprop_fast.trainer.examine_once", lambda *arguments: examined.append(arguments))
+    monkeypatch.setattr("alignprop_fast.trainer.prepare_model", place)
+    with pytest.raises(Placed):
+        make_trainer(tiny_sd_folder, make_config(tmp_path, mixed_precision=precision))
+    ((device, asked),) = examined
+    assert isinstance(device, torch.device) and asked is dtype
+
+
 def weights(trainer):
     return [parameter.detach().clone() for parameter in trainer.trainable_layers]
 

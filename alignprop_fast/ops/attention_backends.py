@@ -140,6 +140,16 @@ def explain(direction: str, q: Tensor, k: Tensor) -> str:
     return f"attention {direction}: {name}; {choice.explain(_problem(direction, q, k), q.device)}{reasons}"
 
 
+def offered(direction: str, q: Tensor, k: Tensor) -> list[Backend]:
+    """The implementations that may serve this shape, plain PyTorch last: what is off or refused is not among them."""
+    if only_plain(q):
+        return [PLAIN]
+    if not q.is_cuda:
+        return [PLAIN] if switched_off.reason(f"attention.{CPU.name}.{direction}") else [CPU, PLAIN]
+    refused = _refused(direction, q, k)
+    return [one for name, one in _cuda_backends().items() if name not in refused]
+
+
 def _problem(direction: str, q: Tensor, k: Tensor) -> str:
     b, h, m, d = q.shape
     return f"attention {direction} {str(q.dtype).removeprefix('torch.')} B{b} H{h} M{m} N{k.shape[2]} D{d}"
@@ -176,11 +186,11 @@ class _Candidates:
     k: Tensor
 
     def __call__(self) -> dict[str, ForwardTrial | BackwardTrial]:
-        refused, first = _refused(self.direction, self.q, self.k), _untimed(self.q)
-        tried = [one for name, one in _cuda_backends().items() if name not in refused]
+        first = _untimed(self.q)
+        in_order = sorted(offered(self.direction, self.q, self.k), key=lambda one: one.name != first)
         trials = Trials(self.q, self.k, self._forward)
         trial = ForwardTrial if self.direction == "forward" else BackwardTrial
-        return {b.name: trial(b, trials) for b in sorted(tried, key=lambda b: b.name != first)}
+        return {one.name: trial(one, trials) for one in in_order}
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
         return choose("forward", q, k).forward(q, k, v, scale)

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from alignprop_fast.ops import switched_off
+
 MIN_ROWS, BANDS = 16, 32
 
 
@@ -269,6 +271,8 @@ def norm_conv(x: torch.Tensor, layer: NormConv, rows: int | None = None) -> torc
     Returns:
         [B, O, H, W].
     """
+    if switched_off.reason("banded_conv") is not None:
+        return norm_conv_reference(x, layer)
     return _NormConv.apply(x, layer, band_rows(rows, x.shape[2]))
 
 
@@ -285,4 +289,6 @@ def upsample_conv(
     Returns:
         [B, O, 2 H, 2 W].
     """
+    if switched_off.reason("banded_conv") is not None:
+        return upsample_conv_reference(x, weight, bias)
     return _UpsampleConv.apply(x, weight, bias, max(1, band_rows(rows, 2 * x.shape[2]) // 2))

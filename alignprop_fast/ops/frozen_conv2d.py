@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from alignprop_fast.ops import switched_off
+
 Pair = tuple[int, ...]
 
 
@@ -72,4 +74,6 @@ def frozen_conv2d(
 
     x: [B, C, H, W]; weight: [O, C / groups, kh, kw] and bias: [O], both frozen; returns [B, O, H', W'].
     """
+    if switched_off.reason("frozen_conv2d") is not None:
+        return frozen_conv2d_reference(x, weight, bias, stride, padding, dilation, groups)
     return _FrozenConv2d.apply(x, weight, bias, stride, padding, dilation, groups)

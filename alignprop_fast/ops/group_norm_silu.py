@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from alignprop_fast.ops import extension
+from alignprop_fast.ops import extension, switched_off
 from alignprop_fast.ops.backend import only_plain
 
 # Elements that one thread block or one task of a CPU thread takes, and the most pieces that an image is cut into.
@@ -194,7 +194,7 @@ def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
         return "the weights have another dtype than x"
     if x.is_cuda and channels // (1 if channels % VECTOR else VECTOR) > MAX_THREADS:
         return f"rows of {channels} channels are too wide"
-    return _extension_missing(device)
+    return switched_off.reason("group_norm_silu.csrc") or _extension_missing(device)
 
 
 def backend(x: torch.Tensor) -> str:

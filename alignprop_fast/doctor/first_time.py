@@ -1,0 +1,140 @@
+"""The short examination before the first training step on a GPU, once for each GPU and versions of the libraries.
+
+It runs in a process of its own: a kernel that breaks its CUDA context, or ends its process, must not take the training
+along; random numbers and memory of the training stay as they were. Remembered is only that all was right.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import alignprop_fast
+from alignprop_fast.ops import extension, switched_off
+from alignprop_fast.ops.choice import cache_folder, device_name
+
+log = logging.getLogger(__name__)
+
+MOST_SECONDS = 600  # compiling included
+MOST_ROUNDS = 8  # each after the last one's kernel has broken the context
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the other process says: `Report` in short."""
+
+    checks: int
+    lost: bool
+    off: dict[str, str]
+    wrong: list[str]
+
+
+def examine_once(device: torch.device, dtype: torch.dtype) -> None:
+    """Switch off in this process what does not work on this GPU in this dtype; leaves one line, and raises nothing.
+
+    Does nothing where all was right before, or on other devices.
+    """
+    if device.type != "cuda":
+        return
+    mark = _mark(device, dtype)
+    if mark.exists():
+        return
+    begin, name = time.perf_counter(), torch.cuda.get_device_name(device)
+    try:
+        answer = _examined(device, dtype)
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        said = " ".join(str(error).split())[:160]
+        log.warning("%s could not be examined (%s): see alignprop-fast doctor", name, said)
+        return
+    for implementation, reason in answer.off.items():
+        switched_off.switch_off(implementation, reason)
+    trouble = [*answer.off, *answer.wrong]
+    found = f"not right: {'; '.join(trouble)}; see alignprop-fast doctor" if trouble else "all right"
+    log.warning("%s examined, once: %d checks, %.0f s: %s", name, answer.checks, time.perf_counter() - begin, found)
+    if not trouble:
+        _remember(mark)
+
+
+def _mark(device: torch.device, dtype: torch.dtype) -> Path:
+    """The file that says that all was right, by everything that may change it."""
+    kernels = "csrc" if extension.missing(device.type) is None else "without csrc"
+    order = "deterministic" if torch.are_deterministic_algorithms_enabled() else "free"
+    parts = ["examined", alignprop_fast.__version__, device_name(device), str(dtype), kernels, order]
+    return cache_folder() / "".join(c if c.isalnum() or c in ".-" else "_" for c in " ".join(parts))
+
+
+def _remember(mark: Path) -> None:
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError:
+        pass  # the next process examines again
+
+
+def _examined(device: torch.device, dtype: torch.dtype) -> _Answer:
+    """Ask processes until one has come to the end, each without what broke the context of the one before."""
+    off: dict[str, str] = {}
+    for _ in range(MOST_ROUNDS):
+        answer = _ask(device, dtype, off)
+        if not answer.lost or answer.off == off:
+            break
+        off = answer.off
+    return answer
+
+
+def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str]) -> _Answer:
+    """The answer of one process.
+
+    Raises:
+        OSError, subprocess.SubprocessError, ValueError, KeyError: it could not start, took too long, or gave none.
+    """
+    question = {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "off": dict(off),
+    }
+    # Where this package lies may be known to this process alone.
+    paths = [str(Path(alignprop_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-m", "alignprop_fast.doctor.first_time"],
+        input=json.dumps(question),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=MOST_SECONDS,
+    )
+    if run.returncode != 0:
+        last = run.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"the examination ended with exit code {run.returncode}: {last}")
+    report = json.loads(run.stdout)
+    return _Answer(len(report["checks"]), report["lost"], report["off"], report["wrong"])
+
+
+def main() -> None:
+    """The other process: the question on standard input, the report, and nothing else, on standard output."""
+    from alignprop_fast.doctor.examine import examine
+
+    output, sys.stdout = sys.stdout, sys.stderr
+    question = json.loads(sys.stdin.read())
+    if question["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    for name, reason in question["off"].items():
+        switched_off.switch_off(name, reason)
+    dtype = getattr(torch, question["dtype"])
+    # Should the process end, its last line says where.
+    report = examine(torch.device(question["device"]), True, [dtype], tell=partial(print, flush=True))
+    output.write(report.to_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""The ops but attention, each at a real and at a ragged shape, with their optional arguments there and not there."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from alignprop_fast.doctor.checking import Case, Draw, Implementation, as_list, autograd_of
+from alignprop_fast.ops import (
+    backend,
+    banded_conv,
+    banded_residual,
+    frozen_conv2d,
+    geglu,
+    group_norm_silu,
+    guided_step,
+    layer_norm,
+    lora_linear,
+    lora_linear_triton,
+)
+from alignprop_fast.ops.lora_linear import Layer
+
+Tensor = torch.Tensor
+EPS = 1e-5
+# Tokens and channels of most of SDXL's transformer blocks under guidance, or what a CPU computes in a moment.
+TOKENS = {True: (2, 1024), False: (2, 40)}
+WIDTH = {True: 1280, False: 32}
+RAGGED = (3, 29)
+
+
+def kernel_cases(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
+    """The ops that have kernels of the package's own.
+
+    large: shapes of SDXL in place of small ones. quick: no more than a real and a ragged shape of each.
+    """
+    yield from _layer_norm(draw, large, quick)
+    yield from _geglu(draw, large)
+    yield from _guided_step(draw, large)
+    yield from _lora_linear(draw, large)
+    yield from _group_norm_silu(draw, large, quick)
+
+
+def plain_cases(draw: Draw, large: bool) -> Iterator[Case]:
+    """The ops that are written in PyTorch's own operators."""
+    yield from _frozen_conv2d(draw, large)
+    yield from _banded(draw, large)
+
+
+def _served(x: Tensor, op: str) -> tuple[str, str | None]:
+    """(implementation, name that it is switched off by) of an op with a Triton kernel."""
+    name = backend.backend(x, op)
+    return name, f"{op}.triton" if name == "triton" else None
+
+
+def _layer_norm(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
+    real, ragged = (*TOKENS[large], WIDTH[large]), (*RAGGED, 130)
+    # (shape, scale, shift, residual)
+    kinds = [(real, True, True, True), (ragged, False, False, False)]
+    if not quick:
+        kinds += [(real, True, True, False), (ragged, True, False, True), (ragged, False, True, False)]
+    for shape, scale, shift, residual in kinds:
+        x = draw(*shape)
+        gamma, beta = (draw(shape[-1]) if wanted else None for wanted in (scale, shift))
+        frozen = [t for t in (gamma, beta) if t is not None]
+        learning = [x, draw(*shape)] if residual else [x]
+        implementation, off = (
+            _served(x, "layer_norm") if shape[-1] <= layer_norm.MAX_TRITON_WIDTH else ("reference", None)
+        )
+        words = [word for word, there in (("scale", scale), ("shift", shift), ("residual", residual)) if there]
+        yield Case(
+            "layer_norm",
+            f"{_sizes(shape)} {'+'.join(words) or 'plain'}",
+            draw.dtype,
+            implementation,
+            (*learning, *frozen),
+            len(learning),
+            autograd_of(partial(_normed, layer_norm.layer_norm, scale, shift, residual), len(learning)),
+            partial(_normed, _layer_norm_reference, scale, shift, residual),
+            off,
+        )
+
+
+def _normed(norm: Any, scale: bool, shift: bool, residual: bool, x: Tensor, *rest: Tensor) -> Any:
+    others = list(rest)
+    added = others.pop(0) if residual else None
+    gamma = others.pop(0) if scale else None
+    beta = others.pop(0) if shift else None
+    return norm(x, gamma, beta, EPS, added)
+
+
+def _layer_norm_reference(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, residual: Tensor | None
+) -> Any:
+    total = x if residual is None else x + residual
+    y = layer_norm.layer_norm_reference(total, gamma, beta, eps)
+    return y if residual is None else (y, total)
+
+
+def _geglu(draw: Draw, large: bool) -> Iterator[Case]:
+    for shape in ((*TOKENS[large], 8 * WIDTH[large]), (*RAGGED, 130)):
+        uv = draw(*shape)
+        implementation, off = _served(uv, "geglu")
+        run = autograd_of(geglu.geglu, 1)
+        yield Case("geglu", _sizes(shape), draw.dtype, implementation, (uv,), 1, run, geglu.geglu_reference, off)
+
+
+def _guided_step(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (2, 4, 128, 128) if large else (2, 4, 16, 16), (3, 4, 9, 7)
+    # (shape of the latents, weights of the branches, noise)
+    for shape, weights, noise in ((real, (-1.2, 1.5), True), (ragged, (0.8,), False)):
+        x = draw(*shape, dtype=torch.float32)
+        y = draw(len(weights) * shape[0], *shape[1:])
+        z = (draw(*shape, dtype=torch.float32),) if noise else ()
+        implementation, off = _served(x, "guided_step")
+        name = f"{_sizes(shape)} {len(weights)} branches{' noise' if noise else ''}"
+        run = autograd_of(partial(_step, guided_step.guided_step, weights), 0)
+        reference = partial(_step, guided_step.guided_step_reference, weights)
+        yield Case("guided_step", name, draw.dtype, implementation, (x, *z, y), 0, run, reference, off)
+        adjoint = partial(_adjoint, guided_step.guided_step_adjoint, weights, y.dtype)
+        reference = partial(_adjoint, guided_step.guided_step_adjoint_reference, weights, y.dtype)
+        inputs = (draw(*shape, dtype=torch.float32),)
+        run = autograd_of(adjoint, 0)
+        yield Case("guided_step adjoint", name, draw.dtype, implementation, inputs, 0, run, reference, off)
+
+
+def _step(step: Any, weights: tuple[float, ...], x: Tensor, *rest: Tensor) -> Tensor:
+    *noise, y = rest
+    return step(x, y, noise[0] if noise else None, 0.9, weights, 0.3 if noise else 0.0)
+
+
+def _adjoint(adjoint: Any, weights: tuple[float, ...], y_dtype: torch.dtype, g: Tensor) -> Any:
+    return adjoint(g, 0.9, weights, torch.float64 if g.dtype is torch.float64 else y_dtype)
+
+
+def _lora_linear(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (*TOKENS[large], WIDTH[large]), (*RAGGED, 130)
+    # (shape of x, outputs of each layer, rank); adapters in fp32, as they are trained by default.
+    for shape, outs, rank in ((real, (WIDTH[large],) * 3, 16), (ragged, (72,), 5)):
+        width = shape[-1]
+        sizes = [pair for out in outs for pair in ((rank, width), (out, rank))]
+        adapters = [draw(*pair, std=pair[1] ** -0.5, dtype=torch.float32) for pair in sizes]
+        frozen = [t for out in outs for t in (draw(out, width, std=width**-0.5), draw(out))]
+        inputs = (draw(*shape), *adapters, *frozen)
+        runs: dict[str, Implementation] = {"plain": partial(_lora_plain, len(outs))}
+        implementation, off = _served(inputs[0], "lora_linear")
+        if implementation == "triton":
+            runs["triton"] = partial(_lora_triton, len(outs))
+        for name, run in runs.items():
+            yield Case(
+                "lora_linear",
+                f"{_sizes(shape)} to {'+'.join(map(str, outs))} rank {rank}",
+                draw.dtype,
+                name,
+                inputs,
+                1 + len(adapters),
+                run,
+                partial(_lora_reference, len(outs)),
+                off if name == "triton" else None,
+            )
+
+
+def _layers(count: int, tensors: Sequence[Tensor]) -> list[Layer]:
+    adapters, frozen = tensors[: 2 * count], tensors[2 * count :]
+    pairs = [(adapters[2 * p : 2 * p + 2], frozen[2 * p : 2 * p + 2]) for p in range(count)]
+    return [Layer(weight, bias, down, up, 0.7) for (down, up), (weight, bias) in pairs]
+
+
+def _lora_reference(count: int, x: Tensor, *tensors: Tensor) -> Any:
+    layers: list[Any] = [*_layers(count, tensors)]
+    return tuple(lora_linear.lora_linear_reference(x, *layer) for layer in layers)
+
+
+def _lora_plain(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
+    x, *tensors = inputs
+    layers = _layers(count, tensors)
+    ys = [lora_linear.forward_plain(x, layer) for layer in layers]
+    parts = [lora_linear.backward_plain(g, x, layer, (True,) * 3) for g, layer in zip(gs, layers, strict=True)]
+    dxs, d_downs, d_ups = (as_list(grads) for grads in zip(*parts, strict=True))
+    return [*ys, torch.stack(dxs).sum(0), *(grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair)]
+
+
+def _lora_triton(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
+    x, *tensors = inputs
+    layers = _layers(count, tensors)
+    ys = lora_linear_triton.run_forward(x, layers)
+    dx, *adapters = lora_linear_triton.run_backward(gs, x, layers, True)
+    d_downs, d_ups = (as_list(grads) for grads in adapters)
+    return [*ys, *as_list(dx), *(grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair)]
+
+
+def _group_norm_silu(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
+    real, ragged = ((2, 320, 128, 128), 32) if large else ((1, 64, 24, 24), 32), ((1, 96, 33, 17), 3)
+    # (shape, groups, SiLU, time embedding)
+    kinds = [(*real, True, True), (*ragged, False, False)]
+    if not quick:
+        kinds += [(*real, True, False), (*ragged, False, True)]
+    for shape, groups, silu, timed in kinds:
+        x = (draw(*shape) * 3 + 1).to(memory_format=torch.channels_last)
+        learning = (x, draw(*shape[:2])) if timed else (x,)
+        inputs = (*learning, draw(shape[1]), draw(shape[1]))
+        name = group_norm_silu.backend(x)
+        words = f"{_sizes(shape)}{' silu' if silu else ''}{' time' if timed else ''}"
+        ours = partial(_group_normed, group_norm_silu.group_norm_silu, groups, silu, timed)
+        reference = partial(_group_normed, group_norm_silu.group_norm_silu_reference, groups, silu, timed)
+        run, off = autograd_of(ours, len(learning)), "group_norm_silu.csrc" if name == "csrc" else None
+        yield Case(
+            "group_norm_silu", words, draw.dtype, name.partition(":")[0], inputs, len(learning), run, reference, off
+        )
+
+
+def _group_normed(op: Any, groups: int, silu: bool, timed: bool, x: Tensor, *rest: Tensor) -> Tensor:
+    *time, gamma, beta = rest
+    return op(x, groups, gamma, beta, EPS, silu=silu, time_embedding_BC=time[0] if timed else None)
+
+
+def _frozen_conv2d(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = ((2, 320, 64, 64), 320) if large else ((1, 32, 16, 16), 32), ((1, 33, 17, 20), 20)
+    for (shape, out), stride in ((real, 1), (ragged, 2)):
+        inputs = (draw(*shape), draw(out, shape[1], 3, 3, std=(9 * shape[1]) ** -0.5), draw(out))
+        geometry = ((stride, stride), (1, 1), (1, 1), 1)
+        ours = partial(_convolved, frozen_conv2d.frozen_conv2d, geometry)
+        reference = partial(_convolved, frozen_conv2d.frozen_conv2d_reference, geometry)
+        name = f"{_sizes(shape)} to {out} stride {stride}"
+        yield Case(
+            "frozen_conv2d", name, draw.dtype, "aten", inputs, 1, autograd_of(ours, 1), reference, "frozen_conv2d"
+        )
+
+
+def _convolved(op: Any, geometry: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return op(x, weight, bias, *geometry)
+
+
+def _banded(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (1, 128, 256, 256) if large else (1, 32, 24, 24), (1, 64, 37, 19)
+    for shape, rows in ((real, None), (ragged, 5)):
+        c, out = shape[1], shape[1] // 2
+        x = draw(*shape)
+        norms = (draw(c), draw(c), draw(out, c, 3, 3, std=(9 * c) ** -0.5), draw(out))
+        seconds = (draw(out), draw(out), draw(out, out, 3, 3, std=(9 * out) ** -0.5), draw(out))
+        shortcut = (draw(out, c, 1, 1, std=c**-0.5), draw(out))
+        ops: list[tuple[str, str, tuple[Tensor, ...], Any, Any]] = [
+            ("norm_conv", "banded_conv", norms, _norm_conv, _norm_conv_reference),
+            ("upsample_conv", "banded_conv", norms[2:], _upsample_conv, banded_conv.upsample_conv_reference),
+            ("banded_residual", "banded_residual", (*norms, *seconds, *shortcut), _residual, _residual_reference),
+        ]
+        for op, off, frozen, ours, reference in ops:
+            run = autograd_of(partial(ours, rows), 1)
+            words = f"{_sizes(shape)} rows {rows or 'auto'}"
+            yield Case(op, words, draw.dtype, "aten", (x, *frozen), 1, run, reference, off)
+
+
+def _layer(gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> banded_conv.NormConv:
+    return banded_conv.NormConv(16, gamma, beta, EPS, weight, bias)
+
+
+def _norm_conv(rows: int | None, x: Tensor, *frozen: Tensor) -> Tensor:
+    return banded_conv.norm_conv(x, _layer(*frozen), rows)
+
+
+def _norm_conv_reference(x: Tensor, *frozen: Tensor) -> Tensor:
+    return banded_conv.norm_conv_reference(x, _layer(*frozen))
+
+
+def _upsample_conv(rows: int | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return banded_conv.upsample_conv(x, weight, bias, rows)
+
+
+def _residual(rows: int | None, x: Tensor, *frozen: Tensor) -> Tensor:
+    first, second, shortcut = _layer(*frozen[:4]), _layer(*frozen[4:8]), (frozen[8], frozen[9])
+    return banded_residual.banded_residual(x, first, second, shortcut, rows)
+
+
+def _residual_reference(x: Tensor, *frozen: Tensor) -> Tensor:
+    first, second, shortcut = _layer(*frozen[:4]), _layer(*frozen[4:8]), (frozen[8], frozen[9])
+    return banded_residual.banded_residual_reference(x, first, second, shortcut)
+
+
+def pytorch_cases(draw: Draw) -> Iterator[Case]:
+    """PyTorch itself on this device beside the same on the host: what is broken is off by the whole signal."""
+    weight = draw(48, 160, std=160**-0.5)
+    yield _against_host("matrix product", (draw(77, 160), weight), F.linear)
+    yield _against_host("convolution", (draw(2, 16, 17, 9), draw(24, 16, 3, 3, std=1 / 12)), F.conv2d)
+    yield _against_host("softmax", (draw(33, 130),), partial(torch.softmax, dim=-1))
+    yield _against_host("layer norm", (draw(33, 130),), partial(F.layer_norm, normalized_shape=[130]))
+    yield _against_host("group norm", (draw(2, 32, 9, 7),), partial(F.group_norm, num_groups=4))
+
+
+def _against_host(name: str, inputs: tuple[Tensor, ...], fn: Any) -> Case:
+    count, reference = len(inputs), partial(_on_host, fn)
+    # bf16 and TF32, which convolutions in fp32 take on a GPU, round to 1/256 and 1/2048.
+    return Case("PyTorch", name, inputs[0].dtype, "aten", inputs, count, autograd_of(fn, count), reference, coarse=0.02)
+
+
+def _on_host(fn: Any, *inputs: Tensor) -> Tensor:
+    return fn(*(x.cpu() for x in inputs)).to(inputs[0].device)
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
