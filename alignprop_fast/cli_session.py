@@ -76,7 +76,7 @@ class Session:
         import torch
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-        from alignprop_fast.processes import meeting, start_processes
+        from alignprop_fast.processes import main_process_first, start_processes
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
@@ -85,7 +85,7 @@ class Session:
         device = pick_device(options.device)
         processes = start_processes(cpu=device == "cpu")
         self.is_main = processes.is_main_process
-        with meeting(), processes.main_process_first():  # what is wrong for all is said once
+        with main_process_first():  # what is wrong for all is said once
             is_new = not self.folder.exists()
             self._check_folder(resume or resume_from is not None)
             self.prompts = load_prompts(options.prompts)

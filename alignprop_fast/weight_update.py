@@ -78,8 +78,9 @@ class WeightUpdate:
         for tensor in self.weights.tensors:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor, dtype=tensor.grad_dtype)
-            sum_in_place(tensor.grad)
-            tensor.grad /= self._accelerator.num_processes
+        gradients = [tensor.grad for tensor in self.weights.tensors]
+        sum_in_place(gradients)
+        torch._foreach_div_(gradients, self._accelerator.num_processes)
 
     def _make(self, tensors: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
