@@ -106,6 +106,8 @@ class Session:
             scheduler=options.scheduler,
             model_config=options.model_config,
             allow_pickle=options.allow_pickle,
+            # Beside fp16 a VAE may have to stay in fp32, which only loading in fp32 keeps.
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
         )
         self._check_reward(pipeline.sd_pipeline, device)
         self.records = Records(self.folder, options.reward)
