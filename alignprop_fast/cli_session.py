@@ -77,7 +77,7 @@ class Session:
 
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
         from alignprop_fast.placement import make_deterministic
-        from alignprop_fast.processes import meeting, start_processes
+        from alignprop_fast.processes import main_process_first, start_processes
         from alignprop_fast.rewards import get_reward
         from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
@@ -88,7 +88,7 @@ class Session:
         device = pick_device(options.device)
         processes = start_processes(cpu=device == "cpu")
         self.is_main = processes.is_main_process
-        with meeting(), processes.main_process_first():  # what is wrong for all is said once
+        with main_process_first():  # what is wrong for all is said once
             is_new = not self.folder.exists()
             self._check_folder(resume or resume_from is not None)
             self.prompts = load_prompts(options.prompts)
@@ -109,6 +109,8 @@ class Session:
             scheduler=options.scheduler,
             model_config=options.model_config,
             allow_pickle=options.allow_pickle,
+            # Beside fp16 a VAE may have to stay in fp32, which only loading in fp32 keeps.
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
         )
         self._check_reward(pipeline.sd_pipeline, device)
         self.records = Records(self.folder, options.reward)

@@ -21,7 +21,7 @@ class StepMetrics:
     reward_parts: mean of each part that the reward reports in its info.
     loss: mean of the micro-batches' losses, the regulariser included.
     grad_norm: before clipping; 0 where there was no gradient.
-    gradient_steps: denoising steps that carried gradient, summed over this process's micro-batches.
+    gradient_steps: denoising steps that carried gradient, summed over the micro-batches; alike in all processes.
     status: "ok"; "no_gradient": the random gates left no step open; "not_finite": the update was skipped.
     images_per_second: images of all processes over seconds.
     peak_bytes: peak of the device's memory in this step, on the CPU the process's peak so far (resident set); of
@@ -58,8 +58,24 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
+class BatchShare:
+    """One process's part of one micro-batch, on the host.
+
+    rewards: [B], fp32. reward_parts: as in `StepMetrics`. loss: a mean over the B images. scores: each [B], of the
+        parts of a reward that wants to observe them.
+    """
+
+    rewards: torch.Tensor
+    reward_parts: dict[str, float]
+    loss: float
+    gradient_steps: int
+    base_mse: float | None
+    scores: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class BatchMetrics:
-    """One micro-batch: the fields of `StepMetrics` that are averaged over them; rewards are those of all processes."""
+    """One micro-batch, over all processes: the fields of `StepMetrics` that are averaged over them."""
 
     reward_mean: float
     reward_std: float
@@ -67,6 +83,21 @@ class BatchMetrics:
     loss: float
     gradient_steps: int
     base_mse: float | None = None
+
+
+def joined(shares: Sequence[BatchShare]) -> BatchMetrics:
+    """One micro-batch of its shares, one of each process; of the reward's parts those that all report."""
+    rewards = torch.cat([share.rewards for share in shares])
+    measured = [share.base_mse for share in shares if share.base_mse is not None]
+    common = [name for name in shares[0].reward_parts if all(name in share.reward_parts for share in shares)]
+    return BatchMetrics(
+        reward_mean=rewards.mean().item(),
+        reward_std=rewards.std(correction=0).item(),
+        reward_parts={name: fmean(share.reward_parts[name] for share in shares) for name in common},
+        loss=fmean(share.loss for share in shares),
+        gradient_steps=max(share.gradient_steps for share in shares),
+        base_mse=fmean(measured) if measured else None,
+    )
 
 
 def averages(batches: Sequence[BatchMetrics]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ which precision and under which options is said here, for both.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
 
 def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     # diffusers warns of every cast, also where there is nothing to cast.
-    if any(parameter.dtype != dtype for parameter in module.parameters()):
+    tensors = chain(module.parameters(), module.buffers())
+    if any(tensor.dtype != dtype for tensor in tensors if tensor.is_floating_point()):
         module.to(dtype=dtype)
     module.to(device)

@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.control import Stateful
 from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.generate import Truncation, draw_truncation, trl_gates
-from alignprop_fast.metrics import BatchMetrics, StepMetrics, averages, peak_bytes, reset_peak_bytes, reward_parts
+from alignprop_fast.metrics import (
+    BatchMetrics,
+    BatchShare,
+    StepMetrics,
+    averages,
+    joined,
+    peak_bytes,
+    reset_peak_bytes,
+    reward_parts,
+)
 from alignprop_fast.model_card import write_model_card
 from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder
 from alignprop_fast.prepare import compute_dtype, make_sampler, prepare_model
-from alignprop_fast.processes import meeting, parts_and_peak
+from alignprop_fast.processes import copy_of_first, largest, of_all_processes
+from alignprop_fast.sampling import Draws
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 from alignprop_fast.weight_update import WeightUpdate
 
@@ -77,8 +88,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         set_seed(config.seed, device_specific=True)
         self.trainable_layers = prepare_model(sd_pipeline, self.accelerator.device, config)
         if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
-            with meeting():
-                broadcast([parameter.data for parameter in self.trainable_layers])
+            copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
         # After the sampler, which lays convolutions out anew.
@@ -89,7 +99,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             self.sampler.keeps_gradients = config.train_gradient_accumulation_steps > 1
         self.first_epoch = self.global_step = self.steps_done = self.skipped_steps = 0
         self.metrics: StepMetrics | None = None
-        self._bad_in_a_row = 0
+        self._bad_in_a_row = self._micro_batch_index = 0
         if resume_from is not None:
             restore_training(self, resume_from)
 
@@ -120,26 +130,26 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         """
         begin, config = time.perf_counter(), self.config
         reset_peak_bytes(self.accelerator.device)
-        batches: list[BatchMetrics] = []
+        shares: list[BatchShare] = []
         pairs: dict[str, Any] = {}
         for k in range(config.train_gradient_accumulation_steps):
-            good = all(math.isfinite(earlier.loss) for earlier in batches)
+            good = all(math.isfinite(earlier.loss) for earlier in shares)
             self.update.begin_backward(last=good and k == config.train_gradient_accumulation_steps - 1)
-            batch, pairs = self._micro_batch()
-            batches.append(batch)
+            self._micro_batch_index = k
+            share, pairs = self._micro_batch()
+            shares.append(share)
+        batches = self._join(shares)
         status, grad_norm = self._update(batches)
         self.steps_done += 1
         seconds = time.perf_counter() - begin
         images = len(batches) * config.train_batch_size * self.accelerator.num_processes
-        numbers = averages(batches)
-        numbers["reward_parts"], peak = parts_and_peak(numbers["reward_parts"], peak_bytes(self.accelerator.device))
         self.metrics = StepMetrics(
             step=self.steps_done,
-            **numbers,
+            **averages(batches),
             grad_norm=grad_norm,
             status=status,
             images_per_second=images / seconds,
-            peak_bytes=peak,
+            peak_bytes=largest(peak_bytes(self.accelerator.device)),
             seconds=seconds,
         )
         self.accelerator.log({**self.metrics.to_log(), "epoch": epoch}, step=global_step)
@@ -164,8 +174,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
     def _score(self, pairs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
 
-    def _micro_batch(self) -> tuple[BatchMetrics, dict[str, Any]]:
-        """Images, rewards and backward of one micro-batch; returns its numbers and, for the hook, its detached pairs.
+    def _micro_batch(self) -> tuple[BatchShare, dict[str, Any]]:
+        """Images, rewards and backward of one micro-batch: this process's share, and its pairs for the hook, detached.
 
         Each backward pass is a piece of work of its own: one that runs out of memory is repeated alone.
         """
@@ -176,19 +186,37 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         base_mse = None if self.sampler.base_mse is None else self.sampler.base_mse.detach()
         for _ in range(truncation.renoisings):
             loss += self._repeatable(partial(self._renoised_term, pairs, latents))
-        every_reward = self.accelerator.gather(pairs["rewards"]).float()
-        batch = BatchMetrics(
-            reward_mean=every_reward.mean().item(),
-            reward_std=every_reward.std(correction=0).item(),
+        share = BatchShare(
+            rewards=pairs["rewards"].float().cpu(),
             reward_parts=reward_parts(info),
-            loss=self.accelerator.reduce(loss, "mean").item(),
+            loss=loss.item(),
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
-            base_mse=None if base_mse is None else self.accelerator.reduce(base_mse.float(), "mean").item(),
+            base_mse=None if base_mse is None else base_mse.float().item(),
+            scores=self._scores(info),
         )
+        if self.accelerator.num_processes == 1:  # several observe when they meet, after the step's last micro-batch
+            self._observe([share])
+        return share, pairs
+
+    def _join(self, shares: list[BatchShare]) -> list[BatchMetrics]:
+        """The step's micro-batches over all processes, which meet here: once a step, before they reduce gradients."""
+        by_batch = list(zip(*of_all_processes(shares), strict=True))
+        if self.accelerator.num_processes > 1:
+            for of_batch in by_batch:
+                self._observe(of_batch)
+        return [joined(of_batch) for of_batch in by_batch]
+
+    def _scores(self, info: Any) -> dict[str, torch.Tensor]:
+        """Parts with a score for each image, for a reward that observes them."""
+        if not hasattr(self.reward_fn, "observe"):
+            return {}
+        return {n: part.detach().cpu() for n, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
+
+    def _observe(self, shares: Sequence[BatchShare]) -> None:
+        """Show one micro-batch of all processes to a reward that observes its scores."""
         if hasattr(self.reward_fn, "observe"):
-            parts = {name: part for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
-            self.reward_fn.observe({name: self.accelerator.gather(part) for name, part in parts.items()})
-        return batch, pairs
+            names = shares[0].scores
+            self.reward_fn.observe({name: torch.cat([share.scores[name] for share in shares]) for name in names})
 
     def _repeatable(self, work: Callable[[], Any]) -> Any:
         if self.update.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
@@ -226,8 +254,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         """Step, or skip; returns (status, gradient norm before clipping)."""
         finite = all(math.isfinite(batch.loss) for batch in batches)
         grad_norm = 0.0
-        open_steps = torch.tensor(sum(batch.gradient_steps for batch in batches), device=self.accelerator.device)
-        with_gradient = finite and self.accelerator.reduce(open_steps, "sum").item() > 0
+        with_gradient = finite and any(batch.gradient_steps for batch in batches)
         if with_gradient:
             grad_norm = self.update.step()
             finite = math.isfinite(grad_norm)
@@ -246,15 +273,26 @@ class AlignPropTrainer(PyTorchModelHubMixin):
                 "check the reward, or train in fp32"
             )
 
-    def _truncation(self) -> Truncation:
+    def _draws(self) -> Draws:
+        """What gates are drawn from: Python's `random`, where trl draws them.
+
+        Of several processes the one with the most gradient steps sets the pace, so all draw the same: from the seed,
+        the step and the micro-batch. So nothing is to be kept in a checkpoint, and a repetition draws them again.
+        """
+        if self.accelerator.num_processes == 1:
+            return random
+        return random.Random(f"gates {self.config.seed} {self.steps_done} {self._micro_batch_index}")
+
+    def _truncation(self, draws: Draws = random) -> Truncation:
         config = self.config
         if config.truncation is not None:
-            return draw_truncation(config.truncation, config.sample_num_steps)
+            return draw_truncation(config.truncation, config.sample_num_steps, draws)
         gates = trl_gates(
             config.sample_num_steps,
             config.truncated_backprop_rand,
             config.truncated_backprop_timestep,
             config.truncated_rand_backprop_minmax,
+            draws,
         )
         return Truncation(gates)
 
@@ -267,7 +305,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         else:
             drawn, metadata = tuple(prompts), tuple({} for _ in prompts)
         with torch.set_grad_enabled(with_grad):
-            truncation = self._truncation() if with_grad else Truncation(())
+            truncation = self._truncation(self._draws()) if with_grad else Truncation(())
             images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation, metadata=metadata)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 

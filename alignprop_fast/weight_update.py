@@ -75,11 +75,13 @@ class WeightUpdate:
         """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
         if self._accelerator.num_processes == 1:
             return
+        gradients = []
         for tensor in self.weights.tensors:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor, dtype=tensor.grad_dtype)
-            sum_in_place(tensor.grad)
-            tensor.grad /= self._accelerator.num_processes
+            gradients.append(tensor.grad)
+        sum_in_place(gradients)
+        torch._foreach_div_(gradients, self._accelerator.num_processes)
 
     def _make(self, tensors: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config

@@ -37,3 +37,21 @@ def test_the_sampler_refuses_such_a_vae_in_fp16(tiny_sdxl):
         adapt(tiny_sdxl)
     tiny_sdxl.vae.float()
     adapt(tiny_sdxl)
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux"])
+def test_loading_in_bf16_gives_the_bits_of_casting_after_loading(model, request):
+    folder, config = request.getfixturevalue(f"tiny_{model}_folder"), AlignPropConfig(mixed_precision="bf16")
+    found = [DefaultDDPOStableDiffusionPipeline(str(folder), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for own, dtype in zip(found, (torch.float32, torch.bfloat16), strict=True):
+        assert {p.dtype for p in own.unet.parameters()} == {dtype}
+        place_model(own, torch.device("cpu"), config)
+    for cast, loaded in zip(*([p.unet, p.vae, *p.text_encoders] for p in found), strict=True):
+        others = dict([*loaded.named_parameters(), *loaded.named_buffers()])
+        for name, tensor in (*cast.named_parameters(), *cast.named_buffers()):
+            assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
+
+
+def test_a_denoiser_that_is_trained_whole_is_loaded_in_fp32(tiny_sd_folder):
+    own = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder), use_lora=False, dtype=torch.bfloat16)
+    assert {p.dtype for p in own.unet.parameters()} == {torch.float32}

@@ -75,24 +75,30 @@ import torch
 torch.set_num_threads(1)
 from test_trainer_processes import make_trainer, one_step_on
 from alignprop_fast.cli_support import setup_errors
+from alignprop_fast.processes import of_all_processes
 folder, root = sys.argv[2:]
 
 def train(name, epochs, **options):
-    trainer = make_trainer(folder, f"{root}/{name}", **options)
-    trainer.train(epochs)
+    trainer = make_trainer(folder, f"{root}/{name}", sample_num_steps=4, **{**rule, **options})
+    drawn = []
+    for metrics in trainer.steps(epochs):
+        drawn.append(trainer.sampler.truncation)
     mine = torch.cat([parameter.detach().flatten() for parameter in trainer.trainable_layers])
     both = trainer.accelerator.gather(mine[None])
     assert torch.equal(both[0], both[1]), "the processes have drifted apart"
     noises = trainer.accelerator.gather(torch.tensor([random.random(), torch.rand(()).item()]))
-    assert noises.unique().numel() == 4, "gates and noise must differ from process to process"
+    assert noises.unique().numel() == 4, "prompts and noise must differ from process to process"
+    gates = of_all_processes(drawn)
+    assert gates[0] == gates[1], "gates must be alike"
+    assert len(drawn) < 2 or len(set(drawn)) > 1, "gates must change with the step"
     assert trainer.metrics.images_per_second * trainer.metrics.seconds > 1.99
     return trainer
 
+rule = {"truncated_rand_backprop_minmax": (0, 4), "seed": 3}
 assert train("whole", 3).accelerator.num_processes == 2
 train("parts", 2)
 train("parts", 3, resume_from=f"{root}/parts")
-# Separate tensors, of which a process without a gradient step has no gradients: zeros, in fp32 as the others' are.
-train("narrow", 6, optimizer="adafactor", adapter_dtype="bf16")
+train("narrow", 6, optimizer="adafactor", adapter_dtype="bf16", truncation="gaussian")  # separate tensors
 trainer = make_trainer(folder, f"{root}/gradient")
 rank = trainer.accelerator.process_index
 gradient = one_step_on(trainer, [rank])
@@ -116,7 +122,7 @@ def start_both(*arguments):
     return [subprocess.Popen(command, env=environment, text=True, **pipes) for environment in environments]
 
 
-def wait_for_both(processes, timeout=120):
+def wait_for_both(processes, timeout=400):
     """(exit codes, outputs, errors)."""
     try:
         found = [process.communicate(timeout=timeout) for process in processes]
@@ -151,7 +157,7 @@ def command_of(folder, out, *more):
     return ("-m", "alignprop_fast", "train", "--model", folder, *options, "--output-dir", out, *more)
 
 
-def wait_until(condition, processes, seconds=60):
+def wait_until(condition, processes, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)

@@ -36,6 +36,8 @@ class DefaultDDPOStableDiffusionPipeline:
         pretrained_model_revision: of a Hub model.
         use_lora: train adapters; otherwise the whole denoiser. True in any case where the folder holds LoRA weights.
         scheduler, model_config, allow_pickle: as in `load_pipeline`.
+        dtype: of the frozen weights as they are loaded. A denoiser that is trained whole, and adapters that lie beside
+            the model, are loaded in fp32 in any case.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -52,19 +54,22 @@ class DefaultDDPOStableDiffusionPipeline:
         scheduler: str = "auto",
         model_config: str | Path | None = None,
         allow_pickle: bool = False,
+        dtype: torch.dtype = torch.float32,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
+        folder = Path(pretrained_model_name).expanduser()
+        in_fp32 = not use_lora or (folder / WEIGHTS_NAME).is_file()
         self.sd_pipeline = load_pipeline(
             pretrained_model_name,
+            torch.float32 if in_fp32 else dtype,
             revision=pretrained_model_revision,
             scheduler=scheduler,
             model_config=model_config,
             allow_pickle=allow_pickle,
         )
         self._loaded: dict[str, torch.Tensor] = {}
-        folder = Path(pretrained_model_name).expanduser()
         if (folder / WEIGHTS_NAME).is_file():
             load_lora(self.sd_pipeline, folder)
             self.use_lora = True

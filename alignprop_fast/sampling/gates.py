@@ -1,4 +1,4 @@
-"""Truncation rules: how the gradient of a chain is cut. Drawn before the chain runs, with Python's `random`.
+"""Truncation rules: how the gradient of a chain is cut. Drawn before the chain runs.
 
 With x_next = a x + b y and y = network(x), a step without gradient passes the gradient g of x_next on by its linear
 path only: dx = a g. A gradient step adds the network's part: dtheta += b g dy/dtheta and, unless the rule stops the
@@ -8,11 +8,20 @@ gradient there, dx += b g dy/dx.
 import random
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
+from typing import Protocol
 
 _RULES = "full, uniform, uniform-once, gaussian, last:K, lv:N, drtune, drtune:K or refl"
 DRTUNE_STEPS = 5
 DRTUNE_STOP = 0.4
 REFL_SHARE = 0.25
+
+
+class Draws(Protocol):
+    """Where random rules draw from: Python's module `random`, or a `random.Random`."""
+
+    def randint(self, a: int, b: int, /) -> int: ...
+
+    def gauss(self, mu: float, sigma: float, /) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class Truncation:
     renoisings: int = 0
 
 
-def draw_truncation(rule: str, num_steps: int) -> Truncation:
-    """The cut of one chain of `num_steps` by a rule; draws from Python's `random` where the rule is random.
+def draw_truncation(rule: str, num_steps: int, draws: Draws = random) -> Truncation:
+    """The cut of one chain of `num_steps` by a rule, drawn from `draws` where the rule is random.
 
     Rules, beside those of `draw_gates`:
         lv:N: DRaFT-LV (Clark et al. 2024): last:1, and N times more the gradient of the reward at
@@ -58,11 +67,11 @@ def draw_truncation(rule: str, num_steps: int) -> Truncation:
             raise ValueError(f"truncation {rule!r} noises no picture: use lv:1 or more, or last:1")
         return Truncation((num_steps - 1,), renoisings=int(argument))
     if rule == "drtune" or (name == "drtune" and argument.isdigit()):
-        return _drtune(_drtune_count(rule, num_steps), num_steps)
+        return _drtune(_drtune_count(rule, num_steps), num_steps, draws)
     if rule == "refl":
-        step = num_steps - random.randint(1, max(1, round(REFL_SHARE * num_steps)))
+        step = num_steps - draws.randint(1, max(1, round(REFL_SHARE * num_steps)))
         return Truncation((step,), last_step=step)
-    return Truncation(draw_gates(rule, num_steps))
+    return Truncation(draw_gates(rule, num_steps, draws))
 
 
 def _drtune_count(rule: str, num_steps: int) -> int:
@@ -74,15 +83,15 @@ def _drtune_count(rule: str, num_steps: int) -> int:
     return count
 
 
-def _drtune(count: int, num_steps: int) -> Truncation:
-    last = num_steps - random.randint(1, max(1, round(DRTUNE_STOP * num_steps)))
+def _drtune(count: int, num_steps: int, draws: Draws) -> Truncation:
+    last = num_steps - draws.randint(1, max(1, round(DRTUNE_STOP * num_steps)))
     count = min(count, last + 1)
     stride = (last + 1) // count
-    first = random.randint(0, last - (count - 1) * stride)
+    first = draws.randint(0, last - (count - 1) * stride)
     return Truncation(tuple(range(first, last + 1, stride))[:count], input_gradient=False, last_step=last)
 
 
-def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
+def draw_gates(rule: str, num_steps: int, draws: Draws = random) -> tuple[int, ...]:
     """Indices (0 = noisiest) of the gradient steps of one chain of `num_steps`, for the rules that cut nothing else.
 
     Rules:
@@ -98,15 +107,15 @@ def draw_gates(rule: str, num_steps: int) -> tuple[int, ...]:
         ValueError: unknown rule, or K outside 1..num_steps.
     """
     if rule == "uniform-once":
-        return tuple(range(num_steps - random.randint(1, num_steps), num_steps))
+        return tuple(range(num_steps - draws.randint(1, num_steps), num_steps))
     if rule == "gaussian":
-        length = round(random.gauss(num_steps / 2, num_steps / 6))
+        length = round(draws.gauss(num_steps / 2, num_steps / 6))
         return tuple(range(num_steps - min(max(length, 1), num_steps), num_steps))
     name, _, argument = rule.partition(":")
     if rule == "full":
         return tuple(range(num_steps))
     if rule == "uniform":
-        return trl_gates(num_steps, True, 0, (0, num_steps))
+        return trl_gates(num_steps, True, 0, (0, num_steps), draws)
     if name == "last" and argument.isdigit():
         if not 1 <= int(argument) <= num_steps:
             raise ValueError(f"truncation {rule!r} asks for {argument} of {num_steps} steps: use 1 to {num_steps}")
@@ -139,8 +148,10 @@ def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
     return count, fmean(min(count, num_steps - back + 1) for back in range(1, latest + 1))
 
 
-def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]) -> tuple[int, ...]:
-    """Gates by trl 0.23.1's fields, drawing `random.randint` once per step in the order of the steps, as trl does.
+def trl_gates(
+    num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int], draws: Draws = random
+) -> tuple[int, ...]:
+    """Gates by trl 0.23.1's fields, drawing `randint` once per step in the order of the steps, as trl does.
 
     rand: step i is open iff i >= r with r ~ U{minmax[0]..minmax[1]}; otherwise iff i >= timestep.
 
@@ -148,7 +159,7 @@ def trl_gates(num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int]
         ValueError: fixed truncation at or beyond the last step, which would leave no gradient at all.
     """
     if rand:
-        return tuple(i for i in range(num_steps) if i >= random.randint(minmax[0], minmax[1]))
+        return tuple(i for i in range(num_steps) if i >= draws.randint(minmax[0], minmax[1]))
     if timestep >= num_steps:
         raise ValueError(
             f"truncated_backprop_timestep={timestep} leaves no step with gradient in a chain of {num_steps}: "
