@@ -41,7 +41,7 @@ def modules(only: list[str]) -> list[ModuleType]:
 
 
 def launched(module: ModuleType) -> set[str]:
-    """Jitted functions of this module that a launcher may start: named `*_kernel`, or subscripted with a grid."""
+    """Jitted functions of this module that may be started: named `*_kernel`, or given to `launch`."""
     from triton.runtime.jit import JITFunction
 
     jitted = {
@@ -49,8 +49,9 @@ def launched(module: ModuleType) -> set[str]:
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__
     }
-    calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
-    started = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    launches = (n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "launch")
+    started = {name.id for call in launches for name in ast.walk(call.args[0]) if isinstance(name, ast.Name)}
     return {name for name in jitted if name.endswith("_kernel") or name in started}
 
 
@@ -59,6 +60,8 @@ def compiled(entry: dict[str, Any], arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from alignprop_fast.kernels.launch import COMPILE_OPTIONS
 
     kernel, constexprs = entry["kernel"], entry["constexprs"]
     types = {**entry["signature"], **dict.fromkeys(constexprs, "constexpr")}
@@ -70,7 +73,7 @@ def compiled(entry: dict[str, Any], arch: int) -> Any:
         if signature[parameter.name].startswith(("*", "i")) and not parameter.do_not_specialize
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    options = {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
+    options = {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"], **COMPILE_OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -27,6 +27,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
+from alignprop_fast.kernels.launch import launch
 
 # table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). The largest blocks that
 # spill no register and, but for Hopper, whose table has 227 KiB to fill, need at most 99 KiB of shared memory.
@@ -256,7 +257,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     align = common_alignment(q, k, v)
     block_m, block_n, warps, stages = config(table(q), "forward", d)
-    attention_forward_kernel[(triton.cdiv(m, block_m), b * h)](
+    launch(
+        *(attention_forward_kernel, (triton.cdiv(m, block_m), b * h)),
         *(q, k, v, o, lse, scale),
         *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
         *(h, m, n, d, *head_tiles(d), align, n % block_n != 0, block_m, block_n),
@@ -283,7 +285,8 @@ def backward(
     align = common_alignment(g, q, k, v, o)
     strides = [scaled_strides(t, align) for t in (g, q, k, v, o)]
     block_m, block_n, warps, stages = config(table(q), "dq", d)
-    attention_backward_dq_kernel[(triton.cdiv(m, block_m), b * h)](
+    launch(
+        *(attention_backward_dq_kernel, (triton.cdiv(m, block_m), b * h)),
         *(g, q, k, v, o, lse, dq, delta, scale),
         *(stride for three in strides for stride in three),
         *(h, m, n, d, *head_tiles(d), align, n % block_n != 0, block_m, block_n),
@@ -291,7 +294,8 @@ def backward(
         num_stages=stages,
     )
     block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
-    attention_backward_dk_dv_kernel[(triton.cdiv(n, block_n), b * h)](
+    launch(
+        *(attention_backward_dk_dv_kernel, (triton.cdiv(n, block_n), b * h)),
         *(g, q, k, v, lse, delta, dk, dv, scale),
         *(stride for three in strides[:4] for stride in three),
         *(h, m, n, d, *head_tiles(d), align, m % block_m != 0, block_m, block_n),

@@ -37,6 +37,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
+from alignprop_fast.kernels.launch import launch
 
 MAX_KEYS = 128
 REDUCE_BLOCK = 512
@@ -283,7 +284,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     align = common_alignment(q, k, v)
     tiles = forward_tiles(d, n)
     block_m, warps, stages = config("short_forward", tiles)
-    attention_short_forward_kernel[(triton.cdiv(m, block_m), b * h)](
+    launch(
+        *(attention_short_forward_kernel, (triton.cdiv(m, block_m), b * h)),
         *(q, k, v, o, lse, scale),
         *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
         *(h, m, n, d, align, *tiles, block_m),
@@ -310,15 +312,23 @@ def backward(
     dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
     dk_parts, dv_parts = (torch.empty((splits, k.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
     align = common_alignment(g, q, k, v)
-    attention_short_backward_kernel[(splits, b * h)](
+    launch(
+        *(attention_short_backward_kernel, (splits, b * h)),
         *(g, q, k, v, lse, dq, dk_parts, dv_parts, scale),
         *(stride for t in (g, q, k, v) for stride in scaled_strides(t, align)),
         *(h, m, n, per_split, d, align, *tiles, block_m),
         num_warps=warps,
         num_stages=stages,
     )
-    attention_short_reduce_kernel[(triton.cdiv(k.numel(), REDUCE_BLOCK),)](
-        dk_parts, dv_parts, dk, dv, k.numel(), splits, BLOCK=REDUCE_BLOCK
+    launch(
+        *(attention_short_reduce_kernel, (triton.cdiv(k.numel(), REDUCE_BLOCK),)),
+        dk_parts,
+        dv_parts,
+        dk,
+        dv,
+        k.numel(),
+        splits,
+        BLOCK=REDUCE_BLOCK,
     )
     return dq, dk, dv
 

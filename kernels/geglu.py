@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alignprop_fast.kernels.launch import launch
+
 # (BLOCK, warps), the largest first: a row is cut into blocks that fill it; 8 elements a thread, 16 bytes in bf16.
 CONFIGS = [(1024, 4), (512, 2), (256, 1)]
 
@@ -60,7 +62,8 @@ def geglu_forward(uv: torch.Tensor) -> torch.Tensor:
     uv = uv.contiguous()
     y = uv.new_empty((*uv.shape[:-1], width))
     blocks = triton.cdiv(width, block)
-    geglu_forward_kernel[(y.numel() // width * blocks,)](uv, y, width, blocks, BLOCK=block, num_warps=warps)
+    rows = y.numel() // width
+    launch(geglu_forward_kernel, (rows * blocks,), uv, y, width, blocks, BLOCK=block, num_warps=warps)
     return y
 
 
@@ -71,7 +74,8 @@ def geglu_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     g, uv = g.contiguous(), uv.contiguous()
     duv = torch.empty_like(uv)
     blocks = triton.cdiv(width, block)
-    geglu_backward_kernel[(g.numel() // width * blocks,)](g, uv, duv, width, blocks, BLOCK=block, num_warps=warps)
+    rows = g.numel() // width
+    launch(geglu_backward_kernel, (rows * blocks,), g, uv, duv, width, blocks, BLOCK=block, num_warps=warps)
     return duv
 
 

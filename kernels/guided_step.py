@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alignprop_fast.kernels.launch import launch
+
 BLOCK = 1024
 
 
@@ -53,8 +55,12 @@ def guided_step(
     out = torch.empty_like(x)
     n = x.numel()
     noise = x if z is None else z.contiguous()
-    guided_step_kernel[(triton.cdiv(n, BLOCK),)](
-        x, y, noise, out, a, weights[0], weights[-1], sigma, n, TWO=len(weights) == 2, NOISE=z is not None, BLOCK=BLOCK
+    launch(
+        *(guided_step_kernel, (triton.cdiv(n, BLOCK),)),
+        *(x, y, noise, out, a, weights[0], weights[-1], sigma, n),
+        TWO=len(weights) == 2,
+        NOISE=z is not None,
+        BLOCK=BLOCK,
     )
     return out
 
@@ -67,8 +73,11 @@ def guided_step_adjoint(
     dx = torch.empty_like(g)
     dy = torch.empty((len(weights) * g.shape[0], *g.shape[1:]), dtype=y_dtype, device=g.device)
     n = g.numel()
-    guided_step_adjoint_kernel[(triton.cdiv(n, BLOCK),)](
-        g, dx, dy, a, weights[0], weights[-1], n, TWO=len(weights) == 2, BLOCK=BLOCK
+    launch(
+        *(guided_step_adjoint_kernel, (triton.cdiv(n, BLOCK),)),
+        *(g, dx, dy, a, weights[0], weights[-1], n),
+        TWO=len(weights) == 2,
+        BLOCK=BLOCK,
     )
     return dx, dy
 

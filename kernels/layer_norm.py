@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alignprop_fast.kernels.launch import launch
+
 # Rows of (largest padded width, tokens per program, warps): 16 to 32 elements a thread.
 CONFIGS = [(256, 8, 4), (512, 4, 4), (1024, 2, 4), (2048, 1, 4), (4096, 1, 8), (8192, 1, 16)]
 MAX_WIDTH = CONFIGS[-1][0]
@@ -38,7 +40,8 @@ def layer_norm_forward_kernel(
     C,
     eps,
     RESIDUAL: tl.constexpr,
-    AFFINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -56,10 +59,10 @@ def layer_norm_forward_kernel(
     centred = tl.where(inside, s - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
     y = centred * rstd[:, None]
-    if AFFINE:
-        gamma = tl.load(gamma_ptr + col, mask=col < C, other=0.0).to(tl.float32)
-        beta = tl.load(beta_ptr + col, mask=col < C, other=0.0).to(tl.float32)
-        y = y * gamma[None, :] + beta[None, :]
+    if SCALE:
+        y *= tl.load(gamma_ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+    if SHIFT:
+        y += tl.load(beta_ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
@@ -77,7 +80,7 @@ def layer_norm_backward_kernel(
     rows,
     C,
     RESIDUAL: tl.constexpr,
-    AFFINE: tl.constexpr,
+    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -88,7 +91,7 @@ def layer_norm_backward_kernel(
     mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     c = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if AFFINE:
+    if SCALE:
         c *= tl.load(gamma_ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
@@ -126,11 +129,13 @@ def layer_norm_forward(
     y = torch.empty_like(x)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    layer_norm_forward_kernel[(triton.cdiv(rows, rows_each),)](
+    launch(
+        layer_norm_forward_kernel,
+        (triton.cdiv(rows, rows_each),),
         x,
         x if residual is None else residual.contiguous(),
-        x if gamma is None else gamma,
-        x if beta is None else beta,
+        x if gamma is None else gamma.contiguous(),
+        x if beta is None else beta.contiguous(),
         total,
         y,
         mean,
@@ -139,7 +144,8 @@ def layer_norm_forward(
         width,
         eps,
         RESIDUAL=residual is not None,
-        AFFINE=gamma is not None,
+        SCALE=gamma is not None,
+        SHIFT=beta is not None,
         ROWS=rows_each,
         BLOCK_C=block,
         num_warps=warps,
@@ -160,18 +166,20 @@ def layer_norm_backward(
     block, rows_each, warps = config(width)
     g, x = g.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    layer_norm_backward_kernel[(triton.cdiv(mean.numel(), rows_each),)](
+    launch(
+        layer_norm_backward_kernel,
+        (triton.cdiv(mean.numel(), rows_each),),
         g,
         g if h is None else h.contiguous(),
         x,
-        x if gamma is None else gamma,
+        x if gamma is None else gamma.contiguous(),
         mean,
         rstd,
         dx,
         mean.numel(),
         width,
         RESIDUAL=h is not None,
-        AFFINE=gamma is not None,
+        SCALE=gamma is not None,
         ROWS=rows_each,
         BLOCK_C=block,
         num_warps=warps,
@@ -186,7 +194,8 @@ def signatures() -> list[dict]:
     for kernel in (layer_norm_forward_kernel, layer_norm_backward_kernel):
         for dtype in ("bf16", "fp32"):
             for block, rows, warps in CONFIGS:
-                constexprs = {"RESIDUAL": True, "AFFINE": True, "ROWS": rows, "BLOCK_C": block}
+                given = {"RESIDUAL": True, "SCALE": True, "SHIFT": True, "ROWS": rows, "BLOCK_C": block}
+                constexprs = {name: value for name, value in given.items() if name in kernel.arg_names}
                 names = [name for name in kernel.arg_names if name not in constexprs]
                 entries.append(
                     {

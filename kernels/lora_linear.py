@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alignprop_fast.kernels.launch import launch
+
 MAX_RANK = 128
 MAX_PROJECTIONS = 3
 SUM_BLOCK = 1024
@@ -218,9 +220,10 @@ def lora_down(x: torch.Tensor, downs: list[torch.Tensor]) -> torch.Tensor:
     ranks = [a.shape[0] for a in downs]
     t = torch.empty(x.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
     block_r = rank_block(downs, 0)
-    launch = config("down", x.dtype, block_r)
-    lora_down_kernel[(triton.cdiv(x.shape[0], launch["BLOCK_T"]),)](
-        x, *three(downs), t, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **launch
+    blocks = config("down", x.dtype, block_r)
+    launch(
+        lora_down_kernel, (triton.cdiv(x.shape[0], blocks["BLOCK_T"]),),
+        x, *three(downs), t, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **blocks,
     )  # fmt: skip
     return t
 
@@ -243,12 +246,13 @@ def lora_linear_forward(
     ys = [torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device) for n in outs]
     has_bias = sum(1 << p for p, bias in enumerate(biases) if bias is not None)
     given = [x if bias is None else bias.contiguous() for bias in biases]
-    launch = config("product", x.dtype, rank_block(ups, 1))
-    blocks = triton.cdiv(x.shape[0], launch["BLOCK_T"]) * sum(triton.cdiv(n, launch["BLOCK_N"]) for n in outs)
-    lora_product_kernel[(blocks,)](
+    blocks = config("product", x.dtype, rank_block(ups, 1))
+    programs = triton.cdiv(x.shape[0], blocks["BLOCK_T"]) * sum(triton.cdiv(n, blocks["BLOCK_N"]) for n in outs)
+    launch(
+        lora_product_kernel, (programs,),
         x, t, *three(weights), *three(given), *three(ups), *three(ys), *three([float(s) for s in scales]),
         *x.shape, x.stride(0), *three_sizes(outs), *three_sizes([a.shape[0] for a in downs]),
-        BIAS=has_bias, **launch,
+        BIAS=has_bias, **blocks,
     )  # fmt: skip
     return ys, t
 
@@ -263,21 +267,15 @@ def lora_linear_forward_split(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """As `lora_linear_forward`, with x W^T + b by torch, to which a kernel adds s t B^T in place."""
     t, ys, offset = lora_down(x, downs), [], 0
-    launch = config("add", x.dtype, rank_block(ups, 1))
+    blocks = config("add", x.dtype, rank_block(ups, 1))
     for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
         y, up = torch.nn.functional.linear(x, weight, bias), up.contiguous()
-        grid = (triton.cdiv(y.shape[0], launch["BLOCK_T"]), triton.cdiv(y.shape[1], launch["BLOCK_N"]))
-        lora_add_kernel[grid](
-            t[:, offset:],
-            up,
-            y,
-            float(scale),
-            *y.shape,
-            t.stride(0),
-            up.shape[1],
-            BLOCK_R=rank_block([up], 1),
-            **launch,
-        )
+        grid = (triton.cdiv(y.shape[0], blocks["BLOCK_T"]), triton.cdiv(y.shape[1], blocks["BLOCK_N"]))
+        launch(
+            lora_add_kernel, grid,
+            t[:, offset:], up, y, float(scale), *y.shape, t.stride(0), up.shape[1],
+            BLOCK_R=rank_block([up], 1), **blocks,
+        )  # fmt: skip
         offset += up.shape[1]
         ys.append(y)
     return ys, t

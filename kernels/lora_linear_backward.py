@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from alignprop_fast.kernels.launch import launch
 from alignprop_fast.kernels.lora_linear import (
     SUM_BLOCK,
     add_rows_by_columns,
@@ -105,7 +106,7 @@ def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum of fp32 parts [n, rows, columns] over n in a fixed order, in `dtype`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     n = out.numel()
-    lora_sum_kernel[(triton.cdiv(n, SUM_BLOCK),)](parts, out, n, parts.shape[0], BLOCK=SUM_BLOCK)
+    launch(lora_sum_kernel, (triton.cdiv(n, SUM_BLOCK),), parts, out, n, parts.shape[0], BLOCK=SUM_BLOCK)
     return out
 
 
@@ -114,13 +115,14 @@ def up_grads(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(u [T, sum R], [dB_p [O_p, R_p]])."""
     u, grads, offset = torch.empty_like(t), [], 0
-    launch = config("up_grad", t.dtype, rank_block(ups, 1))
-    blocks = triton.cdiv(t.shape[0], launch["BLOCK_T"])
+    blocks = config("up_grad", t.dtype, rank_block(ups, 1))
+    programs = triton.cdiv(t.shape[0], blocks["BLOCK_T"])
     for g, up, scale in zip(gs, ups, scales, strict=True):
-        parts = torch.empty(blocks, *up.shape, dtype=torch.float32, device=t.device)
-        lora_up_grad_kernel[(blocks,)](
+        parts = torch.empty(programs, *up.shape, dtype=torch.float32, device=t.device)
+        launch(
+            lora_up_grad_kernel, (programs,),
             g, up, t[:, offset:], u[:, offset:], parts, float(scale), *g.shape, g.stride(0), t.stride(0), up.shape[1],
-            BLOCK_R=rank_block([up], 1), **launch,
+            BLOCK_R=rank_block([up], 1), **blocks,
         )  # fmt: skip
         grads.append(add_parts(parts, up.dtype))
         offset += up.shape[1]
@@ -130,12 +132,13 @@ def up_grads(
 def down_grads(x: torch.Tensor, u: torch.Tensor, downs: list[torch.Tensor]) -> list[torch.Tensor]:
     """[dA_p [R_p, I]]."""
     block_r, ranks = rank_block(downs, 0), [a.shape[0] for a in downs]
-    launch = config("down_grad", x.dtype, block_r)
-    chunks = triton.cdiv(x.shape[0], launch["CHUNK"])
+    blocks = config("down_grad", x.dtype, block_r)
+    chunks = triton.cdiv(x.shape[0], blocks["CHUNK"])
     parts = torch.empty(chunks, sum(ranks), x.shape[1], dtype=torch.float32, device=x.device)
-    lora_down_grad_kernel[(chunks, triton.cdiv(x.shape[1], launch["BLOCK_N"]))](
-        x, u, parts, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **launch
-    )
+    launch(
+        lora_down_grad_kernel, (chunks, triton.cdiv(x.shape[1], blocks["BLOCK_N"])),
+        x, u, parts, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **blocks,
+    )  # fmt: skip
     return list(add_parts(parts, downs[0].dtype).split(ranks))
 
 
@@ -145,11 +148,12 @@ def input_grad(
     """gx [T, I]."""
     n_tokens, n_in = u.shape[0], weights[0].shape[1]
     gx = torch.empty(n_tokens, n_in, dtype=u.dtype, device=u.device)
-    launch = config("product", u.dtype, rank_block(downs, 0))
-    blocks = triton.cdiv(n_tokens, launch["BLOCK_T"]) * triton.cdiv(n_in, launch["BLOCK_N"])
-    lora_input_grad_kernel[(blocks,)](
+    blocks = config("product", u.dtype, rank_block(downs, 0))
+    programs = triton.cdiv(n_tokens, blocks["BLOCK_T"]) * triton.cdiv(n_in, blocks["BLOCK_N"])
+    launch(
+        lora_input_grad_kernel, (programs,),
         *three(gs), u, *three(weights), *three(downs), gx, n_tokens, n_in, *three([g.stride(0) for g in gs]),
-        *three_sizes([w.shape[0] for w in weights]), *three_sizes([a.shape[0] for a in downs]), P=len(gs), **launch,
+        *three_sizes([w.shape[0] for w in weights]), *three_sizes([a.shape[0] for a in downs]), P=len(gs), **blocks,
     )  # fmt: skip
     return gx
 

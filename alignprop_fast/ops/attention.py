@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
+from alignprop_fast.ops.backend import attempt, is_traced
 from alignprop_fast.ops.kept import kept
 
 
@@ -19,11 +20,34 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+    """(o, lse) by the implementation that is chosen, or plainly where it fails."""
+    chosen, arguments = backends.choose("forward", q, k), (q, k, v, scale)
+    if is_traced(q):
+        return chosen.forward(*arguments)
+    return attempt(f"attention.{chosen.name}.forward", chosen.forward, backends.PLAIN.forward, *arguments)
+
+
+def _backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv) by the implementation that is chosen, or plainly where it fails."""
+    chosen, arguments = backends.choose("backward", q, k), (g, q, k, v, o, lse, scale)
+    if is_traced(q):
+        return chosen.backward(*arguments)
+    return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        forward = backends.choose("forward", q, k).forward
-        o, lse = kept("attention", lambda: forward(q, k, v, scale))
+        o, lse = kept("attention", lambda: _forward(q, k, v, scale))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale = scale
         return o
@@ -32,7 +56,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        return *backends.choose("backward", q, k).backward(g, q, k, v, o, lse, ctx.scale), None
+        return *_backward(g, q, k, v, o, lse, ctx.scale), None
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:

@@ -15,7 +15,8 @@ from functools import cache
 import torch
 from torch._subclasses import FakeTensor
 
-from alignprop_fast.ops import attention_triton
+from alignprop_fast.ops import attention_plain, attention_triton
+from alignprop_fast.ops.backend import only_plain
 from alignprop_fast.ops.choice import fastest
 
 Tensor = torch.Tensor
@@ -94,6 +95,7 @@ def _cuda_backends() -> dict[str, Backend]:
 
 
 CPU = Backend("cpu", _cpu_forward, _cpu_backward)
+PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward)
 
 
 def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
@@ -101,6 +103,8 @@ def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
 
     direction: "forward" or "backward".
     """
+    if only_plain(q):
+        return PLAIN
     if not q.is_cuda:
         return CPU
     backends = _cuda_backends()
@@ -115,6 +119,8 @@ def explain(direction: str, q: Tensor, k: Tensor) -> str:
     from alignprop_fast.ops import choice
 
     name = choose(direction, q, k).name
+    if name == PLAIN.name:
+        return f"attention {direction} on {q.device}: plain PyTorch, slow, since no fused kernel is known to serve it"
     if not q.is_cuda:
         return f"attention {direction} on {q.device.type}: {name}, PyTorch's fused kernel"
     return f"attention {direction}: {name}; {choice.explain(_problem(direction, q, k), q.device)}"

@@ -57,10 +57,9 @@ def explain(problem: str, device: torch.device) -> str:
 
 def _milliseconds(fn: Callable[[], object], device: torch.device) -> float | str:
     """Median time of fn, or the first line of why it cannot run."""
-    clock = _gpu_times if device.type == "cuda" else _cpu_times
     try:
         fn()
-        times = sorted(clock(fn))
+        times = sorted(_gpu_times(fn, device) if device.type == "cuda" else _cpu_times(fn))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError) as error:
@@ -68,13 +67,14 @@ def _milliseconds(fn: Callable[[], object], device: torch.device) -> float | str
     return times[len(times) // 2]
 
 
-def _gpu_times(fn: Callable[[], object]) -> list[float]:
+def _gpu_times(fn: Callable[[], object], device: torch.device) -> list[float]:
+    stream = torch.cuda.current_stream(device)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(REPETITIONS + 1)]
-    events[0].record()
+    events[0].record(stream)
     for event in events[1:]:
         fn()
-        event.record()
-    torch.cuda.synchronize()
+        event.record(stream)
+    torch.cuda.synchronize(device)
     return [one.elapsed_time(two) for one, two in pairwise(events)]
 
 

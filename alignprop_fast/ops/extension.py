@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -35,9 +35,13 @@ class BuildError(RuntimeError):
     """The kernels could not be built; the message is one line that says why."""
 
 
-def nvcc_command(nvcc: str, arches: Iterable[str], source: Path | str, output: Path | str) -> list[str]:
-    """The command that compiles a CUDA file of csrc/ to an object file for sm_`arches`; it needs no torch headers."""
+def nvcc_command(nvcc: str, arches: Collection[str], source: Path | str, output: Path | str) -> list[str]:
+    """The command that compiles a CUDA file of csrc/ to an object file for sm_`arches`; it needs no torch headers.
+
+    Of the newest of them it adds PTX, which the driver compiles for GPUs that are newer still.
+    """
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
+    gencode += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(arches, key=int)[-1:]]
     return [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", *gencode, "-c", str(source), "-o", str(output)]
 
 
@@ -63,8 +67,19 @@ def known_arches() -> tuple[str, ...]:
     nvcc = find_nvcc()
     if torch.version.cuda is None or nvcc is None:
         return ()
+    return tuple(arch for arch in ARCHES if arch in _arches_of(nvcc))
+
+
+def _arches_of(nvcc: str) -> list[str]:
+    """Every compute capability that this compiler knows."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    return tuple(arch for arch in ARCHES if f"compute_{arch}" in listed)
+    return [name.removeprefix("compute_") for name in listed]
+
+
+def compiled_arches(arches: Collection[str], known: Collection[str]) -> tuple[str, ...]:
+    """What to compile for these GPUs: for one that is newer than all that nvcc knows, the newest that it knows."""
+    newest = max(known, key=int, default="0")
+    return tuple(sorted({newest if known and int(newest) < int(arch) else arch for arch in arches}, key=int))
 
 
 def library_name(arches: Iterable[str]) -> str:
@@ -73,10 +88,17 @@ def library_name(arches: Iterable[str]) -> str:
 
 
 def installed(arches: tuple[str, ...]) -> Path | None:
-    """The library beside this file, if its code runs on all of `arches`: it runs on later GPUs of the same major."""
+    """The library beside this file, if its code runs on all of `arches`.
+
+    It runs on later GPUs of the same major, and by its PTX (`nvcc_command`) on all that are newer than the newest.
+    """
     for library in sorted(INSTALLED.glob("compiled*.so")):
         built = [name.removeprefix("sm_") for name in library.stem.split("-")[1:]]
-        if all(any(b[:-1] == a[:-1] and b[-1] <= a[-1] for b in built) for a in arches):
+        newest = max(map(int, built), default=None)
+        if all(
+            (newest is not None and newest < int(a)) or any(b[:-1] == a[:-1] and b[-1] <= a[-1] for b in built)
+            for a in arches
+        ):
             return library
     return None
 
@@ -123,7 +145,8 @@ def _run_ninja(folder: Path, arches: tuple[str, ...]) -> None:
     if absent := [name for name, found in wanted.items() if not found]:
         raise BuildError(f"no {' and no '.join(absent)}")
     log.warning("building C++%s kernels, about %d s, once", "/CUDA" if arches else "", 15 if arches else 10)
-    (folder / "build.ninja").write_text(_ninja_file(str(cxx), nvcc, arches))
+    targets = compiled_arches(arches, _arches_of(nvcc)) if nvcc else ()
+    (folder / "build.ninja").write_text(_ninja_file(str(cxx), nvcc, targets))
     result = subprocess.run([str(ninja), "linked.so"], cwd=folder, capture_output=True, text=True)
     if result.returncode:
         (folder / "build.log").write_text(result.stdout + result.stderr)

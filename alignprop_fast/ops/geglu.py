@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from alignprop_fast.ops.backend import backend
+from alignprop_fast.ops import backend as backends
+from alignprop_fast.ops.backend import only_plain, or_plain
 
 
 def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,25 @@ def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
     return u * F.gelu(v)
 
 
+def backend(uv: torch.Tensor) -> str:
+    """Which implementation serves uv: "triton" or "reference"."""
+    return backends.backend(uv, "geglu")
+
+
+def _plain_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+    u, v = uv.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        # The tracer refuses an `out` that is strided; what it compiles writes in place by itself.
+        return torch.cat([g * F.gelu(v), torch.ops.aten.gelu_backward(g * u, v)], dim=-1)
+    duv = torch.empty_like(uv)
+    du, dv = duv.chunk(2, dim=-1)
+    torch.mul(g, F.gelu(v), out=du)
+    torch.ops.aten.gelu_backward.grad_input(g * u, v, grad_input=dv)
+    return duv
+
+
 @torch.library.custom_op("alignprop_fast::geglu_forward", mutates_args=())
+@or_plain("geglu", geglu_reference)
 def _triton_forward(uv: torch.Tensor) -> torch.Tensor:
     from alignprop_fast.kernels import geglu as kernels
 
@@ -33,6 +52,7 @@ def _(uv: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("alignprop_fast::geglu_backward", mutates_args=())
+@or_plain("geglu", _plain_backward)
 def _triton_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     from alignprop_fast.kernels import geglu as kernels
 
@@ -48,25 +68,15 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, uv: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(uv)
-        return _triton_forward(uv) if backend(uv) == "triton" else geglu_reference(uv)
+        return (_triton_forward if backend(uv) == "triton" else geglu_reference)(uv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         (uv,) = ctx.saved_tensors
-        if backend(uv) == "triton":
-            return _triton_backward(g, uv)
-        u, v = uv.chunk(2, dim=-1)
-        if torch.compiler.is_compiling():
-            # The tracer refuses an `out` that is strided; what it compiles writes in place by itself.
-            return torch.cat([g * F.gelu(v), torch.ops.aten.gelu_backward(g * u, v)], dim=-1)
-        duv = torch.empty_like(uv)
-        du, dv = duv.chunk(2, dim=-1)
-        torch.mul(g, F.gelu(v), out=du)
-        torch.ops.aten.gelu_backward.grad_input(g * u, v, grad_input=dv)
-        return duv
+        return (_triton_backward if backend(uv) == "triton" else _plain_backward)(g, uv)
 
 
 def geglu(uv: torch.Tensor) -> torch.Tensor:
     """u * gelu(v) of uv = [u, v] with shape [..., 2 D] -> [..., D]; keeps uv alone for the backward pass."""
-    return _GEGLU.apply(uv)
+    return geglu_reference(uv) if only_plain(uv) else _GEGLU.apply(uv)

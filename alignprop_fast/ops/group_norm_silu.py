@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import extension
+from alignprop_fast.ops.backend import only_plain
 
 # Elements that one thread block or one task of a CPU thread takes, and the most pieces that an image is cut into.
 CHUNK_ELEMENTS = {"cuda": 8192, "cpu": 65536}
@@ -225,6 +226,8 @@ def group_norm_silu(
     Returns:
         [B, C, H, W] in x's dtype.
     """
+    if only_plain(x):
+        return group_norm_silu_reference(x, groups, gamma, beta, eps, silu, time_embedding_BC)
     t_BC = None if time_embedding_BC is None else time_embedding_BC.to(x.dtype).contiguous()
     function = _GroupNormSiLU if _why_aten(x, gamma, beta, t_BC) else _CompiledGroupNormSiLU
     return function.apply(x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
-from alignprop_fast.ops.backend import backend
+from alignprop_fast.ops import backend as backends
+from alignprop_fast.ops.backend import or_plain
+
+# Guided and unguided predictions: more branches than the kernels read.
+MAX_BRANCHES = 2
+
+
+def backend(x: torch.Tensor, branches: int = MAX_BRANCHES) -> str:
+    """Which implementation serves x: "triton" for up to two branches, or "reference"."""
+    return backends.backend(x, "guided_step") if branches <= MAX_BRANCHES else "reference"
 
 
 def guided_step_reference(
@@ -33,6 +42,7 @@ def guided_step_adjoint_reference(
 
 
 @torch.library.custom_op("alignprop_fast::guided_step", mutates_args=())
+@or_plain("guided_step", guided_step_reference)
 def _triton_forward(
     x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
 ) -> torch.Tensor:
@@ -49,6 +59,7 @@ def _(
 
 
 @torch.library.custom_op("alignprop_fast::guided_step_adjoint", mutates_args=())
+@or_plain("guided_step", guided_step_adjoint_reference)
 def _triton_adjoint(
     g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +87,7 @@ def guided_step(
     Returns:
         The next latents [B, ...] in x's dtype; sums are taken in fp32.
     """
-    if backend(x) == "triton":
+    if backend(x, len(weights)) == "triton":
         return _triton_forward(x, y, z, a, list(weights), sigma)
     return guided_step_reference(x, y, z, a, weights, sigma)
 
@@ -85,6 +96,6 @@ def guided_step_adjoint(
     g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `guided_step` for x [B, ...] and for y [len(weights) * B, ...], from the gradient g [B, ...]."""
-    if backend(g) == "triton":
+    if backend(g, len(weights)) == "triton":
         return _triton_adjoint(g, a, list(weights), y_dtype)
     return guided_step_adjoint_reference(g, a, weights, y_dtype)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from alignprop_fast.ops import backend as _backend
+from alignprop_fast.ops import backend as backends
+from alignprop_fast.ops.backend import only_plain, or_plain
 
 Tensor = torch.Tensor
 # A row must fit into the registers of one thread block (kernels.layer_norm.MAX_WIDTH).
@@ -24,10 +25,29 @@ def layer_norm_reference(x: Tensor, gamma: Tensor | None, beta: Tensor | None, e
 
 def backend(x: Tensor) -> str:
     """Which implementation serves x: "triton" on a CUDA device up to 8192 channels, else "reference"."""
-    return _backend.backend(x) if x.shape[-1] <= MAX_TRITON_WIDTH else "reference"
+    return backends.backend(x, "layer_norm") if x.shape[-1] <= MAX_TRITON_WIDTH else "reference"
+
+
+def _plain_forward(
+    x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel returns: y, x + residual (without elements where there is none), and mean and rstd [T]."""
+    s = x if residual is None else (x + residual).contiguous()
+    y, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], gamma, beta, eps)
+    return y, x.new_empty(0) if residual is None else s, mean.flatten(), rstd.flatten()
+
+
+def _plain_backward(g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x; mean and rstd may be those of the kernel."""
+    statistics = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
+    dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], *statistics, gamma, None, [True, False, False])[
+        0
+    ]
+    return dx if h is None else dx.add_(h)
 
 
 @torch.library.custom_op("alignprop_fast::layer_norm_forward", mutates_args=())
+@or_plain("layer_norm", _plain_forward)
 def _triton_forward(
     x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,6 +67,7 @@ def _(
 
 
 @torch.library.custom_op("alignprop_fast::layer_norm_backward", mutates_args=())
+@or_plain("layer_norm", _plain_backward)
 def _triton_backward(
     g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> Tensor:
@@ -65,27 +86,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if backend(x) == "triton":
-            y, total, mean, rstd = _triton_forward(x, residual, gamma, beta, eps)
-            s = x if residual is None else total
-        else:
-            s = x if residual is None else x + residual
-            y, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], gamma, beta, eps)
-        ctx.save_for_backward(s, gamma, beta, mean, rstd)
+        run = _triton_forward if backend(x) == "triton" else _plain_forward
+        y, total, mean, rstd = run(x, residual, gamma, beta, eps)
+        s = x if residual is None else total
+        ctx.save_for_backward(s, gamma, mean, rstd)
         ctx.added = residual is not None
         return y if residual is None else (y, s)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, h: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, mean, rstd = ctx.saved_tensors
-        if backend(x) == "triton":
-            dx = _triton_backward(g, h, x, gamma, mean, rstd)
-        else:
-            dx = torch.ops.aten.native_layer_norm_backward(
-                g, x, x.shape[-1:], mean, rstd, gamma, beta, [True, False, False]
-            )[0]
-            dx = dx if h is None else dx.add_(h)
+        x, gamma, mean, rstd = ctx.saved_tensors
+        run = _triton_backward if backend(x) == "triton" else _plain_backward
+        dx = run(g, h, x, gamma, mean, rstd)
         return dx, dx if ctx.added else None, None, None, None
 
 
@@ -104,11 +117,15 @@ def layer_norm(
 
     Args:
         x: [..., C], any strides.
-        gamma, beta: [C], frozen, in x's dtype; None for both: no affine map.
+        gamma, beta: [C], frozen, in x's dtype; None for a scale of one, a shift of zero.
         eps: added to the variance.
         residual: [..., C] to be added first, in x's dtype.
 
     Returns:
         y [..., C] in x's dtype; with a residual (y, x + residual).
     """
+    if only_plain(x):
+        s = x if residual is None else x + residual
+        y = layer_norm_reference(s, gamma, beta, eps)
+        return y if residual is None else (y, s)
     return _LayerNorm.apply(x, residual, gamma, beta, eps)

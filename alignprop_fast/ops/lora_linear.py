@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import lora_linear_triton as fused
+from alignprop_fast.ops.backend import attempt
 from alignprop_fast.ops.kept import Kind, kept
 
 Tensor = torch.Tensor
@@ -83,6 +84,29 @@ def backward_plain(g: Tensor, x: Tensor | None, layer: Layer, wanted: Sequence[b
     return dx, d_down, d_up
 
 
+def plain_outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """y of each layer by PyTorch's own products."""
+    return tuple(forward_plain(x, layer) for layer in layers)
+
+
+def plain_gradients(
+    gs: Sequence[Tensor],
+    x: Tensor | None,
+    layers: Sequence[Layer],
+    wants_gx: bool,
+    learn: Sequence[tuple[bool, bool]] | None = None,
+) -> fused.Gradients:
+    """(dx, dA of each layer, dB of each layer) by PyTorch's own products; learn: which dA and dB, where not all."""
+    total: Tensor | None = None
+    d_downs, d_ups = [], []
+    for g, layer, (down, up) in zip(gs, layers, learn or [(True, True)] * len(layers), strict=True):
+        dx, d_down, d_up = backward_plain(g, x, layer, (wants_gx, down, up))
+        total = dx if total is None or dx is None else total.add_(dx)
+        d_downs.append(d_down)
+        d_ups.append(d_up)
+    return total, d_downs, d_ups
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,9 +119,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scales = scales
 
         def compute() -> tuple[Tensor, ...]:
-            if fused.chosen("forward", x, layers) != "plain":
-                return fused.run_forward(x, layers)
-            return tuple(forward_plain(x, layer) for layer in layers)
+            if fused.chosen("forward", x, layers) == "plain":
+                return plain_outputs(x, layers)
+            return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
 
         return kept(keep, compute)
 
@@ -106,18 +130,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
-        everything = x is not None and all(wants[3 + 4 * p + k] for p in range(len(layers)) for k in (2, 3))
-        if everything and fused.chosen("backward", x, layers) != "plain":
-            dx, d_downs, d_ups = fused.run_backward(gs, x, layers, wants[0])
-            rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
-            return dx, None, None, *rest
-        total: Tensor | None = None
-        rest = []
-        for p, (g, layer) in enumerate(zip(gs, layers, strict=True)):
-            dx, d_down, d_up = backward_plain(g, x, layer, (wants[0], wants[5 + 4 * p], wants[6 + 4 * p]))
-            total = dx if total is None or dx is None else total.add_(dx)
-            rest += [None, None, d_down, d_up]
-        return total, None, None, *rest
+        learn = [(wants[5 + 4 * p], wants[6 + 4 * p]) for p in range(len(layers))]
+        if x is None or not all(map(all, learn)) or fused.chosen("backward", x, layers) == "plain":
+            dx, d_downs, d_ups = plain_gradients(gs, x, layers, wants[0], learn)
+        else:
+            dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
+        rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
+        return dx, None, None, *rest
 
 
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:

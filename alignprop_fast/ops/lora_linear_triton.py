@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 
-from alignprop_fast.ops.backend import backend
+from alignprop_fast.ops.backend import backend, is_traced
 from alignprop_fast.ops.choice import fastest
 
 Tensor = torch.Tensor
+Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
+NAME = "lora_linear.triton"
 MAX_RANK = 128
 MAX_LAYERS = 3
 
@@ -21,8 +22,8 @@ def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
     """
     downs = [layer.down for layer in layers if layer.down is not None]
     serves = (
-        backend(x) == "triton"
-        and not isinstance(x, FakeTensor)
+        not is_traced(x)
+        and backend(x, "lora_linear") == "triton"
         and len(downs) == len(layers) <= MAX_LAYERS
         and len({tensor.dtype for layer in layers for tensor in (layer.down, layer.up)}) == 1
         and max(down.shape[0] for down in downs) <= MAX_RANK
@@ -63,9 +64,7 @@ def run_forward(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
-def run_backward(
-    gs: Sequence[Tensor], x: Tensor, layers: Sequence[Any], wants_gx: bool
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+def run_backward(gs: Sequence[Tensor], x: Tensor, layers: Sequence[Any], wants_gx: bool) -> Gradients:
     """(dx or None, dA of each layer, dB of each layer) by the kernels."""
     weights, _, downs, ups, scales = (list(items) for items in zip(*layers, strict=True))
     gs = [g.reshape(-1, g.shape[-1]) for g in gs]

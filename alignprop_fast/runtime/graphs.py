@@ -48,8 +48,9 @@ class GraphedCalls:
         key = self._key("without gradient", inputs, state)
         if key not in self._graphs:
             buffers = [x.clone() for x in inputs]
-            self._warm_up(lambda: fn(*buffers))
-            self._graphs[key] = _Recorded(buffers, *self._capture(lambda: fn(*buffers)))
+            with torch.cuda.device(inputs[0].device):
+                self._warm_up(lambda: fn(*buffers))
+                self._graphs[key] = _Recorded(buffers, *self._capture(lambda: fn(*buffers)))
         recorded = self._graphs[key]
         _fill(recorded.inputs, inputs)
         recorded.forward()
@@ -69,7 +70,8 @@ class GraphedCalls:
         """
         key = self._key((how, inputs[0].requires_grad), inputs, state)
         if key not in self._graphs:
-            self._graphs[key] = self._recorded_with_gradient(fn, inputs, parameters)
+            with torch.cuda.device(inputs[0].device):
+                self._graphs[key] = self._recorded_with_gradient(fn, inputs, parameters)
         return _WithGradient.apply(self._graphs[key], len(inputs), *inputs, *parameters)
 
     def _key(self, kind: Hashable, inputs: Tensors, state: Hashable) -> Hashable:

@@ -25,7 +25,7 @@ class HostPool:
     """Page-locked host buffers, kept and handed out again by size; `size_bytes` is what they take in all."""
 
     def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._free: dict[int, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
         self.size_bytes = 0
 
@@ -36,7 +36,8 @@ class HostPool:
         buffer = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)  # whole pages, of nobody else
         self.size_bytes += size_bytes
         if self._cuda:
-            error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
+            with torch.cuda.device(self._device):
+                error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
             if int(error) != 0:
                 raise RuntimeError(
                     f"the driver cannot lock {size_bytes} bytes of host memory (error {int(error)}): raise ulimit -l"

@@ -67,7 +67,7 @@ def test_a_kernel_in_no_signature_and_one_that_spills_are_faults(tmp_path):
         "@triton.jit\ndef wide_kernel(x_ptr, BLOCK: tl.constexpr):\n"
         "    i = tl.arange(0, BLOCK)\n    x = tl.load(x_ptr + i)\n"
         "    tl.store(x_ptr + i, x / tl.sum(x, 0))\n\n"
-        "def go(x):\n    unnamed[(1,)](x)\n\n"
+        "def go(x):\n    launch(unnamed, (1,), x)\n\n"
         "def signatures():\n    return [dict(kernel=wide_kernel, config='wide', signature={'x_ptr': '*fp32'},"
         " constexprs={'BLOCK': 16384}, num_warps=1, num_stages=1, arch=None)]\n"
     )

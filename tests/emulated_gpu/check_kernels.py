@@ -5,7 +5,9 @@ import torch
 from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.ops import attention_backends, choice
+from alignprop_fast.ops import attention_backends, backend, choice, switched_off
+from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.layer_norm import layer_norm
 
 STEPS, PROMPTS = 2, ["a red cat", "a dog"]
 
@@ -54,3 +56,57 @@ def test_the_kernels_give_what_plain_operators_give(gradients):
     # bf16 has 8 bits, and a chain of networks adds its roundings up; a wrong kernel is off by the whole signal.
     assert (images - plain_images).abs().max() <= 0.03
     assert torch.nn.functional.cosine_similarity(grads, plain_grads, dim=0) >= 0.99
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A slim image: Triton finds no gcc when it is to start the first kernel."""
+    from triton.runtime.interpreter import GridExecutor
+
+    def missing(*arguments, **keywords):
+        raise FileNotFoundError(2, "No such file or directory", "gcc")
+
+    monkeypatch.setattr(GridExecutor, "__call__", missing)
+    monkeypatch.setattr(backend, "_probed", set())
+    yield
+    switched_off.forget()
+
+
+def test_without_a_compiler_the_chain_is_that_of_plain_operators(gradients, no_compiler, caplog):
+    images, grads, launched = gradients(triton=True)
+    plain_images, plain_grads, _ = gradients(triton=False)
+    assert not launched, "the probe has switched Triton off before any of them"
+    # The measured choice is replaced here by one that insists on our attention kernels.
+    assert set(switched_off.everything()) == {"triton", "attention.triton.forward", "attention.triton.backward"}
+    assert len([record for record in caplog.records if "switched off" in record.getMessage()]) == 3
+    # Attention in another order of sums, rounded to bf16.
+    assert (images - plain_images).abs().max() <= 0.03
+    assert torch.nn.functional.cosine_similarity(grads, plain_grads, dim=0) >= 0.99
+
+
+def test_compiled_code_tries_nothing_and_has_the_same_way_back(emulated, monkeypatch):
+    from alignprop_fast.kernels import geglu as kernels
+
+    monkeypatch.setattr(backend, "_probed", set())
+    generator = torch.Generator().manual_seed(0)
+    x, gamma = (torch.randn(shape, generator=generator).to("cuda") for shape in ((3, 8), (8,)))
+    x.requires_grad_()
+
+    def both(x):
+        return geglu(layer_norm(x, gamma, None))
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert not backend._probed
+    expected = both(x)
+    assert backend._probed and torch.allclose(y, expected, atol=1e-5)
+    grads = [torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)]
+    assert torch.allclose(*grads, atol=1e-5)
+
+    def fails(uv):
+        raise AssertionError
+
+    monkeypatch.setattr(kernels, "geglu_forward", fails)
+    assert torch.allclose(compiled(x), expected, atol=1e-5)
+    assert list(switched_off.everything()) == ["geglu.triton"]
+    switched_off.forget()

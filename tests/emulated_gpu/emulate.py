@@ -135,11 +135,40 @@ def _fused_attention():
     return library
 
 
+class Current:
+    """The current device. All tensors lie on device 0: what is made or measured on another one is a mistake."""
+
+    def __init__(self):
+        self.index = 0
+
+    def exchange(self, index: int) -> int:
+        before, self.index = self.index, index if index >= 0 else self.index
+        return before
+
+    def set(self, device) -> None:
+        import torch
+
+        self.index = torch.device("cuda", device).index if isinstance(device, int) else torch.device(device).index or 0
+
+    def check(self, device=None) -> None:
+        import torch
+
+        index = None if device is None else device if isinstance(device, int) else torch.device(device).index
+        if (self.index if index is None else index) != 0:
+            raise RuntimeError("on cuda:1, where nothing runs: the device was not named")
+
+
+current = Current()
+
+
 class Stream:
     """All work is done in the order in which it is asked for, whatever stream it is given to."""
 
     def __init__(self, device=None, priority=0):
-        self.device = "cuda:0"
+        import torch
+
+        current.check(device)
+        self.device = torch.device("cuda", 0)
         self.cuda_stream = 0
 
     def wait_stream(self, stream) -> None: ...
@@ -159,6 +188,7 @@ class Event:
     def record(self, stream=None) -> None:
         import time
 
+        current.check(None if stream is None else stream.device)
         self._seconds = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
@@ -188,6 +218,20 @@ class CUDAGraph:
     def __del__(self):
         if self._graph is not None:
             self._library.emulated_forget(ctypes.c_void_p(self._graph))
+
+
+def _checked_launches() -> None:
+    """A kernel that is started on another device than its tensors' reads what is not there."""
+    from triton.runtime import interpreter
+
+    execute = interpreter.GridExecutor.__call__
+
+    def checked(self, *arguments, **keywords):
+        if any(getattr(argument, "is_cuda", False) for argument in arguments):
+            current.check()
+        return execute(self, *arguments, **keywords)
+
+    interpreter.GridExecutor.__call__ = checked
 
 
 _started: list[Emulated] = []
@@ -222,8 +266,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         L2_cache_size=72 * 2**20,
     )
     stream = Stream()
-    success = lambda *_: 0  # noqa: E731
-    runtime = SimpleNamespace(cudaHostRegister=success, cudaHostUnregister=success)
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: current.check() or 0, cudaHostUnregister=lambda *_: 0)
     replaced = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -231,12 +274,14 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "_lazy_init": lambda: None,
         "init": lambda: None,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "current_device": lambda: current.index,
+        "set_device": current.set,
+        "_exchange_device": current.exchange,
+        "_maybe_exchange_device": lambda index: current.exchange(index),  # torch.compile tells the two apart
         "get_device_name": lambda device=None: name,
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: properties,
-        "synchronize": lambda device=None: None,
+        "synchronize": current.check,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -268,6 +313,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     emulated = device
     device.operators = _fused_attention()
     bf16_of_the_interpreter()
+    _checked_launches()
     for attribute, value in replaced.items():
         assert hasattr(torch.cuda, attribute), attribute
         setattr(torch.cuda, attribute, value)

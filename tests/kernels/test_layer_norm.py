@@ -14,13 +14,16 @@ kernels = pytest.importorskip("alignprop_fast.kernels.layer_norm")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
+# Whether there is a scale, and a shift.
+AFFINE = [(True, True), (True, False), (False, True), (False, False)]
 
 
-def inputs(shape, dtype, affine=True):
+def inputs(shape, dtype, affine=(True, True)):
+    """x, residual, gradients of both outputs, gamma, beta. affine: whether there is a gamma, and a beta."""
     generator = torch.Generator().manual_seed(sum(shape))
     x, r, g, h = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(4))
     gamma, beta = (torch.randn(shape[-1], generator=generator).to(DEVICE, dtype) for _ in range(2))
-    return x * 2 + 3, r, g, h, gamma if affine else None, beta if affine else None
+    return x * 2 + 3, r, g, h, gamma if affine[0] else None, beta if affine[1] else None
 
 
 def plain(x, r, g, h, gamma, beta):
@@ -44,7 +47,11 @@ def fused(x, r, g, h, gamma, beta):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(
     ("shape", "affine"),
-    [((2, 9, 320), True), ((17, 64), False), ((1, 2), True), ((3, 5, 59), True), ((2, 1280), True), ((1, 4100), False)],
+    [
+        *(((3, 5, 59), affine) for affine in AFFINE),
+        *(((2, 9, 320), AFFINE[0]), ((17, 64), AFFINE[3]), ((1, 2), AFFINE[0])),
+        *(((2, 1280), AFFINE[1]), ((1, 4100), AFFINE[2])),
+    ],
 )
 def test_values_and_gradient(dtype, residual, shape, affine):
     x, r, *others = inputs(shape, dtype, affine)
@@ -65,7 +72,8 @@ def test_constant_rows_are_finite():
 def test_strided_inputs_and_two_runs_bit_equal():
     x, r, g, h, gamma, beta = inputs((4, 3, 70), torch.float32)
     one = fused(x, r, g, h, gamma, beta)
-    two = fused(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, r, g, h)), gamma, beta)
+    apart = (torch.stack([t, t], -1)[:, 0] for t in (gamma, beta))
+    two = fused(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, r, g, h)), *apart)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -73,14 +81,14 @@ def test_every_element_is_written_and_none_beyond():
     x, r, g, h, gamma, beta = inputs((5, 70), torch.float32)
     y, s, dx = (torch.full((5 * 70 + 300,), float("nan"), device=DEVICE) for _ in range(3))
     mean, rstd = (torch.full((5 + 8,), float("nan"), device=DEVICE) for _ in range(2))
-    shape = {"RESIDUAL": True, "AFFINE": True, "ROWS": 4, "BLOCK_C": 128}
-    kernels.layer_norm_forward_kernel[(2,)](x, r, gamma, beta, s, y, mean, rstd, 5, 70, EPS, **shape)
+    shape = {"RESIDUAL": True, "SCALE": True, "ROWS": 4, "BLOCK_C": 128}
+    kernels.layer_norm_forward_kernel[(2,)](x, r, gamma, beta, s, y, mean, rstd, 5, 70, EPS, SHIFT=True, **shape)
     kernels.layer_norm_backward_kernel[(2,)](g, h, s, gamma, mean, rstd, dx, 5, 70, **shape)
     for t, size in ((y, 350), (s, 350), (dx, 350), (mean, 5), (rstd, 5)):
         assert not t[:size].isnan().any() and t[size:].isnan().all()
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("affine", AFFINE)
 @pytest.mark.parametrize("residual", [True, False])
 def test_custom_operators(affine, residual):
     x, r, g, h, gamma, beta = inputs((2, 3, 20), torch.float32, affine)

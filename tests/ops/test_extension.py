@@ -89,6 +89,28 @@ def test_nvcc_of_the_packages_that_torch_brought(monkeypatch, tmp_path):
         assert extension.find_nvcc() == nvcc
 
 
+def test_the_newest_gpu_is_compiled_to_ptx_too():
+    flags = [f for f in extension.nvcc_command("nvcc", ("80", "90", "100"), "a.cu", "a.o") if "gencode" in f]
+    codes = [flag.rpartition("=")[2] for flag in flags]
+    assert codes == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert "arch=compute_100,code=compute_100" in flags[-1], "100 is newer than 90, whatever the alphabet says"
+    assert not any("gencode" in word for word in extension.nvcc_command("nvcc", (), "a.cu", "a.o"))
+
+
+@pytest.mark.parametrize(
+    ("arches", "known", "compiled"),
+    [
+        (("89",), ("80", "89", "90"), ("89",)),
+        (("89", "130"), ("80", "89", "100", "120"), ("89", "120")),
+        # Too old for it: the compiler says so itself.
+        (("70",), ("75", "80"), ("70",)),
+        (("89",), (), ("89",)),
+    ],
+)
+def test_a_gpu_that_the_compiler_is_too_old_for_gets_the_newest_ptx(arches, known, compiled):
+    assert extension.compiled_arches(arches, known) == compiled
+
+
 @pytest.mark.parametrize(("cxx", "host"), [("/opt/bin/g++-13", " -ccbin /opt/bin/g++-13"), ("ccache g++", "")])
 def test_one_cpp_compiler_for_both_languages(cxx, host):
     rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", extension._ninja_file(cxx, "/cuda/bin/nvcc", ("90",))))
@@ -135,7 +157,11 @@ def test_another_source_is_another_library(cache, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("built", "present", "serves"),
-    [(("80", "90"), ("86",), True), (("86",), ("80",), False), (("80",), ("80", "90"), False), ((), (), True)],
+    [
+        *((("80", "90"), ("86",), True), (("86",), ("80",), False), ((), (), True), ((), ("89",), False)),
+        # Newer than the newest: by its PTX. A major in between has neither code nor PTX.
+        *((("80",), ("80", "90"), True), (("80", "90", "120"), ("130",), True), (("80", "90", "120"), ("100",), False)),
+    ],
 )
 def test_an_installed_library_serves_the_gpus_it_was_built_for(monkeypatch, tmp_path, built, present, serves):
     monkeypatch.setattr(extension, "INSTALLED", tmp_path)

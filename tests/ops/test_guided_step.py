@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignprop_fast.ops.guided_step import backend, guided_step, guided_step_adjoint
+from alignprop_fast.ops.guided_step import backend, guided_step, guided_step_adjoint, guided_step_reference
 
 
 def test_guidance_and_update_written_out():
@@ -28,6 +28,14 @@ def test_inputs_are_left_alone_and_low_precision_is_summed_in_fp32():
     out = guided_step(x, y, None, 1.0, (1.0, 1.0))
     # In bf16 256 + 1 is 256.
     assert out.item() == 258.0 and x.item() == 256.0 and backend(x) == "reference"
+
+
+def test_more_branches_than_the_kernels_read_take_the_reference(monkeypatch):
+    monkeypatch.setattr("alignprop_fast.ops.backend.backend", lambda x, op: "triton")
+    x, y, weights = torch.randn(2, 5), torch.randn(6, 5), (0.5, -1.0, 2.0)
+    assert backend(x, 2) == "triton"
+    assert torch.equal(guided_step(x, y, None, 0.9, weights), guided_step_reference(x, y, None, 0.9, weights, 0.0))
+    assert guided_step_adjoint(x, 0.9, weights, torch.float32)[1].shape == y.shape
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

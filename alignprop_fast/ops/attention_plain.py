@@ -1,0 +1,58 @@
+"""attention in plain PyTorch, for devices without a fused kernel and for what fails in one; right, and slow.
+
+    P = softmax(s q k^T)        o = P v        dv = P^T g
+    dP = g v^T        dS = s P (dP - sum_j P dP)        dq = dS k        dk = dS^T q
+
+Some queries at a time, so that the logits of no more than `LOGITS_BYTES` are alive; sums are fp32 or wider, in a fixed
+order. The backward pass makes P again from q and k alone: it may follow the forward pass of any implementation.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+Tensor = torch.Tensor
+LOGITS_BYTES = 2**28
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(o [B, H, M, D], lse [B, H, M] in fp32 or wider) of q [B, H, M, D] and k, v [B, H, N, D]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = k.to(wide), v.to(wide)
+    o, lse = _like_rows(q, q.dtype), q.new_empty(q.shape[:-1], dtype=wide)
+    for rows in _pieces(q, k):
+        logits = scale * (q[:, :, rows].to(wide) @ keys.mT)
+        lse[:, :, rows] = logits.logsumexp(-1)
+        o[:, :, rows] = (logits.softmax(-1) @ values).to(o.dtype)
+    return o, lse
+
+
+def backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the gradient g of o; o and lse are not read."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = k.to(wide), v.to(wide)
+    dq, dk, dv = _like_rows(q, q.dtype), _like_rows(k, wide).zero_(), _like_rows(v, wide).zero_()
+    for rows in _pieces(q, k):
+        queries, gradients = q[:, :, rows].to(wide), g[:, :, rows].to(wide)
+        weights = (scale * (queries @ keys.mT)).softmax(-1)
+        d_weights = gradients @ values.mT
+        d_logits = scale * weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+        dq[:, :, rows] = (d_logits @ keys).to(dq.dtype)
+        dk += d_logits.mT @ queries
+        dv += weights.mT @ gradients
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _pieces(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Ranges of queries whose logits take `LOGITS_BYTES` at most, or one query each."""
+    b, h, m, _ = q.shape
+    step = max(1, LOGITS_BYTES // max(1, 4 * b * h * k.shape[2]))
+    return (slice(start, start + step) for start in range(0, m, step))
+
+
+def _like_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [B, H, M, D] with the memory of [B, M, H, D], as the projections around it read it."""
+    b, h, m, d = t.shape
+    return t.new_empty((b, m, h, d), dtype=dtype).transpose(1, 2)
