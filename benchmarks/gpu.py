@@ -41,7 +41,9 @@ def parse() -> argparse.Namespace:
     add("--wheels", type=Path, help="folder of wheels to unpack")
     add("--commit", help="what is measured, where git cannot say")
     add("--output", type=Path, help=f"file of facts, added to [{RESULTS.relative_to(HERE.parent)}]")
-    add("--report", type=Path, nargs="?", const=RESULTS, metavar="FACTS", help="write README's figures, measure nothing")
+    add(
+        "--report", type=Path, nargs="?", const=RESULTS, metavar="FACTS", help="write README's figures, measure nothing"
+    )
     add("--dry-run", action="store_true", help="toy sizes, on the CPU or an emulated GPU; facts into --output alone")
     add("--fail", action="append", default=[], metavar="SECTION=FAULT", help=f"inject one of {', '.join(FAULTS)}")
     args = parser.parse_args()

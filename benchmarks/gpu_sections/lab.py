@@ -61,7 +61,7 @@ class Lab:
     @property
     def cap_bytes(self) -> int:
         """What a card of 24 GB has for everything; of the toy model's size in a dry run."""
-        return 24 * 2**20 if self.dry else 24 * GIB
+        return 10 * 2**20 if self.dry else 24 * GIB
 
     def bench(self, model: str, compiled: str = "blocks") -> Bench:
         """The model on the device, built there in bf16, with adapters and a reward as large as HPS v2.
