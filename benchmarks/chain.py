@@ -12,7 +12,6 @@ import argparse
 import csv
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models.architectures import UNETS, VAE
@@ -96,8 +96,7 @@ def measure(pipe: Any, args: argparse.Namespace, budget: str | None) -> dict[str
 def provenance(device: torch.device) -> dict[str, str]:
     """Which machine, which versions, which commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {"device": name, "torch": version("torch"), "commit": git.stdout.strip() or "unknown"}
+    return {"device": name, "torch": version("torch"), "commit": commit()}
 
 
 def main() -> None:

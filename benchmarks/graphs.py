@@ -24,6 +24,41 @@ from alignprop_fast import DifferentiableSampler
 from alignprop_fast.runtime import PeakMeter
 
 
+def measure(bench: Bench, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each way that the device has: seconds of a chain, peak bytes above the weights, the largest difference
+    of an image from the first way's."""
+    samplers = {"eager": bench.sampler}
+    if bench.device.type == "cuda":
+        samplers["graphs"] = DifferentiableSampler(bench.pipe, bench.steps, GUIDANCE, ETA, None, cuda_graphs=True)
+        vars(samplers["graphs"].model)["encode"] = lambda prompts, *_: bench.conditioning(len(prompts))
+
+    def step(sampler: DifferentiableSampler) -> torch.Tensor:
+        torch.manual_seed(0)
+        images = sampler(prompts_of(batch), grad_steps=(bench.steps - 1,))
+        images.mean().backward()
+        bench.optimizer.zero_grad(set_to_none=True)
+        return images.detach()
+
+    rows: list[dict[str, Any]] = []
+    first: torch.Tensor | None = None
+    for name, sampler in samplers.items():
+        step(sampler)
+        with PeakMeter(bench.device) as meter:
+            images = step(sampler)
+        first = images if first is None else first
+        difference = float((images - first).abs().max())
+        rows.append({"batch": batch, "steps": bench.steps, "how": name, "peak_bytes": meter.peak_bytes})
+        rows[-1]["difference"] = difference
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(repeats):
+        for name, sampler in samplers.items():
+            times[name].append(seconds_of(partial(step, sampler), bench.device))
+    for row in rows:
+        row["median_seconds"] = round(statistics.median(times[row["how"]]), 4)
+        row["spread_seconds"] = round(max(times[row["how"]]) - min(times[row["how"]]), 4)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("small", "sd15", "sdxl"), default="sd15")
@@ -35,32 +70,10 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     bench = Bench(args.model, device, args.steps, "mean")
-    samplers = {"eager": bench.sampler}
-    if device.type == "cuda":
-        samplers["graphs"] = DifferentiableSampler(bench.pipe, args.steps, GUIDANCE, ETA, None, cuda_graphs=True)
-        vars(samplers["graphs"].model)["encode"] = lambda prompts, *_: bench.conditioning(len(prompts))
     rows: list[dict[str, Any]] = []
     for batch in args.batches:
-
-        def step(sampler: DifferentiableSampler, batch: int = batch) -> None:
-            sampler(prompts_of(batch), grad_steps=(args.steps - 1,)).mean().backward()
-            bench.optimizer.zero_grad(set_to_none=True)
-
-        times: dict[str, list[float]] = {name: [] for name in samplers}
-        own = []
-        for name, sampler in samplers.items():
-            step(sampler)
-            with PeakMeter(device) as meter:
-                step(sampler)
-            own.append({**provenance(device), "model": args.model, "batch": batch, "steps": args.steps, "how": name})
-            own[-1]["peak_bytes"] = meter.peak_bytes
-        for _ in range(args.repeats):
-            for name, sampler in samplers.items():
-                times[name].append(seconds_of(partial(step, sampler), device))
-        for row in own:
-            row["median_seconds"] = round(statistics.median(times[row["how"]]), 4)
-            print(row, flush=True)
-        rows += own
+        rows += [{**provenance(device), "model": args.model, **row} for row in measure(bench, batch, args.repeats)]
+        print(*rows[-2:], sep="\n", flush=True)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "w", newline="", encoding="utf-8") as file:

@@ -14,7 +14,6 @@ import importlib
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 
 from alignprop_fast.runtime import PeakMeter
 
@@ -87,13 +87,11 @@ def randn(*shape: int, like: tuple[torch.dtype, torch.device], scale: float = 1.
 def provenance(device: torch.device) -> dict[str, str]:
     """Which device, which versions, which commit ("+" where the checkout has changes)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return {"gpu": name, "torch": torch.__version__, "triton": triton, "commit": commit}
+    return {"gpu": name, "torch": torch.__version__, "triton": triton, "commit": commit()}
 
 
 def alternate(

@@ -41,7 +41,7 @@ class Bench:
     def __init__(self, model: str, device: torch.device, steps: int, reward: str, compiled: str = "blocks"):
         self.model, self.device, self.steps, self.compiled = model, device, steps, compiled
         if model == "small":
-            self.pipe, self.dtype = small_pipeline(), torch.float32
+            self.pipe, self.dtype = small_pipeline().to(device), torch.float32
         else:
             self.pipe, self.dtype = architecture(model, device=device).pipe, torch.bfloat16
             encoders = [name for name in self.pipe.components if name.startswith("text_encoder")]
@@ -83,25 +83,25 @@ class Bench:
 
     def ours(self, batch: int, grad_steps: int, budget_bytes: int) -> None:
         """One step of this package within the budget; the plan is `sampler.plan` then."""
-        self._use_stock(False)
+        self.use_stock(False)
         self.sampler.budget_bytes = budget_bytes
         images = self.sampler(prompts_of(batch), grad_steps=range(self.steps - grad_steps, self.steps))
         self.update(images, self.sampler.score)
 
     def eager(self, batch: int, grad_steps: int, way: str, compiled: bool = False) -> None:
         """One step of the chain as one would write it with diffusers and PEFT; `way` of EAGER_WAYS."""
-        self._use_stock(True)
-        self._compile(compiled)
+        self.use_stock(True)
+        self.compile(compiled)
         try:
             self.update(self._eager_images(batch, grad_steps, way), self.reward)
         finally:
-            self._compile(False)
+            self.compile(False)
 
     def _eager_images(self, batch: int, grad_steps: int, way: str) -> torch.Tensor:
         cond, scheduler = self.conditioning(batch), self.pipe.scheduler
         scheduler.set_timesteps(self.steps)
         timesteps = scheduler.timesteps.to(self.device)
-        call = partial(_guided, self.unet, cond)
+        call = partial(guided, self.unet, cond)
         x = self.sampler.model.initial_latents(batch, self.sampler.size, None, None)
         for i, timestep in enumerate(scheduler.timesteps):
             with torch.set_grad_enabled(i >= self.steps - grad_steps):
@@ -113,18 +113,19 @@ class Bench:
         image = self.vae.decode((x / self.vae.config.scaling_factor).to(self.dtype), return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
-    def _use_stock(self, stock: bool) -> None:
+    def use_stock(self, stock: bool, checkpointed: bool = True) -> None:
         """The model as diffusers has it, blocks checkpointed; or with the package's ops, convolutions channels_last."""
+        for model in (self.unet, self.vae):
+            checkpoints = stock and checkpointed
+            (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
         if stock == self._stock:
             return
         self._stock = stock
         for module in (self.unet, self.vae.decoder):
             (take_ops_out if stock else put_ops_in)(module)
             module.to(memory_format=torch.contiguous_format if stock else torch.channels_last)
-        for model in (self.unet, self.vae):
-            (model.enable_gradient_checkpointing if stock else model.disable_gradient_checkpointing)()
 
-    def _compile(self, on: bool) -> None:
+    def compile(self, on: bool) -> None:
         """torch.compile of the transformer blocks, or of the whole UNet; off: as it was, the compiled code kept."""
         if on and not self._compiled_calls:
             blocks = [m for m in self.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
@@ -192,7 +193,7 @@ def step_flop(flop: dict[str, float], batch: int, steps: int, grad_steps: int) -
     return batch * (chain + flop["decoder"] + flop["reward"])
 
 
-def _guided(unet: torch.nn.Module, cond: Conditioning, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def guided(unet: torch.nn.Module, cond: Conditioning, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     both = torch.cat([x] * 2).to(cond.embeds.dtype)
     added = None if cond.added is None else dict(cond.added)
     y = unet(both, timestep, cond.embeds, added_cond_kwargs=added, return_dict=False)[0]

@@ -1,0 +1,178 @@
+"""What may poison the CUDA context: kernels that have never run, CUDA graphs, registered memory, torch.compile.
+
+Each section runs in a process of its own, where that costs no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import graphs as graphs_bench
+import offload as offload_bench
+import torch
+from gpu_sections.lab import Lab
+from gpu_sections.speed import compare, evaluations
+from gpu_sections.timing import Call
+from train_step_variants import Bench, prompts_of
+
+from alignprop_fast.planner import Plan, StageChoice
+from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, link_rate
+
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/test_gpu_memory.py", "tests/runtime/test_graphs.py", "tests/kernels", "tests/ops")
+DRY_TESTS = ("--noconftest", "tests/planner/test_gpus.py")
+
+
+def kernels(lab: Lab) -> None:
+    """Every kernel against its reference, in bf16."""
+    _examine(lab, "kernels", quick=True)
+
+
+def doctor(lab: Lab) -> None:
+    """The whole examination, in bf16."""
+    _examine(lab, "doctor", quick=False)
+
+
+def _examine(lab: Lab, section: str, quick: bool) -> None:
+    from alignprop_fast.doctor import examine
+
+    def tell(what: str) -> None:
+        # What was begun last is what hangs, should it hang.
+        lab.facts.write(section, "examines", what=what)
+
+    report = examine(lab.device, quick=quick or lab.dry, dtypes=[torch.bfloat16], tell=tell)
+    for check in report.checks:
+        lab.facts.write(section, "check", **dataclasses.asdict(check))
+    for fact in report.facts:
+        values = {"value": fact.value, "number": fact.number, "remedy": fact.remedy}
+        lab.facts.write(section, "found", name=fact.name, **values)
+    for name, reason in report.off.items():
+        lab.facts.write(section, "switched off", name=name, reason=reason, remedy=report.remedies.get(name))
+    lab.facts.write(section, "examined", checks=len(report.checks), wrong=report.wrong(), took_seconds=report.seconds)
+
+
+def graphs(lab: Lab) -> None:
+    """A chain launched evaluation by evaluation, and recorded."""
+    for model in ("sd15", "sdxl"):
+        rows = graphs_bench.measure(lab.bench(model), 1, 2 if lab.dry else 5)
+        for row in rows:
+            lab.facts.write("graphs", "chain", model=model, **row)
+        if len(rows) == 2:
+            seconds = [row["median_seconds"] for row in rows]
+            lab.facts.write("graphs", "ratio", model=model, batch=1, ratio=round(seconds[0] / seconds[1], 3))
+
+
+def offload(lab: Lab) -> None:
+    """Share of the copies that is hidden, and the gradients of every option beside those of "keep"."""
+    bench, link = _one_step(lab), link_rate(lab.device)
+    for grade in ("keep", "geglu", "qkv"):
+        row = offload_bench.measure(bench, 1, grade, link, 2 if lab.dry else 5)
+        lab.facts.write("offload", "hidden", link_bytes_per_second=link, **row)
+    gradients = _Gradients(bench)
+    expected = gradients.of("keep")
+    # "keep" once more: what differs there is the device's own, as with kernels that are not deterministic.
+    for option in ("keep", *(name + end for name in STEP_OPTIONS for end in ("", OFFLOAD) if name + end != "keep")):
+        lab.facts.write("offload", "gradients", option=option, **_difference(expected, gradients.of(option)))
+
+
+def _one_step(lab: Lab) -> Bench:
+    """A model whose chain has one step; adapters that change something."""
+    bench = Bench("small" if lab.dry else "sdxl", lab.device, 1, "mean")
+    torch.manual_seed(0)
+    for parameter in bench.trained:
+        torch.nn.init.normal_(parameter, std=0.02)
+    return bench
+
+
+class _Gradients:
+    """Gradients of one image through one step, the same random numbers each time."""
+
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        bench.use_stock(False)
+
+    def of(self, option: str) -> list[torch.Tensor]:
+        plan = Plan(
+            1,
+            (0,),
+            (),
+            ({"*": option},),
+            {},
+            decoder=StageChoice("image", {"*": "recompute"}),
+            host_bytes=int(option.endswith(OFFLOAD)),
+        )
+        torch.manual_seed(1)
+        images = self.bench.sampler(prompts_of(1), plan=plan)
+        (images * torch.linspace(0, 1, images.shape[-1], device=images.device)).mean().backward()
+        found = [p.grad.clone() for p in self.bench.trained if p.grad is not None]
+        self.bench.optimizer.zero_grad(set_to_none=True)
+        return found
+
+
+def _difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, Any]:
+    """Whether the bits are the same, and the largest difference relative to the largest element of its tensor."""
+    pairs = list(zip(expected, found, strict=True))
+    relative = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs]
+    same = all(torch.equal(a, b) for a, b in pairs)
+    return {"same_bits": same, "largest_relative": max(relative), "median_relative": statistics.median(relative)}
+
+
+def compiled(lab: Lab) -> None:
+    """torch.compile of the stock model's transformer blocks, beside ours as it is."""
+    bench = lab.bench("sdxl")
+    calls = {call.name: call for call in evaluations(bench, 1)}
+    for name in ("stock forward", "stock both"):
+        calls[name].prepare = _Compiled(bench, calls[name])
+    for name in ("ours forward", "ours both keep"):
+        calls[name].prepare = _Uncompiled(bench, calls[name])
+    compare(lab, "compile", 1, [calls[n] for n in ("ours forward", "ours both keep", "stock forward", "stock both")])
+
+
+class _Compiled:
+    """Before a call of the stock model: its compiled blocks in place."""
+
+    on = True
+
+    def __init__(self, bench: Bench, call: Call):
+        self.bench, self.before = bench, call.prepare
+
+    def __call__(self) -> None:
+        self.before()
+        self.bench.compile(self.on)
+
+
+class _Uncompiled(_Compiled):
+    on = False
+
+
+def tests(lab: Lab) -> None:
+    """pytest in a process of its own; each failure is a fact as it comes."""
+    names = DRY_TESTS if lab.dry else TESTS
+    # -P: the root must not be on the path, where the folder `kernels` would pass for a package.
+    command = [sys.executable, "-P", "-m", "pytest", "-vv", "--tb=line", "-p", "no:cacheprovider", *names]
+    run = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    counts = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
+    last = ""
+    try:
+        assert run.stdout is not None
+        for line in run.stdout:
+            last = line.strip() or last
+            for word in counts:
+                if f" {word}" in line and "::" in line and not line.startswith(word):
+                    counts[word] += 1
+                    if word in ("FAILED", "ERROR"):
+                        lab.facts.write("tests", "failure", test=line.split()[0], how=word)
+            if "Error" in line and "::" not in line and counts["FAILED"] <= 50:
+                lab.facts.write("tests", "reason", line=line.strip()[:300])
+        run.wait()
+    finally:  # also at the deadline
+        run.kill()
+        lab.facts.write("tests", "counts", **counts, exit_code=run.returncode, last=last[:200])

@@ -1,0 +1,126 @@
+"""What the sections work with: the device, one model at a time, the caps of a smaller card, where facts go."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from gpu_sections.driver import Settings
+from gpu_sections.facts import read
+from train_step import gemm_rate, limit_memory
+from train_step_variants import Bench
+
+GIB = 2**30
+
+
+def make(settings: Settings) -> Lab:
+    """The lab of a worker."""
+    if settings.dry:
+        from gpu_sections.dry import make_small
+
+        make_small()
+    return Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What every fact carries."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+    return {"gpu": name, "torch": torch.__version__, "triton": triton, "cuda": torch.version.cuda, "cudnn": cudnn}
+
+
+class Lab:
+    """One worker's; `say` writes a fact of the section at hand."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        if device.type == "cuda":
+            torch.zeros(1, device=device)  # fails here if it has to fail
+        self.device, self.dry, self.steps = device, settings.dry, settings.steps
+        self.facts = settings.facts
+        self.facts.common = {**versions(device), **self.facts.common}
+        self._bench: Bench | None = None
+
+    @property
+    def grad_steps(self) -> int:
+        return self.steps // 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.dry else torch.bfloat16
+
+    @property
+    def cap_bytes(self) -> int:
+        """What a card of 24 GB has for everything; of the toy model's size in a dry run."""
+        return 10 * 2**20 if self.dry else 24 * GIB
+
+    def bench(self, model: str, compiled: str = "blocks") -> Bench:
+        """The model on the device, built there in bf16, with adapters and a reward as large as HPS v2.
+
+        The last one asked for is kept; in a dry run all are the same small one.
+        """
+        model = "small" if self.dry else model
+        if self._bench is None or self._bench.model != model or self._bench.compiled != compiled:
+            self._bench = None
+            self.tidy()
+            began = time.perf_counter()
+            bench = Bench(model, self.device, self.steps, "mean" if self.dry else "hpsv2", compiled)
+            self.synchronize()
+            taken = round(time.perf_counter() - began, 2)
+            self.facts.write("model", "built", model=model, seconds=taken, **self.memory())
+            self._bench = bench
+        return self._bench
+
+    def rate(self) -> float:
+        """FLOP a second of a large matrix product: as measured on this GPU before, or now."""
+        known = [fact for fact in read(self.facts.file) if fact["fact"] == "matrix product"]
+        for fact in reversed(known):
+            if fact.get("gpu") == self.facts.common["gpu"]:
+                return fact["flops"]
+        # The emulated GPU would take minutes for the size that a GPU needs.
+        flops = gemm_rate(torch.device("cpu") if self.dry else self.device, self.dtype)
+        self.facts.write("machine", "matrix product", flops=flops, dtype=str(self.dtype))
+        return flops
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device now."""
+        if self.device.type != "cuda":
+            return {}
+        return {
+            "allocated_bytes": torch.cuda.memory_allocated(self.device),
+            "reserved_bytes": torch.cuda.memory_reserved(self.device),
+        }
+
+    @contextmanager
+    def capped(self, limit_bytes: int | None) -> Iterator[None]:
+        """As on a card of this size: the allocator hands out no more."""
+        limit_memory(self.device, limit_bytes)
+        try:
+            yield
+        finally:
+            limit_memory(self.device, None)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def tidy(self) -> None:
+        """Free what a section left. Raises where the CUDA context is lost."""
+        if self._bench is not None:
+            self._bench.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        self.synchronize()
+        limit_memory(self.device, None)
+
+
+def host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,55 @@
+"""What every section needs, imported once: workers are forked from the process that imported this.
+
+Nothing here may start CUDA, which does not outlive a fork. In a dry run without a GPU the emulated one is started.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+EMULATED = Path(__file__).parents[2] / "tests" / "emulated_gpu"
+
+
+DRY_RUN = "ALIGNPROP_FAST_GPU_DRY_RUN"  # set in the environment of a dry run
+
+
+def emulate() -> None:
+    """Where torch was built without CUDA: a GPU in host memory, if there is a compiler to build it with."""
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None, "torch is not installed"
+    if runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"] is not None:
+        return
+    sys.path.insert(0, str(EMULATED))
+    try:
+        import emulate
+    finally:
+        sys.path.remove(str(EMULATED))
+    try:
+        emulate.start()
+    except FileNotFoundError as error:
+        print(f"on the CPU: {error}", file=sys.stderr)
+
+
+def load() -> None:
+    if DRY_RUN in os.environ:
+        emulate()
+    import diffusers
+    import peft
+    import torch
+    import transformers
+
+    import alignprop_fast.generate
+
+    # Their lazy modules are loaded by name only.
+    _ = (diffusers.StableDiffusionXLPipeline, diffusers.DDIMScheduler, transformers.CLIPTextModelWithProjection)
+    _ = (peft.LoraConfig, alignprop_fast.generate.DifferentiableSampler, torch.cuda)
+
+
+try:
+    load()
+except Exception as error:  # each section then says so itself; the process that forks must live
+    print(f"not all could be imported: {type(error).__name__}: {error}", file=sys.stderr)

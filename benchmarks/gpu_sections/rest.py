@@ -1,0 +1,43 @@
+"""What comes when there is time left: the decoder, and each op beside its peers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import decoder_options
+import harness
+from gpu_sections.lab import Lab
+
+OPS = ("attention", "lora_linear", "group_norm_silu", "layer_norm", "geglu", "guided_step", "frozen_conv2d")
+
+
+def decoder(lab: Lab) -> None:
+    """One image of 1024 x 1024 decoded with gradient."""
+    args = argparse.Namespace(
+        device=str(lab.device),
+        dtype=str(lab.dtype).removeprefix("torch."),
+        size=16 if lab.dry else 1024,
+        ways=("stock", "keep") if lab.dry else decoder_options.WAYS,
+        rows=None,
+        repeats=1 if lab.dry else 5,
+    )
+    for row in decoder_options.measure(args):
+        lab.facts.write("decoder", "way", size=args.size, **row)
+
+
+def ops(lab: Lab) -> None:
+    """Each op at its shapes, first the largest; what has been measured is on disk, should the time end."""
+    for name in OPS:
+        bench = importlib.import_module(name)
+        args = argparse.Namespace(
+            device=str(lab.device),
+            dtype=str(lab.dtype).removeprefix("torch."),
+            small=lab.dry,
+            batches=[1] if lab.dry else [1, 4],
+            seconds=0.01 if lab.dry else 0.1,
+            compile=False,
+        )
+        for rows in harness.run(name, bench.SMALL if lab.dry else bench.SHAPES, bench.make, args):
+            for row in rows:
+                lab.facts.write("ops", "op", **row)
