@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-cpus lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/alignprop-fast demo --output-dir demo_output
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
+
+# The suite eight times or so, for hours: with the instructions of other CPUs, by one thread and by two.
+test-cpus: $(VENV)/installed-dev
+	$(BIN)/python tests/on_cpus.py -n auto
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

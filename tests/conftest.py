@@ -10,17 +10,16 @@ import os
 from pathlib import Path
 
 import pytest
+
+# On tensors this small a second thread costs time, and on a busy machine a great deal of it. Read once, when torch is
+# imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Without a GPU the kernels run in Triton's interpreter, which must be asked for before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """On tensors this small a second thread costs time, and on a busy machine a great deal of it."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

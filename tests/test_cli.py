@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it writes, how it goes on, and one line for everything it refuses."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -381,7 +380,6 @@ def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     metrics = out / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, process)

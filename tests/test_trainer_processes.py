@@ -72,7 +72,6 @@ WORKER = """
 import os, random, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-torch.set_num_threads(1)
 from test_trainer_processes import make_trainer, one_step_on
 from alignprop_fast.cli_support import setup_errors
 from alignprop_fast.processes import of_all_processes
@@ -118,7 +117,7 @@ def start_both(*arguments):
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command, pipes = [sys.executable, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environments = [{**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": r, "LOCAL_RANK": r} for r in ("0", "1")]
+    environments = [{**os.environ, **shared, "RANK": r, "LOCAL_RANK": r} for r in ("0", "1")]
     return [subprocess.Popen(command, env=environment, text=True, **pipes) for environment in environments]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -87,26 +88,51 @@ def test_scores_of_the_bundled_counter(pictures):
     assert present < -3 and -0.5 < absent <= 0
 
 
-@pytest.mark.parametrize(
-    ("spec", "wanted", "dtype"),
-    [("count:apple=3", 3, torch.bfloat16), ("count:house=2", 2, torch.float32), ("remove:{own}", 0, torch.float32)],
-)
-def test_the_gradient_leads_to_the_count(pictures, spec, wanted, dtype):
-    """From pictures with none, or with some, along the gradient's sign; and no weight gets a gradient."""
+@pytest.mark.parametrize(("spec", "wanted"), [("count:apple=3", 3), ("count:house=2", 2), ("remove:{own}", 0)])
+def test_the_gradient_leads_to_the_count(pictures, spec, wanted):
+    """From pictures with none, or with some, along the gradient's sign, by half the step after each that was too long:
+    then the end depends neither on the first step's length nor on rounding. And no weight gets a gradient."""
     captions = list(json.loads((pictures_path() / "captions.json").read_text(encoding="utf-8")).values())
     for index in (0, 2):
-        reward = get_reward(spec.format(own=next(iter(_things(captions[index])))), dtype=dtype)
-        image = torch.nn.functional.interpolate(pictures("demo", 64)[index][None], size=96, mode="bilinear")
-        before, info = reward(image, *ONE)
-        assert abs(info["soft_count"].item() - wanted) > 0.9
-        for _ in range(20):
-            image = image.requires_grad_()
-            (gradient,) = torch.autograd.grad(reward(image, *ONE)[0].sum(), image)
-            image = (image.detach() + 0.02 * gradient.sign()).clamp(0, 1)
-        after, info = reward(image, *ONE)
-        assert after.dtype == torch.float32 and after > before
-        assert abs(info["soft_count"].item() - wanted) < 0.5
+        reward = get_reward(spec.format(own=next(iter(_things(captions[index])))))
+        image = F.interpolate(pictures("demo", 64)[index][None], size=96, mode="bilinear")
+        score, gradient, count = _score_and_gradient(reward, image)
+        assert abs(count - wanted) > 0.9
+        step = 0.02
+        for _ in range(40):
+            ahead = (image + step * gradient.sign()).clamp(0, 1)
+            found = _score_and_gradient(reward, ahead)
+            if found[0] > score:
+                image, (score, gradient, count) = ahead, found
+            else:
+                step /= 2
+        assert abs(count - wanted) < 0.5  # 0.06 from six neighbours of each picture within 0.01, after 30 steps
         assert not any(parameter.requires_grad for part in reward.parts for parameter in part.reward.parameters())
+
+
+@pytest.mark.parametrize("spec", ["count:apple=3", "count:house=2", "remove:car"])
+def test_the_counters_gradient_is_that_of_finite_differences_and_bf16_keeps_its_direction(pictures, spec):
+    # A car, away from black and white, beyond which the preprocessing clamps.
+    image = 0.05 + 0.9 * F.interpolate(pictures("demo", 64)[:1], size=96, mode="bilinear").double()
+    exact, half = (get_reward(spec, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
+    score, gradient, _ = _score_and_gradient(exact, image)
+    # Not along the gradient: there a part that is missing from it does not show.
+    direction = torch.nn.init.normal_(torch.empty_like(image), generator=torch.Generator().manual_seed(0))
+    direction /= direction.norm()
+    with torch.no_grad():
+        ahead, behind = (exact(image + sign * 1e-4 * direction, *ONE)[0].item() for sign in (1, -1))
+    assert (ahead - behind) / 2e-4 == pytest.approx((gradient * direction).sum().item(), rel=1e-4)
+    half_score, half_gradient, _ = _score_and_gradient(half, image.float())
+    assert half_score == pytest.approx(score, rel=0.02)
+    # 0.9995 was the least on a hundred pictures between these and full counts: weights and activations are rounded by
+    # 2^-9 through some 15 layers.
+    assert F.cosine_similarity(half_gradient.double().flatten(), gradient.flatten(), 0) > 0.99
+
+
+def _score_and_gradient(reward, image: Tensor) -> tuple[float, Tensor, float]:
+    image = image.detach().requires_grad_()
+    scores, info = reward(image, *ONE)
+    return scores.item(), *torch.autograd.grad(scores.sum(), image), info["soft_count"].item()
 
 
 @pytest.fixture(scope="module", params=["owlvit", "owlv2"])
