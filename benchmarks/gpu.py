@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --report                          # README's figures from the facts
     python benchmarks/gpu.py --dry-run --fail speed=signal     # no GPU: toy sizes, with a fault injected
 
-It runs from a checkout, installed or not, on any NVIDIA GPU with 24 GB or more; libraries that the machine lacks may lie
-in a folder of wheels (`--wheels`), which are unpacked into a folder of their own. A section that fails, hangs or dies
-costs no other its facts. The exit code is 0 if every section said "ok".
+It runs from a checkout, installed or not, on any NVIDIA GPU with 24 GB or more. Libraries that the machine lacks may
+lie in a folder of wheels (`--wheels`), which are unpacked into a folder of their own. A section that fails, hangs or
+dies costs no other its facts. The exit code is 0 if every section said "ok".
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     args.faults = dict(item.partition("=")[::2] for item in args.fail)
     if unknown := (set(args.only) | set(args.faults)) - set(names):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    if args.faults and not args.dry_run or not set(args.faults.values()) <= set(FAULTS):
+    if (args.faults and not args.dry_run) or not set(args.faults.values()) <= set(FAULTS):
         parser.error(f"--fail wants --dry-run and SECTION=FAULT, a fault of {', '.join(FAULTS)}")
     return args
 

@@ -16,13 +16,13 @@ from typing import Any
 import graphs as graphs_bench
 import offload as offload_bench
 import torch
-from gpu_sections.lab import Lab
-from gpu_sections.speed import compare, evaluations
-from gpu_sections.timing import Call
 from train_step_variants import Bench, prompts_of
 
 from alignprop_fast.planner import Plan, StageChoice
 from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, link_rate
+from gpu_sections.lab import Lab
+from gpu_sections.speed import compare, evaluations
+from gpu_sections.timing import Call
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_gpu_memory.py", "tests/runtime/test_graphs.py", "tests/kernels", "tests/ops")

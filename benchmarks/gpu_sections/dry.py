@@ -14,7 +14,7 @@ from alignprop_fast.runtime import link_rate
 
 
 def make_small() -> None:
-    """For this process: no Triton (whose interpreter takes seconds for one kernel), no choice by time, small buffers."""
+    """For this process: no Triton (its interpreter takes seconds for one kernel), no choice by time, small buffers."""
     switched_off.switch_off("triton", "a dry run")
     attention_backends.fastest = first
     harness.FLUSH_BYTES = 2**16

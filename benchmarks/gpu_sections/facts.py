@@ -38,7 +38,7 @@ class Facts:
 
 
 def read(file: Path) -> list[Fact]:
-    """The facts of a file in their order; none where there is no file. A line cut off by a dying machine is left out."""
+    """The facts of a file in their order; none where there is no file. A line that was cut off is left out."""
     found: list[Fact] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:

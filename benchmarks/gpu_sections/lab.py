@@ -11,10 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from gpu_sections.driver import Settings
-from gpu_sections.facts import read
 from train_step import gemm_rate, limit_memory
 from train_step_variants import Bench
+
+from gpu_sections.driver import Settings
+from gpu_sections.facts import read
 
 GIB = 2**30
 

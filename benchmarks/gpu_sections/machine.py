@@ -10,11 +10,11 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from gpu_sections.lab import Lab, host_bytes
-from gpu_sections.timing import Call, in_turns
 
 from alignprop_fast.ops import extension
 from alignprop_fast.runtime import HostPool, link_rate
+from gpu_sections.lab import Lab, host_bytes
+from gpu_sections.timing import Call, in_turns
 
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers", "triton", "numpy")
 
@@ -42,8 +42,9 @@ def machine(lab: Lab) -> None:
     lab.rate()
     _copies(lab)
     if device.type == "cuda":
-        buffer, _ = HostPool(device).take(2**20)
-        lab.facts.write("machine", "registered buffer", bytes=len(buffer))
+        pool = HostPool(device)
+        buffer = pool.take(2**20)
+        lab.facts.write("machine", "registered buffer", bytes=buffer.size_bytes, locked=pool.limit_bytes is None)
         lab.facts.write("machine", "link", to_device_bytes_per_second=link_rate(device))
 
 

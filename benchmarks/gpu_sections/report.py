@@ -71,7 +71,7 @@ def _card(cap_bytes: int | None) -> str:
 def write_readme(readme: Path, facts: Sequence[Fact]) -> None:
     """Put the figures between the two marks. Raises ValueError: there are no marks."""
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    old, end, after = rest.partition(END)
+    _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"no block between {BEGIN} and {END} in {readme}")
     readme.write_text(f"{before}{BEGIN}\n{figures(facts)}\n{END}{after}", encoding="utf-8")

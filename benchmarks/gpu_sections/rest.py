@@ -7,6 +7,7 @@ import importlib
 
 import decoder_options
 import harness
+
 from gpu_sections.lab import Lab
 
 OPS = ("attention", "lora_linear", "group_norm_silu", "layer_norm", "geglu", "guided_step", "frozen_conv2d")
