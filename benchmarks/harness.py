@@ -3,7 +3,7 @@
 A bench names its shapes and makes a `Problem` of each; `main` does the rest. Implementations take turns call by call,
 so that a drifting clock or a busy neighbour hits them alike. On a GPU a large buffer is written between two calls,
 which empties the L2 cache and hides the launch. Where the error of "ours" against float64 is beyond its bound, nothing
-is timed.
+is timed; nor is any implementation whose results at the timed shape are not those of "eager".
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from provenance import commit
 
+from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.runtime import PeakMeter
 
 Tensor = torch.Tensor
@@ -176,6 +178,33 @@ def errors(problem: Problem) -> tuple[float, float]:
     return worst
 
 
+def wrong_at_size(problem: Problem) -> dict[str, str]:
+    """What is wrong with an implementation at the shape that is timed, by name: beyond rounding, results of "eager".
+
+    A kernel that is right on small tensors may leave rows out of large ones. Both round, in another order: accepted is
+    sixteen times the dtype's epsilon of the largest number. Results of another shape are a peer's own form, and pass.
+    """
+    dtype = problem.inputs[0].dtype
+    eager = _results(problem.implementations["eager"], _leaves(problem, "eager"), problem.learning, dtype)
+    wrong: dict[str, str] = {}
+    for name, fn in problem.implementations.items():
+        try:
+            found = _results(fn, _leaves(problem, name), problem.learning, dtype)
+        except Exception:  # its row will say why it cannot run
+            continue
+        for i, (ours, theirs) in enumerate(zip(found, eager, strict=False)):
+            if ours.shape != theirs.shape:
+                continue
+            error, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+            if not error <= 16 * torch.finfo(dtype).eps * largest + 1e-6:
+                wrong[name] = f"result {i} is off by {error:.2g}, of {largest:.2g}"
+    return wrong
+
+
+def _leaves(problem: Problem, name: str) -> list[Tensor]:
+    return [t.detach() for t in problem.inputs_of(name)]
+
+
 def _results(fn: Implementation, inputs: list[Tensor], learning: int, rounded_to: torch.dtype) -> list[Tensor]:
     leaves = [t.requires_grad_(i < learning) for i, t in enumerate(inputs)]
     y = fn(*leaves)
@@ -235,11 +264,14 @@ def measure(problem: Problem, device: torch.device, seconds: float, rates: tuple
         for leaf in problem.inputs_of(name)[: problem.learning]:
             leaf.requires_grad_()
     rows = []
+    wrong = wrong_at_size(problem)
     for direction in DIRECTIONS[: 2 if problem.learning else 1]:
         work = getattr(problem, direction)
         floors = {"bandwidth": work.moved_bytes / rates[0], "gemm": work.flops / rates[1]}
         bound = max(floors, key=lambda name: floors[name])
-        for name, times in alternate(_calls(problem, direction), device, seconds).items():
+        calls = {name: call for name, call in _calls(problem, direction).items() if name not in wrong}
+        refused = {name: f"WRONG at this shape: {fault}, no speed" for name, fault in wrong.items()}
+        for name, times in {**alternate(calls, device, seconds), **refused}.items():
             row: dict[str, Any] = {"direction": direction, "implementation": name, "bound": bound}
             if isinstance(times, str):
                 rows.append({**row, "status": times})
@@ -278,11 +310,21 @@ def run(op: str, shapes: Sequence[Shape], make: Make, args: argparse.Namespace) 
             if fault:
                 yield [{**here, "implementation": "ours", "status": f"WRONG: {fault}, no speed"}]
                 continue
-            problem = make(batch * shape.rows, *shape.sizes, dtype=dtype, device=device)
-            if args.compile:
-                torch._dynamo.reset()
-                problem.implementations["compile"] = torch.compile(problem.implementations["eager"], dynamic=False)
-            yield [{**here, **row} for row in measure(problem, device, args.seconds, rates)]
+            rows = unless_out_of_memory(partial(_rows_of, shape, batch, make, args, rates))
+            if isinstance(rows, OutOfMemory):  # of this batch; the next shape may fit
+                rows = [{"implementation": "ours", "status": f"cannot run: {rows.reason}"}]
+            yield [{**here, **row} for row in rows]
+
+
+def _rows_of(
+    shape: Shape, batch: int, make: Make, args: argparse.Namespace, rates: tuple[float, float]
+) -> list[dict[str, Any]]:
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    problem = make(batch * shape.rows, *shape.sizes, dtype=dtype, device=device)
+    if args.compile:
+        torch._dynamo.reset()
+        problem.implementations["compile"] = torch.compile(problem.implementations["eager"], dynamic=False)
+    return measure(problem, device, args.seconds, rates)
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -72,6 +72,35 @@ def test_errors_of_values_and_gradients(harness, ours, right):
     assert (harness.errors(problem)[0] <= 1) == right
 
 
+class LeavesRowsOut(torch.autograd.Function):
+    """x^2 whose gradient misses what lies beyond the first thousand numbers."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        gradient = 2 * g * ctx.saved_tensors[0]
+        gradient[1000:] = 0
+        return gradient
+
+
+def test_what_is_wrong_at_the_timed_shape_alone_gets_no_speed_there(harness):
+    implementations = {"ours": lambda x: x * x, "eager": lambda x: x.square(), "peer": LeavesRowsOut.apply}
+
+    def statuses(size):
+        problem = harness.Problem((torch.randn(size),), 1, implementations, harness.Work(1.0), harness.Work(1.0))
+        rows = harness.measure(problem, CPU, 0.0, (1.0, 1.0))
+        return {(row["implementation"], row["direction"]): row["status"] for row in rows}
+
+    assert set(statuses(900).values()) == {"ok"}
+    large = statuses(2000)
+    assert all(large["peer", direction].startswith("WRONG at this shape: result 1") for direction in harness.DIRECTIONS)
+    assert all(status == "ok" for (name, _), status in large.items() if name != "peer")
+
+
 WRONG = """
 import torch, harness
 def make(batch, n, dtype, device):
