@@ -48,6 +48,7 @@ from alignprop_fast.runtime import (
     use_growing_segments,
 )
 from alignprop_fast.sampling import (
+    Draws,
     StepTable,
     Truncation,
     Update,
@@ -58,7 +59,7 @@ from alignprop_fast.sampling import (
     trl_gates,
 )
 
-__all__ = ["DifferentiableSampler", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
+__all__ = ["DifferentiableSampler", "Draws", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.control import Stateful
 from alignprop_fast.doctor.first_time import examine_once
-from alignprop_fast.generate import Truncation, draw_truncation, trl_gates
+from alignprop_fast.generate import Draws, Truncation, draw_truncation, trl_gates
 from alignprop_fast.metrics import (
     BatchMetrics,
     BatchShare,
@@ -39,7 +39,6 @@ from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.placement import make_accelerator, output_folder
 from alignprop_fast.prepare import compute_dtype, make_sampler, prepare_model
 from alignprop_fast.processes import copy_of_first, largest, of_all_processes
-from alignprop_fast.sampling import Draws
 from alignprop_fast.training_state import find_resume, restore_training, save_training
 from alignprop_fast.weight_update import WeightUpdate
 

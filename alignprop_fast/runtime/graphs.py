@@ -50,7 +50,7 @@ class GraphedCalls:
         key = self._key("without gradient", inputs, state)
         if key not in self._graphs:
             buffers = [x.clone() for x in inputs]
-            with torch.cuda.device(inputs[0].device):
+            with torch.cuda.device_of(inputs[0]):
                 self._warm_up(lambda: fn(*buffers))
                 self._graphs[key] = _Recorded(buffers, *self._capture(lambda: fn(*buffers)))
         recorded = self._graphs[key]
@@ -72,7 +72,7 @@ class GraphedCalls:
         """
         key = self._key((how, inputs[0].requires_grad), inputs, state)
         if key not in self._graphs:
-            with torch.cuda.device(inputs[0].device):
+            with torch.cuda.device_of(inputs[0]):
                 self._graphs[key] = self._recorded_with_gradient(fn, inputs, parameters)
         return _WithGradient.apply(self._graphs[key], len(inputs), *inputs, *parameters)
 

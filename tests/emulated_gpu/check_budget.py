@@ -1,7 +1,6 @@
 """The memory budget on the emulated GPU: what is free there, once everything has run; no gradient, no measuring."""
 
 import logging
-import os
 
 import pytest
 import torch
@@ -95,7 +94,8 @@ def test_segments_grow_unless_the_user_says_otherwise(pipe, monkeypatch):
         ("expandable_segments:False", "2GiB", "expandable_segments:False"),
         ("", "2GiB", "expandable_segments:True"),
     ):
-        monkeypatch.setitem(os.environ, "PYTORCH_ALLOC_CONF", said)
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", said)
         change(said)
         DifferentiableSampler(pipe, STEPS, memory_budget=budget)
         found = settings()
