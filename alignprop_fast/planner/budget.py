@@ -9,7 +9,7 @@ AUTO, NONE = "auto", "none"  # budgets in words: what is free on the device; the
 
 # What CUDA itself takes of a GPU for a process, and libraries' handles, on a GPU that is not here.
 CONTEXT_BYTES = 2**29
-# Of a GPU that is here: left free, for what libraries take later and for memory that is in pieces.
+# Of what there is for this process on a GPU that is here: left free, for what libraries take later and for memory that is in pieces.
 HEADROOM = 0.03
 # A card of "24 GB" has 22.0 to 23.6 GiB for programs.
 _BOX_FRACTION = 1.1
@@ -95,13 +95,13 @@ def budget_from_free(
 
     own_bytes: tensors of this process. free_bytes: what the driver would still hand out.
     """
-    usable_bytes = own_bytes + free_bytes - int(HEADROOM * total_bytes)
+    usable_bytes = int((1 - HEADROOM) * (own_bytes + free_bytes))
     if wanted_bytes is not None and wanted_bytes <= usable_bytes:
         return wanted_bytes, f"memory budget {format_bytes(wanted_bytes)}, as asked for"
     taken_bytes = total_bytes - free_bytes - own_bytes
     why = (
         f"of {format_bytes(total_bytes)} on {device}, CUDA, its libraries and other programs have taken "
-        f"{format_bytes(taken_bytes)}, and {HEADROOM:.0%} stay free"
+        f"{format_bytes(taken_bytes)}, and {HEADROOM:.0%} of the rest stay free"
     )
     if wanted_bytes is None:
         return usable_bytes, f"memory budget {format_bytes(usable_bytes)}: {why}"

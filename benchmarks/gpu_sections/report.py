@@ -17,10 +17,10 @@ ABOUT = ("section", "fact", "gpu", "torch", "triton", "cuda", "cudnn", "commit",
 
 
 def table(facts: Sequence[Fact]) -> str:
-    """How each section ended, then every fact in a line."""
+    """How each section ended, then every fact in a line; of the doctor's checks those that found something."""
     lines = []
     for fact in sorted(facts, key=lambda fact: fact["fact"] != "section"):
-        if fact["fact"] == "examines":
+        if fact["fact"] == "examines" or (fact["fact"] == "check" and not (fact["fault"] or fact["note"])):
             continue
         values = ", ".join(f"{name} {_short(name, value)}" for name, value in fact.items() if name not in ABOUT)
         lines.append(f"{fact['section']:9} {fact['fact']:16} {values}"[:240])

@@ -124,11 +124,13 @@ def test_a_budget_on_a_gpu_that_is_here_is_what_is_free():
     gib = 2**30
     card = {"device": "card", "total_bytes": 100 * gib, "free_bytes": 60 * gib, "own_bytes": 30 * gib}
     size, note = budget_from_free(**card, wanted_bytes=None)
-    assert size == 87 * gib and note.startswith("memory budget 87.00 GiB")
-    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% stay free" in note
+    assert size == int(0.97 * 90 * gib) and note.startswith("memory budget 87.30 GiB")
+    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% of the rest stay free" in note
     size, note = budget_from_free(**card, wanted_bytes=90 * gib)
-    assert size == 87 * gib and "90.00 GiB is held to 87.00 GiB" in note and "taken 10.00 GiB" in note
+    assert size == int(0.97 * 90 * gib) and "90.00 GiB is held to 87.30 GiB" in note and "taken 10.00 GiB" in note
     assert budget_from_free(**card, wanted_bytes=87 * gib)[0] == 87 * gib
+    # On a card that others have filled there is little left, but never less than nothing.
+    assert budget_from_free("card", 100 * gib, gib, gib, None)[0] == int(0.97 * 2 * gib)
 
 
 def test_budgets_in_words():
