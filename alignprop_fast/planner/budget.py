@@ -9,7 +9,7 @@ AUTO, NONE = "auto", "none"  # budgets in words: what is free on the device; the
 
 # What CUDA itself takes of a GPU for a process, and libraries' handles, on a GPU that is not here.
 CONTEXT_BYTES = 2**29
-# Of what there is for this process on a GPU that is here: left free, for what libraries take later and for memory that is in pieces.
+# Of what a GPU that is here has for this process: left free, for what libraries take later and for memory in pieces.
 HEADROOM = 0.03
 # A card of "24 GB" has 22.0 to 23.6 GiB for programs.
 _BOX_FRACTION = 1.1
