@@ -41,6 +41,7 @@ from alignprop_fast.runtime import (
     autocast_dtype,
     by_image,
     device_memory,
+    driver_bytes,
     in_chunks,
     lockable_bytes,
     run_penalised_chain,
@@ -141,12 +142,7 @@ class DifferentiableSampler:
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.cfg_scale = true_cfg_scale if self.model.embeds_guidance else guidance_scale
         self.draw_noise = self.table.noisy or draw_unused_noise
-        budget = parse_budget(memory_budget)
-        self.budget_bytes = budget if isinstance(budget, int) else None  # with "auto" None until the first plan
-        self.budget_note = ""  # how the budget came about
-        self._takes_what_is_free, self._budget_is_settled = budget == AUTO, False
-        if budget is not None and self.model.device.type == "cuda":
-            use_growing_segments()
+        self.set_budget(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
         if compare_with_base and not self.model.has_adapters():
@@ -171,6 +167,15 @@ class DifferentiableSampler:
         self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
         self.host_memory_bytes = None if host_memory is None else parse_bytes(host_memory, "host memory")
         self._host_pool: HostPool | None = None
+
+    def set_budget(self, memory_budget: int | str | None) -> None:
+        """Another `memory_budget` from now on."""
+        budget = parse_budget(memory_budget)
+        self.budget_bytes = budget if isinstance(budget, int) else None  # with "auto" None until the first plan
+        self.budget_note = ""  # how the budget came about
+        self._takes_what_is_free, self._budget_is_settled = budget == AUTO, False
+        if budget is not None and self.model.device.type == "cuda":
+            use_growing_segments()
 
     def __call__(
         self,
@@ -268,7 +273,7 @@ class DifferentiableSampler:
         if device.type != "cuda":
             return math.inf
         allocated = torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+        free = driver_bytes(device) + torch.cuda.memory_reserved(device) - allocated
         return free if self.budget_bytes is None else min(free, self.budget_bytes - allocated)
 
     def _guided(self, negative_prompts: str | list[str] | None) -> bool:
@@ -326,6 +331,10 @@ class DifferentiableSampler:
         Raises:
             BudgetInfeasible: there is no leaner plan.
         """
+        if self.model.device.type != "cuda" and not self._has_budget():
+            raise BudgetInfeasible(0, 0)
+        if self._fast is not None and self._fast.graphs is not None:
+            self._fast.graphs = GraphedCalls()  # those that were recorded keep their memory
         if not self._has_budget():
             taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
         elif self.budget_bytes is None or not self._solvers:  # while the costs were measured, the leanest way first

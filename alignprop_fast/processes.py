@@ -18,6 +18,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from alignprop_fast.ops.errors import is_out_of_memory
+
 # Longer than what one process does while the others wait for it (sample pictures, a checkpoint), and no longer: it is
 # how late a process that hangs is noticed. One that ends is noticed at once on the CPU.
 TIMEOUT = timedelta(minutes=10)
@@ -45,8 +47,7 @@ def start_processes(cpu: bool, options: dict[str, Any] | None = None) -> Partial
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     state = PartialState(cpu=cpu, timeout=timeout)
     if state.num_processes > 1 and _by_hosts is None and torch.distributed.get_backend() != "gloo":
-        with meeting():
-            _by_hosts = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        _by_hosts = torch.distributed.new_group(backend="gloo", timeout=timeout)
     return state
 
 
@@ -60,11 +61,12 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if PartialState().num_processes == 1:
+        if PartialState().num_processes == 1 or is_out_of_memory(error):
             raise
+        said = " ".join(str(error).split())[:160]
         raise ProcessLost(
             "waited in vain for another process, which has ended or hangs: see its message, then go on from the last "
-            "checkpoint"
+            f"checkpoint ({said})"
         ) from error
 
 

@@ -8,6 +8,7 @@ all do, has that error in each, where the plain expression has none.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,22 +76,38 @@ def check_attention(draw: Draw, all_sizes: Sequence[Sizes]) -> Iterator[Check]:
     Raises:
         DeviceLost: the device answers no more.
     """
-    for sizes in all_sizes:
-        row = Check("attention", "plain PyTorch", str(sizes), dtype_name(draw.dtype))
-        try:
-            problem = _problem(draw, sizes)
-        except Exception as error:  # too large for this device, as a rule
-            yield failed(row, error, draw.device, None)
+    with _strictly():
+        for sizes in all_sizes:
+            yield from _check_sizes(draw, sizes)
+
+
+@contextmanager
+def _strictly() -> Iterator[None]:
+    """Flash and memory-efficient attention are deterministic only where torch's flag does not merely warn."""
+    on, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warns)
+
+
+def _check_sizes(draw: Draw, sizes: Sizes) -> Iterator[Check]:
+    row = Check("attention", "plain PyTorch", str(sizes), dtype_name(draw.dtype))
+    try:
+        problem = _problem(draw, sizes)
+    except Exception as error:  # too large for this device, as a rule
+        yield failed(row, error, draw.device, None)
+        return
+    for forward in attention_backends.offered("forward", *problem.qkv[:2]):
+        outputs, result = _forward(replace(row, implementation=forward.name), forward, problem)
+        yield result
+        if outputs is None:
             continue
-        for forward in attention_backends.offered("forward", *problem.qkv[:2]):
-            outputs, result = _forward(replace(row, implementation=forward.name), forward, problem)
-            yield result
-            if outputs is None:
-                continue
-            for backward in attention_backends.offered("backward", *problem.qkv[:2]):
-                for layout, g in problem.gs.items():
-                    pair = replace(row, implementation=f"{forward.name} > {backward.name}", case=f"{sizes}, {layout}")
-                    yield _backward(pair, backward, problem, g, outputs)
+        for backward in attention_backends.offered("backward", *problem.qkv[:2]):
+            for layout, g in problem.gs.items():
+                pair = replace(row, implementation=f"{forward.name} > {backward.name}", case=f"{sizes}, {layout}")
+                yield _backward(pair, backward, problem, g, outputs)
 
 
 def without_those_that_never_run(rows: Sequence[Check]) -> list[Check]:

@@ -23,7 +23,8 @@ from alignprop_fast.ops.choice import cache_folder, device_name
 
 log = logging.getLogger(__name__)
 
-MOST_SECONDS = 600  # compiling included
+# Compiling included; less than what other processes of the run wait for this one (`processes.TIMEOUT`).
+MOST_SECONDS = 300
 MOST_ROUNDS = 8  # each after the last one's kernel has broken the context
 
 
@@ -44,6 +45,8 @@ def examine_once(device: torch.device, dtype: torch.dtype) -> None:
     """
     if device.type != "cuda":
         return
+    if device.index is None:  # the other process has a current device of its own
+        device = torch.device("cuda", torch.cuda.current_device())
     mark = _mark(device, dtype)
     if mark.exists():
         return
@@ -82,16 +85,19 @@ def _remember(mark: Path) -> None:
 def _examined(device: torch.device, dtype: torch.dtype) -> _Answer:
     """Ask processes until one has come to the end, each without what broke the context of the one before."""
     off: dict[str, str] = {}
+    ends = time.monotonic() + MOST_SECONDS
     for _ in range(MOST_ROUNDS):
-        answer = _ask(device, dtype, off)
+        answer = _ask(device, dtype, off, max(1.0, ends - time.monotonic()))
+        if answer.lost and not answer.checks:  # the GPU may be for one process at a time
+            raise ValueError(answer.wrong[0] if answer.wrong else "no second process can use it")
         if not answer.lost or answer.off == off:
             break
         off = answer.off
     return answer
 
 
-def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str]) -> _Answer:
-    """The answer of one process.
+def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], seconds: float) -> _Answer:
+    """The answer of one process within these seconds.
 
     Raises:
         OSError, subprocess.SubprocessError, ValueError, KeyError: it could not start, took too long, or gave none.
@@ -110,7 +116,7 @@ def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str]) -> _A
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
-        timeout=MOST_SECONDS,
+        timeout=seconds,
     )
     if run.returncode != 0:
         last = run.stderr.strip().rpartition("\n")[2]

@@ -8,7 +8,11 @@ from typing import TypeVar
 import torch
 
 # What libraries say that take memory of their own and know no OutOfMemoryError.
-_SAID = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_SAID = (
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # of cublasCreate on a full card
+)
 
 Result = TypeVar("Result")
 

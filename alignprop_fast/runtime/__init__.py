@@ -5,7 +5,7 @@ from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.runtime.chain import Chain, autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
-from alignprop_fast.runtime.device_memory import device_memory, use_growing_segments
+from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
@@ -38,6 +38,7 @@ __all__ = [
     "decoder_stages",
     "device_memory",
     "device_name",
+    "driver_bytes",
     "in_chunks",
     "kept_as",
     "link_rate",

@@ -24,9 +24,17 @@ def device_memory(device: torch.device) -> DeviceMemory:
     """What there is on a GPU now; what the allocator only holds in reserve is given back first."""
     gc.collect()
     torch.cuda.empty_cache()
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceMemory(
+        properties.name, properties.total_memory, driver_bytes(device), torch.cuda.memory_allocated(device)
+    )
+
+
+def driver_bytes(device: torch.device) -> int:
+    """What the driver would still hand out to this process, within its limit (`set_per_process_memory_fraction`)."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    name = torch.cuda.get_device_properties(device).name
-    return DeviceMemory(name, total_bytes, free_bytes, torch.cuda.memory_allocated(device))
+    limit_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes)
+    return max(0, min(free_bytes, limit_bytes - torch.cuda.memory_reserved(device)))
 
 
 def use_growing_segments() -> None:

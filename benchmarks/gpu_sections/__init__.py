@@ -15,7 +15,7 @@ from gpu_sections.driver import Section
 SECTIONS = (
     Section("build", 120, "machine:build", "compile csrc/ beside all the rest", background=True),
     Section("machine", 15, "machine:machine", "versions, matrix product, copy, link, one registered buffer"),
-    Section("speed", 40, "speed:speed", "SDXL forward, and forward and back, ours and stock, batch 1 and 4"),
+    Section("speed", 70, "speed:speed", "SDXL forward, and forward and back, ours and stock, batch 1 and 4"),
     Section("kernels", 40, "apart:kernels", "each kernel's correctness in bf16", alone=True),
     Section("plan", 90, "training:plan", "cost table; plan and step at 24 GiB, batch 1: peak and seconds"),
     Section("batch4", 60, "training:batch4", "the same at batch 4, where not every option fits while measured"),

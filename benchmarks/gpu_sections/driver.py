@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -156,7 +157,8 @@ class Worker:
     def begin(self, section: Section, seconds: float, grace: float) -> None:
         self.section, self.began = section, time.monotonic()
         self.ends = self.began + seconds + grace
-        self.pipe.send((section, seconds))
+        with suppress(OSError):  # a worker that has died meanwhile is found by its silence
+            self.pipe.send((section, seconds))
 
     def outcome(self) -> Outcome:
         """How its section ended, waiting for that until its deadline and the grace after it."""

@@ -32,10 +32,11 @@ def _planned(lab: Lab, section: str, batch: int) -> None:
     budget_bytes = int(lab.cap_bytes * (1 - HEADROOM))
     with lab.capped(lab.cap_bytes):
         bench.use_stock(False)
-        bench.sampler.budget_bytes = budget_bytes
+        bench.sampler.set_budget(budget_bytes)
         began = time.perf_counter()
         solver = bench.sampler.solver(batch)
         taken = time.perf_counter() - began
+        budget_bytes = bench.sampler.settled_budget(batch) or budget_bytes
         reserved = torch.cuda.max_memory_reserved(lab.device) if lab.device.type == "cuda" else None
         options = sorted({option.name for segment in solver.table.step for option in segment.options})
         decoders = [stage.name for stage in solver.table.decoders]
@@ -77,7 +78,9 @@ def eager(lab: Lab) -> None:
 
 def _beside(lab: Lab, bench: Bench, cap_bytes: int | None, budget_bytes: int) -> None:
     """One run each for peaks, then two each in turns. A rival that does not fit is tried once more, leaner."""
-    ours = _ours(lab, bench, 1, budget_bytes)
+    bench.use_stock(False)
+    bench.sampler.set_budget(budget_bytes)
+    ours = _ours(lab, bench, 1, bench.sampler.settled_budget(1) or budget_bytes)
     same = {"cap_bytes": cap_bytes, "batch": 1, **_chain(lab)}
     stock = [(Call("stock", partial(bench.eager, 1, lab.grad_steps, way), flop=ours.flop), way) for way in EAGER_WAYS]
     running: list[Call] = []

@@ -377,6 +377,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "reset_peak_memory_stats": device.reset_peak,
         "empty_cache": lambda: None,
         "mem_get_info": device.memory,
+        "get_per_process_memory_fraction": lambda device=None: 1.0,  # the limit shows in mem_get_info
         "set_per_process_memory_fraction": lambda fraction, device=None: emulated.set_limit(
             int(fraction * TOTAL_BYTES)
         ),

@@ -10,6 +10,8 @@ FULL = (
     torch.AcceleratorError("CUDA error: out of memory", 2),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
 )
 OTHERS = (
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
