@@ -9,11 +9,11 @@ demo: $(VENV)/installed
 	$(BIN)/alignprop-fast demo --output-dir demo_output
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
-# The suite eight times or so, for hours: with the instructions of other CPUs, by one thread and by two.
+# The suite six to eight times, for hours: with the instructions of other CPUs, by one thread and by two.
 test-cpus: $(VENV)/installed-dev
-	$(BIN)/python tests/on_cpus.py -n auto
+	$(BIN)/python tests/on_cpus.py -n auto --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
