@@ -1,4 +1,5 @@
-"""What a plan predicts is what the allocator counts: never less, and no more than is on its way between blocks.
+"""What a plan predicts is what the allocator counts: no less, but for 0.3 %, and no more than is on its way
+between blocks.
 
 The bundled model in bf16, so small that a plan's bytes are mostly those of a few blocks.
 """
@@ -58,7 +59,8 @@ def test_the_allocator_counts_what_the_plan_predicts(sampler):
         # Blocks differ in size here, so that a neighbour of the largest has less on its way than is reckoned with.
         slack = 0.05 * peak + (solver.table.transfer_bytes if plan.host_bytes else 0)
         # The timesteps and the loss of this check, 512 bytes for each number of them.
-        assert peak - 16 * 512 <= plan.peak_bytes <= budget and plan.peak_bytes <= peak + slack, plan.explain()
+        # And what some mixtures of options take more than the sum of their blocks (tests/test_cost_table.py).
+        assert 0.997 * peak - 16 * 512 <= plan.peak_bytes <= budget and plan.peak_bytes <= peak + slack, plan.explain()
         offloads += plan.host_bytes > 0
     assert offloads
 
