@@ -54,7 +54,7 @@ def state_bytes(optimizer):
 
 
 @pytest.mark.parametrize("penalised", [False, True])
-def test_predicted_peaks_are_the_real_ones(pipe, penalised):
+def test_predicted_peaks_are_the_real_ones(pipe, penalised, steady_clock):
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget="8GiB", reward=reward, compare_with_base=penalised)
     table = sampler.cost_table(len(PROMPTS))
     solver = Solver(table, STEPS, STEPS)

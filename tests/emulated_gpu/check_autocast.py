@@ -9,7 +9,7 @@ from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.prepare import make_sampler, prepare_model
 
-pytestmark = pytest.mark.usefixtures("plain_kernels")
+pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 
 PROMPTS, STEPS = ["a dog"], 2
 
@@ -40,6 +40,9 @@ def test_the_plan_is_that_of_the_chain_under_autocast(sampler):
         peak = torch.cuda.max_memory_allocated()
         del images
     assert len(moments) == len(parameters) and sampler.plan.resident_steps
-    # Less: what this check holds itself, the loss and timesteps, a number for each. More: what the largest block has on
-    # its way to the host is reckoned with beside every block.
-    assert peak - 16 * 512 <= sampler.plan.peak_bytes <= 1.1 * peak
+    plan, table = sampler.plan, sampler.solver(len(PROMPTS)).table
+    # Blocks differ in size here: a neighbour of the largest has less on its way to the host than is reckoned with.
+    slack = 0.1 * peak + (table.transfer_bytes if plan.host_bytes else 0)
+    # What this check holds itself, the loss and timesteps, a number for each; and what some mixtures of options take
+    # more than the sum of their blocks (tests/test_cost_table.py).
+    assert 0.997 * peak - 16 * 512 <= plan.peak_bytes <= peak + slack, plan.explain()

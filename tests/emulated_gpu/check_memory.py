@@ -20,7 +20,7 @@ STEPS, GRAD_STEPS, PROMPTS = 6, range(1, 6), ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
-def sampler(emulated, plain_kernels):
+def sampler(emulated, plain_kernels, steady_clock):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(demo.model_path(), local_files_only=True, torch_dtype=torch.bfloat16)
