@@ -92,7 +92,7 @@ def test_a_replay_finds_what_was_sampled_with(pipe, change, resident):
     images = DifferentiableSampler(pipe, STEPS, scale)(PROMPTS, plan=plan(resident=resident))
     change(pipe, scale)
     # The second is autograd's own, of what was kept.
-    with pytest.raises(RuntimeError, match="or sample again|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"or sample again|modified by an inplace operation"):
         images.sum().backward()
 
 
