@@ -42,7 +42,7 @@ def size_of_blocks(sampler):
 def embeddings_and_peak(sampler, prompt):
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    cond = sampler._encode(prompt, None)[1]
+    cond = sampler._encode(prompt, None, None)[1]
     return [cond.embeds, *(cond.added or {}).values()], torch.cuda.max_memory_allocated()
 
 

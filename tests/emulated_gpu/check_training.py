@@ -48,7 +48,7 @@ def deterministic(monkeypatch):
 
 
 def test_deterministic_turns_torch_s_mode_on_and_gives_the_same_bytes(command, tmp_path, deterministic):
-    options = ("--num-inference-steps", 3, "--batch-size", 1, "--steps", 2, "--deterministic")
+    options = ("--num-inference-steps", 3, "--batch-size", 1, "--steps", 2, "--deterministic", "--memory-budget", "none")
     files = []
     for name in ("one", "two"):
         code, _, error = command("train", *options, "--output-dir", tmp_path / name)
