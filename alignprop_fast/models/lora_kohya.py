@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignprop_fast.models.adapters import adapter_factors, the_adapter
-from alignprop_fast.models.lora_file import Lora, with_metadata
+from alignprop_fast.models.lora_file import Factors, Lora, with_metadata
 from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
 from alignprop_fast.models.lora_targets import denoiser
 from alignprop_fast.models.pipeline_adapter import native_side
@@ -37,8 +39,9 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> byte
     """The content of a `kohya_lora_weights.safetensors`. Raises ValueError as `to_kohya`."""
     from safetensors.torch import save
 
+    lora = _of_one_alpha(lora)
     ranks = {factors.rank for factors in lora.values()}
-    alphas = {factors.scale * factors.rank for factors in lora.values()}
+    alpha = next(factors.scale * factors.rank for factors in lora.values())
     kind = ""
     if any(module.startswith("transformer.") for module in lora):
         kind = "_flux" if is_flux(lora) else "_sd3"
@@ -46,10 +49,21 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> byte
         "format": "pt",
         "ss_network_module": f"networks.lora{kind}",
         "ss_network_dim": str(max(ranks)),
-        "ss_network_alpha": str(float(max(alphas))),
+        "ss_network_alpha": str(float(alpha)),
         **(metadata or {}),
     }
     return with_metadata(save({name: tensor.cpu().contiguous() for name, tensor in to_kohya(lora).items()}), header)
+
+
+def _of_one_alpha(lora: Lora) -> Lora:
+    """The same deltas with one alpha, the commonest: diffusers takes that one for every module of such a file."""
+    alpha = Counter(factors.scale * factors.rank for factors in lora.values()).most_common(1)[0][0] or 1.0
+    one = {}
+    for module, factors in lora.items():
+        scale = alpha / factors.rank
+        up = factors.up if math.isclose(scale, factors.scale) else factors.scale / scale * factors.up
+        one[module] = Factors(factors.down, up, scale)
+    return one
 
 
 def kohya_metadata(
