@@ -137,7 +137,7 @@ def describe(pipe: Any, name: str) -> str:
     line = f"adapter {name!r} of the {denoiser_name(pipe)} is trained and saved"
     if mine:
         line += f"; its part in {', '.join(mine)} stays as it is and is saved with it"
-    return line + (f"; {_listed(others)} stay as they are and are not saved" if others else "")
+    return line + (f"; left as they are and not saved: {_listed(others)}" if others else "")
 
 
 def _unwrapped(model: Any) -> Any:

@@ -182,7 +182,8 @@ class DefaultDDPOStableDiffusionPipeline:
             return
         save_lora(pipe, output_dir, adapter=self.adapter)
         plain = {name: _without_adapters(part) for name, part in parts_with_adapters(pipe).items()}
-        settings = {name: pipe.config[name] for name in pipe._get_signature_keys(pipe)[1]}
+        optional = pipe._get_signature_keys(pipe)[1]
+        settings = {name: value for name, value in pipe.config.items() if name in optional}
         type(pipe)(**{**settings, **pipe.components, **plain}).save_pretrained(output_dir)
 
     def save_checkpoint(self, models: list[nn.Module], weights: list[Any], output_dir: str | Path) -> None:
