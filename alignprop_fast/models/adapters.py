@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -120,9 +122,13 @@ def check_trains(pipe: Any, name: str) -> None:
     """Refuse an adapter that the denoiser's output does not depend on.
 
     Raises:
-        ValueError: adapters that are switched off, or that one is not among the active ones or has weight 0.
+        ValueError: adapters that are switched off, that one not among the active ones or of weight 0, or attention
+            that goes past its projections.
     """
-    layers = [layer for _, layer in _layers(_unwrapped(denoiser(pipe)), name)]
+    model = _unwrapped(denoiser(pipe))
+    layers = [layer for _, layer in _layers(model, name)]
+    if any(isinstance(m, Attention | AttentionModuleMixin) and m.fused_projections for m in model.modules()):
+        raise ValueError("the projections of attention are fused, past adapters: call unfuse_qkv_projections() first")
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the adapters are switched off: call the pipeline's enable_lora() first")
     if not any(name in layer.active_adapters and layer.scaling[name] != 0 for layer in layers):
@@ -134,7 +140,8 @@ def describe(pipe: Any, name: str) -> str:
     where = {part: list(_configs(model)) for part, model in parts_with_adapters(pipe).items()}
     mine = [part for part, names in where.items() if name in names and part != denoiser_name(pipe)]
     others = sorted({other for names in where.values() for other in names if other != name})
-    line = f"adapter {name!r} of the {denoiser_name(pipe)} is trained and saved"
+    rank = _configs(denoiser(pipe))[name].r
+    line = f"adapter {name!r} of the {denoiser_name(pipe)}, rank {rank}, is trained and saved"
     if mine:
         line += f"; its part in {', '.join(mine)} stays as it is and is saved with it"
     return line + (f"; left as they are and not saved: {_listed(others)}" if others else "")

@@ -19,9 +19,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
 
-# Diffusers' older names, which all its versions read, and the modules of a UNet that it gives them to.
-_ATTENTION = {".lora.down.weight": DOWN, ".lora.up.weight": UP}
-_ATTENTION_ENDS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+_ATTENTION = {".lora.down.weight": DOWN, ".lora.up.weight": UP}  # as diffusers and `save_lora` write attention
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "magnitude_vector": "DoRA",
@@ -183,9 +181,11 @@ def lora_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> bytes
     module's scale as its alpha in the header."""
     from safetensors.torch import save
 
-    # Of a file with names of both kinds, diffusers' loader would leave the older ones out.
-    is_attention = all(module.startswith("unet.") and module.endswith(_ATTENTION_ENDS) for module in lora)
-    down, up = _ATTENTION if is_attention else (DOWN, UP)
+    # A UNet's attention has diffusers' older names, which all its versions read. Of a file with names of both kinds its
+    # loader would leave the older ones out.
+    ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    is_attention = all(module.startswith("unet.") and module.endswith(ends) for module in lora)
+    down, up = (".lora.down.weight", ".lora.up.weight") if is_attention else (DOWN, UP)
     tensors = {}
     for module, pair in lora.items():
         tensors[module + down], tensors[module + up] = pair.down.cpu().contiguous(), pair.up.cpu().contiguous()

@@ -121,6 +121,7 @@ CARRIED = {
     "layers": lambda pipe: add(pipe, lora(layers_to_transform=[1], layers_pattern="attentions")),
     "orthogonal": lambda pipe: add(pipe, lora(init_lora_weights="orthogonal")),
     "two adapters": style_and_reward,
+    "a name that paths have": lambda pipe: add(pipe, lora(lora_alpha=7), "mid_block"),
     "a text encoder's beside": with_text_encoder,
     "weight": weighted,
     "weights by block": weighted_by_block,
@@ -250,6 +251,15 @@ def test_an_adapter_that_takes_no_part_is_refused(tiny_sd):
     tiny_sd.disable_lora()
     with pytest.raises(ValueError, match=r"switched off.*enable_lora"):
         train_adapter(tiny_sd, "reward")
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd3"])
+def test_attention_that_goes_past_its_adapters_is_refused(model, request):
+    pipe = request.getfixturevalue(model)
+    add(pipe, lora())
+    pipe.fuse_qkv_projections() if model == "tiny_sd" else pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\)"):
+        train_adapter(pipe)
 
 
 def test_one_of_several_is_chosen_by_gradient_or_by_name(tiny_sd, tmp_path):
