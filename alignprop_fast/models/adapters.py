@@ -119,20 +119,23 @@ def check_fits_a_file(pipe: Any, name: str) -> None:
 
 
 def check_trains(pipe: Any, name: str) -> None:
-    """Refuse an adapter that the denoiser's output does not depend on.
+    """Refuse an adapter that what the pipeline draws does not depend on, as a whole or in one of its parts.
 
     Raises:
         ValueError: adapters that are switched off, that one not among the active ones or of weight 0, or attention
             that goes past its projections.
     """
+    for part, model in parts_with_adapters(pipe).items():
+        layers = [layer for _, layer in _layers(model, name)]
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError(f"the adapters of {part} are switched off: call the pipeline's enable_lora() first")
+        if not all(name in layer.active_adapters for layer in layers):
+            raise ValueError(f"adapter {name!r} is not active: call the pipeline's set_adapters([{name!r}, ...]) first")
     model = _unwrapped(denoiser(pipe))
-    layers = [layer for _, layer in _layers(model, name)]
+    if all(layer.scaling[name] == 0 for _, layer in _layers(model, name)):
+        raise ValueError(f"adapter {name!r} has weight 0: give it another one by the pipeline's set_adapters")
     if any(isinstance(m, Attention | AttentionModuleMixin) and m.fused_projections for m in model.modules()):
         raise ValueError("the projections of attention are fused, past adapters: call unfuse_qkv_projections() first")
-    if any(layer.disable_adapters for layer in layers):
-        raise ValueError("the adapters are switched off: call the pipeline's enable_lora() first")
-    if not any(name in layer.active_adapters and layer.scaling[name] != 0 for layer in layers):
-        raise ValueError(f"adapter {name!r} is not active: call the pipeline's set_adapters([{name!r}, ...]) first")
 
 
 def describe(pipe: Any, name: str) -> str:

@@ -245,12 +245,19 @@ def test_an_adapter_that_takes_no_part_is_refused(tiny_sd):
     with pytest.raises(ValueError, match=r"'reward' is not active.*set_adapters\(\['reward'"):
         train_adapter(tiny_sd, "reward")
     tiny_sd.set_adapters(["style", "reward"], [1.0, 0.0])
-    with pytest.raises(ValueError, match="'reward' is not active"):
+    with pytest.raises(ValueError, match="'reward' has weight 0"):
         train_adapter(tiny_sd, "reward")
     tiny_sd.set_adapters(["style", "reward"])
     tiny_sd.disable_lora()
-    with pytest.raises(ValueError, match=r"switched off.*enable_lora"):
+    with pytest.raises(ValueError, match=r"adapters of unet are switched off.*enable_lora"):
         train_adapter(tiny_sd, "reward")
+
+
+def test_a_text_encoders_part_that_takes_no_part_is_refused(tiny_sd):
+    with_text_encoder(tiny_sd)
+    tiny_sd.text_encoder.disable_adapters()
+    with pytest.raises(ValueError, match="adapters of text_encoder are switched off"):
+        train_adapter(tiny_sd)
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd3"])
