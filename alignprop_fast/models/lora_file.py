@@ -17,6 +17,7 @@ from alignprop_fast.models.load_folder import check_safetensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
+LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # of PEFT's initialisations
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
 
 _ATTENTION = {".lora.down.weight": DOWN, ".lora.up.weight": UP}  # as diffusers and `save_lora` write attention
@@ -163,6 +164,12 @@ def _config(file: Path, text: str | None) -> dict[str, Any]:
         raise ValueError(f"the LoRA settings in the header of {file} are damaged: copy it again")
     if any(config.get(key) for key in config if key.endswith(".use_dora")):
         raise ValueError(f"{file} is a DoRA, whose deltas are of another form: give plain LoRA files")
+    for key, value in config.items():
+        if key.endswith("init_lora_weights") and value not in LEAVES_THE_BASE:
+            raise ValueError(
+                f"{file} was made with init_lora_weights={value!r}, whose base model is another: convert it by PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)"
+            )
     return config
 
 
