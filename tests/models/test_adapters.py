@@ -165,9 +165,9 @@ def test_diffusers_makes_of_the_file_what_peft_adds(make, loaded, tiny_sd, tmp_p
     assert_same(deltas(other, name), read)
 
 
-@pytest.mark.parametrize("make", ["rslora", "patterns and rslora", "weight", "two adapters", "a text encoder's beside"])
+@pytest.mark.parametrize("make", CARRIED.values(), ids=CARRIED)
 def test_diffusers_makes_of_kohyas_file_what_peft_adds(make, loaded, tiny_sd, tmp_path):
-    CARRIED[make](tiny_sd)
+    make(tiny_sd)
     name = the_adapter(tiny_sd)
     save_kohya_lora(tiny_sd, tmp_path)
     other = fresh(loaded)
