@@ -12,12 +12,13 @@ import torch
 from alignprop_fast.models.lora_file import (
     METADATA_KEY,
     WEIGHTS_NAME,
-    is_kohya,
     lora_content,
     lora_file,
+    lora_keys,
     read_lora,
     with_metadata,
 )
+from alignprop_fast.models.lora_keys import loads_as_it_is
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name, target_modules
 
 
@@ -138,26 +139,26 @@ def load_lora(pipe: Any, path: str | Path) -> None:
     file = lora_file(path)
     if not has_lora(pipe):
         load_new(pipe, file)
-    elif is_kohya(file):
+    elif not loads_as_it_is(lora_keys(file)):
         raise ValueError(f"{file} is in kohya's naming, and the denoiser has adapters already: give {WEIGHTS_NAME}")
     else:
         _overwrite(pipe, file)
 
 
 def load_new(pipe: Any, file: Path, name: str | None = None) -> None:
-    """Give the pipeline the adapters of a LoRA file, in diffusers' naming or kohya's, under that name.
+    """Give the pipeline the adapters of a LoRA file, whoever wrote it, under that name.
 
     Raises:
         ValueError: as `load_lora`.
     """
-    lora = read_lora(file)
+    lora = read_lora(file, pipe)
     try:
-        if is_kohya(file):  # diffusers itself reads some of these, not SD3's, and FLUX's at one width alone
+        if loads_as_it_is(lora_keys(file)):
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        else:  # diffusers itself reads some of these, and of some a part
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / WEIGHTS_NAME).write_bytes(lora_content(lora))
                 pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
-        else:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError) as error:
         raise _misfit(file) from error
     # diffusers passes over names that it does not know.
