@@ -102,10 +102,14 @@ def read_lora(path: str | Path, pipe: Any = None) -> Lora:
     from alignprop_fast.models.lora_keys import check_kind
 
     file = lora_file(path)
-    check_kind(lora_keys(file), file)
+    keys = lora_keys(file)
+    check_kind(keys, file)
     with safe_open(file, framework="pt") as stream:
-        tensors = {key: stream.get_tensor(key).float() for key in stream.keys()}  # noqa: SIM118  # no mapping
-        config = _config(file, (stream.metadata() or {}).get(METADATA_KEY))
+        tensors = {key: stream.get_tensor(key).float() for key in keys}
+        text = (stream.metadata() or {}).get(METADATA_KEY)
+    config = _settings(file, text)
+    if any(key.startswith("base_model.model.") for key in keys):
+        config |= _peft_settings(file)
     return lora_of(tensors, file, config, pipe)
 
 
@@ -162,28 +166,29 @@ def make_factors(file: Path, module: str, down: torch.Tensor | None, up: torch.T
     return Factors(down, up, scale)
 
 
-def _config(file: Path, text: str | None) -> dict[str, Any]:
-    """The adapters' configuration: from the header, where diffusers writes it (`unet.lora_alpha` and the like), or from
-    PEFT's adapter_config.json beside the file (`lora_alpha`)."""
-    where = f"in the header of {file}"
-    if file.name == PEFT_NAME:
-        config_file = file.with_name("adapter_config.json")
-        where = f"in {config_file}"
-        if config_file.is_file():
-            text = config_file.read_text(encoding="utf-8")
-        else:
-            logger.warning("%s has no adapter_config.json beside it: its alpha is taken to be its rank", file)
+def _peft_settings(file: Path) -> dict[str, Any]:
+    """Of the adapter_config.json that PEFT writes beside a file: `lora_alpha` and the like."""
+    beside = file.with_name("adapter_config.json")
+    if beside.is_file():
+        return _settings(beside, beside.read_text(encoding="utf-8"))
+    logger.warning("%s has no adapter_config.json beside it: its alpha is taken to be its rank", file)
+    return {}
+
+
+def _settings(file: Path, text: str | None) -> dict[str, Any]:
+    """The adapters' settings, such as diffusers writes them into the header: `unet.lora_alpha` and the like."""
     try:
-        config = json.loads(text) if text else {}
+        settings = json.loads(text) if text else {}
     except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"the LoRA settings {where} are damaged: copy it again")
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"the LoRA settings in {file} are damaged: copy it again")
+    kind = settings.get("peft_type", "LORA")
+    if any(settings.get(key) for key in settings if key.rpartition(".")[2] == "use_dora"):
+        kind = "DoRA"
+    if kind != "LORA":
         raise ValueError(f"{file} is a {kind}, whose deltas are of another form: give plain LoRA files")
-    if any(config.get(key) for key in config if key.rpartition(".")[2] == "use_dora"):
-        raise ValueError(f"{file} is a DoRA, whose deltas are of another form: give plain LoRA files")
-    return config
+    return settings
 
 
 def _scale(file: Path, module: str, rank: int, tensor: torch.Tensor | None, config: Mapping[str, Any]) -> float:

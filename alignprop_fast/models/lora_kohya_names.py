@@ -211,12 +211,13 @@ def original_paths(name: str, unet_layers: int) -> tuple[str, ...]:
 def _of_sgm(where: str, number: int, kind: str | None, leaf: str, per_block: int) -> str:
     """SGM and CompVis count through all blocks; an up- or downsampler is a layer of its own or the end of one."""
     block, layer = divmod(number - (where == "input"), per_block)
+    is_last = layer == per_block - 1
     if where == "middle":
         group = "mid_block.attentions.0" if number == 1 else f"mid_block.resnets.{number // 2}"
-    elif leaf == "op":
-        return f"down_blocks.{block}.downsamplers.0.conv"
-    elif leaf == "conv":
-        return f"up_blocks.{block}.upsamplers.0.conv"
+    elif where == "input" and is_last:
+        return f"down_blocks.{block}.downsamplers.0.conv" if leaf == "op" else ""
+    elif where == "output" and leaf == "conv":
+        return f"up_blocks.{block}.upsamplers.0.conv" if is_last else ""
     else:
         side = "down" if where == "input" else "up"
         group = f"{side}_blocks.{block}.{'attentions' if kind == '1' else 'resnets'}.{layer}"

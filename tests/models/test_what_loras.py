@@ -1,0 +1,292 @@
+"""LoRA files as people bring them: each is read to the deltas that diffusers', PEFT's or plain arithmetic gives, or
+refused in one line."""
+
+import re
+
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from alignprop_fast.models.architectures import layers, published_layers
+from alignprop_fast.models.lora import load_lora
+from alignprop_fast.models.lora_file import DOWN, UP, Factors, lora_of, read_lora
+from alignprop_fast.models.lora_kohya_names import to_kohya
+from alignprop_fast.models.lora_targets import denoiser
+
+from ..loadable import Format
+from . import original_layout
+
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+UNET = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"]
+WIDE = [f"{BLOCK}.ff.net.0.proj", "down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv_shortcut"]
+TEXT = [f"text_model.encoder.layers.1.{leaf}" for leaf in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")]
+FLUX = [
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_add_out",
+    "single_transformer_blocks.1.proj_out",
+]
+SHARED = ["transformer_blocks.0.attn.add_q_proj", "single_transformer_blocks.0.attn.to_q"]
+
+
+def factors(pipe, paths, rank=2):
+    """{part.path: Factors}, alpha 3, ranks of two sizes, for layers of the denoiser or of the text encoder."""
+    generator, made = torch.Generator().manual_seed(0), {}
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    shapes = {name: layers(denoiser(pipe)), "text_encoder": layers(pipe.text_encoder)}
+    for i, path in enumerate(paths):
+        part = "text_encoder" if path.startswith("text_model.") else name
+        shape = shapes[part].get(path) or shapes[part][path.removeprefix("text_model.")]
+        r = rank + i % 2
+        down = torch.randn(r, *shape[1:], generator=generator)
+        up = torch.randn(shape[0], r, *(1 for _ in shape[2:]), generator=generator)
+        made[f"{part}.{path}"] = Factors(down, up, 3 / r)
+    return made
+
+
+def written(lora, path, name, down=DOWN, up=UP, alpha=".alpha"):
+    """A file in which each module has the name that `name` makes of it; alpha None: in the factors."""
+    tensors = {}
+    for module, one in lora.items():
+        tensors[name(module) + down] = one.down
+        tensors[name(module) + up] = one.up if alpha else one.scaled_up()
+        if alpha:
+            tensors[name(module) + alpha] = torch.tensor(3.0)
+    save_file(tensors, path)
+    return path
+
+
+def flat(module):
+    part, _, path = module.partition(".")
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_", "transformer": "lora_transformer_"}[part]
+    return prefix + path.replace(".", "_")
+
+
+def processor(module):
+    module = re.sub(r"(attn\d?)\.(to_\w)", r"\1.processor.\2", module.removesuffix(".0"))
+    return re.sub(r"\.(\w)_proj$", r".to_\1", module).replace("out_proj", "to_out") + "_lora"
+
+
+def attention_processors(pipe, path):
+    return written(factors(pipe, UNET), path, processor, ".down.weight", ".up.weight", alpha=None)
+
+
+def linear_layers(pipe, path):
+    return written(
+        factors(pipe, TEXT), path, lambda m: m + ".lora_linear_layer", ".down.weight", ".up.weight", alpha=None
+    )
+
+
+def older_diffusers(pipe, path):
+    return written(factors(pipe, UNET), path, str, ".lora.down.weight", ".lora.up.weight", alpha=None)
+
+
+def diffusers_names(pipe, path):
+    return written(factors(pipe, UNET + WIDE + TEXT), path, str, alpha=None)
+
+
+def saved_by_diffusers(pipe, path):
+    """As diffusers' training scripts do it: factors of UNet and text encoder, and their settings in the header."""
+    parts = {}
+    for part, targets in ((pipe.unet, ["to_q", "to_out.0", "conv1"]), (pipe.text_encoder, ["q_proj", "fc1"])):
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=True, alpha_pattern={targets[0]: 5})
+        part.add_adapter(config)
+        randomise(part)
+        parts[part] = get_peft_model_state_dict(part), config.to_dict()
+    (unet, unet_config), (text, text_config) = parts.values()
+    configs = {"unet_lora_adapter_metadata": unet_config, "text_encoder_lora_adapter_metadata": text_config}
+    type(pipe).save_lora_weights(path.parent, unet, text, weight_name=path.name, **configs)
+    return path
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def kohya(pipe, path):
+    return written(factors(pipe, UNET + WIDE + TEXT), path, flat, ".lora_down.weight", ".lora_up.weight")
+
+
+def lora_transformer(pipe, path):
+    return written(factors(pipe, FLUX[:2]), path, flat, ".lora_down.weight", ".lora_up.weight")
+
+
+def transformer_with_alpha(pipe, path):
+    lora = factors(pipe, FLUX[:2])
+    return written({**lora}, path, str)
+
+
+def xlabs(pipe, path):
+    whole = factors(pipe, [*FLUX, *SHARED])
+    names = {
+        "transformer_blocks.0.attn.to_q": ("double_blocks.0.processor.qkv_lora1", 3),
+        "transformer_blocks.0.attn.to_add_out": ("double_blocks.0.processor.proj_lora2", 1),
+        "transformer_blocks.0.attn.add_q_proj": ("double_blocks.0.processor.qkv_lora2", 3),
+        "single_transformer_blocks.1.proj_out": ("single_blocks.1.processor.proj_lora", 1),
+        "single_transformer_blocks.0.attn.to_q": ("single_blocks.0.processor.qkv_lora", 3),
+    }
+    tensors = {}
+    for module, one in whole.items():
+        name, times = names[module.removeprefix("transformer.")]
+        tensors[f"{name}.down.weight"] = one.down
+        tensors[f"{name}.up.weight"] = torch.cat([one.up * (i + 1) for i in range(times)])
+    save_file(tensors, path)
+    return path
+
+
+READ_BY_DIFFUSERS = {
+    Format("diffusers, UNet and text encoder, settings in the header", "read exactly"): ("sd", saved_by_diffusers),
+    Format("diffusers, PEFT's names without settings", "read exactly"): ("sd", diffusers_names),
+    Format("diffusers, older names of attention (`.lora.down.weight`)", "read exactly"): ("sd", older_diffusers),
+    Format("diffusers, `attn_procs` (`.processor.to_q_lora.down.weight`)", "read exactly"): (
+        "sd",
+        attention_processors,
+    ),
+    Format("diffusers, text encoder with `lora_linear_layer`", "read exactly"): ("sd", linear_layers),
+    Format("kohya's scripts, UNet in diffusers' names and text encoder", "read exactly"): ("sd", kohya),
+    Format("FLUX, `lora_transformer_` (OneTrainer)", "read exactly"): ("flux", lora_transformer),
+    Format("FLUX, diffusers' names with `.alpha`", "read exactly"): ("flux", transformer_with_alpha),
+    Format("FLUX, XLabs' names", "read exactly"): ("flux", xlabs),
+}
+
+
+def deltas(pipe):
+    """What each layer's weight is changed by, as PEFT computes it."""
+    return {
+        f"{part}.{with_prefix(path)}": layer.get_delta_weight(name).detach()
+        for part, model in pipe.components.items()
+        if isinstance(model, torch.nn.Module)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        for name in layer.lora_A
+    }
+
+
+def with_prefix(path):
+    """transformers 5 has done away with `text_model` in one of its classes."""
+    return f"text_model.{path}" if path.startswith("encoder.") else path
+
+
+def assert_same(found, expected):
+    """To fp32's rounding of products of two or three terms, at sizes of one to ten."""
+    assert found.keys() == expected.keys()
+    for module, delta in expected.items():
+        torch.testing.assert_close(found[module].reshape(delta.shape), delta, rtol=1e-5, atol=1e-5)
+    assert all(delta.abs().max() > 0.1 for delta in expected.values())
+
+
+def fresh(request, kind):
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    return {"sd": StableDiffusionPipeline, "flux": FluxPipeline}[kind].from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize("row", READ_BY_DIFFUSERS, ids=lambda row: row.name)
+def test_as_diffusers_reads_it(request, tmp_path, row):
+    kind, write = READ_BY_DIFFUSERS[row]
+    file = write(fresh(request, kind), tmp_path / "x.safetensors")
+    theirs, ours = fresh(request, kind), fresh(request, kind)
+    theirs.load_lora_weights(tmp_path, weight_name=file.name)
+    load_lora(ours, file)
+    assert_same(deltas(ours), deltas(theirs))
+    assert_same({module: one.delta() for module, one in read_lora(file).items()}, deltas(theirs))
+
+
+def peft_unet(pipe, folder):
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["to_q", "to_out.0", "conv1"]},
+        **{"alpha_pattern": {"mid_block.*to_q": 5}, "rank_pattern": {"attn2.to_q": 3}},
+    )
+    return save_peft(pipe.unet, config, folder)
+
+
+def peft_text(pipe, folder):
+    return save_peft(pipe.text_encoder, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "fc1"]), folder)
+
+
+def peft_transformer(pipe, folder):
+    return save_peft(pipe.transformer, LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "proj_mlp"]), folder)
+
+
+def save_peft(model, config, folder):
+    model = get_peft_model(model, config)
+    randomise(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+READ_BY_PEFT = {
+    Format("PEFT, folder of a UNet's adapters (`adapter_model.safetensors`)", "read exactly"): ("sd", peft_unet),
+    Format("PEFT, folder of a text encoder's adapters", "read exactly"): ("sd", peft_text),
+    Format("PEFT, folder of a FLUX transformer's adapters", "read exactly"): ("flux", peft_transformer),
+}
+
+
+@pytest.mark.parametrize("row", READ_BY_PEFT, ids=lambda row: row.name)
+def test_as_peft_reads_it(request, tmp_path, row):
+    kind, write = READ_BY_PEFT[row]
+    folder, theirs, ours = write(fresh(request, kind), tmp_path / "x"), fresh(request, kind), fresh(request, kind)
+    part = "text_encoder" if write is peft_text else "unet" if kind == "sd" else "transformer"
+    setattr(theirs, part, PeftModel.from_pretrained(getattr(theirs, part), folder).base_model.model)
+    load_lora(ours, folder)
+    assert_same(deltas(ours), deltas(theirs))
+    assert_same({module: one.delta() for module, one in read_lora(folder).items()}, deltas(theirs))
+    assert len({tuple(delta.shape) for delta in deltas(ours).values()}) > 1
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("flat", [False, True], ids=["ComfyUI", "kohya"])
+def test_every_layer_under_the_original_releases_names(request, tmp_path, kind, flat):
+    """W += alpha / rank * up @ down on the weights in the original layout, which the tests know from elsewhere."""
+    pipe = request.getfixturevalue(f"tiny_{kind}")
+    model = denoiser(pipe)
+    layout = {"sd": original_layout.unet, "sdxl": original_layout.unet}
+    to_old = {**layout, "sd3": original_layout.mmdit, "flux": original_layout.flux}[kind]
+    generator, tensors, expected = torch.Generator().manual_seed(0), {}, {}
+    old = to_old(model.state_dict())
+    for name, weight in old.items():
+        if not name.endswith(".weight") or weight.dim() < 2:
+            continue
+        layer = name.removesuffix(".weight")
+        layer = f"lora_unet_{layer.replace('.', '_')}" if flat else f"diffusion_model.{layer}"
+        down, up = (".lora_down.weight", ".lora_up.weight") if flat else (DOWN, UP)
+        ones = [1 for _ in weight.shape[2:]]
+        tensors[layer + down] = torch.randn(2, *weight.shape[1:], generator=generator)
+        tensors[layer + up] = torch.randn(len(weight), 2, *ones, generator=generator)
+        tensors[layer + ".alpha"] = torch.tensor([3.0], dtype=torch.bfloat16)
+        expected[name] = 1.5 * torch.einsum("or,r...->o...", tensors[layer + up].flatten(1), tensors[layer + down])
+    save_file(tensors, tmp_path / "x.safetensors")
+    zeros = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    load_lora(pipe, tmp_path / "x.safetensors")
+    prefix = "unet." if "sd" in kind and kind != "sd3" else "transformer."
+    changes = {module.removeprefix(prefix) + ".weight": delta for module, delta in deltas(pipe).items()}
+    assert set(changes) == {f"{path}.weight" for path in layers(model)}
+    found = to_old({**zeros, **changes})
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-5)
+
+
+PUBLISHED = {
+    "unet": ("sd15", "sdxl"),
+    "transformer": ("sd35-medium", "sd35-large", "flux-dev"),
+    "text_encoder": ("clip-l", "clip-g"),
+}
+
+
+@pytest.mark.parametrize(("part", "network"), [(part, one) for part, those in PUBLISHED.items() for one in those])
+def test_our_kohya_file_of_every_layer_reads_back(part, network):
+    generator, lora = torch.Generator().manual_seed(0), {}
+    for path, shape in published_layers(network).items():
+        down = torch.randn(1, *shape[1:], generator=generator)
+        up = torch.randn(shape[0], 1, *(1 for _ in shape[2:]), generator=generator)
+        lora[f"{part}.{path}"] = Factors(down, up, 1.5)
+    back = lora_of(to_kohya(lora), "file")
+    assert back.keys() == lora.keys()
+    for module, one in lora.items():
+        assert torch.equal(back[module].down, one.down) and torch.equal(back[module].scaled_up(), one.scaled_up())
