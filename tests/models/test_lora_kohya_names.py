@@ -252,7 +252,7 @@ PAIR = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        ({f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.{k}": t for k, t in PAIR.items()}, "no name of kohya's"),
+        ({f"lora_te3_encoder_block_0_layer_0_Attention_q.{k}": t for k, t in PAIR.items()}, "no name of kohya's"),
         ({f"lora_unet_double_blocks_0_img_other.{k}": t for k, t in PAIR.items()}, "no name of kohya's"),
         ({f"lora_unet_double_blocks_0_img_attn_qkv.{k}": t for k, t in PAIR.items()}, "8 rows for an input of 8"),
         ({f"lora_unet_joint_blocks_0_x_block_attn_proj.{k}": -t / 0 for k, t in PAIR.items()}, "not finite"),
