@@ -34,6 +34,7 @@ _OTHER_KINDS = {
     "lokr_": f"a LoKr, {_DELTAS}",
     "lora_mid": f"a LoCon with Tucker factors, {_DELTAS}",
     ".oft_": f"an OFT, {_DELTAS}",
+    ".boft_": f"an OFT, {_DELTAS}",
     ".b1.weight": f"a GLoRA, {_DELTAS}",
     ".on_input": f"an IA3, {_DELTAS}",
     ".ia3_l": f"an IA3, {_DELTAS}",

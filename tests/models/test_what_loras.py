@@ -29,6 +29,7 @@ FLUX = [
     "transformer_blocks.0.attn.to_add_out",
     "single_transformer_blocks.1.proj_out",
 ]
+ENDS = (".lora_down.weight", ".lora_up.weight")  # kohya's
 SHARED = ["transformer_blocks.0.attn.add_q_proj", "single_transformer_blocks.0.attn.to_q"]
 
 
@@ -240,10 +241,23 @@ def test_as_peft_reads_it(request, tmp_path, row):
     assert len({tuple(delta.shape) for delta in deltas(ours).values()}) > 1
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
-@pytest.mark.parametrize("flat", [False, True], ids=["ComfyUI", "kohya"])
-def test_every_layer_under_the_original_releases_names(request, tmp_path, kind, flat):
+ORIGINAL = {
+    **{
+        Format(f"{title}, {writer}", "read exactly"): (kind, prefix)
+        for kind, title in {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3 and SD3.5", "flux": "FLUX"}.items()
+        for writer, prefix in {
+            "ComfyUI's names (`diffusion_model.`)": "diffusion_model.",
+            "kohya's": "lora_unet_",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("row", ORIGINAL, ids=lambda row: row.name)
+def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
     """W += alpha / rank * up @ down on the weights in the original layout, which the tests know from elsewhere."""
+    kind, prefix = ORIGINAL[row]
+    is_flat = prefix.endswith("_")
     pipe = request.getfixturevalue(f"tiny_{kind}")
     model = denoiser(pipe)
     layout = {"sd": original_layout.unet, "sdxl": original_layout.unet}
@@ -254,8 +268,8 @@ def test_every_layer_under_the_original_releases_names(request, tmp_path, kind, 
         if not name.endswith(".weight") or weight.dim() < 2:
             continue
         layer = name.removesuffix(".weight")
-        layer = f"lora_unet_{layer.replace('.', '_')}" if flat else f"diffusion_model.{layer}"
-        down, up = (".lora_down.weight", ".lora_up.weight") if flat else (DOWN, UP)
+        layer = prefix + (layer.replace(".", "_") if is_flat else layer)
+        down, up = ENDS if is_flat else (DOWN, UP)
         ones = [1 for _ in weight.shape[2:]]
         tensors[layer + down] = torch.randn(2, *weight.shape[1:], generator=generator)
         tensors[layer + up] = torch.randn(len(weight), 2, *ones, generator=generator)
@@ -290,3 +304,150 @@ def test_our_kohya_file_of_every_layer_reads_back(part, network):
     assert back.keys() == lora.keys()
     for module, one in lora.items():
         assert torch.equal(back[module].down, one.down) and torch.equal(back[module].scaled_up(), one.scaled_up())
+
+
+PLAIN = f"unet.{BLOCK}.attn1.to_q"
+KOHYA = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
+MIDDLE = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"  # the same layer
+PEFT = f"base_model.model.{BLOCK}.attn1.to_q"
+
+
+def pair(name, down=DOWN, up=UP, dtype=torch.float32):
+    """Factors of rank 2 of a layer of 64 channels, as tiny_sd's: the product is 2 everywhere."""
+    return {name + down: torch.ones(2, 64, dtype=dtype), name + up: torch.ones(64, 2, dtype=dtype)}
+
+
+def kohya_with(**more):
+    """And further tensors of the layer."""
+    return {**pair(KOHYA, *ENDS), **{f"{KOHYA}.{key}": tensor for key, tensor in more.items()}}
+
+
+# What is read, and the number that stands everywhere in the delta of the one layer.
+NUMBERS = {
+    Format("a LoRA without alpha: the scale is 1", "read exactly"): (kohya_with(), 2),
+    Format("alpha of shape [1], in bf16", "read exactly"): (kohya_with(alpha=torch.ones(1, dtype=torch.bfloat16)), 1),
+    Format("a negative alpha", "read exactly"): (kohya_with(alpha=torch.tensor(-4.0)), -4),
+    Format("alpha 0", "read with a note", "alpha 0 for some layers"): (kohya_with(alpha=torch.tensor(0.0)), 0),
+    Format("factors in fp8", "read exactly"): (pair(KOHYA, *ENDS, dtype=torch.float8_e4m3fn), 2),
+    Format("differences of biases (`.diff_b`) that are zero", "read exactly"): (kohya_with(diff_b=torch.zeros(64)), 2),
+    Format("PEFT's state with the adapter's name (`.lora_A.default.weight`)", "read with a note", "to be its rank"): (
+        pair(PEFT, ".lora_A.default.weight", ".lora_B.default.weight"),
+        2,
+    ),
+    Format("names without the part of the pipeline", "read exactly"): (
+        pair(f"{BLOCK}.attn1.processor.to_q_lora", ".down.weight", ".up.weight"),
+        2,
+    ),
+    Format("bare factors (`.lora_A`, `.lora_B`)", "read exactly"): (pair(PLAIN, ".lora_A", ".lora_B"), 2),
+}
+
+
+@pytest.mark.parametrize("row", NUMBERS, ids=lambda row: row.name)
+def test_numbers(tiny_sd, tmp_path, caplog, row):
+    content, number = NUMBERS[row]
+    save_file(content, tmp_path / "x.safetensors")
+    load_lora(tiny_sd, tmp_path / "x.safetensors")
+    expected = {PLAIN: torch.full((64, 64), float(number))}
+    assert {module: one.delta() for module, one in read_lora(tmp_path / "x.safetensors").items()}.keys() == {PLAIN}
+    for found in (deltas(tiny_sd), {m: one.delta() for m, one in read_lora(tmp_path / "x.safetensors").items()}):
+        assert torch.equal(found[PLAIN], expected[PLAIN])
+    notes = [record.message for record in caplog.records if record.name.startswith("alignprop_fast")]
+    assert any(row.words in note for note in notes) if row.words else not notes
+
+
+ONE = torch.ones(1)
+FORM = "whose deltas are of another form: give plain LoRA files"
+MODEL = "and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming, as a model does"
+REFUSED = {
+    Format("DoRA (`dora_scale`)", "refused", f"is a DoRA, {FORM}"): kohya_with(dora_scale=ONE),
+    Format("DoRA (`lora_magnitude_vector`)", "refused", f"is a DoRA, {FORM}"): {
+        **pair(PLAIN),
+        f"{PLAIN}.lora_magnitude_vector": ONE,
+    },
+    Format("LoHa", "refused", f"is a LoHa, {FORM}"): {f"{KOHYA}.hada_w1_a": ONE},
+    Format("LoKr", "refused", f"is a LoKr, {FORM}"): {f"{KOHYA}.lokr_w1": ONE},
+    Format("LoCon with Tucker factors", "refused", "is a LoCon with Tucker factors"): kohya_with(
+        **{"lora_mid.weight": ONE}
+    ),
+    Format("OFT", "refused", f"is an OFT, {FORM}"): {f"{KOHYA}.oft_blocks": ONE},
+    Format("BOFT", "refused", f"is an OFT, {FORM}"): {f"{PEFT}.boft_R": ONE},
+    Format("GLoRA", "refused", f"is a GLoRA, {FORM}"): {f"{KOHYA}.{one}.weight": ONE.clone() for one in ("a1", "b1")},
+    Format("IA3 of LyCORIS", "refused", f"is an IA3, {FORM}"): {f"{KOHYA}.on_input": ONE},
+    Format("IA3 of PEFT", "refused", f"is an IA3, {FORM}"): {f"{PEFT}.ia3_l": ONE},
+    Format("VeRA", "refused", f"is a VeRA, {FORM}"): {f"{PEFT}.vera_lambda_b": ONE},
+    Format("AdaLoRA", "refused", ".lora_E, which is no name"): {
+        **pair(PEFT, ".lora_A", ".lora_B"),
+        f"{PEFT}.lora_E": ONE,
+    },
+    Format("a LoRA with biases (`lora_bias=True`)", "refused", ".lora_B.bias, which is no name"): {
+        **pair(PLAIN),
+        f"{PLAIN}.lora_B.bias": ONE,
+    },
+    Format("a LoRA with differences of biases or norms", "refused", ".diff_b, which is no name"): kohya_with(
+        diff_b=ONE
+    ),
+    Format("whole differences of weights (`.diff`)", "refused", "holds whole differences"): {f"{KOHYA}.diff": ONE},
+    Format("a control LoRA of FLUX", "refused", "is a control LoRA"): {
+        "double_blocks.0.img_attn.norm.query_norm.scale": ONE
+    },
+    Format("a LoRA with learned words (`bundle_emb`)", "refused", "is a LoRA with learned words in it"): {
+        "bundle_emb.cat.string_to_param.*": ONE
+    },
+    Format("a textual inversion", "refused", "is a textual inversion (a learned word)"): {"emb_params": ONE},
+    Format("a textual inversion of SDXL", "refused", "is a textual inversion (a learned word)"): {
+        "clip_l": ONE,
+        "clip_g": ONE.clone(),
+    },
+    Format("a textual inversion of diffusers", "refused", "is a textual inversion (a learned word)"): {"<cat>": ONE},
+    Format("a whole model in one file", "refused", MODEL): {"model.diffusion_model.input_blocks.0.0.weight": ONE},
+    Format("a UNet or transformer in place of a LoRA", "refused", MODEL): {"conv_in.weight": ONE},
+    Format("two adapters in one file", "refused", "for one layer: give a file of one adapter"): {
+        **pair(PEFT, ".lora_A.one.weight", ".lora_B.one.weight"),
+        **pair(PEFT, ".lora_A.two.weight", ".lora_B.two.weight"),
+    },
+    Format("two names for one layer", "refused", f"has {KOHYA!r} and {MIDDLE!r}, both for {PLAIN}"): {
+        **kohya_with(),
+        **pair(MIDDLE, *ENDS),
+    },
+    Format("a name of no layer", "refused", "has lora_unet_mid_block_attn_q, no name of kohya's"): pair(
+        "lora_unet_mid_block_attn_q", *ENDS
+    ),
+    Format("alpha that is no number", "refused", "is no finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
+    Format("alpha of several numbers", "refused", "is no finite number"): kohya_with(alpha=torch.ones(2)),
+    Format("alpha of a layer without factors", "refused", "x.alpha, which is no name"): {
+        **kohya_with(),
+        "x.alpha": ONE,
+    },
+    Format("a layer with one factor", "refused", "there is no LoRA factor up"): {
+        f"{KOHYA}.lora_down.weight": torch.ones(2, 64)
+    },
+    Format("a pickle (.bin, .pt, .ckpt)", "refused", "is a pickle (.bin, .pt), which could run code"): None,
+    Format("a GGUF file", "refused", "is a GGUF file"): b"GGUF\x03\x00\x00\x00" + bytes(64),
+    Format("the pointer of a file that git lfs has not fetched", "refused", "run `git lfs pull`"): (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    ),
+    Format("a damaged or cut-off file", "refused", "is damaged"): b"<html>not found</html>",
+    Format("an empty file", "refused", "is damaged"): b"",
+}
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
+def test_refused_in_one_line(tmp_path, row):
+    file, content = tmp_path / "x.safetensors", REFUSED[row]
+    if content is None:
+        torch.save(kohya_with(), file)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        save_file(content, file)
+    with pytest.raises(ValueError) as caught:
+        read_lora(file)
+    assert row.words in str(caught.value) and str(caught.value).startswith((str(file), "the ", f"{file} "))
+    assert "\n" not in str(caught.value)
+
+
+FORMATS = [*READ_BY_DIFFUSERS, *READ_BY_PEFT, *ORIGINAL, *NUMBERS, *REFUSED]
+
+
+def test_rows_are_told_apart():
+    assert len({row.name for row in FORMATS}) == len(FORMATS)
