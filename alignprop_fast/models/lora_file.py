@@ -123,6 +123,11 @@ def lora_keys(file: Path) -> list[str]:
         return list(stream.keys())
 
 
+def is_kohya(file: Path) -> bool:
+    """Whether the names in a LoRA file are kohya's. Raises ValueError where it is damaged."""
+    return any(key.endswith(".lora_down.weight") for key in lora_keys(file))
+
+
 def lora_of(
     tensors: Mapping[str, torch.Tensor],
     file: Path,
@@ -209,31 +214,47 @@ def _scale(file: Path, module: str, rank: int, tensor: torch.Tensor | None, conf
 
 
 def lora_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The content of a `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`, scales in the factors."""
+    """The content of a `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`: factors as they are, each
+    module's scale as its alpha in the header."""
     from safetensors.torch import save
 
+    # A UNet's attention has diffusers' older names, which all its versions read. Of a file with names of both kinds its
+    # loader would leave the older ones out.
+    ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    is_attention = all(module.startswith("unet.") and module.endswith(ends) for module in lora)
+    down, up = (".lora.down.weight", ".lora.up.weight") if is_attention else (DOWN, UP)
     tensors = {}
     for module, pair in lora.items():
-        tensors[module + DOWN], tensors[module + UP] = pair.down.contiguous(), pair.scaled_up().contiguous()
+        tensors[module + down], tensors[module + up] = pair.down.cpu().contiguous(), pair.up.cpu().contiguous()
     header = {"format": "pt", **(metadata or {}), METADATA_KEY: json.dumps(_written_config(lora), sort_keys=True)}
     return with_metadata(save(tensors), header)
 
 
 def _written_config(lora: Lora) -> dict[str, Any]:
-    """PEFT's settings for each part of the pipeline; alpha = rank everywhere, so that the scale is 1."""
+    """PEFT's settings for each part of the pipeline, of fields alone that every version of PEFT has."""
     config: dict[str, Any] = {}
     for part in sorted({module.partition(".")[0] for module in lora}):
         # Of a text encoder without the prefix that transformers 5 has done away with: PEFT takes the end of a name too.
-        names = {module: module.removeprefix(f"{part}.").removeprefix("text_model.") for module in lora}
-        ranks = {names[m]: f.rank for m, f in lora.items() if m.startswith(f"{part}.")}
-        common = Counter(ranks.values()).most_common(1)[0][0]
+        prefix = f"{part}."
+        held = {
+            module.removeprefix(prefix).removeprefix("text_model."): factors
+            for module, factors in lora.items()
+            if module.partition(".")[0] == part
+        }
         # ^: the whole name, where one module's name may be the end of another's.
         start = "" if part.startswith("text_encoder") else "^"
-        other = {f"{start}{name}": rank for name, rank in ranks.items() if rank != common}
-        fields = {"r": common, "lora_alpha": common, "target_modules": sorted(ranks)}
-        fields |= {"rank_pattern": other, "alpha_pattern": other}
-        config |= {f"{part}.{key}": value for key, value in fields.items()}
+        rank, ranks = _pattern({start + name: factors.rank for name, factors in held.items()})
+        alpha, alphas = _pattern({start + name: factors.scale * factors.rank for name, factors in held.items()})
+        settings = {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+        config |= {prefix + key: value for key, value in settings.items()}
+        config[f"{part}.target_modules"] = sorted(held)
     return config
+
+
+def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The commonest value, and what differs from it."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {name: value for name, value in values.items() if value != common}
 
 
 def with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:

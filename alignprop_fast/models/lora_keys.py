@@ -21,10 +21,6 @@ _FACTOR = re.compile(
     r"(?P<layer>.+?)[._]lora(?P<number>\d?)(?:_linear_layer\.|[._])(?P<side>A|down|B|up)(?:(?:\.[^.]+)?\.weight)?"
 )
 _ALPHA = re.compile(r"(?P<layer>.+?)(?:[._]lora)?\.alpha")
-# What diffusers' own loader reads without loss or guess.
-_DIFFUSERS = re.compile(
-    r"(?:unet|transformer|text_encoder|text_encoder_2)\.(?!.*\.processor\.)[\w.]+(?:\.lora_[AB]|\.lora\.(?:down|up))\.weight"
-)
 
 _DELTAS = "whose deltas are of another form: give plain LoRA files"
 _OTHER_KINDS = {
@@ -74,12 +70,6 @@ def check_kind(keys: Collection[str], file: Path) -> None:
         f"{file} holds {min(keys)!r} and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming, as a model "
         "does: give the file of a LoRA"
     )
-
-
-def loads_as_it_is(keys: Collection[str]) -> bool:
-    """Whether diffusers' own loader reads a file with these keys without loss: in one of its two own writings."""
-    # Of a file with both it leaves the older names out.
-    return all(map(_DIFFUSERS.fullmatch, keys)) and len({".lora." in key for key in keys}) == 1
 
 
 def pairs(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Pair]:

@@ -120,7 +120,7 @@ def names_of(pipe: Any) -> Names:
     """Of the very pipeline."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     paths = {name: _by_name(map(_with_prefix, layers(part))) for name, part in parts.items()}
-    per_block = getattr(denoiser(pipe).config, "layers_per_block", _UNET_LAYERS)
+    per_block = denoiser(pipe).config.get("layers_per_block", _UNET_LAYERS)
     return Names(paths, any_block=False, unet_layers=per_block if isinstance(per_block, int) else per_block[0])
 
 
