@@ -18,10 +18,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from alignprop_fast.models.lora_file import Factors, Lora
+from alignprop_fast.models.lora_file import LEAVES_THE_BASE, Factors, Lora
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 
-_LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 # What says where factors are, how they began or how strong they are: the file has the modules and the factors
 # themselves, and the scale of each module as it is. Any other field that is set changes what an adapter computes.
 _IN_THE_FACTORS = frozenset(
@@ -106,7 +105,7 @@ def check_fits_a_file(pipe: Any, name: str) -> None:
         _check_not_fused(part, model)
         configs = _configs(model)
         for other, config in configs.items():
-            if getattr(config, "init_lora_weights", True) not in _LEAVES_THE_BASE:
+            if getattr(config, "init_lora_weights", True) not in LEAVES_THE_BASE:
                 raise ValueError(
                     f"adapter {other!r} has init_lora_weights={config.init_lora_weights!r}, which changes the base "
                     'model, so that its file would fit a model that nobody has: use init_lora_weights="gaussian"'

@@ -23,6 +23,9 @@ PEFT_NAME = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
 
+LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # of PEFT's init_lora_weights: others change it
+
+_TELLING = ("peft_type", "use_dora", "init_lora_weights")  # settings that may say that a file is no plain LoRA
 # Files that are no safetensors, by their first bytes.
 _PICKLE = "a pickle (.bin, .pt), which could run code when it is loaded: give a .safetensors file, or convert it to one"
 _FORMATS = {
@@ -108,7 +111,7 @@ def read_lora(path: str | Path, pipe: Any = None) -> Lora:
         tensors = {key: stream.get_tensor(key).float() for key in keys}
         text = (stream.metadata() or {}).get(METADATA_KEY)
     config = _settings(file, text)
-    if any(key.startswith("base_model.model.") for key in keys):
+    if any(key.startswith("base_model.model.") for key in keys) and not any(key.endswith(".alpha") for key in keys):
         config |= _peft_settings(file)
     return lora_of(tensors, file, config, pipe)
 
@@ -188,11 +191,16 @@ def _settings(file: Path, text: str | None) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"the LoRA settings in {file} are damaged: copy it again")
-    kind = settings.get("peft_type", "LORA")
-    if any(settings.get(key) for key in settings if key.rpartition(".")[2] == "use_dora"):
-        kind = "DoRA"
-    if kind != "LORA":
+    of = {name: [settings[key] for key in settings if key.rpartition(".")[2] == name] for name in _TELLING}
+    kind = "DoRA" if any(of["use_dora"]) else next((kind for kind in of["peft_type"] if kind != "LORA"), None)
+    if kind:
         raise ValueError(f"{file} is a {kind}, whose deltas are of another form: give plain LoRA files")
+    for start in of["init_lora_weights"]:
+        if start not in LEAVES_THE_BASE:
+            raise ValueError(
+                f"{file} has init_lora_weights={start!r}, which changed the base model: save it anew as a plain LoRA, "
+                "with path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+            )
     return settings
 
 

@@ -107,6 +107,6 @@ def pairs(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Pair]:
 
 def listed(names: Collection[str]) -> str:
     """The first of these names for a message of one line, and how many more there are."""
-    shown = sorted(names)[:4]
-    more = len(names) - len(shown)
+    distinct = sorted(set(names))
+    shown, more = distinct[:4], len(distinct[4:])
     return ", ".join(shown) + (f" and {more} more" if more else "")

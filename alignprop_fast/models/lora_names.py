@@ -73,7 +73,7 @@ class Names:
     def modules(self, name: str) -> tuple[str, ...]:
         """The modules of a layer in a file, with their part: none where there is no such layer, several where the
         original release has one matrix for them."""
-        name = name.removeprefix("base_model.model.")
+        name = re.sub(r"^(module\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.", "", name)  # also of wrapped models
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
         flat = name.removeprefix(prefix).replace(".", "_").replace("_processor_", "_")
         for kind in [_PREFIXES[prefix]] if prefix else [_DENOISER, "text_encoder", _T5]:

@@ -1,6 +1,7 @@
 """LoRA files as people bring them: each is read to the deltas that diffusers', PEFT's or plain arithmetic gives, or
 refused in one line."""
 
+import json
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from alignprop_fast.models.architectures import layers, published_layers
 from alignprop_fast.models.lora import load_lora
-from alignprop_fast.models.lora_file import DOWN, UP, Factors, lora_of, read_lora
+from alignprop_fast.models.lora_file import DOWN, METADATA_KEY, UP, WEIGHTS_NAME, Factors, lora_of, read_lora
 from alignprop_fast.models.lora_kohya_names import to_kohya
 from alignprop_fast.models.lora_targets import denoiser
 
@@ -446,7 +447,79 @@ def test_refused_in_one_line(tmp_path, row):
     assert "\n" not in str(caught.value)
 
 
-FORMATS = [*READ_BY_DIFFUSERS, *READ_BY_PEFT, *ORIGINAL, *NUMBERS, *REFUSED]
+SETTINGS = {
+    Format("PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)", "refused", "init_lora_weights='pissa', which changed"): {
+        "init_lora_weights": "pissa"
+    },
+    Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
+    Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
+        "peft_type": "ADALORA"
+    },
+}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["adapter_config.json", "header"])
+@pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.name)
+def test_refused_by_the_settings(tmp_path, row, beside):
+    settings = SETTINGS[row]
+    if beside:
+        save_file(pair(PEFT), tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        header = json.dumps({f"unet.{key}": value for key, value in settings.items()})
+        save_file(pair(PLAIN), tmp_path / WEIGHTS_NAME, {METADATA_KEY: header})
+    with pytest.raises(ValueError) as caught:
+        read_lora(tmp_path)
+    assert row.words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "shape", "name", "beyond"),
+    [
+        ("lora_unet_", (1280, 1280, 3, 3), "mid_block_resnets_{}_conv1", 7),
+        ("lora_unet_", (1280, 1280, 3, 3), "middle_block_{}_in_layers_2", 14),
+        ("lora_transformer_", (3072, 3072), "transformer_blocks_{}_attn_to_q", 99),
+        ("lora_unet_", (9216, 3072), "double_blocks_{}_img_attn_qkv", 19),
+        ("lora_te1_", (3072, 768), "text_model_encoder_layers_{}_mlp_fc1", 12),
+    ],
+)
+@pytest.mark.parametrize("is_published", [True, False])
+def test_a_block_that_the_published_model_lacks(prefix, shape, name, beyond, is_published):
+    """The shapes say which model a file is for; one of no published shapes may have any number of blocks."""
+    rows, width, *kernel = shape if is_published else (3 * 40, 40, *shape[2:])
+    tensors = {}
+    for i in (0, 2 if "middle" in name else 1, beyond):
+        tensors[f"{prefix}{name.format(i)}.lora_down.weight"] = torch.ones(1, width, *kernel)
+        tensors[f"{prefix}{name.format(i)}.lora_up.weight"] = torch.ones(rows, 1, *(1 for _ in kernel))
+    if is_published:
+        with pytest.raises(ValueError, match=f"has {prefix}{name.format(beyond)}, no name of kohya's"):
+            lora_of(tensors, "file")
+    else:
+        assert len(lora_of(tensors, "file")) in (3, 9)
+
+
+def test_text_encoders_of_every_prefix(tiny_sd3, tmp_path):
+    """What diffusers loads none of is refused with the pipeline, and kept in the files without."""
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    names = {
+        **{f"lora_te{i}_{clip.replace('.', '_')}": f"text_encoder{end}.{clip}" for i, end in ((1, ""), (2, "_2"))},
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wo": (
+            "text_encoder_3.encoder.block.0.layer.1.DenseReluDense.wo"
+        ),
+        "lora_te2_text_projection": "text_encoder_2.text_projection",
+        "lora_unet_joint_blocks_0_x_block_attn_proj": "transformer.transformer_blocks.0.attn.to_out.0",
+    }
+    lora = lora_of({key: one for name in names for key, one in pair(name).items()}, "file")
+    assert set(lora) == set(names.values())
+    assert lora_of(to_kohya(lora), "file").keys() == lora.keys()
+    name = next(name for name in names if "te3" in name)
+    save_file({f"{name}{DOWN}": torch.ones(1, 32), f"{name}{UP}": torch.ones(32, 1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"diffusers loads no adapters of text_encoder_3\.encoder"):
+        load_lora(tiny_sd3, tmp_path / "x.safetensors")
+
+
+FORMATS = [*SETTINGS, *READ_BY_DIFFUSERS, *READ_BY_PEFT, *ORIGINAL, *NUMBERS, *REFUSED]
 
 
 def test_rows_are_told_apart():
