@@ -98,6 +98,7 @@ _SGM_ENDS = {
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
 }
+_SGM_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
 _OLD_ENDS = {**_FLUX_ENDS, **_MMDIT_ENDS, **_LAST, **_SGM_ENDS}
 _SGM_RESIDUAL = {
     "in_layers_2": "conv1",
@@ -212,16 +213,15 @@ def _of_sgm(where: str, number: int, kind: str | None, leaf: str, per_block: int
     """SGM and CompVis count through all blocks; an up- or downsampler is a layer of its own or the end of one."""
     block, layer = divmod(number - (where == "input"), per_block)
     is_last = layer == per_block - 1
-    if where == "middle":
-        group = "mid_block.attentions.0" if number == 1 else f"mid_block.resnets.{number // 2}"
-    elif where == "input" and is_last:
-        return f"down_blocks.{block}.downsamplers.0.conv" if leaf == "op" else ""
-    elif where == "output" and leaf == "conv":
+    group = {"0": "resnets", "1": "attentions"}.get(kind or "", "")
+    leaf = _SGM_RESIDUAL.get(leaf, leaf)
+    if where == "middle" and kind is None:
+        return f"mid_block.{_SGM_MIDDLE.get(number, '')}.{leaf}"
+    if where == "input" and is_last:
+        return f"down_blocks.{block}.downsamplers.0.conv" if (group, leaf) == ("resnets", "op") else ""
+    if where == "output" and leaf == "conv":
         return f"up_blocks.{block}.upsamplers.0.conv" if is_last else ""
-    else:
-        side = "down" if where == "input" else "up"
-        group = f"{side}_blocks.{block}.{'attentions' if kind == '1' else 'resnets'}.{layer}"
-    return f"{group}.{_SGM_RESIDUAL.get(leaf, leaf)}"
+    return f"{'down' if where == 'input' else 'up'}_blocks.{block}.{group}.{layer}.{leaf}"
 
 
 def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> Lora:
