@@ -140,7 +140,7 @@ def lora_of(
     """The modules of a file's tensors. `file`: for messages; others, and errors, as in `read_lora`."""
     from alignprop_fast.models.lora_keys import pairs
     from alignprop_fast.models.lora_kohya_names import split
-    from alignprop_fast.models.lora_names import check_published, find_modules
+    from alignprop_fast.models.lora_names import check_published, check_shapes, find_modules
 
     held = pairs(tensors, file)
     raw = {name: make_factors(file, name, pair.down, pair.up, 1.0) for name, pair in held.items()}
@@ -154,6 +154,8 @@ def lora_of(
             lora[module], names[module] = factors, name
     if pipe is None:
         check_published(lora, names, file)
+    else:
+        check_shapes(lora, file, pipe)
     if any(factors.scale == 0 for factors in lora.values()):
         logger.warning("%s has alpha 0 for some layers: they change nothing, as in diffusers", file)
     return lora

@@ -118,15 +118,21 @@ def published_names(family: str) -> Names:
 
 def names_of(pipe: Any) -> Names:
     """Of the very pipeline."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    paths = {name: _by_name(map(_with_prefix, layers(part))) for name, part in parts.items()}
+    paths = {part: _by_name(those) for part, those in _layers_of(pipe).items()}
     per_block = denoiser(pipe).config.get("layers_per_block", _UNET_LAYERS)
     return Names(paths, any_block=False, unet_layers=per_block if isinstance(per_block, int) else per_block[0])
 
 
-def _with_prefix(path: str) -> str:
-    """transformers 5 has done away with `text_model` in one of its classes, and files keep it."""
-    return f"text_model.{path}" if path.startswith("encoder.layers.") else path
+def _layers_of(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{part: {path: shape of the weight}}, in the text encoders with the `text_model` that files keep and transformers
+    5 has done away with in one of its classes."""
+    return {
+        part: {
+            re.sub(r"^encoder\.layers\.", r"text_model.\g<0>", path): shape for path, shape in layers(network).items()
+        }
+        for part, network in pipe.components.items()
+        if isinstance(network, nn.Module)
+    }
 
 
 def _by_name(paths: Iterable[str]) -> dict[str, str]:
@@ -156,6 +162,19 @@ def _found(names: Collection[str], families: Iterable[Names]) -> Iterator[dict[s
         yield (modules := {name: family.modules(name) for name in names})
         if all(modules.values()):
             return
+
+
+def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
+    """Raises ValueError where factors are for another shape than the pipeline's layer has. (For some diffusers would
+    make FLUX's first layer wider.)"""
+    layers_of = _layers_of(pipe)
+    shapes = {module: layers_of[part][path] for module in lora for part, _, path in [module.partition(".")]}
+    wrong = [module for module, factors in lora.items() if factors.places != shapes[module]]
+    if wrong:
+        raise ValueError(
+            f"the adapters in {file} do not fit this model, whose shape of {listed(wrong)} is another: load the model "
+            "they were made for"
+        )
 
 
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:

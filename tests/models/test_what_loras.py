@@ -477,7 +477,6 @@ def test_refused_by_the_settings(tmp_path, row, beside):
     ("prefix", "shape", "name", "beyond"),
     [
         ("lora_unet_", (1280, 1280, 3, 3), "mid_block_resnets_{}_conv1", 7),
-        ("lora_unet_", (1280, 1280, 3, 3), "middle_block_{}_in_layers_2", 14),
         ("lora_transformer_", (3072, 3072), "transformer_blocks_{}_attn_to_q", 99),
         ("lora_unet_", (9216, 3072), "double_blocks_{}_img_attn_qkv", 19),
         ("lora_te1_", (3072, 768), "text_model_encoder_layers_{}_mlp_fc1", 12),
@@ -488,7 +487,7 @@ def test_a_block_that_the_published_model_lacks(prefix, shape, name, beyond, is_
     """The shapes say which model a file is for; one of no published shapes may have any number of blocks."""
     rows, width, *kernel = shape if is_published else (3 * 40, 40, *shape[2:])
     tensors = {}
-    for i in (0, 2 if "middle" in name else 1, beyond):
+    for i in (0, 1, beyond):
         tensors[f"{prefix}{name.format(i)}.lora_down.weight"] = torch.ones(1, width, *kernel)
         tensors[f"{prefix}{name.format(i)}.lora_up.weight"] = torch.ones(rows, 1, *(1 for _ in kernel))
     if is_published:
@@ -496,6 +495,16 @@ def test_a_block_that_the_published_model_lacks(prefix, shape, name, beyond, is_
             lora_of(tensors, "file")
     else:
         assert len(lora_of(tensors, "file")) in (3, 9)
+
+
+def test_diffusers_does_not_widen_flux_for_a_file(tiny_flux, tmp_path):
+    """As it does for FLUX's control LoRAs, whose first layer sees a picture as well."""
+    before = tiny_flux.transformer.x_embedder.weight.shape
+    wide = {f"transformer.x_embedder{DOWN}": torch.ones(2, 128), f"transformer.x_embedder{UP}": torch.ones(32, 2)}
+    save_file(wide, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit this model, whose shape of transformer\.x_embedder is another"):
+        load_lora(tiny_flux, tmp_path / "x.safetensors")
+    assert tiny_flux.transformer.x_embedder.weight.shape == before
 
 
 def test_text_encoders_of_every_prefix(tiny_sd3, tmp_path):
