@@ -20,6 +20,7 @@ from alignprop_fast.models.adapters import (
     the_adapter,
 )
 from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora, is_kohya, lora_content, lora_file, read_lora
+from alignprop_fast.models.lora_keys import listed
 from alignprop_fast.models.lora_targets import denoiser, target_modules
 
 DEFAULT = "default"  # PEFT's own name for an adapter that has none
@@ -101,7 +102,7 @@ def save_lora(
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
     try:
         temporary.write_bytes(lora_content(lora, metadata))
-        if not _equal(read_lora(temporary), lora):
+        if not _equal(read_lora(temporary, pipe), lora):
             raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
         return temporary.replace(folder / WEIGHTS_NAME)
     finally:
@@ -153,17 +154,17 @@ def load_new(pipe: Any, file: Path, name: str | None = None) -> Lora:
     Raises:
         ValueError: as `load_lora`.
     """
-    lora = read_lora(file)
+    lora = read_lora(file, pipe)
     try:
-        # As we write it: diffusers reads kohya's naming in part, and a header may ask for what changes the base model.
+        # As we write it: of others diffusers reads a part, and a header may ask for what changes the base model.
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / WEIGHTS_NAME).write_bytes(lora_content(lora))
             pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
     except (ValueError, RuntimeError, KeyError) as error:
         raise _misfit(file) from error
-    # diffusers passes over names that it does not know.
-    if not all(_has(pipe, module, name) for module in lora):
-        raise _misfit(file)
+    lost = [module for module in lora if not _has(pipe, module, name)]
+    if lost:
+        raise ValueError(f"diffusers loads no adapters of {listed(lost)}: give a file without them in place of {file}")
     return lora
 
 
@@ -185,7 +186,7 @@ def _misfit(file: Path) -> ValueError:
 
 
 def _overwrite(pipe: Any, file: Path, name: str) -> None:
-    mine, theirs = adapter_factors(pipe, name), read_lora(file)
+    mine, theirs = adapter_factors(pipe, name), read_lora(file, pipe)
     if not _fits(mine, theirs):
         raise ValueError(
             f"the adapters in {file} have another rank, scale or other places: use the LoRA rank and alpha they have"
