@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,8 +25,8 @@ Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER:WEIGHT",
-        help="Output folders of train, or LoRA files (.safetensors, in diffusers' or kohya's naming), each with its "
-        "weight, 1 where there is none.",
+        help="Output folders of train, or LoRA files (.safetensors, as diffusers, kohya, PEFT or ComfyUI name them), "
+        "each with its weight, 1 where there is none.",
         show_default=False,
     ),
 ]
@@ -107,6 +107,7 @@ def merge(
         mixture = [_split(adapter) for adapter in adapters]
         _check(mixture, path_steps, reward, reward_model)
         merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], rank)
+        contents = _contents(merged, mixture, rank)
         if path_steps is not None:
             from alignprop_fast.data import load_prompts
             from alignprop_fast.generate import DifferentiableSampler
@@ -133,7 +134,7 @@ def merge(
         with PictureProgress(console, len(path.prompts) * len(path.places)) as progress:
             for count in chain([first], batches):
                 progress.advance(count)
-    _write(folder, merged, mixture, rank)
+    _write(folder, contents)
     if path is not None:
         path.write(folder, [Path(source).name for source, _ in mixture], reward)
         console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
@@ -160,24 +161,37 @@ def _print(console: Console, merged: Merged, rank: int | None) -> None:
         worst = max(merged.errors, key=merged.errors.__getitem__)
         text = f"{merged.relative_error:.2%} in all, at most {merged.errors[worst]:.2%} ({worst})"
         console.print(f"relative error of the weight deltas: {text}", soft_wrap=True)
+    if any(".encoder.block." in module for module in merged.factors):
+        console.print("diffusers loads no adapters of T5: they are in the files for other programs")
 
 
 def _split(adapter: str) -> tuple[str, float]:
-    """`run:0.5` -> (run, 0.5); without a number at its end the weight is 1."""
+    """`run:0.5` -> (run, 0.5); without a number at its end, or where a path has that very name, the weight is 1.
+
+    Raises:
+        ValueError: what may be meant in two ways, or a weight that is no number.
+    """
     name, colon, last = adapter.rpartition(":")
+    whole, before = (bool(path) and Path(path).expanduser().exists() for path in (adapter, name))
     try:
-        return (name, float(last)) if colon and name else (adapter, 1.0)
+        weight = float(last) if colon and name else None
     except ValueError:
-        return adapter, 1.0
+        weight = None
+    if whole and before and weight is not None:
+        raise ValueError(
+            f"both {adapter} and {name} exist: write {adapter}:1 for the first, {name}:{weight:f} for the other one"
+        )
+    if before and weight is None and not whole:
+        raise ValueError(f"{last!r} in {adapter!r} is no weight: write a number after the colon, such as {name}:0.5")
+    return (adapter, 1.0) if whole or weight is None else (name, weight)
 
 
-def _write(folder: Path, merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | None) -> None:
+def _contents(merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | None) -> dict[str, bytes]:
+    """{name of a file: its content}. Raises ValueError where a module has no name in one of them."""
     from alignprop_fast import __version__
     from alignprop_fast.models.lora_file import WEIGHTS_NAME, lora_content
     from alignprop_fast.models.lora_kohya import KOHYA_NAME, kohya_content
-    from alignprop_fast.report import write_whole
 
-    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "adapters": [{"path": path, "weight": weight} for path, weight in mixture],
         "rank": rank,
@@ -187,7 +201,24 @@ def _write(folder: Path, merged: Merged, mixture: Sequence[tuple[str, float]], r
     }
     mixed = " + ".join(f"{weight:g} {Path(path).name}" for path, weight in mixture)
     metadata = {"alignprop_merged": mixed}
-    write_whole(folder / WEIGHTS_NAME, lora_content(merged.factors, metadata))
     kohya = {**metadata, "ss_training_comment": f"merged: {mixed}", "modelspec.title": mixed}
-    write_whole(folder / KOHYA_NAME, kohya_content(merged.factors, kohya))
-    write_whole(folder / "merge.json", (json.dumps(record, indent=1) + "\n").encode())
+    return {
+        WEIGHTS_NAME: lora_content(merged.factors, metadata),
+        KOHYA_NAME: kohya_content(merged.factors, kohya),
+        "merge.json": (json.dumps(record, indent=1) + "\n").encode(),
+    }
+
+
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """All of the files or none: what can fail, such as a full disk, fails before the first has its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.tmp" for name in contents}
+    try:
+        for name, content in contents.items():
+            temporary[name].write_bytes(content)
+    except OSError:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+    for name, path in temporary.items():
+        path.replace(folder / name)

@@ -40,6 +40,14 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
     save_kohya_lora(pipe, folder, {**own, **kohya})
 
 
+def check_adapters(pipe: Any) -> None:
+    """Raises ValueError for adapters that `write_adapters` could not write: before the run and not after it."""
+    from alignprop_fast.models.adapters import adapter_factors, the_adapter
+    from alignprop_fast.models.lora_kohya_names import to_kohya
+
+    to_kohya(adapter_factors(pipe, the_adapter(pipe)))
+
+
 def write_card(
     folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int, before: Pictures, after: Pictures
 ) -> None:

@@ -30,7 +30,7 @@ from alignprop_fast.cli_options import TrainOptions, make_config
 from alignprop_fast.cli_options_control import make_stopping, make_watch
 from alignprop_fast.cli_plan_summary import Prediction, predict
 from alignprop_fast.cli_records import Records
-from alignprop_fast.cli_results import write_adapters, write_card
+from alignprop_fast.cli_results import check_adapters, write_adapters, write_card
 from alignprop_fast.cli_support import (
     INTERRUPTED,
     Display,
@@ -127,6 +127,7 @@ class Session:
                 self._after_step,
                 stateful={name: owner for name, owner in owners.items() if owner is not None},
             )
+            check_adapters(pipeline.sd_pipeline)
             if self.watch is not None:  # lies on the device too, and the plan is to know
                 self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
             self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)

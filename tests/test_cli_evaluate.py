@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alignprop_fast.cli_merge import _split, _write
 from alignprop_fast.models.lora import add_lora, save_lora
 from alignprop_fast.models.lora_file import WEIGHTS_NAME, read_lora
 from alignprop_fast.models.lora_kohya import KOHYA_NAME
@@ -36,6 +37,11 @@ def loras(tmp_path_factory, tiny_sd_folder):
         "unet.mid_block.to_q.lora_B.weight": torch.ones(8, 2),
     }
     save_file(factors, folder / "foreign.safetensors")
+    save_file({key.replace("unet", "transformer"): f for key, f in factors.items()}, folder / "nameless.safetensors")
+    pairs = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+    guessed = {f"lora_unet_added_embedding_linear_{i}.{end}": pairs[end].clone() for i in (1, 2) for end in pairs}
+    save_file(guessed, folder / "guessed.safetensors")
+    shutil.copytree(folder / "first", folder / "first:2")
     wide = {
         key: torch.cat([tensor] * 2, -1 if ".lora.down." in key else 0)
         for key, tensor in load_file(folder / "first" / WEIGHTS_NAME).items()
@@ -178,6 +184,35 @@ def test_merge_reads_and_writes_kohya_files(command, tiny_sd_folder, loras, tmp_
     assert (code, err) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("made", "given", "expected"),
+    [
+        (("run_12:30",), "run_12:30", ("run_12:30", 1)),
+        (("run_12:30",), "run_12:30:0.5", ("run_12:30", 0.5)),
+        (("run_12",), "run_12:30", ("run_12", 30)),
+        (("run_12",), "run_12:-1e-1", ("run_12", -0.1)),
+        (("run_12", "run_12:30"), "run_12:30:1", ("run_12:30", 1)),
+        (("run_12", "run_12:30"), "run_12:30.000000", ("run_12", 30)),
+        (("run:",), "run:", ("run:", 1)),
+        (("run", "run:final"), "run:final", ("run:final", 1)),
+        ((), r"C:\runs\one", (r"C:\runs\one", 1)),
+        ((), r"C:\runs\one:0.5", (r"C:\runs\one", 0.5)),
+    ],
+)
+def test_the_path_that_is_there_wins_over_a_weight(tmp_path, monkeypatch, made, given, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in made:
+        (tmp_path / name).mkdir()
+    assert _split(given) == expected
+
+
+def test_merge_writes_all_files_or_none(tmp_path):
+    (tmp_path / ".second.tmp").mkdir()  # stands for a disk that is full by then
+    with pytest.raises(OSError):
+        _write(tmp_path, {"first": b"1", "second": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == [".second.tmp"]
+
+
 def test_the_path_begins_at_one_adapter_and_ends_at_the_other(command, tiny_sd_folder, loras, tmp_path):
     common = ("--model", tiny_sd_folder, *TINY, "--prompts", loras / "prompts.txt", "--reward", "colorfulness")
     code, out, err = command(
@@ -227,6 +262,15 @@ BAD = {
     "merge of no adapter": (["merge", "{loras}/none:0.5"], "give a LoRA file"),
     "merge of a damaged one": (["merge", "{loras}/first:0.5", "{loras}/cut:0.5"], "damaged"),
     "nothing in common": (["merge", "{loras}/first", "{loras}/foreign.safetensors"], "no module in common"),
+    "names of no layer": (
+        ["merge", "{loras}/guessed.safetensors"],
+        "lora_unet_added_embedding_linear_1, lora_unet_added_embedding_linear_2, no name of kohya's",
+    ),
+    "names that kohya's files lack": (["merge", "{loras}/nameless.safetensors"], "has no name in kohya's files"),
+    "names that kohya's files would lose": (["merge", "{loras}/foreign.safetensors"], "has no name in kohya's files"),
+    "two meanings": (["merge", "{loras}/first:2"], "first:2:1 for the first"),
+    "no weight": (["merge", "{loras}/first:"], "'' in '"),
+    "another word than a weight": (["merge", "{loras}/first:half"], "is no weight"),
     "other shapes": (["merge", "{loras}/first", "{loras}/wide.safetensors"], "merge adapters of the same model"),
     "weight zero": (["merge", "{loras}/first:0"], "every weight is 0"),
     "weight of no size": (["merge", "{loras}/first:inf"], "not all finite"),

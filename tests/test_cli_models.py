@@ -1,9 +1,14 @@
 """Models and schedulers through the command line: a run of each kind on tiny models, and bad input in one line."""
 
+import shutil
+
 import pytest
 import yaml
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
+
+from alignprop_fast.models.lora import save_lora
 
 SIZE = ("--height", "16", "--width", "24")
 FEW = ("--num-inference-steps", "2", "--prompts", "demo", "--device", "cpu")
@@ -51,3 +56,18 @@ def test_a_single_file_asks_for_the_model_config(command, tiny_sd_folder, tmp_pa
     file = tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
     code, _, err = command("sample", "--model", file, *FEW, "--output-dir", tmp_path / "out")
     assert code == 2 and "--model-config FOLDER" in err and len(err.splitlines()) == 1
+
+
+def test_adapters_without_a_name_in_one_of_the_files_are_refused_before_the_run(
+    command, tiny_flux, tiny_flux_folder, tmp_path
+):
+    """At the end of a run it would be too late."""
+    tiny_flux.transformer.add_adapter(LoraConfig(r=2, target_modules=["x_embedder"]))
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "model")
+    save_lora(tiny_flux, folder)
+    code, _, err = command(
+        *("train", "--model", folder, "--reward", "colorfulness", "--steps", "1", "--batch-size", "1", *FEW, *SIZE),
+        *("--output-dir", tmp_path / "run"),
+    )
+    assert code == 2 and "transformer.x_embedder has no name in kohya's files" in " ".join(err.split())
+    assert not (tmp_path / "run").exists()

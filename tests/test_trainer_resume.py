@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from alignprop_fast.checkpoint import checkpoints
 from alignprop_fast.config import AlignPropConfig
@@ -123,6 +124,50 @@ def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path, in_backward):
     make_trainer(tiny_sd_folder, tmp_path / "parts", **options, resume_from=str(tmp_path / "parts")).train(2)
     file = "unet/diffusion_pytorch_model.safetensors"
     assert (newest(tmp_path / "parts") / file).read_bytes() == (newest(tmp_path / "whole") / file).read_bytes()
+
+
+def test_a_frozen_style_beside_the_trained_adapter(tiny_sd_folder, tmp_path):
+    """The style takes part and is left alone; checkpoints hold the other one, and a resumed run has the same bytes."""
+
+    def trainer(output_dir, **options):
+        config = AlignPropConfig(
+            mixed_precision="no",
+            sample_num_steps=2,
+            train_batch_size=1,
+            truncation="full",
+            num_epochs=2,
+            output_dir=str(output_dir),
+            **options,
+        )
+        pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))
+        generator = torch.Generator().manual_seed(3)
+        for name, targets in (("style", ["to_q", "to_k"]), ("reward", ["to_k", "to_v"])):
+            pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_rslora=True), name)
+        pipeline.sd_pipeline.set_adapters(["style", "reward"])
+        with torch.no_grad():
+            for name, parameter in pipeline.unet.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                    parameter.requires_grad_(".reward." in name)
+        return AlignPropTrainer(config, ramp_reward, draw_prompt, pipeline)
+
+    def adapter(one, name):
+        return {n: p.detach().clone() for n, p in one.sd_pipeline.unet.named_parameters() if f".{name}." in n}
+
+    whole = trainer(tmp_path / "whole")
+    style, reward = adapter(whole, "style"), adapter(whole, "reward")
+    whole.train()
+    assert all(torch.equal(p, style[n]) for n, p in adapter(whole, "style").items())
+    assert not any(torch.equal(p, reward[n]) for n, p in adapter(whole, "reward").items())
+    assert set(whole.sd_pipeline.sd_pipeline.get_active_adapters()) == {"style", "reward"}
+    trainer(tmp_path / "parts").train(1)
+    trainer(tmp_path / "parts", resume_from=str(tmp_path / "parts")).train()
+    assert adapter_bytes(newest(tmp_path / "parts")) == adapter_bytes(newest(tmp_path / "whole"))
+    pipe = load_pipeline(tiny_sd_folder)
+    pipe.load_lora_weights(newest(tmp_path / "whole"), adapter_name="reward")
+    loaded, trained = dict(pipe.unet.named_parameters()), adapter(whole, "reward")
+    assert {n for n in loaded if ".lora_" in n} == set(trained)
+    assert all(torch.equal(loaded[n], p) for n, p in trained.items())
 
 
 def test_trl_project_options_say_where_and_how_many(tiny_sd_folder, tmp_path):

@@ -14,7 +14,8 @@ for it) and text encoders present, since they count as weights. With `device="cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +67,13 @@ _SD35_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
+_SD35_LARGE = {
+    **_SD35_MEDIUM,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "dual_attention_layers": (),
+}
 _FLUX_DEV = {
     "patch_size": 1,
     "in_channels": 64,
@@ -77,6 +85,14 @@ _FLUX_DEV = {
     "pooled_projection_dim": 768,
     "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
+}
+
+_DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd15": ("UNet2DConditionModel", UNETS["sd15"]),
+    "sdxl": ("UNet2DConditionModel", UNETS["sdxl"]),
+    "sd35-medium": ("SD3Transformer2DModel", _SD35_MEDIUM),
+    "sd35-large": ("SD3Transformer2DModel", _SD35_LARGE),
+    "flux-dev": ("FluxTransformer2DModel", _FLUX_DEV),
 }
 
 VAE: dict[str, Any] = {
@@ -194,6 +210,13 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _denoiser(name: str) -> nn.Module:
+    import diffusers
+
+    class_name, config = _DENOISERS[name]
+    return getattr(diffusers, class_name)(**config)
+
+
 def _vae(name: str) -> nn.Module:
     from diffusers import AutoencoderKL
 
@@ -207,11 +230,11 @@ def _clip(config: dict[str, Any], projected: bool) -> nn.Module:
 
 
 def _stable_diffusion(name: str) -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     parts = {
         "vae": _vae(name),
-        "unet": UNet2DConditionModel(**UNETS[name]),
+        "unet": _denoiser(name),
         "scheduler": DDIMScheduler(**_DIFFUSION),
         "text_encoder": _clip(_CLIP_L, projected=False),
         "tokenizer": None,
@@ -229,10 +252,10 @@ def _t5() -> nn.Module:
 
 
 def _stable_diffusion_3(name: str) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**_SD35_MEDIUM),
+        transformer=_denoiser(name),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(name),
         text_encoder=_clip(_CLIP_L, projected=True),
@@ -245,7 +268,7 @@ def _stable_diffusion_3(name: str) -> Any:
 
 
 def _flux(name: str) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -256,7 +279,7 @@ def _flux(name: str) -> Any:
         tokenizer=None,
         text_encoder_2=_t5(),
         tokenizer_2=None,
-        transformer=FluxTransformer2DModel(**_FLUX_DEV),
+        transformer=_denoiser(name),
     )
 
 
@@ -266,3 +289,24 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sd35-medium": _stable_diffusion_3,
     "flux-dev": _flux,
 }
+_TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {
+    "clip-l": lambda: _clip(_CLIP_L, projected=True),
+    "clip-g": lambda: _clip(_CLIP_G, projected=True),
+    "t5-xxl": _t5,
+}
+
+
+@functools.cache
+def published_layers(name: str) -> Mapping[str, tuple[int, ...]]:
+    """`layers` of a published network: the denoiser of a model, or a text encoder. In a fraction of a second."""
+    with torch.device("meta"):
+        return layers(_TEXT_ENCODERS[name]() if name in _TEXT_ENCODERS else _denoiser(name))
+
+
+def layers(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The linear layers and convolutions of a network, with PEFT's adapters or without: {path: shape of the weight}."""
+    return {
+        path.removeprefix("base_model.model.").removesuffix(".base_layer"): tuple(module.weight.shape)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in path
+    }

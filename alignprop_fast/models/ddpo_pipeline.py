@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
+from alignprop_fast.models.adapters import describe, has_lora, parts_with_adapters
 from alignprop_fast.models.load import load_pipeline
 from alignprop_fast.models.lora import (
+    DEFAULT,
     add_lora,
-    has_lora,
     load_lora,
+    load_new,
     save_lora,
-    train_loaded_lora,
+    set_factors,
+    train_adapter,
     trainable_in_fp32,
 )
-from alignprop_fast.models.lora_file import WEIGHTS_NAME
+from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 
@@ -38,6 +42,9 @@ class DefaultDDPOStableDiffusionPipeline:
         scheduler, model_config, allow_pickle: as in `load_pipeline`.
         dtype: of the frozen weights as they are loaded. A denoiser that is trained whole, and adapters that lie beside
             the model, are loaded in fp32 in any case.
+        adapter: name of the adapter that is trained and saved; needed where several require grad. A new one, and one
+            that lies beside the model, get this name. All other adapters stay as they are, and those that are active
+            take part; what the adapter has in text encoders stays frozen and is saved with it.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -55,10 +62,11 @@ class DefaultDDPOStableDiffusionPipeline:
         model_config: str | Path | None = None,
         allow_pickle: bool = False,
         dtype: torch.dtype = torch.float32,
+        adapter: str | None = None,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
-        self.use_lora = use_lora
+        self.use_lora, self.adapter = use_lora, adapter
         folder = Path(pretrained_model_name).expanduser()
         in_fp32 = not use_lora or (folder / WEIGHTS_NAME).is_file()
         self.sd_pipeline = load_pipeline(
@@ -69,18 +77,16 @@ class DefaultDDPOStableDiffusionPipeline:
             model_config=model_config,
             allow_pickle=allow_pickle,
         )
-        self._loaded: dict[str, torch.Tensor] = {}
+        self.unet.requires_grad_(not use_lora)
+        self._loaded: Lora = {}
         if (folder / WEIGHTS_NAME).is_file():
-            load_lora(self.sd_pipeline, folder)
-            self.use_lora = True
-            adapters = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
-            self._loaded = {name: parameter.detach().clone() for name, parameter in adapters.items()}
+            self.use_lora, self.adapter = True, adapter or DEFAULT
+            self._loaded = load_new(self.sd_pipeline, folder / WEIGHTS_NAME, self.adapter)
             logger.info("training goes on from the LoRA weights in %s", folder)
         own = self.sd_pipeline.scheduler
         if type(own).__name__ == "DDIMScheduler":
             # trl's chain ends at the first training timestep, never at alpha = 1.
             self.sd_pipeline.scheduler = type(own).from_config(own.config, set_alpha_to_one=False)
-        self.unet.requires_grad_(not self.use_lora)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with diffusers' own pipeline (its arguments, its output), without gradient."""
@@ -137,39 +143,54 @@ class DefaultDDPOStableDiffusionPipeline:
         quantize_linears(self.unet, kind, device, dtype)
 
     def get_trainable_layers(self, rank: int = 4, alpha: float = 4, targets: str = "attention") -> Any:
-        """The denoiser, its trainable parameters in fp32: adapters (new ones of that rank, or those loaded) or all."""
+        """The denoiser, its trainable parameters in fp32: one adapter (a new one of that rank, or one that is there) or
+        all.
+
+        Raises:
+            ValueError: as `add_lora` and `train_adapter`, or a denoiser with adapters that is to be trained whole.
+        """
+        pipe = self.sd_pipeline
         if not self.use_lora:
+            if parts_with_adapters(pipe):
+                raise ValueError(
+                    "the whole denoiser is trained, and the pipeline has adapters: train those with use_lora=True, or "
+                    "call its fuse_lora() and unload_lora_weights() first"
+                )
             trainable_in_fp32(self.unet)
-        elif has_lora(self.sd_pipeline):
-            train_loaded_lora(self.sd_pipeline)
-            with torch.no_grad():  # which the model's own precision may have rounded meanwhile
-                for name, values in self._loaded.items():
-                    self.unet.get_parameter(name).copy_(values)
-            self._loaded = {}
-        else:
-            add_lora(self.sd_pipeline, rank, alpha, targets)
+            return self.unet
+        if not has_lora(pipe):
+            add_lora(pipe, rank, alpha, targets, self.adapter or DEFAULT)
+        self.adapter = train_adapter(pipe, self.adapter)
+        if self._loaded:  # which the model's own precision may have rounded meanwhile
+            set_factors(pipe, self.adapter, self._loaded)
+        self._loaded = {}
+        logger.info("%s", describe(pipe, self.adapter))
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
-        """Write the pipeline, and the adapters beside it as `pytorch_lora_weights.safetensors`.
+        """Write the pipeline, and the trained adapter beside it as `pytorch_lora_weights.safetensors`.
 
         The model in the folder is the one without adapters, so that `from_pretrained(folder)` followed by
-        `load_lora_weights(folder)` gives what was trained.
+        `load_lora_weights(folder)` gives what was trained; and so does this class with that folder. Other adapters are
+        not in the folder.
         """
         if is_quantized(self.unet):
             raise ValueError("the base model is quantised: save its adapters, which fit the model as it was loaded")
+        pipe = self.sd_pipeline
         if not self.use_lora:
-            self.sd_pipeline.save_pretrained(output_dir)
+            pipe.save_pretrained(output_dir)
             return
-        save_lora(self.sd_pipeline, output_dir)
-        parts = {**self.sd_pipeline.components, self._denoiser_name: _without_adapters(self.unet)}
-        type(self.sd_pipeline)(**parts).save_pretrained(output_dir)
+        save_lora(pipe, output_dir, adapter=self.adapter)
+        plain = {name: _without_adapters(part) for name, part in parts_with_adapters(pipe).items()}
+        optional = pipe._get_signature_keys(pipe)[1]
+        settings = {name: value for name, value in pipe.config.items() if name in optional}
+        type(pipe)(**{**settings, **pipe.components, **plain}).save_pretrained(output_dir)
 
     def save_checkpoint(self, models: list[nn.Module], weights: list[Any], output_dir: str | Path) -> None:
-        """Write the trained weights into a checkpoint folder: the adapters, or the denoiser under its name."""
+        """Write the trained weights into a checkpoint folder: the adapter, or the denoiser under its name."""
         self._check_models(models)
         if self.use_lora:
-            save_lora(self.sd_pipeline, output_dir)
+            save_lora(self.sd_pipeline, output_dir, adapter=self.adapter)
         else:
             self.unet.save_pretrained(Path(output_dir) / self._denoiser_name)
 
@@ -181,7 +202,7 @@ class DefaultDDPOStableDiffusionPipeline:
         """
         self._check_models(models)
         if self.use_lora:
-            load_lora(self.sd_pipeline, input_dir)
+            load_lora(self.sd_pipeline, input_dir, self.adapter)
             return
         saved = type(self.unet).from_pretrained(Path(input_dir) / self._denoiser_name, local_files_only=True)
         self.unet.load_state_dict(saved.state_dict())
@@ -195,14 +216,11 @@ class DefaultDDPOStableDiffusionPipeline:
             raise ValueError("a checkpoint holds one model, this pipeline's denoiser: pass [pipeline.unet]")
 
 
-def _without_adapters(unet: Any) -> Any:
-    """A UNet that shares the frozen weights of one with PEFT adapters and has no adapters itself."""
+def _without_adapters(model: Any) -> Any:
+    """A network that shares the frozen weights of one with PEFT adapters and has no adapters itself."""
     with torch.device("meta"):
-        plain = type(unet).from_config(unet.config)
-    state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in unet.state_dict().items()
-        if ".lora_A." not in name and ".lora_B." not in name
-    }
-    plain.load_state_dict(state, assign=True)
+        # diffusers' way for its networks, transformers' way for text encoders
+        plain = type(model).from_config(model.config) if isinstance(model, ModelMixin) else type(model)(model.config)
+    held = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+    plain.load_state_dict({name: held[name] for name in plain.state_dict()}, assign=True)
     return plain

@@ -1,27 +1,34 @@
-"""LoRA adapters (Hu et al. 2021) on a denoiser (UNet or transformer), over PEFT, in the file format of diffusers."""
+"""LoRA adapters (Hu et al. 2021) in a diffusers pipeline, over PEFT: new ones, trained ones, and their files."""
 
 from __future__ import annotations
 
-import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignprop_fast.models.lora_file import (
-    METADATA_KEY,
-    WEIGHTS_NAME,
-    is_kohya,
-    lora_content,
-    lora_file,
-    read_lora,
-    with_metadata,
+from alignprop_fast.models.adapters import (
+    adapter_factors,
+    adapter_parameters,
+    check_fits_a_file,
+    check_trains,
+    has_lora,
+    parts_with_adapters,
+    requires_grad,
+    the_adapter,
 )
-from alignprop_fast.models.lora_targets import denoiser, denoiser_name, target_modules
+from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora, is_kohya, lora_content, lora_file, read_lora
+from alignprop_fast.models.lora_keys import listed
+from alignprop_fast.models.lora_targets import denoiser, target_modules
+
+DEFAULT = "default"  # PEFT's own name for an adapter that has none
 
 
-def add_lora(pipe: Any, rank: int = 4, alpha: float = 4, targets: str = "attention") -> list[torch.nn.Parameter]:
+def add_lora(
+    pipe: Any, rank: int = 4, alpha: float = 4, targets: str = "attention", name: str = DEFAULT
+) -> list[torch.nn.Parameter]:
     """Freeze the denoiser and give it trainable fp32 adapters; returns their parameters.
 
     y = W x + (alpha / rank) B A x on every layer that `targets` (of `lora_targets.TARGETS`) names, A drawn from
@@ -39,23 +46,34 @@ def add_lora(pipe: Any, rank: int = 4, alpha: float = 4, targets: str = "attenti
     model = denoiser(pipe)
     names = target_modules(model, targets)
     model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names))
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
+    model.add_adapter(config, name)
     return trainable_in_fp32(model)
 
 
-def has_lora(pipe: Any) -> bool:
-    """Whether the denoiser carries PEFT adapters."""
-    return bool(getattr(denoiser(pipe), "peft_config", None))
+def train_adapter(pipe: Any, name: str | None = None) -> str:
+    """Make one adapter of the denoiser trainable and all else in it frozen; returns the adapter's name.
 
+    Its factors get fp32 storage, those in text encoders too, which stay frozen. Other adapters stay as they are: the
+    active ones go on taking part.
 
-def train_loaded_lora(pipe: Any) -> list[torch.nn.Parameter]:
-    """Make adapters that `pipe.load_lora_weights` put in trainable, in fp32; returns their parameters."""
+    Raises:
+        ValueError: none that requires grad and none named, several to choose from, one that fits no LoRA file, or one
+            that the denoiser's output does not depend on.
+    """
+    chosen = the_adapter(pipe, name)
+    if name is None and not requires_grad(pipe, chosen):
+        raise ValueError(f"adapter {chosen!r} does not require grad: name it, adapter={chosen!r}, or add one to train")
+    check_fits_a_file(pipe, chosen)
+    check_trains(pipe, chosen)
     model = denoiser(pipe)
-    model.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            parameter.requires_grad_(True)
-    return trainable_in_fp32(model)
+    for part in parts_with_adapters(pipe).values():
+        part.requires_grad_(False)
+        for parameter in adapter_parameters(part, chosen):
+            parameter.data = parameter.data.to(torch.float32)
+    for parameter in adapter_parameters(model, chosen):
+        parameter.requires_grad_(True)
+    return chosen
 
 
 def trainable_in_fp32(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -66,103 +84,88 @@ def trainable_in_fp32(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return trainable
 
 
-def save_lora(pipe: Any, folder: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Write the denoiser's adapters to `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
+def save_lora(
+    pipe: Any, folder: str | Path, metadata: dict[str, str] | None = None, adapter: str | None = None
+) -> Path:
+    """Write an adapter to `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
-    The file is written whole: a temporary name, then a rename. `metadata` goes into its header, beside the adapter's
-    own configuration, which carries rank and alpha.
+    It is the one of that name, or the one that `the_adapter` finds: with what it adds in the denoiser and in text
+    encoders, at the strength that it has in the pipeline. The file is read back before it gets its name, and is there
+    whole or not at all. `metadata` goes into its header, beside the adapter's own configuration.
 
     Raises:
-        ValueError: a denoiser without adapters.
+        ValueError: a denoiser without adapters, several to choose from, or one that fits no LoRA file.
     """
-    from safetensors.torch import save
-
-    if not has_lora(pipe):
-        raise ValueError("the denoiser has no adapters to save: call add_lora first")
+    lora = adapter_factors(pipe, the_adapter(pipe, adapter))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prefix, config = denoiser_name(pipe), next(iter(denoiser(pipe).peft_config.values()))
-    tensors = {f"{prefix}.{key}": tensor.detach().contiguous().cpu() for key, tensor in _state(pipe).items()}
-    header = {
-        "format": "pt",
-        **(metadata or {}),
-        METADATA_KEY: _adapter_metadata(prefix, config),
-    }
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    temporary.write_bytes(with_metadata(save(tensors), header))
-    return temporary.replace(folder / WEIGHTS_NAME)
+    try:
+        temporary.write_bytes(lora_content(lora, metadata))
+        if not _equal(read_lora(temporary, pipe), lora):
+            raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
+        return temporary.replace(folder / WEIGHTS_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _state(pipe: Any) -> dict[str, torch.Tensor]:
-    """The adapters by their names in a file, without the prefix.
-
-    A UNet's attention has diffusers' older names, which all its versions read; everything else has PEFT's. Of a file
-    with both, diffusers' loader would leave the older names out.
-    """
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    model = denoiser(pipe)
-    state = get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)))
-    if denoiser_name(pipe) != "unet":
-        return state
-    older = convert_state_dict_to_diffusers(state)
-    return older if all(".lora." in name for name in older) else state
+def _equal(one: Lora, two: Lora) -> bool:
+    """Whether two adapters are the same, factors to the bit."""
+    return _fits(one, two) and all(
+        torch.equal(one[module].down, two[module].down.float().cpu())
+        and torch.equal(one[module].up, two[module].up.float().cpu())
+        for module in one
+    )
 
 
-def _adapter_metadata(prefix: str, config: Any) -> str:
-    """What `load_lora_weights` needs to know beside the shapes, as diffusers stores it.
-
-    Only fields that every version of PEFT has: a file with all of LoraConfig loads nowhere but in the same version.
-    """
-    fields = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules),
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-    }
-    return json.dumps({f"{prefix}.{key}": value for key, value in fields.items()}, sort_keys=True)
+def _fits(one: Lora, two: Lora) -> bool:
+    """Whether two adapters have the same places, ranks and scales; alpha / rank is one more rounding."""
+    return one.keys() == two.keys() and all(
+        (one[module].down.shape, one[module].up.shape) == (two[module].down.shape, two[module].up.shape)
+        and math.isclose(one[module].scale, two[module].scale)
+        for module in one
+    )
 
 
-def load_lora(pipe: Any, path: str | Path) -> None:
-    """Put the adapters of a LoRA file, or of `path/pytorch_lora_weights.safetensors`, into the denoiser.
+def load_lora(pipe: Any, path: str | Path, adapter: str | None = None) -> None:
+    """Put the adapters of a LoRA file, or of `path/pytorch_lora_weights.safetensors`, into the pipeline.
 
-    Where it has adapters already, their values are overwritten in place, so that an optimizer keeps its hold on
-    them; otherwise this is `pipe.load_lora_weights`.
+    Where the denoiser has adapters already, the values of one are overwritten in place, so that an optimizer keeps its
+    hold on them: of that name, or the one that `the_adapter` finds. Otherwise this is `pipe.load_lora_weights`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or adapters of another kind or shape, or in other places.
+        ValueError: a damaged file, or adapters of another kind, shape or scale, or in other places.
     """
     file = lora_file(path)
     if not has_lora(pipe):
-        load_new(pipe, file)
+        load_new(pipe, file, adapter)
     elif is_kohya(file):
         raise ValueError(f"{file} is in kohya's naming, and the denoiser has adapters already: give {WEIGHTS_NAME}")
     else:
-        _overwrite(pipe, file)
+        _overwrite(pipe, file, the_adapter(pipe, adapter))
 
 
-def load_new(pipe: Any, file: Path, name: str | None = None) -> None:
-    """Give the pipeline the adapters of a LoRA file, in diffusers' naming or kohya's, under that name.
+def load_new(pipe: Any, file: Path, name: str | None = None) -> Lora:
+    """Give the pipeline the adapters of a LoRA file, in any naming that `read_lora` knows; returns them.
+
+    name: of the adapter in the pipeline; None: one that is free, of diffusers' choice.
 
     Raises:
         ValueError: as `load_lora`.
     """
-    lora = read_lora(file)
+    lora = read_lora(file, pipe)
     try:
-        if is_kohya(file):  # diffusers itself reads some of these, not SD3's, and FLUX's at one width alone
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / WEIGHTS_NAME).write_bytes(lora_content(lora))
-                pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
-        else:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        # As we write it: of others diffusers reads a part, and a header may ask for what changes the base model.
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / WEIGHTS_NAME).write_bytes(lora_content(lora))
+            pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
     except (ValueError, RuntimeError, KeyError) as error:
         raise _misfit(file) from error
-    # diffusers passes over names that it does not know.
-    if not all(_has(pipe, module, name) for module in lora):
-        raise _misfit(file)
+    lost = [module for module in lora if not _has(pipe, module, name)]
+    if lost:
+        raise ValueError(f"diffusers loads no adapters of {listed(lost)}: give a file without them in place of {file}")
+    return lora
 
 
 def _has(pipe: Any, module: str, name: str | None) -> bool:
@@ -182,14 +185,19 @@ def _misfit(file: Path) -> ValueError:
     return ValueError(f"the adapters in {file} do not fit this model: load the model they were made for")
 
 
-def _overwrite(pipe: Any, file: Path) -> None:
-    from safetensors.torch import load_file
+def _overwrite(pipe: Any, file: Path, name: str) -> None:
+    mine, theirs = adapter_factors(pipe, name), read_lora(file, pipe)
+    if not _fits(mine, theirs):
+        raise ValueError(
+            f"the adapters in {file} have another rank, scale or other places: use the LoRA rank and alpha they have"
+        )
+    set_factors(pipe, name, theirs)
 
-    state = {key.removeprefix(f"{denoiser_name(pipe)}."): tensor for key, tensor in load_file(file).items()}
-    mine = _state(pipe)
-    if {key: tensor.shape for key, tensor in mine.items()} != {key: tensor.shape for key, tensor in state.items()}:
-        raise ValueError(f"the adapters in {file} have another rank or other places: use the LoRA rank they have")
-    # PEFT's own loader puts new parameters in, which an optimizer would not know.
-    with torch.no_grad():
-        for key, tensor in mine.items():
-            tensor.copy_(state[key])
+
+def set_factors(pipe: Any, name: str, lora: Lora) -> None:
+    """Give modules of an adapter that is there these values, in place: PEFT's own loader puts new parameters in, which
+    an optimizer would not know."""
+    mine = adapter_factors(pipe, name)
+    for module, pair in lora.items():
+        mine[module].down.copy_(pair.down)
+        mine[module].up.copy_(pair.up)

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.models.lora import has_lora
+from alignprop_fast.models.adapters import adapter_factors, the_adapter
 from alignprop_fast.models.lora_file import Factors, Lora, with_metadata
 from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
-from alignprop_fast.models.lora_targets import denoiser, denoiser_name
+from alignprop_fast.models.lora_targets import denoiser
 from alignprop_fast.models.pipeline_adapter import native_side
 
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 _TAGS = 100  # prompts that are listed in the metadata, at most
 
 
-def save_kohya_lora(pipe: Any, folder: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write the denoiser's adapters to `folder/kohya_lora_weights.safetensors`, whole, with `metadata` in the header.
+def save_kohya_lora(
+    pipe: Any, folder: str | Path, metadata: Mapping[str, str] | None = None, adapter: str | None = None
+) -> Path:
+    """Write what `save_lora` writes to `folder/kohya_lora_weights.safetensors`, whole, with `metadata` in the header.
 
     Raises:
-        ValueError: a denoiser without adapters.
+        ValueError: as `save_lora`, or a module that kohya's files have no name for.
     """
-    if not has_lora(pipe):
-        raise ValueError("the denoiser has no adapters to save: call add_lora first")
+    content = kohya_content(adapter_factors(pipe, the_adapter(pipe, adapter)), metadata)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{KOHYA_NAME}.tmp"
-    temporary.write_bytes(kohya_content(_adapters(pipe), metadata))
+    temporary.write_bytes(content)
     return temporary.replace(folder / KOHYA_NAME)
 
 
@@ -36,8 +39,9 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> byte
     """The content of a `kohya_lora_weights.safetensors`. Raises ValueError as `to_kohya`."""
     from safetensors.torch import save
 
+    lora = _of_one_alpha(lora)
     ranks = {factors.rank for factors in lora.values()}
-    alphas = {factors.scale * factors.rank for factors in lora.values()}
+    alpha = next(factors.scale * factors.rank for factors in lora.values())
     kind = ""
     if any(module.startswith("transformer.") for module in lora):
         kind = "_flux" if is_flux(lora) else "_sd3"
@@ -45,24 +49,21 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> byte
         "format": "pt",
         "ss_network_module": f"networks.lora{kind}",
         "ss_network_dim": str(max(ranks)),
-        "ss_network_alpha": str(float(max(alphas))),
+        "ss_network_alpha": str(float(alpha)),
         **(metadata or {}),
     }
-    return with_metadata(save({name: tensor.contiguous() for name, tensor in to_kohya(lora).items()}), header)
+    return with_metadata(save({name: tensor.cpu().contiguous() for name, tensor in to_kohya(lora).items()}), header)
 
 
-def _adapters(pipe: Any) -> Lora:
-    from peft.tuners.lora import LoraLayer
-
-    model, prefix = denoiser(pipe), denoiser_name(pipe)
-    name = next(iter(model.peft_config))
-    return {
-        f"{prefix}.{path}": Factors(
-            layer.lora_A[name].weight.detach().cpu(), layer.lora_B[name].weight.detach().cpu(), layer.scaling[name]
-        )
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+def _of_one_alpha(lora: Lora) -> Lora:
+    """The same deltas with one alpha, the commonest: diffusers takes that one for every module of such a file."""
+    alpha = Counter(factors.scale * factors.rank for factors in lora.values()).most_common(1)[0][0] or 1.0
+    one = {}
+    for module, factors in lora.items():
+        scale = alpha / factors.rank
+        up = factors.up if math.isclose(scale, factors.scale) else factors.scale / scale * factors.up
+        one[module] = Factors(factors.down, up, scale)
+    return one
 
 
 def kohya_metadata(

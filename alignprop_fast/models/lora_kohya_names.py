@@ -1,12 +1,12 @@
-"""The names that kohya's scripts, ComfyUI, Forge and others give LoRA factors, and the way back to diffusers' names.
+"""The names that kohya's scripts, ComfyUI, Forge and others give LoRA factors, and the original releases' layers.
 
     unet.mid_block.attentions.0 ... to_q               ->  lora_unet_mid_block_attentions_0 ... to_q
     transformer.transformer_blocks.3.attn.to_out.0     ->  lora_unet_double_blocks_3_img_attn_proj     (FLUX)
     transformer.transformer_blocks.3.attn.{to_q,to_k,to_v}  ->  lora_unet_joint_blocks_3_x_block_attn_qkv   (SD3)
 
 with the suffixes .lora_down.weight, .lora_up.weight and .alpha (scale = alpha / rank). UNets keep diffusers' block
-names, which all readers know; files in SGM's names, as kohya's scripts write SDXL, are read too. The transformers have
-the names of their original releases, where several projections are one matrix: of factors (A_i, B_i) of its parts
+names, which all readers know; SGM's names, as kohya's scripts write SDXL, are read too. The transformers have the
+names of their original releases, where several projections are one matrix: of factors (A_i, B_i) of its parts
 
     down = [A_1; A_2; ...]     up = diag(B_1, B_2, ...)
 
@@ -17,13 +17,12 @@ columns that are not all zero: of a block-diagonal file the very factors that we
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from alignprop_fast.models.lora_file import Factors, Lora, make_factors
+from alignprop_fast.models.lora_file import Factors, Lora
+from alignprop_fast.models.lora_keys import listed
 
 PREFIX = "lora_unet_"
 
@@ -81,21 +80,48 @@ _FLUX_BLOCKS = {
 _MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
 _MLP_RATIO = 4  # of FLUX's single-stream blocks, everywhere
 _FLUX_WIDTH = 3072
-_SGM_LAYERS = 2  # of a block of SDXL, the one UNet whose files have SGM's names
+_OLD_BLOCKS = {**_FLUX_BLOCKS, **_MMDIT_BLOCKS}
+_XLABS = {  # the names of XLabs' trainer, of FLUX
+    "double_blocks": {
+        "qkv1": _FLUX_DOUBLE["img_attn_qkv"],
+        "qkv2": _FLUX_DOUBLE["txt_attn_qkv"],
+        "proj1": _FLUX_DOUBLE["img_attn_proj"],
+        "proj2": _FLUX_DOUBLE["txt_attn_proj"],
+    },
+    "single_blocks": {"qkv": _FLUX_SINGLE["linear1"][:3], "proj": _FLUX_SINGLE["linear2"]},
+}
+_SGM_ENDS = {
+    "time_embed_0": "time_embedding.linear_1",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+}
+_SGM_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
+_OLD_ENDS = {**_FLUX_ENDS, **_MMDIT_ENDS, **_LAST, **_SGM_ENDS}
+_SGM_RESIDUAL = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
 
 
 def to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
     """The tensors of a file in kohya's naming.
 
     Raises:
-        ValueError: a module that these names have no place for.
+        ValueError: a module that these names have no place for, or whose name would stand for another one.
     """
     whole: Lora = {}
     modules = dict(lora)
     if any(module.startswith("transformer.") for module in modules):
         whole, modules = _original(modules)
-    for module, factors in modules.items():
-        whole[_flat(module)] = factors
+    lost = [module for module in modules if not _reads_back(module)]
+    if lost:
+        raise ValueError(f"{listed(lost)} has no name in kohya's files: leave its adapters out")
+    whole |= {_flat(module): factors for module, factors in modules.items()}
     tensors = {}
     for name, factors in whole.items():
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = factors.down, factors.up
@@ -106,9 +132,14 @@ def to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
 def _flat(module: str) -> str:
     part, _, name = module.partition(".")
     prefixes = {"unet": PREFIX, "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    if part not in prefixes:
-        raise ValueError(f"{module} has no name in kohya's files: leave its adapters out")
-    return prefixes[part] + name.replace(".", "_")
+    is_t5 = name.startswith("encoder.block.")
+    return ("lora_te3_" if is_t5 else prefixes.get(part, f"{part}_")) + name.replace(".", "_")
+
+
+def _reads_back(module: str) -> bool:
+    from alignprop_fast.models.lora_names import published_names
+
+    return any(published_names(family).modules(_flat(module)) == (module,) for family in ("unet", "flux", "sd3"))
 
 
 def is_flux(lora: Lora) -> bool:
@@ -157,94 +188,60 @@ def _joined(parts: tuple[str, ...], held: list[Factors | None]) -> Factors:
 
 def _swapped(leaf: str, factors: Factors) -> Factors:
     """Where a norm has shift and scale alone, the original release has them the other way round."""
-    is_last = leaf.startswith("final_layer") or factors.up.shape[0] == 2 * factors.down.shape[1]
+    is_last = "final_layer" in leaf or factors.up.shape[0] == 2 * factors.down.shape[1]
     if not leaf.endswith("adaLN_modulation_1") or not is_last:
         return factors
     return Factors(factors.down, torch.cat(factors.up.chunk(2)[::-1]), factors.scale)
 
 
-def from_kohya(tensors: Mapping[str, torch.Tensor], file: Path) -> Lora:
-    """The modules of a file in kohya's naming, under diffusers' names. `file`: for messages.
+def original_paths(name: str, unet_layers: int) -> tuple[str, ...]:
+    """What a layer of an original release is in diffusers, where a matrix may be several; any other name as it is.
+
+    name: with underscores for dots, such as double_blocks_3_img_attn_qkv. unet_layers: residual layers of a block.
+    """
+    if name in _OLD_ENDS:
+        return (_OLD_ENDS[name],)
+    if match := re.fullmatch(r"((?:double|single|joint)_blocks)_(\d+)_(\w+)", name):
+        theirs, leaves = _OLD_BLOCKS[match[1]]
+        return tuple(f"{theirs}.{match[2]}.{part}" for part in {**leaves, **_XLABS.get(match[1], {})}.get(match[3], ()))
+    if match := re.fullmatch(r"(input|middle|output)_blocks?_(\d+)(?:_(\d+))?_(\D\w*)", name):
+        return (_of_sgm(match[1], int(match[2]), match[3], match[4], unet_layers + 1),)
+    return (name,)
+
+
+def _of_sgm(where: str, number: int, kind: str | None, leaf: str, per_block: int) -> str:
+    """SGM and CompVis count through all blocks; an up- or downsampler is a layer of its own or the end of one."""
+    block, layer = divmod(number - (where == "input"), per_block)
+    is_last = layer == per_block - 1
+    group = {"0": "resnets", "1": "attentions"}.get(kind or "", "")
+    leaf = _SGM_RESIDUAL.get(leaf, leaf)
+    if where == "middle" and kind is None:
+        return f"mid_block.{_SGM_MIDDLE.get(number, '')}.{leaf}"
+    if where == "input" and is_last:
+        return f"down_blocks.{block}.downsamplers.0.conv" if (group, leaf) == ("resnets", "op") else ""
+    if where == "output" and leaf == "conv":
+        return f"up_blocks.{block}.upsamplers.0.conv" if is_last else ""
+    return f"{'down' if where == 'input' else 'up'}_blocks.{block}.{group}.{layer}.{leaf}"
+
+
+def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> Lora:
+    """One layer's factors as those of the modules that it is in diffusers, each with its rows of `up`.
+
+    name: in the file, which is for messages.
 
     Raises:
-        ValueError: names of no known kind, or factors that do not fit each other.
+        ValueError: a number of rows that these modules cannot have.
     """
-    whole: Lora = {}
-    for name in sorted({key.partition(".")[0] for key in tensors}):
-        down, up = tensors.get(f"{name}.lora_down.weight"), tensors.get(f"{name}.lora_up.weight")
-        if down is None:
-            raise _unknown(file, name)
-        alpha = float(tensors.get(f"{name}.alpha", torch.tensor(float(len(down)))))
-        whole[name] = make_factors(file, name, down, up, alpha / len(down))
-    ends = ("lora_down.weight", "lora_up.weight", "alpha")
-    strange = set(tensors) - {f"{name}.{end}" for name in whole for end in ends}
-    if strange:
-        raise _unknown(file, min(strange))
-    lora: Lora = {}
-    unet: Lora = {}
-    is_transformer = any(re.search("(double|single|joint)_blocks_", name) for name in whole)
-    for name, factors in whole.items():
-        if not name.startswith(PREFIX):
-            lora[_text_module(name, file)] = factors
-        elif is_transformer:
-            lora |= _parts(name.removeprefix(PREFIX), factors, any("joint_blocks_" in one for one in whole), file)
-        else:
-            unet[name] = factors
-    return lora | (_unet_modules(unet, file) if unet else {})
-
-
-def _unknown(file: Path, name: str) -> ValueError:
-    return ValueError(f"{file} has {name!r}, which is no name of kohya's files: give a file in diffusers' naming")
-
-
-def _text_module(name: str, file: Path) -> str:
-    match = re.fullmatch(r"lora_te([12]?)_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)", name)
-    if match is None:
-        raise _unknown(file, name)
-    part = "text_encoder_2" if match[1] == "2" else "text_encoder"
-    return f"{part}.text_model.encoder.layers.{match[2]}.{match[3]}.{match[4]}"
-
-
-def _parts(name: str, factors: Factors, is_mmdit: bool, file: Path) -> Lora:
-    """One matrix of the original release as the modules that it is made up of."""
-    ends = {**(_MMDIT_ENDS if is_mmdit else _FLUX_ENDS), **_LAST}
-    if name in ends:
-        return {f"transformer.{ends[name]}": _swapped(name, factors)}
-    match = re.fullmatch(r"([a-z]+_blocks)_(\d+)_(\w+)", name)
-    theirs, leaves = (_MMDIT_BLOCKS if is_mmdit else _FLUX_BLOCKS).get(match[1] if match else "", ("", {}))
-    if match is None or match[3] not in leaves:
-        raise _unknown(file, PREFIX + name)
-    parts, prefix = leaves[match[3]], f"transformer.{theirs}.{match[2]}."
-    if len(parts) == 1:
-        return {prefix + parts[0]: _swapped(match[3], factors)}
+    if len(modules) == 1:
+        return {modules[0]: _swapped(name.replace(".", "_"), factors)}
     width, rows = factors.down.shape[1], factors.up.shape[0]
-    sizes = [width] * 3 + [rows - 3 * width] * (len(parts) - 3)
+    sizes = [width] * 3 + [rows - 3 * width] * (len(modules) - 3)
     if sum(sizes) != rows or min(sizes) <= 0:
-        raise ValueError(f"{PREFIX + name} in {file} has {rows} rows for an input of {width}: it is of another model")
+        raise ValueError(f"{name} in {file} has {rows} rows for an input of {width}: it is of another model")
     found = {}
-    for part, up in zip(parts, factors.up.split(sizes), strict=True):
+    for module, up in zip(modules, factors.up.split(sizes), strict=True):
         used = up.abs().sum(0) != 0
         if used.any() or not factors.up.any():
             used = used if used.any() else ~used
-            found[prefix + part] = Factors(factors.down[used], up[:, used].contiguous(), factors.scale)
+            found[module] = Factors(factors.down[used], up[:, used].contiguous(), factors.scale)
     return found
-
-
-def _unet_modules(unet: Lora, file: Path) -> Lora:
-    """A UNet's modules by diffusers' own rules for kohya's names."""
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    from alignprop_fast.models.lora_file import DOWN, UP
-
-    state = {}
-    for name, factors in unet.items():
-        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = factors.down, factors.scaled_up()
-    try:
-        sgm = SimpleNamespace(layers_per_block=_SGM_LAYERS)
-        state, _ = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=sgm)
-        state = convert_unet_state_dict_to_peft(state)
-        modules = sorted(key.removesuffix(DOWN) for key in state if key.endswith(DOWN))
-        return {module: make_factors(file, module, state[module + DOWN], state[module + UP], 1.0) for module in modules}
-    except (KeyError, IndexError, ValueError) as error:
-        raise _unknown(file, min(unet)) from error

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.models.lora import add_lora, save_lora
@@ -99,3 +101,128 @@ def test_a_foreign_model_is_refused(tiny_sd_folder, tmp_path):
     pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
     with pytest.raises(ValueError, match="this pipeline's denoiser"):
         pipeline.save_checkpoint([torch.nn.Linear(1, 1)], [], tmp_path)
+
+
+def drawn_factors(model):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def images(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    return pipe("red", num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def folder_with_text_encoders(model, request, folder):
+    """A copy of the model with a LoRA file beside it, of the denoiser and the text encoders, as diffusers writes it."""
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = request.getfixturevalue(model)
+    layers = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if part in pipe.components:
+            targets = ["to_q"] if part == "unet" else ["q_proj", "v_proj"]
+            pipe.components[part].add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+            drawn_factors(pipe.components[part])
+            layers[f"{part}_lora_layers"] = get_peft_model_state_dict(pipe.components[part])
+    folder = shutil.copytree(request.getfixturevalue(f"{model}_folder"), folder)
+    type(pipe).save_lora_weights(folder, **layers)
+    return pipe, folder
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_what_text_encoders_have_takes_part_and_is_saved_again(model, request, tmp_path):
+    pipe, folder = folder_with_text_encoders(model, request, tmp_path / "model")
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder)
+    for module in (pipeline.unet, *pipeline.text_encoders):
+        module.to(torch.bfloat16)  # as mixed precision does, which must not round the adapters
+    pipeline.get_trainable_layers()
+    for module in (pipeline.unet, *pipeline.text_encoders):
+        module.to(torch.float32)
+    assert not any(p.requires_grad for encoder in pipeline.text_encoders for p in encoder.parameters())
+    assert {name.split(".lora_")[1] for name, p in pipeline.unet.named_parameters() if p.requires_grad} == {
+        "A.default.weight",
+        "B.default.weight",
+    }
+    save_lora(pipeline.sd_pipeline, tmp_path / "saved")
+    saved, given = (load_file(one / "pytorch_lora_weights.safetensors") for one in (tmp_path / "saved", folder))
+    assert len(saved) == len(given)
+    assert sum(key.startswith("text_encoder") for key in saved) >= 8
+    other = type(pipe).from_pretrained(folder, local_files_only=True)
+    untrained = images(other)
+    other.load_lora_weights(tmp_path / "saved")
+    other.scheduler = pipe.scheduler
+    torch.testing.assert_close(images(other), images(pipe), rtol=0, atol=1e-5)
+    assert (images(other) - untrained).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_a_saved_pipeline_loads_in_diffusers_and_here(model, request, tmp_path):
+    """Its folder holds networks without adapters, text encoders too, the settings, and the LoRA file."""
+    pipe, folder = folder_with_text_encoders(model, request, tmp_path / "model")
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder)
+    if model == "tiny_sdxl":
+        pipeline.sd_pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    pipeline.get_trainable_layers()
+    expected = images(pipeline.sd_pipeline)
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert torch.equal(images(pipeline.sd_pipeline), expected)
+    other = type(pipe).from_pretrained(tmp_path / "saved", local_files_only=True)
+    if model == "tiny_sdxl":
+        assert other.config.force_zeros_for_empty_prompt is False
+    assert not torch.equal(images(other), expected)
+    other.load_lora_weights(tmp_path / "saved")
+    torch.testing.assert_close(images(other), expected, rtol=0, atol=1e-5)
+    again = DefaultDDPOStableDiffusionPipeline(tmp_path / "saved")
+    torch.testing.assert_close(images(again.sd_pipeline), expected, rtol=0, atol=1e-5)
+
+
+def test_a_lora_of_the_text_encoder_alone_beside_the_model(tiny_sd, tiny_sd_folder, tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    tiny_sd.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    drawn_factors(tiny_sd.text_encoder)
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    tiny_sd.save_lora_weights(folder, text_encoder_lora_layers=get_peft_model_state_dict(tiny_sd.text_encoder))
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder)
+    pipeline.get_trainable_layers()
+    pipeline.save_checkpoint([pipeline.unet], [], tmp_path)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {key.split(".")[0] for key in saved} == {"unet", "text_encoder"}
+    pipeline.load_checkpoint([pipeline.unet], tmp_path)
+    torch.testing.assert_close(images(pipeline.sd_pipeline), images(tiny_sd), rtol=0, atol=1e-5)
+
+
+def test_the_trained_adapter_can_be_chosen_and_is_said(tiny_sd_folder, tmp_path, caplog):
+    pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder, adapter="reward")
+    for name in ("style", "reward"):
+        pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
+    pipeline.sd_pipeline.set_adapters(["style", "reward"])
+    with caplog.at_level("INFO", "alignprop_fast"):
+        pipeline.get_trainable_layers()
+    assert "'reward' of the unet, rank 2, is trained and saved; left as they are and not saved: 'style'" in caplog.text
+    other = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
+    for name in ("style", "reward"):
+        other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
+    other.sd_pipeline.set_adapters(["style", "reward"])
+    with pytest.raises(ValueError, match=r"'reward', 'style' require grad: choose one, for example adapter='reward'"):
+        other.get_trainable_layers()
+
+
+def test_a_new_adapter_gets_the_chosen_name(tiny_sd_folder):
+    pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder, adapter="reward")
+    assert list(pipeline.get_trainable_layers().peft_config) == ["reward"]
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_whole_denoiser_with_adapters_is_refused(tiny_sd_folder, part):
+    """Neither the denoiser nor the pipeline would be saved in a form that anyone loads."""
+    pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder, use_lora=False)
+    targets = ["to_q"] if part == "unet" else ["q_proj"]
+    pipeline.sd_pipeline.components[part].add_adapter(LoraConfig(r=2, target_modules=targets))
+    with pytest.raises(ValueError, match="pipeline has adapters: train those with use_lora=True"):
+        pipeline.get_trainable_layers()

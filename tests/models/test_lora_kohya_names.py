@@ -8,9 +8,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from alignprop_fast.models.lora import add_lora, load_lora
-from alignprop_fast.models.lora_file import DOWN, UP, Factors, lora_content, read_lora
+from alignprop_fast.models.lora_file import DOWN, UP, Factors, lora_content, lora_of, read_lora
 from alignprop_fast.models.lora_kohya import save_kohya_lora
-from alignprop_fast.models.lora_kohya_names import from_kohya, is_flux, to_kohya
+from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
 from alignprop_fast.models.lora_targets import denoiser
 from alignprop_fast.models.random_weights import make_sdxl_folder
 
@@ -81,7 +81,7 @@ def test_a_foreign_flux_file_whose_parts_share_their_factors():
         names[f"lora_unet_{name}.lora_down.weight"] = torch.randn(4, WIDTH, generator=generator)
         names[f"lora_unet_{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
         names[f"lora_unet_{name}.alpha"] = torch.tensor(2.0)
-    lora = from_kohya(names, "file")
+    lora = lora_of(names, "file")
     assert len(lora) == 7 and {factors.rank for factors in lora.values()} == {4}
     assert_same_deltas(FluxPipeline.lora_state_dict(dict(names)), lora)
 
@@ -142,7 +142,7 @@ def test_the_effect_on_weights_in_the_original_layout(request, kind, shapes):
 def test_there_and_back_are_the_same_factors(shapes):
     lora = made(shapes)
     assert is_flux(lora) == (shapes is not SD3)
-    back = from_kohya(to_kohya(lora), "file")
+    back = lora_of(to_kohya(lora), "file")
     assert back.keys() == lora.keys()
     for module, factors in lora.items():
         assert back[module].scale == factors.scale
@@ -159,14 +159,14 @@ def test_flux_without_single_stream_blocks_is_known_by_its_width():
 def test_parts_of_different_scales():
     lora = made({"transformer_blocks.1.attn.to_q": (8, 8), "transformer_blocks.1.attn.to_k": (8, 8)}, scale=0.5)
     lora["transformer.transformer_blocks.1.attn.to_k"] = Factors(torch.ones(2, 8), torch.ones(8, 2), 3.0)
-    back = from_kohya(to_kohya(lora), "file")
+    back = lora_of(to_kohya(lora), "file")
     for module, factors in lora.items():
         torch.testing.assert_close(back[module].delta(), factors.delta(), rtol=1e-6, atol=1e-6)
 
 
 def test_adapters_that_have_not_learned_yet_keep_their_places():
     zeros = {name: Factors(f.down, torch.zeros_like(f.up), f.scale) for name, f in made(SD3).items()}
-    back = from_kohya(to_kohya(zeros), "file")
+    back = lora_of(to_kohya(zeros), "file")
     assert back.keys() >= zeros.keys() and not any(factors.up.any() for factors in back.values())
 
 
@@ -252,7 +252,7 @@ PAIR = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        ({f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.{k}": t for k, t in PAIR.items()}, "no name of kohya's"),
+        ({f"lora_te3_encoder_block_0_layer_0_Attention_q.{k}": t for k, t in PAIR.items()}, "no name of kohya's"),
         ({f"lora_unet_double_blocks_0_img_other.{k}": t for k, t in PAIR.items()}, "no name of kohya's"),
         ({f"lora_unet_double_blocks_0_img_attn_qkv.{k}": t for k, t in PAIR.items()}, "8 rows for an input of 8"),
         ({f"lora_unet_joint_blocks_0_x_block_attn_proj.{k}": -t / 0 for k, t in PAIR.items()}, "not finite"),
