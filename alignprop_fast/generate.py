@@ -100,8 +100,8 @@ class DifferentiableSampler:
             where they do not fit beside the model it waits there while they encode.
         optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
-            base model, adapters switched off, over the gradient steps; differentiable, a regulariser to add to the
-            loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
+            base model, adapters that learn switched off, over the gradient steps; differentiable, a regulariser to add
+            to the loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
             gradient passes through the step's input.
 
     The regulariser is that of DPOK (Fan et al. 2023) up to the weights of the steps: two Gaussian kernels of one step
@@ -145,8 +145,8 @@ class DifferentiableSampler:
         self.set_budget(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
         self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
-        if compare_with_base and not self.model.has_adapters():
-            raise ValueError("a comparison with the base model needs adapters that can be switched off: add a LoRA")
+        if compare_with_base and not self.model.has_learning_adapters():
+            raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         for name, wanted in (("cuda_graphs", cuda_graphs), ("compiled", compiled)):
             if wanted and self.model.device.type == "cpu":

@@ -99,10 +99,13 @@ def save_lora(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    temporary.write_bytes(lora_content(lora, metadata))
-    if not _equal(read_lora(temporary), lora):
-        raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
-    return temporary.replace(folder / WEIGHTS_NAME)
+    try:
+        temporary.write_bytes(lora_content(lora, metadata))
+        if not _equal(read_lora(temporary), lora):
+            raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
+        return temporary.replace(folder / WEIGHTS_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _equal(one: Lora, two: Lora) -> bool:

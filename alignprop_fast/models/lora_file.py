@@ -21,9 +21,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
+LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # of PEFT's initialisations
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
-
-LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # of PEFT's init_lora_weights: others change it
 
 _TELLING = ("peft_type", "use_dora", "init_lora_weights")  # settings that may say that a file is no plain LoRA
 # Files that are no safetensors, by their first bytes.
@@ -200,8 +199,8 @@ def _settings(file: Path, text: str | None) -> dict[str, Any]:
     for start in of["init_lora_weights"]:
         if start not in LEAVES_THE_BASE:
             raise ValueError(
-                f"{file} has init_lora_weights={start!r}, which changed the base model: save it anew as a plain LoRA, "
-                "with path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+                f"{file} was made with init_lora_weights={start!r}, whose base model is another: convert it by PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)"
             )
     return settings
 

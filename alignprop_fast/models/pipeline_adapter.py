@@ -126,23 +126,27 @@ class PipelineAdapter(ABC):
             raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
-    def has_adapters(self) -> bool:
-        """Whether the denoiser is a base model with PEFT adapters on it."""
-        return any(isinstance(module, BaseTunerLayer) for module in self.denoiser.modules())
+    def has_learning_adapters(self) -> bool:
+        """Whether the denoiser has PEFT adapters that require grad."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        return any(_learns(layer, name) for layer in layers for name in layer.active_adapters)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """Inside the block the denoiser is the base model: PEFT's adapters are left out of every forward pass."""
+        """Inside the block adapters that learn are left out of every forward pass: what the model was before them.
+
+        Frozen ones take part as ever, a style for example beside which another adapter is trained.
+        """
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        before = [layer.disable_adapters for layer in layers]
+        before = [layer._active_adapter for layer in layers]
         try:
             for layer in layers:
-                # The flag alone: `enable_adapters` also rewrites requires_grad, which a chain under way relies on.
-                layer._disable_adapters = True
+                # The names alone: `set_adapter` also rewrites requires_grad, which a chain under way relies on.
+                layer._active_adapter = [name for name in layer.active_adapters if not _learns(layer, name)]
             yield
         finally:
-            for layer, was_off in zip(layers, before, strict=True):
-                layer._disable_adapters = was_off
+            for layer, active in zip(layers, before, strict=True):
+                layer._active_adapter = active
 
     def fingerprint(self) -> Hashable:
         """Where the denoiser's weights lie, and how its adapters are set: a recorded evaluation holds as long."""
@@ -225,6 +229,10 @@ class PipelineAdapter(ABC):
     def decoder_segments(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
+
+
+def _learns(layer: nn.Module, adapter: str) -> bool:
+    return any(p.requires_grad for name, p in layer.named_parameters() if adapter in name.split("."))
 
 
 def native_side(pipe: Any) -> int:

@@ -106,6 +106,35 @@ def test_dora_is_refused(tiny_sd, tmp_path):
         save_lora(tiny_sd, tmp_path)
 
 
+def test_a_file_for_another_base_model_is_refused(tiny_sd, tmp_path):
+    """As diffusers writes it where it is given the configuration: of PiSSA the base model is the rest, W - B A."""
+    file = write_with_settings(tiny_sd, tmp_path, {"init_lora_weights": "pissa"})
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', whose base model is another: convert it"):
+        load_lora(tiny_sd, file)
+
+
+def write_with_settings(pipe, folder, settings):
+    from peft.utils import get_peft_model_state_dict
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    config = {**pipe.unet.peft_config["default"].to_dict(), "target_modules": ["to_q"], **settings}
+    layers = get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    pipe.unload_lora_weights()
+    return folder
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tiny_sd, tmp_path):
+    _train_a_little(add_lora(tiny_sd))
+    before = save_lora(tiny_sd, tmp_path).read_bytes()
+    with torch.no_grad():
+        tiny_sd.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite: take an earlier checkpoint"):
+        save_lora(tiny_sd, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert (tmp_path / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
 def test_equal_adapters_make_equal_files(tiny_sd, tmp_path):
     """safetensors alone writes its metadata in an order that changes from call to call."""
     _train_a_little(add_lora(tiny_sd))

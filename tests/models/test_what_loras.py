@@ -448,9 +448,11 @@ def test_refused_in_one_line(tmp_path, row):
 
 
 SETTINGS = {
-    Format("PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)", "refused", "init_lora_weights='pissa', which changed"): {
-        "init_lora_weights": "pissa"
-    },
+    Format(
+        "PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)",
+        "refused",
+        "init_lora_weights='pissa', whose base",
+    ): {"init_lora_weights": "pissa"},
     Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
     Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
         "peft_type": "ADALORA"
