@@ -67,7 +67,12 @@ def the_adapter(pipe: Any, name: str | None = None) -> str:
 
 def requires_grad(pipe: Any, name: str) -> bool:
     """Whether any parameter of that adapter in the denoiser does."""
-    return any(parameter.requires_grad for parameter in adapter_parameters(_unwrapped(denoiser(pipe)), name))
+    return any(learns(layer, name) for _, layer in _layers(denoiser(pipe), name))
+
+
+def learns(layer: BaseTunerLayer, name: str) -> bool:
+    """Whether any parameter of that adapter in one layer requires grad."""
+    return any(p.requires_grad for path, p in layer.named_parameters() if name in path.split("."))
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
@@ -177,7 +182,7 @@ def _name_in_files(part: str, model: nn.Module, path: str) -> str:
 def _check_not_fused(part: str, model: nn.Module) -> None:
     fused = {n for layer in model.modules() if isinstance(layer, BaseTunerLayer) for n in layer.merged_adapters}
     if fused:
-        raise ValueError(f"{_listed(fused)} is fused into the weights of {part}: call unfuse_lora() first")
+        raise ValueError(f"adapters are fused into the weights of {part} ({_listed(fused)}): call unfuse_lora() first")
 
 
 def _check_config(name: str, config: PeftConfig) -> None:

@@ -304,9 +304,9 @@ def published_layers(name: str) -> Mapping[str, tuple[int, ...]]:
 
 
 def layers(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The linear layers and convolutions of a network, with adapters or without: {path: shape of the weight}."""
+    """The linear layers and convolutions of a network, with PEFT's adapters or without: {path: shape of the weight}."""
     return {
-        path.removesuffix(".base_layer"): tuple(module.weight.shape)
+        path.removeprefix("base_model.model.").removesuffix(".base_layer"): tuple(module.weight.shape)
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in path
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def save_lora(
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
     try:
         temporary.write_bytes(lora_content(lora, metadata))
-        if not _equal(read_lora(temporary), lora):
+        if not _equal(read_lora(temporary, pipe), lora):
             raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
         return temporary.replace(folder / WEIGHTS_NAME)
     finally:
@@ -109,17 +110,21 @@ def save_lora(
 
 
 def _equal(one: Lora, two: Lora) -> bool:
-    """Whether two adapters have the same factors, to the bit, and the same scales."""
-    return _shapes(one) == _shapes(two) and all(
+    """Whether two adapters are the same, factors to the bit."""
+    return _fits(one, two) and all(
         torch.equal(one[module].down, two[module].down.float().cpu())
         and torch.equal(one[module].up, two[module].up.float().cpu())
         for module in one
     )
 
 
-def _shapes(lora: Lora) -> dict[str, tuple[torch.Size, torch.Size, float]]:
-    """Places, ranks and scales of an adapter, scales to seven digits: alpha / rank is one more rounding."""
-    return {name: (pair.down.shape, pair.up.shape, float(f"{pair.scale:.6e}")) for name, pair in lora.items()}
+def _fits(one: Lora, two: Lora) -> bool:
+    """Whether two adapters have the same places, ranks and scales; alpha / rank is one more rounding."""
+    return one.keys() == two.keys() and all(
+        (one[module].down.shape, one[module].up.shape) == (two[module].down.shape, two[module].up.shape)
+        and math.isclose(one[module].scale, two[module].scale)
+        for module in one
+    )
 
 
 def load_lora(pipe: Any, path: str | Path, adapter: str | None = None) -> None:
@@ -182,7 +187,7 @@ def _misfit(file: Path) -> ValueError:
 
 def _overwrite(pipe: Any, file: Path, name: str) -> None:
     mine, theirs = adapter_factors(pipe, name), read_lora(file, pipe)
-    if _shapes(mine) != _shapes(theirs):
+    if not _fits(mine, theirs):
         raise ValueError(
             f"the adapters in {file} have another rank, scale or other places: use the LoRA rank and alpha they have"
         )

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
-LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # of PEFT's initialisations
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
+LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # of PEFT's init_lora_weights: others change it
 
 _TELLING = ("peft_type", "use_dora", "init_lora_weights")  # settings that may say that a file is no plain LoRA
 # Files that are no safetensors, by their first bytes.

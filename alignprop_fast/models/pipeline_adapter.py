@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from alignprop_fast.models.adapters import learns
 from alignprop_fast.models.banded_decoder import banded_stages
 from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.models.surgery import put_ops_in
@@ -129,7 +130,7 @@ class PipelineAdapter(ABC):
     def has_learning_adapters(self) -> bool:
         """Whether the denoiser has PEFT adapters that require grad."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        return any(_learns(layer, name) for layer in layers for name in layer.active_adapters)
+        return any(learns(layer, name) for layer in layers for name in layer.active_adapters)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -142,7 +143,7 @@ class PipelineAdapter(ABC):
         try:
             for layer in layers:
                 # The names alone: `set_adapter` also rewrites requires_grad, which a chain under way relies on.
-                layer._active_adapter = [name for name in layer.active_adapters if not _learns(layer, name)]
+                layer._active_adapter = [name for name in layer.active_adapters if not learns(layer, name)]
             yield
         finally:
             for layer, active in zip(layers, before, strict=True):
@@ -229,10 +230,6 @@ class PipelineAdapter(ABC):
     def decoder_segments(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
-
-
-def _learns(layer: nn.Module, adapter: str) -> bool:
-    return any(p.requires_grad for name, p in layer.named_parameters() if adapter in name.split("."))
 
 
 def native_side(pipe: Any) -> int:

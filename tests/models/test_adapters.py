@@ -165,9 +165,9 @@ def test_diffusers_makes_of_the_file_what_peft_adds(make, loaded, tiny_sd, tmp_p
     assert_same(deltas(other, name), read)
 
 
-@pytest.mark.parametrize("make", ["rslora", "patterns and rslora", "weight", "two adapters", "a text encoder's beside"])
+@pytest.mark.parametrize("make", CARRIED.values(), ids=CARRIED)
 def test_diffusers_makes_of_kohyas_file_what_peft_adds(make, loaded, tiny_sd, tmp_path):
-    CARRIED[make](tiny_sd)
+    make(tiny_sd)
     name = the_adapter(tiny_sd)
     save_kohya_lora(tiny_sd, tmp_path)
     other = fresh(loaded)
@@ -239,7 +239,7 @@ REFUSED = {
     "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "kind LOHA.*make a peft.LoraConfig"),
     "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "kind LOKR"),
     "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "kind ADALORA"),
-    "fused": (fused, "'default' is fused into the weights of unet: call unfuse_lora"),
+    "fused": (fused, r"fused into the weights of unet \('default'\): call unfuse_lora"),
     "an embedding": (in_an_embedding, "lora_embedding_A in .*token_embedding"),
     "a part that diffusers does not load": (in_another_part, "is in vae, where diffusers loads none"),
 }
@@ -298,12 +298,20 @@ def test_one_of_several_is_chosen_by_gradient_or_by_name(tiny_sd, tmp_path):
     with pytest.raises(ValueError, match=r"'reward', 'style' require grad: choose one"):
         save_lora(tiny_sd, tmp_path)
     tiny_sd.unet.requires_grad_(False)
-    with pytest.raises(ValueError, match="none requires grad: choose one"):
+    with pytest.raises(ValueError, match=r"'reward', 'style' are there and none requires grad: choose one"):
         the_adapter(tiny_sd)
     train_adapter(tiny_sd, "reward")
     learning = {n for n, p in tiny_sd.unet.named_parameters() if p.requires_grad}
     assert learning and all(".reward." in name for name in learning)
     assert set(tiny_sd.get_active_adapters()) == {"style", "reward"}
+
+
+def test_one_of_another_kind_is_found_and_refused(tiny_sd):
+    add(tiny_sd, lora(target_modules=["to_q"]), "style")
+    tiny_sd.unet.requires_grad_(False)
+    tiny_sd.unet.add_adapter(LoHaConfig(target_modules=["to_k"]), "reward")
+    with pytest.raises(ValueError, match="'reward' is of PEFT's kind LOHA"):
+        train_adapter(tiny_sd)
 
 
 def test_a_frozen_adapter_alone_is_not_trained(tiny_sd):
@@ -325,6 +333,6 @@ def test_values_are_overwritten_in_place_and_nothing_else(tiny_sd, tmp_path):
                 parameter.add_(1)
     load_lora(tiny_sd, tmp_path)
     assert all(torch.equal(p, expected[name]) for name, p in tiny_sd.unet.named_parameters())
-    tiny_sd.set_adapters(["style", "reward"], [1.0, 0.5])
+    tiny_sd.set_adapters(["style", "reward"], [1.0, 1.0001])
     with pytest.raises(ValueError, match="another rank, scale or other places"):
         load_lora(tiny_sd, tmp_path, "reward")
