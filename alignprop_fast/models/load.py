@@ -166,5 +166,7 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
                 f"the {name} of {model} lacks some of its weights: copy or download it again, or give a single file "
                 "the model config of its own architecture"
             )
+        if name.startswith(("text_encoder", "tokenizer")) and part is None and not name.endswith("_3"):  # SD3's T5
+            raise ValueError(f"{model} has no {name}, which prompts are encoded by: give a model that is whole")
         if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
             raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")
