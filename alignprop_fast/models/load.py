@@ -136,16 +136,14 @@ def pick_scheduler(pipe: Any, name: str) -> Any:
 
 
 def _resolve(model: str | Path) -> Path | str:
-    """A local folder or .safetensors file, or the name of a Hub model."""
+    """A local folder or file, or the name of a Hub model."""
     if model == "demo":
         from alignprop_fast.demo import model_path
 
         return Path(model_path())
     path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.is_dir() or path.is_file():
         return path
-    if path.exists():
-        raise ValueError(f"{model} is no .safetensors file: give one, or the folder that holds model_index.json")
     if isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return model
     raise FileNotFoundError(
