@@ -123,7 +123,7 @@ _ALONE = (
 _DENOISERS = {
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
     "FluxPipeline": _any("double_blocks.0.", "^single_transformer_blocks.0."),
-    "StableDiffusionPipeline": _any("input_blocks.0.0.weight", "^down_blocks.0.", "^unet.down_blocks."),
+    "StableDiffusionPipeline": _any("input_blocks.0.0.weight", "^down_blocks.0."),
 }
 
 

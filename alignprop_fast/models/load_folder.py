@@ -88,7 +88,7 @@ def _instead(folder: Path) -> str:
         return "it holds a LoRA; give the model that it was trained on"
     if (folder / "config.json").is_file():
         return "it holds one network; give the top folder of the pipeline that it belongs to"
-    if next(folder.rglob("*.onnx"), None):
+    if [*folder.glob("*.onnx"), *folder.glob("*/*.onnx")]:
         return "it holds an ONNX model, which cannot be trained; give a model in the diffusers format"
     if files:
         return f"it holds files; give one of them, such as {folder / files[0]}, with --model-config"

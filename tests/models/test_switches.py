@@ -90,6 +90,13 @@ def to_q(pipe):
     return next(module for name, module in pipe.unet.named_modules() if name.endswith("to_q"))
 
 
+def in_4_bit(pipe):
+    import bitsandbytes
+
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.to_q = bitsandbytes.nn.Linear4bit(attention.to_q.in_features, attention.to_q.out_features)
+
+
 def hook(pipe):
     to_q(pipe).register_forward_hook(lambda module, inputs, output: 2 * output)
 
@@ -205,6 +212,7 @@ refused(
     "pipe.unload_ip_adapter()",
     lambda pipe: pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj"),
 )
+refused("weights of bitsandbytes, torchao, quanto or GGUF", 'base_dtype="nf4", "int8" or "fp8" quantises it', in_4_bit)
 refused("LCM's embedded guidance", "use the model that it was distilled from", changed_unet(time_cond_proj_dim=32))
 refused("a UNet of classes", "use a model that draws from text alone", changed_unet(num_class_embeds=4))
 refused("another VAE (consistency decoder)", "pipe.vae = AutoencoderKL.from_pretrained(...)", other_vae)
@@ -317,6 +325,12 @@ def test_prompts_without_what_encodes_them(kind, part, request):
     pipe.register_modules(**{part: None})
     with pytest.raises(ValueError, match=f"the pipeline has no {part}, which prompts are encoded by"):
         our_images(pipe, height=16, width=16)
+
+
+def test_a_text_encoder_on_another_device(tiny_sd):
+    tiny_sd.text_encoder.to("meta")
+    with pytest.raises(ValueError, match=r"pipe.text_encoder is on meta, the denoiser on cpu: pipe.to\('cpu'\)"):
+        our_images(tiny_sd)
 
 
 def test_text_encoders_of_another_dtype(tiny_sd):
