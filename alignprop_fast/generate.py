@@ -258,9 +258,10 @@ class DifferentiableSampler:
         _check_prompts(prompts, negative_prompts)
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
+        self.model.check_text(may_be_away=self._text is not None)
         encode = self.model.encode if self._text is None else self._text.encode
         cond = encode(prompts, negative_prompts, self._guided(negative_prompts), self.size)
-        return prompts, replace(cond, embedded_guidance=self.guidance_scale)
+        return prompts, replace(cond.cast(self.model.dtype), embedded_guidance=self.guidance_scale)
 
     def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
         """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
