@@ -180,8 +180,8 @@ def _settings(file: Path, text: str | None) -> dict[str, Any]:
     for start in of["init_lora_weights"]:
         if start not in LEAVES_THE_BASE:
             raise ValueError(
-                f"{file} was made with init_lora_weights={start!r}, whose base model is another: convert it by PEFT's "
-                "save_pretrained(path_initial_model_for_weight_conversion=...)"
+                f"{file} has init_lora_weights={start!r}, which changed the base model: save it anew as a plain LoRA, "
+                "with path_initial_model_for_weight_conversion of PEFT's save_pretrained"
             )
     return settings
 

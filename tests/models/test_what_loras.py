@@ -453,7 +453,7 @@ SETTINGS = {
     Format(
         "PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)",
         "refused",
-        "init_lora_weights='pissa', whose base",
+        "='pissa', which changed the base model: save it anew",
     ): {"init_lora_weights": "pissa"},
     Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
     Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
