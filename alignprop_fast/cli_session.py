@@ -251,10 +251,10 @@ class Session:
         """
         import torch
 
-        from alignprop_fast.models.pipeline_adapter import native_side
+        from alignprop_fast.models.pipeline_adapter import picture_size
 
-        own = native_side(pipe)
-        count, height, width = self.options.batch_size, self.options.height or own, self.options.width or own
+        count = self.options.batch_size
+        height, width = picture_size(pipe, self.options.height, self.options.width)
         images_BCHW = torch.full((count, 3, height, width), 0.5, device=device, requires_grad=True)
         self.reward(images_BCHW, [self.prompts[0]] * count, [{} for _ in range(count)])
 

@@ -276,10 +276,12 @@ class DifferentiableSampler:
             negative_prompts = [negative_prompts] * len(prompts)
         given = given or {}
         self.model.check_embeddings(given, len(prompts))
-        encode = self.model.encode if self._text is None else self._text.encode
         guided = self._guided(negative_prompts, given)
+        if not {"prompt_embeds", *(["negative_prompt_embeds"] if guided else ())} <= set(given):
+            self.model.check_text(may_be_away=self._text is not None)
+        encode = self.model.encode if self._text is None else self._text.encode
         cond = encode(prompts, negative_prompts, guided, self.size, given)
-        return prompts, replace(cond, embedded_guidance=self.guidance_scale)
+        return prompts, replace(cond.cast(self.model.dtype), embedded_guidance=self.guidance_scale)
 
     def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
         """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""

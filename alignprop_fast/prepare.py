@@ -30,10 +30,12 @@ def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) 
     pipeline: a `DefaultDDPOStableDiffusionPipeline`.
 
     Raises:
-        ValueError: bf16 adapters where the whole denoiser is trained, or a base that cannot be quantised.
+        ValueError: bf16 adapters where the whole denoiser is trained, a base that cannot be quantised, or something
+            switched on in the pipeline that the chain does not go with.
     """
     if config.adapter_dtype == "bf16" and not pipeline.use_lora:
         raise ValueError('adapter_dtype="bf16" is for adapters, and the whole UNet is trained: leave it at fp32')
+    pipeline.check_switches()  # before anything is done to it
     place_model(pipeline, device, config)
     denoiser = pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
     denoiser.train()

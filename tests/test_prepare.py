@@ -6,7 +6,7 @@ import torch
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models import adapt
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.prepare import place_model
+from alignprop_fast.prepare import place_model, prepare_model
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
@@ -55,3 +55,11 @@ def test_loading_in_bf16_gives_the_bits_of_casting_after_loading(model, request)
 def test_a_denoiser_that_is_trained_whole_is_loaded_in_fp32(tiny_sd_folder):
     own = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder), use_lora=False, dtype=torch.bfloat16)
     assert {p.dtype for p in own.unet.parameters()} == {torch.float32}
+
+
+def test_what_is_switched_on_is_refused_before_anything_is_done(tiny_sd_folder):
+    pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
+    pipeline.unet.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match=r"pipe\.unet\.disable_gradient_checkpointing\(\)"):
+        prepare_model(pipeline, torch.device("cpu"), AlignPropConfig(mixed_precision="bf16"))
+    assert pipeline.unet.dtype == torch.float32 and not hasattr(pipeline.unet, "peft_config")

@@ -13,7 +13,7 @@ def adapt(pipe: Any) -> "PipelineAdapter":
     """The adapter for a diffusers pipeline.
 
     Raises:
-        ValueError: a pipeline that no adapter fits.
+        ValueError: a pipeline that no adapter fits, or with something in it that the chain does not go with.
     """
     from diffusers import (
         FluxPipeline,
@@ -26,6 +26,7 @@ def adapt(pipe: Any) -> "PipelineAdapter":
     from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
     from alignprop_fast.models.stable_diffusion_3 import StableDiffusion3Adapter
     from alignprop_fast.models.stable_diffusion_xl import StableDiffusionXLAdapter
+    from alignprop_fast.models.switches import check_pipeline
 
     adapters: dict[type, type[PipelineAdapter]] = {
         StableDiffusionPipeline: StableDiffusionAdapter,
@@ -35,6 +36,7 @@ def adapt(pipe: Any) -> "PipelineAdapter":
     }
     for pipeline_class, adapter_class in adapters.items():
         if isinstance(pipe, pipeline_class):
+            check_pipeline(pipe, pipeline_class)
             return adapter_class(pipe)
     names = ", ".join(pipeline_class.__name__ for pipeline_class in adapters)
     raise ValueError(f"{type(pipe).__name__} is not supported: use a pipeline of one of the classes {names}")

@@ -27,6 +27,7 @@ from alignprop_fast.models.lora import (
 from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
+from alignprop_fast.models.switches import check_switches
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,10 @@ class DefaultDDPOStableDiffusionPipeline:
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
+
+    def check_switches(self) -> None:
+        """Raises ValueError as `switches.check_switches`, of what a user has switched on in `sd_pipeline`."""
+        check_switches(self.sd_pipeline)
 
     def quantize_base(self, kind: str, device: torch.device, dtype: torch.dtype) -> None:
         """Store the UNet's large linear layers as `kind`, on the device; see `quantization.quantize_linears`.

@@ -21,6 +21,7 @@ class FluxAdapter(PipelineAdapter):
     """
 
     schedulers = FLOW
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     embeds_guidance = True
     channels_per_latent = 4
 

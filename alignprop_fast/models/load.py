@@ -136,16 +136,14 @@ def pick_scheduler(pipe: Any, name: str) -> Any:
 
 
 def _resolve(model: str | Path) -> Path | str:
-    """A local folder or .safetensors file, or the name of a Hub model."""
+    """A local folder or file, or the name of a Hub model."""
     if model == "demo":
         from alignprop_fast.demo import model_path
 
         return Path(model_path())
     path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.is_dir() or path.is_file():
         return path
-    if path.exists():
-        raise ValueError(f"{model} is no .safetensors file: give one, or the folder that holds model_index.json")
     if isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return model
     raise FileNotFoundError(
@@ -166,5 +164,7 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
                 f"the {name} of {model} lacks some of its weights: copy or download it again, or give a single file "
                 "the model config of its own architecture"
             )
+        if name.startswith(("text_encoder", "tokenizer")) and part is None and not name.endswith("_3"):  # SD3's T5
+            raise ValueError(f"{model} has no {name}, which prompts are encoded by: give a model that is whole")
         if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
             raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")

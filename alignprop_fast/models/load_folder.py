@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from alignprop_fast.models.file_kinds import check_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +72,27 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / "model_index.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model_index.json: give the top folder of a pipeline saved by save_pretrained"
-        )
+        raise FileNotFoundError(f"{folder} has no model_index.json: {_instead(folder)}")
     return check_index(file, str(folder))
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder that is no pipeline's."""
+    inner = sorted([*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")])
+    files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt", ".gguf"))
+    if inner:
+        return f"give the folder within, {inner[0].parent}"
+    if (folder / "adapter_config.json").is_file():
+        return "it holds a PEFT adapter; give the model that it was trained on"
+    if "pytorch_lora_weights.safetensors" in files:
+        return "it holds a LoRA; give the model that it was trained on"
+    if (folder / "config.json").is_file():
+        return "it holds one network; give the top folder of the pipeline that it belongs to"
+    if [*folder.glob("*.onnx"), *folder.glob("*/*.onnx")]:
+        return "it holds an ONNX model, which cannot be trained; give a model in the diffusers format"
+    if files:
+        return f"it holds files; give one of them, such as {folder / files[0]}, with --model-config"
+    return "give the top folder of a pipeline saved by save_pretrained"
 
 
 def check_index(file: Path, where: str) -> dict[str, Any]:
@@ -136,8 +155,10 @@ def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow
     return Weights(variant, tuple(names), tuple(pickles))
 
 
-def _pickle(part: str, names: Iterable[str], where: str, allow_pickle: bool) -> str:
+def _pickle(part: str, names: Sequence[str], where: str, allow_pickle: bool) -> str:
     pickle = next((f"{part}/{name}" for name in sorted(names) if _PICKLE.fullmatch(name)), None)
+    if pickle is None and any(name.endswith(".onnx") for name in names):
+        raise ValueError(f"the {part} of {where} is an ONNX model, which cannot be trained: give .safetensors files")
     if pickle is None:
         raise ValueError(f"the {part} of {where} has no weights (*.safetensors): copy or download it whole")
     if not allow_pickle:
@@ -187,10 +208,11 @@ def check_safetensors(file: Path) -> None:
     """Compare a safetensors file's length with its header.
 
     Raises:
-        ValueError: the file is damaged, for example cut off.
+        ValueError: the file is damaged, for example cut off, or no safetensors file at all.
     """
     from safetensors import SafetensorError, safe_open
 
+    check_bytes(file)
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -204,6 +226,23 @@ def local_weights(folder: Path, parts: Iterable[str], allow_pickle: bool) -> Wei
     weights = choose_weights(files, parts, str(folder), allow_pickle)
     check_weights(folder, weights)
     return weights
+
+
+def check_dense(folder: Path, parts: Iterable[str]) -> None:
+    """Raises ValueError where the denoiser or the VAE was saved quantised by another library."""
+    for part in parts:
+        file = folder / part / "config.json"
+        if part.startswith("text_encoder") or not file.is_file():
+            continue
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        except (ValueError, AttributeError):
+            continue  # who reads it says what is wrong with it
+        if settings:
+            raise ValueError(
+                f"the {part} of {folder} is quantised ({settings.get('quant_method', 'by another library')}): give the "
+                "model in fp16 or bf16 (--base-dtype nf4, int8 or fp8 quantises it)"
+            )
 
 
 def load_folder(
@@ -220,10 +259,11 @@ def load_folder(
         given: parts that are not read from the folder.
 
     Raises:
-        ValueError: files that do not make up the pipeline.
+        ValueError: files that do not make up the pipeline, or weights that are quantised.
     """
     from diffusers import DiffusionPipeline
 
+    check_dense(folder, [part for part in parts_with_weights(index) if part not in given])
     # What was left out when the folder was saved (T5, say) diffusers wants to hear again.
     absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+from alignprop_fast.models.file_kinds import Shapes, check_kind, denoiser_names, has_text_encoders
 from alignprop_fast.models.load_folder import (
     LOADING_ERRORS,
     Loading,
@@ -19,7 +23,8 @@ from alignprop_fast.models.load_folder import (
     read_index,
 )
 
-_UNET = "model.diffusion_model."
+logger = logging.getLogger(__name__)
+
 # Black Forest Labs' own width of FLUX.1, the only one at which diffusers takes its fused layers apart.
 _FLUX_WIDTH = 3072
 
@@ -31,6 +36,11 @@ def load_single_file(file: Path, model_config: str | Path | None, loading: Loadi
         FileNotFoundError: no such folder.
         ValueError: no folder is given, or the file is damaged, of another kind, or does not fit the folder.
     """
+    check_safetensors(file)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is a safetensors file of another name: rename it to {file.stem}.safetensors")
+    shapes = _shapes(file)
+    kind = check_kind(file, shapes)
     if model_config is None:
         raise ValueError(
             f"{file} holds weights alone: give the folder of a model of the same architecture as the model config "
@@ -39,26 +49,20 @@ def load_single_file(file: Path, model_config: str | Path | None, loading: Loadi
     config = Path(model_config).expanduser()
     if not config.is_dir():
         raise FileNotFoundError(f"no folder {model_config}: give the folder of a model as the model config")
-    check_safetensors(file)
-    index, shapes = read_index(config), _shapes(file)
-    _check_kind(file, shapes)
-    is_flow = "transformer" in index
-    if is_flow:
-        _check_flux(file, shapes)
-    else:
+    index = read_index(config)
+    _check_fit(file, shapes, kind, config, index)
+    if kind == "StableDiffusionPipeline":
         _check_prediction(file, shapes, config)
+    whole = kind == "StableDiffusionPipeline" and has_text_encoders(shapes)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            return (_with_transformer if is_flow else _whole)(file, shapes, config, index, loading)
-    except LOADING_ERRORS as error:
+            return (_whole if whole else _with_denoiser)(file, shapes, config, index, loading)
+    except (*LOADING_ERRORS, SingleFileComponentError) as error:
         raise ValueError(
             f"cannot load {file} with the configurations in {config}: {first_line(error)}; give the folder of a model "
             "of the same architecture, with the weights of what the file lacks"
         ) from error
-
-
-Shapes = Mapping[str, list[int]]
 
 
 def _shapes(file: Path) -> Shapes:
@@ -68,25 +72,41 @@ def _shapes(file: Path) -> Shapes:
         return {name: stream.get_slice(name).get_shape() for name in stream.keys()}  # noqa: SIM118  # no mapping
 
 
-def _check_kind(file: Path, shapes: Shapes) -> None:
-    """Refuse by their names what would fail late, or load and be wrong."""
-    if any(name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale")) for name in shapes):
+def _check_fit(file: Path, shapes: Shapes, kind: str, config: Path, index: Mapping[str, Any]) -> None:
+    """Refuse by names and shapes what would fail late, or load and be wrong."""
+    of_config = "StableDiffusionPipeline" if "unet" in index else index["_class_name"]
+    if kind != of_config:
         raise ValueError(
-            f"{file} holds fp8 weights with scales, which diffusers does not apply: give the file in fp16 or bf16 "
-            "(--base-dtype fp8 stores them in fp8)"
+            f"{file} holds the denoiser of a {kind}, {config} a {index['_class_name']}: give the folder of a model of "
+            "the same architecture as the model config"
         )
-    if any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
-        raise ValueError(
-            f"{file} is SDXL's refiner, which draws from a picture beside the prompt: give SDXL itself or a fine-tune"
-        )
-    if "edm_mean" in shapes:
-        raise ValueError(f"{file} is Playground v2.5, whose EDM noise is not supported: give SDXL or a fine-tune of it")
-    first = shapes.get(_UNET + "input_blocks.0.0.weight")
+    if kind == "FluxPipeline":
+        _check_flux(file, shapes)
+    if kind != "StableDiffusionPipeline":
+        return
+    names = {inner: shapes[name] for name, inner in denoiser_names(shapes).items()}
+    first = names.get("input_blocks.0.0.weight") or names.get("conv_in.weight")
     if first and first[1] != 4:
         raise ValueError(
             f"{file} holds a UNet of {first[1]} channels, as for inpainting, which draws from a picture beside the "
             "prompt: give the text-to-image model that it was made from"
         )
+    is_xl = any(name.startswith(("label_emb.", "add_embedding.")) for name in names)
+    if is_xl != ("text_encoder_2" in index):
+        raise ValueError(
+            f"{file} holds the UNet of {'SDXL' if is_xl else 'SD'}, and {config} is a {index['_class_name']}: give the "
+            "folder of a model of the same architecture as the model config"
+        )
+    seen = next((shape[1] for name, shape in sorted(names.items()) if name.endswith("attn2.to_k.weight")), None)
+    wanted = json.loads((config / "unet" / "config.json").read_text(encoding="utf-8"))["cross_attention_dim"]
+    if seen is not None and seen != wanted:
+        raise ValueError(
+            f"{file} takes text of {seen} channels, the UNet of {config} of {wanted} (SD 1 has 768, SD 2 1024, SDXL "
+            "2048): give the folder of a model of the same architecture as the model config"
+        )
+    has_second = any(name.startswith("conditioner.embedders.1.") for name in shapes)
+    if is_xl and has_text_encoders(shapes) and not has_second:
+        raise ValueError(f"{file} lacks the second text encoder of SDXL: give a whole file, or one of its UNet alone")
 
 
 def _check_flux(file: Path, shapes: Shapes) -> None:
@@ -128,13 +148,23 @@ def _whole(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], l
     )
 
 
-def _with_transformer(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], loading: Loading) -> Any:
-    """SD3 or FLUX: the transformer from the file, which mostly holds nothing else; the rest from the folder."""
+def _with_denoiser(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], loading: Loading) -> Any:
+    """The denoiser from the file, which mostly holds nothing else; the rest from the folder."""
     import diffusers
+    from safetensors.torch import load_file
 
-    others = [part for part in parts_with_weights(index) if part != "transformer"]
+    part = "unet" if "unet" in index else "transformer"
+    others = [one for one in parts_with_weights(index) if one != part]
     weights = local_weights(config, others, loading.allow_pickle)
-    transformer = getattr(diffusers, index["transformer"][1]).from_single_file(
-        str(file), config=str(config), subfolder="transformer", local_files_only=True, torch_dtype=loading.dtype
+    logger.warning("%s gives the %s alone: the rest is that of %s", file, part, config)
+    state, names = load_file(file), denoiser_names(shapes)
+    # The UNet's original layout is known to diffusers by its prefix alone.
+    prefix = "model.diffusion_model." if "input_blocks.0.0.weight" in names.values() else ""
+    denoiser = getattr(diffusers, index[part][1]).from_single_file(
+        {prefix + inner: state[name] for name, inner in names.items()},
+        config=str(config),
+        subfolder=part,
+        local_files_only=True,
+        torch_dtype=loading.dtype,
     )
-    return load_folder(config, index, weights, loading.dtype, {"transformer": transformer})
+    return load_folder(config, index, weights, loading.dtype, {part: denoiser})

@@ -22,18 +22,9 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # PEFT's names, which diffusers takes for modules of any kind
-
 LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # of PEFT's init_lora_weights: others change it
 
 _TELLING = ("peft_type", "use_dora", "init_lora_weights")  # settings that may say that a file is no plain LoRA
-# Files that are no safetensors, by their first bytes.
-_PICKLE = "a pickle (.bin, .pt), which could run code when it is loaded: give a .safetensors file, or convert it to one"
-_FORMATS = {
-    b"GGUF": "a GGUF file, as quantised models are kept in: give a LoRA file (.safetensors)",
-    b"PK\x03\x04": _PICKLE,
-    b"\x80": _PICKLE,
-    b"version https://git-lfs": "the pointer to a file that was not downloaded: run `git lfs pull`",
-}
 
 
 @dataclass(frozen=True)
@@ -80,16 +71,6 @@ def lora_file(path: str | Path) -> Path:
     return file
 
 
-def _check_format(file: Path) -> None:
-    """Raises ValueError for a file of another format, by its first bytes."""
-    with file.open("rb") as stream:
-        begin = stream.read(32)
-    if begin[8:9] != b"{":  # a safetensors file: 8 bytes of length, and JSON
-        for magic, kind in _FORMATS.items():
-            if begin.startswith(magic):
-                raise ValueError(f"{file} is {kind}")
-
-
 def read_lora(path: str | Path, pipe: Any = None) -> Lora:
     """The modules of a LoRA file (or folder), whoever wrote it, factors in fp32. Without an alpha the scale is 1.
 
@@ -120,7 +101,6 @@ def lora_keys(file: Path) -> list[str]:
     """The names of a file's tensors. Raises ValueError where it is damaged."""
     from safetensors import safe_open
 
-    _check_format(file)
     check_safetensors(file)
     with safe_open(file, framework="pt") as stream:
         return list(stream.keys())

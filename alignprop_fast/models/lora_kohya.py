@@ -13,7 +13,7 @@ from alignprop_fast.models.adapters import adapter_factors, the_adapter
 from alignprop_fast.models.lora_file import Factors, Lora, with_metadata
 from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
 from alignprop_fast.models.lora_targets import denoiser
-from alignprop_fast.models.pipeline_adapter import native_side
+from alignprop_fast.models.pipeline_adapter import native_size
 
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 _TAGS = 100  # prompts that are listed in the metadata, at most
@@ -76,7 +76,7 @@ def kohya_metadata(
     optimizer and mixed_precision, what there is.
     """
     config = denoiser(pipe).config
-    side = native_side(pipe)
+    size = native_size(pipe)
     known = {"steps": "ss_steps", "seed": "ss_seed", "learning_rate": "ss_unet_lr"}
     known |= {"optimizer": "ss_optimizer", "mixed_precision": "ss_mixed_precision"}
     kind = {"v_prediction": "v", "epsilon": "epsilon"}.get(pipe.scheduler.config.get("prediction_type", ""))
@@ -91,7 +91,7 @@ def kohya_metadata(
         "modelspec.title": title,
         "modelspec.description": comment,
         "modelspec.trigger_phrase": "",
-        "modelspec.resolution": f"{side}x{side}",
+        **({} if size is None else {"modelspec.resolution": f"{size[1]}x{size[0]}"}),
         **({} if kind is None else {"modelspec.prediction_type": kind}),
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,9 @@ class Names:
 
     def _spellings(self, part: str, flat: str) -> list[tuple[str, ...]]:
         if part in ("unet", "transformer"):
+            is_flux = "x_embedder" in self.paths[part]  # whose blocks have modules in common with SD3's
+            if flat.startswith("joint_blocks_" if is_flux else ("double_blocks_", "single_blocks_")):
+                return []
             return [original_paths(re.sub("_to_out$", "_to_out_0", flat), self.unet_layers)]
         flat = re.sub("_to_(q|k|v|out)$", r"_\1_proj", flat)
         return [(flat,), (f"text_model_{flat}",)]
@@ -143,10 +146,13 @@ def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[s
     """{a layer's name in the file: the modules that it stands for}, of the pipeline or of a published family.
 
     Raises:
-        ValueError: names that stand for none.
+        ValueError: names that stand for none, or for different modules in two families.
     """
-    families = [names_of(pipe)] if pipe is not None else map(published_names, _PUBLISHED)
-    found = min(_found(names, families), key=lambda modules: sum(not those for those in modules.values()))
+    families = [names_of(pipe)] if pipe is not None else [published_names(family) for family in _PUBLISHED]
+    readings = [{name: family.modules(name) for name in names} for family in families]
+    found = min(readings, key=lambda modules: sum(not those for those in modules.values()))
+    if any(all(modules.values()) and modules != found for modules in readings):
+        raise ValueError(f"{file} has names of T5, which FLUX and SD3 have in different places: load it with its model")
     unknown = [name for name, modules in found.items() if not modules]
     if pipe is None:
         # Names in diffusers' own writing need no guess: without a model they are taken as they are.
@@ -154,14 +160,6 @@ def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[s
     if unknown:
         raise _unknown(unknown, file, pipe)
     return {name: modules or (name,) for name, modules in found.items()}
-
-
-def _found(names: Collection[str], families: Iterable[Names]) -> Iterator[dict[str, tuple[str, ...]]]:
-    """The modules of the names in each family, up to the first that has all."""
-    for family in families:
-        yield (modules := {name: family.modules(name) for name in names})
-        if all(modules.values()):
-            return
 
 
 def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:

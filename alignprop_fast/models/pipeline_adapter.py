@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
@@ -40,6 +41,11 @@ class Conditioning:
         held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
+    def cast(self, dtype: torch.dtype) -> "Conditioning":
+        """In the denoiser's dtype: text encoders may have another."""
+        added = self.added and {name: tensor.to(dtype) for name, tensor in self.added.items()}
+        return replace(self, embeds=self.embeds.to(dtype), added=added)
+
 
 class PipelineAdapter(ABC):
     """A diffusers pipeline as the sampler needs it. The pipeline stays an ordinary one.
@@ -53,6 +59,8 @@ class PipelineAdapter(ABC):
     """
 
     schedulers: ClassVar[Sequence[str]]
+    text_parts: ClassVar[Sequence[str]]
+    """What prompts are encoded by."""
     embeds_guidance = False
     """Whether guidance is distilled into the denoiser, which is told its scale; two branches are then an option."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
@@ -84,6 +92,21 @@ class PipelineAdapter(ABC):
     @property
     @abstractmethod
     def denoiser(self) -> Any: ...
+
+    def check_text(self, may_be_away: bool = False) -> None:
+        """Raises ValueError where prompts cannot be encoded: a part that is missing, or on another device.
+
+        may_be_away: the text encoders may wait on the CPU, as with `TextCache`.
+        """
+        for name in self.text_parts:
+            part = self.pipe.components.get(name)
+            if part is None:
+                raise ValueError(f"the pipeline has no {name}, which prompts are encoded by: load it with one")
+            elsewhere = isinstance(part, nn.Module) and part.device != self.device
+            if elsewhere and not may_be_away and "_hf_hook" not in vars(part):  # which places it for each call
+                raise ValueError(
+                    f"pipe.{name} is on {part.device}, the denoiser on {self.device}: pipe.to({str(self.device)!r})"
+                )
 
     @property
     def decoder(self) -> nn.Module:
@@ -208,10 +231,9 @@ class PipelineAdapter(ABC):
         """(height, width) in pixels, the model's own where None.
 
         Raises:
-            ValueError: a side that does not divide into latents and patches.
+            ValueError: a side that does not divide into latents and patches, or that is not known.
         """
-        own = native_side(self.pipe)
-        size = (height or own, width or own)
+        size = picture_size(self.pipe, height, width)
         if size[0] % self.size_multiple or size[1] % self.size_multiple:
             raise ValueError(
                 f"image size {size[0]} x {size[1]} is not a multiple of {self.size_multiple} pixels: round it"
@@ -262,8 +284,12 @@ class PipelineAdapter(ABC):
         return (image.to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
     def decode_by_bands(self, x: torch.Tensor) -> torch.Tensor:
-        """As `decode`, in less memory and more time: the decoder's convolutions run by bands of rows."""
-        with banded_stages(self.pipe.vae.decoder):
+        """As `decode`, in less memory and more time: the decoder's convolutions run by bands of rows.
+
+        A small one of another make (TAESD) has no need of it and runs whole.
+        """
+        decoder = self.pipe.vae.decoder
+        with banded_stages(decoder) if isinstance(decoder, Decoder) else nullcontext():
             return self.decode(x)
 
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
@@ -275,10 +301,27 @@ class PipelineAdapter(ABC):
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
 
 
-def native_side(pipe: Any) -> int:
-    """Side in pixels of the square pictures that a pipeline's model was trained for."""
+def native_size(pipe: Any) -> tuple[int, int] | None:
+    """(height, width) in pixels of the pictures that a pipeline's model was trained for, where it says so."""
     latents = pipe.unet.config.sample_size if "unet" in pipe.components else pipe.default_sample_size
-    return latents * pipe.vae_scale_factor
+    if latents is None:
+        return None
+    rows, columns = (latents, latents) if isinstance(latents, int) else latents
+    return rows * pipe.vae_scale_factor, columns * pipe.vae_scale_factor
+
+
+def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels, the model's own where None.
+
+    Raises:
+        ValueError: the model does not say its own.
+    """
+    if height and width:
+        return height, width
+    native = native_size(pipe)
+    if native is None:
+        raise ValueError("the model's configuration has no sample_size: give height and width")
+    return height or native[0], width or native[1]
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

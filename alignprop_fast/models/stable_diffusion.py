@@ -18,13 +18,7 @@ class StableDiffusionAdapter(PipelineAdapter):
 
     schedulers = DIFFUSION
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
-
-    def __init__(self, pipe: Any):
-        if pipe.unet.config.time_cond_proj_dim is not None:
-            raise ValueError(
-                "a UNet with embedded guidance (LCM) is not supported: use the model it was distilled from"
-            )
-        super().__init__(pipe)
+    text_parts: ClassVar[Sequence[str]] = ("text_encoder", "tokenizer")
 
     @property
     def denoiser(self) -> nn.Module:
@@ -44,7 +38,7 @@ class StableDiffusionAdapter(PipelineAdapter):
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         encoders: list[Any] = list(self._text_encoders())
         length = encoders[0].config.max_position_embeddings if encoders else 77  # CLIP's
-        shape = ((1 + guided) * batch, length, self.pipe.unet.config.cross_attention_dim)
+        shape = ((1 + guided) * batch, length, text_width(self.pipe.unet.config))
         embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return Conditioning(embeds, None, 1 + guided)
 
@@ -53,8 +47,17 @@ class StableDiffusionAdapter(PipelineAdapter):
         x = torch.cat([x.to(self.dtype)] * cond.branches)
         return self.pipe.unet(x, timestep, cond.embeds, added_cond_kwargs=added, return_dict=False)[0]
 
+    def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.pipe.vae.config.scaling_factor
+
     def step_groups(self) -> dict[str, list[nn.Module]]:
         return {
             "transformers": instances(self.pipe.unet, (BasicTransformerBlock,)),
             "residuals": instances(self.pipe.unet, (ResnetBlock2D,)),
         }
+
+
+def text_width(config: Any) -> int:
+    """Channels of the text that a UNet takes."""
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    return width if isinstance(width, int) else width[0]

@@ -17,6 +17,7 @@ class StableDiffusion3Adapter(PipelineAdapter):
     """`StableDiffusion3Pipeline` (Esser et al. 2024); see `PipelineAdapter`."""
 
     schedulers = FLOW
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     @property
     def denoiser(self) -> Any:

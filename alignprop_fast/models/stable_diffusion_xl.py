@@ -13,9 +13,10 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
     """As `StableDiffusionAdapter`, for `StableDiffusionXLPipeline` (Podell et al. 2023)."""
 
     embedding_names = PipelineAdapter.embedding_names
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def __init__(self, pipe: Any):
-        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
+        if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
             raise ValueError(
                 "SDXL's own VAE overflows in fp16: load the pipeline in bfloat16, or the VAE in float32 or from the "
                 "fp16-fix weights"

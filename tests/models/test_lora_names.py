@@ -70,3 +70,16 @@ def test_a_pipeline_has_its_own_layers_alone(tiny_sd, tiny_sdxl):
     assert find_modules([name], "file", tiny_sdxl) == {name: ("unet.add_embedding.linear_2",)}
     with pytest.raises(ValueError, match=f"do not fit this model, which has no layer {name}: load"):
         find_modules([name], "file", tiny_sd)
+
+
+def test_t5_alone_is_of_two_models(tiny_sd3, tiny_flux):
+    name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    with pytest.raises(ValueError, match="which FLUX and SD3 have in different places: load it with its model"):
+        find_modules([name], "file")
+    path = "encoder.block.0.layer.0.SelfAttention.q"
+    for pipe, part, other in (
+        (tiny_sd3, "text_encoder_3", "lora_unet_joint_blocks_0_x_block_attn_proj"),
+        (tiny_flux, "text_encoder_2", "lora_unet_single_blocks_0_linear2"),
+    ):
+        assert find_modules([name], "file", pipe)[name] == (f"{part}.{path}",)
+        assert find_modules([name, other], "file")[name] == (f"{part}.{path}",)

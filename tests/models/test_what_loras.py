@@ -422,13 +422,15 @@ REFUSED = {
     Format("a layer with one factor", "refused", "there is no LoRA factor up"): {
         f"{KOHYA}.lora_down.weight": torch.ones(2, 64)
     },
-    Format("a pickle (.bin, .pt, .ckpt)", "refused", "is a pickle (.bin, .pt), which could run code"): None,
-    Format("a GGUF file", "refused", "is a GGUF file"): b"GGUF\x03\x00\x00\x00" + bytes(64),
-    Format("the pointer of a file that git lfs has not fetched", "refused", "run `git lfs pull`"): (
+    Format(
+        "a pickle (.bin, .pt, .ckpt)", "refused", "which could run code when it is loaded: give a .safetensors file"
+    ): None,
+    Format("a GGUF file", "refused", "is a GGUF"): b"GGUF\x03\x00\x00\x00" + bytes(64),
+    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch it by git lfs pull"): (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ),
-    Format("a damaged or cut-off file", "refused", "is damaged"): b"<html>not found</html>",
-    Format("an empty file", "refused", "is damaged"): b"",
+    Format("a web page saved in place of the file", "refused", "is a web page"): b"<html>not found</html>",
+    Format("an empty file", "refused", "is empty (0 bytes), damaged"): b"",
 }
 
 
@@ -448,9 +450,11 @@ def test_refused_in_one_line(tmp_path, row):
 
 
 SETTINGS = {
-    Format("PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)", "refused", "init_lora_weights='pissa', which changed"): {
-        "init_lora_weights": "pissa"
-    },
+    Format(
+        "PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)",
+        "refused",
+        "='pissa', which changed the base model: save it anew",
+    ): {"init_lora_weights": "pissa"},
     Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
     Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
         "peft_type": "ADALORA"

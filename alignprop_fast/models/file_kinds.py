@@ -1,0 +1,157 @@
+"""What a file is that somebody takes for a model: by its first bytes, and by the names of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+Shapes = Mapping[str, list[int]]
+
+_AGAIN = "copy or download it again"
+# First bytes, what such a file is, and what to do. A safetensors file begins with the length of its header, then "{".
+_FIRST_BYTES: tuple[tuple[bytes, str, str], ...] = (
+    (b"GGUF", "a GGUF, whose quantised weights cannot be trained on", "give the model in fp16 or bf16 (.safetensors)"),
+    (b"PK\x03\x04", "a pickle or another archive, which could run code when it is loaded", "give a .safetensors file"),
+    (b"\x80", "a pickle, which could run code when it is loaded", "give a .safetensors file"),
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS and not the file",
+        "fetch it by git lfs pull, or download it",
+    ),
+    (b"<", "a web page", "download the file itself; gated models want hf auth login first"),
+    (b"[ZoneTransfer]", "a note of Windows about a download", "give the file beside it"),
+    (b"\x08", "an ONNX model, which cannot be trained", "give the model in the diffusers format"),
+)
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_LORA = re.compile(
+    r"lora_(unet|te\d?|transformer)_|\.lora[._]|lora_(A|B|up|down)\b|\.(hada|lokr|oft|boft|dora)_|^lycoris_"
+)
+_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "loss.", "model_ema.")
+
+
+def check_bytes(file: Path) -> None:
+    """Raises ValueError where a file begins as one of another kind than safetensors does."""
+    with file.open("rb") as stream:
+        first = stream.read(64)
+    if not first:
+        raise ValueError(f"{file} is empty (0 bytes), damaged: {_AGAIN}")
+    if len(first) <= 8 or first[8:9] == b"{":  # too short for anything: damaged, as who opens it says
+        return
+    for begin, what, remedy in _FIRST_BYTES:
+        if first.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(begin):
+            raise ValueError(f"{file} is {what}: {remedy}")
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in first):
+        raise ValueError(f"{file} is a text and no .safetensors file: give one, or the folder with model_index.json")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A file that is no model, or not one that can be trained. seen: by the names and shapes of its tensors."""
+
+    name: str
+    seen: Callable[[Shapes], bool]
+    remedy: str
+
+
+def _any(*marks: str) -> Callable[[Shapes], bool]:
+    """Whether some name has one of these in it; those with ^ begin with it."""
+    found = re.compile("|".join(("^" if mark[0] == "^" else "") + re.escape(mark.lstrip("^")) for mark in marks))
+    return lambda shapes: any(found.search(name) for name in shapes)
+
+
+def _is_embedding(shapes: Shapes) -> bool:
+    names = {"emb_params", "clip_l", "clip_g", "string_to_param", "learned_embeds"}
+    few = len(shapes) <= 2 and all(len(shape) <= 2 for shape in shapes.values())
+    return few or bool(names & shapes.keys())
+
+
+def _is_vae(shapes: Shapes) -> bool:
+    inner = {name.removeprefix("first_stage_model.").removeprefix("vae.") for name in shapes}
+    return all(name.startswith(_VAE) for name in inner)
+
+
+# In this order: a LoRA of a text encoder has the text encoder's names, T5 begins as a VAE does.
+KINDS = (
+    Kind(
+        "bitsandbytes' 4-bit weights",
+        _any(".quant_state.bitsandbytes", ".quant_map"),
+        "give the file in fp16 or bf16 (--base-dtype nf4 stores them so)",
+    ),
+    Kind(
+        "fp8 weights with scales, which diffusers does not apply",
+        lambda shapes: any(name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale")) for name in shapes),
+        "give the file in fp16 or bf16 (--base-dtype fp8 stores them in fp8)",
+    ),
+    Kind(
+        "a LoRA and no model",
+        lambda shapes: any(_LORA.search(name) for name in shapes),
+        "give the model that it was trained on; sample takes the LoRA by --lora, merge by itself",
+    ),
+    Kind("an IP-Adapter and no model", _any("^ip_adapter.", "^image_proj."), "give the text-to-image model itself"),
+    Kind(
+        "a ControlNet or T2I-Adapter and no model",
+        _any(
+            "^control_model.", "controlnet_", "input_hint_block.", "^zero_convs.", "^adapter.body.", "^body.0.resnets."
+        ),
+        "give the text-to-image model itself",
+    ),
+    Kind("an embedding (textual inversion) and no model", _is_embedding, "give the text-to-image model itself"),
+    Kind(
+        "an upscaler", _any("^conv_first.", "^model.1.sub.", "^params_ema.", "^params."), "give a text-to-image model"
+    ),
+    Kind(
+        "SDXL's refiner, which draws from a picture beside the prompt",
+        _any("^conditioner.embedders.0.model."),
+        "give SDXL itself or a fine-tune",
+    ),
+    Kind("Playground v2.5, whose EDM noise is not supported", _any("^edm_mean"), "give SDXL or a fine-tune of it"),
+)
+_ALONE = (
+    Kind(
+        "a text encoder alone",
+        _any(
+            *("text_model.", "transformer.resblocks.", "^encoder.block.", "^shared.weight", "^cond_stage_model."),
+            *("^conditioner.", "^model.layers.", "^enc.blk.", "^text_encoders.", "^blk."),
+        ),
+        "give the model with its denoiser",
+    ),
+    Kind("an image encoder (CLIP)", _any("vision_model.", "^visual."), "give a text-to-image model"),
+    Kind("a VAE and no model", _is_vae, "give the model with its denoiser"),
+)
+_DENOISERS = {
+    "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
+    "FluxPipeline": _any("double_blocks.0.", "^single_transformer_blocks.0."),
+    "StableDiffusionPipeline": _any("input_blocks.0.0.weight", "^down_blocks.0."),
+}
+
+
+def check_kind(file: Path, shapes: Shapes) -> str:
+    """The class of pipeline whose denoiser a file holds (StableDiffusionPipeline stands for every UNet).
+
+    Raises:
+        ValueError: the file is of another kind.
+    """
+    for kind in KINDS:
+        if kind.seen(shapes):
+            raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
+    found = [name for name, seen in _DENOISERS.items() if seen(shapes)]
+    if found:
+        # FLUX in diffusers' names has what SD3 has, and single blocks.
+        return "FluxPipeline" if "FluxPipeline" in found else found[0]
+    for kind in _ALONE:
+        if kind.seen(shapes):
+            raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
+    names = ", ".join(sorted(shapes)[:3])
+    raise ValueError(f"{file} holds no denoiser that is known (but {names}): give an SD, SDXL, SD3 or FLUX.1 model")
+
+
+def has_text_encoders(shapes: Shapes) -> bool:
+    return any(name.startswith(("cond_stage_model.", "conditioner.")) for name in shapes)
+
+
+def denoiser_names(shapes: Shapes) -> dict[str, str]:
+    """Of the denoiser in a file: name in the file -> name without what some programs put before it."""
+    prefix = next((one for one in _PREFIXES if any(name.startswith(one) for name in shapes)), "")
+    return {name: name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
