@@ -253,7 +253,7 @@ ModelConfig = Annotated[
     _option(
         _MODEL,
         "For a .safetensors file: folder of a model of the same architecture, for configurations and tokenizers; with "
-        "SD3 and FLUX for everything but the transformer.",
+        "a denoiser alone for everything else.",
         show_default="none",
     ),
 ]

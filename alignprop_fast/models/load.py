@@ -45,13 +45,14 @@ def load_pipeline(
         scheduler: of SCHEDULERS, with the settings of the model's own as far as it knows them; auto: DDIM without
             clipping, and flow-euler for models of flow matching.
         model_config: for a single file: the folder of a model of the same architecture, which gives configurations
-            and tokenizers; for SD3 and FLUX also everything but the transformer, for SD and SDXL a VAE that the file
-            lacks.
+            and tokenizers; for a denoiser alone, as files of SD3 and FLUX mostly are, also everything else, for a whole
+            file of SD or SDXL a VAE that it lacks.
         allow_pickle: read weights that there are in .bin files alone, by torch's restricted unpickler.
 
     Raises:
         FileNotFoundError: no such folder, or a folder without `model_index.json`.
-        ValueError: an unsupported pipeline class or scheduler, or files that are damaged, not allowed or do not fit.
+        ValueError: a file of another kind, an unsupported pipeline class or scheduler, or files that are damaged, not
+            allowed or do not fit.
         OSError: a Hub model that cannot be reached.
     """
     source, loading = _resolve(model), Loading(dtype, allow_pickle)
