@@ -93,6 +93,7 @@ def sample(
             height=height,
             width=width,
         )
+        sampler.say_what_is_cut(texts, negative_prompt)
         # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
         seeds = range(seed, seed + len(texts))
         batches = draw(sampler, texts, seeds, batch_size, negative_prompt)

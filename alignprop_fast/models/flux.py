@@ -9,6 +9,7 @@ from torch import nn
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
+from alignprop_fast.text_limits import TextReader
 
 T5_TOKENS = 512
 
@@ -49,6 +50,9 @@ class FluxAdapter(PipelineAdapter):
         texts = [*negative_prompts, *prompts] if guided else prompts
         embeds, pooled, _ = self.pipe.encode_prompt(texts, None, device=self.device, max_sequence_length=T5_TOKENS)
         return self._conditioning(embeds, pooled, guided, size)
+
+    def text_readers(self) -> list[TextReader]:
+        return [*self._reader("CLIP", "tokenizer"), *self._reader("T5", "tokenizer_2", T5_TOKENS)]
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         count, config = (1 + guided) * batch, self.denoiser.config

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -17,6 +18,7 @@ from torch import nn
 from alignprop_fast.models.banded_decoder import banded_stages
 from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.models.surgery import put_ops_in
+from alignprop_fast.text_limits import TextReader
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -89,6 +91,18 @@ class PipelineAdapter(ABC):
         self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
     ) -> Conditioning:
         """Text embeddings of B prompts; two branches if guided, else one. `size` in pixels conditions SDXL alone."""
+
+    @abstractmethod
+    def text_readers(self) -> list[TextReader]:
+        """What reads the prompts in `encode`, and how far."""
+
+    def _reader(self, name: str, tokenizer: str, limit: int | None = None) -> list[TextReader]:
+        """The reader of that tokenizer, if the pipeline has it; limit: the tokenizer's own where None."""
+        found = self.pipe.components.get(tokenizer)
+        if found is None:
+            return []
+        converted = self.pipe.maybe_convert_prompt if isinstance(self.pipe, TextualInversionLoaderMixin) else None
+        return [TextReader(name, found, limit or found.model_max_length, converted)]
 
     @abstractmethod
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
