@@ -23,9 +23,7 @@ _FILES = {
     "general": _HERE / "prompts" / "general.txt",
 }
 PROMPT_SETS = tuple(_FILES)
-KINDS = (
-    "a .txt file with one prompt a line; a .csv, .jsonl or .parquet file or a datasets folder with a column 'prompt'"
-)
+KINDS = "a .txt file with a prompt a line, or a .csv, .jsonl or .parquet file or datasets folder with a column 'prompt'"
 _PROMPT = "prompt"
 _TABLE = re.compile(r'"?prompt"?\s*([,;\t]|$)|\{\s*"', re.IGNORECASE)  # how .csv and .jsonl files begin
 
@@ -66,13 +64,13 @@ def load_rows(spec: str | Path) -> list[PromptRow]:
     """
     path = _FILES[str(spec)] if spec in _FILES else Path(spec).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"no prompts file {path}: give {KINDS}; or a set: {', '.join(PROMPT_SETS)}")
+        raise FileNotFoundError(f"no prompts file {path}: give {KINDS}, or a set: {', '.join(PROMPT_SETS)}")
     read = _dataset if path.is_dir() else _READERS.get(path.suffix.lower())
     if read is None:
         raise ValueError(f"{path} is no kind of file that prompts are read from: give {KINDS}")
     rows = [_row(f"{where} of {path}", fields) for where, fields in read(path)]
     if not rows:
-        raise ValueError(f"{path} holds no prompts: write at least one (blank lines and # lines do not count)")
+        raise ValueError(f"{path} holds no prompts: write at least one (blank lines and # comments do not count)")
     return rows
 
 
@@ -117,7 +115,7 @@ def _text_records(path: Path) -> _Records:
             continue
         if first and _TABLE.match(prompt):
             raise ValueError(
-                f"{path} begins with {prompt[:40]!r}, as a table does: name it .csv or .jsonl, so that it is read as one"
+                f"{path} begins with {prompt[:40]!r}, as a table does: name it .csv or .jsonl, to be read as one"
             )
         first = False
         yield f"line {number}", {_PROMPT: prompt}
@@ -187,8 +185,8 @@ def _dataset(folder: Path) -> _Records:
         raise _not_installed(folder) from error
     try:
         data = load_from_disk(str(folder))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the dataset in {folder} is damaged or of another version: save it again") from error
+    except (ValueError, OSError, LookupError) as error:
+        raise ValueError(f"the dataset in {folder} is empty, damaged or of another version: save it again") from error
     if isinstance(data, DatasetDict):
         if len(data) != 1:
             raise ValueError(f"{folder} holds the sets {', '.join(data)}: give the folder of one of them")
@@ -206,7 +204,7 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
     if names.count(_PROMPT) != 1 or len(set(names)) < len(names):
         wrong = "has a column twice" if len(set(names)) < len(names) else f"has no column {_PROMPT!r}"
         found = ", ".join(map(repr, names))[:200]
-        raise ValueError(f"{path} {wrong} (columns: {found}): name its columns once, the texts' {_PROMPT!r}")
+        raise ValueError(f"{path} {wrong} (columns: {found}): name each once, the texts {_PROMPT!r}")
 
 
 _READERS: dict[str, Callable[[Path], _Records]] = {
