@@ -139,7 +139,7 @@ class DifferentiableSampler:
         self.model = adapt(pipe)
         self._text = TextCache(self.model, self._room_bytes) if cache_text else None
         readers = self.model.text_readers()
-        self._cut, self._cut_negative = CutTexts(readers, "prompt"), CutTexts(readers, "negative prompt")
+        self._cut, self._cut_negative = CutTexts(readers, "prompts"), CutTexts(readers, "negative prompts")
         self.example: tuple[str, Any] = ("", {})  # prompt and metadata that the reward gets where it is measured
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)

@@ -48,7 +48,7 @@ class CutTexts:
 
     Args:
         readers: all see every text.
-        what: the texts are called.
+        what: the texts are called, in the plural.
     """
 
     def __init__(self, readers: Sequence[TextReader], what: str):
@@ -74,11 +74,11 @@ class CutTexts:
             _, longest = self._longest
             says = dict.fromkeys(reader.says(longest) for reader in self._readers)
             logger.warning(
-                "%d of %d %s longer than the text encoder reads; of the longest, %s, %s: put first what matters, or "
+                "%s longer than the text encoder reads: %d of %d; of the longest, %s, %s: put first what matters, or "
                 "shorten",
+                self._what,
                 self._cut,
                 len(self._seen),
-                f"{self._what} is" if self._cut == 1 else f"{self._what}s are",
                 _begin(longest),
                 "; ".join(says),
             )

@@ -89,9 +89,7 @@ CASES = [
     read("a DatasetDict with one set", "p.saved", partial(save, sets=("train",)), SAVED),
     refused("a DatasetDict with several sets", "p.saved", partial(save, sets=("a", "b")), "give the folder of one of"),
     refused("a datasets folder without a column prompt", "p.saved", partial(save, name="text"), NO_COLUMN),
-    refused(
-        "a datasets folder with nothing in it", "p.saved", partial(save, rows=[]), "is empty, damaged or of another"
-    ),
+    refused("a datasets folder with nothing in it", "p.saved", partial(save, rows=[]), "is empty, damaged or"),
     refused("a Parquet file without a column prompt", "p.parquet", partial(save, name="text"), NO_COLUMN),
     refused("a Parquet file that is cut short", "p.parquet", b"PAR1\0\0", "is no whole Parquet file: write it again"),
     refused("prompts as JSON", "p.json", '["a cat"]', OTHER),
@@ -119,9 +117,7 @@ CASES = [
     refused("JSON Lines of texts alone", "p.jsonl", '"a cat"\n', FORM),
     refused("JSON Lines without prompts", "p.jsonl", '{"text": "a cat"}\n', FORM),
     refused("JSON Lines with a name twice", "p.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a name stands twice"),
-    refused(
-        "a number as a prompt", "p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', "is 5 and no text: put it in quotes"
-    ),
+    refused("a number as a prompt", "p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', "is 5 and no text: put it in"),
     refused("null as a prompt", "p.jsonl", '{"prompt": null}\n', "is None and no text"),
     refused("NaN as a prompt", "p.jsonl", '{"prompt": NaN}\n', "is nan and no text"),
     refused("half a character in a prompt", "p.jsonl", '{"prompt": "\\ud83d"}\n', "holds half a character"),

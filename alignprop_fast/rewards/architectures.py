@@ -116,7 +116,7 @@ class _ImageReward(ImageReward):
         self.network.vision.to(dtype)
         self.network.text.to(dtype)
         self.tokenizer = partial(_blank_tokens, device=device)
-        self._cut = CutTexts([], "prompt")
+        self._cut = CutTexts([], "prompts")
         self.preprocess = _CLIP_PIXELS
 
 
