@@ -305,13 +305,12 @@ NormaliseRewards = Annotated[
         rich_help_panel=_REWARD,
     ),
 ]
-Prompts = Annotated[
-    str,
-    _option(
-        _REWARD,
-        "Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout, general.",
-    ),
-]
+PROMPTS_HELP = (
+    "A .txt file with a prompt a line (# begins a comment); a .csv, .jsonl or .parquet file or a datasets folder with "
+    "a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, animals, "
+    "animals-heldout, general."
+)
+Prompts = Annotated[str, _option(_REWARD, PROMPTS_HELP)]
 NegativePrompt = Annotated[str | None, _option(_SAMPLING, "Negative prompt of every picture.")]
 InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture; time grows with it.", min=1)]
 GuidanceScale = Annotated[
@@ -421,5 +420,5 @@ ResumeFrom = Annotated[
 ]
 Config = Annotated[
     str | None,
-    _option(_OUTPUT, "YAML file of options, 'batch_size: 4' a line; the command line beats it."),
+    _option(_OUTPUT, "YAML file of options, 'batch_size: 4' a line, read as on the command line, which beats it."),
 ]

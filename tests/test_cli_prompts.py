@@ -45,7 +45,7 @@ def seen():
 
 def test_training_watching_and_resuming_with_metadata(command, tiny_sd_folder, rows, tmp_path):
     options = ("--model", tiny_sd_folder, "--reward", "metadata_of_test:score", "--prompts", rows, *TINY)
-    options = (*options, "--learning-rate", "1e-2", "--sample-every", 2, "--truncation", "full")
+    options = (*options, "--learning-rate", "1e-2", "--sample-every", 2, "--negative-prompt", "blurry |\ndark")
     options = (*options, "--watch-prompts", rows, "--watch-pictures", 8)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     code, printed, err = command("train", *options, "--steps", 2, "--output-dir", whole)
@@ -61,6 +61,7 @@ def test_training_watching_and_resuming_with_metadata(command, tiny_sd_folder, r
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     listed = next(line for line in (whole / "README.md").read_text().splitlines() if "prompts were trained on" in line)
     assert "a cat; a dog on a mat | with" in listed
+    assert "| negative_prompt | blurry \\| dark |" in (whole / "README.md").read_text()
 
 
 def test_a_reward_that_needs_metadata_is_measured_with_some(command, tiny_sd_folder, rows, tmp_path):
