@@ -528,6 +528,12 @@ def _check_prompts(prompts: list[str], negative_prompts: str | list[str] | None)
         raise ValueError("prompts must be one text or more, and nothing but texts")
     if not all(isinstance(text, str | None) for text in _as_list(negative_prompts)):
         raise ValueError("negative_prompts must be a text, or a list of them, one for each prompt")
+    try:
+        "".join(text for text in (*prompts, *_as_list(negative_prompts)) if text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "a prompt is no whole Unicode text, as from a terminal of another encoding: use UTF-8"
+        ) from error
     if isinstance(negative_prompts, list) and len(negative_prompts) != len(prompts):
         raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts: give one, or one each")
 

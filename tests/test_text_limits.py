@@ -126,6 +126,12 @@ def test_negative_prompts_that_are_no_texts_are_refused(tiny_sd, bad):
         DifferentiableSampler(tiny_sd, 1)(["a cat", "a dog"], bad)
 
 
+def test_half_a_character_is_refused(tiny_sd):
+    """As a terminal in Latin-1 gives it to the command line; tokenizers answer with a TypeError."""
+    with pytest.raises(ValueError, match="use UTF-8"):
+        DifferentiableSampler(tiny_sd, 1)(["caf\udce9"])
+
+
 def test_a_reward_says_what_it_does_not_read(caplog):
     from alignprop_fast.rewards import get_reward
 

@@ -122,7 +122,8 @@ CASES = [
     refused("NaN as a prompt", "p.jsonl", '{"prompt": NaN}\n', "is nan and no text"),
     refused("half a character in a prompt", "p.jsonl", '{"prompt": "\\ud83d"}\n', "holds half a character"),
 ]
-FORMATS = [case.format for case in CASES]
+TOO_LONG = Format("a prompt longer than the text encoder reads", "read with a note", "nothing from 'the red cat the")
+FORMATS = [*(case.format for case in CASES), TOO_LONG]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.format.name)
@@ -140,6 +141,13 @@ def test_a_file_is_read_exactly_or_refused_in_one_line(tmp_path, case):
     with pytest.raises(ValueError) as caught:
         load_rows(path)
     assert case.format.words in str(caught.value) and "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_prompt_that_is_too_long_is_read_with_a_note(tiny_sd, caplog):
+    from alignprop_fast import DifferentiableSampler
+
+    DifferentiableSampler(tiny_sd, 1)(["the red cat " * 40])
+    assert [TOO_LONG.words in record.getMessage() for record in caplog.records if "alignprop" in record.name] == [True]
 
 
 @pytest.mark.parametrize("file", ["p.parquet", "p.saved"])
