@@ -44,15 +44,16 @@ class TextReader:
 class CutTexts:
     """Says in one line of the log how many texts are cut, and of the longest what.
 
-    Texts that come one after the other are counted together; the line is said again when there are ten times as many.
+    Texts that come one after the other are counted together. The line is said again when there are more that are cut,
+    up to `one_by_one`, and from then on when there are ten times as many.
 
     Args:
         readers: all see every text.
         what: the texts are called, in the plural.
     """
 
-    def __init__(self, readers: Sequence[TextReader], what: str):
-        self._readers, self._what = readers, what
+    def __init__(self, readers: Sequence[TextReader], what: str, one_by_one: int = 10):
+        self._readers, self._what, self._one_by_one = readers, what, one_by_one
         self._seen: set[str] = set()
         self._cut = 0
         self._longest = (0, "")  # tokens, text
@@ -70,7 +71,7 @@ class CutTexts:
                 self._cut += 1
                 self._longest = max(self._longest, (max(lengths)[0], text), key=itemgetter(0))
         if self._cut >= self._said_from:
-            self._said_from = 10 * self._cut
+            self._said_from = self._cut + 1 if self._cut < self._one_by_one else 10 * self._cut
             _, longest = self._longest
             says = dict.fromkeys(reader.says(longest) for reader in self._readers)
             logger.warning(

@@ -105,12 +105,12 @@ def test_the_sampler_says_it_once_and_of_negative_prompts_that_are_used(tiny_sd,
 
 
 def test_many_texts_one_after_the_other_are_few_lines(tiny_sd, caplog):
-    cut = CutTexts(adapt(tiny_sd).text_readers(), "prompts")
+    cut = CutTexts(adapt(tiny_sd).text_readers(), "prompts", one_by_one=3)
     for i in range(40):
         cut.look_at([" ".join(words(80 + i, seed=i)), f"cat {i}"])
     lines = said(caplog)
-    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["1 of 2", "10 of 20"]
-    assert "91 tokens" in lines[1]  # 89 words and two marks: the longest so far
+    assert [line.split(";")[0].split(": ")[1] for line in lines] == ["1 of 2", "2 of 4", "3 of 6", "30 of 60"]
+    assert "111 tokens" in lines[3]  # 109 words and two marks: the longest so far
 
 
 def test_a_line_shows_no_line_break_or_control_character(tiny_sd, caplog):

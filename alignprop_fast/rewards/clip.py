@@ -31,7 +31,7 @@ class Similarity(nn.Module):
         self.model, self.tokenizer, self.preprocess = model, tokenizer, preprocess
         self._text_embeddings: dict[str, Tensor] = {}  # normalised, by prompt
         self._length = model.config.text_config.max_position_embeddings
-        self._cut = CutTexts([TextReader("the reward's CLIP", tokenizer, self._length)], "prompts")
+        self._cut = CutTexts([TextReader("the reward's CLIP", tokenizer, self._length)], "prompts", one_by_one=1)
 
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]

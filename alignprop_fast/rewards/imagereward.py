@@ -53,7 +53,7 @@ class ImageReward(nn.Module):
         super().__init__()
         file = weights_file(Path(path), ("ImageReward",), "ImageReward weights")
         self.tokenizer = load_tokenizer(file.parent, "ImageReward weights", source=_TOKENIZER)
-        self._cut = CutTexts([TextReader("ImageReward", self.tokenizer, _TOKENS)], "prompts")
+        self._cut = CutTexts([TextReader("ImageReward", self.tokenizer, _TOKENS)], "prompts", one_by_one=1)
         state = _renamed(read_state(file, loading))
         try:
             vision, text = _configs(state)
