@@ -165,7 +165,7 @@ def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTa
         table = _penalised(table, task)
     # A sink adds to what earlier backward passes left; without one, sums are made beside it, in fp32.
     added = task.chain.sink is not None and task.keeps_gradients
-    sums_bytes = 0 if added else 4 * sum(parameter.numel() for parameter in task.chain.parameters)
+    sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in task.chain.receivers)
     return replace(
         table,
         sums_bytes=sums_bytes,
@@ -246,7 +246,7 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
 def _origin(task: Task) -> dict[str, str]:
     """What the numbers of a table depend on, beside the device."""
     model = task.model
-    trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.parameters]
+    trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.receivers]
     # A quantised weight is a buffer.
     named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
     weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]

@@ -8,9 +8,10 @@ is carried to the backward pass.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from alignprop_fast.cost_table import Task, blocks_of, estimated_table, measured_table
 from alignprop_fast.fast_predict import FastPredict, Predict
 from alignprop_fast.models import adapt
-from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
 from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.planner import (
     AUTO,
@@ -45,8 +46,11 @@ from alignprop_fast.runtime import (
     in_chunks,
     lockable_bytes,
     run_penalised_chain,
+    unchanged,
     unless_out_of_memory,
     use_growing_segments,
+    version,
+    versions,
 )
 from alignprop_fast.sampling import (
     Draws,
@@ -67,18 +71,21 @@ logger = logging.getLogger(__name__)
 
 
 class DifferentiableSampler:
-    """Sample images through the whole denoising chain, differentiable in the trainable parameters of the denoiser.
+    """Sample images through the whole denoising chain, differentiable in all that plain autograd reaches.
+
+    That is: the denoiser's trainable parameters, the initial latents, text embeddings that are given, the guidance
+    scale, and what learns in the text encoders (tokens or adapters), each if it requires a gradient.
 
     Source: Prabhudesai et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation".
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
             ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline` or `FluxPipeline` with flow-match Euler. Give its
-            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`; decoder and text
-            encoders are frozen here.
+            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. Decoder and text
+            encoders are frozen here, but for those of which a part is frozen already.
         num_inference_steps: steps T of the chain.
         guidance_scale: classifier-free guidance; 1 or less turns it off. FLUX: the distilled guidance that its denoiser
-            is told.
+            is told. A number, or a tensor of one number that may require a gradient; so is `true_cfg_scale`.
         eta: DDIM noise, 0 (none) to 1 (as DDPM); other schedulers have none to choose.
         memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". "auto": on a
             GPU what is free there; elsewhere as None. None, or "none": no measuring, every gradient step is replayed,
@@ -117,12 +124,12 @@ class DifferentiableSampler:
         self,
         pipe: Any,
         num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | torch.Tensor = 5.0,
         eta: float = 1.0,
         memory_budget: int | str | None = AUTO,
         *,
         guidance_rescale: float = 0.0,
-        true_cfg_scale: float = 1.0,
+        true_cfg_scale: float | torch.Tensor = 1.0,
         height: int | None = None,
         width: int | None = None,
         draw_unused_noise: bool = False,
@@ -142,9 +149,10 @@ class DifferentiableSampler:
         self._cut, self._cut_negative = CutTexts(readers, "prompts"), CutTexts(readers, "negative prompts")
         self.example: tuple[str, Any] = ("", {})  # prompt and metadata that the reward gets where it is measured
         self.size = self.model.image_size(height, width)
-        self.table = make_table(self.model.schedule(num_inference_steps, self.size), eta)
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.cfg_scale = true_cfg_scale if self.model.embeds_guidance else guidance_scale
+        self.table = make_table(self.model.schedule(num_inference_steps, self.size), _number("eta", eta))
+        self.guidance_scale = _scale(guidance_scale)
+        self.guidance_rescale = _number("guidance_rescale", guidance_rescale)
+        self.cfg_scale = _scale(true_cfg_scale) if self.model.embeds_guidance else self.guidance_scale
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.set_budget(memory_budget)
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
@@ -191,11 +199,13 @@ class DifferentiableSampler:
         plan: Plan | None = None,
         metadata: Sequence[Any] | None = None,
         truncation: Truncation | str | None = None,
+        embeddings: Embeddings | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
 
-        Then `self.plan`, `self.truncation`, `self.latents` (what was decoded, [B, C, h, w], detached) and, if asked
-        for, `self.base_mse` (a scalar with gradient, to be used in the same backward pass) are this call's.
+        Then `self.plan`, `self.truncation`, `self.latents` (what was decoded, [B, C, h, w]) and, if asked for,
+        `self.base_mse` (a scalar) are this call's. The last two carry gradient, to be used in one backward pass with
+        that of the images.
 
         Args:
             prompts: B texts.
@@ -208,10 +218,13 @@ class DifferentiableSampler:
             metadata: of the B prompts, for a `reward` whose costs are measured and that wants some; None: {} each.
             truncation: a rule of `draw_truncation` or what it drew, in place of grad_steps. Its `renoisings` are for
                 the caller, who asks for each by `renoise`.
+            embeddings: of the prompts, to be used in place of their texts, by the names that the pipeline's own call
+                has for them: `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
-            ValueError: a gradient step outside the chain, prompts of different numbers, or dropout in the denoiser.
+            ValueError: a gradient step outside the chain, prompts of different numbers, dropout in the denoiser, or
+                something that asks for a gradient and cannot get one.
         """
         if isinstance(truncation, str):
             truncation = draw_truncation(truncation, len(self.table))
@@ -222,11 +235,12 @@ class DifferentiableSampler:
         self._let_go()
         self.truncation, last = truncation, truncation.last_step
         table = self.table if last is None else self.table.ending_at(last)
-        prompts, cond = self._encode(prompts, negative_prompts)
+        prompts, cond = self._encode(prompts, negative_prompts, embeddings)
         chain = self._chain(cond, generator, table, truncation.input_gradient)
         task = self._task(chain, cond, prompts, metadata)
         wants_gradient = latents is not None and latents.requires_grad
-        self.plan = plan or self._make_plan(task, self._grad_steps(truncation.grad_steps, chain), wants_gradient)
+        grad_steps = self._grad_steps(truncation.grad_steps, chain, wants_gradient)
+        self.plan = plan or self._make_plan(task, grad_steps, wants_gradient)
         x = table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
         return self._run(chain, self.plan, x)
 
@@ -237,6 +251,7 @@ class DifferentiableSampler:
         negative_prompts: str | list[str] | None = None,
         generator: Generator = None,
         metadata: Sequence[Any] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] of latents noised to the level of the chain's last step and denoised by that step alone.
 
@@ -245,10 +260,11 @@ class DifferentiableSampler:
 
         Args:
             latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
-            prompts, negative_prompts, generator, metadata: as for the sampler itself; the generator gives the noise.
+            prompts, negative_prompts, generator, metadata, embeddings: as for the sampler itself; the generator gives
+                the noise.
         """
         self._let_go()
-        prompts, cond = self._encode(prompts, negative_prompts)
+        prompts, cond = self._encode(prompts, negative_prompts, embeddings)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
         self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
         signal, level = self.table.level[-1]
@@ -256,15 +272,21 @@ class DifferentiableSampler:
         return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
 
     def _encode(
-        self, prompts: str | list[str], negative_prompts: str | list[str] | None
+        self, prompts: str | list[str], negative_prompts: str | list[str] | None, given: Embeddings | None
     ) -> tuple[list[str], Conditioning]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts, negative_prompts)
-        self.say_what_is_cut(prompts, negative_prompts)
+        given = given or {}
+        self.say_what_is_cut(  # of texts that are read, that is
+            () if "prompt_embeds" in given else prompts,
+            None if "negative_prompt_embeds" in given else negative_prompts,
+        )
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
+        self.model.check_embeddings(given, len(prompts))
         encode = self.model.encode if self._text is None else self._text.encode
-        cond = encode(prompts, negative_prompts, self._guided(negative_prompts), self.size)
+        guided = self._guided(negative_prompts, given)
+        cond = encode(prompts, negative_prompts, guided, self.size, given)
         return prompts, replace(cond, embedded_guidance=self.guidance_scale)
 
     def say_what_is_cut(self, prompts: Sequence[str], negative_prompts: str | list[str] | None = None) -> None:
@@ -290,9 +312,10 @@ class DifferentiableSampler:
         free = driver_bytes(device) + torch.cuda.memory_reserved(device) - allocated
         return free if self.budget_bytes is None else min(free, self.budget_bytes - allocated)
 
-    def _guided(self, negative_prompts: str | list[str] | None) -> bool:
+    def _guided(self, negative_prompts: str | list[str] | None, given: Embeddings = MappingProxyType({})) -> bool:
         """Whether the denoiser runs with and without the prompt; FLUX does where there is a negative prompt."""
-        return self.cfg_scale > 1 and not (self.model.embeds_guidance and negative_prompts is None)
+        has_negative = negative_prompts is not None or "negative_prompt_embeds" in given
+        return bool(self.cfg_scale > 1) and (has_negative or not self.model.embeds_guidance)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
@@ -300,7 +323,9 @@ class DifferentiableSampler:
         stage = "batch" if self.plan is None or self.plan.reward is None else self.plan.reward.name
         if stage == "batch":
             return self.reward(images, prompts, metadata)
-        return in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
+        scores, info = in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
+        own = [self.reward] if isinstance(self.reward, torch.nn.Module) else []
+        return unchanged(scores, getattr(self.reward, "state", partial(versions, own))), info
 
     def plan_for(self, batch: int, num_grad_steps: int | None = None, negative_prompt: str | None = None) -> Plan:
         """The plan of a batch of this size with so many gradient steps; None: all of them, which needs the most memory.
@@ -363,14 +388,14 @@ class DifferentiableSampler:
         return budget_bytes
 
     def _let_go(self) -> None:
-        """Drop what is left of the last call: its term holds its whole chain where no backward pass went through it."""
+        """Drop what is left of the last call: it holds its whole chain where no backward pass went through it."""
         self.base_mse = self.latents = None
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
         images, x, penalty = self._images(chain, plan, x)
         if self.compare_with_base:
             self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
-        self.latents = x.detach()
+        self.latents = x
         return images
 
     def _images(self, chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -381,14 +406,15 @@ class DifferentiableSampler:
         return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands), x, penalty
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
-        model, scale = self.model, self.cfg_scale
+        model, scale, rescale = self.model, self.cfg_scale, self.guidance_rescale
         timesteps = self._timesteps_of(table)
-        combined = cond.branches == 1 or self.guidance_rescale > 0
-        update = Update(table, (1.0,) if combined else (1 - scale, scale))
+        combined = isinstance(scale, torch.Tensor) or cond.branches == 1 or rescale > 0
+        update = Update(table, (1.0,) if isinstance(scale, torch.Tensor) or combined else (1 - scale, scale))
+        conditions = self._conditions(cond)
 
         def network(i: int, state: torch.Tensor, predict: Predict = model.predict) -> torch.Tensor:
             y = predict(update.model_input(i, state), timesteps[i], cond)
-            return rescaled_guidance(y, scale, self.guidance_rescale) if combined and cond.branches == 2 else y
+            return rescaled_guidance(y, scale, rescale) if combined and cond.branches == 2 else y
 
         def advance(i: int, state: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             noise = model.noise(update.latents(state), generator) if self.draw_noise else None
@@ -413,8 +439,31 @@ class DifferentiableSampler:
             finish=update.latents,
             input_gradient=input_gradient,
             penalty=off_base if self.compare_with_base else None,
-            sample=None if self._fast is None else partial(network, predict=self._fast.for_chain()),
+            # What is recorded would hold the graph of the conditions.
+            sample=None if self._fast is None or conditions else partial(network, predict=self._fast.for_chain()),
+            conditions=conditions,
+            state=partial(self._state, conditions),
         )
+
+    def _conditions(self, cond: Conditioning) -> list[torch.Tensor]:
+        """What the network reads beside latents and its own parameters, as far as it wants a gradient.
+
+        Raises:
+            ValueError: there is some, and an option that knows the denoiser's parameters alone.
+        """
+        read = [*cond.tensors(), *([self.cfg_scale] if isinstance(self.cfg_scale, torch.Tensor) else ())]
+        found = list({id(tensor): tensor for tensor in read if tensor.requires_grad}.values())
+        if found and torch.is_grad_enabled() and (self.compare_with_base or self.gradient_sink is not None):
+            option = "compare_with_base" if self.compare_with_base else "an optimizer in the backward pass"
+            raise ValueError(
+                f"embeddings or guidance want a gradient, and {option} gives it to the denoiser's parameters alone: "
+                "leave one of the two out"
+            )
+        return found if torch.is_grad_enabled() else []
+
+    def _state(self, conditions: Sequence[torch.Tensor]) -> Hashable:
+        weights = versions((self.model.denoiser, self.model.decoder))
+        return weights, self.model.adapter_settings(), tuple(map(version, conditions))
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
         """The chain's timesteps on the device, copied there once: each copy would wait for the device."""
@@ -426,7 +475,7 @@ class DifferentiableSampler:
 
     def _replay(self, chain: Chain, plan: Plan) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
         """Recorded replays, which reserve what they keep: a budget has better uses for that."""
-        if self._fast is None or self._has_budget() or not plan.replayed_steps:
+        if self._fast is None or self._has_budget() or not plan.replayed_steps or chain.conditions:
             return None
         predict = self._fast.for_replays(tuple(sorted(plan.replay_options.items())))
         network: Any = chain.network
@@ -442,12 +491,15 @@ class DifferentiableSampler:
             self._host_pool = HostPool(self.model.device, lockable_bytes(self.host_memory_bytes))
         return self._host_pool
 
-    def _grad_steps(self, grad_steps: Iterable[int], chain: Chain) -> list[int]:
-        """Ascending gradient steps; none where nothing could receive a gradient."""
+    def _grad_steps(self, grad_steps: Iterable[int], chain: Chain, wants_gradient: bool = False) -> list[int]:
+        """Ascending gradient steps; none where nothing could receive a gradient.
+
+        wants_gradient: the initial latents do.
+        """
         steps = sorted(set(grad_steps))
         if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
             raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
-        return steps if torch.is_grad_enabled() and chain.parameters else []
+        return steps if torch.is_grad_enabled() and (chain.receivers or wants_gradient) else []
 
     def _has_budget(self) -> bool:
         return self.budget_bytes is not None or (self._takes_what_is_free and self.model.device.type == "cuda")
@@ -472,10 +524,10 @@ class DifferentiableSampler:
         with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
             x = self.model.initial_latents(task.batch, self.size, None, None).requires_grad_()
             images, _, _ = self._images(chain, leanest(1, (0,)), x)
-            torch.autograd.grad(images.sum(), [x, *chain.parameters], allow_unused=True)
+            torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
 
     def _make_plan(self, task: Task, grad_steps: list[int], wants_gradient: bool = False) -> Plan:
-        """wants_gradient: something beside the trainable parameters does."""
+        """wants_gradient: the initial latents do."""
         # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
         num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
         if not (self._has_budget() and torch.is_grad_enabled() and (grad_steps or wants_gradient)):
@@ -485,7 +537,8 @@ class DifferentiableSampler:
 
     def _solver(self, task: Task, num_steps: int) -> Solver:
         cast = autocast_dtype(self.model.device)
-        key = (num_steps, task.batch, task.cond.embeds.shape, task.cond.embeds.dtype, len(task.chain.parameters), cast)
+        embeds, receivers = task.cond.embeds, len(task.chain.receivers)
+        key = (num_steps, task.batch, embeds.shape, embeds.dtype, receivers, cast)
         if key not in self._solvers:
             self._solvers[key] = Solver(self._costs(task), num_steps, num_steps)
         table, limit_bytes = self._solvers[key].table, self._pool().limit_bytes
@@ -521,6 +574,26 @@ class DifferentiableSampler:
             keeps_gradients=self.keeps_gradients,
             host_limit_bytes=self._pool().limit_bytes or 0,
         )
+
+
+def _scale(scale: float | torch.Tensor) -> float | torch.Tensor:
+    """A number as it is, and of tensors those of one number that want a gradient.
+
+    Raises:
+        ValueError: a tensor of several numbers.
+    """
+    if not isinstance(scale, torch.Tensor):
+        return scale
+    if scale.numel() != 1:
+        raise ValueError(f"a guidance scale of shape {list(scale.shape)}: give one number for all prompts")
+    return scale if scale.requires_grad else scale.item()
+
+
+def _number(name: str, value: Any) -> float:
+    """Raises ValueError: a tensor that wants a gradient, which ends at numbers."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a tensor that requires a gradient, and gets none here: give a number")
+    return float(value)
 
 
 def _check_prompts(prompts: list[str], negative_prompts: str | list[str] | None) -> None:

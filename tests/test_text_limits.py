@@ -104,6 +104,14 @@ def test_the_sampler_says_it_once_and_of_negative_prompts_that_are_used(tiny_sd,
     assert said(caplog) == []
 
 
+def test_nothing_is_said_of_texts_in_whose_place_embeddings_are_given(tiny_sd, caplog):
+    sampler, long = DifferentiableSampler(tiny_sd, 1, guidance_scale=3.0), " ".join(words(90))
+    embeds, negative = tiny_sd.encode_prompt("a cat", torch.device("cpu"), 1, True)
+    with torch.no_grad():
+        sampler(long, long, embeddings={"prompt_embeds": embeds, "negative_prompt_embeds": negative})
+    assert said(caplog) == []
+
+
 def test_many_texts_one_after_the_other_are_few_lines(tiny_sd, caplog):
     cut = CutTexts(adapt(tiny_sd).text_readers(), "prompts", one_by_one=3)
     for i in range(40):

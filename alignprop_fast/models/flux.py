@@ -1,5 +1,6 @@
 """FLUX.1 seen as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
 
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.text_limits import TextReader
 
@@ -41,18 +42,31 @@ class FluxAdapter(PipelineAdapter):
         """Rows and columns of image tokens."""
         return size[0] // self.size_multiple, size[1] // self.size_multiple
 
-    @torch.no_grad()
     def encode(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+        self,
+        prompts: list[str],
+        negative_prompts: str | list[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+        given: Embeddings = MappingProxyType({}),
     ) -> Conditioning:
         if not isinstance(negative_prompts, list):
             negative_prompts = [negative_prompts or ""] * len(prompts)
-        texts = [*negative_prompts, *prompts] if guided else prompts
-        embeds, pooled, _ = self.pipe.encode_prompt(texts, None, device=self.device, max_sequence_length=T5_TOKENS)
+        found = [self._embeddings(negative_prompts, given, "negative_")] if guided else []
+        found.append(self._embeddings(prompts, given, ""))
+        embeds, pooled = map(torch.cat, zip(*found, strict=True))
         return self._conditioning(embeds, pooled, guided, size)
 
     def text_readers(self) -> list[TextReader]:
         return [*self._reader("CLIP", "tokenizer"), *self._reader("T5", "tokenizer_2", T5_TOKENS)]
+
+    def _embeddings(self, texts: list[str], given: Embeddings, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embeds, pooled) of the texts, or those that were given for that side."""
+        known = {name: given.get(side + name) for name in self.embedding_names}
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            texts, None, device=self.device, max_sequence_length=T5_TOKENS, **known
+        )
+        return embeds, pooled
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         count, config = (1 + guided) * batch, self.denoiser.config
@@ -79,12 +93,20 @@ class FluxAdapter(PipelineAdapter):
         y = self.denoiser(
             hidden_states=tokens_BNC,
             timestep=timestep.expand(len(tokens_BNC)) / 1000,
-            guidance=torch.full((len(tokens_BNC),), cond.embedded_guidance, device=x.device) if told else None,
+            guidance=self._guidance(cond, tokens_BNC) if told else None,
             encoder_hidden_states=cond.embeds,
             **(cond.added or {}),
             return_dict=False,
         )[0]
         return _unpack(y, x.shape[-2] // 2)
+
+    @staticmethod
+    def _guidance(cond: Conditioning, tokens_BNC: torch.Tensor) -> torch.Tensor:
+        """The scale, once for each row."""
+        scale, rows = cond.embedded_guidance, len(tokens_BNC)
+        if isinstance(scale, torch.Tensor):
+            return scale.to(tokens_BNC.device, torch.float32).expand(rows)
+        return torch.full((rows,), scale, device=tokens_BNC.device)
 
     def step_groups(self) -> dict[str, list[nn.Module]]:
         return {"transformers": instances(self.denoiser, (FluxTransformerBlock, FluxSingleTransformerBlock))}

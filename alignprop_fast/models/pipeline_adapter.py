@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from alignprop_fast.models.surgery import put_ops_in
 from alignprop_fast.text_limits import TextReader
 
 Generator = torch.Generator | list[torch.Generator] | None
+Embeddings = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,19 @@ class Conditioning:
     embeds: torch.Tensor
     added: Mapping[str, torch.Tensor] | None
     branches: int
-    embedded_guidance: float = 1.0
+    embedded_guidance: float | torch.Tensor = 1.0
+
+    def tensors(self) -> list[torch.Tensor]:
+        held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
+        return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 class PipelineAdapter(ABC):
     """A diffusers pipeline as the sampler needs it. The pipeline stays an ordinary one.
 
-    Freezes the decoder and the text encoders (only the denoiser's trainable parameters get gradients), lays the
-    convolutions out channels_last and puts the frozen-aware ops in (`surgery.take_ops_out` takes them out); no name,
-    value or adapter changes.
+    Freezes the decoder and the text encoders, lays the convolutions out channels_last and puts the frozen-aware ops in
+    (`surgery.take_ops_out` takes them out); no name, value or adapter changes. A text encoder of which a part is frozen
+    already stays as it is: its user has chosen what of it learns, tokens or adapters, say.
 
     Raises:
         ValueError: a scheduler or model option that the chain cannot reproduce; the message says how to change it.
@@ -50,6 +56,8 @@ class PipelineAdapter(ABC):
     schedulers: ClassVar[Sequence[str]]
     embeds_guidance = False
     """Whether guidance is distilled into the denoiser, which is told its scale; two branches are then an option."""
+    embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
+    """Embeddings of a prompt, by the names of the pipeline's own call; with `negative_` before, of a negative one."""
     channels_per_latent: ClassVar[int] = 1
     """Channels of the denoiser's input for each of the latents'."""
 
@@ -63,7 +71,8 @@ class PipelineAdapter(ABC):
             )
         self.scheduler_name = check_scheduler(pipe.scheduler, self.schedulers)
         for module in (pipe.vae, *self._text_encoders()):
-            module.requires_grad_(False)
+            if all(parameter.requires_grad for parameter in module.parameters()):
+                module.requires_grad_(False)
         for module in (self.denoiser, pipe.vae.decoder):
             # Convolutions only: linear layers have no memory format.
             module.to(memory_format=torch.channels_last)
@@ -88,9 +97,18 @@ class PipelineAdapter(ABC):
 
     @abstractmethod
     def encode(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+        self,
+        prompts: list[str],
+        negative_prompts: str | list[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+        given: Embeddings = MappingProxyType({}),
     ) -> Conditioning:
-        """Text embeddings of B prompts; two branches if guided, else one. `size` in pixels conditions SDXL alone."""
+        """Text embeddings of B prompts; two branches if guided, else one. `size` in pixels conditions SDXL alone.
+
+        given: embeddings in place of those of the texts, by the names of `embedding_names`. Gradients reach them, and
+        what learns in the text encoders.
+        """
 
     @abstractmethod
     def text_readers(self) -> list[TextReader]:
@@ -158,13 +176,38 @@ class PipelineAdapter(ABC):
             for layer, was_off in zip(layers, before, strict=True):
                 layer._disable_adapters = was_off
 
+    def text_learns(self) -> bool:
+        """Whether something in the text encoders wants a gradient."""
+        return any(p.requires_grad for encoder in self._text_encoders() for p in encoder.parameters())
+
+    def check_embeddings(self, given: Embeddings, batch: int) -> None:
+        """Raises:
+        ValueError: embeddings of unknown names, of another number than the prompts, or not all of one side.
+        """
+        sides = [[f"{side}{name}" for name in self.embedding_names] for side in ("", "negative_")]
+        unknown = sorted(set(given) - {name for names in sides for name in names})
+        if unknown:
+            raise ValueError(f"unknown embeddings {', '.join(unknown)}: use {', '.join(sides[0] + sides[1])}")
+        for names in sides:
+            missing = [name for name in names if name not in given]
+            if missing and len(missing) < len(names):
+                raise ValueError(f"embeddings without {missing[0]}: give {' and '.join(names)} together, or neither")
+        for name, tensor in given.items():
+            if len(tensor) != batch:
+                raise ValueError(f"{name} has {len(tensor)} rows for {batch} prompts: give one row for each prompt")
+
+    def adapter_settings(self) -> Hashable:
+        """To compare: which adapters are on, or merged into the weights, and how strong."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        return tuple(
+            (m.disable_adapters, *m.active_adapters, *m.merged_adapters, *getattr(m, "scaling", {}).values())
+            for m in layers
+        )
+
     def fingerprint(self) -> Hashable:
         """Where the denoiser's weights lie, and how its adapters are set: a recorded evaluation holds as long."""
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        return (
-            tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters()),
-            tuple((m.disable_adapters, *m.active_adapters, *getattr(m, "scaling", {}).values()) for m in layers),
-        )
+        places = tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters())
+        return places, self.adapter_settings()
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs; `with_text`: the text encoders too."""

@@ -1,13 +1,15 @@
 """Stable Diffusion 1.x and 2.x seen as a chain: a UNet that predicts noise (or v) under one text encoder."""
 
-from typing import Any
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import DIFFUSION
 from alignprop_fast.text_limits import TextReader
 
@@ -16,6 +18,7 @@ class StableDiffusionAdapter(PipelineAdapter):
     """`StableDiffusionPipeline` (Rombach et al. 2022); see `PipelineAdapter`."""
 
     schedulers = DIFFUSION
+    embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
 
     def __init__(self, pipe: Any):
         if pipe.unet.config.time_cond_proj_dim is not None:
@@ -28,11 +31,15 @@ class StableDiffusionAdapter(PipelineAdapter):
     def denoiser(self) -> nn.Module:
         return self.pipe.unet
 
-    @torch.no_grad()
     def encode(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+        self,
+        prompts: list[str],
+        negative_prompts: str | list[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+        given: Embeddings = MappingProxyType({}),
     ) -> Conditioning:
-        cond, uncond = self.pipe.encode_prompt(prompts, self.device, 1, guided, negative_prompts)
+        cond, uncond = self.pipe.encode_prompt(prompts, self.device, 1, guided, negative_prompts, **given)
         return Conditioning(torch.cat([uncond, cond]) if guided else cond, None, 1 + guided)
 
     def text_readers(self) -> list[TextReader]:

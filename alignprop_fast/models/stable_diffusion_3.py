@@ -1,12 +1,13 @@
 """Stable Diffusion 3 and 3.5 seen as a chain: a transformer over image and text tokens, flow matching, three texts."""
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.text_limits import TextReader
 
@@ -30,9 +31,13 @@ class StableDiffusion3Adapter(PipelineAdapter):
         tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
         scheduler.set_timesteps(num_inference_steps, **dynamic_shift(scheduler.config, tokens))
 
-    @torch.no_grad()
     def encode(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+        self,
+        prompts: list[str],
+        negative_prompts: str | list[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+        given: Embeddings = MappingProxyType({}),
     ) -> Conditioning:
         cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
             prompts,
@@ -42,6 +47,7 @@ class StableDiffusion3Adapter(PipelineAdapter):
             do_classifier_free_guidance=guided,
             negative_prompt=negative_prompts,
             max_sequence_length=T5_TOKENS,
+            **given,
         )
         if guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])

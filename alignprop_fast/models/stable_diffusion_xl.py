@@ -1,16 +1,19 @@
 """Stable Diffusion XL: two text encoders, pooled text and size conditioning, a decoder that fp16 overflows."""
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Conditioning
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter
 from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
 from alignprop_fast.text_limits import TextReader
 
 
 class StableDiffusionXLAdapter(StableDiffusionAdapter):
     """As `StableDiffusionAdapter`, for `StableDiffusionXLPipeline` (Podell et al. 2023)."""
+
+    embedding_names = PipelineAdapter.embedding_names
 
     def __init__(self, pipe: Any):
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
@@ -31,12 +34,16 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         """Channels of the pooled text, which the UNet sees beside six embedded numbers."""
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
-    @torch.no_grad()
     def encode(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+        self,
+        prompts: list[str],
+        negative_prompts: str | list[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+        given: Embeddings = MappingProxyType({}),
     ) -> Conditioning:
         cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=guided, negative_prompt=negative_prompts
+            prompts, device=self.device, do_classifier_free_guidance=guided, negative_prompt=negative_prompts, **given
         )
         if guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])

@@ -8,10 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+
+from alignprop_fast.models.pipeline_adapter import Embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +55,23 @@ class TextCache:
         return self.away and self._model.device.type != "meta"
 
     def encode(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
+        self,
+        prompts: list[str],
+        negative_prompts: str | list[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+        given: Embeddings = MappingProxyType({}),
     ) -> Any:
-        """What the adapter's `encode` gives: the `Conditioning` of B prompts, in the order of the branches."""
+        """What the adapter's `encode` gives: the `Conditioning` of B prompts, in the order of the branches.
+
+        Raises:
+            ValueError: something in the text encoders learns, so that embeddings change.
+        """
+        if self._model.text_learns():
+            raise ValueError("cache_text remembers embeddings, and a text encoder learns: leave cache_text out")
+        if given:
+            with self._encoders_on_device():
+                return self._model.encode(prompts, negative_prompts, guided, size, given)
         return _joined(self.remember(prompts, negative_prompts, guided, size), self._model.device)
 
     def remember(

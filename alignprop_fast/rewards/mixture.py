@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,15 @@ class WeightedSum:
 
     def weight_bytes(self) -> int:
         """Bytes of the parts' weights."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def state(self) -> Hashable:
+        """To compare: changes where a weight does."""
+        return tuple((id(tensor), tensor._version) for tensor in self._tensors() if not tensor.is_inference())
+
+    def _tensors(self) -> list[Tensor]:
         modules = [part.reward for part in self.parts if isinstance(part.reward, nn.Module)]
-        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def __call__(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]

@@ -14,6 +14,7 @@ from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allo
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
+from alignprop_fast.runtime.versions import unchanged, version, versions
 
 __all__ = [
     "DECODER_STAGES",
@@ -51,6 +52,9 @@ __all__ = [
     "step_costs",
     "trace",
     "transfer_bytes",
+    "unchanged",
     "unless_out_of_memory",
     "use_growing_segments",
+    "version",
+    "versions",
 ]

@@ -8,7 +8,7 @@ path alone (Prabhudesai et al. 2023, randomised truncation), a gradient step add
 from its kept graph or by running the network again. So the memory is that of one network evaluation, whatever T.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from alignprop_fast.planner import Plan
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.segments import Block, kept_as
+from alignprop_fast.runtime.versions import CHANGED
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Chain:
     network: (i, x) -> y, deterministic: a replay must see what the forward pass saw.
     advance: (i, x, y) -> next x. May draw random numbers: it is never replayed.
     adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
-    parameters: the tensors besides x that the network's gradient is wanted for.
+    parameters: of the network, those that its gradient is wanted for.
     blocks: the parts of the network that the plan has an option for.
     offloader: moves what blocks keep to the host, where the plan asks for it.
     sink: takes the parameters' gradients step by step, in place of autograd, to which the chain then gives none:
@@ -38,6 +39,10 @@ class Chain:
     input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
     penalty: (i, x, y) -> (a scalar, its gradient for y), of each gradient step; x counts as a constant in it, so that
         it acts on the parameters through its own step alone. Called without gradient.
+    sample, replay: the network in faster forms, for steps without gradient and for replays.
+    conditions: what else the network reads and a gradient is wanted for, such as embeddings of text; none with a sink.
+    state: () -> what the network's results depend on beside (i, x), to compare: weights that were changed in place, or
+        replaced, give another one. A replay must find the state of the forward pass.
     """
 
     num_steps: int
@@ -54,12 +59,19 @@ class Chain:
     penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     sample: Callable[[int, torch.Tensor], torch.Tensor] | None = None
     replay: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    conditions: Sequence[torch.Tensor] = ()
+    state: Callable[[], Hashable] = tuple
+
+    @property
+    def receivers(self) -> list[torch.Tensor]:
+        """All tensors but x that get a gradient."""
+        return [*self.parameters, *self.conditions]
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
     """Run the chain from x [B, ...] under the plan and return the last latents [B, ...].
 
-    Gradients reach `chain.parameters`, and x if it asks for one. The graph can be used once: it frees itself as it is
+    Gradients reach `chain.receivers`, and x if it asks for one. The graph can be used once: it frees itself as it is
     used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
     """
     return run_penalised_chain(chain, plan, x)[0]
@@ -75,7 +87,7 @@ def run_penalised_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torc
     x = chain.start(x)
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
         tape = _Tape(chain, plan, grad_steps, x.requires_grad)
-        x, penalty = _ChainFunction.apply(tape, x, *chain.parameters)
+        x, penalty = _ChainFunction.apply(tape, x, *chain.receivers)
         return chain.finish(x), penalty
     with torch.no_grad():
         x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
@@ -93,11 +105,21 @@ class _Tape:
         self.inputs: dict[int, torch.Tensor] = {}
         self.penalty: torch.Tensor | None = None
         self.pulls: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
+        self.state = chain.state() if grad_steps else ()
         self.used = False
 
     def input_gradient(self, i: int) -> bool:
         """Whether step i has someone to pass a gradient of its network's input on to."""
         return self.chain.input_gradient and (i > self.first or self.wants_gx)
+
+    def check_state(self) -> None:
+        """Autograd compares the versions of the tensors it saved; a replay reads tensors that were not saved.
+
+        Raises:
+            RuntimeError: they are not what the forward pass read.
+        """
+        if self.grad_steps and self.chain.state() != self.state:
+            raise RuntimeError(CHANGED)
 
     def penalise(self, i: int, x: torch.Tensor, y: torch.Tensor) -> None:
         if self.chain.penalty is not None:
@@ -107,7 +129,7 @@ class _Tape:
 
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
         out = _forward(tape, x)
         # As an output it will hold this node, which holds the tape: a cycle, if the tape held it.
@@ -121,6 +143,7 @@ class _ChainFunction(torch.autograd.Function):
         if tape.used:
             raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
         tape.used = True
+        tape.check_state()
         with ctx.autocast():
             gx, grads = _backward(tape, g, g_penalty)
         return None, gx if tape.wants_gx else None, *grads
@@ -147,7 +170,8 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
 
 def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     chain = tape.chain
-    sums: list[torch.Tensor | None] = [None] * len(chain.parameters)
+    receivers = chain.receivers
+    sums: list[torch.Tensor | None] = [None] * len(receivers)
     for i in range(chain.num_steps - 1, tape.first - 1, -1):
         if i in tape.graphs:
             x, y = tape.graphs.pop(i)
@@ -161,7 +185,7 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
         if pull is not None and not x.requires_grad:
             gy = gy + pull
         if chain.sink is None:
-            gx = _network_backward(x, y, gy, chain.parameters, sums)
+            gx = _network_backward(x, y, gy, receivers, sums)
         else:
             gx = chain.sink(x, y, gy, i == min(tape.grad_steps))
         del y, gy
@@ -169,7 +193,7 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
             g = g + gx
             if pull is not None:
                 x, y = _record(tape, i, x, False)
-                _network_backward(x, y, pull, chain.parameters, sums)
+                _network_backward(x, y, pull, receivers, sums)
                 del y
         del x, gx
     # As wide as they are: autograd rounds them to what a parameter's gradient is to be (its `grad_dtype`).
@@ -198,13 +222,13 @@ def _network_backward(
     x: torch.Tensor,
     y: torch.Tensor,
     gy: torch.Tensor,
-    parameters: Sequence[torch.Tensor],
+    receivers: Sequence[torch.Tensor],
     sums: list[torch.Tensor | None],
 ) -> torch.Tensor | None:
-    """Add the parameters' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
-    wanted = [*parameters, x] if x.requires_grad else list(parameters)
+    """Add the receivers' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
+    wanted = [*receivers, x] if x.requires_grad else list(receivers)
     grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
-    found = [(k, grad) for k, grad in enumerate(grads[: len(parameters)]) if grad is not None]
+    found = [(k, grad) for k, grad in enumerate(grads[: len(receivers)]) if grad is not None]
     added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
     if added:  # in one launch
         torch._foreach_add_(*map(list, zip(*added, strict=True)))

@@ -42,7 +42,7 @@ def step_costs(
     """
     x = chain.start(x)
     start = x.detach().requires_grad_()
-    wanted = [start, *chain.parameters]
+    wanted = [start, *chain.receivers]
 
     def backward(y: torch.Tensor) -> None:
         if chain.sink is None:

@@ -3,7 +3,7 @@
 import torch
 
 
-def rescaled_guidance(y: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+def rescaled_guidance(y: torch.Tensor, scale: float | torch.Tensor, rescale: float) -> torch.Tensor:
     """Classifier-free guidance with its standard deviation pulled back to that of the conditional prediction.
 
     y: [2 B, ...], unconditional half first; returns [B, ...]. rescale (phi) in [0, 1]; 0 is plain guidance.
@@ -11,6 +11,8 @@ def rescaled_guidance(y: torch.Tensor, scale: float, rescale: float) -> torch.Te
     """
     unconditional, conditional = y.chunk(2)
     guided = unconditional + scale * (conditional - unconditional)
+    if rescale == 0:
+        return guided
     dims = tuple(range(1, y.ndim))
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return guided * (rescale * ratio + (1 - rescale))

@@ -15,6 +15,7 @@ class Counted:
 
     def __init__(self, model):
         self._model, self.pipe, self.device, self.prompts = model, model.pipe, model.device, []
+        self.text_learns = model.text_learns
 
     def encode(self, prompts, *rest):
         self.prompts += prompts
