@@ -57,17 +57,17 @@ def demo(
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.cli_session import Session
-        from alignprop_fast.data import load_prompts
+        from alignprop_fast.data import load_rows
 
         # A thread whose core has other work makes all wait: 400 s instead of 80 on two busy cores, 60 on two idle ones.
         torch.set_num_threads(2 if (os.cpu_count() or 1) >= 4 else 1)
         options = replace(SETTINGS, reward=reward, steps=steps, seed=seed, output_dir=output_dir)
         session = Session(options, console)
     console.print(f"the bundled model learns {reward}: {steps} steps of {options.batch_size} pictures")
-    sets = {"training prompts": session.prompts, "prompts never seen": load_prompts("demo-heldout")}
-    chosen = {name: [prompts[i * len(prompts) // PICTURES] for i in range(PICTURES)] for name, prompts in sets.items()}
-    before = {name: session.draw(prompts, HELDOUT_SEED) for name, prompts in chosen.items()}
+    sets = {"training prompts": session.rows, "prompts never seen": load_rows("demo-heldout")}
+    chosen = {name: [rows[i * len(rows) // PICTURES] for i in range(PICTURES)] for name, rows in sets.items()}
+    before = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
     session.run()
-    after = {name: session.draw(prompts, HELDOUT_SEED) for name, prompts in chosen.items()}
+    after = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
     print_results(console, session.folder, {name: (before[name], after[name]) for name in chosen})
     console.print(f"{time.perf_counter() - begin:.0f} seconds in all")

@@ -108,7 +108,7 @@ def evaluate(
     console, folder = Console(highlight=False), Path(output_dir).expanduser()
     with setup_errors():
         quiet_libraries(console)
-        from alignprop_fast.data import load_prompts
+        from alignprop_fast.data import load_rows
         from alignprop_fast.evaluate import Evaluation, tasks_of
         from alignprop_fast.generate import DifferentiableSampler
         from alignprop_fast.models.lora_mix import load_loras
@@ -118,7 +118,7 @@ def evaluate(
         check_new_folder(folder)
         _check(lora, scale)
         sets = {_TRAINING: prompts} | ({_HELDOUT: heldout_prompts} if heldout_prompts else {})
-        tasks = [t for name, s in sets.items() for t in tasks_of(name, load_prompts(s), images_per_prompt, seed)]
+        tasks = [t for name, s in sets.items() for t in tasks_of(name, load_rows(s), images_per_prompt, seed)]
         device = pick_device(device)
         pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
         variants = _variants(_labels(lora), load_loras(pipe, lora), scale or [1.0])
@@ -139,6 +139,7 @@ def evaluate(
             width=width,
         )
         run = _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
+        sampler.say_what_is_cut([task.prompt for task in tasks], negative_prompt)
         # The first batch is drawn before anything is said or written: what can go wrong has gone wrong by then.
         batches = run.batches(batch_size, negative_prompt)
         first = next(batches)

@@ -109,11 +109,11 @@ def merge(
         merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], rank)
         contents = _contents(merged, mixture, rank)
         if path_steps is not None:
-            from alignprop_fast.data import load_prompts
+            from alignprop_fast.data import load_rows
             from alignprop_fast.generate import DifferentiableSampler
             from alignprop_fast.models.lora_mix import load_loras
 
-            texts, device = load_prompts(prompts), pick_device(device)
+            rows, device = load_rows(prompts), pick_device(device)
             pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
             names = load_loras(pipe, [source for source, _ in mixture])
             sampler = DifferentiableSampler(
@@ -126,12 +126,13 @@ def merge(
                 width=width,
             )
             scored = open_reward(reward, pipe, reward_model, allow_pickle) if reward else None
-            path = AdapterPath(sampler, names, scored, texts, seed, path_steps)
+            path = AdapterPath(sampler, names, scored, rows, seed, path_steps)
+            sampler.say_what_is_cut([row.prompt for row in path.rows], negative_prompt)
             # Drawn in part before anything is written: what can go wrong has gone wrong by then.
             batches = path.batches(batch_size, negative_prompt)
             first = next(batches)
     if path is not None:
-        with PictureProgress(console, len(path.prompts) * len(path.places)) as progress:
+        with PictureProgress(console, len(path.rows) * len(path.places)) as progress:
             for count in chain([first], batches):
                 progress.advance(count)
     _write(folder, contents)

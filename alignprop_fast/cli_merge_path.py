@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.cli_pipeline import spread
+from alignprop_fast.data import PromptRow
 
 PATH_ROWS = 8
 
@@ -18,9 +19,11 @@ class AdapterPath:
     names: of the two adapters in the sampler's pipeline. Of more than 8 prompts some are taken, evenly over the list.
     """
 
-    def __init__(self, sampler: Any, names: Sequence[str], reward: Any, prompts: list[str], seed: int, steps: int):
-        self.sampler, self.names, self.reward, self.prompts = sampler, names, reward, spread(prompts, PATH_ROWS)
-        self.seeds = range(seed, seed + len(self.prompts))
+    def __init__(
+        self, sampler: Any, names: Sequence[str], reward: Any, rows: Sequence[PromptRow], seed: int, steps: int
+    ):
+        self.sampler, self.names, self.reward, self.rows = sampler, names, reward, spread(rows, PATH_ROWS)
+        self.seeds = range(seed, seed + len(self.rows))
         self.places = [i / (steps - 1) for i in range(steps)]
         self.images: dict[float, list[Any]] = {t: [] for t in self.places}
         self.rewards: dict[float, list[float]] = {t: [] for t in self.places}
@@ -31,15 +34,16 @@ class AdapterPath:
         from alignprop_fast.models.lora_mix import set_lora_weights
         from alignprop_fast.report import to_images
 
+        prompts = [row.prompt for row in self.rows]
         for t in self.places:
             weights = dict(zip(self.names, (1 - t, t), strict=True))
             set_lora_weights(self.sampler.model.pipe, {name: weight for name, weight in weights.items() if weight})
-            for images_BCHW in draw(self.sampler, self.prompts, self.seeds, batch_size, negative_prompt):
+            for images_BCHW in draw(self.sampler, prompts, self.seeds, batch_size, negative_prompt):
                 done = len(self.images[t])
                 self.images[t] += to_images(images_BCHW)
                 if self.reward is not None:
-                    texts = self.prompts[done : done + len(images_BCHW)]
-                    self.rewards[t] += score(self.reward, images_BCHW, texts)[0].tolist()
+                    rows = self.rows[done : done + len(images_BCHW)]
+                    self.rewards[t] += score(self.reward, images_BCHW, rows)[0].tolist()
                 yield len(images_BCHW)
 
     def write(self, folder: Path, ends: Sequence[str], reward: str | None) -> None:
@@ -47,9 +51,9 @@ class AdapterPath:
         from alignprop_fast.report_evaluation import PathRow, save_comparison, save_table
 
         rows = []
-        for i, prompt in enumerate(self.prompts):
+        for i, row in enumerate(self.rows):
             notes = [f"{self.rewards[t][i]:.3f}" if reward else f"seed {self.seeds[i]}" for t in self.places]
-            rows.append((prompt, [self.images[t][i] for t in self.places], notes))
+            rows.append((row.prompt, [self.images[t][i] for t in self.places], notes))
         title, columns = f"From {ends[0]} (t = 0) to {ends[1]} (t = 1)", [f"t = {t:.2f}" for t in self.places]
         if reward:
             columns = [
@@ -58,6 +62,6 @@ class AdapterPath:
             ]
             title += f", {reward}"
             triples = [(t, i) for t in self.places for i in range(len(rows))]
-            records = [PathRow(t, self.prompts[i], self.seeds[i], self.rewards[t][i]) for t, i in triples]
+            records = [PathRow(t, self.rows[i].prompt, self.seeds[i], self.rewards[t][i]) for t, i in triples]
             save_table(folder / "path.csv", records)
         save_comparison(folder / "path.png", title, columns, rows)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from alignprop_fast.cli_yaml import read_yaml
+
 if TYPE_CHECKING:
     from alignprop_fast.config import AlignPropConfig
 
@@ -191,20 +193,7 @@ class ConfigCommand(TyperCommand):
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Options in a YAML file, as the texts (lists of them where repeated) that would stand on the command line."""
-        import yaml
-
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise typer.BadParameter(
-                f"cannot read the config file {path}: {error.strerror}; give a YAML file"
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" in line {mark.line + 1}" if mark else ""
-            raise typer.BadParameter(f"{path} is not valid YAML{where}: write lines such as 'batch_size: 4'") from error
-        if not isinstance(content, dict):
-            raise typer.BadParameter(f"{path} holds no options: write lines such as 'batch_size: 4'")
+        content = dict(read_yaml(path))
         if "memory_budget" in content and content["memory_budget"] is None:
             content["memory_budget"] = "none"  # as runs have it that began when that was the default
         known = [
@@ -213,15 +202,13 @@ class ConfigCommand(TyperCommand):
         repeated = {parameter.name for parameter in self.params if getattr(parameter, "multiple", False)}
         for key, value in content.items():
             if key not in known:
-                close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
+                close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
                 raise typer.BadParameter(f"{path} has an unknown option {key!r}; {hint}")
-            if isinstance(value, dict) or (isinstance(value, list) and key not in repeated):
+            if isinstance(value, list) and key not in repeated:
                 raise typer.BadParameter(f"{path}: {key} must be a single value, such as '{key}: {_example(key)}'")
         return {
-            key: [str(item) for item in (value if isinstance(value, list) else [value])]
-            if key in repeated
-            else str(value)
+            key: [value] if key in repeated and isinstance(value, str) else value
             for key, value in content.items()
             if value is not None
         }
@@ -318,13 +305,12 @@ NormaliseRewards = Annotated[
         rich_help_panel=_REWARD,
     ),
 ]
-Prompts = Annotated[
-    str,
-    _option(
-        _REWARD,
-        "Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout, general.",
-    ),
-]
+PROMPTS_HELP = (
+    "A .txt file with a prompt a line (# begins a comment); a .csv, .jsonl or .parquet file or a datasets folder with "
+    "a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, animals, "
+    "animals-heldout, general."
+)
+Prompts = Annotated[str, _option(_REWARD, PROMPTS_HELP)]
 NegativePrompt = Annotated[str | None, _option(_SAMPLING, "Negative prompt of every picture.")]
 InferenceSteps = Annotated[int, _option(_SAMPLING, "Denoising steps of a picture; time grows with it.", min=1)]
 GuidanceScale = Annotated[
@@ -434,5 +420,5 @@ ResumeFrom = Annotated[
 ]
 Config = Annotated[
     str | None,
-    _option(_OUTPUT, "YAML file of options, 'batch_size: 4' a line; the command line beats it."),
+    _option(_OUTPUT, "YAML file of options, 'batch_size: 4' a line, read as on the command line, which beats it."),
 ]

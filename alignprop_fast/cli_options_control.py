@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alignprop_fast.data import PROMPT_SETS, load_prompts
+from alignprop_fast.data import PROMPT_SETS, load_rows
 
 if TYPE_CHECKING:
     from alignprop_fast.cli_options import TrainOptions
@@ -83,8 +83,8 @@ def make_watch(options: TrainOptions, trained: Any, device: str) -> Watch | None
     from alignprop_fast.watch import IMAGES_PER_PROMPT, Watch
 
     heldout = f"{options.prompts}-heldout"
-    prompts = load_prompts(options.watch_prompts or (heldout if heldout in PROMPT_SETS else options.prompts))
-    count = min(len(prompts), options.watch_pictures // IMAGES_PER_PROMPT)
+    rows = load_rows(options.watch_prompts or (heldout if heldout in PROMPT_SETS else options.prompts))
+    count = min(len(rows), options.watch_pictures // IMAGES_PER_PROMPT)
     reward = trained
     if options.watch_reward is not None:
         reward = get_reward(
@@ -96,7 +96,7 @@ def make_watch(options: TrainOptions, trained: Any, device: str) -> Watch | None
         )
     return Watch(
         reward,
-        [prompts[i * len(prompts) // count] for i in range(count)],
+        [rows[i * len(rows) // count] for i in range(count)],
         ImageEmbedder(options.diversity_model, Loading(options.allow_pickle)).to(device),
         seed=_WATCH_SEED,
         batch_size=options.batch_size,

@@ -23,13 +23,7 @@ Prompt = Annotated[
     list[str] | None,
     typer.Option(help="A prompt; may be given several times, in place of --prompts.", rich_help_panel="Prompts"),
 ]
-PromptSet = Annotated[
-    str,
-    typer.Option(
-        help="Text file with one prompt a line, or a set: demo, demo-heldout, animals, animals-heldout, general.",
-        rich_help_panel="Prompts",
-    ),
-]
+PromptSet = Annotated[str, typer.Option(help=o.PROMPTS_HELP, rich_help_panel="Prompts")]
 PerPrompt = Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel="Prompts", min=1)]
 FirstSeed = Annotated[
     int,
@@ -93,6 +87,7 @@ def sample(
             height=height,
             width=width,
         )
+        sampler.say_what_is_cut(texts, negative_prompt)
         # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
         seeds = range(seed, seed + len(texts))
         batches = draw(sampler, texts, seeds, batch_size, negative_prompt)

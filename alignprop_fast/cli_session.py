@@ -42,7 +42,7 @@ from alignprop_fast.cli_support import (
     fail,
     pick_device,
 )
-from alignprop_fast.data import load_prompts
+from alignprop_fast.data import PromptRow, load_rows
 from alignprop_fast.planner import parse_budget
 from alignprop_fast.report import (
     Pictures,
@@ -91,7 +91,8 @@ class Session:
         with main_process_first():  # what is wrong for all is said once
             is_new = not self.folder.exists()
             self._check_folder(resume or resume_from is not None)
-            self.prompts = load_prompts(options.prompts)
+            self.rows = load_rows(options.prompts)
+            self.prompts = [row.prompt for row in self.rows]
             check_tracker(options.log_with)
             self.options = self._held_to_device(_resolved(options, device, self.folder), device)
             config = make_config(self.options, device, self._checkpoint(resume, resume_from))
@@ -130,6 +131,9 @@ class Session:
             check_adapters(pipeline.sd_pipeline)
             if self.watch is not None:  # lies on the device too, and the plan is to know
                 self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
+            watched = [] if self.watch is None else [task.prompt for task in self.watch.tasks]
+            self.trainer.sampler.say_what_is_cut([*self.prompts, *watched], options.negative_prompt)
+            self.trainer.sampler.example = (self.rows[0].prompt, dict(self.rows[0].metadata))
             self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
             self._check_budget()
             self.before = self._first_pictures()
@@ -174,8 +178,8 @@ class Session:
                 self._leave()
         self._finish()
 
-    def draw(self, prompts: Sequence[str], first_seed: int | None = None) -> Pictures:
-        """Pictures of the prompts under the present adapters, and their rewards; picture i has seed first_seed + i.
+    def draw(self, rows: Sequence[PromptRow], first_seed: int | None = None) -> Pictures:
+        """Pictures of the rows' prompts under the present adapters, their rewards; picture i has seed first_seed + i.
 
         Draws from generators of its own: training's random numbers are not touched.
         """
@@ -184,27 +188,36 @@ class Session:
         from alignprop_fast.metrics import reward_parts
 
         first = self.options.seed if first_seed is None else first_seed
-        seeds, size = range(first, first + len(prompts)), self.options.batch_size
+        seeds, size = range(first, first + len(rows)), self.options.batch_size
         images: list[Image.Image] = []
         rewards: list[float] = []
         parts: dict[str, list[float]] = {}
-        for start in range(0, len(prompts), size):
-            batch = list(prompts[start : start + size])
+        for start in range(0, len(rows), size):
+            batch = [row.prompt for row in rows[start : start + size]]
+            metadata = [dict(row.metadata) for row in rows[start : start + size]]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
             with torch.no_grad():
                 images_BCHW = self.trainer.sampler(batch, self.options.negative_prompt, generators, grad_steps=())
-                scores_B, info = self.reward(images_BCHW, batch, [{} for _ in batch])
+                scores_B, info = self.reward(images_BCHW, batch, metadata)
             images += to_images(images_BCHW)
             rewards += scores_B.tolist()
             for name, mean in reward_parts(info).items():
                 parts.setdefault(name, []).extend([mean] * len(batch))
         means = {name: fmean(values) for name, values in parts.items()}
-        return Pictures(tuple(images), tuple(prompts), tuple(seeds), tuple(rewards), means)
+        return Pictures(tuple(images), tuple(row.prompt for row in rows), tuple(seeds), tuple(rewards), means)
 
     def _first_pictures(self) -> Pictures:
         if not self.is_main:
             return Pictures((), (), ())
-        return self.draw(_spread(self.prompts)) if self.trainer.steps_done == 0 else self.records.first_pictures()
+        return self.draw(_spread(self.rows)) if self.trainer.steps_done == 0 else self.records.first_pictures()
+
+    def _draw_again(self) -> Pictures:
+        """The sample pictures under the present adapters: prompts and seeds are those of step 0."""
+        rows = _spread(self.rows)
+        if tuple(row.prompt for row in rows) != self.before.prompts:  # the file has changed since the run began
+            known = {row.prompt: row for row in self.rows}
+            rows = [known.get(prompt, PromptRow(prompt)) for prompt in self.before.prompts]
+        return self.draw(rows, self.before.seeds[0])
 
     def _check_folder(self, resume: bool) -> None:
         check_writable(self.folder)
@@ -256,10 +269,12 @@ class Session:
         count = self.options.batch_size
         height, width = picture_size(pipe, self.options.height, self.options.width)
         images_BCHW = torch.full((count, 3, height, width), 0.5, device=device, requires_grad=True)
-        self.reward(images_BCHW, [self.prompts[0]] * count, [{} for _ in range(count)])
+        first = self.rows[0]
+        self.reward(images_BCHW, [first.prompt] * count, [dict(first.metadata) for _ in range(count)])
 
     def _draw_prompt(self) -> tuple[str, dict[str, Any]]:
-        return random.choice(self.prompts), {}
+        row = random.choice(self.rows)
+        return row.prompt, dict(row.metadata)
 
     def _begin_folder(self) -> None:
         if not self.is_main:
@@ -293,7 +308,7 @@ class Session:
             return
         self.records.add_step(metrics)
         if metrics.step % self.options.sample_every == 0 or metrics.step == self.options.steps:
-            self.after = self.draw(self.before.prompts, self.before.seeds[0])
+            self.after = self._draw_again()
             self.records.add_samples(metrics.step, self.after, self._look(), self.trainer.accelerator)
 
     def _look(self) -> Watched | None:
@@ -335,7 +350,7 @@ class Session:
         write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
         self.records.plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
-            self.after = self.draw(self.before.prompts, self.before.seeds[0])
+            self.after = self._draw_again()
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
         write_card(self.folder, self.options, self.prompts, steps, self.before, self.after)
@@ -375,11 +390,11 @@ def _absolute_model(value: str) -> str:
     return existing_as_absolute(path) if name is None else f"{name}={existing_as_absolute(path)}"
 
 
-def _spread(prompts: Sequence[str]) -> list[str]:
-    """At most SAMPLE_PICTURES prompts, evenly over the list; a short list is gone through again."""
-    if len(prompts) < SAMPLE_PICTURES:
-        return [prompts[i % len(prompts)] for i in range(SAMPLE_PICTURES)]
-    return [prompts[i * len(prompts) // SAMPLE_PICTURES] for i in range(SAMPLE_PICTURES)]
+def _spread(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """At most SAMPLE_PICTURES rows, evenly over the list; a short list is gone through again."""
+    if len(rows) < SAMPLE_PICTURES:
+        return [rows[i % len(rows)] for i in range(SAMPLE_PICTURES)]
+    return [rows[i * len(rows) // SAMPLE_PICTURES] for i in range(SAMPLE_PICTURES)]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from alignprop_fast.field_types import check_types
 from alignprop_fast.planner import AUTO, parse_budget, parse_bytes
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
@@ -88,7 +89,7 @@ class AlignPropConfig:
     """
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
-    run_name: str = ""
+    run_name: str | None = ""
     seed: int = 0
     log_with: str | None = None
     log_image_freq: int = 1
@@ -102,7 +103,7 @@ class AlignPropConfig:
     num_checkpoint_limit: int = 5
     mixed_precision: str = "fp16"
     allow_tf32: bool = True
-    resume_from: str = ""
+    resume_from: str | None = ""
     sample_num_steps: int = 50
     sample_eta: float = 1.0
     sample_guidance_scale: float = 5.0
@@ -144,11 +145,12 @@ class AlignPropConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.truncated_rand_backprop_minmax, list):  # YAML and JSON know no tuples
+            self.truncated_rand_backprop_minmax = tuple(self.truncated_rand_backprop_minmax)
+        check_types(self, ("output_dir", "logdir", "resume_from"), ("memory_budget", "host_memory"))
         if self.train_use_8bit_adam:
             self.optimizer = "adamw8bit"
         self.optimizer = self.optimizer.lower()
-        if isinstance(self.truncated_rand_backprop_minmax, list):  # YAML and JSON know no tuples
-            self.truncated_rand_backprop_minmax = tuple(self.truncated_rand_backprop_minmax)
         self._check_counts()
         self._check_optimizer()
         self._check_choices()
@@ -180,7 +182,7 @@ class AlignPropConfig:
         )
         for name in at_least_one:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} is {value!r}: use a whole number of at least 1")
         for name in ("height", "width"):
             value = getattr(self, name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignprop_fast.data import PromptRow
 from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.rewards.diversity import mean_pairwise_distance
 
@@ -19,12 +20,13 @@ REWARD, DIVERSITY = "reward", "diversity"  # beside the names of a reward's part
 
 @dataclass(frozen=True)
 class Task:
-    """A picture to draw: the number-th of its prompt."""
+    """A picture to draw: the number-th of its prompt. metadata: the other fields of the prompt's row."""
 
     prompt_set: str
     prompt: str
     number: int
     seed: int
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ class Summary:
     gained_share: float
 
 
-def tasks_of(prompt_set: str, prompts: Sequence[str], images_per_prompt: int, seed: int) -> list[Task]:
+def tasks_of(prompt_set: str, rows: Sequence[PromptRow], images_per_prompt: int, seed: int) -> list[Task]:
     """Every prompt images_per_prompt times; the i-th picture has seed + i, as `sample` counts."""
-    numbered = [(prompt, number) for prompt in prompts for number in range(images_per_prompt)]
-    return [Task(prompt_set, prompt, number, seed + i) for i, (prompt, number) in enumerate(numbered)]
+    numbered = [(row, number) for row in rows for number in range(images_per_prompt)]
+    return [Task(prompt_set, row.prompt, n, seed + i, row.metadata) for i, (row, n) in enumerate(numbered)]
 
 
 def draw(
@@ -101,11 +103,11 @@ def draw(
 
 
 def score(
-    reward: Callable[..., tuple[Tensor, Mapping[str, Any]]], images_BCHW: Tensor, prompts: Sequence[str]
+    reward: Callable[..., tuple[Tensor, Mapping[str, Any]]], images_BCHW: Tensor, rows: Sequence[PromptRow | Task]
 ) -> tuple[Tensor, Mapping[str, Any]]:
-    """What the reward says of the pictures, without gradient: scores [B] and info."""
+    """What the reward says of the rows' pictures, without gradient: scores [B] and info."""
     with torch.no_grad():
-        return reward(images_BCHW, prompts, [{} for _ in prompts])
+        return reward(images_BCHW, [row.prompt for row in rows], [dict(row.metadata) for row in rows])
 
 
 class Evaluation:
@@ -129,7 +131,7 @@ class Evaluation:
 
     def add(self, variant: Variant, tasks: Sequence[Task], images_BCHW: Tensor) -> list[float]:
         """Score a batch; returns the rewards."""
-        scores_B, info = score(self.reward, images_BCHW, [task.prompt for task in tasks])
+        scores_B, info = score(self.reward, images_BCHW, tasks)
         with torch.no_grad():
             embeddings_BE = None if self.embed is None else self.embed(images_BCHW).cpu()
         values = {REWARD: scores_B.tolist(), **{part: info[part].tolist() for part in self.parts}}

@@ -63,6 +63,7 @@ from alignprop_fast.sampling import (
     rescaled_guidance,
     trl_gates,
 )
+from alignprop_fast.text_limits import CutTexts
 
 __all__ = ["DifferentiableSampler", "Draws", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
@@ -144,6 +145,9 @@ class DifferentiableSampler:
     ):
         self.model = adapt(pipe)
         self._text = TextCache(self.model, self._room_bytes) if cache_text else None
+        readers = self.model.text_readers()
+        self._cut, self._cut_negative = CutTexts(readers, "prompts"), CutTexts(readers, "negative prompts")
+        self.example: tuple[str, Any] = ("", {})  # prompt and metadata that the reward gets where it is measured
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), _number("eta", eta))
         self.guidance_scale = _scale(guidance_scale)
@@ -272,9 +276,13 @@ class DifferentiableSampler:
     ) -> tuple[list[str], Conditioning]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts, negative_prompts)
+        given = given or {}
+        self.say_what_is_cut(  # of texts that are read, that is
+            () if "prompt_embeds" in given else prompts,
+            None if "negative_prompt_embeds" in given else negative_prompts,
+        )
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
-        given = given or {}
         self.model.check_embeddings(given, len(prompts))
         guided = self._guided(negative_prompts, given)
         if not {"prompt_embeds", *(["negative_prompt_embeds"] if guided else ())} <= set(given):
@@ -282,6 +290,15 @@ class DifferentiableSampler:
         encode = self.model.encode if self._text is None else self._text.encode
         cond = encode(prompts, negative_prompts, guided, self.size, given)
         return prompts, replace(cond.cast(self.model.dtype), embedded_guidance=self.guidance_scale)
+
+    def say_what_is_cut(self, prompts: Sequence[str], negative_prompts: str | list[str] | None = None) -> None:
+        """One line in the log where texts are longer than the text encoders read, of which each call tells as well.
+
+        To be called with all prompts of a run, which are then counted together.
+        """
+        self._cut.look_at(prompts)
+        if self._guided(negative_prompts):
+            self._cut_negative.look_at(text for text in _as_list(negative_prompts) if text)
 
     def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
         """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
@@ -539,7 +556,8 @@ class DifferentiableSampler:
 
     def _blank_task(self, batch: int, negative_prompt: str | None) -> Task:
         cond = self.model.blank_conditioning(batch, self._guided(negative_prompt), self.size)
-        return self._task(self._chain(cond, None, self.table, True), cond, [""] * batch, None)
+        prompt, metadata = self.example
+        return self._task(self._chain(cond, None, self.table, True), cond, [prompt] * batch, [metadata] * batch)
 
     def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:
         return Task(
@@ -583,5 +601,17 @@ def _number(name: str, value: Any) -> float:
 def _check_prompts(prompts: list[str], negative_prompts: str | list[str] | None) -> None:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts must be one text or more, and nothing but texts")
+    if not all(isinstance(text, str | None) for text in _as_list(negative_prompts)):
+        raise ValueError("negative_prompts must be a text, or a list of them, one for each prompt")
+    try:
+        "".join(text for text in (*prompts, *_as_list(negative_prompts)) if text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "a prompt is no whole Unicode text, as from a terminal of another encoding: use UTF-8"
+        ) from error
     if isinstance(negative_prompts, list) and len(negative_prompts) != len(prompts):
         raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts: give one, or one each")
+
+
+def _as_list(negative_prompts: str | list[str] | None) -> list[str | None]:
+    return [*negative_prompts] if isinstance(negative_prompts, list) else [negative_prompts]

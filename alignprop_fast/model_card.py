@@ -79,7 +79,9 @@ class Result:
     kohya: str
 
     def to_text(self) -> str:
-        listed = "; ".join(self.prompts[:_PROMPTS]) + ("; and more" if len(self.prompts) > _PROMPTS else "")
+        listed = "; ".join(map(_one_line, self.prompts[:_PROMPTS])) + (
+            "; and more" if len(self.prompts) > _PROMPTS else ""
+        )
         return _RESULT.format(
             base=self.base,
             reward=self.reward,
@@ -90,6 +92,15 @@ class Result:
             number=len(self.prompts),
             prompts=listed,
         )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(value: object) -> str:
+    """A value in a Markdown table."""
+    return _one_line(str(value)).replace("|", "\\|")
 
 
 def write_model_card(
@@ -115,7 +126,7 @@ def write_model_card(
         base=f" from [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
         usage=_LORA_USAGE if lora else "",
         result=result.to_text() if result else "",
-        options="\n".join(f"| {key} | {value} |" for key, value in options.items()),
+        options="\n".join(f"| {key} | {_cell(value)} |" for key, value in options.items()),
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

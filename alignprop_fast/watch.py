@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignprop_fast.data import PromptRow
 from alignprop_fast.evaluate import BASE, DIVERSITY, REWARD, Evaluation, draw, tasks_of
 from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.rewards.mixture import WeightedSum
@@ -38,14 +39,14 @@ class Watch:
 
     Args:
         reward: what to watch.
-        prompts: IMAGES_PER_PROMPT pictures each; picture i has seed + i.
+        rows: prompts, IMAGES_PER_PROMPT pictures each; picture i has seed + i.
         embed: images -> normalised embeddings [B, E], for the diversity.
     """
 
     def __init__(
         self,
         reward: WeightedSum,
-        prompts: Sequence[str],
+        rows: Sequence[PromptRow],
         embed: Callable[[Tensor], Tensor],
         *,
         seed: int,
@@ -54,7 +55,7 @@ class Watch:
     ):
         self.reward, self.embed = reward, embed
         self.batch_size, self.negative_prompt = batch_size, negative_prompt
-        self.tasks = tasks_of("watched", prompts, IMAGES_PER_PROMPT, seed)
+        self.tasks = tasks_of("watched", rows, IMAGES_PER_PROMPT, seed)
 
     def weight_bytes(self, trained: Any = None) -> int:
         """What the weights of reward and embedding take on the device beside those of the reward that is trained."""

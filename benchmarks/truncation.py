@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from alignprop_fast.cli_demo import HELDOUT_SEED, SETTINGS
 from alignprop_fast.cli_options import make_config
-from alignprop_fast.data import load_prompts
+from alignprop_fast.data import load_prompts, load_rows
 from alignprop_fast.evaluate import BASE, DIVERSITY, REWARD, Evaluation, draw, tasks_of
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.report import GREY, INK, RULE, save_figure
@@ -44,8 +44,8 @@ class Scorer:
     """Mean reward and diversity of the held-out prompts under the present adapters."""
 
     def __init__(self, reward: Any) -> None:
-        prompts = load_prompts("demo-heldout")
-        chosen = [prompts[i * len(prompts) // PROMPTS] for i in range(PROMPTS)]
+        rows = load_rows("demo-heldout")
+        chosen = [rows[i * len(rows) // PROMPTS] for i in range(PROMPTS)]
         self.tasks = tasks_of("held out", chosen, 2, HELDOUT_SEED)
         self.reward, self.embed = reward, ImageEmbedder()
 

@@ -2,7 +2,9 @@
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
+import yaml
 
 from alignprop_fast.config import AlignPropConfig
 
@@ -131,3 +133,47 @@ def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8"):
         AlignPropConfig(base_dtype="nf4").check_packages()
     AlignPropConfig(optimizer="AdamW").check_packages()
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("mixed_precision: no", "mixed_precision is False: use a text (in YAML, texts such as no"),
+        ("log_with: no", "log_with is False"),
+        ("optimizer: on", "optimizer is True"),
+        ("truncation: off", "truncation is False"),
+        ("negative_prompts: no", "negative_prompts is False: use a text or None"),
+        ("negative_prompts: 12", "stand in quotes"),
+        ("exp_name: 2024-01-01", "stand in quotes"),
+        ("output_dir: 010", "output_dir is 8"),
+        ("train_learning_rate: 1e-4", "use a number (in YAML, 1e-4 is a text and 1.0e-4 a number)"),
+        ("sample_eta: yes", "sample_eta is True: use a number"),
+        ("allow_tf32: 'no'", "allow_tf32 is 'no': use True or False"),
+        ("truncated_backprop_rand: 1", "use True or False"),
+        ("num_epochs: yes", "num_epochs is True: use a whole number"),
+        ("seed: 1.5", "seed is 1.5: use a whole number"),
+        ("lora_rank: '4'", "lora_rank is '4': use a whole number"),
+        ("height: 1.0e+2", "height is 100.0: use a whole number or None"),
+        ("memory_budget: no", "memory budget False is no size"),
+        ("tracker_kwargs: []", "use a dictionary"),
+        ("truncated_rand_backprop_minmax: [0, 2.5]", "use two whole numbers"),
+        ("truncated_rand_backprop_minmax: 5", "use two whole numbers"),
+    ],
+)
+def test_what_yaml_makes_of_a_value_is_refused_by_name(written, words):
+    """As scripts do it: AlignPropConfig(**yaml.safe_load(file))."""
+    with pytest.raises(ValueError) as error:
+        AlignPropConfig(**yaml.safe_load(written))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_of_other_types_that_mean_the_same_are_taken(tmp_path):
+    options = {"output_dir": tmp_path, "logdir": tmp_path, "resume_from": None, "memory_budget": 24e9}
+    numbers = {
+        "seed": np.int64(3),
+        "train_learning_rate": np.float32(1e-3),
+        "lora_alpha": 8,
+        "train_batch_size": np.int32(2),
+    }
+    config = AlignPropConfig(**options, **numbers)
+    assert (config.seed, config.train_batch_size, config.lora_alpha) == (3, 2, 8)

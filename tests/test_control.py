@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from alignprop_fast.control import EarlyStopping
+from alignprop_fast.data import PromptRow
 from alignprop_fast.generate import DifferentiableSampler
 from alignprop_fast.rewards import get_reward
 from alignprop_fast.watch import Watch
@@ -70,7 +71,7 @@ def test_a_watch_looks_at_the_same_pictures_and_draws_no_random_numbers(tiny_sd)
         return torch.nn.functional.normalize(images.flatten(1) - 0.5, dim=1)
 
     reward = get_reward("colorfulness,compressibility")
-    watch = Watch(reward, ["a cat", "a dog"], embed, seed=5, batch_size=3)
+    watch = Watch(reward, [PromptRow("a cat"), PromptRow("a dog")], embed, seed=5, batch_size=3)
     sampler = DifferentiableSampler(tiny_sd, 2)
     states = torch.get_rng_state(), random.getstate()
     first, second = watch.look(sampler), watch.look(sampler)

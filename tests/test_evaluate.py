@@ -5,12 +5,17 @@ import math
 import pytest
 import torch
 
+from alignprop_fast.data import PromptRow
 from alignprop_fast.evaluate import BASE, DIVERSITY, Evaluation, Task, Variant, draw, tasks_of
 from alignprop_fast.generate import DifferentiableSampler
 
 
+def rows_of(*prompts):
+    return [PromptRow(prompt, {"place": i}) for i, prompt in enumerate(prompts)]
+
+
 def test_tasks_count_their_seeds_as_sample_does():
-    tasks = tasks_of("prompts", ["a", "b"], 2, seed=5)
+    tasks = tasks_of("prompts", rows_of("a", "b"), 2, seed=5)
     assert tasks == [Task("prompts", *row) for row in (("a", 0, 5), ("a", 1, 6), ("b", 0, 7), ("b", 1, 8))]
 
 
@@ -37,7 +42,7 @@ def evaluation():
     evaluation = Evaluation(
         brightness, ["bright", "flat"], lambda x: torch.nn.functional.normalize(x[:, :, 0, 0], dim=-1)
     )
-    tasks = tasks_of("prompts", ["a", "b"], 2, 0)
+    tasks = tasks_of("prompts", rows_of("a", "b"), 2, 0)
     for variant, levels in ((BASE, (0.1, 0.2, 0.3, 0.4)), (Variant("x", 0.5), (0.3, 0.4, 0.2, 0.5))):
         images_BCHW = torch.tensor(levels).view(4, 1, 1, 1).expand(4, 3, 8, 8)
         evaluation.add(variant, tasks[:3], images_BCHW[:3])
@@ -72,7 +77,7 @@ def test_summaries(evaluation):
 def test_a_prompt_that_is_given_twice_counts_twice():
     evaluation = Evaluation(lambda images, prompts, metadata: (images.mean((1, 2, 3)), {}))
     evaluation.add(
-        BASE, tasks_of("prompts", ["a", "a"], 1, 0), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+        BASE, tasks_of("prompts", rows_of("a", "a"), 1, 0), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     )
     (summary,) = evaluation.summaries()
     assert (summary.count, summary.mean) == (2, 0.5)
@@ -80,6 +85,6 @@ def test_a_prompt_that_is_given_twice_counts_twice():
 
 def test_a_value_that_is_not_finite_stays_visible():
     evaluation = Evaluation(lambda images, prompts, metadata: (images.mean((1, 2, 3)) * math.nan, {}))
-    evaluation.add(BASE, tasks_of("prompts", ["a", "b"], 1, 0), torch.zeros(2, 3, 4, 4))
+    evaluation.add(BASE, tasks_of("prompts", rows_of("a", "b"), 1, 0), torch.zeros(2, 3, 4, 4))
     (summary,) = evaluation.summaries()
     assert math.isnan(summary.mean) and math.isnan(summary.standard_error)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from alignprop_fast.data import PromptRow
 from alignprop_fast.evaluate import BASE, Evaluation, Variant, tasks_of
 from alignprop_fast.report import to_images
 from alignprop_fast.report_evaluation import _points, plot_by_scale, save_comparison, save_table
@@ -37,7 +38,7 @@ def summaries(scales, values=(0.2, 0.8)):
     evaluation = Evaluation(lambda images, prompts, metadata: (images.mean((1, 2, 3)), {}))
     for variant in (BASE, *(Variant("x", scale) for scale in scales)):
         images_BCHW = torch.tensor(values).view(2, 1, 1, 1).expand(2, 3, 4, 4) * (1 + variant.scale)
-        evaluation.add(variant, tasks_of("prompts", ["a", "b, c"], 1, 0), images_BCHW)
+        evaluation.add(variant, tasks_of("prompts", [PromptRow("a"), PromptRow("b, c")], 1, 0), images_BCHW)
     return evaluation
 
 

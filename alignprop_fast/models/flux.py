@@ -10,6 +10,7 @@ from torch import nn
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
+from alignprop_fast.text_limits import TextReader
 
 T5_TOKENS = 512
 
@@ -56,6 +57,9 @@ class FluxAdapter(PipelineAdapter):
         found.append(self._embeddings(prompts, given, ""))
         embeds, pooled = map(torch.cat, zip(*found, strict=True))
         return self._conditioning(embeds, pooled, guided, size)
+
+    def text_readers(self) -> list[TextReader]:
+        return [*self._reader("CLIP", "tokenizer"), *self._reader("T5", "tokenizer_2", T5_TOKENS)]
 
     def _embeddings(self, texts: list[str], given: Embeddings, side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(embeds, pooled) of the texts, or those that were given for that side."""

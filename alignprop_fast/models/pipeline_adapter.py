@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
@@ -20,6 +21,7 @@ from alignprop_fast.models.adapters import learns
 from alignprop_fast.models.banded_decoder import banded_stages
 from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.models.surgery import put_ops_in
+from alignprop_fast.text_limits import TextReader
 
 Generator = torch.Generator | list[torch.Generator] | None
 Embeddings = Mapping[str, torch.Tensor]
@@ -131,6 +133,18 @@ class PipelineAdapter(ABC):
         given: embeddings in place of those of the texts, by the names of `embedding_names`. Gradients reach them, and
         what learns in the text encoders.
         """
+
+    @abstractmethod
+    def text_readers(self) -> list[TextReader]:
+        """What reads the prompts in `encode`, and how far."""
+
+    def _reader(self, name: str, tokenizer: str, limit: int | None = None) -> list[TextReader]:
+        """The reader of that tokenizer, if the pipeline has it; limit: the tokenizer's own where None."""
+        found = self.pipe.components.get(tokenizer)
+        if found is None:
+            return []
+        converted = self.pipe.maybe_convert_prompt if isinstance(self.pipe, TextualInversionLoaderMixin) else None
+        return [TextReader(name, found, limit or found.model_max_length, converted)]
 
     @abstractmethod
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:

@@ -11,6 +11,7 @@ from torch import nn
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import DIFFUSION
+from alignprop_fast.text_limits import TextReader
 
 
 class StableDiffusionAdapter(PipelineAdapter):
@@ -34,6 +35,9 @@ class StableDiffusionAdapter(PipelineAdapter):
     ) -> Conditioning:
         cond, uncond = self.pipe.encode_prompt(prompts, self.device, 1, guided, negative_prompts, **given)
         return Conditioning(torch.cat([uncond, cond]) if guided else cond, None, 1 + guided)
+
+    def text_readers(self) -> list[TextReader]:
+        return self._reader("CLIP", "tokenizer")
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         encoders: list[Any] = list(self._text_encoders())

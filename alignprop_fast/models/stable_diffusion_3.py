@@ -9,6 +9,7 @@ from torch import nn
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
+from alignprop_fast.text_limits import TextReader
 
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
@@ -52,6 +53,14 @@ class StableDiffusion3Adapter(PipelineAdapter):
         if guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
         return Conditioning(cond, {"pooled_projections": pooled}, 1 + guided)
+
+    def text_readers(self) -> list[TextReader]:
+        clip = self.pipe.tokenizer_max_length  # for both, whatever the second one's own
+        return [
+            *self._reader("CLIP", "tokenizer", clip),
+            *self._reader("CLIP", "tokenizer_2", clip),
+            *self._reader("T5", "tokenizer_3", T5_TOKENS),
+        ]
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         count, config = (1 + guided) * batch, self.denoiser.config

@@ -7,6 +7,7 @@ import torch
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter
 from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
+from alignprop_fast.text_limits import TextReader
 
 
 class StableDiffusionXLAdapter(StableDiffusionAdapter):
@@ -48,6 +49,9 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         if guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
         return self._with_size(cond, pooled, guided, size)
+
+    def text_readers(self) -> list[TextReader]:
+        return [*self._reader("CLIP", "tokenizer"), *self._reader("CLIP", "tokenizer_2")]
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         embeds = super().blank_conditioning(batch, guided, size).embeds

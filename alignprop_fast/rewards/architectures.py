@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignprop_fast.text_limits import CutTexts
+
 from .aesthetic import Aesthetic, FiveLayers
 from .clip import Similarity
 from .imagereward import ImageReward, Network
@@ -114,6 +116,7 @@ class _ImageReward(ImageReward):
         self.network.vision.to(dtype)
         self.network.text.to(dtype)
         self.tokenizer = partial(_blank_tokens, device=device)
+        self._cut = CutTexts([], "prompts")
         self.preprocess = _CLIP_PIXELS
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alignprop_fast.text_limits import CutTexts, TextReader
+
 from .preprocess import Preprocess, at_least_fp32
 from .weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
 
@@ -28,11 +30,14 @@ class Similarity(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.preprocess = model, tokenizer, preprocess
         self._text_embeddings: dict[str, Tensor] = {}  # normalised, by prompt
+        self._length = model.config.text_config.max_position_embeddings
+        self._cut = CutTexts([TextReader("the reward's CLIP", tokenizer, self._length)], "prompts", one_by_one=1)
 
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], any size; prompts: B strings, cut to the model's context length.
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size; prompts: B strings, cut to the model's context length, which
+        the log says.
 
         Returns cosine similarities, fp32, [B]. The gradient reaches the images; text is embedded without one, once.
         """
@@ -47,8 +52,9 @@ class Similarity(nn.Module):
         known = self._text_embeddings
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if missing:
-            length = self.model.config.text_config.max_position_embeddings
-            tokens = self.tokenizer(missing, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            self._cut.look_at(missing)
+            form: dict[str, Any] = {"truncation": True, "max_length": self._length, "return_tensors": "pt"}
+            tokens = self.tokenizer(missing, padding=True, **form)
             tokens = tokens.to(self.model.device)
             text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
             embeddings_BE = F.normalize(at_least_fp32(self.model.text_projection(text.pooler_output)), dim=-1)

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignprop_fast.text_limits import CutTexts, TextReader
+
 from .aesthetic import FiveLayers
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
 from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
@@ -51,6 +53,7 @@ class ImageReward(nn.Module):
         super().__init__()
         file = weights_file(Path(path), ("ImageReward",), "ImageReward weights")
         self.tokenizer = load_tokenizer(file.parent, "ImageReward weights", source=_TOKENIZER)
+        self._cut = CutTexts([TextReader("ImageReward", self.tokenizer, _TOKENS)], "prompts", one_by_one=1)
         state = _renamed(read_state(file, loading))
         try:
             vision, text = _configs(state)
@@ -69,7 +72,10 @@ class ImageReward(nn.Module):
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], any size; prompts: B strings. Returns scores, fp32, [B]."""
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size; prompts: B strings, cut to 35 tokens, which the log
+        says. Returns scores, fp32, [B].
+        """
+        self._cut.look_at(prompts)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"
         ).to(images_BCHW.device)

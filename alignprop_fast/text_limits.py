@@ -1,0 +1,91 @@
+"""What text encoders leave out: they read so many tokens of a text and no more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 40  # characters of a text that a line shows
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A text encoder's eyes.
+
+    name: of the encoder. limit: tokens that it reads, the marks at the ends of a text among them. converted: the text
+    as the tokenizer is to see it, where a pipeline writes learned tokens into it.
+    """
+
+    name: str
+    tokenizer: Any
+    limit: int
+    converted: Callable[[str, Any], str] | None = None
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """All tokens of each text, none cut off."""
+        if self.converted is not None:
+            texts = [self.converted(text, self.tokenizer) for text in texts]
+        return self.tokenizer(list(texts), truncation=False)["input_ids"]
+
+    def says(self, text: str) -> str:
+        """How much of the text is read."""
+        (tokens,) = self.tokens([text])
+        if len(tokens) <= self.limit:
+            return f"{self.name} reads all of its {len(tokens)} tokens"
+        left_out = self.tokenizer.decode(tokens[self.limit - 1 : -1])  # each of them ends in one mark, which stays
+        return f"{self.name} reads {self.limit} of its {len(tokens)} tokens, nothing from {_begin(left_out)} on"
+
+
+class CutTexts:
+    """Says in one line of the log how many texts are cut, and of the longest what.
+
+    Texts that come one after the other are counted together. The line is said again when there are more that are cut,
+    up to `one_by_one`, and from then on when there are ten times as many.
+
+    Args:
+        readers: all see every text.
+        what: the texts are called, in the plural.
+    """
+
+    def __init__(self, readers: Sequence[TextReader], what: str, one_by_one: int = 10):
+        self._readers, self._what, self._one_by_one = readers, what, one_by_one
+        self._seen: set[str] = set()
+        self._cut = 0
+        self._longest = (0, "")  # tokens, text
+        self._said_from = 1  # so many
+
+    def look_at(self, texts: Iterable[str]) -> None:
+        """Count these texts in; one that is known already costs nothing."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._seen]
+        if not new or not self._readers:
+            return
+        self._seen.update(new)
+        by_reader = [[(len(tokens), reader.limit) for tokens in reader.tokens(new)] for reader in self._readers]
+        for text, lengths in zip(new, zip(*by_reader, strict=True), strict=True):
+            if any(length > limit for length, limit in lengths):
+                self._cut += 1
+                self._longest = max(self._longest, (max(lengths)[0], text), key=itemgetter(0))
+        if self._cut >= self._said_from:
+            self._said_from = self._cut + 1 if self._cut < self._one_by_one else 10 * self._cut
+            _, longest = self._longest
+            says = dict.fromkeys(reader.says(longest) for reader in self._readers)
+            logger.warning(
+                "%s longer than the text encoder reads: %d of %d; of the longest, %s, %s: put first what matters, or "
+                "shorten",
+                self._what,
+                self._cut,
+                len(self._seen),
+                _begin(longest),
+                "; ".join(says),
+            )
+
+
+def _begin(text: str) -> str:
+    """The beginning of a text for a line: no line break, no control character."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN].rstrip() + "\u2026")
