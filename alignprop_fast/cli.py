@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if message := error.format_message():
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
+    except (typer.Abort, KeyboardInterrupt):  # the former is a RuntimeError
+        code = INTERRUPTED
     except RuntimeError as error:
         known = known_error(error)
         if not known:
@@ -70,6 +72,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError:  # the help, or what is left of it, could not be printed
         drop_output()
         code = FAILED
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
     sys.exit(code or 0)

@@ -41,6 +41,9 @@ class OutputFolder:
                 self._take()
             except ValueError as error:
                 self._refusal = error
+            except BaseException:  # a signal
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,8 +53,8 @@ class OutputFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             (self.path / LOCK).unlink()  # before the lock is let go: afterwards the file may be another's
-        with suppress(OSError):  # somebody else has put something there
-            for folder in reversed(self._made):
+        for folder in reversed(self._made):
+            with suppress(OSError):  # gone already, or somebody else has put something there
                 folder.rmdir()
         os.close(self._handle)
         self._handle = None
@@ -78,7 +81,8 @@ class OutputFolder:
     def _take(self) -> None:
         for _ in range(_ATTEMPTS):
             try:
-                self._made = _make(self.path)
+                self._made = [path for path in (self.path, *self.path.parents) if not path.exists()][::-1]
+                self.path.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # a run whose set-up failed has just removed the folder
                 continue
@@ -116,13 +120,6 @@ class OutputFolder:
                 return False
             fail(f"{self.path} cannot be locked ({error.strerror}): let no other run write there")
         return True
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make the folder and those around it; returns what was not there, the outermost first."""
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return absent[::-1]
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -60,6 +60,8 @@ def run_errors(folder: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
+    except typer.Exit:  # a RuntimeError
+        raise
     except OSError as error:
         what = f"{error.filename or folder}: {error.strerror}" if error.strerror else str(error)
         fail(f"{what}; what was written before is whole: mend this, then {remedy}{_kept_traceback(folder, error)}")

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignprop_fast.report import write_whole
+
 _TEXT = """---
 {header}
 ---
@@ -115,10 +117,14 @@ def write_model_card(
         base=f" from [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
         usage=_LORA_USAGE if lora else "",
         result=result.to_text() if result else "",
-        options="\n".join(f"| {key} | {value} |" for key, value in options.items()),
+        options="\n".join(f"| {key} | {_cell(value)} |" for key, value in options.items()),
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(folder / "README.md")
+    write_whole(folder / "README.md", text.encode(errors="replace"))
+    return folder / "README.md"
+
+
+def _cell(value: object) -> str:
+    """A value inside a row of a table."""
+    return " ".join(str(value).splitlines()).replace("|", "\\|")

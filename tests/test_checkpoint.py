@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from alignprop_fast.checkpoint import (
     find_checkpoint,
     read_checkpoint,
     rng_state,
+    save_tensors,
     set_rng_state,
     write_checkpoint,
 )
@@ -94,6 +96,23 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path):
     assert find_checkpoint(tmp_path).name == "checkpoint_1"
     _write(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1", "checkpoint_2"]
+
+
+def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(tmp_path):
+    """A limit on the size of files: torch's writer alone would speak of positions in the file."""
+    _write(tmp_path, 1)
+
+    def fill(folder):
+        save_tensors({"moments": torch.zeros(10_000)}, folder / "optimizer.pt")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_checkpoint(tmp_path, 2, {}, fill, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
 WRITER = """
