@@ -70,6 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(known)
         code = BAD_INPUT
     except OSError:  # the help, or what is left of it, could not be printed
-        drop_output()
+        drop_output(sys.stdout)
         code = FAILED
     sys.exit(code or 0)

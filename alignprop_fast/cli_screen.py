@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,28 +20,31 @@ if TYPE_CHECKING:
 class _Output(io.TextIOBase):
     """stdout. What it takes no more (a closed pipe or terminal, a full disk) is dropped: the work goes on unseen."""
 
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return sys.stdout.encoding
+        return self._stream.encoding
 
     def write(self, text: str) -> int:
         try:
-            return sys.stdout.write(text)
+            return self._stream.write(text)
         except OSError:
-            drop_output()
+            drop_output(self._stream)
             return len(text)
 
     def flush(self) -> None:
         try:
-            sys.stdout.flush()
+            self._stream.flush()
         except OSError:
-            drop_output()
+            drop_output(self._stream)
 
     def isatty(self) -> bool:
-        return sys.stdout.isatty()
+        return self._stream.isatty()
 
     def fileno(self) -> int:
-        return sys.stdout.fileno()
+        return self._stream.fileno()
 
 
 def make_console() -> Console:
@@ -49,7 +52,8 @@ def make_console() -> Console:
 
     Names, prompts and paths appear as they are: nothing in a text is markup. Style is given by `Text` and `style=`.
     """
-    return Console(file=cast(IO[str], _Output()), highlight=False, markup=False, emoji=False, quiet=process_index() > 0)
+    output = cast(IO[str], _Output(sys.stdout))
+    return Console(file=output, highlight=False, markup=False, emoji=False, quiet=process_index() > 0)
 
 
 def lenient_output() -> None:
@@ -62,10 +66,10 @@ def lenient_output() -> None:
             stream.reconfigure(errors="replace")
 
 
-def drop_output() -> None:
-    """Let what waits to be written to stdout, and what will be, go nowhere."""
+def drop_output(stream: TextIO) -> None:
+    """Let what waits to be written to a stream, and what will be, go nowhere."""
     with suppress(OSError):  # a stream without a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Display:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -98,20 +97,15 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1", "checkpoint_2"]
 
 
-def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(tmp_path):
+def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(files_up_to, tmp_path):
     """A limit on the size of files: torch's writer alone would speak of positions in the file."""
     _write(tmp_path, 1)
 
     def fill(folder):
         save_tensors({"moments": torch.zeros(10_000)}, folder / "optimizer.pt")
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_checkpoint(tmp_path, 2, {}, fill, 5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_up_to(10_000), pytest.raises(OSError, match="File too large"):
+        write_checkpoint(tmp_path, 2, {}, fill, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 

@@ -50,6 +50,23 @@ def test_the_work_goes_on_when_nobody_can_read(monkeypatch, stream):
         monkeypatch.undo()
 
 
+def test_a_bar_in_a_terminal(monkeypatch):
+    """While a bar is shown rich puts itself in the place of stdout."""
+    from alignprop_fast.cli_pipeline import PictureProgress
+
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        console = make_console()
+        with PictureProgress(console, 2) as progress:
+            console.print("a [v2] line")
+            progress.advance(2)
+        monkeypatch.undo()
+        shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert "a [v2] line" in shown and "2/2" in shown
+
+
 def test_help_in_a_pipe_that_is_ascii_and_closed():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "300"}
     command = [sys.executable, "-m", "alignprop_fast", "train", "--help"]

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,17 +9,6 @@ import typer
 
 from alignprop_fast.checkpoint import checkpoints, read_checkpoint
 from alignprop_fast.cli_support import fail, run_errors
-
-
-@contextmanager
-def files_up_to(size):
-    """The system refuses to let a file grow beyond `size` bytes, as it refuses to write to a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_message_is_one_line_whatever_is_in_it(capsys):
@@ -52,7 +39,7 @@ def test_what_the_device_says(capsys, tmp_path):
     assert leaving.value.exit_code == 143
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(command, tiny_sd_folder, tmp_path):
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(command, files_up_to, tiny_sd_folder, tmp_path):
     out = tmp_path / "out"
     options = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 1, "--batch-size", 1)
     options = (*options, "--device", "cpu", "--save-every", 1, "--sample-every", 1000)
@@ -68,7 +55,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(command, tiny_sd_fol
     assert checkpoints(out / "checkpoints")[-1].name == "checkpoint_2"
 
 
-def test_a_disk_that_fills_up_while_pictures_are_written(command, tiny_sd_folder, tmp_path):
+def test_a_disk_that_fills_up_while_pictures_are_written(command, files_up_to, tiny_sd_folder, tmp_path):
     options = ("--model", tiny_sd_folder, "--prompt", "a cat", "--num-inference-steps", 1, "--device", "cpu")
     with files_up_to(100):
         code, _, err = command("sample", *options, "--output-dir", tmp_path / "out")
