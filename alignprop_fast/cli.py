@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         fail(known)
         code = BAD_INPUT
-    except OSError:  # the help, or what is left of it, could not be printed
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # nobody reads the help to its end
+            fail(str(error))
         drop_output(sys.stdout)
         code = FAILED
     sys.exit(code or 0)

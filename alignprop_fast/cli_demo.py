@@ -43,7 +43,7 @@ def demo(
     """Fine-tune the bundled model on a reward: a minute or two on two CPU cores, nothing to download.
 
     Shows the mean reward before and after, on prompts it was trained on and on prompts it never saw, and writes what
-    train writes; open before_after.png first.
+    train writes; open before_after.png first. Ctrl-C and SIGTERM save a checkpoint.
 
     **Examples**
 

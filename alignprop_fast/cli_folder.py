@@ -29,7 +29,8 @@ class OutputFolder:
         self.path, self._several = Path(path).expanduser(), several
         self._handle: int | None = None
         self._made: list[Path] = []  # folders that are new, the outermost first
-        self._refusal: ValueError | None = None
+        self._begun = False
+        self._refusal: ValueError | OSError | None = None
 
     def __enter__(self) -> OutputFolder:
         """Take the folder. What stands against it is raised by `check`: of several processes all are to meet first."""
@@ -37,9 +38,8 @@ class OutputFolder:
             self._refusal = ValueError("only train runs in several processes: start this command without a launcher")
         elif process_index() == 0:
             try:
-                check_writable(self.path)
                 self._take()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self._refusal = error
             except BaseException:  # a signal
                 self.__exit__()
@@ -49,7 +49,7 @@ class OutputFolder:
     def __exit__(self, *_: object) -> None:
         if self._handle is None:
             return
-        if self._made:
+        if self._made and not self._begun:
             shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             (self.path / LOCK).unlink()  # before the lock is let go: afterwards the file may be another's
@@ -76,9 +76,14 @@ class OutputFolder:
 
     def begin(self) -> None:
         """Set-up is done: from now on what is in the folder stays."""
-        self._made = []
+        self._begun = True
 
     def _take(self) -> None:
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:  # neither a picture's title nor a model card can hold it
+            raise ValueError(f"the name {str(self.path)!r} is not UTF-8: choose another --output-dir") from None
+        check_writable(self.path)
         for _ in range(_ATTEMPTS):
             try:
                 self._made = [path for path in (self.path, *self.path.parents) if not path.exists()][::-1]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ def fail(message: str) -> None:
     """One line on stderr. Of several processes each may fail in its own way."""
     who = f"process {process_index()}: " if process_index() else ""
     line = " ".join(part.strip() for part in message.splitlines())
-    print(f"alignprop-fast: {who}{line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody can be told
+        print(f"alignprop-fast: {who}{line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

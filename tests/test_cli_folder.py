@@ -42,7 +42,7 @@ def test_of_processes_that_race_for_a_folder_one_gets_it(tmp_path):
         if process is not winner:
             assert process.returncode == 1
             assert f"another run writes to {tmp_path / 'a' / 'b'}" in process.stderr.read()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    assert list(tmp_path.rglob(LOCK)) == []
 
 
 def test_the_folder_of_a_killed_process_is_free(tmp_path):
@@ -126,3 +126,9 @@ def test_two_runs_started_at_once(tmp_path, tiny_sd_folder):
     assert (refused, nothing) == (2, "") and len(refusal.splitlines()) == 1
     assert f"another run writes to {out}" in refusal
     assert LOCK not in [path.name for path in out.iterdir()]
+
+
+@pytest.mark.parametrize(("name", "said"), [("r\udcff", "not UTF-8"), ("x" * 300, "File name too long")])
+def test_names_that_cannot_be(command, tmp_path, name, said):
+    code, _, err = command("sample", "--prompt", "a cat", "--output-dir", tmp_path / name)
+    assert code == 2 and len(err.splitlines()) == 1 and said in err and list(tmp_path.iterdir()) == []

@@ -75,3 +75,10 @@ def test_help_in_a_pipe_that_is_ascii_and_closed():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # as by `| head -0`
     assert process.stderr.read() == b"" and process.wait() in (0, 1)
+
+
+def test_a_full_disk_under_the_output(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "alignprop_fast", "--help"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr == "alignprop-fast: [Errno 28] No space left on device\n"
