@@ -14,7 +14,7 @@ from rich.text import Text
 
 from alignprop_fast import cli_options as o
 from alignprop_fast.cli_screen import make_console
-from alignprop_fast.cli_support import check_writable, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.cli_support import check_writable, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +61,12 @@ def doctor(device: o.Device = "auto", json: Json = None, deterministic: Determin
 
         where = _device(device, deterministic)
     with console.status("") as status:
-        report = examine(where, tell=status.update)
+        report = examine(where, tell=lambda what: status.update(Text(what)))
     for part in _tables(report):
         console.print(part, soft_wrap=not isinstance(part, Table))
     if file is not None:
-        with run_errors(file.parent, "start again"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, report.to_json().encode())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, report.to_json().encode())
         console.print(f"all of it: {file}", soft_wrap=True)
     raise typer.Exit(report.exit_code)
 

@@ -67,4 +67,5 @@ class Interrupt:
             return
         self.number, self._since = number, time.monotonic()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self._console.print(f"{name}: stopping after this step, which is then saved; Ctrl-C (again) stops at once")
+        text = f"{name}: stopping after this step, which is then saved; Ctrl-C (again) stops at once"
+        self._console.print(text, soft_wrap=True)

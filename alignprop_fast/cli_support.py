@@ -20,6 +20,7 @@ from rich.console import Console
 
 FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL and its number
 INTERRUPTED = BY_SIGNAL + signal.SIGINT
+ERROR_FILE = "alignprop-fast-error{}.txt"
 
 
 def process_count() -> int:
@@ -57,7 +58,7 @@ def setup_errors() -> Iterator[None]:
 def run_errors(folder: Path, remedy: str) -> Iterator[None]:
     """Turn what the system, the device or another process does to a run that has begun into one line and exit code 1.
 
-    The traceback goes into error.txt in the folder.
+    The traceback goes into a file in the folder.
     """
     try:
         yield
@@ -107,7 +108,7 @@ def _end_if_lost(error: Exception) -> None:
 
 def _kept_traceback(folder: Path, error: Exception) -> str:
     """Where the traceback has been written, in brackets; "" if it could not be."""
-    file = folder / (f"error-{process_index()}.txt" if process_index() else "error.txt")
+    file = folder / ERROR_FILE.format(process_index() or "")
     try:
         file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
     except OSError:

@@ -30,8 +30,8 @@ def test_what_the_device_says(capsys, tmp_path):
         raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
     err = capsys.readouterr().err
     assert leaving.value.exit_code == 1 and len(err.splitlines()) == 1
-    assert "CUDA error: device-side assert triggered" in err and str(tmp_path / "error.txt") in err
-    assert "Traceback" in (tmp_path / "error.txt").read_text()
+    assert "CUDA error: device-side assert triggered" in err and str(tmp_path / "alignprop-fast-error.txt") in err
+    assert "Traceback" in (tmp_path / "alignprop-fast-error.txt").read_text()
     with pytest.raises(torch.OutOfMemoryError), run_errors(tmp_path, "start again"):  # which has a remedy of its own
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     with pytest.raises(typer.Exit) as leaving, run_errors(tmp_path, "start again"):
@@ -60,4 +60,4 @@ def test_a_disk_that_fills_up_while_pictures_are_written(command, files_up_to, t
     with files_up_to(100):
         code, _, err = command("sample", *options, "--output-dir", tmp_path / "out")
     assert code == 1 and len(err.splitlines()) == 1 and "File too large" in err, err
-    assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["error.txt"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["alignprop-fast-error.txt"])
