@@ -40,11 +40,15 @@ def write_checkpoint(
     clear_unfinished(root)
     folder = root / f"{_TEMPORARY}{number}"
     folder.mkdir()
-    fill(folder)
-    files = {str(file.relative_to(folder)): _fingerprint(file) for file in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
-    for path in [*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _flush(path)
+    try:
+        fill(folder)
+        files = {str(file.relative_to(folder)): _fingerprint(file) for file in _files(folder)}
+        (folder / MANIFEST).write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
+        for path in [*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+            _flush(path)
+    except BaseException:  # on a full disk its room is needed
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     for later in [path for path in checkpoints(root) if (_number(path) or 0) >= number]:
         _remove(later)
     final = folder.rename(root / f"checkpoint_{number}")
@@ -52,6 +56,17 @@ def write_checkpoint(
     for old in checkpoints(root)[:-keep]:
         _remove(old)
     return final
+
+
+def save_tensors(value: Any, path: Path) -> None:
+    """torch.save, but a full disk is an OSError, not what its writer says when it closes a file that was cut short."""
+    try:
+        with open(path, "wb") as stream:
+            torch.save(value, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_checkpoint(folder: str | Path) -> dict[str, Any]:

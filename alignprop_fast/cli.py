@@ -16,7 +16,9 @@ from alignprop_fast.cli_merge import merge
 from alignprop_fast.cli_options import ConfigCommand
 from alignprop_fast.cli_plan import plan
 from alignprop_fast.cli_sample import sample
-from alignprop_fast.cli_support import BAD_INPUT, INTERRUPTED, fail
+from alignprop_fast.cli_screen import drop_output, lenient_output
+from alignprop_fast.cli_signals import stopped_by_signals
+from alignprop_fast.cli_support import BAD_INPUT, FAILED, INTERRUPTED, fail, known_error
 from alignprop_fast.cli_train import train
 
 # What bad options and arguments raise: ClickException, which new typer carries itself and old typer takes from click.
@@ -42,34 +44,34 @@ app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process: exit code 0, 2 after bad input or on too small a GPU, 130 after
-    Ctrl-C."""
+    """Run the command line and leave the process.
+
+    Exit code 0: done; 1: a run that had begun failed, or the doctor found something wrong; 2: bad input, or too small a
+    GPU; 128 and the signal's number after a signal: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal.
+    """
     # Before anything imports torch: with segments that grow, live tensors can fill the budget instead of its pieces.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    lenient_output()
     try:
-        code = app(arguments, standalone_mode=False)
+        with stopped_by_signals():
+            code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except _USAGE_ERRORS as error:
         if message := error.format_message():
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
-    except RuntimeError as error:
-        from alignprop_fast.ops.errors import is_out_of_memory
-
-        if "does not have a deterministic implementation" in str(error):
-            fail(f"{str(error).partition(',')[0]}: leave --deterministic out, or use another reward")
-        elif is_out_of_memory(error):
-            fail(_out_of_memory(str(error)))
-        else:
-            raise
-        code = BAD_INPUT
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):  # the former is a RuntimeError
         code = INTERRUPTED
+    except RuntimeError as error:
+        known = known_error(error)
+        if not known:
+            raise
+        fail(known)
+        code = BAD_INPUT
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # nobody reads the help to its end
+            fail(str(error))
+        drop_output(sys.stdout)
+        code = FAILED
     sys.exit(code or 0)
-
-
-def _out_of_memory(message: str) -> str:
-    """Torch's first sentences say how much of what; what to do is in it where a plan was known."""
-    known = "no leaner plan" in message
-    first = message.partition("\n")[0].partition(" If reserved")[0].removesuffix(".")
-    return first if known else f"{first}: use a smaller --batch-size or --height and --width, or --base-dtype fp8"

@@ -6,11 +6,12 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from alignprop_fast import cli_options as o
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import TrainOptions
-from alignprop_fast.cli_support import quiet_libraries, setup_errors
+from alignprop_fast.cli_screen import make_console
+from alignprop_fast.cli_support import go_on_by, quiet_libraries, run_errors, setup_errors
 from alignprop_fast.cli_train import print_results
 
 # Settings under which the bundled model learns visibly within two minutes on two CPU cores.
@@ -33,6 +34,7 @@ HELDOUT_SEED = 1000  # seeds that no other picture of the run has
 
 
 def demo(
+    ctx: typer.Context,
     reward: Annotated[str, typer.Option(help="What to train for; as in train --reward.")] = SETTINGS.reward,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = SETTINGS.steps,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0, max=2**32 - 1)] = SETTINGS.seed,
@@ -41,7 +43,7 @@ def demo(
     """Fine-tune the bundled model on a reward: a minute or two on two CPU cores, nothing to download.
 
     Shows the mean reward before and after, on prompts it was trained on and on prompts it never saw, and writes what
-    train writes; open before_after.png first.
+    train writes; open before_after.png first. Ctrl-C and SIGTERM save a checkpoint.
 
     **Examples**
 
@@ -53,8 +55,10 @@ def demo(
 
     import torch
 
-    begin, console = time.perf_counter(), Console(highlight=False)
+    begin, console = time.perf_counter(), make_console()
+    folder = ctx.with_resource(OutputFolder(output_dir))
     with setup_errors():
+        folder.check()
         quiet_libraries(console)
         from alignprop_fast.cli_session import Session
         from alignprop_fast.data import load_rows
@@ -62,12 +66,13 @@ def demo(
         # A thread whose core has other work makes all wait: 400 s instead of 80 on two busy cores, 60 on two idle ones.
         torch.set_num_threads(2 if (os.cpu_count() or 1) >= 4 else 1)
         options = replace(SETTINGS, reward=reward, steps=steps, seed=seed, output_dir=output_dir)
-        session = Session(options, console)
+        session = Session(options, console, folder)
     console.print(f"the bundled model learns {reward}: {steps} steps of {options.batch_size} pictures")
     sets = {"training prompts": session.rows, "prompts never seen": load_rows("demo-heldout")}
     chosen = {name: [rows[i * len(rows) // PICTURES] for i in range(PICTURES)] for name, rows in sets.items()}
-    before = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
-    session.run()
-    after = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
+    with run_errors(session.folder, go_on_by(session.folder)):
+        before = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
+        session.run()
+        after = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
     print_results(console, session.folder, {name: (before[name], after[name]) for name in chosen})
     console.print(f"{time.perf_counter() - begin:.0f} seconds in all")

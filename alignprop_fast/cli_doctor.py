@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from alignprop_fast import cli_options as o
+from alignprop_fast.cli_screen import make_console
 from alignprop_fast.cli_support import check_writable, quiet_libraries, setup_errors
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def doctor(device: o.Device = "auto", json: Json = None, deterministic: Determin
     - `alignprop-fast doctor --device cuda:1 --json doctor.json`, to be attached to a bug report
     - `alignprop-fast doctor --deterministic`
     """
-    console = Console(highlight=False)
+    console = make_console()
     file = None if json is None else Path(json).expanduser()
     with setup_errors():
         if file is not None:
@@ -61,9 +61,9 @@ def doctor(device: o.Device = "auto", json: Json = None, deterministic: Determin
 
         where = _device(device, deterministic)
     with console.status("") as status:
-        report = examine(where, tell=lambda what: status.update(escape(what)))
+        report = examine(where, tell=lambda what: status.update(Text(what)))
     for part in _tables(report):
-        console.print(part, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=not isinstance(part, Table))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, report.to_json().encode())
@@ -92,7 +92,7 @@ def _device(name: str, deterministic: bool) -> torch.device:
     return torch.device(pick_device(name))
 
 
-def _tables(report: Report) -> Iterable[Table | str]:
+def _tables(report: Report) -> Iterable[Table | Text | str]:
     for section in dict.fromkeys(fact.section for fact in report.facts):
         yield _facts(section, [fact for fact in report.facts if fact.section == section])
     if report.checks:
@@ -108,7 +108,7 @@ def _tables(report: Report) -> Iterable[Table | str]:
 def _facts(section: str, facts: Sequence[Fact]) -> Table:
     table = Table(section, "", box=SIMPLE_HEAD)
     for fact in facts:
-        table.add_row(escape(fact.name), escape(fact.value), style="red" if fact.wrong else None)
+        table.add_row(fact.name, fact.value, style="red" if fact.wrong else None)
     return table
 
 
@@ -134,7 +134,7 @@ def _checks(checks: Sequence[Check]) -> Table:
         table.add_row(
             *(op, implementation, str(len(cases)), *errors),
             "differ" if False in twice else "same" if twice else "",
-            escape(faults[0]) if faults else "",
+            faults[0] if faults else "",
             style=_style(cases),
         )
     return table
@@ -157,13 +157,13 @@ def _style(cases: Sequence[Check]) -> str | None:
 def _off(report: Report) -> Table:
     table = Table("switched off or absent", "why", "remedy", box=SIMPLE_HEAD)
     for name, reason in (report.off | report.absent).items():
-        table.add_row(escape(name), escape(reason), escape(report.remedies[name]))
+        table.add_row(name, reason, report.remedies[name])
     return table
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Report) -> str | Text:
     wrong = report.wrong()
     if wrong:
-        return "\n".join(f"[red]wrong:[/red] {escape(line)}" for line in wrong)
+        return Text("\n".join(f"wrong: {line}" for line in wrong), style="red")
     off = f"; {len(report.off)} switched off, and training works without" if report.off else ""
     return f"{len(report.checks)} checks on {report.device} in {report.seconds:.0f} s: nothing that stops training{off}"

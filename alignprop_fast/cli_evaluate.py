@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from alignprop_fast import cli_options as o
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import DEFAULTS
-from alignprop_fast.cli_pipeline import PictureProgress, check_new_folder, open_pipeline, open_reward, spread
+from alignprop_fast.cli_pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, spread
 from alignprop_fast.cli_sample import FirstSeed, PerPrompt, PromptSet
-from alignprop_fast.cli_support import pick_device, plain, quiet_libraries, setup_errors
+from alignprop_fast.cli_screen import make_console
+from alignprop_fast.cli_support import pick_device, plain, quiet_libraries, run_errors, setup_errors
 
 if TYPE_CHECKING:
     from alignprop_fast.evaluate import Evaluation, Summary, Task, Variant
@@ -105,7 +107,7 @@ def evaluate(
     - `alignprop-fast evaluate --lora run --reward clip,colorfulness --heldout-prompts demo-heldout --output-dir out`
     - `alignprop-fast evaluate --lora a --lora b --scale 0.5 --scale 1 --images-per-prompt 4 --output-dir scales`
     """
-    console, folder = Console(highlight=False), Path(output_dir).expanduser()
+    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir))
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.data import load_rows
@@ -115,7 +117,7 @@ def evaluate(
         from alignprop_fast.rewards.diversity import ImageEmbedder
         from alignprop_fast.rewards.weights import Loading
 
-        check_new_folder(folder)
+        folder.check_new()
         _check(lora, scale)
         sets = {_TRAINING: prompts} | ({_HELDOUT: heldout_prompts} if heldout_prompts else {})
         tasks = [t for name, s in sets.items() for t in tasks_of(name, load_rows(s), images_per_prompt, seed)]
@@ -144,16 +146,19 @@ def evaluate(
         batches = run.batches(batch_size, negative_prompt)
         first = next(batches)
     console.print(f"{len(tasks)} pictures of {model} under {reward}, drawn {len(variants)} times", soft_wrap=True)
-    with PictureProgress(console, len(tasks) * len(variants)) as progress:
-        for count in chain([first], batches):
-            progress.advance(count)
-    summaries = run.evaluation.summaries()
-    _write(folder, run, summaries, f"{Path(model).name} under {reward}")
-    _write_settings(folder, ctx.params)
+    folder.begin()
+    with run_errors(folder.path, START_ANEW):
+        with PictureProgress(console, len(tasks) * len(variants)) as progress:
+            for count in chain([first], batches):
+                progress.advance(count)
+        summaries = run.evaluation.summaries()
+        _write(folder.path, run, summaries, f"{Path(model).name} under {reward}")
+        _write_settings(folder.path, ctx.params)
     _print(console, summaries)
     if embed is None:
         console.print("no diversity: it takes --images-per-prompt 2 or more")
-    console.print(f"pictures: {folder / 'grid.png'}\nnumbers:  {folder / 'summary.csv'}", soft_wrap=True)
+    path = folder.path
+    console.print(f"pictures: {path / 'grid.png'}\nnumbers:  {path / 'summary.csv'}", soft_wrap=True)
 
 
 class _Run:
@@ -220,7 +225,6 @@ def _labels(lora: Sequence[str]) -> list[str]:
 def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) -> None:
     from alignprop_fast.report_evaluation import plot_by_scale, save_comparison, save_table
 
-    folder.mkdir(parents=True, exist_ok=True)
     save_table(folder / "evaluation.csv", run.evaluation.scores)
     save_table(folder / "summary.csv", summaries)
     for prompt_set, tasks in run.rows.items():
@@ -252,9 +256,9 @@ def _print(console: Console, summaries: Sequence[Summary]) -> None:
     for s in summaries:
         if heading != (heading := f"{s.part}, {s.prompt_set} ({s.count})"):
             table.add_section()
-            table.add_row(f"[bold]{escape(heading)}")
+            table.add_row(Text(heading, style="bold"))
         variant = Variant(s.adapter, s.scale)
-        row = [f"  {escape(str(variant))}", _with_error(s.mean, s.standard_error)]
+        row = [f"  {variant}", _with_error(s.mean, s.standard_error)]
         if variant != BASE:
             row += [_with_error(s.change, s.change_standard_error, "+"), f"{s.gained_share:.0%}"]
         table.add_row(*row)

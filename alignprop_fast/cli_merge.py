@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 
 from alignprop_fast import cli_options as o
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_merge_path import AdapterPath
 from alignprop_fast.cli_options import DEFAULTS
-from alignprop_fast.cli_pipeline import PictureProgress, check_new_folder, open_pipeline, open_reward
+from alignprop_fast.cli_pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward
 from alignprop_fast.cli_sample import FirstSeed, PromptSet
-from alignprop_fast.cli_support import pick_device, quiet_libraries, setup_errors
+from alignprop_fast.cli_screen import make_console
+from alignprop_fast.cli_support import pick_device, quiet_libraries, run_errors, setup_errors
 
 if TYPE_CHECKING:
     from alignprop_fast.models.lora_merge import Merged
@@ -61,6 +63,7 @@ PathReward = Annotated[
 
 
 def merge(
+    ctx: typer.Context,
     adapters: Adapters,
     rank: Rank = None,
     path_steps: PathSteps = None,
@@ -96,14 +99,14 @@ def merge(
     - `alignprop-fast merge run:0.7 --rank 4 --output-dir milder`
     - `alignprop-fast merge clip-run:0.5 colorfulness-run:0.5 --path-steps 5 --reward clip --output-dir path`
     """
-    console, folder = Console(highlight=False), Path(output_dir).expanduser()
-    path = None
+    console, taken = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    folder, path = taken.path, None
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.models.lora_file import read_lora
         from alignprop_fast.models.lora_merge import merge_loras
 
-        check_new_folder(folder)
+        taken.check_new()
         mixture = [_split(adapter) for adapter in adapters]
         _check(mixture, path_steps, reward, reward_model)
         merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], rank)
@@ -131,14 +134,16 @@ def merge(
             # Drawn in part before anything is written: what can go wrong has gone wrong by then.
             batches = path.batches(batch_size, negative_prompt)
             first = next(batches)
-    if path is not None:
-        with PictureProgress(console, len(path.rows) * len(path.places)) as progress:
-            for count in chain([first], batches):
-                progress.advance(count)
-    _write(folder, contents)
-    if path is not None:
-        path.write(folder, [Path(source).name for source, _ in mixture], reward)
-        console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
+    taken.begin()
+    with run_errors(folder, START_ANEW):
+        if path is not None:
+            with PictureProgress(console, len(path.rows) * len(path.places)) as progress:
+                for count in chain([first], batches):
+                    progress.advance(count)
+        _write(folder, contents)
+        if path is not None:
+            path.write(folder, [Path(source).name for source, _ in mixture], reward)
+            console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
     _print(console, merged, rank)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
     console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)

@@ -1,31 +1,21 @@
-"""What the commands that draw pictures share: the pipeline, an output folder that is new, progress by picture."""
+"""What the commands that draw pictures share: the pipeline, progress by picture, what to do after a failure."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alignprop_fast.cli_support import check_writable
-
 if TYPE_CHECKING:
     from alignprop_fast.rewards.mixture import WeightedSum
 
 T = TypeVar("T")
 
-
-def check_new_folder(folder: Path) -> None:
-    """Raises:
-    ValueError: a folder with something in it, or one that cannot be written.
-    """
-    check_writable(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another --output-dir")
+START_ANEW = "start again with another --output-dir"  # a folder with some of the pictures is of no use
 
 
 def open_pipeline(

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from alignprop_fast import cli_options as o
 from alignprop_fast import cli_options_control as c
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import DEFAULTS
-from alignprop_fast.cli_support import check_writable, plain, quiet_libraries, setup_errors
+from alignprop_fast.cli_screen import make_console
+from alignprop_fast.cli_support import check_writable, plain, quiet_libraries, run_errors, setup_errors
 
 _ESTIMATE = "Estimate"
 Model = Annotated[
@@ -111,7 +112,7 @@ def plan(
     - `alignprop-fast plan --model sdxl --gpu "RTX 4090" --reward hpsv2 --batch-size 1`
     - `alignprop-fast plan --model sd15 --gpu "RTX 3060" --memory-budget 10GiB --truncation last:1 --json plan.json`
     """
-    console, folder = Console(highlight=False), Path(output_dir).expanduser()
+    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir))
     options = {name: plain(value) for name, value in ctx.params.items()}
     with setup_errors():
         from alignprop_fast.cli_plan_question import from_model, from_table
@@ -120,8 +121,9 @@ def plan(
         from alignprop_fast.report_plan import plot_plan
 
         files = [Path(name).expanduser() for name in (save_table, json) if name is not None]
-        for place in (folder, *(file.parent for file in files)):
-            check_writable(place)
+        folder.check()
+        for file in files:
+            check_writable(file.parent)
         quiet_libraries(console)
         given = [name for name in options if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
         question = from_model(console, options) if table is None else from_table(options, given)
@@ -130,11 +132,13 @@ def plan(
         console.print(question.note, soft_wrap=True)
     console.print(question.title, soft_wrap=True)
     print_prediction(console, prediction)
-    for file in (folder / "plan.png", *files):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    plot_plan(folder / "plan.png", prediction.table, prediction.worst, question.title)
-    console.print(f"picture: {folder / 'plan.png'}", soft_wrap=True)
-    if save_table is not None:
-        write_table(prediction.table, Path(save_table).expanduser())
-    if json is not None:
-        write_json(Path(json).expanduser(), prediction, question.facts)
+    folder.begin()
+    with run_errors(folder.path, "start again"):
+        plot_plan(folder.path / "plan.png", prediction.table, prediction.worst, question.title)
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if save_table is not None:
+            write_table(prediction.table, Path(save_table).expanduser())
+        if json is not None:
+            write_json(Path(json).expanduser(), prediction, question.facts)
+    console.print(f"picture: {folder.path / 'plan.png'}", soft_wrap=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from alignprop_fast import cli_options as o
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import DEFAULTS
-from alignprop_fast.cli_pipeline import PictureProgress, check_new_folder, open_pipeline
-from alignprop_fast.cli_support import pick_device, quiet_libraries, setup_errors
+from alignprop_fast.cli_pipeline import START_ANEW, PictureProgress, open_pipeline
+from alignprop_fast.cli_screen import make_console
+from alignprop_fast.cli_support import pick_device, quiet_libraries, run_errors, setup_errors
 
 Lora = Annotated[
     str | None,
@@ -34,6 +35,7 @@ FirstSeed = Annotated[
 
 
 def sample(
+    ctx: typer.Context,
     model: o.Model = DEFAULTS.model,
     model_config: o.ModelConfig = DEFAULTS.model_config,
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
@@ -64,7 +66,8 @@ def sample(
     - `alignprop-fast sample --prompt "a red apple" --images-per-prompt 4 --output-dir apples`
     - `alignprop-fast sample --model path/to/sd15 --lora run --prompts animals --output-dir after`
     """
-    console, folder = Console(highlight=False), Path(output_dir).expanduser()
+    console, taken = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    folder = taken.path
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.data import load_prompts
@@ -73,7 +76,7 @@ def sample(
         from alignprop_fast.models.lora import load_lora
         from alignprop_fast.report import Pictures, save_grid, save_image, to_images
 
-        check_new_folder(folder)
+        taken.check_new()
         texts = [text for text in (prompt or load_prompts(prompts)) for _ in range(images_per_prompt)]
         pipe = open_pipeline(model, pick_device(device), mixed_precision, scheduler, model_config, allow_pickle)
         if lora is not None:
@@ -92,17 +95,18 @@ def sample(
         seeds = range(seed, seed + len(texts))
         batches = draw(sampler, texts, seeds, batch_size, negative_prompt)
         first = next(batches)
-    folder.mkdir(parents=True, exist_ok=True)
-    images: list[Any] = []
-    with PictureProgress(console, len(texts)) as progress:
-        for images_BCHW in chain([first], batches):
-            for image in to_images(images_BCHW):
-                i = len(images)
-                save_image(image, folder / f"{i:03d}_{_slug(texts[i])}_seed{seeds[i]}.png")
-                images.append(image)
-            progress.advance(len(images_BCHW))
-    pictures = Pictures(tuple(images), tuple(texts), tuple(seeds))
-    save_grid(folder / "grid.png", pictures, f"{Path(model).name}{f' with {Path(lora).name}' if lora else ''}")
+    taken.begin()
+    with run_errors(folder, START_ANEW):
+        images: list[Any] = []
+        with PictureProgress(console, len(texts)) as progress:
+            for images_BCHW in chain([first], batches):
+                for image in to_images(images_BCHW):
+                    i = len(images)
+                    save_image(image, folder / f"{i:03d}_{_slug(texts[i])}_seed{seeds[i]}.png")
+                    images.append(image)
+                progress.advance(len(images_BCHW))
+        pictures = Pictures(tuple(images), tuple(texts), tuple(seeds))
+        save_grid(folder / "grid.png", pictures, f"{Path(model).name}{f' with {Path(lora).name}' if lora else ''}")
     console.print(f"{len(images)} pictures in {folder}, all of them in {folder / 'grid.png'}", soft_wrap=True)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,20 +25,22 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import TrainOptions, make_config
 from alignprop_fast.cli_options_control import make_stopping, make_watch
 from alignprop_fast.cli_plan_summary import Prediction, predict
 from alignprop_fast.cli_records import Records
 from alignprop_fast.cli_results import check_adapters, write_adapters, write_card
+from alignprop_fast.cli_screen import Display
+from alignprop_fast.cli_signals import Interrupt
 from alignprop_fast.cli_support import (
-    INTERRUPTED,
-    Display,
-    Interrupt,
+    BY_SIGNAL,
+    FAILED,
     budget_here,
     check_tracker,
-    check_writable,
     existing_as_absolute,
     fail,
+    go_on_by,
     pick_device,
 )
 from alignprop_fast.data import PromptRow, load_rows
@@ -71,10 +72,17 @@ class Session:
     """
 
     def __init__(
-        self, options: TrainOptions, console: Console, *, resume: bool = False, resume_from: str | None = None
+        self,
+        options: TrainOptions,
+        console: Console,
+        folder: OutputFolder,
+        *,
+        resume: bool = False,
+        resume_from: str | None = None,
     ):
         import torch
 
+        from alignprop_fast.launcher import read_launcher
         from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
         from alignprop_fast.placement import make_deterministic
         from alignprop_fast.processes import main_process_first, start_processes
@@ -82,19 +90,25 @@ class Session:
         from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.trainer import AlignPropTrainer
 
-        self.console, self.folder = console, Path(options.output_dir).expanduser().resolve()
-        if options.deterministic and options.device != "cpu" and torch.cuda.is_available():
+        self.console, self._taken, self.folder = console, folder, folder.path.resolve()
+        launcher = read_launcher()
+        wanted, of_device = launcher.choose_device(options.device)
+        if options.deterministic and wanted != "cpu" and torch.cuda.is_available():
             make_deterministic()  # before a device is made the current one, which starts CUDA
-        device = pick_device(options.device)
+        device = pick_device(wanted)
+        default = "no" if device == "cpu" else "bf16"
+        precision, of_precision = launcher.choose_precision(options.mixed_precision, default)
+        for line in filter(None, (of_device, of_precision)):
+            console.print(line, soft_wrap=True)
         processes = start_processes(cpu=device == "cpu")
         self.is_main = processes.is_main_process
         with main_process_first():  # what is wrong for all is said once
-            is_new = not self.folder.exists()
+            folder.check()
             self._check_folder(resume or resume_from is not None)
             self.rows = load_rows(options.prompts)
             self.prompts = [row.prompt for row in self.rows]
             check_tracker(options.log_with)
-            self.options = self._held_to_device(_resolved(options, device, self.folder), device)
+            self.options = self._held_to_device(_resolved(options, precision, self.folder), device)
             config = make_config(self.options, device, self._checkpoint(resume, resume_from))
         self.reward = get_reward(
             options.reward,
@@ -117,66 +131,65 @@ class Session:
         self.records = Records(self.folder, options.reward)
         self.prediction: Prediction | None = None
         self.peak_bytes = 0  # of the training steps, measured
-        try:
-            normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
-            owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
-            self.trainer = AlignPropTrainer(
-                config,
-                normalised or self.reward,
-                self._draw_prompt,
-                pipeline,
-                self._after_step,
-                stateful={name: owner for name, owner in owners.items() if owner is not None},
-            )
-            check_adapters(pipeline.sd_pipeline)
-            if self.watch is not None:  # lies on the device too, and the plan is to know
-                self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
-            watched = [] if self.watch is None else [task.prompt for task in self.watch.tasks]
-            self.trainer.sampler.say_what_is_cut([*self.prompts, *watched], options.negative_prompt)
-            self.trainer.sampler.example = (self.rows[0].prompt, dict(self.rows[0].metadata))
-            self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
-            self._check_budget()
-            self.before = self._first_pictures()
-            self._watched = self._look() if self.is_main and self.trainer.steps_done == 0 else None
-        except BaseException:
-            if self.is_main and is_new and self.folder.exists():  # a tracker makes its folder as soon as it starts
-                shutil.rmtree(self.folder)
-            raise
+        normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
+        owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
+        self.trainer = AlignPropTrainer(
+            config,
+            normalised or self.reward,
+            self._draw_prompt,
+            pipeline,
+            self._after_step,
+            stateful={name: owner for name, owner in owners.items() if owner is not None},
+        )
+        check_adapters(pipeline.sd_pipeline)
+        if self.watch is not None:  # lies on the device too, and the plan is to know
+            self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
+        watched = [] if self.watch is None else [task.prompt for task in self.watch.tasks]
+        self.trainer.sampler.say_what_is_cut([*self.prompts, *watched], options.negative_prompt)
+        self.trainer.sampler.example = (self.rows[0].prompt, dict(self.rows[0].metadata))
+        self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
+        self._check_budget()
+        self.before = self._first_pictures()
+        self._watched = self._look() if self.is_main and self.trainer.steps_done == 0 else None
         self.after = self.before
 
     def run(self) -> None:
         """Train to the end and write the results.
 
         Raises:
-            typer.Exit: Ctrl-C (130, with a checkpoint), no finite loss in many steps in a row, or a lost process (1).
+            typer.Exit: a signal (128 and its number, with a checkpoint), or no finite loss in many steps in a row (1).
         """
-        from alignprop_fast.processes import ProcessLost, any_process
-
         trainer, steps = self.trainer, self.options.steps
-        self._begin_folder()
-        stopped = self._stopped()
-        with Interrupt(self.console) as interrupt, Display(self.console, trainer.steps_done, steps) as display:
+        with Interrupt(self.console) as interrupt:
+            self._begin_folder()
+            stopped, number = self._train(interrupt)
+            if trainer.steps_done < steps:
+                self._save()
+                if not stopped:
+                    self._leave(number)
+            self._finish()
+
+    def _train(self, interrupt: Interrupt) -> tuple[bool, int]:
+        """Step until the end, early stopping or a signal; returns whether stopping has come, and the signal or 0."""
+        from alignprop_fast.processes import largest
+
+        trainer, stopped, number = self.trainer, self._stopped(), 0
+        with Display(self.console, trainer.steps_done, self.options.steps) as display:
             try:
                 for metrics in () if stopped else trainer.steps():
                     display.update(metrics)
                     stopped = self._stopped()
                     self.peak_bytes = max(self.peak_bytes, metrics.peak_bytes)
                     # All or none: one that left alone would be waited for.
-                    if any_process(interrupt.requested) or stopped:
+                    number = largest(interrupt.number)
+                    if number or stopped:
                         break
-            except ProcessLost as error:
-                fail(str(error))
-                raise typer.Exit(1) from error
             except ValueError as error:
                 if trainer.metrics is None or trainer.metrics.status != "not_finite":
                     raise
                 fail(str(error))
-                raise typer.Exit(1) from error
-        if trainer.steps_done < steps:
-            self._save()
-            if not stopped:
-                self._leave()
-        self._finish()
+                raise typer.Exit(FAILED) from error
+        return stopped, number
 
     def draw(self, rows: Sequence[PromptRow], first_seed: int | None = None) -> Pictures:
         """Pictures of the rows' prompts under the present adapters, their rewards; picture i has seed first_seed + i.
@@ -220,12 +233,11 @@ class Session:
         return self.draw(rows, self.before.seeds[0])
 
     def _check_folder(self, resume: bool) -> None:
-        check_writable(self.folder)
         used = [name for name in _OURS if (self.folder / name).exists()]
         if used and not resume:
             raise ValueError(
-                f"{self.folder} holds an earlier run ({used[0]}): go on with it by alignprop-fast train --resume "
-                f"--output-dir {self.folder}, or choose another --output-dir"
+                f"{self.folder} holds an earlier run ({used[0]}): {go_on_by(self.folder)}, "
+                "or choose another --output-dir"
             )
 
     def _checkpoint(self, resume: bool, resume_from: str | None) -> str:
@@ -280,7 +292,7 @@ class Session:
         if not self.is_main:
             return
         step = self.trainer.steps_done
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._taken.begin()
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
         _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
@@ -331,14 +343,10 @@ class Session:
         if self.trainer.steps_done % self.options.save_every or self.trainer.steps_done == 0:
             self.trainer.save_checkpoint()
 
-    def _leave(self) -> None:
-        self.console.print(
-            f"stopped after step {self.trainer.steps_done}; to go on: alignprop-fast train --resume --output-dir "
-            f"{self.options.output_dir}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        raise typer.Exit(INTERRUPTED)
+    def _leave(self, number: int) -> None:
+        done = self.trainer.steps_done
+        self.console.print(f"stopped after step {done}; to {go_on_by(self.folder)}", soft_wrap=True)
+        raise typer.Exit(BY_SIGNAL + number)
 
     def _finish(self) -> None:
         steps = self._keep_best()
@@ -366,8 +374,7 @@ class Session:
         return stopping.kept_step
 
 
-def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
-    precision = "no" if device == "cpu" else "bf16"
+def _resolved(options: TrainOptions, precision: str, folder: Path) -> TrainOptions:
     return replace(
         options,
         output_dir=str(folder),
@@ -378,7 +385,7 @@ def _resolved(options: TrainOptions, device: str, folder: Path) -> TrainOptions:
         watch_prompts=options.watch_prompts and existing_as_absolute(options.watch_prompts),
         watch_reward_model=tuple(map(_absolute_model, options.watch_reward_model)),
         diversity_model=options.diversity_model and existing_as_absolute(options.diversity_model),
-        mixed_precision=precision if options.mixed_precision == "auto" else options.mixed_precision,
+        mixed_precision=precision,
         lora_alpha=float(options.lora_rank if options.lora_alpha is None else options.lora_alpha),
     )
 

@@ -1,43 +1,44 @@
-"""What the commands share: errors in one line, quiet libraries, devices, output folders, Ctrl-C, progress."""
+"""What the commands share: errors in one line, exit codes, quiet libraries, devices, where files may go."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from alignprop_fast.metrics import StepMetrics
+FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL and its number
+INTERRUPTED = BY_SIGNAL + signal.SIGINT
+ERROR_FILE = "alignprop-fast-error{}.txt"
 
-BAD_INPUT, INTERRUPTED = 2, 130
+
+def process_count() -> int:
+    """Processes that `accelerate launch` or torchrun started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_index() -> int:
-    """Of this process among those that `accelerate launch` or torchrun started; 0: the main one, or the only one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def make_console() -> Console:
-    """What the commands print on; of several processes only the main one is heard."""
-    return Console(highlight=False, quiet=process_index() > 0)
+    """Of this process among those; 0: the main one, or the only one."""
+    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
 
 
 def fail(message: str) -> None:
     """One line on stderr. Of several processes each may fail in its own way."""
     who = f"process {process_index()}: " if process_index() else ""
-    print(f"alignprop-fast: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = " ".join(part.strip() for part in message.splitlines())
+    with suppress(OSError):  # nobody can be told
+        print(f"alignprop-fast: {who}{line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -46,15 +47,73 @@ def setup_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from alignprop_fast.processes import ProcessLost
-
-        if not isinstance(error, ProcessLost):
-            raise
-        fail(str(error))
-        raise typer.Exit(1) from error
+        _end_if_lost(error)
+        raise
     except (ValueError, OSError) as error:
         fail(str(error) or type(error).__name__)
         raise typer.Exit(BAD_INPUT) from error
+
+
+@contextmanager
+def run_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn what the system, the device or another process does to a run that has begun into one line and exit code 1.
+
+    The traceback goes into a file in the folder.
+    """
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError
+        raise
+    except OSError as error:
+        what = f"{error.filename or folder}: {error.strerror}" if error.strerror else str(error)
+        fail(f"{what}; what was written before is whole: mend this, then {remedy}{_kept_traceback(folder, error)}")
+        raise typer.Exit(FAILED) from error
+    except (RuntimeError, MemoryError) as error:
+        _end_if_lost(error)
+        where = "" if known_error(error) else _kept_traceback(folder, error)
+        if not where:
+            raise
+        fail(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}{where}")
+        raise typer.Exit(FAILED) from error
+
+
+def go_on_by(folder: Path) -> str:
+    """The command that goes on with the run in a folder."""
+    return f"go on: alignprop-fast train --resume --output-dir {shlex.quote(str(folder))}"
+
+
+def known_error(error: Exception) -> str:
+    """What to say of an error that a device raises for want of memory or of a deterministic algorithm; "": another."""
+    from alignprop_fast.ops.errors import is_out_of_memory
+
+    text = str(error)
+    if "does not have a deterministic implementation" in text:
+        return f"{text.partition(',')[0]}: leave --deterministic out, or use another reward"
+    if not is_out_of_memory(error):
+        return ""
+    # Torch's first sentences say how much of what; what to do is in it where a plan was known.
+    first = text.partition("\n")[0].partition(" If reserved")[0].removesuffix(".")
+    if "no leaner plan" in text:
+        return first
+    return f"{first}: use a smaller --batch-size or --height and --width, or --base-dtype fp8"
+
+
+def _end_if_lost(error: Exception) -> None:
+    from alignprop_fast.processes import ProcessLost
+
+    if isinstance(error, ProcessLost):
+        fail(str(error))
+        raise typer.Exit(FAILED) from error
+
+
+def _kept_traceback(folder: Path, error: Exception) -> str:
+    """Where the traceback has been written, in brackets; "" if it could not be."""
+    file = folder / ERROR_FILE.format(process_index() or "")
+    try:
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return f" (traceback: {file})"
 
 
 def quiet_libraries(console: Console) -> None:
@@ -90,7 +149,7 @@ def pick_device(name: str) -> str:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
-    if index and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if index and process_count() > 1:
         raise ValueError(f"--device {name} is one GPU, and each process has its own: leave --device out")
     if kind == "cuda":
         if int(index or 0) >= torch.cuda.device_count():
@@ -109,8 +168,6 @@ def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
     Raises:
         ValueError: more was wanted than the device has.
     """
-    import os
-
     import torch
 
     from alignprop_fast.planner import budget_on
@@ -147,64 +204,6 @@ def check_tracker(name: str | None) -> None:
     """
     if name is not None and find_spec(name) is None:
         raise ValueError(f"--log-with {name} needs {name}: pip install {name}, or leave the option out")
-
-
-class Interrupt:
-    """Ctrl-C asks once to stop after the step at hand (`requested`); the second time it stops at once."""
-
-    def __init__(self, console: Console):
-        self.requested = False
-        self._console = console
-
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._console.print("stopping after this step, which is then saved; Ctrl-C again stops at once")
-
-
-class Display:
-    """Progress of a run: a bar with reward, speed, memory and time left; plain lines where there is no terminal."""
-
-    def __init__(self, console: Console, done: int, steps: int):
-        self._console, self._done, self._steps = console, done, steps
-        self._every = max(1, steps // 10)
-        self._seconds: list[float] = []
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=done, numbers="")
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, metrics: StepMetrics) -> None:
-        self._seconds.append(metrics.seconds)
-        numbers = (
-            f"reward {metrics.reward_mean:.3f}  {metrics.images_per_second:.2f} images/s  "
-            f"peak {metrics.peak_bytes / 2**30:.2f} GiB"
-        )
-        self._bar.update(self._task, completed=metrics.step, numbers=numbers)
-        if not self._console.is_terminal and (metrics.step % self._every == 0 or metrics.step == self._steps):
-            left = (self._steps - metrics.step) * sum(self._seconds) / len(self._seconds)
-            self._console.print(f"step {metrics.step}/{self._steps}  {numbers}  {left:.0f} s left", highlight=False)
 
 
 def existing_as_absolute(value: str) -> str:

@@ -12,8 +12,10 @@ from rich.table import Table
 
 from alignprop_fast import cli_options as o
 from alignprop_fast import cli_options_control as c
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import DEFAULTS, TrainOptions
-from alignprop_fast.cli_support import make_console, plain, quiet_libraries, setup_errors
+from alignprop_fast.cli_screen import make_console
+from alignprop_fast.cli_support import go_on_by, plain, process_count, quiet_libraries, run_errors, setup_errors
 
 if TYPE_CHECKING:
     from alignprop_fast.cli_session import Session
@@ -75,7 +77,7 @@ def train(
 
     Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
     ComfyUI and others), before_after.png, reward.png, README.md (a model card), samples/, metrics.jsonl, checkpoints/,
-    config.yaml and versions.json in --output-dir. Ctrl-C saves a checkpoint.
+    config.yaml and versions.json in --output-dir. Ctrl-C and SIGTERM save a checkpoint.
 
     **Examples**
 
@@ -86,16 +88,20 @@ def train(
     - `accelerate launch --num-processes 4 -m alignprop_fast train --model path/to/sd15 --prompts animals` (four GPUs)
     """
     chosen: dict[str, Any] = {field.name: plain(ctx.params[field.name]) for field in fields(TrainOptions)}
-    console = make_console()
+    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir, several=True))
     with setup_errors():
+        if process_count() == 1:  # several are to meet first, and then say it once
+            folder.check()
         quiet_libraries(console)
         from alignprop_fast.cli_session import Session
 
-        session = Session(TrainOptions(**chosen), console, resume=resume, resume_from=resume_from)
+        session = Session(TrainOptions(**chosen), console, folder, resume=resume, resume_from=resume_from)
     start = session.trainer.steps_done
-    console.print(f"training {session.options.model} on {session.options.reward}, step {start} of {steps}")
+    what = f"{session.options.model} on {session.options.reward}"
+    console.print(f"training {what}, step {start} of {steps}", soft_wrap=True)
     _print_plan(console, session)
-    session.run()
+    with run_errors(session.folder, go_on_by(session.folder)):
+        session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
         _print_peak(console, session)

@@ -28,7 +28,8 @@ class AlignPropConfig:
         log_with: "wandb", "tensorboard", "trackio" or None.
         log_image_freq: call the image hook every so many optimizer steps.
         tracker_kwargs: options of the tracker, passed to accelerate's `init_trackers`.
-        accelerator_kwargs: options of `accelerate.Accelerator`.
+        accelerator_kwargs: options of `accelerate.Accelerator`, but for those that have a field here and for engines
+            (FSDP, DeepSpeed, ...), which are refused. What accelerate takes from the environment: see `launcher`.
         project_kwargs: options of `accelerate.utils.ProjectConfiguration`; `project_dir` says where checkpoints go,
             `total_limit` how many are kept.
         tracker_project_name: name of the project in the tracker.

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignprop_fast.report import write_whole
+
 _TEXT = """---
 {header}
 ---
@@ -130,6 +132,5 @@ def write_model_card(
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(folder / "README.md")
+    write_whole(folder / "README.md", text.encode(errors="replace"))
+    return folder / "README.md"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from alignprop_fast.config import AlignPropConfig
+from alignprop_fast.launcher import check_arguments, read_launcher
 from alignprop_fast.processes import MeetingAccelerator, start_processes
+
+logger = logging.getLogger(__name__)
+
+_CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic, by its documentation
 
 
 def checkpoint_root(config: AlignPropConfig) -> Path:
@@ -24,38 +30,58 @@ def output_folder(config: AlignPropConfig) -> Path:
 
 
 def make_accelerator(config: AlignPropConfig) -> Accelerator:
-    """An Accelerator after the config, its tracker started.
+    """An Accelerator after the config, its tracker started. What it would take from the environment: `launcher`.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU, or an environment or accelerator_kwargs that cannot be followed.
     """
-    options = dict(config.accelerator_kwargs)
-    if config.deterministic and torch.cuda.is_available() and not options.get("cpu"):
+    options, launcher = dict(config.accelerator_kwargs), read_launcher()
+    check_arguments(options)
+    precision, steps = config.mixed_precision.replace("none", "no"), config.train_gradient_accumulation_steps
+    device, of_device = launcher.choose_device(_asked_device(options))
+    if "cpu" in options:  # what has chosen that has said so
+        of_device = ""
+    options["cpu"] = device == "cpu"
+    if config.deterministic and torch.cuda.is_available() and not options["cpu"]:
         make_deterministic()
-    state = start_processes(bool(options.get("cpu")), options)
-    if config.mixed_precision == "fp16" and state.device.type == "cpu":
+    state = start_processes(options["cpu"], options)
+    if precision == "fp16" and state.device.type == "cpu":
         raise ValueError('mixed_precision="fp16" needs a GPU: use "no" (fp32) or "bf16"')
     accelerator = MeetingAccelerator(
         log_with=config.log_with,
-        mixed_precision="no" if config.mixed_precision == "none" else config.mixed_precision,
+        mixed_precision=precision,
         project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **config.project_kwargs}),
-        gradient_accumulation_steps=config.train_gradient_accumulation_steps,
+        # Steps given as a number the environment overrides.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         **options,
     )
     if accelerator.is_main_process:
+        _, of_precision = launcher.choose_precision(precision, precision)
+        for line in filter(None, (of_device, of_precision, launcher.compare_accumulation(steps))):
+            logger.warning(line)
         accelerator.init_trackers(
             config.tracker_project_name, config=_tracker_config(config), init_kwargs=config.tracker_kwargs
         )
     return accelerator
 
 
+def _asked_device(options: dict[str, Any]) -> str:
+    """The device that accelerator_kwargs ask for: without a word, what there is."""
+    if "cpu" not in options:
+        return "auto"
+    return "cpu" if options["cpu"] else "cuda"
+
+
 def make_deterministic() -> None:
     """Let this process compute the same bits from run to run on a GPU; to be called before anything runs there.
 
     Raises:
-        ValueError: cuBLAS has started without the workspaces that this takes.
+        ValueError: cuBLAS has started without the workspaces that this takes, or the environment gives it others.
     """
-    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+    workspaces = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if workspaces is not None and workspaces not in _CUBLAS_WORKSPACES:
+        raise ValueError(f"CUBLAS_WORKSPACE_CONFIG={workspaces} is not deterministic: use :4096:8, or unset it")
+    if workspaces is None:
         if torch.cuda.is_initialized():
             raise ValueError("deterministic comes too late: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts")
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

@@ -93,8 +93,8 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     if config.base_dtype != "auto":
         pipeline.quantize_base(config.base_dtype, device, dtype)
     _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
-    if config.allow_tf32 and device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if device.type == "cuda":  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set, has made of it
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
 
 
 def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:

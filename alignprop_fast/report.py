@@ -6,7 +6,8 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,17 +50,23 @@ class Pictures:
 
 class JsonLines:
     """A file of JSON records, one a line, each with its "step". A process killed while writing leaves a torn last line
-    at most, which reading leaves out; numbers that are not finite are written as null."""
+    at most, which reading leaves out, and a full disk none; numbers that are not finite are written as null."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record, on the disk when this returns."""
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_finite(record)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        end = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(_finite(record)) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, end)
+            raise
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records."""
@@ -90,10 +97,8 @@ def to_images(images_BCHW: Tensor) -> tuple[Image.Image, ...]:
 
 def save_image(image: Image.Image, path: str | Path) -> None:
     """Write a PNG whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def save_grid(path: str | Path, pictures: Pictures, title: str) -> None:
@@ -218,10 +223,13 @@ def _style(panel: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", facecolor="white")
-    temporary.replace(path)
+    """Write a figure as PNG, whole. Dollar signs in its texts, which may be a user's, are no formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor="white")
 
 
 def enlarged(images: Iterable[Image.Image]) -> list[Image.Image]:
@@ -297,9 +305,20 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole: a temporary name, then a rename."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` where the block ends well; else nothing of it is left."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -246,7 +246,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         loss = loss / (1 + self.sampler.truncation.renoisings)
         # A loss that is not finite makes the step void; its gradient is worth no time.
         if loss.requires_grad and math.isfinite(loss.item()):
-            self.accelerator.backward(loss)
+            self.update.backward(loss)
         return loss.detach().float()
 
     def _update(self, batches: list[BatchMetrics]) -> tuple[str, float]:

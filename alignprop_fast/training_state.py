@@ -19,6 +19,7 @@ from alignprop_fast.checkpoint import (
     find_checkpoint,
     read_checkpoint,
     rng_state,
+    save_tensors,
     set_rng_state,
     write_checkpoint,
 )
@@ -65,9 +66,9 @@ def save_training(trainer: AlignPropTrainer) -> Path:
         def fill(folder: Path) -> None:
             trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], [], folder)
             moments = {"optimizer": trainer.optimizer.state_dict(), "scaler": scaler and scaler.state_dict()}
-            torch.save(moments, folder / "optimizer.pt")
-            torch.save(rng_states, folder / "rng.pt")
-            torch.save({name: owner.state_dict() for name, owner in trainer.stateful.items()}, folder / "stateful.pt")
+            save_tensors(moments, folder / "optimizer.pt")
+            save_tensors(rng_states, folder / "rng.pt")
+            save_tensors({name: owner.state_dict() for name, owner in trainer.stateful.items()}, folder / "stateful.pt")
             (folder / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
 
         keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit

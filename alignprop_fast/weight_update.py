@@ -56,6 +56,15 @@ class WeightUpdate:
         if self.in_backward is not None:
             self.in_backward.final = last
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a micro-batch's loss, as its share of the step's.
+
+        Not by `Accelerator.backward`: what it divides by is shared with every other Accelerator of the process.
+        """
+        share = loss / self.config.train_gradient_accumulation_steps
+        scaler = self._accelerator.scaler
+        (share if scaler is None else scaler.scale(share)).backward()
+
     def step(self) -> float:
         """Step with the gradients that are there, unless they are not finite; returns their norm before clipping."""
         if self.in_backward is not None:

@@ -27,6 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 from alignprop_fast.cli_demo import SETTINGS
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_session import Session
 from alignprop_fast.cli_support import quiet_libraries
 from alignprop_fast.rewards import get_reward
@@ -103,11 +104,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         seed=args.seed,
         output_dir=str(args.output_dir / "run"),
     )
-    session = Session(options, console)
     scorers = {"log_probability": log_probability, "top1": top1, "clip": get_reward("clip")}
     sets = {"trained": list(TRAINED) * PICTURES, "never seen": list(NEVER_SEEN) * PICTURES}
-    before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
-    session.run()
+    with OutputFolder(options.output_dir) as folder:
+        session = Session(options, console, folder)
+        before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+        session.run()
     after = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
     rows = []
     for name, words, scorer in [(n, w, s) for n in sets for w in ("", *CLASSES) for s in scorers]:

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from alignprop_fast.cli_demo import HELDOUT_SEED, SETTINGS
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_session import Session
 from alignprop_fast.cli_support import quiet_libraries
 from alignprop_fast.data import load_prompts
@@ -50,13 +51,14 @@ def run(reward: str, args: argparse.Namespace, console: Console) -> list[dict[st
     """Fine-tune on one reward; rows of the table for it."""
     folder = args.output_dir / reward.replace(":", "-").replace(",", "_")
     options = replace(SETTINGS, reward=reward, steps=args.steps, seed=args.seed, output_dir=str(folder))
-    session = Session(options, console)
-    scorers: dict[str, Any] = {name: get_reward(name) for name in SCORED}
-    sets = {"trained": session.prompts, "never seen": load_prompts("demo-heldout")}
-    before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
-    begin = time.perf_counter()
-    session.run()
-    seconds = time.perf_counter() - begin
+    with OutputFolder(folder) as taken:
+        session = Session(options, console, taken)
+        scorers: dict[str, Any] = {name: get_reward(name) for name in SCORED}
+        sets = {"trained": session.prompts, "never seen": load_prompts("demo-heldout")}
+        before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+        begin = time.perf_counter()
+        session.run()
+        seconds = time.perf_counter() - begin
     rows = []
     for name, prompts in sets.items():
         after = score(session, prompts, scorers)

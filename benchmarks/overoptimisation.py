@@ -24,6 +24,7 @@ from PIL import Image
 from rich.console import Console
 
 from alignprop_fast.cli_demo import SETTINGS
+from alignprop_fast.cli_folder import OutputFolder
 from alignprop_fast.cli_options import TrainOptions
 from alignprop_fast.cli_session import Session
 from alignprop_fast.cli_support import quiet_libraries
@@ -34,8 +35,9 @@ PICTURES = 6
 
 def train(name: str, options: TrainOptions, console: Console) -> list[dict[str, Any]]:
     """One run; a row for each sampling."""
-    session = Session(options, console)
-    session.run()
+    with OutputFolder(options.output_dir) as folder:
+        session = Session(options, console, folder)
+        session.run()
     kept = session.trainer.steps_done if session.stopping is None else session.stopping.kept_step
     return [
         {

@@ -16,6 +16,7 @@ from alignprop_fast.checkpoint import (
     find_checkpoint,
     read_checkpoint,
     rng_state,
+    save_tensors,
     set_rng_state,
     write_checkpoint,
 )
@@ -94,6 +95,18 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path):
     assert find_checkpoint(tmp_path).name == "checkpoint_1"
     _write(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1", "checkpoint_2"]
+
+
+def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(files_up_to, tmp_path):
+    """A limit on the size of files: torch's writer alone would speak of positions in the file."""
+    _write(tmp_path, 1)
+
+    def fill(folder):
+        save_tensors({"moments": torch.zeros(10_000)}, folder / "optimizer.pt")
+
+    with files_up_to(10_000), pytest.raises(OSError, match="File too large"):
+        write_checkpoint(tmp_path, 2, {}, fill, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
 WRITER = """

@@ -92,15 +92,15 @@ def test_the_plan_knows_the_weights_of_what_is_watched(watched, tiny_sd_folder, 
     from accelerate.state import AcceleratorState, GradientState
     from rich.console import Console
 
+    from alignprop_fast.cli_folder import OutputFolder
     from alignprop_fast.cli_options import TrainOptions
     from alignprop_fast.cli_session import Session
 
     options = {"model": str(tiny_sd_folder), "num_inference_steps": 1, "batch_size": 2, "watch_pictures": 2}
     output = {"output_dir": str(tmp_path / "run"), "device": "cpu"}
-    session = Session(
-        TrainOptions(reward="clip", watch_reward=watched, watch_prompts="demo", **options, **output),
-        Console(quiet=True),
-    )
+    chosen = TrainOptions(reward="clip", watch_reward=watched, watch_prompts="demo", **options, **output)
+    with OutputFolder(chosen.output_dir) as folder:
+        session = Session(chosen, Console(quiet=True), folder)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     clip_bytes = session.reward.weight_bytes()

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "alignprop_fast"
 
 # Rows of the import table: what a part may import of this package, and of others when it is imported itself.
 TRAINER = {
-    *("checkpoint", "config", "control", "data", "flat_parameters", "metrics", "model_card", "optim"),
+    *("checkpoint", "config", "control", "data", "flat_parameters", "launcher", "metrics", "model_card", "optim"),
     *("optimizer_in_backward", "out_of_memory", "placement", "processes", "report", "stochastic_rounding"),
     *("prepare", "training_state", "weight_update", "field_types"),
 }

@@ -10,7 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from alignprop_fast.report import JsonLines, Pictures, plot_rewards, save_before_after, save_grid, smoothed, to_images
+from alignprop_fast.report import (
+    JsonLines,
+    Pictures,
+    plot_rewards,
+    save_before_after,
+    save_grid,
+    save_image,
+    smoothed,
+    to_images,
+    write_whole,
+)
 
 
 def some_pictures(count=3, size=16, seed=0, rewards=True):
@@ -75,6 +85,29 @@ def test_records_survive_a_torn_line(tmp_path):
     lines.append({"step": 3})
     assert [record["step"] for record in lines.read()] == [1, 2, 3]
     assert lines.read()[0] == {"step": 1, "reward_mean": 0.5, "parts": {"a": [1.0, None]}}
+
+
+def test_a_full_disk_leaves_what_was_there(files_up_to, tmp_path):
+    lines, picture, text = JsonLines(tmp_path / "metrics.jsonl"), tmp_path / "picture.png", tmp_path / "text"
+    lines.append({"step": 1})
+    save_image(Image.new("RGB", (8, 8)), picture)
+    write_whole(text, b"first")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for write in (
+        lambda: lines.append({"step": 2, "text": "x" * 1000}),
+        lambda: save_image(noise, picture),
+        lambda: write_whole(text, b"x" * 1000),
+    ):
+        with files_up_to(500), pytest.raises(OSError, match="File too large"):
+            write()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_texts_in_a_plot_are_no_formulas(tmp_path):
+    records = [{"step": 1, "reward_mean": 1.0, "reward_parts": {"$x_{$": 1.0, "b": 2.0}}]
+    plot_rewards(tmp_path / "reward.png", records)
+    assert (tmp_path / "reward.png").is_file()
 
 
 def test_smoothed_keeps_a_constant_and_follows_a_step():

@@ -1,0 +1,153 @@
+"""What accelerate takes from the environment, where `accelerate launch`, its configuration file or a shell put it.
+
+It is looked at here alone, before accelerate does, and compared with the options:
+
+    ACCELERATE_USE_FSDP, _DEEPSPEED, ...    refused: each process holds the whole model here
+    ACCELERATE_DYNAMO_BACKEND               refused
+    ACCELERATE_USE_CPU, _TORCH_DEVICE       followed where no device is chosen, else refused if another
+    ACCELERATE_MIXED_PRECISION              followed where the option is "auto"; else the option holds
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS  the option holds
+
+What is followed, and what an option overrides, is said in one line. The other variables concern models and data loaders
+that accelerate prepares, and none is prepared here; or the number of processes and the GPU of each, which are followed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ACCUMULATION, PRECISION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"
+USE_CPU, TORCH_DEVICE = "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"
+DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
+
+# Flags that make accelerate cut the model into pieces, or hand it to another engine.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_TP": "tensor parallelism",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (tensor, context or sequence parallelism)",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+_OTHER_FLAGS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")  # harmless, if they are flags
+_TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")  # as accelerate reads them
+
+# Arguments of `Accelerator` that a user may give, and the fields of the config that hold others.
+ACCELERATOR_ARGUMENTS = (
+    *("cpu", "kwargs_handlers", "device_placement", "rng_types", "step_scheduler_with_optimizer"),
+    *("split_batches", "dataloader_config"),
+)
+_FIELDS = {
+    "mixed_precision": "mixed_precision",
+    "gradient_accumulation_steps": "train_gradient_accumulation_steps",
+    "gradient_accumulation_plugin": "train_gradient_accumulation_steps",
+    "log_with": "log_with",
+    "project_config": "project_kwargs",
+    "project_dir": "output_dir",
+    "dynamo_backend": "compiled",
+    "dynamo_plugin": "compiled",
+}
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What the environment asks for; None where it says nothing.
+
+    device: "cpu" or what ACCELERATE_TORCH_DEVICE names; device_variable says so. mixed_precision: "no", "fp16", "bf16".
+    """
+
+    device: str | None = None
+    device_variable: str = ""
+    mixed_precision: str | None = None
+    gradient_accumulation_steps: int | None = None
+
+    def choose_device(self, wanted: str) -> tuple[str, str]:
+        """The device for an option, and what to say where the environment has chosen: for "auto", and for "cuda" which.
+
+        Raises:
+            ValueError: it names another device than the option.
+        """
+        if self.device in (None, wanted):
+            return wanted, ""
+        if wanted != "auto" and not (wanted == "cuda" and self.device.startswith("cuda")):
+            raise ValueError(
+                f"{self.device_variable} asks for the device {self.device}, and the options for {wanted}: unset one"
+            )
+        return self.device, f"device {self.device}, as {self.device_variable} says"
+
+    def choose_precision(self, wanted: str, default: str) -> tuple[str, str]:
+        """The precision for an option, and what to say; "auto" follows the environment, or is `default`.
+
+        `accelerate launch` says "no" of itself: there `default` holds.
+        """
+        asked = self.mixed_precision
+        if wanted == "auto" and asked not in (None, "no"):
+            return str(asked), f"mixed precision {asked}, as {PRECISION} says"
+        chosen = default if wanted == "auto" else wanted
+        if asked in (None, chosen, "no"):
+            return chosen, ""
+        return chosen, f"mixed precision {chosen}: the option holds, not {PRECISION}={asked}"
+
+    def compare_accumulation(self, steps: int) -> str:
+        """What to say of micro-batches per optimizer step, which are those of the option."""
+        if self.gradient_accumulation_steps in (None, steps):
+            return ""
+        asked = self.gradient_accumulation_steps
+        return f"gradient accumulation steps {steps}: the option holds, not {ACCUMULATION}={asked}"
+
+
+def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
+    """What the environment asks of accelerate.
+
+    Raises:
+        ValueError: something that cannot be followed here, or a value that means nothing; one line names it.
+    """
+    for name, engine in ENGINES.items():
+        if _flag(environment, name):
+            raise ValueError(
+                f"accelerate is set up for {engine} ({name}={environment[name]}), and training here holds the whole "
+                "model in each process: use accelerate launch --multi_gpu or torchrun, or unset the variable"
+            )
+    backend = environment.get(DYNAMO, "no")
+    if backend.lower() != "no":
+        raise ValueError(
+            f"accelerate is set up for torch.compile ({DYNAMO}={backend}), which does not go with the chain: set "
+            "dynamo_backend to no, or unset the variable"
+        )
+    precision = environment.get(PRECISION, "").lower() or None
+    if precision not in (None, "no", "fp16", "bf16"):
+        raise ValueError(f"{PRECISION}={environment[PRECISION]} cannot be followed: use no, bf16 or fp16, or unset it")
+    steps = environment.get(ACCUMULATION) or None
+    if steps is not None and not (steps.isascii() and steps.isdigit() and int(steps) > 0):
+        raise ValueError(f"{ACCUMULATION}={steps} is no whole number of at least 1: unset it")
+    for name in _OTHER_FLAGS:
+        _flag(environment, name)
+    device, variable = environment.get(TORCH_DEVICE) or None, TORCH_DEVICE
+    if _flag(environment, USE_CPU):
+        if device not in (None, "cpu"):
+            raise ValueError(f"{USE_CPU} and {TORCH_DEVICE}={device} contradict each other: unset one")
+        device, variable = "cpu", USE_CPU
+    return Launcher(device, variable, precision, None if steps is None else int(steps))
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Look at the arguments that the user gives `Accelerator`.
+
+    Raises:
+        ValueError: one that the config has a field for, or that cannot be followed here.
+    """
+    for name in arguments:
+        if name in _FIELDS:
+            raise ValueError(f"accelerator_kwargs holds {name}: use the field {_FIELDS[name]} instead")
+        if name not in ACCELERATOR_ARGUMENTS:
+            raise ValueError(f"accelerator_kwargs holds {name}, which does not go with this trainer: leave it out")
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    value = environment.get(name, "false").lower()
+    if value not in (*_TRUE, *_FALSE):
+        raise ValueError(f"{name}={environment[name]} is neither true nor false: set it to one, or unset it")
+    return value in _TRUE

@@ -1,0 +1,63 @@
+"""Errors in one line and exit codes: of the system, of the device, of the disk while a run writes."""
+
+import errno
+import os
+
+import pytest
+import torch
+import typer
+
+from alignprop_fast.checkpoint import checkpoints, read_checkpoint
+from alignprop_fast.cli_support import fail, run_errors
+
+
+def test_a_message_is_one_line_whatever_is_in_it(capsys):
+    fail("a  b [v2]\n   c\u2028d")
+    assert capsys.readouterr().err == "alignprop-fast: a  b [v2] c d\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_what_the_disk_says(capsys, tmp_path, number):
+    with pytest.raises(typer.Exit) as leaving, run_errors(tmp_path, "start again"):
+        raise OSError(number, os.strerror(number))
+    err = capsys.readouterr().err
+    assert leaving.value.exit_code == 1 and len(err.splitlines()) == 1
+    assert f"{tmp_path}: {os.strerror(number)}; what was written before is whole: mend this, then start again" in err
+
+
+def test_what_the_device_says(capsys, tmp_path):
+    with pytest.raises(typer.Exit) as leaving, run_errors(tmp_path, "start again"):
+        raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
+    err = capsys.readouterr().err
+    assert leaving.value.exit_code == 1 and len(err.splitlines()) == 1
+    assert "CUDA error: device-side assert triggered" in err and str(tmp_path / "alignprop-fast-error.txt") in err
+    assert "Traceback" in (tmp_path / "alignprop-fast-error.txt").read_text()
+    with pytest.raises(torch.OutOfMemoryError), run_errors(tmp_path, "start again"):  # which has a remedy of its own
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with pytest.raises(typer.Exit) as leaving, run_errors(tmp_path, "start again"):
+        raise typer.Exit(143)
+    assert leaving.value.exit_code == 143
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(command, files_up_to, tiny_sd_folder, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 1, "--batch-size", 1)
+    options = (*options, "--device", "cpu", "--save-every", 1, "--sample-every", 1000)
+    assert command("train", *options, "--steps", 1, "--output-dir", out)[0] == 0
+    first = checkpoints(out / "checkpoints")[-1]
+    with files_up_to(max(file.stat().st_size for file in first.iterdir()) - 1000):
+        code, _, err = command("train", "--resume", "--steps", 2, "--output-dir", out)
+    assert code == 1 and len(err.splitlines()) == 1 and "File too large" in err, err
+    assert f"train --resume --output-dir {out}" in err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint_1"]
+    assert read_checkpoint(first)["steps_done"] == 1
+    assert command("train", "--resume", "--steps", 2, "--output-dir", out)[0] == 0
+    assert checkpoints(out / "checkpoints")[-1].name == "checkpoint_2"
+
+
+def test_a_disk_that_fills_up_while_pictures_are_written(command, files_up_to, tiny_sd_folder, tmp_path):
+    options = ("--model", tiny_sd_folder, "--prompt", "a cat", "--num-inference-steps", 1, "--device", "cpu")
+    with files_up_to(100):
+        code, _, err = command("sample", *options, "--output-dir", tmp_path / "out")
+    assert code == 1 and len(err.splitlines()) == 1 and "File too large" in err, err
+    assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["alignprop-fast-error.txt"])
