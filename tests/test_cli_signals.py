@@ -14,7 +14,14 @@ from alignprop_fast.cli_screen import make_console
 from alignprop_fast.cli_signals import Interrupt, stopped_by_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def number(request):
+    """A signal that this process hears, though it may have been started by nohup."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_a_signal_asks_once(capsys, number):
     with Interrupt(make_console()) as interrupt:
         for _ in range(2):  # launchers pass on what all have had already
@@ -44,7 +51,13 @@ def start(folder, out, *more):
     options = ("--model", folder, "--reward", "colorfulness", "--num-inference-steps", 1, "--batch-size", 1, *more)
     command = [sys.executable, "-m", "alignprop_fast", "train", *options, "--device", "cpu", "--output-dir", out]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(word) for word in command], **pipes)
+    return subprocess.Popen([str(word) for word in command], preexec_fn=hear_all, **pipes)
+
+
+def hear_all():
+    """Whatever this process was started to ignore."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(condition, process):

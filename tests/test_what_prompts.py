@@ -13,8 +13,7 @@ import pytest
 
 from alignprop_fast.data import PromptRow, load_rows
 
-sys.path.append(str(Path(__file__).parent))
-from loadable import Format
+from .loadable import Format
 
 ROWS = [PromptRow("a red cat, on a mat", {"target": 3, "tags": ["x"]}), PromptRow('a "big"\ndog', {"target": 5})]
 TEXTS = [PromptRow(row.prompt, {"target": str(row.metadata["target"])}) for row in ROWS]
