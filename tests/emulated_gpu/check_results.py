@@ -8,7 +8,7 @@ import torch
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.runtime import run_chain
 
-pytestmark = pytest.mark.usefixtures("plain_kernels")
+pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 
 STEPS, PROMPTS = 4, ["a red cat", "a dog"]
 
