@@ -81,8 +81,9 @@ class DifferentiableSampler:
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
             ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline` or `FluxPipeline` with flow-match Euler. Give its
-            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. Decoder and text
-            encoders are frozen here, but for those of which a part is frozen already.
+            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. VAE and text
+            encoders are frozen here, unless something in them is frozen already. What learns there is not in the plan:
+            leave it room by `reserve`.
         num_inference_steps: steps T of the chain.
         guidance_scale: classifier-free guidance; 1 or less turns it off. FLUX: the distilled guidance that its denoiser
             is told. A number, or a tensor of one number that may require a gradient; so is `true_cfg_scale`.
@@ -285,7 +286,7 @@ class DifferentiableSampler:
             negative_prompts = [negative_prompts] * len(prompts)
         self.model.check_embeddings(given, len(prompts))
         guided = self._guided(negative_prompts, given)
-        if not {"prompt_embeds", *(["negative_prompt_embeds"] if guided else ())} <= set(given):
+        if self.model.reads_text(negative_prompts, given, guided):
             self.model.check_text(may_be_away=self._text is not None)
         encode = self.model.encode if self._text is None else self._text.encode
         cond = encode(prompts, negative_prompts, guided, self.size, given)
@@ -405,14 +406,17 @@ class DifferentiableSampler:
         chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
         x, penalty = run_penalised_chain(chain, plan, x)
         model, decoder, blocks = self.model, plan.decoder, self._decoder_blocks
-        return by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands), x, penalty
+        images = by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
+        return unchanged(images, partial(versions, [model.decoder])), x, penalty
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
-        model, scale, rescale = self.model, self.cfg_scale, self.guidance_rescale
+        model, rescale = self.model, self.guidance_rescale
+        conditions = self._conditions(cond)
+        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
+        cond, scale = cond.exchanged(leaves), leaves.get(id(self.cfg_scale), self.cfg_scale)
         timesteps = self._timesteps_of(table)
         combined = isinstance(scale, torch.Tensor) or cond.branches == 1 or rescale > 0
         update = Update(table, (1.0,) if isinstance(scale, torch.Tensor) or combined else (1 - scale, scale))
-        conditions = self._conditions(cond)
 
         def network(i: int, state: torch.Tensor, predict: Predict = model.predict) -> torch.Tensor:
             y = predict(update.model_input(i, state), timesteps[i], cond)
@@ -444,7 +448,8 @@ class DifferentiableSampler:
             # What is recorded would hold the graph of the conditions.
             sample=None if self._fast is None or conditions else partial(network, predict=self._fast.for_chain()),
             conditions=conditions,
-            state=partial(self._state, conditions),
+            leaves=list(leaves.values()),
+            state=partial(self._state, [*cond.tensors(), *leaves.values()]),
         )
 
     def _conditions(self, cond: Conditioning) -> list[torch.Tensor]:
@@ -463,9 +468,8 @@ class DifferentiableSampler:
             )
         return found if torch.is_grad_enabled() else []
 
-    def _state(self, conditions: Sequence[torch.Tensor]) -> Hashable:
-        weights = versions((self.model.denoiser, self.model.decoder))
-        return weights, self.model.adapter_settings(), tuple(map(version, conditions))
+    def _state(self, read: Sequence[torch.Tensor]) -> Hashable:
+        return versions([self.model.denoiser]), self.model.settings(), tuple(map(version, read))
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
         """The chain's timesteps on the device, copied there once: each copy would wait for the device."""

@@ -50,13 +50,14 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
     """The sampler of a prepared pipeline, which knows what reward and optimizer will take beside it.
 
     Raises:
-        ValueError: as `DifferentiableSampler`, or CUDA graphs where the whole denoiser runs under autocast.
+        ValueError: as `DifferentiableSampler`, CUDA graphs where the whole denoiser runs under autocast, or a text
+            encoder or VAE of which something learns.
     """
     if config.cuda_graphs and not pipeline.use_lora and config.mixed_precision in _DTYPES:
         raise ValueError("cuda_graphs does not go with a whole UNet under autocast: train adapters, or leave it out")
     shapes = [p.shape for p in pipeline.unet.parameters() if p.requires_grad]
     merged = pipeline.use_lora and merges(config.optimizer)
-    return DifferentiableSampler(
+    sampler = DifferentiableSampler(
         pipeline.sd_pipeline,
         config.sample_num_steps,
         config.sample_guidance_scale,
@@ -76,6 +77,12 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         cuda_graphs=config.cuda_graphs,
         compiled=config.compiled,
     )
+    if sampler.model.text_learns() or sampler.model.decoder_learns():
+        raise ValueError(
+            "the trainer trains the denoiser alone, and a text encoder or the VAE requires grad: call its "
+            "requires_grad_(False), or train it with DifferentiableSampler and a loop of your own"
+        )
+    return sampler
 
 
 def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) -> None:

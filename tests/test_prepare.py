@@ -6,7 +6,7 @@ import torch
 from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models import adapt
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.prepare import place_model, prepare_model
+from alignprop_fast.prepare import make_sampler, place_model, prepare_model
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
@@ -63,3 +63,13 @@ def test_what_is_switched_on_is_refused_before_anything_is_done(tiny_sd_folder):
     with pytest.raises(ValueError, match=r"pipe\.unet\.disable_gradient_checkpointing\(\)"):
         prepare_model(pipeline, torch.device("cpu"), AlignPropConfig(mixed_precision="bf16"))
     assert pipeline.unet.dtype == torch.float32 and not hasattr(pipeline.unet, "peft_config")
+
+
+def test_what_learns_beside_the_denoiser_is_refused(tiny_sd_folder):
+    """The trainer's optimizer would not have it, and its gradients would pile up."""
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))
+    config = AlignPropConfig(mixed_precision="no", sample_num_steps=2)
+    prepare_model(pipeline, torch.device("cpu"), config)
+    pipeline.text_encoder.get_input_embeddings().weight.requires_grad_()
+    with pytest.raises(ValueError, match="trains the denoiser alone, and a text encoder or the VAE requires grad"):
+        make_sampler(pipeline, config, None)

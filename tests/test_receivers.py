@@ -245,3 +245,64 @@ def test_what_cannot_get_a_gradient_is_refused(tiny_sd):
 def test_embeddings_that_do_not_fit(tiny_sdxl, change, message):
     with pytest.raises(ValueError, match=message):
         sampler_of(tiny_sdxl)(PROMPTS, embeddings=change(encoded(tiny_sdxl)))
+
+
+def test_conditions_that_are_made_of_each_other(tiny_sd3):
+    """Pooled embeddings and a guidance scale from the very tensor that the embeddings come from."""
+    sampler = sampler_of(tiny_sd3)
+    latents = seeded(latent_shape(sampler))
+    grads = []
+    for run in (lambda e: sampler(PROMPTS, embeddings=e, latents=latents), lambda e: theirs(tiny_sd3, latents, e)):
+        texts = constant(tiny_sd3)
+        shared = torch.ones(texts["prompt_embeds"].shape[-1], requires_grad=True)
+        texts["prompt_embeds"] = texts["prompt_embeds"] * shared
+        texts["pooled_prompt_embeds"] = texts["pooled_prompt_embeds"] * texts["prompt_embeds"].mean()
+        reward(run(texts)).backward()
+        grads.append(shared.grad)
+    assert_equal(*grads)
+
+
+def test_a_guidance_scale_that_moves_the_embeddings_too(tiny_sd):
+    texts, grads = constant(tiny_sd), []
+    latents = seeded(latent_shape(sampler_of(tiny_sd)))
+    for ours in (True, False):
+        scale = torch.tensor(SCALE, requires_grad=True)
+        moved = {**texts, "prompt_embeds": texts["prompt_embeds"] * scale}
+        if ours:
+            images = sampler_of(tiny_sd, guidance_scale=scale)(PROMPTS, embeddings=moved, latents=latents)
+        else:
+            images = theirs(tiny_sd, latents, moved, guidance_scale=scale)
+        reward(images).backward()
+        grads.append(scale.grad)
+    assert_equal(*grads)
+
+
+def test_a_whole_text_encoder_learns_where_its_user_has_frozen_the_rest(tiny_sd):
+    tiny_sd.text_encoder.requires_grad_(True)
+    sampler = sampler_of(tiny_sd)
+    latents = seeded(latent_shape(sampler))
+    learned = [tiny_sd.text_encoder.get_input_embeddings().weight, next(iter(tiny_sd.text_encoder.parameters()))]
+    reward(sampler(PROMPTS, ["", ""], latents=latents)).backward()
+    ours = [parameter.grad.clone() for parameter in learned]
+    tiny_sd.text_encoder.zero_grad()
+    reward(theirs(tiny_sd, latents)).backward()
+    for mine, parameter in zip(ours, learned, strict=True):
+        assert_equal(mine, parameter.grad)
+
+
+def test_a_pipeline_as_it_is_loaded_learns_in_its_denoiser_alone(tiny_sd):
+    for part in (tiny_sd.unet, tiny_sd.vae, tiny_sd.text_encoder):
+        part.requires_grad_(True)
+    sampler_of(tiny_sd)
+    assert not any(p.requires_grad for part in (tiny_sd.vae, tiny_sd.text_encoder) for p in part.parameters())
+    assert all(p.requires_grad for p in tiny_sd.unet.parameters())
+
+
+def test_embeddings_need_no_text_encoder(tiny_sdxl):
+    """The negative ones are zeros, as SDXL's pipeline has them."""
+    texts = {name: t for name, t in constant(tiny_sdxl).items() if "negative" not in name}
+    tiny_sdxl.register_modules(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    tiny_sdxl.register_to_config(force_zeros_for_empty_prompt=True)
+    sampler = sampler_of(tiny_sdxl)
+    latents = seeded(latent_shape(sampler))
+    assert (sampler(PROMPTS, embeddings=texts, latents=latents) - theirs(tiny_sdxl, latents, texts)).abs().max() <= 1e-5

@@ -1,5 +1,6 @@
 """A diffusers pipeline seen as a chain: text in, prediction per step, image out. What all models have in common."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,8 @@ from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.models.surgery import put_ops_in
 from alignprop_fast.text_limits import TextReader
 
+logger = logging.getLogger(__name__)
+
 Generator = torch.Generator | list[torch.Generator] | None
 Embeddings = Mapping[str, torch.Tensor]
 
@@ -43,6 +46,12 @@ class Conditioning:
         held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
+    def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
+        """With others in the place of some tensors, by their ids."""
+        added = self.added and {name: others.get(id(tensor), tensor) for name, tensor in self.added.items()}
+        guidance = others.get(id(self.embedded_guidance), self.embedded_guidance)
+        return replace(self, embeds=others.get(id(self.embeds), self.embeds), added=added, embedded_guidance=guidance)
+
     def cast(self, dtype: torch.dtype) -> "Conditioning":
         """In the denoiser's dtype: text encoders may have another."""
         added = self.added and {name: tensor.to(dtype) for name, tensor in self.added.items()}
@@ -52,9 +61,9 @@ class Conditioning:
 class PipelineAdapter(ABC):
     """A diffusers pipeline as the sampler needs it. The pipeline stays an ordinary one.
 
-    Freezes the decoder and the text encoders, lays the convolutions out channels_last and puts the frozen-aware ops in
-    (`surgery.take_ops_out` takes them out); no name, value or adapter changes. A text encoder of which a part is frozen
-    already stays as it is: its user has chosen what of it learns, tokens or adapters, say.
+    Lays the convolutions out channels_last and puts the frozen-aware ops in (`surgery.take_ops_out` takes them out); no
+    name, value or adapter changes. Freezes VAE and text encoders, unless something in them is frozen already: then
+    their user has chosen what learns, such as tokens or adapters of a text encoder.
 
     Raises:
         ValueError: a scheduler or model option that the chain cannot reproduce; the message says how to change it.
@@ -79,9 +88,13 @@ class PipelineAdapter(ABC):
                 "models for inpainting and editing do; use the text-to-image model that it was made from"
             )
         self.scheduler_name = check_scheduler(pipe.scheduler, self.schedulers)
+        chosen = self._is_chosen()
         for module in (pipe.vae, *self._text_encoders()):
-            if all(parameter.requires_grad for parameter in module.parameters()):
+            if not chosen:
                 module.requires_grad_(False)
+            elif all(parameter.requires_grad for parameter in module.parameters()):
+                name = type(module).__name__
+                logger.warning("all of the %s requires grad and learns: requires_grad_(False) keeps it out", name)
         for module in (self.denoiser, pipe.vae.decoder):
             # Convolutions only: linear layers have no memory format.
             module.to(memory_format=torch.channels_last)
@@ -105,7 +118,8 @@ class PipelineAdapter(ABC):
             if part is None:
                 raise ValueError(f"the pipeline has no {name}, which prompts are encoded by: load it with one")
             elsewhere = isinstance(part, nn.Module) and part.device != self.device
-            if elsewhere and not may_be_away and "_hf_hook" not in vars(part):  # which places it for each call
+            placed = {"_hf_hook", "_diffusers_hook"} & set(vars(part))  # for each call, by offloading
+            if elsewhere and not may_be_away and not placed:
                 raise ValueError(
                     f"pipe.{name} is on {part.device}, the denoiser on {self.device}: pipe.to({str(self.device)!r})"
                 )
@@ -204,6 +218,19 @@ class PipelineAdapter(ABC):
             for layer, active in zip(layers, before, strict=True):
                 layer._active_adapter = active
 
+    def _is_chosen(self) -> bool:
+        """Whether some of VAE and text encoders is frozen; quantised weights, which cannot learn, do not count."""
+        parts = (self.pipe.vae, *self._text_encoders())
+        return any(not p.requires_grad for part in parts for p in part.parameters() if p.is_floating_point())
+
+    def reads_text(self, negative_prompts: str | list[str] | None, given: Embeddings, guided: bool) -> bool:
+        """Whether something is left to encode beside the embeddings that are given."""
+        return "prompt_embeds" not in given or (guided and "negative_prompt_embeds" not in given)
+
+    def decoder_learns(self) -> bool:
+        """Whether something in the VAE wants a gradient."""
+        return any(p.requires_grad for p in self.pipe.vae.parameters())
+
     def text_learns(self) -> bool:
         """Whether something in the text encoders wants a gradient."""
         return any(p.requires_grad for encoder in self._text_encoders() for p in encoder.parameters())
@@ -224,8 +251,13 @@ class PipelineAdapter(ABC):
             if len(tensor) != batch:
                 raise ValueError(f"{name} has {len(tensor)} rows for {batch} prompts: give one row for each prompt")
 
-    def adapter_settings(self) -> Hashable:
-        """To compare: which adapters are on, or merged into the weights, and how strong."""
+    def settings(self) -> Hashable:
+        """To compare: what changes the denoiser's results and is no weight: adapters, and FreeU of a UNet."""
+        blocks = getattr(self.denoiser, "up_blocks", ())
+        return self._adapter_settings(), tuple(getattr(b, n, None) for b in blocks for n in ("s1", "s2", "b1", "b2"))
+
+    def _adapter_settings(self) -> Hashable:
+        """Which adapters are on, or merged into the weights, and how strong."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         return tuple(
             (m.disable_adapters, *m.active_adapters, *m.merged_adapters, *getattr(m, "scaling", {}).values())
@@ -235,7 +267,7 @@ class PipelineAdapter(ABC):
     def fingerprint(self) -> Hashable:
         """Where the denoiser's weights lie, and how its adapters are set: a recorded evaluation holds as long."""
         places = tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters())
-        return places, self.adapter_settings()
+        return places, self._adapter_settings()
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs; `with_text`: the text encoders too."""

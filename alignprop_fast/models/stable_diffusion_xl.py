@@ -35,6 +35,10 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         """Channels of the pooled text, which the UNet sees beside six embedded numbers."""
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
+    def reads_text(self, negative_prompts: str | list[str] | None, given: Embeddings, guided: bool) -> bool:
+        zeros = negative_prompts is None and self.pipe.config.force_zeros_for_empty_prompt
+        return super().reads_text(negative_prompts, given, guided and not zeros)
+
     def encode(
         self,
         prompts: list[str],

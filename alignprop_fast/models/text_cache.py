@@ -67,7 +67,7 @@ class TextCache:
         Raises:
             ValueError: something in the text encoders learns, so that embeddings change.
         """
-        if self._model.text_learns():
+        if torch.is_grad_enabled() and self._model.text_learns():
             raise ValueError("cache_text remembers embeddings, and a text encoder learns: leave cache_text out")
         if given:
             with self._encoders_on_device():

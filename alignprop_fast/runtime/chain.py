@@ -40,7 +40,9 @@ class Chain:
     penalty: (i, x, y) -> (a scalar, its gradient for y), of each gradient step; x counts as a constant in it, so that
         it acts on the parameters through its own step alone. Called without gradient.
     sample, replay: the network in faster forms, for steps without gradient and for replays.
-    conditions: what else the network reads and a gradient is wanted for, such as embeddings of text; none with a sink.
+    conditions: what else a gradient is wanted for, such as embeddings of text; none with a sink.
+    leaves: what the network reads in the place of each condition: the same values without its graph. One condition may
+        have been made of another.
     state: () -> what the network's results depend on beside (i, x), to compare: weights that were changed in place, or
         replaced, give another one. A replay must find the state of the forward pass.
     """
@@ -60,19 +62,20 @@ class Chain:
     sample: Callable[[int, torch.Tensor], torch.Tensor] | None = None
     replay: Callable[[int, torch.Tensor], torch.Tensor] | None = None
     conditions: Sequence[torch.Tensor] = ()
+    leaves: Sequence[torch.Tensor] = ()
     state: Callable[[], Hashable] = tuple
 
     @property
     def receivers(self) -> list[torch.Tensor]:
-        """All tensors but x that get a gradient."""
-        return [*self.parameters, *self.conditions]
+        """All tensors but x that one step has a gradient for."""
+        return [*self.parameters, *self.leaves]
 
 
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
     """Run the chain from x [B, ...] under the plan and return the last latents [B, ...].
 
-    Gradients reach `chain.receivers`, and x if it asks for one. The graph can be used once: it frees itself as it is
-    used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
+    Gradients reach parameters and conditions, and x if it asks for one. The graph can be used once: it frees itself as
+    it is used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
     """
     return run_penalised_chain(chain, plan, x)[0]
 
@@ -87,7 +90,7 @@ def run_penalised_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torc
     x = chain.start(x)
     if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
         tape = _Tape(chain, plan, grad_steps, x.requires_grad)
-        x, penalty = _ChainFunction.apply(tape, x, *chain.receivers)
+        x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
         return chain.finish(x), penalty
     with torch.no_grad():
         x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)

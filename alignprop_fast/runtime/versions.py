@@ -2,11 +2,10 @@
 changes in place, which autograd itself compares for the tensors that it saved, and by their places."""
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 CHANGED = (
     "weights, adapter settings or embeddings were changed between sampling and the backward pass, which would be that "
@@ -30,18 +29,11 @@ def versions(modules: Iterable[nn.Module]) -> Hashable:
 
 def unchanged(x: torch.Tensor, state: Callable[[], Hashable]) -> torch.Tensor:
     """x, whose backward pass raises RuntimeError where `state()` is no longer what it is now."""
-    return _Unchanged.apply(x, state) if x.requires_grad else x
+    if x.requires_grad:
+        x.register_hook(partial(_check, state, state()))
+    return x
 
 
-class _Unchanged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, state: Callable[[], Hashable]) -> torch.Tensor:
-        ctx.state, ctx.before = state, state()
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if ctx.state() != ctx.before:
-            raise RuntimeError(CHANGED)
-        return g, None
+def _check(state: Callable[[], Hashable], before: Hashable, g: torch.Tensor) -> None:
+    if state() != before:
+        raise RuntimeError(CHANGED)

@@ -73,6 +73,10 @@ def the_guidance_scale_steps(pipe, scale):
     scale.add_(1)
 
 
+def freeu_is_switched_on(pipe, scale):
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
 CHANGES = [
     *(an_optimizer_steps, a_base_weight_moves, adapters_move_elsewhere, a_checkpoint_is_loaded),
     *(
@@ -93,6 +97,29 @@ def test_a_replay_finds_what_was_sampled_with(pipe, change, resident):
     change(pipe, scale)
     # The second is autograd's own, of what was kept.
     with pytest.raises(RuntimeError, match=r"or sample again|modified by an inplace operation"):
+        images.sum().backward()
+
+
+@pytest.mark.parametrize("stage", ["batch", "image"])
+def test_a_decoder_that_changes_behind_a_chain_without_gradient_steps(pipe, stage):
+    sampler = DifferentiableSampler(pipe, STEPS)
+    latents = torch.randn(2, 4, *[side // pipe.vae_scale_factor for side in sampler.size], requires_grad=True)
+    keep = StageChoice(stage, {"*": "recompute"})
+    images = sampler(PROMPTS, latents=latents, plan=Plan(STEPS, (), (), (), {"*": "keep"}, keep, None))
+    images.mul_(2)  # as users may do
+    the_decoder_changes(pipe, None)
+    with pytest.raises(RuntimeError, match="sample again"):
+        images.sum().backward()
+
+
+def test_embeddings_that_are_not_copied(tiny_sd3):
+    """Those of SD3 reach the denoiser as they are given, where there is one branch."""
+    embeds, _, pooled, _ = tiny_sd3.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    texts = {"prompt_embeds": embeds[:, :8], "pooled_prompt_embeds": pooled}
+    tiny_sd3.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    images = DifferentiableSampler(tiny_sd3, STEPS, 1.0)(PROMPTS, embeddings=texts)
+    texts["pooled_prompt_embeds"].mul_(2)
+    with pytest.raises(RuntimeError, match="sample again"):
         images.sum().backward()
 
 
