@@ -83,7 +83,6 @@ class DefaultDDPOStableDiffusionPipeline:
         if (folder / WEIGHTS_NAME).is_file():
             self.use_lora, self.adapter = True, adapter or DEFAULT
             self._loaded = load_new(self.sd_pipeline, folder / WEIGHTS_NAME, self.adapter)
-            logger.info("training goes on from the LoRA weights in %s", folder)
         own = self.sd_pipeline.scheduler
         if type(own).__name__ == "DDIMScheduler":
             # trl's chain ends at the first training timestep, never at alpha = 1.
@@ -163,13 +162,17 @@ class DefaultDDPOStableDiffusionPipeline:
                 )
             trainable_in_fp32(self.unet)
             return self.unet
-        if not has_lora(pipe):
+        goes_on, others = has_lora(pipe), bool(parts_with_adapters(pipe))
+        if not goes_on:
             add_lora(pipe, rank, alpha, targets, self.adapter or DEFAULT)
         self.adapter = train_adapter(pipe, self.adapter)
         if self._loaded:  # which the model's own precision may have rounded meanwhile
             set_factors(pipe, self.adapter, self._loaded)
         self._loaded = {}
-        logger.info("%s", describe(pipe, self.adapter))
+        # Of new adapters alone there is nothing to decide; of others the wrong one may be trained.
+        level = logging.WARNING if others else logging.INFO
+        begin = "training goes on from adapters that are there: " if goes_on else ""
+        logger.log(level, "%s%s", begin, describe(pipe, self.adapter))
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
