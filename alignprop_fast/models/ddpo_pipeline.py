@@ -26,6 +26,7 @@ from alignprop_fast.models.lora import (
 )
 from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
+from alignprop_fast.models.pipeline_adapter import text_encoders
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 from alignprop_fast.models.switches import check_switches
 
@@ -117,9 +118,8 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """Every text encoder: one for Stable Diffusion, two for SDXL and FLUX, three for SD3."""
-        parts = self.sd_pipeline.components
-        return [parts[name] for name in parts if name.startswith("text_encoder") and parts[name] is not None]
+        """Those of `sd_pipeline`, in its order."""
+        return text_encoders(self.sd_pipeline)
 
     @property
     def autocast(self) -> Callable[[], Any] | None:
