@@ -43,7 +43,7 @@ from alignprop_fast.cli_support import (
     go_on_by,
     pick_device,
 )
-from alignprop_fast.data import PromptRow, load_rows
+from alignprop_fast.data import PROMPT_SETS, PromptRow, load_rows
 from alignprop_fast.planner import parse_budget
 from alignprop_fast.report import (
     Pictures,
@@ -378,11 +378,11 @@ def _resolved(options: TrainOptions, precision: str, folder: Path) -> TrainOptio
     return replace(
         options,
         output_dir=str(folder),
-        model=options.model if options.model == "demo" else existing_as_absolute(options.model),
+        model=existing_as_absolute(options.model, names=("demo",)),
         model_config=None if options.model_config is None else existing_as_absolute(options.model_config),
-        prompts=existing_as_absolute(options.prompts),
+        prompts=existing_as_absolute(options.prompts, PROMPT_SETS),
         reward_model=tuple(map(_absolute_model, options.reward_model)),
-        watch_prompts=options.watch_prompts and existing_as_absolute(options.watch_prompts),
+        watch_prompts=options.watch_prompts and existing_as_absolute(options.watch_prompts, PROMPT_SETS),
         watch_reward_model=tuple(map(_absolute_model, options.watch_reward_model)),
         diversity_model=options.diversity_model and existing_as_absolute(options.diversity_model),
         mixed_precision=precision,

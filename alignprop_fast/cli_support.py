@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,10 +206,13 @@ def check_tracker(name: str | None) -> None:
         raise ValueError(f"--log-with {name} needs {name}: pip install {name}, or leave the option out")
 
 
-def existing_as_absolute(value: str) -> str:
-    """A path that is there in full, so that a run can be resumed from another folder; other texts as they are."""
+def existing_as_absolute(value: str, names: Collection[str] = ()) -> str:
+    """A path that is there in full, so that a run can be resumed from another folder; other texts as they are.
+
+    names: mean something of this package, also where a file is called so.
+    """
     path = Path(value).expanduser()
-    return str(path.resolve()) if path.exists() else value
+    return str(path.resolve()) if path.exists() and value not in names else value
 
 
 def plain(value: Any) -> Any:

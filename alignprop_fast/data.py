@@ -25,7 +25,9 @@ _FILES = {
 PROMPT_SETS = tuple(_FILES)
 KINDS = "a .txt file with a prompt a line, or a .csv, .jsonl or .parquet file or datasets folder with a column 'prompt'"
 _PROMPT = "prompt"
-_TABLE = re.compile(r'"?prompt"?\s*([,;\t]|$)|\{\s*"', re.IGNORECASE)  # how .csv and .jsonl files begin
+_JSON = re.compile(r'[\[{][\[{\s]*("|$|])')  # how files of JSON begin
+_PROMPT_COLUMNS = {"prompt", "prompts"}
+_TEXT_COLUMNS = {"text", "texts", "caption", "captions"}  # words that tags, too, may hold
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,21 @@ def _text_records(path: Path) -> _Records:
             )
         if not prompt or prompt.startswith("#"):
             continue
-        if first and _TABLE.match(prompt):
+        if first and (_JSON.match(prompt) or _is_header(prompt)):
             raise ValueError(
-                f"{path} begins with {prompt[:40]!r}, as a table does: name it .csv or .jsonl, to be read as one"
+                f"{path} begins with {prompt[:40]!r}, as a table or JSON does: give a .csv or .jsonl file with the "
+                f"texts as {_PROMPT!r}, or let another prompt be the first"
             )
         first = False
         yield f"line {number}", {_PROMPT: prompt}
+
+
+def _is_header(line: str) -> bool:
+    """Whether it is the names of a table's columns."""
+    names = [cell.strip().strip('"').lower() for cell in re.split(r"[,;|\t]", line)]
+    if not _PROMPT_COLUMNS.isdisjoint(names):
+        return True
+    return not _TEXT_COLUMNS.isdisjoint(names) and all(len(name.split()) <= 1 for name in names)
 
 
 def _csv_records(path: Path) -> _Records:

@@ -28,9 +28,26 @@ class TextReader:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All tokens of each text, none cut off."""
-        if self.converted is not None:
+        if self.converted is not None and self._has_learned():
             texts = [self.converted(text, self.tokenizer) for text in texts]
         return self.tokenizer(list(texts), truncation=False)["input_ids"]
+
+    def unsure(self, texts: Sequence[str]) -> list[str]:
+        """Those of the texts that may be longer than the limit, told without tokenizing each.
+
+        A token has at least one character, but for the marks and for the space that T5 puts before a text. Of ASCII
+        alone: tokenizers normalise other characters, some to many (NFC makes three of U+1D160).
+        """
+        if self._has_learned():
+            return list(texts)
+        (marks,) = self.tokens([""])
+        most = self.limit - len(marks) - 1
+        return [text for text in texts if len(text) > most or not text.isascii()]
+
+    def _has_learned(self) -> bool:
+        """Whether someone has added tokens, of which a pipeline writes `token_1` and so on behind the first."""
+        special = set(self.tokenizer.all_special_tokens)
+        return any(token not in special or token.endswith("_1") for token in self.tokenizer.added_tokens_encoder)
 
     def says(self, text: str) -> str:
         """How much of the text is read."""
@@ -65,8 +82,11 @@ class CutTexts:
         if not new or not self._readers:
             return
         self._seen.update(new)
-        by_reader = [[(len(tokens), reader.limit) for tokens in reader.tokens(new)] for reader in self._readers]
-        for text, lengths in zip(new, zip(*by_reader, strict=True), strict=True):
+        unsure = list(dict.fromkeys(text for reader in self._readers for text in reader.unsure(new)))
+        if not unsure:
+            return
+        by_reader = [[(len(tokens), reader.limit) for tokens in reader.tokens(unsure)] for reader in self._readers]
+        for text, lengths in zip(unsure, zip(*by_reader, strict=True), strict=True):
             if any(length > limit for length, limit in lengths):
                 self._cut += 1
                 self._longest = max(self._longest, (max(lengths)[0], text), key=itemgetter(0))

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import yaml
 from PIL import Image
 
 TINY = ("--num-inference-steps", "1", "--batch-size", "2", "--device", "cpu")
@@ -62,6 +63,18 @@ def test_training_watching_and_resuming_with_metadata(command, tiny_sd_folder, r
     listed = next(line for line in (whole / "README.md").read_text().splitlines() if "prompts were trained on" in line)
     assert "a cat; a dog on a mat | with" in listed
     assert "| negative_prompt | blurry \\| dark |" in (whole / "README.md").read_text()
+
+
+def test_a_set_is_meant_where_a_file_or_folder_has_its_name(command, tiny_sd_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "animals").mkdir()
+    (tmp_path / "demo-heldout").write_text("another prompt\n")
+    out, options = tmp_path / "out", ("--prompts", "animals", "--watch-prompts", "demo-heldout", "--watch-pictures", 2)
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", *options, *TINY)
+    code, _, err = command("train", *options, "--steps", 1, "--output-dir", out)
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert (code, err, kept["prompts"], kept["watch_prompts"]) == (0, "", "animals", "demo-heldout")
+    assert command("train", "--resume", "--steps", 2, "--output-dir", out)[::2] == (0, "")
 
 
 def test_a_reward_that_needs_metadata_is_measured_with_some(command, tiny_sd_folder, rows, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from alignprop_fast.checkpoint import checkpoints, read_checkpoint
-from alignprop_fast.cli_support import fail, run_errors
+from alignprop_fast.cli_support import existing_as_absolute, fail, run_errors
 
 
 def test_a_message_is_one_line_whatever_is_in_it(capsys):
@@ -61,3 +61,11 @@ def test_a_disk_that_fills_up_while_pictures_are_written(command, files_up_to, t
         code, _, err = command("sample", *options, "--output-dir", tmp_path / "out")
     assert code == 1 and len(err.splitlines()) == 1 and "File too large" in err, err
     assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["alignprop-fast-error.txt"])
+
+
+def test_a_path_is_made_absolute_and_a_name_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert existing_as_absolute("demo", ("demo",)) == "demo"
+    assert existing_as_absolute("./demo", ("demo",)) == existing_as_absolute("demo") == str(tmp_path / "demo")
+    assert existing_as_absolute("owner/name", ("demo",)) == "owner/name"

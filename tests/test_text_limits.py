@@ -8,7 +8,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
-from alignprop_fast.text_limits import CutTexts
+from alignprop_fast.text_limits import CutTexts, TextReader
 
 WORDS = ("the", "red", "cat", "dog", "and")  # a token each, for the tiny CLIP and the tiny T5 alike
 CLIP, T5_SD3, T5_FLUX = 75, 255, 511  # words beside the marks: the limits of diffusers' pipelines
@@ -86,6 +86,43 @@ def test_a_learned_token_counts_as_its_vectors(tiny_sd, caplog):
     CutTexts(adapt(tiny_sd).text_readers(), "prompts").look_at(["a <mine> cat"])
     (line,) = said(caplog)
     assert "CLIP reads 77 of its 84 tokens" in line
+
+
+class Counted:
+    """A tokenizer that counts the texts that it is given."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.texts = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts, **options):
+        self.texts += texts
+        return self._tokenizer(texts, **options)
+
+
+def test_texts_that_are_short_for_certain_are_not_tokenized(tiny_sdxl):
+    """A start with 100 000 prompts must not take a minute; neither must each look for learned tokens."""
+    readers = adapt(tiny_sdxl).text_readers()
+    counted = [TextReader(r.name, Counted(r.tokenizer), r.limit, lambda *_: pytest.fail("converted")) for r in readers]
+    long = " ".join(words(90))
+    CutTexts(counted, "prompts").look_at([*(f"cat {i}" for i in range(100)), long])
+    assert [set(reader.tokenizer.texts) for reader in counted] == [{"", long}] * 2
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_no_text_that_is_cut_passes_for_a_short_one(request, name):
+    """ASCII in every mixture; and characters of which normalisation makes several."""
+    readers, draw = adapt(request.getfixturevalue(f"tiny_{name}")).text_readers(), random.Random(0)
+    alphabets = [[*map(chr, range(128))], ["!"], ["a", " "], [" "], [*"<>/s "], ["</s>", "x"], ["A", "!", " ", "\n"]]
+    for reader in readers:
+        bound = reader.limit - len(reader.tokens([""])[0])
+        texts = ["".join(draw.choices(draw.choice(alphabets), k=bound))[:bound] for _ in range(400)]
+        grown = ["\U0001d160" * 18, "\u0344" * 38, "\ufdfa" * 30]
+        sizes = {text: len(tokens) for text, tokens in zip(texts + grown, reader.tokens(texts + grown), strict=True)}
+        cut = {text for text, size in sizes.items() if size > reader.limit}
+        assert cut <= set(reader.unsure(list(sizes))) and reader.unsure(["a cat"]) == []
 
 
 def test_the_sampler_says_it_once_and_of_negative_prompts_that_are_used(tiny_sd, caplog):

@@ -70,6 +70,7 @@ PLAIN = "# mine\n\n  a café at night\r\na cat # really\ra\u2028b\x85c\x0bd\x0ce
 LINES = [PromptRow("a café at night"), PromptRow("a cat # really"), PromptRow("a\u2028b\x85c\x0bd\x0ce\x1cf")]
 
 OTHER = "is no kind of file that prompts are read from: give a .txt file with a prompt a line"
+TABLE = "as a table or JSON does: give a .csv or .jsonl file with the texts as 'prompt'"
 NO_COLUMN, QUOTES = "has no column 'prompt'", "put texts with commas or line breaks in quotes"
 FORM = 'write one object a line, such as {"prompt": "a cat"}'
 
@@ -100,8 +101,10 @@ CASES = [
     refused("a folder of pictures and captions", "pictures", Path.mkdir, "that save_to_disk of datasets did not write"),
     refused("prompts with NUL bytes", "p.txt", b"a cat\0a dog\n", "is a binary file"),
     refused("prompts as text in another encoding", "p.txt", "caf\u00e9".encode("latin-1"), "save it as UTF-8"),
-    refused("a CSV file that is called .txt", "p.txt", CSV, "as a table does: name it .csv or .jsonl"),
-    refused("JSON Lines that are called .txt", "p.txt", JSON_LINES, "as a table does: name it .csv or .jsonl"),
+    refused("a CSV file that is called .txt", "p.txt", CSV, TABLE),
+    refused("JSON Lines that are called .txt", "p.txt", JSON_LINES, TABLE),
+    refused("a CSV file called .txt, the texts not first", "p.txt", "id,prompt\n1,a cat\n", TABLE),
+    refused("a JSON list that is called .txt", "p.txt", '["a cat", "a dog"]\n', TABLE),
     refused("a CSV file without a column prompt", "p.csv", "caption,target\na cat,3\n", NO_COLUMN),
     refused("a CSV file with semicolons", "p.csv", "prompt;target\na cat;3\n", NO_COLUMN),
     refused("a CSV file with a column twice", "p.csv", "prompt,prompt\na,b\n", "has a column twice"),
@@ -147,6 +150,46 @@ def test_a_prompt_that_is_too_long_is_read_with_a_note(tiny_sd, caplog):
 
     DifferentiableSampler(tiny_sd, 1)(["the red cat " * 40])
     assert [TOO_LONG.words in record.getMessage() for record in caplog.records if "alignprop" in record.name] == [True]
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        *(
+            "caption,score",
+            "text;prompt",
+            "Image URL,Prompt",
+            "prompt,image url",
+            '"id", "caption"',
+            "image|text",
+            "TEXT",
+        ),
+        *(",prompt", "id\tcaptions", "[", '[{"prompt": "a cat"}]', '["a cat",', "{", "[]"),
+    ],
+)
+def test_a_text_file_that_begins_as_something_else_is_refused(tmp_path, begin):
+    (tmp_path / "p.txt").write_text(f"# mine\n{begin}\na cat\n")
+    with pytest.raises(ValueError) as caught:
+        load_rows(tmp_path / "p.txt")
+    assert TABLE in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        *(
+            "a caption, of a cat",
+            "text, written on a wall",
+            "a poster; text: hello",
+            "captioned, cat",
+            "a prompt, a text",
+        ),
+        *("[cat:dog:0.5] on a mat", "((cat)), [[dog]]", "{{cat}}", "{red|blue} cat", '"text" in neon', "cat | dog"),
+    ],
+)
+def test_prompts_with_commas_and_brackets_are_read(tmp_path, begin):
+    (tmp_path / "p.txt").write_text(f"{begin}\nid,prompt\n")
+    assert [row.prompt for row in load_rows(tmp_path / "p.txt")] == [begin, "id,prompt"]
 
 
 @pytest.mark.parametrize("file", ["p.parquet", "p.saved"])

@@ -26,6 +26,7 @@ from alignprop_fast.models.lora import (
 )
 from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
+from alignprop_fast.models.pipeline_adapter import text_encoders
 from alignprop_fast.models.quantization import is_quantized, quantize_linears
 from alignprop_fast.models.switches import check_switches
 
@@ -83,7 +84,6 @@ class DefaultDDPOStableDiffusionPipeline:
         if (folder / WEIGHTS_NAME).is_file():
             self.use_lora, self.adapter = True, adapter or DEFAULT
             self._loaded = load_new(self.sd_pipeline, folder / WEIGHTS_NAME, self.adapter)
-            logger.info("training goes on from the LoRA weights in %s", folder)
         own = self.sd_pipeline.scheduler
         if type(own).__name__ == "DDIMScheduler":
             # trl's chain ends at the first training timestep, never at alpha = 1.
@@ -118,9 +118,8 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """Every text encoder: one for Stable Diffusion, two for SDXL and FLUX, three for SD3."""
-        parts = self.sd_pipeline.components
-        return [parts[name] for name in parts if name.startswith("text_encoder") and parts[name] is not None]
+        """Those of `sd_pipeline`, in its order."""
+        return text_encoders(self.sd_pipeline)
 
     @property
     def autocast(self) -> Callable[[], Any] | None:
@@ -163,13 +162,17 @@ class DefaultDDPOStableDiffusionPipeline:
                 )
             trainable_in_fp32(self.unet)
             return self.unet
-        if not has_lora(pipe):
+        goes_on, others = has_lora(pipe), bool(parts_with_adapters(pipe))
+        if not goes_on:
             add_lora(pipe, rank, alpha, targets, self.adapter or DEFAULT)
         self.adapter = train_adapter(pipe, self.adapter)
         if self._loaded:  # which the model's own precision may have rounded meanwhile
             set_factors(pipe, self.adapter, self._loaded)
         self._loaded = {}
-        logger.info("%s", describe(pipe, self.adapter))
+        # Of new adapters alone there is nothing to decide; of others the wrong one may be trained.
+        level = logging.WARNING if others else logging.INFO
+        begin = "training goes on from adapters that are there: " if goes_on else ""
+        logger.log(level, "%s%s", begin, describe(pipe, self.adapter))
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:

@@ -100,9 +100,8 @@ class PipelineAdapter(ABC):
             module.to(memory_format=torch.channels_last)
             put_ops_in(module)
 
-    def _text_encoders(self) -> Sequence[nn.Module]:
-        parts = self.pipe.components
-        return [parts[name] for name in parts if name.startswith("text_encoder") and parts[name] is not None]
+    def _text_encoders(self) -> list[nn.Module]:
+        return text_encoders(self.pipe)
 
     @property
     @abstractmethod
@@ -345,6 +344,11 @@ class PipelineAdapter(ABC):
     def decoder_segments(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
+
+
+def text_encoders(pipe: Any) -> list[nn.Module]:
+    """Every text encoder of a pipeline: one for Stable Diffusion, two for SDXL and FLUX, up to three for SD3."""
+    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
 
 
 def native_size(pipe: Any) -> tuple[int, int] | None:

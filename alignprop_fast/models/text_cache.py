@@ -12,9 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Embeddings
+from alignprop_fast.models.pipeline_adapter import Embeddings, text_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +119,11 @@ class TextCache:
             self._move_encoders("cpu")
             _move(aside, device)
 
-    def _encoders(self) -> list[nn.Module]:
-        parts = self._model.pipe.components
-        return [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
-
     def _encoder_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for part in self._encoders() for t in part.parameters())
+        return sum(t.numel() * t.element_size() for part in text_encoders(self._model.pipe) for t in part.parameters())
 
     def _move_encoders(self, device: Any) -> None:
-        for part in self._encoders():
+        for part in text_encoders(self._model.pipe):
             part.to(device)
 
     def _block_weights(self) -> list[torch.Tensor]:

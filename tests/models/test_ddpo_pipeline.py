@@ -202,8 +202,7 @@ def test_the_trained_adapter_can_be_chosen_and_is_said(tiny_sd_folder, tmp_path,
     for name in ("style", "reward"):
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
     pipeline.sd_pipeline.set_adapters(["style", "reward"])
-    with caplog.at_level("INFO", "alignprop_fast"):
-        pipeline.get_trainable_layers()
+    pipeline.get_trainable_layers()
     assert "'reward' of the unet, rank 2, is trained and saved; left as they are and not saved: 'style'" in caplog.text
     other = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
     for name in ("style", "reward"):
@@ -211,6 +210,32 @@ def test_the_trained_adapter_can_be_chosen_and_is_said(tiny_sd_folder, tmp_path,
     other.sd_pipeline.set_adapters(["style", "reward"])
     with pytest.raises(ValueError, match=r"'reward', 'style' require grad: choose one, for example adapter='reward'"):
         other.get_trainable_layers()
+
+
+@pytest.mark.parametrize("where", ["in memory", "in the folder"])
+def test_a_loaded_adapter_that_is_trained_is_said_where_nobody_has_asked_for_more(
+    tiny_sd, tiny_sd_folder, tmp_path, caplog, where
+):
+    """At logging's own level and on the command line, info is not heard."""
+    add_lora(tiny_sd, 3, 3)
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    save_lora(tiny_sd, folder if where == "in the folder" else tmp_path)
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder, adapter="style" if where == "in the folder" else None)
+    if where == "in memory":
+        pipeline.sd_pipeline.load_lora_weights(tmp_path, adapter_name="style")
+    pipeline.get_trainable_layers()
+    (line,) = [
+        r.getMessage() for r in caplog.records if r.name.startswith("alignprop_fast") and r.levelname == "WARNING"
+    ]
+    assert line.startswith("training goes on from adapters that are there: adapter 'style' of the unet, rank 3, is tr")
+
+
+def test_new_adapters_alone_are_no_warning(tiny_sd_folder, caplog):
+    with caplog.at_level("INFO", "alignprop_fast"):
+        DefaultDDPOStableDiffusionPipeline(tiny_sd_folder).get_trainable_layers()
+    assert [(r.levelname, r.getMessage()) for r in caplog.records if "is trained" in r.getMessage()] == [
+        ("INFO", "adapter 'default' of the unet, rank 4, is trained and saved")
+    ]
 
 
 def test_a_new_adapter_gets_the_chosen_name(tiny_sd_folder):
