@@ -15,7 +15,7 @@ that accelerate prepares, and none is prepared here; or the number of processes 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,17 @@ ENGINES = {
 }
 _OTHER_FLAGS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")  # harmless, if they are flags
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")  # as accelerate reads them
+
+# Where a launcher puts the processes of a run and this one's place, in accelerate's order: `accelerate launch` and
+# torchrun, then MPI's.
+COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+INDEX = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_PLACE = (
+    *COUNT,
+    *INDEX,
+    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    *("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
 
 # Arguments of `Accelerator` that a user may give, and the fields of the config that hold others.
 ACCELERATOR_ARGUMENTS = (
@@ -131,6 +142,35 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
             raise ValueError(f"{USE_CPU} and {TORCH_DEVICE}={device} contradict each other: unset one")
         device, variable = "cpu", USE_CPU
     return Launcher(device, variable, precision, None if steps is None else int(steps))
+
+
+def first_number(names: tuple[str, ...], default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Of the first variable that holds one; below 0, as empty, means unset.
+
+    Raises:
+        ValueError: a variable that holds something else; one line names it.
+    """
+    for name in names:
+        value = environment.get(name) or "-1"
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError(f"{name}={value} is no whole number: a launcher sets it, else unset it") from None
+        if number >= 0:
+            return number
+    return default
+
+
+def drop_empty_places(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Unset what says nothing of this process's place: accelerate and torch would take it for a number.
+
+    Raises:
+        ValueError: as `first_number`.
+    """
+    for name in _PLACE:
+        first_number((name,), -1, environment)
+        if environment.get(name) == "":
+            del environment[name]
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

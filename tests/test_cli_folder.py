@@ -77,11 +77,20 @@ def test_what_a_run_writes_stays(tmp_path):
     assert [path.name for path in folder.path.iterdir()] == ["text"]
 
 
-def test_several_processes_of_one_run_count_as_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize(
+    ("count", "index"),
+    [
+        ("WORLD_SIZE", "RANK"),
+        ("PMI_SIZE", "PMI_RANK"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ],
+)
+def test_several_processes_of_one_run_count_as_one(tmp_path, monkeypatch, count, index):
+    monkeypatch.setenv(count, "2")
+    monkeypatch.setenv(index, "0")
     with OutputFolder(tmp_path / "a", several=True) as main:
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv(index, "1")
         with OutputFolder(tmp_path / "a", several=True) as other:
             main.check(), other.check()
             with OutputFolder(tmp_path / "a") as alone, pytest.raises(ValueError, match="without a launcher"):

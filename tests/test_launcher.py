@@ -7,9 +7,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils.environment import get_cpu_distributed_information
 
 from alignprop_fast.config import AlignPropConfig
-from alignprop_fast.launcher import check_arguments, read_launcher
+from alignprop_fast.launcher import COUNT, INDEX, check_arguments, drop_empty_places, first_number, read_launcher
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.trainer import AlignPropTrainer
 
@@ -151,3 +152,25 @@ def test_the_command_refuses_and_follows(command, monkeypatch, tiny_sd_folder, t
     ):
         assert " ".join(printed.split()).count(line) == 1, printed
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("number", range(len(COUNT)))
+def test_places_are_those_that_accelerate_reads(monkeypatch, number):
+    """The variables of several launchers at once, each with another place."""
+    for name in (*COUNT, *INDEX):
+        monkeypatch.delenv(name, raising=False)
+    for k in range(number, len(COUNT)):
+        monkeypatch.setenv(COUNT[k], str(8 + k))
+        monkeypatch.setenv(INDEX[k], str(k))
+    expected = get_cpu_distributed_information()
+    assert (
+        (first_number(COUNT, 1), first_number(INDEX, 0)) == (expected.world_size, expected.rank) == (8 + number, number)
+    )
+
+
+def test_an_empty_place_is_none():
+    environment = {"WORLD_SIZE": "", "LOCAL_RANK": "", "RANK": "0"}
+    drop_empty_places(environment)
+    assert environment == {"RANK": "0"}
+    with pytest.raises(ValueError, match="LOCAL_RANK=two is no whole number"):
+        drop_empty_places({"LOCAL_RANK": "two"})
