@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 
 from alignprop_fast.cli_folder import LOCK, OutputFolder
+from alignprop_fast.cli_options import TrainOptions, make_config
 
 HOLDER = """
 import sys
@@ -61,13 +63,24 @@ def test_the_folder_of_a_killed_process_is_free(tmp_path):
 
 def test_a_set_up_that_fails_leaves_things_as_they_were(tmp_path):
     with OutputFolder(tmp_path / "a" / "b") as folder:
-        (folder.path / "tracker").mkdir()
+        tracker = TensorBoardTracker(
+            make_config(TrainOptions(lora_alpha=4.0, mixed_precision="no"), "cpu", "").tracker_project_name, folder.path
+        )
+        tracker.start()
+        tracker.finish()
+        assert len(list(folder.path.iterdir())) == 2
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "text").write_text("mine")
     with OutputFolder(tmp_path / "mine") as folder, pytest.raises(ValueError, match="not empty"):
         folder.check_new()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["text"]
+
+
+def test_a_set_up_that_fails_leaves_what_others_wrote(tmp_path):
+    with OutputFolder(tmp_path / "a" / "b") as folder:
+        (folder.path / "log.txt").write_text("theirs")
+    assert [path.name for path in folder.path.iterdir()] == ["log.txt"]
 
 
 def test_what_a_run_writes_stays(tmp_path):
