@@ -49,7 +49,7 @@ _PLACE = (
 # Arguments of `Accelerator` that a user may give, and the fields of the config that hold others.
 ACCELERATOR_ARGUMENTS = (
     *("cpu", "kwargs_handlers", "device_placement", "rng_types", "step_scheduler_with_optimizer"),
-    *("split_batches", "dataloader_config"),
+    *("split_batches", "dataloader_config", "project_dir"),
 )
 _FIELDS = {
     "mixed_precision": "mixed_precision",
@@ -57,7 +57,6 @@ _FIELDS = {
     "gradient_accumulation_plugin": "train_gradient_accumulation_steps",
     "log_with": "log_with",
     "project_config": "project_kwargs",
-    "project_dir": "output_dir",
     "dynamo_backend": "compiled",
     "dynamo_plugin": "compiled",
 }
@@ -173,17 +172,28 @@ def drop_empty_places(environment: MutableMapping[str, str] = os.environ) -> Non
             del environment[name]
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Look at the arguments that the user gives `Accelerator`.
+def checked_arguments(arguments: Mapping[str, Any], accumulation_steps: int) -> dict[str, Any]:
+    """The arguments that the user gives `Accelerator`, without those that ask for nothing.
 
     Raises:
         ValueError: one that the config has a field for, or that cannot be followed here.
     """
-    for name in arguments:
+    asked = {name: value for name, value in arguments.items() if not _asks_nothing(name, value, accumulation_steps)}
+    for name in asked:
         if name in _FIELDS:
             raise ValueError(f"accelerator_kwargs holds {name}: use the field {_FIELDS[name]} instead")
         if name not in ACCELERATOR_ARGUMENTS:
             raise ValueError(f"accelerator_kwargs holds {name}, which does not go with this trainer: leave it out")
+    return asked
+
+
+def _asks_nothing(name: str, value: Any, accumulation_steps: int) -> bool:
+    """Whether an argument is what holds without it."""
+    if name == "gradient_accumulation_plugin" and value is not None:  # the rest of it concerns data loaders
+        return bool(value.num_steps == accumulation_steps)
+    if name in ("dynamo_backend", "dynamo_plugin"):
+        return str(getattr(value, "backend", value)).lower() in ("none", "no")
+    return value is None or (name == "cpu" and not value)
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
