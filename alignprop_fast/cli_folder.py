@@ -12,6 +12,7 @@ from pathlib import Path
 from alignprop_fast.cli_support import check_writable, fail, process_count, process_index
 
 LOCK = ".alignprop-fast.lock"
+TRACKER = "alignprop-fast"  # the project's name for trackers: they write to a folder of that name
 _HELD = (errno.EACCES, errno.EAGAIN)  # what flock says where another process holds the lock
 _ATTEMPTS = 100  # each fails only where another run ends at that very moment
 
@@ -19,8 +20,9 @@ _ATTEMPTS = 100  # each fails only where another run ends at that very moment
 class OutputFolder:
     """A folder that this process alone writes to, from `__enter__` on until it ends, however it ends.
 
-    The lock is the system's, on a file in the folder: that of a killed process is gone with it. A folder that was made
-    for a set-up that failed goes again; from `begin` on what is in it stays.
+    The lock is the system's, on a file in the folder: that of a killed process is gone with it. Of a set-up that failed
+    goes what it made: the tracker's folder, if this one was new, and new folders that are empty then. Files of others,
+    such as a log, stay; so does, from `begin` on, all that is in it.
 
     several: whether several processes may be one run, of which the main one then takes the folder.
     """
@@ -50,7 +52,7 @@ class OutputFolder:
         if self._handle is None:
             return
         if self._made and not self._begun:
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.path / TRACKER, ignore_errors=True)
         with suppress(OSError):
             (self.path / LOCK).unlink()  # before the lock is let go: afterwards the file may be another's
         for folder in reversed(self._made):

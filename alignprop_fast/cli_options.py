@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from alignprop_fast.cli_folder import TRACKER
 from alignprop_fast.cli_yaml import read_yaml
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
     try:
         return AlignPropConfig(
             exp_name="alignprop-fast",
-            tracker_project_name="alignprop-fast",
+            tracker_project_name=TRACKER,
             lora_alpha=values["lora_alpha"],
             output_dir=options.output_dir,
             logdir=options.output_dir,

@@ -42,6 +42,7 @@ from alignprop_fast.cli_support import (
     fail,
     go_on_by,
     pick_device,
+    process_count,
 )
 from alignprop_fast.data import PROMPT_SETS, PromptRow, load_rows
 from alignprop_fast.planner import parse_budget
@@ -101,6 +102,11 @@ class Session:
         for line in filter(None, (of_device, of_precision)):
             console.print(line, soft_wrap=True)
         processes = start_processes(cpu=device == "cpu")
+        if processes.num_processes != process_count():  # each would be a run, in one folder
+            raise ValueError(
+                f"the launcher speaks of {process_count()} processes, and accelerate sees {processes.num_processes}: "
+                "use accelerate launch or torchrun"
+            )
         self.is_main = processes.is_main_process
         with main_process_first():  # what is wrong for all is said once
             folder.check()

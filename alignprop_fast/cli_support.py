@@ -18,24 +18,39 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from alignprop_fast.launcher import COUNT, INDEX, first_number
+
 FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL and its number
 INTERRUPTED = BY_SIGNAL + signal.SIGINT
 ERROR_FILE = "alignprop-fast-error{}.txt"
 
 
 def process_count() -> int:
-    """Processes that `accelerate launch` or torchrun started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that `accelerate launch`, torchrun or mpirun started for this run.
+
+    Raises:
+        typer.BadParameter: the environment holds no number there; so `process_index`.
+    """
+    return max(1, _place(COUNT, 1))
 
 
 def process_index() -> int:
     """Of this process among those; 0: the main one, or the only one."""
-    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
+    return _place(INDEX, 0) if process_count() > 1 else 0
+
+
+def _place(names: tuple[str, ...], default: int) -> int:
+    try:
+        return first_number(names, default)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def fail(message: str) -> None:
     """One line on stderr. Of several processes each may fail in its own way."""
-    who = f"process {process_index()}: " if process_index() else ""
+    who = ""
+    with suppress(typer.BadParameter):  # which is what has failed
+        who = f"process {process_index()}: " if process_index() else ""
     line = " ".join(part.strip() for part in message.splitlines())
     with suppress(OSError):  # nobody can be told
         print(f"alignprop-fast: {who}{line}", file=sys.stderr, flush=True)

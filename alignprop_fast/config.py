@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.field_types import check_types
+from alignprop_fast.field_types import as_plain_types, check_types
 from alignprop_fast.planner import AUTO, parse_budget, parse_bytes
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 
@@ -148,7 +148,8 @@ class AlignPropConfig:
     def __post_init__(self) -> None:
         if isinstance(self.truncated_rand_backprop_minmax, list):  # YAML and JSON know no tuples
             self.truncated_rand_backprop_minmax = tuple(self.truncated_rand_backprop_minmax)
-        check_types(self, ("output_dir", "logdir", "resume_from"), ("memory_budget", "host_memory"))
+        as_plain_types(self, ("output_dir", "logdir", "resume_from"))
+        check_types(self, ("memory_budget", "host_memory"))
         if self.train_use_8bit_adam:
             self.optimizer = "adamw8bit"
         self.optimizer = self.optimizer.lower()

@@ -9,6 +9,8 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 _WORDS = {
     str: "a text",
     bool: "True or False",
@@ -20,8 +22,23 @@ _WORDS = {
 }
 
 
-def check_types(instance: Any, paths: tuple[str, ...] = (), sizes: tuple[str, ...] = ()) -> None:
-    """paths: fields of texts that may be `Path`s too. sizes: fields that `parse_bytes` looks at.
+def as_plain_types(instance: Any, paths: tuple[str, ...] = ()) -> None:
+    """Replace NumPy's numbers by Python's, and `Path`s in the fields `paths` by texts, as JSON and YAML take them."""
+    for name in (field.name for field in fields(instance)):
+        value = getattr(instance, name)
+        if isinstance(value, tuple):
+            value = tuple(map(_plain_number, value))
+        elif name in paths and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        setattr(instance, name, _plain_number(value))
+
+
+def _plain_number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_types(instance: Any, sizes: tuple[str, ...] = ()) -> None:
+    """sizes: fields that `parse_bytes` looks at.
 
     Raises:
         ValueError: a field's value is of another type; one line with the remedy. A whole number is a number, too; True
@@ -30,7 +47,7 @@ def check_types(instance: Any, paths: tuple[str, ...] = (), sizes: tuple[str, ..
     hints = get_type_hints(type(instance))
     for name in (field.name for field in fields(instance) if field.name not in sizes):
         value, kinds = getattr(instance, name), _kinds(hints[name])
-        if _fits(value, kinds) or (name in paths and isinstance(value, os.PathLike)):
+        if _fits(value, kinds):
             continue
         remedy = " or ".join(_WORDS[kind] for kind in kinds)
         if str in kinds and not isinstance(value, str):

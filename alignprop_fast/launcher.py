@@ -15,7 +15,7 @@ that accelerate prepares, and none is prepared here; or the number of processes 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,21 @@ ENGINES = {
 _OTHER_FLAGS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")  # harmless, if they are flags
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")  # as accelerate reads them
 
+# Where a launcher puts the processes of a run and this one's place, in accelerate's order: `accelerate launch` and
+# torchrun, then MPI's.
+COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+INDEX = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_PLACE = (
+    *COUNT,
+    *INDEX,
+    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    *("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+
 # Arguments of `Accelerator` that a user may give, and the fields of the config that hold others.
 ACCELERATOR_ARGUMENTS = (
     *("cpu", "kwargs_handlers", "device_placement", "rng_types", "step_scheduler_with_optimizer"),
-    *("split_batches", "dataloader_config"),
+    *("split_batches", "dataloader_config", "project_dir"),
 )
 _FIELDS = {
     "mixed_precision": "mixed_precision",
@@ -46,7 +57,6 @@ _FIELDS = {
     "gradient_accumulation_plugin": "train_gradient_accumulation_steps",
     "log_with": "log_with",
     "project_config": "project_kwargs",
-    "project_dir": "output_dir",
     "dynamo_backend": "compiled",
     "dynamo_plugin": "compiled",
 }
@@ -133,17 +143,57 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     return Launcher(device, variable, precision, None if steps is None else int(steps))
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Look at the arguments that the user gives `Accelerator`.
+def first_number(names: tuple[str, ...], default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Of the first variable that holds one; below 0, as empty, means unset.
+
+    Raises:
+        ValueError: a variable that holds something else; one line names it.
+    """
+    for name in names:
+        value = environment.get(name) or "-1"
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError(f"{name}={value} is no whole number: a launcher sets it, else unset it") from None
+        if number >= 0:
+            return number
+    return default
+
+
+def drop_empty_places(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Unset what says nothing of this process's place: accelerate and torch would take it for a number.
+
+    Raises:
+        ValueError: as `first_number`.
+    """
+    for name in _PLACE:
+        first_number((name,), -1, environment)
+        if environment.get(name) == "":
+            del environment[name]
+
+
+def checked_arguments(arguments: Mapping[str, Any], accumulation_steps: int) -> dict[str, Any]:
+    """The arguments that the user gives `Accelerator`, without those that ask for nothing.
 
     Raises:
         ValueError: one that the config has a field for, or that cannot be followed here.
     """
-    for name in arguments:
+    asked = {name: value for name, value in arguments.items() if not _asks_nothing(name, value, accumulation_steps)}
+    for name in asked:
         if name in _FIELDS:
             raise ValueError(f"accelerator_kwargs holds {name}: use the field {_FIELDS[name]} instead")
         if name not in ACCELERATOR_ARGUMENTS:
             raise ValueError(f"accelerator_kwargs holds {name}, which does not go with this trainer: leave it out")
+    return asked
+
+
+def _asks_nothing(name: str, value: Any, accumulation_steps: int) -> bool:
+    """Whether an argument is what holds without it."""
+    if name == "gradient_accumulation_plugin" and value is not None:  # the rest of it concerns data loaders
+        return bool(value.num_steps == accumulation_steps)
+    if name in ("dynamo_backend", "dynamo_plugin"):
+        return str(getattr(value, "backend", value)).lower() in ("none", "no")
+    return value is None or (name == "cpu" and not value)
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from alignprop_fast.config import AlignPropConfig
-from alignprop_fast.launcher import check_arguments, read_launcher
+from alignprop_fast.launcher import checked_arguments, read_launcher
 from alignprop_fast.processes import MeetingAccelerator, start_processes
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,10 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
     Raises:
         ValueError: fp16 without a GPU, or an environment or accelerator_kwargs that cannot be followed.
     """
-    options, launcher = dict(config.accelerator_kwargs), read_launcher()
-    check_arguments(options)
     precision, steps = config.mixed_precision.replace("none", "no"), config.train_gradient_accumulation_steps
-    device, of_device = launcher.choose_device(_asked_device(options))
-    if "cpu" in options:  # what has chosen that has said so
+    options, launcher = checked_arguments(config.accelerator_kwargs, steps), read_launcher()
+    device, of_device = launcher.choose_device("cpu" if "cpu" in options else "auto")
+    if "cpu" in config.accelerator_kwargs and device != "cpu":  # the command line, which has said so
         of_device = ""
     options["cpu"] = device == "cpu"
     if config.deterministic and torch.cuda.is_available() and not options["cpu"]:
@@ -63,13 +62,6 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
             config.tracker_project_name, config=_tracker_config(config), init_kwargs=config.tracker_kwargs
         )
     return accelerator
-
-
-def _asked_device(options: dict[str, Any]) -> str:
-    """The device that accelerator_kwargs ask for: without a word, what there is."""
-    if "cpu" not in options:
-        return "auto"
-    return "cpu" if options["cpu"] else "cuda"
 
 
 def make_deterministic() -> None:

@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from alignprop_fast.launcher import drop_empty_places
 from alignprop_fast.ops.errors import is_out_of_memory
 
 # Longer than what one process does while the others wait for it (sample pictures, a checkpoint), and no longer: it is
@@ -40,8 +41,12 @@ def start_processes(cpu: bool, options: dict[str, Any] | None = None) -> Partial
     With NCCL a wait that is in vain is to raise here. By default its watchdog, a thread, ends the process by SIGABRT;
     with TORCH_NCCL_BLOCKING_WAIT there is no watchdog, and the waiting thread itself raises (torch's
     ProcessGroupNCCL.cpp, the constructor and WorkNCCL::synchronizeInternal). A value that is set already stays.
+
+    Raises:
+        ValueError: a launcher's variable that holds no number.
     """
     global _by_hosts
+    drop_empty_places()
     handlers = (options or {}).get("kwargs_handlers") or []
     timeout = next((one.timeout for one in handlers if isinstance(one, InitProcessGroupKwargs)), TIMEOUT)
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")

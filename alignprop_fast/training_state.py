@@ -69,7 +69,8 @@ def save_training(trainer: AlignPropTrainer) -> Path:
             save_tensors(moments, folder / "optimizer.pt")
             save_tensors(rng_states, folder / "rng.pt")
             save_tensors({name: owner.state_dict() for name, owner in trainer.stateful.items()}, folder / "stateful.pt")
-            (folder / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+            # What the dictionaries for accelerate and trackers hold may be any object.
+            (folder / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str), encoding="utf-8")
 
         keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit
         write_checkpoint(root, trainer.steps_done, {**state, "versions": versions()}, fill, keep)

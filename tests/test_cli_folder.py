@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 
 from alignprop_fast.cli_folder import LOCK, OutputFolder
+from alignprop_fast.cli_options import TrainOptions, make_config
 
 HOLDER = """
 import sys
@@ -61,13 +63,24 @@ def test_the_folder_of_a_killed_process_is_free(tmp_path):
 
 def test_a_set_up_that_fails_leaves_things_as_they_were(tmp_path):
     with OutputFolder(tmp_path / "a" / "b") as folder:
-        (folder.path / "tracker").mkdir()
+        tracker = TensorBoardTracker(
+            make_config(TrainOptions(lora_alpha=4.0, mixed_precision="no"), "cpu", "").tracker_project_name, folder.path
+        )
+        tracker.start()
+        tracker.finish()
+        assert len(list(folder.path.iterdir())) == 2
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "text").write_text("mine")
     with OutputFolder(tmp_path / "mine") as folder, pytest.raises(ValueError, match="not empty"):
         folder.check_new()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["text"]
+
+
+def test_a_set_up_that_fails_leaves_what_others_wrote(tmp_path):
+    with OutputFolder(tmp_path / "a" / "b") as folder:
+        (folder.path / "log.txt").write_text("theirs")
+    assert [path.name for path in folder.path.iterdir()] == ["log.txt"]
 
 
 def test_what_a_run_writes_stays(tmp_path):
@@ -77,11 +90,20 @@ def test_what_a_run_writes_stays(tmp_path):
     assert [path.name for path in folder.path.iterdir()] == ["text"]
 
 
-def test_several_processes_of_one_run_count_as_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize(
+    ("count", "index"),
+    [
+        ("WORLD_SIZE", "RANK"),
+        ("PMI_SIZE", "PMI_RANK"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ],
+)
+def test_several_processes_of_one_run_count_as_one(tmp_path, monkeypatch, count, index):
+    monkeypatch.setenv(count, "2")
+    monkeypatch.setenv(index, "0")
     with OutputFolder(tmp_path / "a", several=True) as main:
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv(index, "1")
         with OutputFolder(tmp_path / "a", several=True) as other:
             main.check(), other.check()
             with OutputFolder(tmp_path / "a") as alone, pytest.raises(ValueError, match="without a launcher"):

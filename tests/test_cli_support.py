@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import typer
+from accelerate import PartialState
 
 from alignprop_fast.checkpoint import checkpoints, read_checkpoint
 from alignprop_fast.cli_support import existing_as_absolute, fail, run_errors
@@ -69,3 +70,29 @@ def test_a_path_is_made_absolute_and_a_name_is_left_alone(tmp_path, monkeypatch)
     assert existing_as_absolute("demo", ("demo",)) == "demo"
     assert existing_as_absolute("./demo", ("demo",)) == existing_as_absolute("demo") == str(tmp_path / "demo")
     assert existing_as_absolute("owner/name", ("demo",)) == "owner/name"
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("WORLD_SIZE", ()), ("RANK", ()), ("WORLD_SIZE", ("--bogus",))])
+def test_a_launchers_variable_without_a_number(command, monkeypatch, tmp_path, name, arguments):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    code, _, err = command("train", "--reward", "colorfulness", "--output-dir", tmp_path / "out", *arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and (f"{name}=two" in err or "--bogus" in err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("OMPI_COMM_WORLD_SIZE",)])
+def test_an_empty_launchers_variable_is_unset(command, monkeypatch, tiny_sd_folder, tmp_path, names):
+    for name in names:
+        monkeypatch.setenv(name, "")
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 1, "--batch-size", 1)
+    code, _, err = command("train", *options, "--steps", 1, "--device", "cpu", "--output-dir", tmp_path / "out")
+    assert (code, err) == (0, "")
+
+
+def test_processes_that_accelerate_does_not_see(command, monkeypatch, tmp_path):
+    """As mpirun's on GPUs, where accelerate looks for LOCAL_RANK alone: each would be a run, in one folder."""
+    PartialState(cpu=True)  # one process
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    code, _, err = command("train", "--reward", "colorfulness", "--device", "cpu", "--output-dir", tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1 and "accelerate sees 1: use accelerate launch or torchrun" in err

@@ -1,6 +1,8 @@
 """The options: trl's fields and defaults, and one line for every value that cannot work."""
 
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +179,14 @@ def test_values_of_other_types_that_mean_the_same_are_taken(tmp_path):
     }
     config = AlignPropConfig(**options, **numbers)
     assert (config.seed, config.train_batch_size, config.lora_alpha) == (3, 2, 8)
+
+
+def test_paths_and_numpy_numbers_become_what_json_knows():
+    """Checkpoints and trackers keep the options."""
+    numbers = {"seed": np.int64(3), "train_learning_rate": np.float32(0.5), "memory_budget": np.int64(2**30)}
+    numbers |= {"allow_tf32": np.bool_(False), "truncated_rand_backprop_minmax": [np.int64(0), np.int64(4)]}
+    config = AlignPropConfig(output_dir=Path("x"), logdir=Path("y"), resume_from=Path("z"), **numbers)
+    expected = {"output_dir": "x", "logdir": "y", "resume_from": "z", "seed": 3, "train_learning_rate": 0.5}
+    expected |= {"memory_budget": 2**30, "allow_tf32": False, "truncated_rand_backprop_minmax": [0, 4]}
+    for options in (asdict(config), config.to_dict()):
+        assert json.loads(json.dumps(options)).items() >= expected.items()

@@ -6,11 +6,13 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils.environment import get_cpu_distributed_information
 
 from alignprop_fast.config import AlignPropConfig
-from alignprop_fast.launcher import check_arguments, read_launcher
+from alignprop_fast.launcher import COUNT, INDEX, checked_arguments, drop_empty_places, first_number, read_launcher
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.placement import checkpoint_root, make_accelerator
 from alignprop_fast.trainer import AlignPropTrainer
 
 
@@ -120,16 +122,40 @@ def test_device_and_precision_follow_where_the_option_leaves_them_open():
     [
         ("gradient_accumulation_plugin", GradientAccumulationPlugin(num_steps=4), "train_gradient_accumulation_steps"),
         ("mixed_precision", "bf16", "mixed_precision"),
-        ("project_dir", "elsewhere", "output_dir"),
+        ("dynamo_backend", "inductor", "compiled"),
+        ("dynamo_plugin", TorchDynamoPlugin(backend="inductor"), "compiled"),
         ("fsdp_plugin", object(), "leave it out"),
         ("parallelism_config", object(), "leave it out"),
         ("cpuu", True, "leave it out"),
     ],
 )
 def test_arguments_of_accelerate_that_the_config_has_fields_for(name, value, field):
-    check_arguments({"cpu": True, "kwargs_handlers": [], "split_batches": True})
     with pytest.raises(ValueError, match=f"accelerator_kwargs holds {name}.*{field}"):
-        check_arguments({name: value})
+        checked_arguments({name: value}, 1)
+
+
+def test_arguments_that_ask_for_nothing_else(monkeypatch, fresh_process, caplog, tmp_path):
+    """accelerate's defaults, what the config says too, and a folder that only accelerate's own files go to."""
+    options = {
+        "cpu": False,
+        "project_dir": str(tmp_path / "own"),
+        "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=2),
+        "dynamo_backend": "no",
+        "dynamo_plugin": None,
+        "fsdp_plugin": None,
+        "mixed_precision": None,
+        "split_batches": True,
+        "kwargs_handlers": [],
+    }
+    fields = {"mixed_precision": "no", "train_gradient_accumulation_steps": 2, "logdir": str(tmp_path / "logs")}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = AlignPropConfig(accelerator_kwargs=options, **fields)
+    accelerator = make_accelerator(config)
+    assert accelerator.device.type == "cpu" and accelerator.gradient_accumulation_steps == 2
+    assert (accelerator.project_dir, accelerator.logging_dir) == (str(tmp_path / "own"), str(tmp_path / "logs"))
+    assert checkpoint_root(config) == tmp_path / "logs" / "checkpoints"
+    (line,) = [record.getMessage() for record in caplog.records if "ACCELERATE" in record.getMessage()]
+    assert line == "device cpu, as ACCELERATE_USE_CPU says"
 
 
 def test_the_command_refuses_and_follows(command, monkeypatch, tiny_sd_folder, tmp_path):
@@ -151,3 +177,25 @@ def test_the_command_refuses_and_follows(command, monkeypatch, tiny_sd_folder, t
     ):
         assert " ".join(printed.split()).count(line) == 1, printed
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("number", range(len(COUNT)))
+def test_places_are_those_that_accelerate_reads(monkeypatch, number):
+    """The variables of several launchers at once, each with another place."""
+    for name in (*COUNT, *INDEX):
+        monkeypatch.delenv(name, raising=False)
+    for k in range(number, len(COUNT)):
+        monkeypatch.setenv(COUNT[k], str(8 + k))
+        monkeypatch.setenv(INDEX[k], str(k))
+    expected = get_cpu_distributed_information()
+    assert (
+        (first_number(COUNT, 1), first_number(INDEX, 0)) == (expected.world_size, expected.rank) == (8 + number, number)
+    )
+
+
+def test_an_empty_place_is_none():
+    environment = {"WORLD_SIZE": "", "LOCAL_RANK": "", "RANK": "0"}
+    drop_empty_places(environment)
+    assert environment == {"RANK": "0"}
+    with pytest.raises(ValueError, match="LOCAL_RANK=two is no whole number"):
+        drop_empty_places({"LOCAL_RANK": "two"})

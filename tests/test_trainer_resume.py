@@ -1,13 +1,16 @@
 """A resumed run is the uninterrupted run, to the last byte of its adapters; also after SIGKILL."""
 
+import json
 import random
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 from peft import LoraConfig
 
 from alignprop_fast.checkpoint import checkpoints
@@ -265,3 +268,11 @@ def test_sigkill_at_any_moment_loses_nothing(tiny_sd_folder, tmp_path, request):
     assert run.returncode == 0, run.stderr
     assert newest(output).name == newest(tmp_path / "whole").name == f"checkpoint_{steps}"
     assert adapter_bytes(newest(output)) == adapter_bytes(newest(tmp_path / "whole"))
+
+
+def test_a_checkpoint_of_options_that_are_objects(tiny_sd_folder, tmp_path):
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=5))]
+    options = {"accelerator_kwargs": {"kwargs_handlers": handlers}, "project_kwargs": {"project_dir": tmp_path}}
+    folder = make_trainer(tiny_sd_folder, tmp_path / "out", **options).save_checkpoint()
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["project_kwargs"] == {"project_dir": str(tmp_path)}

@@ -15,7 +15,7 @@ def lockable_bytes(wanted_bytes: int | None = None, root: Path = Path("/")) -> i
     root: the folder that holds `proc` and `sys`.
     """
     allowed_bytes = int(FRACTION * available_bytes(root)) if wanted_bytes is None else wanted_bytes
-    return allowed_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return allowed_bytes // int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def available_bytes(root: Path = Path("/")) -> int:
