@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignprop_fast.files import write_whole
 from alignprop_fast.models.adapters import adapter_factors, the_adapter
 from alignprop_fast.models.lora_file import Factors, Lora, with_metadata
 from alignprop_fast.models.lora_kohya_names import to_kohya
@@ -31,9 +32,8 @@ def save_kohya_lora(
     content = kohya_content(adapter_factors(pipe, the_adapter(pipe, adapter)), metadata, pipe)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{KOHYA_NAME}.tmp"
-    temporary.write_bytes(content)
-    return temporary.replace(folder / KOHYA_NAME)
+    write_whole(folder / KOHYA_NAME, content)
+    return folder / KOHYA_NAME
 
 
 def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None, pipe: Any = None) -> bytes:
