@@ -57,7 +57,7 @@ def doctor(device: o.Device = "auto", json: Json = None, deterministic: Determin
             check_writable(file.parent)
         quiet_libraries(console)
         from alignprop_fast.doctor import examine
-        from alignprop_fast.report import write_whole
+        from alignprop_fast.files import write_whole
 
         where = _device(device, deterministic)
     with console.status("") as status:

@@ -241,7 +241,7 @@ def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) ->
 
 
 def _write_settings(folder: Path, options: Mapping[str, Any]) -> None:
-    from alignprop_fast.report import write_whole
+    from alignprop_fast.files import write_whole
     from alignprop_fast.training_state import versions
 
     record = {**{name: plain(value) for name, value in options.items()}, "versions": versions()}

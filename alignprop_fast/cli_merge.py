@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,7 @@ from alignprop_fast.cli_pipeline import START_ANEW, PictureProgress, open_pipeli
 from alignprop_fast.cli_sample import FirstSeed, PromptSet
 from alignprop_fast.cli_screen import make_console
 from alignprop_fast.cli_support import pick_device, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.files import whole
 
 if TYPE_CHECKING:
     from alignprop_fast.models.lora_merge import Merged
@@ -218,13 +220,6 @@ def _contents(merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
     """All of the files or none: what can fail, such as a full disk, fails before the first has its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.tmp" for name in contents}
-    try:
+    with ExitStack() as files:
         for name, content in contents.items():
-            temporary[name].write_bytes(content)
-    except OSError:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
-    for name, path in temporary.items():
-        path.replace(folder / name)
+            files.enter_context(whole(folder / name)).write_bytes(content)

@@ -65,7 +65,7 @@ def print_prediction(console: Console, prediction: Prediction) -> None:
 
 def write_json(path: Path, prediction: Prediction, facts: Mapping[str, Any]) -> None:
     """The worst case's plan and the expected one's numbers, after the given facts."""
-    from alignprop_fast.report import write_whole
+    from alignprop_fast.files import write_whole
 
     worst, expected = prediction.worst, prediction.expected
     content = {

@@ -45,7 +45,7 @@ def check_adapters(pipe: Any) -> None:
     from alignprop_fast.models.adapters import adapter_factors, the_adapter
     from alignprop_fast.models.lora_kohya_names import to_kohya
 
-    to_kohya(adapter_factors(pipe, the_adapter(pipe)))
+    to_kohya(adapter_factors(pipe, the_adapter(pipe)), pipe)
 
 
 def write_card(

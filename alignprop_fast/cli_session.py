@@ -45,13 +45,9 @@ from alignprop_fast.cli_support import (
     process_count,
 )
 from alignprop_fast.data import PROMPT_SETS, PromptRow, load_rows
+from alignprop_fast.files import write_whole
 from alignprop_fast.planner import parse_budget
-from alignprop_fast.report import (
-    Pictures,
-    save_before_after,
-    to_images,
-    write_whole,
-)
+from alignprop_fast.report import Pictures, save_before_after, to_images
 from alignprop_fast.report_plan import plot_plan
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignprop_fast.report import write_whole
+from alignprop_fast.files import write_whole
 
 _TEXT = """---
 {header}

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from alignprop_fast.files import whole, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -301,24 +303,6 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     # matplotlib brings a font of its own, so that pictures look the same on every machine.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole: a temporary name, then a rename."""
-    with whole(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path` where the block ends well; else nothing of it is left."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

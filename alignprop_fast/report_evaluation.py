@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from alignprop_fast.files import write_whole
 from alignprop_fast.report import (
     BLUE,
     GREEN,
@@ -25,7 +26,6 @@ from alignprop_fast.report import (
     font,
     save_figure,
     save_image,
-    write_whole,
 )
 
 if TYPE_CHECKING:

@@ -213,6 +213,14 @@ def test_merge_writes_all_files_or_none(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".second.tmp"]
 
 
+@pytest.mark.parametrize("taken", ["first", "second"])
+def test_merge_leaves_no_temporary_files_where_a_name_is_taken(tmp_path, taken):
+    (tmp_path / taken).mkdir()
+    with pytest.raises(OSError):
+        _write(tmp_path, {"first": b"1", "second": b"2"})
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_the_path_begins_at_one_adapter_and_ends_at_the_other(command, tiny_sd_folder, loras, tmp_path):
     common = ("--model", tiny_sd_folder, *TINY, "--prompts", loras / "prompts.txt", "--reward", "colorfulness")
     code, out, err = command(

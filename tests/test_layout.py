@@ -26,11 +26,15 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"kernels"}, {"torch", "filelock"}),
     "planner": (set(), {"numpy"}),
+    "files": (set(), set()),
     "text_limits": (set(), set()),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),
     "doctor": ({"ops", "runtime"}, {"torch"}),
-    "models": ({"ops", "demo", "text_limits"}, {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"}),
+    "models": (
+        {"files", "ops", "demo", "text_limits"},
+        {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"},
+    ),
     "rewards": ({"ops", "demo", "text_limits"}, {"torch"}),
     "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
     "generate": ({"models", "sampling", "runtime", "planner", "cost_table", "fast_predict", "text_limits"}, {"torch"}),
@@ -40,9 +44,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "tracking": (set(), {"numpy", "PIL"}),
     "watch": ({"data", "evaluate", "generate", "rewards"}, {"torch"}),
     "report_plan": ({"planner", "report"}, set()),
-    "report_evaluation": ({"evaluate", "report"}, {"PIL"}),
+    "report_evaluation": ({"evaluate", "files", "report"}, {"PIL"}),
     "trainer": (
-        {"doctor", "generate", "ops", "rewards", "planner", "trainer", *TRAINER},
+        {"doctor", "files", "generate", "ops", "rewards", "planner", "trainer", *TRAINER},
         {"torch", "numpy", "accelerate", "huggingface_hub", "rich", "matplotlib", "PIL", "yaml"},
     ),
 }

@@ -19,7 +19,6 @@ from alignprop_fast.report import (
     save_image,
     smoothed,
     to_images,
-    write_whole,
 )
 
 
@@ -88,16 +87,14 @@ def test_records_survive_a_torn_line(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_there(files_up_to, tmp_path):
-    lines, picture, text = JsonLines(tmp_path / "metrics.jsonl"), tmp_path / "picture.png", tmp_path / "text"
+    lines, picture = JsonLines(tmp_path / "metrics.jsonl"), tmp_path / "picture.png"
     lines.append({"step": 1})
     save_image(Image.new("RGB", (8, 8)), picture)
-    write_whole(text, b"first")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for write in (
         lambda: lines.append({"step": 2, "text": "x" * 1000}),
         lambda: save_image(noise, picture),
-        lambda: write_whole(text, b"x" * 1000),
     ):
         with files_up_to(500), pytest.raises(OSError, match="File too large"):
             write()

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignprop_fast.models.lora_file import LEAVES_THE_BASE, Factors, Lora
+from alignprop_fast.models.lora_keys import listed
 from alignprop_fast.models.lora_targets import denoiser, denoiser_name
 
 # What says where factors are, how they began or how strong they are: the file has the modules and the factors
@@ -56,12 +57,14 @@ def the_adapter(pipe: Any, name: str | None = None) -> str:
         raise ValueError("the denoiser has no adapters to save: call add_lora first")
     if name is not None:
         if name not in names:
-            raise ValueError(f"the denoiser has no adapter {name!r}: choose one of {_listed(names)}")
+            raise ValueError(f"the denoiser has no adapter {name!r}: choose one of {listed(map(repr, names))}")
         return name
     found = [name for name in names if requires_grad(pipe, name)] or names
     if len(found) > 1:
         whose = "require grad" if requires_grad(pipe, found[0]) else "are there and none requires grad"
-        raise ValueError(f"the adapters {_listed(found)} {whose}: choose one, for example adapter={found[-1]!r}")
+        raise ValueError(
+            f"the adapters {listed(map(repr, found))} {whose}: choose one, for example adapter={found[-1]!r}"
+        )
     return found[0]
 
 
@@ -151,7 +154,7 @@ def describe(pipe: Any, name: str) -> str:
     line = f"adapter {name!r} of the {denoiser_name(pipe)}, rank {rank}, is trained and saved"
     if mine:
         line += f"; its part in {', '.join(mine)} stays as it is and is saved with it"
-    return line + (f"; left as they are and not saved: {_listed(others)}" if others else "")
+    return line + (f"; left as they are and not saved: {listed(map(repr, others))}" if others else "")
 
 
 def _unwrapped(model: Any) -> Any:
@@ -182,7 +185,9 @@ def _name_in_files(part: str, model: nn.Module, path: str) -> str:
 def _check_not_fused(part: str, model: nn.Module) -> None:
     fused = {n for layer in model.modules() if isinstance(layer, BaseTunerLayer) for n in layer.merged_adapters}
     if fused:
-        raise ValueError(f"adapters are fused into the weights of {part} ({_listed(fused)}): call unfuse_lora() first")
+        raise ValueError(
+            f"adapters are fused into the weights of {part} ({listed(map(repr, fused))}): call unfuse_lora() first"
+        )
 
 
 def _check_config(name: str, config: PeftConfig) -> None:
@@ -205,7 +210,3 @@ def _check_layers(name: str, model: nn.Module) -> None:
             raise ValueError(
                 f"adapter {name!r} has {what} in {path}, which LoRA files do not carry: leave {path} out of its targets"
             )
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in sorted(names))

@@ -98,8 +98,8 @@ def _check_fit(file: Path, shapes: Shapes, kind: str, config: Path, index: Mappi
             "folder of a model of the same architecture as the model config"
         )
     seen = next((shape[1] for name, shape in sorted(names.items()) if name.endswith("attn2.to_k.weight")), None)
-    wanted = json.loads((config / "unet" / "config.json").read_text(encoding="utf-8"))["cross_attention_dim"]
-    if seen is not None and seen != wanted:
+    wanted = _settings(config / "unet" / "config.json").get("cross_attention_dim")  # a list: one of each block
+    if seen is not None and isinstance(wanted, int) and seen != wanted:
         raise ValueError(
             f"{file} takes text of {seen} channels, the UNet of {config} of {wanted} (SD 1 has 768, SD 2 1024, SDXL "
             "2048): give the folder of a model of the same architecture as the model config"
@@ -107,6 +107,14 @@ def _check_fit(file: Path, shapes: Shapes, kind: str, config: Path, index: Mappi
     has_second = any(name.startswith("conditioner.embedders.1.") for name in shapes)
     if is_xl and has_text_encoders(shapes) and not has_second:
         raise ValueError(f"{file} lacks the second text encoder of SDXL: give a whole file, or one of its UNet alone")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A part's configuration. Raises ValueError where it is not there or damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is missing or damaged: copy or save the model anew") from error
 
 
 def _check_flux(file: Path, shapes: Shapes) -> None:
@@ -121,7 +129,7 @@ def _check_flux(file: Path, shapes: Shapes) -> None:
 
 def _check_prediction(file: Path, shapes: Shapes, config: Path) -> None:
     """Fine-tunes that predict v say so by tensors of these names; a configuration that says otherwise draws noise."""
-    settings = json.loads((config / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    settings = _settings(config / "scheduler" / "scheduler_config.json")
     wanted: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in shapes else {}
     wanted |= {"rescale_betas_zero_snr": True} if "ztsnr" in shapes else {}
     if any(settings.get(name) != value for name, value in wanted.items()):

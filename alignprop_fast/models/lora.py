@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.files import whole
 from alignprop_fast.models.adapters import (
     adapter_factors,
     adapter_parameters,
@@ -99,14 +100,11 @@ def save_lora(
     lora = adapter_factors(pipe, the_adapter(pipe, adapter))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    try:
+    with whole(folder / WEIGHTS_NAME) as temporary:
         temporary.write_bytes(lora_content(lora, metadata))
         if not _equal(read_lora(temporary, pipe), lora):
             raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
-        return temporary.replace(folder / WEIGHTS_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return folder / WEIGHTS_NAME
 
 
 def _equal(one: Lora, two: Lora) -> bool:

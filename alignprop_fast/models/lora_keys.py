@@ -11,7 +11,7 @@ double_blocks.0.processor.qkv_lora1.down.weight                             XLab
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def pairs(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Pair]:
     return found
 
 
-def listed(names: Collection[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first of these names for a message of one line, and how many more there are."""
     distinct = sorted(set(names))
     shown, more = distinct[:4], len(distinct[4:])

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignprop_fast.files import write_whole
 from alignprop_fast.models.adapters import adapter_factors, the_adapter
 from alignprop_fast.models.lora_file import Factors, Lora, with_metadata
-from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
+from alignprop_fast.models.lora_kohya_names import to_kohya
+from alignprop_fast.models.lora_names import is_flux
 from alignprop_fast.models.lora_targets import denoiser
 from alignprop_fast.models.pipeline_adapter import native_size
 
@@ -27,16 +29,15 @@ def save_kohya_lora(
     Raises:
         ValueError: as `save_lora`, or a module that kohya's files have no name for.
     """
-    content = kohya_content(adapter_factors(pipe, the_adapter(pipe, adapter)), metadata)
+    content = kohya_content(adapter_factors(pipe, the_adapter(pipe, adapter)), metadata, pipe)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{KOHYA_NAME}.tmp"
-    temporary.write_bytes(content)
-    return temporary.replace(folder / KOHYA_NAME)
+    write_whole(folder / KOHYA_NAME, content)
+    return folder / KOHYA_NAME
 
 
-def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The content of a `kohya_lora_weights.safetensors`. Raises ValueError as `to_kohya`."""
+def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None, pipe: Any = None) -> bytes:
+    """The content of a `kohya_lora_weights.safetensors`. `pipe`, and errors, as in `to_kohya`."""
     from safetensors.torch import save
 
     lora = _of_one_alpha(lora)
@@ -44,7 +45,7 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> byte
     alpha = next(factors.scale * factors.rank for factors in lora.values())
     kind = ""
     if any(module.startswith("transformer.") for module in lora):
-        kind = "_flux" if is_flux(lora) else "_sd3"
+        kind = "_flux" if is_flux(lora, pipe) else "_sd3"
     header = {
         "format": "pt",
         "ss_network_module": f"networks.lora{kind}",
@@ -52,7 +53,8 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None) -> byte
         "ss_network_alpha": str(float(alpha)),
         **(metadata or {}),
     }
-    return with_metadata(save({name: tensor.cpu().contiguous() for name, tensor in to_kohya(lora).items()}), header)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in to_kohya(lora, pipe).items()}
+    return with_metadata(save(tensors), header)
 
 
 def _of_one_alpha(lora: Lora) -> Lora:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,6 @@ _FLUX_BLOCKS = {
 }
 _MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
 _MLP_RATIO = 4  # of FLUX's single-stream blocks, everywhere
-_FLUX_WIDTH = 3072
 _OLD_BLOCKS = {**_FLUX_BLOCKS, **_MMDIT_BLOCKS}
 _XLABS = {  # the names of XLabs' trainer, of FLUX
     "double_blocks": {
@@ -108,8 +108,8 @@ _SGM_RESIDUAL = {
 }
 
 
-def to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
-    """The tensors of a file in kohya's naming.
+def to_kohya(lora: Lora, pipe: Any = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file in kohya's naming. `pipe`: the pipeline that the adapters are of, as in `is_flux`.
 
     Raises:
         ValueError: a module that these names have no place for, or whose name would stand for another one.
@@ -117,7 +117,7 @@ def to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
     whole: Lora = {}
     modules = dict(lora)
     if any(module.startswith("transformer.") for module in modules):
-        whole, modules = _original(modules)
+        whole, modules = _original(modules, pipe)
     lost = [module for module in modules if not _reads_back(module)]
     if lost:
         raise ValueError(f"{listed(lost)} has no name in kohya's files: leave its adapters out")
@@ -142,17 +142,12 @@ def _reads_back(module: str) -> bool:
     return any(published_names(family).modules(_flat(module)) == (module,) for family in ("unet", "flux", "sd3"))
 
 
-def is_flux(lora: Lora) -> bool:
-    """Whether the adapters of a transformer are FLUX's: by its single-stream blocks or, without any, by its width."""
-    names = "".join(lora)
-    widths = {factors.down.shape[1] for module, factors in lora.items() if ".attn.to_q" in module}
-    return "single_transformer_blocks" in names or ("attn2." not in names and widths == {_FLUX_WIDTH})
-
-
-def _original(modules: Lora) -> tuple[Lora, Lora]:
+def _original(modules: Lora, pipe: Any) -> tuple[Lora, Lora]:
     """(a transformer's modules under the names of its original release, what is left over)."""
+    from alignprop_fast.models.lora_names import is_flux
+
     whole: Lora = {}
-    flux = is_flux(modules)
+    flux = is_flux(modules, pipe)
     for old, (theirs, leaves) in (_FLUX_BLOCKS if flux else _MMDIT_BLOCKS).items():
         pattern = re.compile(rf"transformer\.{theirs}\.(\d+)\..*")
         for i in sorted({int(match[1]) for module in modules if (match := pattern.fullmatch(module))}):

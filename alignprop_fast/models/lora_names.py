@@ -84,6 +84,11 @@ class Names:
                     return tuple(f"{part}.{path}" for path in paths)
         return ()
 
+    @property
+    def is_flux(self) -> bool:
+        """Whether the denoiser is FLUX's, whose blocks have modules in common with SD3's."""
+        return "x_embedder" in self.paths[self._part(_DENOISER)]
+
     def _part(self, kind: str) -> str:
         if kind == _DENOISER:
             return "unet" if "unet" in self.paths else "transformer"
@@ -93,8 +98,7 @@ class Names:
 
     def _spellings(self, part: str, flat: str) -> list[tuple[str, ...]]:
         if part in ("unet", "transformer"):
-            is_flux = "x_embedder" in self.paths[part]  # whose blocks have modules in common with SD3's
-            if flat.startswith("joint_blocks_" if is_flux else ("double_blocks_", "single_blocks_")):
+            if flat.startswith("joint_blocks_" if self.is_flux else ("double_blocks_", "single_blocks_")):
                 return []
             return [original_paths(re.sub("_to_out$", "_to_out_0", flat), self.unet_layers)]
         flat = re.sub("_to_(q|k|v|out)$", r"_\1_proj", flat)
@@ -124,6 +128,26 @@ def names_of(pipe: Any) -> Names:
     paths = {part: _by_name(those) for part, those in _layers_of(pipe).items()}
     per_block = denoiser(pipe).config.get("layers_per_block", _UNET_LAYERS)
     return Names(paths, any_block=False, unet_layers=per_block if isinstance(per_block, int) else per_block[0])
+
+
+def is_flux(lora: Lora, pipe: Any = None) -> bool:
+    """Whether the adapters of a transformer are FLUX's and not SD3's.
+
+    The pipeline says so or, without one, the published models: those that have more of the modules by name and, of as
+    many, in the same shapes. What fits both alike, of a width of neither, is taken for SD3's.
+    """
+    return names_of(pipe).is_flux if pipe is not None else _fit(lora, "flux") > _fit(lora, "sd3")
+
+
+def _fit(lora: Lora, family: str) -> tuple[int, int]:
+    """How many of the modules a published family has, and how many of these shapes one of its transformers has."""
+    known = sum(bool(published_names(family).modules(module)) for module in lora)
+    places = {module.removeprefix("transformer."): factors.places for module, factors in lora.items()}
+    return known, max(_alike(published_layers(network), places) for network in _PUBLISHED[family]["transformer"])
+
+
+def _alike(known: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(known.get(path) == place for path, place in places.items())
 
 
 def _layers_of(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -188,10 +212,10 @@ def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
         places = {m.removeprefix(f"{part}."): f.places for m, f in lora.items() if m.startswith(f"{part}.")}
         known = max(
             (published_layers(network) for network in networks[part]),
-            key=lambda shapes: sum(shapes.get(path) == place for path, place in places.items()),
+            key=lambda shapes: _alike(shapes, places),
         )
         unknown = [names[f"{part}.{path}"] for path in places if path not in known]
-        if unknown and 2 * sum(known.get(path) == place for path, place in places.items()) > len(places):
+        if unknown and 2 * _alike(known, places) > len(places):
             raise _unknown(unknown, file, None)
 
 

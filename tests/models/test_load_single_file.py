@@ -125,6 +125,31 @@ def test_files_of_other_kinds(tiny_sd_folder, tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_width_of_text_for_each_block_is_no_other_width(tiny_sd_folder, configuration, tmp_path):
+    """UNets may say it so, and diffusers reads them."""
+    file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
+    settings = configuration / "unet" / "config.json"
+    content = json.loads(settings.read_text())
+    blocks = len(content["down_block_types"])
+    settings.write_text(json.dumps({**content, "cross_attention_dim": [content["cross_attention_dim"]] * blocks}))
+    pipe = load_pipeline(file, model_config=configuration)
+    expected = weights(tiny_sd_folder / "unet")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [None, "", "3", "{}"])
+@pytest.mark.parametrize("part", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_configuration_that_lacks_something(tiny_sd_folder, configuration, tmp_path, part, content):
+    file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
+    save_file({**load_file(file), "v_pred": torch.ones(0)}, file)
+    (configuration / part).unlink()
+    if content is not None:
+        (configuration / part).write_text(content)
+    with pytest.raises(ValueError) as error:
+        load_pipeline(file, model_config=configuration)
+    assert "\n" not in str(error.value) and str(configuration) in str(error.value)
+
+
 def test_a_fine_tune_that_says_that_it_predicts_v(tiny_sd_folder, configuration, tmp_path):
     file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
     save_file({**load_file(file), "v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, file)

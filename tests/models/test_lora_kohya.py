@@ -101,3 +101,13 @@ def test_metadata_of_transformers(request, tmp_path, model, module, architecture
 def test_saving_without_adapters_is_refused(tiny_sd, tmp_path):
     with pytest.raises(ValueError, match="add_lora"):
         save_kohya_lora(tiny_sd, tmp_path)
+
+
+@pytest.mark.parametrize("save", [save_lora, save_kohya_lora])
+def test_a_full_disk_leaves_the_file_that_was_there(files_up_to, tiny_sd, tmp_path, save):
+    train_a_little(add_lora(tiny_sd))
+    file = save(tiny_sd, tmp_path)
+    before = file.read_bytes()
+    with files_up_to(500), pytest.raises(OSError, match="File too large"):
+        save(tiny_sd, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {file: before}

@@ -5,12 +5,16 @@ import re
 import pytest
 import torch
 from diffusers import FluxPipeline
+from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from alignprop_fast.models.architectures import published_layers
 from alignprop_fast.models.lora import add_lora, load_lora
 from alignprop_fast.models.lora_file import DOWN, UP, Factors, lora_content, lora_of, read_lora
 from alignprop_fast.models.lora_kohya import save_kohya_lora
-from alignprop_fast.models.lora_kohya_names import is_flux, to_kohya
+from alignprop_fast.models.lora_kohya_names import to_kohya
+from alignprop_fast.models.lora_names import is_flux
 from alignprop_fast.models.lora_targets import denoiser
 from alignprop_fast.models.random_weights import make_sdxl_folder
 
@@ -149,11 +153,30 @@ def test_there_and_back_are_the_same_factors(shapes):
         assert torch.equal(back[module].down, factors.down) and torch.equal(back[module].up, factors.up)
 
 
-def test_flux_without_single_stream_blocks_is_known_by_its_width():
-    shapes = {name: shape for name, shape in FLUX_ATTENTION.items() if not name.startswith("single_")}
-    assert all(name.startswith("lora_unet_double_blocks_") for name in to_kohya(made(shapes)))
-    narrow = {name: (1536, 1536) for name in shapes}  # SD3-medium
-    assert all(name.startswith("lora_unet_joint_blocks_") for name in to_kohya(made(narrow)))
+@pytest.mark.parametrize("network", ["flux-dev", "sd35-medium", "sd35-large"])
+@pytest.mark.parametrize("layer", ["attn.to_q", "attn.add_q_proj", "ff.net.2", "norm1_context.linear"])
+def test_flux_without_single_stream_blocks_is_known_by_its_shapes(network, layer):
+    module = f"transformer_blocks.1.{layer}"
+    rows, width = published_layers(network)[module]
+    lora = made({module: (width, rows)})
+    blocks = "double_blocks" if network == "flux-dev" else "joint_blocks"
+    assert all(name.startswith(f"lora_unet_{blocks}_1_") for name in to_kohya(lora))
+
+
+@pytest.mark.parametrize("layer", ["attn.to_q", "attn.add_q_proj", "ff.net.2"])
+@pytest.mark.parametrize(("kind", "blocks"), [("flux", "double_blocks"), ("sd3", "joint_blocks")])
+def test_a_pipeline_says_whose_its_adapters_are(request, tmp_path, kind, blocks, layer):
+    """Of a width that no published model has, and of layers that both models have."""
+    pipe = request.getfixturevalue(f"tiny_{kind}")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=rf"transformer_blocks\.\d+\.{re.escape(layer)}"))
+    train_a_little(parameter for name, parameter in pipe.transformer.named_parameters() if ".lora_" in name)
+    file = save_kohya_lora(pipe, tmp_path)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["ss_network_module"] == f"networks.lora_{kind}"
+        assert all(key.startswith(f"lora_unet_{blocks}_") for key in opened.keys())  # noqa: SIM118
+    other = type(pipe).from_pretrained(request.getfixturevalue(f"tiny_{kind}_folder"), local_files_only=True)
+    load_lora(other, file)
+    torch.testing.assert_close(drawn(other), drawn(pipe), rtol=0, atol=1e-5)
 
 
 def test_parts_of_different_scales():
