@@ -230,8 +230,20 @@ def test_what_cannot_get_a_gradient_is_refused(tiny_sd):
     with pytest.raises(ValueError, match="give one number for all prompts"):
         DifferentiableSampler(tiny_sd, STEPS, torch.tensor([1.0, 2.0]))
     tiny_sd.text_encoder.get_input_embeddings().weight.requires_grad_()
+    sampler = DifferentiableSampler(tiny_sd, STEPS, cache_text=True)
     with pytest.raises(ValueError, match="leave cache_text out"):
-        DifferentiableSampler(tiny_sd, STEPS, cache_text=True)(PROMPTS)
+        sampler(PROMPTS)
+
+
+def test_tokens_that_have_changed_are_not_remembered_as_they_were(tiny_sd):
+    tokens = tiny_sd.text_encoder.get_input_embeddings().weight.requires_grad_()
+    sampler = sampler_of(tiny_sd, cache_text=True)
+    latents = seeded(latent_shape(sampler))
+    with torch.no_grad():
+        before = sampler(PROMPTS, latents=latents)
+        tokens.mul_(-1)
+        after = sampler(PROMPTS, latents=latents)
+        assert (after - theirs(tiny_sd, latents)).abs().max() <= 1e-5 < (after - before).abs().max()
 
 
 @pytest.mark.parametrize(

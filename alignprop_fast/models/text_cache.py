@@ -64,11 +64,12 @@ class TextCache:
         """What the adapter's `encode` gives: the `Conditioning` of B prompts, in the order of the branches.
 
         Raises:
-            ValueError: something in the text encoders learns, so that embeddings change.
+            ValueError: something in the text encoders learns and is to get a gradient, which no memory can give it.
         """
-        if torch.is_grad_enabled() and self._model.text_learns():
+        learns = self._model.text_learns()
+        if learns and torch.is_grad_enabled():
             raise ValueError("cache_text remembers embeddings, and a text encoder learns: leave cache_text out")
-        if given:
+        if given or learns:  # what learns may have changed since
             with self._encoders_on_device():
                 return self._model.encode(prompts, negative_prompts, guided, size, given)
         return _joined(self.remember(prompts, negative_prompts, guided, size), self._model.device)
