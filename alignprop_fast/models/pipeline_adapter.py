@@ -89,7 +89,7 @@ class PipelineAdapter(ABC):
             )
         self.scheduler_name = check_scheduler(pipe.scheduler, self.schedulers)
         chosen = self._is_chosen()
-        for module in (pipe.vae, *self._text_encoders()):
+        for module in (pipe.vae, *text_encoders(self.pipe)):
             if not chosen:
                 module.requires_grad_(False)
             elif all(parameter.requires_grad for parameter in module.parameters()):
@@ -99,9 +99,6 @@ class PipelineAdapter(ABC):
             # Convolutions only: linear layers have no memory format.
             module.to(memory_format=torch.channels_last)
             put_ops_in(module)
-
-    def _text_encoders(self) -> list[nn.Module]:
-        return text_encoders(self.pipe)
 
     @property
     @abstractmethod
@@ -219,7 +216,7 @@ class PipelineAdapter(ABC):
 
     def _is_chosen(self) -> bool:
         """Whether some of VAE and text encoders is frozen; quantised weights, which cannot learn, do not count."""
-        parts = (self.pipe.vae, *self._text_encoders())
+        parts = (self.pipe.vae, *text_encoders(self.pipe))
         return any(not p.requires_grad for part in parts for p in part.parameters() if p.is_floating_point())
 
     def reads_text(self, negative_prompts: str | list[str] | None, given: Embeddings, guided: bool) -> bool:
@@ -232,7 +229,7 @@ class PipelineAdapter(ABC):
 
     def text_learns(self) -> bool:
         """Whether something in the text encoders wants a gradient."""
-        return any(p.requires_grad for encoder in self._text_encoders() for p in encoder.parameters())
+        return any(p.requires_grad for encoder in text_encoders(self.pipe) for p in encoder.parameters())
 
     def check_embeddings(self, given: Embeddings, batch: int) -> None:
         """Raises:
@@ -270,7 +267,7 @@ class PipelineAdapter(ABC):
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
         """Everything that holds weights while the chain runs; `with_text`: the text encoders too."""
-        return [self.denoiser, self.pipe.vae, *(self._text_encoders() if with_text else ())]
+        return [self.denoiser, self.pipe.vae, *(text_encoders(self.pipe) if with_text else ())]
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) in pixels, the model's own where None.

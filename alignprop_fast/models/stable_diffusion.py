@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances, text_encoders
 from alignprop_fast.models.schedules import DIFFUSION
 from alignprop_fast.text_limits import TextReader
 
@@ -40,7 +40,7 @@ class StableDiffusionAdapter(PipelineAdapter):
         return self._reader("CLIP", "tokenizer")
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
-        encoders: list[Any] = list(self._text_encoders())
+        encoders: list[Any] = list(text_encoders(self.pipe))
         length = encoders[0].config.max_position_embeddings if encoders else 77  # CLIP's
         shape = ((1 + guided) * batch, length, text_width(self.pipe.unet.config))
         embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
