@@ -2,10 +2,8 @@
 
     python docs/examples/three_merged.py three-run
 
-Adapters mix linearly in the weight delta, so their weights can be chosen after training, without training again. On the
-command line the mixture below is
-
-    alignprop-fast merge three-run/clip:0.4 three-run/colorfulness:0.3 three-run/incompressibility:0.3 --output-dir mixed
+Adapters mix linearly in the weight delta, so their weights can be chosen after training, without training again. The
+mixture is made by the command `alignprop-fast merge A:0.4 B:0.3 C:0.3 --output-dir mixed`.
 """
 
 from __future__ import annotations
