@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import typer
 
-from alignprop_fast.cli import app
+from alignprop_fast.cli.app import app
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Options of the command line

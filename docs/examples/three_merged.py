@@ -21,7 +21,7 @@ from alignprop_fast import (
     DefaultDDPOStableDiffusionPipeline,
     DifferentiableSampler,
 )
-from alignprop_fast.cli import app
+from alignprop_fast.cli.app import app
 from alignprop_fast.rewards import get_reward
 
 PROMPTS = ["a red apple", "a cat", "three stars", "a house"]
