@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.runtime.host_pool import HostPool
+from alignprop_fast.runtime.meta_results import meta_result
 
 
 def tensors_in(*trees: Any) -> list[torch.Tensor]:
@@ -87,12 +88,14 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes -= size_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id(t.untyped_storage()) for t in tensors_in(args, kwargs)}
-        out = func(*args, **(kwargs or {}))
+        inputs, kwargs = tensors_in(args, kwargs), kwargs or {}
+        on_meta = bool(inputs) and all(t.is_meta for t in inputs)
+        out = meta_result(func, args, kwargs, inputs) if on_meta else func(*args, **kwargs)
+        before = {id(t.untyped_storage()) for t in inputs}
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
             # A view of something that was there before the block is not ours to count.
-            if id(storage) in self._alive or id(storage) in inputs:
+            if id(storage) in self._alive or id(storage) in before:
                 continue
             size_bytes = allocated_bytes(storage.nbytes(), storage.device)
             finalizer = weakref.finalize(storage, self._free, id(storage), size_bytes)
