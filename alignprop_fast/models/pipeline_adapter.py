@@ -18,11 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from alignprop_fast.models.adapters import learns
-from alignprop_fast.models.banded_decoder import banded_stages
+from alignprop_fast.models.lean.banded_decoder import banded_stages
+from alignprop_fast.models.lean.surgery import put_ops_in
+from alignprop_fast.models.lora.adapters import learns
 from alignprop_fast.models.schedules import check_scheduler, schedule
-from alignprop_fast.models.surgery import put_ops_in
-from alignprop_fast.text_limits import TextReader
+from alignprop_fast.prompts.limits import TextReader
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +338,7 @@ class PipelineAdapter(ABC):
         config = self.pipe.vae.config
         return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
-    def decoder_segments(self) -> dict[str, list[nn.Module]]:
+    def decoder_groups(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
 

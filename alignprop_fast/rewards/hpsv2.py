@@ -18,10 +18,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .clip import Similarity
-from .open_clip_names import to_transformers
-from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
+from alignprop_fast.rewards.clip import Similarity
+from alignprop_fast.rewards.open_clip_names import to_transformers
+from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from alignprop_fast.rewards.weights import (
+    DEFAULT,
+    RewardLoading,
+    check_words,
+    filled,
+    load_tokenizer,
+    read_state,
+    weights_file,
+)
 
 _NAMES = ("HPS_v2.1_compressed", "HPS_v2_compressed")
 _TOKENIZER = "openai/clip-vit-large-patch14"
@@ -31,7 +39,7 @@ _VISION_HEAD, _TEXT_HEAD = 80, 64  # widths of one attention head in ViT-H/14
 class HpsV2(Similarity):
     """The similarity under HPS v2's network; which version is a matter of the weights."""
 
-    def __init__(self, path: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, path: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """path: the weights file, or its folder (v2.1 if both are there); the tokenizer lies beside it.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.

@@ -17,11 +17,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignprop_fast.text_limits import CutTexts, TextReader
-
-from .aesthetic import FiveLayers
-from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
-from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
+from alignprop_fast.prompts.limits import CutTexts, TextReader
+from alignprop_fast.rewards.aesthetic import FiveLayers
+from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
+from alignprop_fast.rewards.weights import (
+    DEFAULT,
+    RewardLoading,
+    check_words,
+    filled,
+    load_tokenizer,
+    read_state,
+    weights_file,
+)
 
 _TOKENIZER = "google-bert/bert-base-uncased"
 _TOKENS = 35
@@ -45,7 +52,7 @@ _VISION_NAMES = {
 class ImageReward(nn.Module):
     """The published network, frozen."""
 
-    def __init__(self, path: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, path: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """path: the weights file, or its folder; the tokenizer lies beside it.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.

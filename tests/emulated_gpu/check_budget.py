@@ -7,7 +7,8 @@ import torch
 from emulate import TOTAL_BYTES
 from peft import LoraConfig
 
-from alignprop_fast import DifferentiableSampler, cost_table
+from alignprop_fast import DifferentiableSampler
+from alignprop_fast.generate import cost_table
 from alignprop_fast.planner.budget import HEADROOM
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
@@ -45,7 +46,7 @@ def test_auto_is_what_others_leave_free(pipe, emulated):
 @pytest.mark.parametrize("wish", ["24GiB", "13.9GiB", "2GiB"])
 def test_a_wish_is_held_to_what_is_free(pipe, emulated, caplog, wish):
     emulated.set_limit(14 * GIB)
-    with caplog.at_level(logging.WARNING, "alignprop_fast.generate"):
+    with caplog.at_level(logging.WARNING, "alignprop_fast.generate.sampler"):
         sampler = train(train(DifferentiableSampler(pipe, STEPS, memory_budget=wish)))
     assert sampler.plan.budget_bytes == (2 * GIB if wish == "2GiB" else int(SHARE * 14 * GIB))
     lines = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]

@@ -13,7 +13,7 @@ def emulated():
 @pytest.fixture(autouse=True)
 def examined_before(monkeypatch):
     """Training would examine the GPU first in a process of its own, which has none; check_doctor does so."""
-    monkeypatch.setattr("alignprop_fast.trainer.examine_once", lambda device, dtype: None)
+    monkeypatch.setattr("alignprop_fast.training.trainer.examine_once", lambda device, dtype: None)
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
@@ -35,7 +35,7 @@ def adapted(request, emulated):
 @pytest.fixture(scope="session")
 def plain_kernels():
     """Triton's interpreter takes seconds for what these checks run hundreds of times; its kernels have tests of their
-    own. Attention goes by the first of the GPU's fused kernels instead of by a measured choice."""
+    own. Attention goes by the first of the GPU's fused kernels instead of by a measured autotune."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignprop_fast.ops.backend._HAS_TRITON", False)
         patch.setattr(

@@ -1,0 +1,1 @@
+"""What only makes models: training of the bundled ones, and pipelines with random weights. No other part imports it."""

@@ -1,0 +1,199 @@
+"""Attention of diffusers' transformer blocks on the package's ops: one processor for each kind of block.
+
+Queries, keys and values that read the same tokens are projected at once, and the attention keeps q, k, v, o and the
+logsumexp. Norms of q and k and rotary positions are diffusers' own.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import nn
+
+from alignprop_fast.ops.attention import attention
+from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.reuse import Kind
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether x meets autocast, which would cast inside an op's forward but not inside its backward."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+class LeanAttnProcessor(AttnProcessor2_0):
+    """`diffusers` attention of a transformer block, keeping q, k, v, o and the logsumexp."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attention_mask is not None or autocasts(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is None:
+            q, k, v = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            (q,), (k, v) = _project(hidden_states, attn.to_q), _project(encoder_hidden_states, attn.to_k, attn.to_v)
+        o_BHMD = attention(_heads(q, attn.heads), _heads(k, attn.heads), _heads(v, attn.heads), attn.scale)
+        return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
+
+
+class LeanImageAttnProcessor(AttnProcessor2_0):
+    """`diffusers` attention over the pixels of an image, as decoders have it, keeping q, k, v, o and the logsumexp."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        plain = hidden_states.ndim == 4 and encoder_hidden_states is None and attention_mask is None
+        if not plain or autocasts(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        x_BNC = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
+        q, k, v = (_heads(t, attn.heads) for t in _project(x_BNC, attn.to_q, attn.to_k, attn.to_v))
+        o_BNC = attention(q, k, v).transpose(1, 2).flatten(2)
+        y_BNC = attn.to_out[1](attn.to_out[0](o_BNC))
+        return hidden_states + y_BNC.transpose(1, 2).reshape(hidden_states.shape)
+
+
+class LeanJointAttnProcessor(JointAttnProcessor2_0):
+    """`diffusers` attention of SD3: image tokens, and where there are any text tokens behind them, in one attention."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if autocasts(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        q, k, v = (_heads(x, attn.heads) for x in _project(hidden_states, attn.to_q, attn.to_k, attn.to_v))
+        q, k = _normed(q, attn.norm_q), _normed(k, attn.norm_k)
+        if encoder_hidden_states is None:
+            o = attention(q, k, v).transpose(1, 2).flatten(2)
+            return attn.to_out[1](attn.to_out[0](o))
+        added = _project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_q, text_k, text_v = (_heads(x, attn.heads) for x in added)
+        text_q, text_k = _normed(text_q, attn.norm_added_q), _normed(text_k, attn.norm_added_k)
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+        o = attention(q, k, v).transpose(1, 2).flatten(2)
+        o, text = o.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](o)), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+class LeanFluxAttnProcessor(FluxAttnProcessor):
+    """`diffusers` attention of FLUX: text tokens, then image tokens, with rotary positions; or both in one stream."""
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if attention_mask is not None or autocasts(hidden_states) or attn.fused_projections:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        linears = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in linears)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            added = _project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
+            pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
+            q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+        if image_rotary_emb is not None:
+            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        o = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return o
+        text, o = o.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](o)), attn.to_add_out(text)
+
+
+def _normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+    return x if norm is None else norm(x)
+
+
+def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Each layer's result on x, all at once where all are adapters that the op serves."""
+    as_layer: list[Any] = [getattr(linear, "as_layer", None) for linear in linears]
+    layers = [None if method is None else method(x) for method in as_layer]
+    found = [layer for layer in layers if layer is not None]
+    if len(found) < len(layers):
+        return tuple(linear(x) for linear in linears)
+    return lora_linears(x, found, "qkv")
+
+
+def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
+    return x_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def is_plain(attn: nn.Module) -> bool:
+    """Attention as transformer blocks have it: nothing before the projections, nothing after them."""
+    if isinstance(attn, FluxAttention):
+        return isinstance(attn.processor, FluxAttnProcessor) and attn.processor._attention_backend is None
+    if not isinstance(attn, Attention):
+        return False
+    norms = [attn.spatial_norm, attn.group_norm, attn.norm_cross]
+    if not isinstance(attn.processor, JointAttnProcessor2_0):
+        norms += [attn.norm_q, attn.norm_k]
+    return all(norm is None for norm in norms) and not attn.residual_connection and attn.rescale_output_factor == 1
+
+
+def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
+    """The linear layers of a plain attention whose results a block that runs again may keep, with their kind."""
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+        if getattr(attn, name, None) is not None:
+            yield getattr(attn, name), "qkv"
+    if getattr(attn, "to_out", None) is not None:  # FLUX's single-stream blocks have none: theirs is the block's
+        yield attn.to_out[0], "out"
+    if getattr(attn, "to_add_out", None) is not None:
+        yield attn.to_add_out, "out"
+
+
+def is_over_an_image(attn: nn.Module) -> bool:
+    """Attention with a group norm before it, its input added to its result, and nothing else."""
+    return (
+        isinstance(attn, Attention)
+        and isinstance(attn.group_norm, nn.GroupNorm)
+        and all(norm is None for norm in (attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross))
+        and attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
+_LEAN: dict[type, type] = {
+    AttnProcessor2_0: LeanAttnProcessor,
+    JointAttnProcessor2_0: LeanJointAttnProcessor,
+    FluxAttnProcessor: LeanFluxAttnProcessor,
+}
+_LEAN_OVER_AN_IMAGE: dict[type, type] = {AttnProcessor2_0: LeanImageAttnProcessor}
+_STOCK = {lean: stock for stock, lean in (*_LEAN.items(), *_LEAN_OVER_AN_IMAGE.items())}
+
+
+def put_processors_in(root: nn.Module) -> None:
+    """Give every attention below root that a processor here serves that processor."""
+    modules: list[Any] = list(root.modules())
+    for attn in modules:
+        lean = _LEAN if is_plain(attn) else _LEAN_OVER_AN_IMAGE if is_over_an_image(attn) else {}
+        if lean and type(attn.processor) in lean:
+            attn.set_processor(lean[type(attn.processor)]())
+
+
+def take_processors_out(root: nn.Module) -> None:
+    """Undo `put_processors_in`."""
+    modules: list[Any] = list(root.modules())
+    for attn in modules:
+        if type(getattr(attn, "processor", None)) in _STOCK:
+            attn.set_processor(_STOCK[type(attn.processor)]())
