@@ -9,10 +9,10 @@
 // Shapes: x, g, y, dx [B, N, C] in memory; t [B, C]; gamma, beta [C]; all of one dtype. In fp32: mean, rstd [B, G];
 // partial [B, G, chunks, 2]; moments [B, G, 2]. All sums are fp32 (float64 when the CPU joins chunks).
 // Bytes moved, in units of x: forward 2 reads and 1 write, backward 4 reads and 1 write. An element takes about 10 and
-// 25 FLOP, so memory is the bound. The statistics of a block of rows are (mean, sum of squared deviations), joined as in
-// Chan, Golub & LeVeque (1979), so that a large mean costs no precision. Every sum has a fixed order, so two runs give
-// the same bits. It loses on tiny tensors, because each pass is a launch, and when a group fits into one thread block,
-// which could then read x once.
+// 25 FLOP, so memory is the bound. The statistics of a block of rows are (mean, sum of squared deviations), joined as
+// in Chan, Golub & LeVeque (1979), so that a large mean costs no precision. Every sum has a fixed order, so two runs
+// give the same bits. It loses on tiny tensors, because each pass is a launch, and when a group fits into one thread
+// block, which could then read x once.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // Shared by the kernels of group_norm_silu_cuda.cu: vectors of channels, the place of a thread, per-channel numbers.
 //
-// A vector is 4 channels in every dtype. With 8 channels of 16 bits the per-channel numbers took 80 to 96 registers, so an
-// SM ran only two blocks, 512 threads: too few to hide the memory latency of an H100. With 4 channels they take 64, an SM
-// runs four blocks, and each thread has 64 bytes in flight.
+// A vector is 4 channels in every dtype. With 8 channels of 16 bits the per-channel numbers took 80 to 96 registers, so
+// an SM had room for only two blocks, 512 threads: too few to hide the memory latency of an H100. With 4 channels a
+// kernel takes at most 64 registers, an SM has room for four blocks, and each thread has 64 bytes in flight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,7 +41,8 @@ __device__ void store(T* to, const Vec<T, V>& values) {
   *reinterpret_cast<Vec<T, V>*>(to) = values;
 }
 
-// The fast intrinsics are off by about 2 units in the last place of fp32: nothing beside 16-bit rounding, too much in fp32.
+// The fast intrinsics are off by about 2 units in the last place of fp32: small beside 16-bit rounding, too much in
+// fp32.
 template <typename T>
 __device__ float sigmoid(float z) {
   if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-z));

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import triton
 
-# Fused multiply-add, set here because Triton 3.10 turned its default off. Without it a * b + c rounds twice and takes one
-# instruction more. Compiling ahead of time uses the same option.
+# Fused multiply-add, set here because Triton 3.10 turned its default off. Without it a * b + c rounds twice and takes
+# one instruction more. Compiling ahead of time uses the same option.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
