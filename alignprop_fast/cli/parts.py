@@ -101,7 +101,7 @@ def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | 
         return None
     from alignprop_fast.evaluation.watch import IMAGES_PER_PROMPT, Watch
     from alignprop_fast.rewards.diversity import ImageEmbedder
-    from alignprop_fast.rewards.weights import Loading
+    from alignprop_fast.rewards.weights import RewardLoading
 
     heldout = f"{options.prompts}-heldout"
     rows = load_rows(options.watch_prompts or (heldout if heldout in PROMPT_SETS else options.prompts))
@@ -111,7 +111,7 @@ def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | 
     return Watch(
         reward,
         spread(rows, min(len(rows), options.watch_pictures // IMAGES_PER_PROMPT)),
-        ImageEmbedder(options.diversity_model, Loading(options.allow_pickle)).to(device),
+        ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device),
         seed=_WATCH_SEED,
         batch_size=options.batch_size,
         negative_prompt=options.negative_prompt,

@@ -14,6 +14,7 @@ from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 from alignprop_fast.training.field_types import as_plain_types, check_types
 
 _PRECISIONS = ("no", "none", "fp16", "bf16")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
 _TRACKERS = (None, "wandb", "tensorboard", "trackio")
 
 
@@ -74,6 +75,11 @@ class AlignPropConfig:
             "prodigy" (prodigyopt); upper and lower case are the same. See `optim.make_optimizer`.
         optimizer_in_backward: full fine-tuning only: step each parameter in the backward pass as soon as its gradient
             is complete, and free it. `train_max_grad_norm` then clips each tensor's gradient by itself.
+        lr_scheduler: how the learning rate goes on after the warm-up: "constant", or down to 0 over `num_epochs` as
+            "linear" or "cosine" (`diffusers.optimization`). It moves on when the optimizer makes a step.
+        warmup_steps: optimizer steps over which the learning rate rises from 0, the first one's, to its full value.
+        ema_decay: keep an exponential moving average of what is trained, in fp32, with this decay; that of the first
+            steps is smaller, as in diffusers' `EMAModel`. 0 turns it off. See `AlignPropTrainer.averaged_weights`.
         cache_text: encode each prompt once; between encodings the text encoders lie on the CPU.
         max_bad_steps: stop after so many optimizer steps in a row with a loss or gradient that is not finite.
         height, width: pixels; None: the model's own size.
@@ -134,6 +140,9 @@ class AlignPropConfig:
     adapter_dtype: str = "fp32"
     optimizer: str = "adamw"
     optimizer_in_backward: bool = False
+    lr_scheduler: str = "constant"
+    warmup_steps: int = 0
+    ema_decay: float = 0.0
     cache_text: bool = True
     max_bad_steps: int = 10
     height: int | None = None
@@ -155,6 +164,7 @@ class AlignPropConfig:
         self.optimizer = self.optimizer.lower()
         self._check_counts()
         self._check_optimizer()
+        self._check_schedule()
         self._check_choices()
         self._check_truncation()
         parse_budget(self.memory_budget)
@@ -204,6 +214,16 @@ class AlignPropConfig:
             raise ValueError("prodigy needs all gradients at once: use another optimizer with optimizer_in_backward")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}: use {', '.join(OPTIMIZERS)}")
+
+    def _check_schedule(self) -> None:
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}: use {', '.join(LR_SCHEDULERS)}")
+        if not 0 <= self.warmup_steps < self.num_epochs:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}: use 0 (off) or more, and fewer than num_epochs={self.num_epochs}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: use 0 (off) or more, and below 1")
 
     def _check_choices(self) -> None:
         if self.mixed_precision not in _PRECISIONS:
