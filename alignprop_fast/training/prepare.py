@@ -1,7 +1,7 @@
 """From a loaded pipeline to one that trains: devices and dtypes, adapters, the sampler with all that a plan counts.
 
-`AlignPropTrainer` does this on a device, the command `plan` also on tensors without data: what lies on the device, in
-which precision and under which options is said here, for both.
+`AlignPropTrainer` does this on a device, the command `plan` also on the meta device, whose tensors have no data. What
+lies on the device, in which precision and under which options is decided here, once for both.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) 
     if config.adapter_dtype == "bf16":
         for parameter in trained:
             parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.grad_dtype = torch.float32  # see `FlatParameters`
     return trained
 
 
@@ -90,12 +91,14 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
 
     A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
     that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16. With `cache_text` the text encoders
-    stay on the CPU: they visit the device when there is something to encode.
+    stay on the CPU: they visit the device when there is something to encode. On the meta device nothing is encoded, and
+    they stay there.
     """
     dtype = compute_dtype(config)
+    encoders_device = torch.device("cpu") if config.cache_text and device.type != "meta" else device
     overflows = dtype is torch.float16 and pipeline.vae.config.get("force_upcast", False)
     for encoder in pipeline.text_encoders:
-        _move(encoder, torch.device("cpu") if config.cache_text else device, dtype)
+        _move(encoder, encoders_device, dtype)
     _move(pipeline.vae, device, torch.float32 if overflows else dtype)
     if config.base_dtype != "auto":
         pipeline.quantize_base(config.base_dtype, device, dtype)

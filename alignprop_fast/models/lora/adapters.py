@@ -8,6 +8,7 @@ file: setting up training and saving both refuse it, and the message names it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -238,7 +239,9 @@ def add_lora(
     names = target_modules(model, targets)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
-    model.add_adapter(config, name)
+    # PEFT makes adapters of a model on the meta device on the CPU.
+    with model.device if model.device.type == "meta" else nullcontext():
+        model.add_adapter(config, name)
     return trainable_in_fp32(model)
 
 
