@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from alignprop_fast import cli, out_of_memory
+from alignprop_fast.cli import app as cli
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.planner import Plan, StageChoice
+from alignprop_fast.training import out_of_memory
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
