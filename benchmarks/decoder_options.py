@@ -31,7 +31,7 @@ from alignprop_fast.models.lean.attention import LeanImageAttnProcessor
 from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import VAE
-from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
+from alignprop_fast.runtime import Block, PeakMeter, apply_options, run_decoder_stage
 
 WAYS = ("stock", "keep", "block", "bands", "stages")
 
@@ -61,13 +61,13 @@ def decode(decoder: nn.Module, x: torch.Tensor, way: str, rows: int | None) -> t
     if way == "keep":
         return decoder(x)
     if way == "block":
-        return by_image(decoder, x, "image", {"*": "recompute"}, blocks)
+        return run_decoder_stage(decoder, x, "image", {"*": "recompute"}, blocks)
 
     def by_bands(image: torch.Tensor) -> torch.Tensor:
-        with banded(bandable(decoder), rows), kept_as({"*": "recompute"}, attentions):
+        with banded(bandable(decoder), rows), apply_options({"*": "recompute"}, attentions):
             return decoder(image)
 
-    return by_image(by_bands, x, "image", {})
+    return run_decoder_stage(by_bands, x, "image", {})
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

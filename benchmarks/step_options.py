@@ -28,7 +28,7 @@ from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.models.lean.attention import LeanAttnProcessor
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import UNETS
-from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
+from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, apply_options
 
 SMALL: dict[str, Any] = {
     "sample_size": 32,
@@ -77,7 +77,7 @@ class Step:
             self.unet.set_attn_processor(LeanAttnProcessor())
         else:
             put_ops_in(self.unet)
-        with kept_as({"*": "keep" if variant == "stock" else variant}, self.blocks()):
+        with apply_options({"*": "keep" if variant == "stock" else variant}, self.blocks()):
             y = self.unet(self.x, torch.tensor(500), self.text, added_cond_kwargs=self.added).sample
         kept_bytes = meter.live_bytes() if meter else 0
         torch.autograd.grad(y.sum(), self.wanted)

@@ -115,7 +115,7 @@ def evaluate(
         from alignprop_fast.models.lora.mix import load_loras
         from alignprop_fast.prompts.rows import load_rows
         from alignprop_fast.rewards.diversity import ImageEmbedder
-        from alignprop_fast.rewards.weights import Loading
+        from alignprop_fast.rewards.weights import RewardLoading
 
         folder.check_new()
         _check(lora, scale)
@@ -128,7 +128,7 @@ def evaluate(
         parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
         embed = None
         if images_per_prompt > 1:
-            embed = ImageEmbedder(diversity_model, Loading(allow_pickle)).to(device)
+            embed = ImageEmbedder(diversity_model, RewardLoading(allow_pickle)).to(device)
         elif diversity_model is not None:
             raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
         sampler = DifferentiableSampler(

@@ -80,7 +80,7 @@ def make_watch(options: TrainOptions, trained: Any, device: str) -> Watch | None
     from alignprop_fast.evaluation.watch import IMAGES_PER_PROMPT, Watch
     from alignprop_fast.rewards import get_reward
     from alignprop_fast.rewards.diversity import ImageEmbedder
-    from alignprop_fast.rewards.weights import Loading
+    from alignprop_fast.rewards.weights import RewardLoading
 
     heldout = f"{options.prompts}-heldout"
     rows = load_rows(options.watch_prompts or (heldout if heldout in PROMPT_SETS else options.prompts))
@@ -97,7 +97,7 @@ def make_watch(options: TrainOptions, trained: Any, device: str) -> Watch | None
     return Watch(
         reward,
         [rows[i * len(rows) // count] for i in range(count)],
-        ImageEmbedder(options.diversity_model, Loading(options.allow_pickle)).to(device),
+        ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device),
         seed=_WATCH_SEED,
         batch_size=options.batch_size,
         negative_prompt=options.negative_prompt,

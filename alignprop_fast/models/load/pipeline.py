@@ -11,8 +11,7 @@ import torch
 
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
-    Loading,
-    first_line,
+    PipelineLoading,
     load_folder,
     local_weights,
     parts_with_weights,
@@ -21,6 +20,7 @@ from alignprop_fast.models.load.folder import (
 from alignprop_fast.models.load.hub import fetch, fetch_configs
 from alignprop_fast.models.load.single_file import load_single_file
 from alignprop_fast.models.schedules import DIFFUSION, FLOW, check_family, check_scheduler, make_scheduler
+from alignprop_fast.ops.errors import first_line
 
 SCHEDULERS = ("auto", *DIFFUSION, *FLOW)
 
@@ -55,7 +55,7 @@ def load_pipeline(
             allowed or do not fit.
         OSError: a Hub model that cannot be reached.
     """
-    source, loading = _resolve(model), Loading(dtype, allow_pickle)
+    source, loading = _resolve(model), PipelineLoading(dtype, allow_pickle)
     if isinstance(source, Path) and source.is_file():
         pipe = load_single_file(source, model_config, loading)
     elif model_config is not None:

@@ -19,7 +19,7 @@ from alignprop_fast.models.lora.names import is_flux
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import published_layers
 
-from . import original_layout
+from ..load import original_layout
 
 WIDTH = 3072  # of FLUX, at which alone diffusers converts its files
 FLUX_ATTENTION = {

@@ -5,7 +5,7 @@ import pytest
 from alignprop_fast.models.lora.names import find_modules, names_of, published_names
 from alignprop_fast.models.published import published_layers
 
-from . import original_layout
+from ..load import original_layout
 
 
 @pytest.mark.parametrize(("network", "levels"), [("sd15", 4), ("sdxl", 3)])

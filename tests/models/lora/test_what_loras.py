@@ -19,8 +19,8 @@ from alignprop_fast.models.lora.load_save import load_lora
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import layers, published_layers
 
-from ..loadable import Format
-from . import original_layout
+from ...loadable import Format
+from ..load import original_layout
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 UNET = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"]

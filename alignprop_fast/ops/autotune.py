@@ -1,4 +1,4 @@
-"""Measured choice: the fastest of several right implementations of one problem.
+"""Autotuning: the fastest of several right implementations of one problem, by measuring.
 
 Each candidate's results are checked on the problem before it may win, and it is timed once per device and versions. The
 times are kept on disk. What fails is not: a compiler, memory or a driver may be there for the next process.

@@ -1,9 +1,9 @@
-"""What a segment that runs again keeps of its first run, so that its costliest results are not computed twice.
+"""Results that a checkpointed block keeps of its first run, so that its costliest operators do not run twice.
 
-A checkpointed segment keeps its input and repeats everything in its backward pass. Inside it an op may hand its result
-to `kept`: where the segment's option names that kind of result, the first run stores it, and the repetition takes it
-from there while still recording its place in the graph. Between "keep everything" and "keep the input alone" this gives
-every grade of selective recomputation (Korthikanti et al. 2022) at no cost for operators that do not take part.
+A checkpointed block keeps its input and runs again in its backward pass. An op inside it computes its result through
+`reuse_or_compute`. Where the block's option names that kind of result, the first run stores it. The second run takes
+the stored one and only records the op in autograd's graph. This gives every grade of selective recomputation
+(Korthikanti et al. 2022) between "keep everything" and "keep the input alone". Other operators pay nothing for it.
 """
 
 import threading
@@ -28,7 +28,7 @@ _stores = _Stores()
 
 
 class _Store:
-    """Results of one run of one segment, first in first out. A context: inside it `kept` writes, or reads."""
+    """Results of one run of one block, first in first out. A context: `reuse_or_compute` writes to it, or reads."""
 
     def __init__(self, kinds: Collection[str], results: deque[tuple[Any, ...]], reading: bool, move: Callable):
         self.kinds, self.results, self.reading, self.move = kinds, results, reading, move
@@ -44,21 +44,26 @@ def _as_it_is(x: torch.Tensor) -> Any:
     return x
 
 
-def first_and_again(
+def checkpoint_contexts(
     kinds: Collection[str],
     away: Callable[[torch.Tensor], Any] = _as_it_is,
     back: Callable[[Any], torch.Tensor] = _as_it_is,
 ) -> tuple[_Store, _Store]:
-    """Two contexts, for the first run of a segment and for its repetition, that keep results of these kinds.
+    """The contexts of a checkpointed block's first and second run: the second reuses results of these kinds.
 
-    away, back: where a result waits meanwhile, if it is to wait elsewhere.
+    For `context_fn` of `torch.utils.checkpoint.checkpoint`.
+
+    away, back: move a result to where it waits, and back from there. By default it stays where it is.
     """
     results: deque[tuple[Any, ...]] = deque()
     return _Store(kinds, results, False, away), _Store(kinds, results, True, back)
 
 
-def kept(kind: Kind | None, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """compute(), or what it returned in the segment's first run. For use inside an autograd function's forward."""
+def reuse_or_compute(kind: Kind | None, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """compute(), or what it returned in the block's first run. For use inside an autograd function's forward.
+
+    kind: of the result; None: it is always computed.
+    """
     store = _stores.open[-1] if _stores.open else None
     if store is None or kind not in store.kinds:
         return compute()

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alignprop_fast.sampling.ddim import StepTable, ddim_table
+from alignprop_fast.sampling.ddim import ddim_table
 from alignprop_fast.sampling.dpm_solver import dpm_solver_table
 from alignprop_fast.sampling.euler import euler_table
+from alignprop_fast.sampling.step_table import StepTable
 
 _KINDS: dict[str, Callable[..., StepTable]] = {"euler": euler_table, "dpm-solver": dpm_solver_table}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from alignprop_fast.ops.kept import first_and_again
 from alignprop_fast.ops.lora_linear import lora_linear
-from alignprop_fast.runtime.segments import STEP_OPTIONS, Block, kept_as
+from alignprop_fast.ops.reuse import checkpoint_contexts
+from alignprop_fast.runtime.blocks import STEP_OPTIONS, Block, apply_options
 
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +23,9 @@ def test_gradients_stay_and_kept_products_run_once(kinds):
     x = torch.randn(5, 6, requires_grad=True)
     expected = torch.autograd.grad(segment(x).sum(), x)[0]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        y = checkpoint(segment, x, use_reentrant=False, context_fn=partial(first_and_again, kinds), early_stop=False)
+        y = checkpoint(
+            segment, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, kinds), early_stop=False
+        )
         grad = torch.autograd.grad(y.sum(), x)[0]
     assert torch.equal(grad, expected)
     forward = sum(event.name == "aten::linear" for event in profile.events())
@@ -31,13 +33,13 @@ def test_gradients_stay_and_kept_products_run_once(kinds):
 
 
 def test_outside_a_segment_nothing_is_stored():
-    first, _ = first_and_again(("qkv",))
+    first, _ = checkpoint_contexts(("qkv",))
     lora_linear(torch.ones(2, 6), WEIGHT, keep="qkv")
     assert not first.results
 
 
 def test_the_store_does_not_hold_the_graph():
-    first, _ = first_and_again(("qkv",))
+    first, _ = checkpoint_contexts(("qkv",))
     with first:
         lora_linear(torch.ones(2, 6, requires_grad=True), WEIGHT, keep="qkv")
     assert first.results[0][0].grad_fn is None
@@ -45,6 +47,6 @@ def test_the_store_does_not_hold_the_graph():
 
 def test_unknown_option_is_refused():
     block = Block("b", torch.nn.Identity(), "transformers")
-    with pytest.raises(ValueError, match="use keep, norms"), kept_as({"*": "everything"}, [block]):
+    with pytest.raises(ValueError, match="use keep, norms"), apply_options({"*": "everything"}, [block]):
         pass
     assert next(iter(STEP_OPTIONS)) == "keep" and [*STEP_OPTIONS][-1] == "recompute"

@@ -3,23 +3,23 @@
 import pytest
 import torch
 
-from alignprop_fast.ops import choice, lora_linear_triton, switched_off
+from alignprop_fast.ops import autotune, lora_linear_triton, switched_off
 from alignprop_fast.ops.lora_linear_plain import Layer
 
 
 @pytest.fixture(autouse=True)
 def kernels_are_fastest(emulated, monkeypatch):
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
 
-    def told(problem, name, candidate, device, measure=choice._milliseconds):
+    def told(problem, name, candidate, device, measure=autotune._milliseconds):
         result = measure(problem, name, candidate, device)
         return float(name == "plain") if isinstance(result, float) else result
 
-    monkeypatch.setattr(choice, "_milliseconds", told)
-    monkeypatch.setattr(choice, "_save", lambda *arguments: None)
-    choice.forget()
+    monkeypatch.setattr(autotune, "_milliseconds", told)
+    monkeypatch.setattr(autotune, "_save", lambda *arguments: None)
+    autotune.forget()
     yield
-    choice.forget()
+    autotune.forget()
     switched_off.forget()
 
 
@@ -49,5 +49,5 @@ def test_kernels_without_the_adapters_do_not_win(direction, monkeypatch):
     monkeypatch.setattr(lora_linear_triton, f"run_{direction}", wrong)
     x, layers = problem()
     assert lora_linear_triton.chosen(direction, x, layers) == "plain"
-    told = choice.explain(lora_linear_triton.problem(direction, x, layers), x.device)
+    told = autotune.explain(lora_linear_triton.problem(direction, x, layers), x.device)
     assert "triton: errors are" in told

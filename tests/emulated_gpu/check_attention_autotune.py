@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignprop_fast.ops import attention_backends, choice, switched_off
+from alignprop_fast.ops import attention_backends, autotune, switched_off
 from alignprop_fast.ops.attention import attention
 
 FAST = {"cudnn": 1.0, "flash": 2.0, "efficient": 3.0}
@@ -12,22 +12,22 @@ FAST = {"cudnn": 1.0, "flash": 2.0, "efficient": 3.0}
 @pytest.fixture(autouse=True)
 def cudnn_is_fastest(emulated, monkeypatch):
     """An emulated GPU knows no time: cuDNN is told to be ahead, and Triton's interpreter is left out."""
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
     times = dict(FAST)
 
-    def told(problem, name, candidate, device, measure=choice._milliseconds):
+    def told(problem, name, candidate, device, measure=autotune._milliseconds):
         result = measure(problem, name, candidate, device)
         return times[name] if isinstance(result, float) else result
 
-    monkeypatch.setattr(choice, "_milliseconds", told)
+    monkeypatch.setattr(autotune, "_milliseconds", told)
     backends = {name: backend for name, backend in attention_backends._cuda_backends().items() if name in FAST}
     monkeypatch.setattr(attention_backends, "_cuda_backends", lambda: backends)
-    monkeypatch.setattr(choice, "_save", lambda *arguments: None)
+    monkeypatch.setattr(autotune, "_save", lambda *arguments: None)
     emulated.faults = {}
-    choice.forget()
+    autotune.forget()
     yield
     emulated.faults = {}
-    choice.forget()
+    autotune.forget()
     switched_off.forget()
 
 
