@@ -10,9 +10,10 @@ The result is `model/` and `clip/` in the output folder.
 
 import argparse
 import copy
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,35 +21,39 @@ from safetensors.torch import load_file, save_file
 from alignprop_fast.demo import train_clip, train_unet, train_vae
 from alignprop_fast.demo.loop import Settings
 from alignprop_fast.demo.networks import build_image_processor, write_tokenizer
-from alignprop_fast.demo.scenes import make_pictures
+from alignprop_fast.demo.scenes import Mix, make_pictures
 from alignprop_fast.demo.sprites import load_sprites
+from alignprop_fast.files import whole
 
 SEED, HELDOUT_SEED = 0, 1
-NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000
+NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000  # of CLIP and the counter
+NUM_SCENES = 64_000  # of the autoencoder, the UNet and its text encoder
+SCENE_SEED, SCENE_MIX = 2, Mix(one=0.25, several=0.40, with_held_out=False)
 SETTINGS = {
-    "vae": Settings(steps=1500, batch_size=8, learning_rate=4e-3, weight_decay=0.0, average_decay=0.99),
-    "unet": Settings(steps=3000, batch_size=32, learning_rate=1e-3),
+    "vae": Settings(12_000, batch_size=16, learning_rate=2e-3, weight_decay=0.0, cooldown=0.9, average_decay=0.995),
+    "unet": Settings(40_000, batch_size=64, learning_rate=1e-3, cooldown=0.9, average_decay=0.9995),
     "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")
 
 
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns, made once and kept in the file."""
+    if not path.exists():
+        with whole(path) as temporary:
+            torch.save(make(), temporary)
+    return torch.load(path, weights_only=True)
+
+
 def load_pictures(data: Path, folder: Path, number: int, seed: int):
-    """The pictures [N, 3, 64, 64] (uint8) and captions of this seed, composed once and kept in `folder`."""
-    path = folder / f"pictures_{seed}.pt"
-    if not path.exists():
-        torch.save(make_pictures(load_sprites(data), number, seed), path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return torch.load(path, weights_only=True)
+    """The pictures [N, 3, 64, 64] (uint8) and captions of this seed, as CLIP and the counter see them."""
+    return kept(folder / f"pictures_{seed}.pt", lambda: make_pictures(load_sprites(data), number, seed))
 
 
-def load_latents(vae, pictures, folder: Path):
-    """The latents [N, 8, 16, 16] of the pictures, encoded once and kept in `folder`."""
-    path = folder / "latents.pt"
-    if not path.exists():
-        torch.save(train_vae.encode(vae, pictures), path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return torch.load(path, weights_only=True)
+def load_scenes(data: Path, folder: Path):
+    """The pictures [N, 3, 64, 64] (uint8) and captions of the text-to-image model."""
+    path = folder / "scenes.pt"
+    return kept(path, lambda: make_pictures(load_sprites(data), NUM_SCENES, SCENE_SEED, SCENE_MIX))
 
 
 def export(pipe, clip, tokenizer, folder: Path) -> None:
@@ -73,14 +78,16 @@ def export(pipe, clip, tokenizer, folder: Path) -> None:
 def run(data: Path, folder: Path, stages: tuple[str, ...]) -> None:
     """Runs the stages; a stage that is not named is taken from its checkpoint as it stands."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, captions = load_pictures(data, folder, NUM_PICTURES, SEED)
     tokenizer = write_tokenizer(folder / "tokenizer")
     settings = {name: value if name in stages else value.as_it_stands() for name, value in SETTINGS.items()}
-    vae = train_vae.train_vae(pictures, settings["vae"], folder, SEED)
+    if {"vae", "unet", "export"} & set(stages):
+        pictures, captions = load_scenes(data, folder)
+        vae = train_vae.train_vae(pictures, settings["vae"], folder, SEED)
     if {"unet", "export"} & set(stages):
-        latents = load_latents(vae, pictures, folder)
+        latents = kept(folder / "latents.pt", lambda: train_vae.encode(vae, pictures))
         pipe = train_unet.train_unet(latents, captions, vae, tokenizer, settings["unet"], folder, SEED)
     if {"clip", "export"} & set(stages):
+        pictures, captions = load_pictures(data, folder, NUM_PICTURES, SEED)
         heldout = load_pictures(data, folder, NUM_HELDOUT, HELDOUT_SEED)
         clip = train_clip.train_clip(pictures, captions, heldout, tokenizer, settings["clip"], folder, SEED)
     if "export" in stages:

@@ -1,0 +1,1 @@
+"""What only makes the bundled models: nothing else in the package imports it."""
