@@ -9,7 +9,10 @@ from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["demo", "doctor", "models", "ops", "planner", "rewards", "runtime", "sampling"]
+PACKAGES = [
+    *("cli", "demo", "doctor", "evaluation", "generate", "making", "models", "models.lean", "models.load"),
+    *("models.lora", "ops", "planner", "prompts", "report", "rewards", "runtime", "sampling", "training"),
+]
 # Root folders that reach the package under its name alone, each through a link in it: a top-level package `kernels`
 # would shadow the one that diffusers and transformers probe.
 LINKED = ["csrc", "kernels"]

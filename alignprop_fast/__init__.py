@@ -2,20 +2,28 @@
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from alignprop_fast.config import AlignPropConfig
-    from alignprop_fast.generate import DifferentiableSampler
-    from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-    from alignprop_fast.trainer import AlignPropTrainer
+from alignprop_fast.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["AlignPropConfig", "AlignPropTrainer", "DefaultDDPOStableDiffusionPipeline", "DifferentiableSampler"]
+if TYPE_CHECKING:
+    from alignprop_fast.generate.sampler import DifferentiableSampler
+    from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+    from alignprop_fast.training.config import AlignPropConfig
+    from alignprop_fast.training.trainer import AlignPropTrainer
+
+
+__all__ = [
+    "AlignPropConfig",
+    "AlignPropTrainer",
+    "DefaultDDPOStableDiffusionPipeline",
+    "DifferentiableSampler",
+    "__version__",
+]
 
 _HOME = {
-    "AlignPropConfig": "config",
-    "AlignPropTrainer": "trainer",
+    "AlignPropConfig": "training.config",
+    "AlignPropTrainer": "training.trainer",
     "DefaultDDPOStableDiffusionPipeline": "models.ddpo_pipeline",
-    "DifferentiableSampler": "generate",
+    "DifferentiableSampler": "generate.sampler",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m alignprop_fast` is the command line."""
 
-from alignprop_fast.cli import main
+from alignprop_fast.cli.app import main
 
 if __name__ == "__main__":
     main()

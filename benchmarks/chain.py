@@ -22,8 +22,8 @@ import torch
 from provenance import commit
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.models.architectures import UNETS, VAE
-from alignprop_fast.models.random_weights import make_sd_folder, make_sdxl_folder
+from alignprop_fast.making.random_weights import make_sd_folder, make_sdxl_folder
+from alignprop_fast.models.published import UNETS, VAE
 from alignprop_fast.planner import BudgetInfeasible, parse_bytes
 from alignprop_fast.runtime import PeakMeter
 

@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
 
 
 def build_model(folder: Path) -> Path:
-    from alignprop_fast.models.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_sd_folder
 
     return make_sd_folder(
         folder,

@@ -27,10 +27,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from alignprop_fast.models.architectures import VAE
-from alignprop_fast.models.banded_decoder import bandable, banded, banded_stages
-from alignprop_fast.models.lean_attention import LeanImageAttnProcessor
-from alignprop_fast.models.surgery import put_ops_in, take_ops_out
+from alignprop_fast.models.lean.attention import LeanImageAttnProcessor
+from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
+from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
+from alignprop_fast.models.published import VAE
 from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
 
 WAYS = ("stock", "keep", "block", "bands", "stages")

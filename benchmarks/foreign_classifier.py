@@ -26,10 +26,10 @@ from learning import score
 from rich.console import Console
 from torch import Tensor
 
-from alignprop_fast.cli_demo import SETTINGS
-from alignprop_fast.cli_folder import OutputFolder
-from alignprop_fast.cli_session import Session
-from alignprop_fast.cli_support import quiet_libraries
+from alignprop_fast.cli.demo import SETTINGS
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.preprocess import Preprocess
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from alignprop_fast.cli_demo import HELDOUT_SEED, SETTINGS
-from alignprop_fast.cli_folder import OutputFolder
-from alignprop_fast.cli_session import Session
-from alignprop_fast.cli_support import quiet_libraries
-from alignprop_fast.data import load_prompts
+from alignprop_fast.cli.demo import HELDOUT_SEED, SETTINGS
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.support import quiet_libraries
+from alignprop_fast.prompts.rows import load_prompts
 from alignprop_fast.rewards import get_reward
 
 REWARDS = ("clip", "compressibility", "incompressibility", "colorfulness", "clip:1.0,compressibility:0.3")

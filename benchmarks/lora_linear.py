@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from harness import Implementation, Problem, Shape, Work, main, optional, randn
 
-from alignprop_fast.ops.lora_linear import lora_linear, lora_linear_reference
+from alignprop_fast.ops.lora_linear import lora_linear
+from alignprop_fast.ops.lora_linear_plain import lora_linear_reference
 
 # Tokens, features in, features out.
 SHAPES = [

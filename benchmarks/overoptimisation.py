@@ -23,12 +23,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from alignprop_fast.cli_demo import SETTINGS
-from alignprop_fast.cli_folder import OutputFolder
-from alignprop_fast.cli_options import TrainOptions
-from alignprop_fast.cli_session import Session
-from alignprop_fast.cli_support import quiet_libraries
-from alignprop_fast.report import BLUE, GREY, INK, ORANGE, RULE, save_figure
+from alignprop_fast.cli.demo import SETTINGS
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.options import TrainOptions
+from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.support import quiet_libraries
+from alignprop_fast.report.style import BLUE, GREY, INK, ORANGE, RULE, save_figure
 
 PICTURES = 6
 

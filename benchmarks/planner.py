@@ -38,8 +38,8 @@ SWITCHES = {
 def make_sampler(args: argparse.Namespace, device: torch.device) -> DifferentiableSampler:
     """The bundled model, or a published architecture: on meta tensors for a named GPU, with random weights for ours."""
     from alignprop_fast.models.architectures import architecture
-    from alignprop_fast.models.load import load_pipeline
-    from alignprop_fast.models.lora import add_lora
+    from alignprop_fast.models.load.pipeline import load_pipeline
+    from alignprop_fast.models.lora.adapters import add_lora
 
     if args.model == "demo":
         pipe = load_pipeline("demo", device=device)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.data import load_prompts
 from alignprop_fast.demo import model_path
+from alignprop_fast.prompts.rows import load_prompts
 from alignprop_fast.rewards import get_reward
 
 PROMPTS = 8  # evenly from each of the bundled prompt sets

@@ -46,8 +46,8 @@ def write_model(name: str, folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from alignprop_fast.models.architectures import UNETS, VAE
-    from alignprop_fast.models.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_sd_folder
+    from alignprop_fast.models.published import UNETS, VAE
 
     if name == "small":
         make_sd_folder(folder)

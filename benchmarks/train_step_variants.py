@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models.architectures import architecture
+from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.pipeline_adapter import Conditioning
-from alignprop_fast.models.surgery import put_ops_in, take_ops_out
 from alignprop_fast.rewards.architectures import architecture_reward
 from alignprop_fast.runtime import LiveBytes, operator_seconds
 
@@ -163,8 +163,8 @@ def small_pipeline() -> Any:
     """Stable Diffusion with UNet widths 32 and 64 and images of 16 x 16, fp32, random weights, on the CPU."""
     from diffusers import StableDiffusionPipeline
 
-    from alignprop_fast.models.lora import add_lora
-    from alignprop_fast.models.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_sd_folder
+    from alignprop_fast.models.lora.adapters import add_lora
 
     with tempfile.TemporaryDirectory() as folder:
         pipe = StableDiffusionPipeline.from_pretrained(make_sd_folder(Path(folder) / "small"), local_files_only=True)

@@ -25,15 +25,15 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from alignprop_fast.cli_demo import HELDOUT_SEED, SETTINGS
-from alignprop_fast.cli_options import make_config
-from alignprop_fast.data import load_prompts, load_rows
-from alignprop_fast.evaluate import BASE, DIVERSITY, REWARD, Evaluation, draw, tasks_of
+from alignprop_fast.cli.demo import HELDOUT_SEED, SETTINGS
+from alignprop_fast.cli.options import make_config
+from alignprop_fast.evaluation.evaluate import BASE, DIVERSITY, REWARD, Evaluation, draw, tasks_of
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.report import GREY, INK, RULE, save_figure
+from alignprop_fast.prompts.rows import load_prompts, load_rows
+from alignprop_fast.report.style import GREY, INK, RULE, save_figure
 from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.diversity import ImageEmbedder
-from alignprop_fast.trainer import AlignPropTrainer
+from alignprop_fast.training.trainer import AlignPropTrainer
 
 RULES = ("full", "uniform", "uniform-once", "gaussian", "last:4", "last:1", "lv:2", "drtune", "refl")
 PROMPTS = 12  # held-out prompts that are scored

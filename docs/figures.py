@@ -34,7 +34,7 @@ from alignprop_fast.planner import (
     simulate,
     solve,
 )
-from alignprop_fast.report import BLUE, GREY, INK, ORANGE, RULE, save_figure
+from alignprop_fast.report.style import BLUE, GREY, INK, ORANGE, RULE, save_figure
 from alignprop_fast.sampling import draw_gates
 
 GIB = 2**30

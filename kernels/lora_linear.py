@@ -282,18 +282,13 @@ def lora_linear_forward_split(
 
 
 def signatures() -> list[dict]:
-    """Every kernel of the op in each configuration: bf16 (fp16 takes the same) and fp32, by padded rank."""
-    from . import lora_linear_backward as backward
+    """The forward kernels in each configuration; those of the backward pass are in `lora_linear_backward`."""
+    launched = {"down": (lora_down_kernel, {"P": 3}), "product": (lora_product_kernel, {"BIAS": 7})}
+    return signature_entries({**launched, "add": (lora_add_kernel, {})})
 
-    launched = {
-        "down": (lora_down_kernel, {"P": 3}),
-        "product": (lora_product_kernel, {"BIAS": 7}),
-        "add": (lora_add_kernel, {}),
-        "up_grad": (backward.lora_up_grad_kernel, {}),
-        "down_grad": (backward.lora_down_grad_kernel, {"P": 3}),
-        "input_grad": (backward.lora_input_grad_kernel, {"P": 3}),
-        "sum": (backward.lora_sum_kernel, {"BLOCK": SUM_BLOCK}),
-    }
+
+def signature_entries(launched: dict[str, tuple[triton.JITFunction, dict[str, int]]]) -> list[dict]:
+    """Kernels, each with its flags, by the step they serve: in bf16 (fp16 takes the same) and fp32, by padded rank."""
     entries = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rank in (16, 32, 64, 128):
@@ -308,7 +303,7 @@ def signatures() -> list[dict]:
 
 
 def signature_entry(kernel: triton.JITFunction, dtype: str, config: str, given: dict[str, int]) -> dict:
-    """One entry of `signatures()`; `given` holds constants and num_warps, num_stages. Adapters are in `dtype`."""
+    """One of the entries; `given` holds constants and num_warps, num_stages. Adapters are in `dtype`."""
     constexprs = {n: v for n, v in given.items() if n in kernel.arg_names}
     types = {}
     for name in kernel.arg_names:

@@ -14,6 +14,7 @@ from alignprop_fast.kernels.lora_linear import (
     pick,
     rank_block,
     rows_contiguous,
+    signature_entries,
     store_tile,
     three,
     three_sizes,
@@ -177,3 +178,15 @@ def lora_linear_backward(
     u, d_ups = up_grads(gs, t, ups, scales)
     gx = input_grad(gs, u, weights, downs) if wants_gx else None
     return gx, down_grads(x, u, downs), d_ups
+
+
+def signatures() -> list[dict]:
+    """The backward kernels in each configuration."""
+    return signature_entries(
+        {
+            "up_grad": (lora_up_grad_kernel, {}),
+            "down_grad": (lora_down_grad_kernel, {"P": 3}),
+            "input_grad": (lora_input_grad_kernel, {"P": 3}),
+            "sum": (lora_sum_kernel, {"BLOCK": SUM_BLOCK}),
+        }
+    )

@@ -28,14 +28,14 @@ def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
     """Cost tables that tests measure do not mix with the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alignprop_fast.cost_table.cache_folder", lambda: folder)
+        patch.setattr("alignprop_fast.generate.cost_table.cache_folder", lambda: folder)
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `StableDiffusionPipeline` folder: UNet widths (32, 64), latents 8 x 8, images 16 x 16."""
-    from alignprop_fast.models.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_sd_folder
 
     return make_sd_folder(tmp_path_factory.mktemp("models") / "tiny_sd")
 
@@ -43,7 +43,7 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `StableDiffusionXLPipeline` folder: two text encoders, size conditioning, latents 8 x 8, images 16 x 16."""
-    from alignprop_fast.models.random_weights import make_sdxl_folder
+    from alignprop_fast.making.random_weights import make_sdxl_folder
 
     return make_sdxl_folder(tmp_path_factory.mktemp("models") / "tiny_sdxl")
 
@@ -51,7 +51,7 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `StableDiffusion3Pipeline` folder: three text encoders, dual attention, latents 8 x 8, images 16 x 16."""
-    from alignprop_fast.models.random_weights import make_sd3_folder
+    from alignprop_fast.making.random_weights import make_sd3_folder
 
     return make_sd3_folder(tmp_path_factory.mktemp("models") / "tiny_sd3")
 
@@ -59,7 +59,7 @@ def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `FluxPipeline` folder: guidance embedding, dynamic shift; ask for images of 16 x 16 or so."""
-    from alignprop_fast.models.random_weights import make_flux_folder
+    from alignprop_fast.making.random_weights import make_flux_folder
 
     return make_flux_folder(tmp_path_factory.mktemp("models") / "tiny_flux")
 
@@ -161,7 +161,7 @@ def files_up_to():
 @pytest.fixture
 def command(capsys, fresh_process):
     """Runs a command in this process; returns exit code, stdout and stderr."""
-    from alignprop_fast.cli import main
+    from alignprop_fast.cli.app import main
 
     def run(*arguments):
         capsys.readouterr()

@@ -16,93 +16,115 @@ import alignprop_fast.kernels
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alignprop_fast"
 
-# Rows of the import table: what a part may import of this package, and of others when it is imported itself.
-TRAINER = {
-    *("checkpoint", "config", "control", "data", "flat_parameters", "launcher", "metrics", "model_card", "optim"),
-    *("optimizer_in_backward", "out_of_memory", "placement", "processes", "report", "stochastic_rounding"),
-    *("prepare", "training_state", "weight_update", "field_types"),
-}
+# The rooms of the house, from the bottom to the top: what a folder (or a file beside them) may import of this package,
+# and of others at the top level of a file. A folder may import itself.
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
-    "kernels": (set(), {"torch", "triton"}),
-    "ops": ({"kernels"}, {"torch", "filelock"}),
-    "planner": (set(), {"numpy"}),
+    "version": (set(), set()),
     "files": (set(), set()),
-    "text_limits": (set(), set()),
+    "kernels": (set(), {"torch", "triton"}),
+    "planner": (set(), {"numpy"}),
+    "prompts": (set(), set()),
+    "ops": ({"kernels", "version"}, {"torch", "filelock"}),
     "sampling": ({"ops"}, {"torch"}),
     "runtime": ({"ops", "planner"}, {"torch"}),
-    "doctor": ({"ops", "runtime"}, {"torch"}),
+    "doctor": ({"ops", "runtime", "version"}, {"torch"}),
+    "demo": (set(), {"torch", "numpy", "PIL", "safetensors", "transformers", "diffusers"}),
+    "making": (
+        {"demo", "files"},
+        {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"},
+    ),
     "models": (
-        {"files", "ops", "demo", "text_limits"},
+        {"demo", "files", "ops", "prompts"},
         {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"},
     ),
-    "rewards": ({"ops", "demo", "text_limits"}, {"torch"}),
-    "demo": (set(), {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors"}),
-    "generate": ({"models", "sampling", "runtime", "planner", "cost_table", "fast_predict", "text_limits"}, {"torch"}),
-    "fast_predict": ({"models", "runtime"}, {"torch"}),
-    "cost_table": ({"models", "sampling", "runtime", "planner"}, {"torch"}),
-    "evaluate": ({"data", "generate", "rewards"}, {"torch"}),
-    "tracking": (set(), {"numpy", "PIL"}),
-    "watch": ({"data", "evaluate", "generate", "rewards"}, {"torch"}),
-    "report_plan": ({"planner", "report"}, set()),
-    "report_evaluation": ({"evaluate", "files", "report"}, {"PIL"}),
-    "trainer": (
-        {"doctor", "files", "generate", "ops", "rewards", "planner", "trainer", *TRAINER},
-        {"torch", "numpy", "accelerate", "huggingface_hub", "rich", "matplotlib", "PIL", "yaml"},
+    "rewards": ({"demo", "files", "ops", "prompts"}, {"torch"}),
+    "generate": ({"models", "planner", "prompts", "runtime", "sampling", "version"}, {"torch"}),
+    "evaluation": ({"generate", "prompts", "rewards"}, {"torch"}),
+    "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
+    "training": (
+        {"doctor", "evaluation", "files", "generate", "models", "ops", "planner", "report", "rewards"},
+        {"torch", "numpy", "accelerate", "huggingface_hub"},
     ),
+    "cli": (
+        {
+            *("demo", "doctor", "evaluation", "files", "generate", "models", "ops", "planner", "prompts", "report"),
+            *("rewards", "runtime", "sampling", "training", "version"),
+        },
+        {"typer", "click", "rich", "yaml", "PIL"},
+    ),
+    "__init__": ({"generate", "models", "training", "version"}, set()),
+    "__main__": ({"cli"}, set()),
 }
-ONLY_IN_MODELS = {"diffusers", "peft", "transformers"}
+ONLY_IN_MODELS = {"diffusers", "peft", "transformers"}  # of the parts that the gradient passes
 
 
-def part_of(path: Path) -> str:
-    """Row of the table that a source file belongs to."""
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "trainer" if name in TRAINER else name
+def room_of(module: str) -> str:
+    """The folder of a module of this package, or the file beside the folders."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-def imports(path: Path, lazily: bool) -> set[str]:
-    """Modules that a file imports: at its top level, or (lazily) inside functions as well."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if lazily else iter(tree.body)
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(["alignprop_fast", *path.relative_to(PACKAGE).parts[: -node.level]]) if node.level else ""
-            module = ".".join(filter(None, [base, node.module]))
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "alignprop_fast" else {module}
+def modules() -> dict[str, Path]:
+    """Every module of this package by its dotted name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(["alignprop_fast", *parts]).removesuffix(".__init__")] = path
+    found |= {f"alignprop_fast.kernels.{p.stem}": p for p in (ROOT / "kernels").glob("*.py")}
     return found
 
 
-def sources() -> list[Path]:
-    files = [p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts] + list((ROOT / "kernels").glob("*.py"))
-    return [p for p in files if p.parent.name == "kernels" or part_of(p) in ALLOWED]
+MODULES = modules()
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_keep_to_the_table(path):
-    part = "kernels" if path.parent.name == "kernels" else part_of(path)
-    ours, others = ALLOWED[part]
-    for module in imports(path, lazily=True) if part != "kernels" else imports(path, lazily=False):
-        if module.startswith("alignprop_fast."):
-            assert module.split(".")[1] in {part, *ours}, f"{part} must not import {module}"
-    for module in imports(path, lazily=False):
-        top = module.split(".")[0]
+def imports(path: Path, lazily: bool) -> set[str]:
+    """Modules that a file imports: at its top level, or (lazily) anywhere, functions and type checking included."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if lazily else iter(tree.body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: say the whole name"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of this package that a file imports in any way."""
+    return {name for name in imports(path, lazily=True) if name.split(".")[0] == "alignprop_fast"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_file_has_a_room_and_imports_keep_to_the_table(module):
+    room, path = room_of(module), MODULES[module]
+    assert room in ALLOWED, f"{path} is in no room of the table: put it into one"
+    rooms, others = ALLOWED[room]
+    for name in ours(path):
+        assert room_of(name) in {room, *rooms}, f"{room} must not import {name}"
+    for name in imports(path, lazily=False):
+        top = name.split(".")[0]
         if top != "alignprop_fast" and top not in sys.stdlib_module_names:
-            assert top in others, f"{part} must not import {top} at its top level"
-    if part in {"ops", "planner", "runtime", "sampling", "generate"}:
-        assert not {m.split(".")[0] for m in imports(path, lazily=True)} & ONLY_IN_MODELS
+            assert top in others, f"{room} must not import {top} at its top level"
+    if room in {"ops", "planner", "runtime", "sampling", "generate"}:
+        assert not {name.split(".")[0] for name in imports(path, lazily=True)} & ONLY_IN_MODELS
 
 
-def test_nobody_imports_the_command_line():
-    for path in PACKAGE.rglob("*.py"):
-        if path.name not in {"__main__.py"} and not path.name.startswith("cli"):
-            assert not any(module.startswith("alignprop_fast.cli") for module in imports(path, lazily=True)), path
+def test_every_row_of_the_table_has_a_room():
+    assert set(ALLOWED) == {room_of(module) for module in MODULES if module != "alignprop_fast"} | {"__init__"}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Type-checking imports and those inside functions count: a circle of readers is one for people, too."""
+    left = {module: ours(path) - {module} for module, path in MODULES.items()}
+    while ends := {m for m in left if not left[m] & left.keys() or not any(m in needs for needs in left.values())}:
+        left = {module: needs for module, needs in left.items() if module not in ends}
+    assert not left, f"in a circle, or between two: {sorted(left)}"
 
 
 def test_every_package_is_installed():
     listed = (ROOT / "setup.py").read_text()
-    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    packages = {".".join(p.relative_to(PACKAGE).parent.parts) for p in PACKAGE.rglob("*/__init__.py")}
     assert all(f'"{name}"' in listed for name in packages)
 
 
@@ -132,7 +154,7 @@ def test_import_is_cheap_and_names_are_there():
     code = "import sys, alignprop_fast; print([m for m in ('torch', 'diffusers', 'triton') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-    for name in alignprop_fast.__all__:
+    for name in set(alignprop_fast.__all__) - {"__version__"}:
         assert getattr(alignprop_fast, name).__name__ == name
     with pytest.raises(AttributeError):
         alignprop_fast.Unknown  # noqa: B018

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-import alignprop_fast
 from alignprop_fast.doctor.report import Fact
 from alignprop_fast.ops import extension
 from alignprop_fast.runtime.host_memory import lockable_bytes
+from alignprop_fast.version import __version__
 
 GIB = 2**30
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate")
@@ -30,7 +30,7 @@ OPTIONAL = {
 def software(device: torch.device) -> Iterator[Fact]:
     """Versions and compilers; a remedy where something that `device` wants is missing."""
     gpu = device.type == "cuda"
-    yield _software("alignprop-fast", alignprop_fast.__version__)
+    yield _software("alignprop-fast", __version__)
     yield _software("Python", f"{platform.python_version()}, {platform.platform()}")
     yield _software("torch", f"{torch.__version__}, CUDA {torch.version.cuda or torch.version.hip or 'none'}")
     if gpu:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-import alignprop_fast
 from alignprop_fast.ops import extension, switched_off
 from alignprop_fast.ops.choice import cache_folder, device_name
+from alignprop_fast.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _mark(device: torch.device, dtype: torch.dtype) -> Path:
     """The file that says that all was right, by everything that may change it."""
     kernels = "csrc" if extension.missing(device.type) is None else "without csrc"
     order = "deterministic" if torch.are_deterministic_algorithms_enabled() else "free"
-    parts = ["examined", alignprop_fast.__version__, device_name(device), str(dtype), kernels, order]
+    parts = ["examined", __version__, device_name(device), str(dtype), kernels, order]
     return cache_folder() / "".join(c if c.isalnum() or c in ".-" else "_" for c in " ".join(parts))
 
 
@@ -109,7 +109,7 @@ def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], secon
         "off": dict(off),
     }
     # Where this package lies may be known to this process alone.
-    paths = [str(Path(alignprop_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-m", "alignprop_fast.doctor.first_time"],
         input=json.dumps(question),

@@ -17,10 +17,9 @@ from alignprop_fast.ops import (
     group_norm_silu,
     guided_step,
     layer_norm,
-    lora_linear,
     lora_linear_triton,
 )
-from alignprop_fast.ops.lora_linear import Layer
+from alignprop_fast.ops.lora_linear_plain import Layer, backward_plain, forward_plain, lora_linear_reference
 
 Tensor = torch.Tensor
 EPS = 1e-5
@@ -169,14 +168,14 @@ def _layers(count: int, tensors: Sequence[Tensor]) -> list[Layer]:
 
 def _lora_reference(count: int, x: Tensor, *tensors: Tensor) -> Any:
     layers: list[Any] = [*_layers(count, tensors)]
-    return tuple(lora_linear.lora_linear_reference(x, *layer) for layer in layers)
+    return tuple(lora_linear_reference(x, *layer) for layer in layers)
 
 
 def _lora_plain(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
     x, *tensors = inputs
     layers = _layers(count, tensors)
-    ys = [lora_linear.forward_plain(x, layer) for layer in layers]
-    parts = [lora_linear.backward_plain(g, x, layer, (True,) * 3) for g, layer in zip(gs, layers, strict=True)]
+    ys = [forward_plain(x, layer) for layer in layers]
+    parts = [backward_plain(g, x, layer, (True,) * 3) for g, layer in zip(gs, layers, strict=True)]
     dxs, d_downs, d_ups = (as_list(grads) for grads in zip(*parts, strict=True))
     return [*ys, torch.stack(dxs).sum(0), *(grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair)]
 

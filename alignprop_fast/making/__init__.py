@@ -1,1 +1,1 @@
-"""What only makes the bundled models: nothing else in the package imports it."""
+"""What only makes models: training of the bundled ones, and pipelines with random weights. No other part imports it."""

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_fast.demo.loop import Modules, Settings, fit
-from alignprop_fast.demo.train_unet import PREVIEW_PROMPTS, draw, spread_timesteps, tokenize
+from alignprop_fast.making.loop import Modules, Settings, fit
+from alignprop_fast.making.train_unet import PREVIEW_PROMPTS, draw, spread_timesteps, tokenize
 
 STEPS = 4
 SMALL_STEPS = 4  # of the teacher, for each step of the twin

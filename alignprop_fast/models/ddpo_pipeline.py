@@ -12,22 +12,22 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from alignprop_fast.models.adapters import describe, has_lora, parts_with_adapters
-from alignprop_fast.models.load import load_pipeline
-from alignprop_fast.models.lora import (
+from alignprop_fast.models.lean.quantization import is_quantized, quantize_linears
+from alignprop_fast.models.load.pipeline import load_pipeline
+from alignprop_fast.models.lora.adapters import (
     DEFAULT,
     add_lora,
-    load_lora,
-    load_new,
-    save_lora,
-    set_factors,
+    describe,
+    has_lora,
+    parts_with_adapters,
     train_adapter,
     trainable_in_fp32,
 )
-from alignprop_fast.models.lora_file import WEIGHTS_NAME, Lora
-from alignprop_fast.models.lora_targets import denoiser, denoiser_name
+from alignprop_fast.models.lora.factors import Lora
+from alignprop_fast.models.lora.file import WEIGHTS_NAME
+from alignprop_fast.models.lora.load_save import load_lora, load_new, save_lora, set_factors
+from alignprop_fast.models.lora.targets import denoiser, denoiser_name
 from alignprop_fast.models.pipeline_adapter import text_encoders
-from alignprop_fast.models.quantization import is_quantized, quantize_linears
 from alignprop_fast.models.switches import check_switches
 
 logger = logging.getLogger(__name__)

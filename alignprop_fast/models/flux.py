@@ -10,7 +10,7 @@ from torch import nn
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
-from alignprop_fast.text_limits import TextReader
+from alignprop_fast.prompts.limits import TextReader
 
 T5_TOKENS = 512
 

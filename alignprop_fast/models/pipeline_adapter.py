@@ -18,11 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from alignprop_fast.models.adapters import learns
-from alignprop_fast.models.banded_decoder import banded_stages
+from alignprop_fast.models.lean.banded_decoder import banded_stages
+from alignprop_fast.models.lean.surgery import put_ops_in
+from alignprop_fast.models.lora.adapters import learns
 from alignprop_fast.models.schedules import check_scheduler, schedule
-from alignprop_fast.models.surgery import put_ops_in
-from alignprop_fast.text_limits import TextReader
+from alignprop_fast.prompts.limits import TextReader
 
 logger = logging.getLogger(__name__)
 

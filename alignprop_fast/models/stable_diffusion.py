@@ -11,7 +11,7 @@ from torch import nn
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances, text_encoders
 from alignprop_fast.models.schedules import DIFFUSION
-from alignprop_fast.text_limits import TextReader
+from alignprop_fast.prompts.limits import TextReader
 
 
 class StableDiffusionAdapter(PipelineAdapter):

@@ -7,7 +7,7 @@ import torch
 
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter
 from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
-from alignprop_fast.text_limits import TextReader
+from alignprop_fast.prompts.limits import TextReader
 
 
 class StableDiffusionXLAdapter(StableDiffusionAdapter):

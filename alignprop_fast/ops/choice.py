@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 
-import alignprop_fast
 from alignprop_fast.ops import switched_off
 from alignprop_fast.ops.errors import is_out_of_memory
+from alignprop_fast.version import __version__
 
 REPETITIONS = 20
 _OUT_OF_MEMORY = "out of memory"
@@ -177,7 +177,7 @@ def _device_and_versions(device: torch.device) -> str:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    versions = f"torch {torch.__version__}, triton {triton}, alignprop_fast {alignprop_fast.__version__}"
+    versions = f"torch {torch.__version__}, triton {triton}, alignprop_fast {__version__}"
     if device.type != "cuda":
         return f"{platform.machine()}, {versions}"
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]

@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .clip import clip_folder, image_embeddings, load_clip
-from .preprocess import Preprocess
-from .weights import DEFAULT, Loading, filled, read_state, weights_file
+from alignprop_fast.rewards.clip import clip_folder, image_embeddings, load_clip
+from alignprop_fast.rewards.preprocess import Preprocess
+from alignprop_fast.rewards.weights import DEFAULT, Loading, filled, read_state, weights_file
 
 # The last is the v2 head's name in repositories that hold it for use with transformers.
 _HEADS = ("sac+logos+ava1-l14-linearMSE", "sa_0_4_vit_l_14_linear", "aesthetic-model")

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignprop_fast.text_limits import CutTexts
-
-from .aesthetic import Aesthetic, FiveLayers
-from .clip import Similarity
-from .imagereward import ImageReward, Network
-from .mixture import Part, WeightedSum
-from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .registry import get_reward, parsed_spec
+from alignprop_fast.prompts.limits import CutTexts
+from alignprop_fast.rewards.aesthetic import Aesthetic, FiveLayers
+from alignprop_fast.rewards.clip import Similarity
+from alignprop_fast.rewards.imagereward import ImageReward, Network
+from alignprop_fast.rewards.mixture import Part, WeightedSum
+from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from alignprop_fast.rewards.registry import get_reward, parsed_spec
 
 # Towers of CLIP ViT-L/14 (Radford et al. 2021) and of open_clip's ViT-H/14, on which HPS v2 and PickScore build.
 _VIT_L = {
@@ -168,8 +167,8 @@ def _part(
 def _of_folder(model: str) -> tuple[dict[str, Any], Preprocess]:
     from transformers import CLIPConfig
 
-    from .clip import clip_folder
-    from .weights import DEFAULT
+    from alignprop_fast.rewards.clip import clip_folder
+    from alignprop_fast.rewards.weights import DEFAULT
 
     folder = clip_folder(model, DEFAULT)
     return CLIPConfig.from_pretrained(folder).to_dict(), Preprocess.from_folder(folder)

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alignprop_fast.text_limits import CutTexts, TextReader
-
-from .preprocess import Preprocess, at_least_fp32
-from .weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
+from alignprop_fast.prompts.limits import CutTexts, TextReader
+from alignprop_fast.rewards.preprocess import Preprocess, at_least_fp32
+from alignprop_fast.rewards.weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
 
 _CACHED_PROMPTS = 10_000
 

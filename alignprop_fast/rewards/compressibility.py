@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .jpeg import JpegSize
+from alignprop_fast.rewards.jpeg import JpegSize
 
 
 class Incompressibility(nn.Module):

@@ -26,8 +26,8 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .detectors import Detector, load_detector
-from .weights import DEFAULT, Loading
+from alignprop_fast.rewards.detectors import Detector, load_detector
+from alignprop_fast.rewards.weights import DEFAULT, Loading
 
 _TEMPERATURE = 0.5
 _SHARPNESS = 4  # the power of the share: the best of several candidates takes nearly all

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .preprocess import Preprocess, at_least_fp32
-from .preprocess_owlv2 import Owlv2Preprocess
-from .user_function import is_function_name, user_function
-from .weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
+from alignprop_fast.rewards.preprocess import Preprocess, at_least_fp32
+from alignprop_fast.rewards.preprocess_owlv2 import Owlv2Preprocess
+from alignprop_fast.rewards.user_function import is_function_name, user_function
+from alignprop_fast.rewards.weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
 
 _THRESHOLD = 0.1  # of the score at which transformers' post-processing reports a box
 _CANDIDATES = 256  # the best-scored ones; a picture with more things than that is not to be expected

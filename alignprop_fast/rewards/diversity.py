@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .preprocess import Preprocess
-from .weights import DEFAULT, Loading
+from alignprop_fast.rewards.preprocess import Preprocess
+from alignprop_fast.rewards.weights import DEFAULT, Loading
 
 
 class ImageEmbedder(nn.Module):
@@ -24,7 +24,7 @@ class ImageEmbedder(nn.Module):
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
         """
-        from .clip import clip_folder, load_clip
+        from alignprop_fast.rewards.clip import clip_folder, load_clip
 
         super().__init__()
         if folder is None:
@@ -36,7 +36,7 @@ class ImageEmbedder(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """images_BCHW: [B, 3, H, W] in [0, 1], any size. Returns [B, E], fp32, of norm 1."""
-        from .clip import image_embeddings
+        from alignprop_fast.rewards.clip import image_embeddings
 
         return image_embeddings(self.model, self.preprocess(images_BCHW))
 

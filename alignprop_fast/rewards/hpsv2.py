@@ -18,10 +18,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .clip import Similarity
-from .open_clip_names import to_transformers
-from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
+from alignprop_fast.rewards.clip import Similarity
+from alignprop_fast.rewards.open_clip_names import to_transformers
+from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from alignprop_fast.rewards.weights import (
+    DEFAULT,
+    Loading,
+    check_words,
+    filled,
+    load_tokenizer,
+    read_state,
+    weights_file,
+)
 
 _NAMES = ("HPS_v2.1_compressed", "HPS_v2_compressed")
 _TOKENIZER = "openai/clip-vit-large-patch14"

@@ -17,11 +17,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignprop_fast.text_limits import CutTexts, TextReader
-
-from .aesthetic import FiveLayers
-from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
-from .weights import DEFAULT, Loading, check_words, filled, load_tokenizer, read_state, weights_file
+from alignprop_fast.prompts.limits import CutTexts, TextReader
+from alignprop_fast.rewards.aesthetic import FiveLayers
+from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
+from alignprop_fast.rewards.weights import (
+    DEFAULT,
+    Loading,
+    check_words,
+    filled,
+    load_tokenizer,
+    read_state,
+    weights_file,
+)
 
 _TOKENIZER = "google-bert/bert-base-uncased"
 _TOKENS = 35

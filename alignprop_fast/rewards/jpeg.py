@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .preprocess import without_autocast
+from alignprop_fast.rewards.preprocess import without_autocast
 
 # ITU-T T.81, tables K.1 and K.2, row by row. Below the chroma table's upper left corner every entry is 99.
 _LUMA_TABLE = (

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .jpeg import _BITS_PER_FEATURE, _HEADER_BYTES, JpegSize
+from alignprop_fast.rewards.jpeg import _BITS_PER_FEATURE, _HEADER_BYTES, JpegSize
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _SMALLEST_SET = 4

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mixture import Part, WeightedSum
+from alignprop_fast.rewards.mixture import Part, WeightedSum
 
 DECAY = 0.98  # batches; the last fifty or so count
 _SMALLEST_SHARE = 1e-6  # of the mean: a standard deviation below is rounding

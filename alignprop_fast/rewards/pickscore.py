@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clip import ClipScore
-from .weights import DEFAULT, Loading
+from alignprop_fast.rewards.clip import ClipScore
+from alignprop_fast.rewards.weights import DEFAULT, Loading
 
 
 class PickScore(ClipScore):

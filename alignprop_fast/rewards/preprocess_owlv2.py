@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .preprocess import CLIP_MEAN, CLIP_STD, at_least_fp32, without_autocast
+from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, at_least_fp32, without_autocast
 
 
 @dataclass(frozen=True)

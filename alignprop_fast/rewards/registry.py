@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .mixture import Part, Reward, WeightedSum
-from .user_function import user_function
-from .weights import Loading
+from alignprop_fast.rewards.mixture import Part, Reward, WeightedSum
+from alignprop_fast.rewards.user_function import user_function
+from alignprop_fast.rewards.weights import Loading
 
 
 def _clip(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .clip import ClipScore
+    from alignprop_fast.rewards.clip import ClipScore
 
     if model is None:
         from alignprop_fast.demo import clip_path
@@ -33,55 +33,55 @@ def _clip(argument: str, model: str | None, loading: Loading) -> Reward:
 
 
 def _pickscore(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .pickscore import PickScore
+    from alignprop_fast.rewards.pickscore import PickScore
 
     return PickScore(_needed("pickscore", model), loading)
 
 
 def _hpsv2(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .hpsv2 import HpsV2
+    from alignprop_fast.rewards.hpsv2 import HpsV2
 
     return HpsV2(_needed("hpsv2", model), loading)
 
 
 def _imagereward(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .imagereward import ImageReward
+    from alignprop_fast.rewards.imagereward import ImageReward
 
     return ImageReward(_needed("imagereward", model), loading)
 
 
 def _aesthetic(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .aesthetic import Aesthetic
+    from alignprop_fast.rewards.aesthetic import Aesthetic
 
     return Aesthetic(_needed("aesthetic", model), loading)
 
 
 def _count(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .count import Count
+    from alignprop_fast.rewards.count import Count
 
     return Count(argument, model, loading)
 
 
 def _remove(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .count import Remove
+    from alignprop_fast.rewards.count import Remove
 
     return Remove(argument, model, loading)
 
 
 def _colorfulness(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .colorfulness import Colorfulness
+    from alignprop_fast.rewards.colorfulness import Colorfulness
 
     return Colorfulness()
 
 
 def _compressibility(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .compressibility import Compressibility
+    from alignprop_fast.rewards.compressibility import Compressibility
 
     return Compressibility()
 
 
 def _incompressibility(argument: str, model: str | None, loading: Loading) -> Reward:
-    from .compressibility import Incompressibility
+    from alignprop_fast.rewards.compressibility import Incompressibility
 
     return Incompressibility()
 

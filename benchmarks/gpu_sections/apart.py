@@ -25,7 +25,7 @@ from gpu_sections.speed import compare, evaluations
 from gpu_sections.timing import Call
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/test_gpu_memory.py", "tests/runtime/test_graphs.py", "tests/kernels", "tests/ops")
+TESTS = ("tests/training/test_gpu_memory.py", "tests/runtime/test_graphs.py", "tests/kernels", "tests/ops")
 DRY_TESTS = ("--noconftest", "tests/planner/test_gpus.py")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import harness
 import torch
 
-from alignprop_fast import cost_table
+from alignprop_fast.generate import cost_table
 from alignprop_fast.ops import attention_backends, switched_off
 from alignprop_fast.runtime import link_rate
 

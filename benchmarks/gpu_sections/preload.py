@@ -42,11 +42,11 @@ def load() -> None:
     import torch
     import transformers
 
-    import alignprop_fast.generate
+    import alignprop_fast.generate.sampler
 
     # Their lazy modules are loaded by name only.
     _ = (diffusers.StableDiffusionXLPipeline, diffusers.DDIMScheduler, transformers.CLIPTextModelWithProjection)
-    _ = (peft.LoraConfig, alignprop_fast.generate.DifferentiableSampler, torch.cuda)
+    _ = (peft.LoraConfig, alignprop_fast.generate.sampler.DifferentiableSampler, torch.cuda)
 
 
 try:

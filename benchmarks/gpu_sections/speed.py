@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from train_step_variants import Bench, guided
 
-from alignprop_fast.cost_table import blocks_of
+from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.ops import extension
 from alignprop_fast.runtime import kept_as
 from gpu_sections.flop import FLOP

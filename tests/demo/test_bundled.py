@@ -98,7 +98,7 @@ def test_clip_ranks_the_right_caption_first(clip):
 @pytest.mark.parametrize("folder", [model_path() / "tokenizer", clip_path()])
 def test_the_tokenizer_is_the_one_that_the_code_builds(folder, tmp_path):
     """Token numbers must not change by the run: a model and another run's tokenizer would mix up words."""
-    from alignprop_fast.demo.networks import write_tokenizer
+    from alignprop_fast.making.networks import write_tokenizer
 
     write_tokenizer(tmp_path)
     for name in ("vocab.json", "merges.txt"):

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.prepare import make_sampler, prepare_model
+from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.prepare import make_sampler, prepare_model
 
 pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 
@@ -44,5 +44,5 @@ def test_the_plan_is_that_of_the_chain_under_autocast(sampler):
     # Blocks differ in size here: a neighbour of the largest has less on its way to the host than is reckoned with.
     slack = 0.1 * peak + (table.transfer_bytes if plan.host_bytes else 0)
     # What this check holds itself, the loss and timesteps, a number for each; and what some mixtures of options take
-    # more than the sum of their blocks (tests/test_cost_table.py).
+    # more than the sum of their blocks (tests/generate/test_cost_table.py).
     assert 0.997 * peak - 16 * 512 <= plan.peak_bytes <= peak + slack, plan.explain()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignprop_fast.ops import choice, lora_linear_triton, switched_off
-from alignprop_fast.ops.lora_linear import Layer
+from alignprop_fast.ops.lora_linear_plain import Layer
 
 
 @pytest.fixture(autouse=True)

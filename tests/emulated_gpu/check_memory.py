@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler, demo
-from alignprop_fast.out_of_memory import with_less_memory
 from alignprop_fast.planner import BudgetInfeasible
+from alignprop_fast.training.out_of_memory import with_less_memory
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
@@ -59,7 +59,7 @@ def test_the_allocator_counts_what_the_plan_predicts(sampler):
         # Blocks differ in size here, so that a neighbour of the largest has less on its way than is reckoned with.
         slack = 0.05 * peak + (solver.table.transfer_bytes if plan.host_bytes else 0)
         # The timesteps and the loss of this check, 512 bytes for each number of them.
-        # And what some mixtures of options take more than the sum of their blocks (tests/test_cost_table.py).
+        # And what some mixtures of options take more than the sum of their blocks (tests/generate/test_cost_table.py).
         assert 0.997 * peak - 16 * 512 <= plan.peak_bytes <= budget and plan.peak_bytes <= peak + slack, plan.explain()
         offloads += plan.host_bytes > 0
     assert offloads

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from alignprop_fast.config import AlignPropConfig
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.prepare import make_sampler, prepare_model
+from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.prepare import make_sampler, prepare_model
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 

@@ -13,7 +13,7 @@ def emulated():
 @pytest.fixture(autouse=True)
 def examined_before(monkeypatch):
     """Training would examine the GPU first in a process of its own, which has none; check_doctor does so."""
-    monkeypatch.setattr("alignprop_fast.trainer.examine_once", lambda device, dtype: None)
+    monkeypatch.setattr("alignprop_fast.training.trainer.examine_once", lambda device, dtype: None)
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])

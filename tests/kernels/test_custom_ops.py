@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 
 from alignprop_fast.ops import attention_triton, lora_linear_triton
 from alignprop_fast.ops.attention import attention
-from alignprop_fast.ops.lora_linear import Layer, lora_linears
+from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.lora_linear_plain import Layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_GRAD_CHECKS = ("test_schema", "test_faketensor")

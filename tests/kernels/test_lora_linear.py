@@ -6,7 +6,7 @@ Tolerance: twice the error of plain PyTorch in the same dtype, plus 1e-6 (design
 import pytest
 import torch
 
-from alignprop_fast.ops.lora_linear import lora_linear_reference
+from alignprop_fast.ops.lora_linear_plain import lora_linear_reference
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("alignprop_fast.kernels.lora_linear")

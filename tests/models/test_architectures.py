@@ -5,7 +5,7 @@ import torch
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.architectures import NAMES, architecture, parameters
-from alignprop_fast.models.load import load_pipeline
+from alignprop_fast.models.load.pipeline import load_pipeline
 
 # Frozen denoiser, VAE, text encoders: elements in the published weights.
 PUBLISHED = {

@@ -9,7 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-from alignprop_fast.models.lora import add_lora, save_lora
+from alignprop_fast.models.lora.adapters import add_lora
+from alignprop_fast.models.lora.load_save import save_lora
 
 
 def test_attributes_are_those_of_the_pipeline(tiny_sd_folder):

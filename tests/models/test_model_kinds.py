@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.generate.sampler import DifferentiableSampler
+from alignprop_fast.making.random_weights import make_flux_folder, make_sdxl_folder
 from alignprop_fast.models import adapt
-from alignprop_fast.models.load import load_outline, load_pipeline
-from alignprop_fast.models.random_weights import make_flux_folder, make_sdxl_folder
+from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
 
 SIZE = {"height": 16, "width": 16}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

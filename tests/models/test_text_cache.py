@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models import adapt
 from alignprop_fast.models.text_cache import TextCache
 

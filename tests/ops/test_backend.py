@@ -23,7 +23,8 @@ from alignprop_fast.ops import geglu as geglu_op
 from alignprop_fast.ops import guided_step as guided_step_op
 from alignprop_fast.ops import layer_norm as layer_norm_op
 from alignprop_fast.ops.attention import attention, attention_reference
-from alignprop_fast.ops.lora_linear import Layer, lora_linear_reference, lora_linears
+from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERRORS = [

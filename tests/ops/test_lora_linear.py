@@ -6,7 +6,8 @@ Tolerance: error against the float64 reference at most twice that of plain PyTor
 import pytest
 import torch
 
-from alignprop_fast.ops.lora_linear import lora_linear, lora_linear_reference
+from alignprop_fast.ops.lora_linear import lora_linear
+from alignprop_fast.ops.lora_linear_plain import lora_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.fast_predict import FastPredict
-from alignprop_fast.models.lora import add_lora
+from alignprop_fast.generate.fast_predict import FastPredict
+from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.planner import Plan
 from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, run_chain
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.models.quantization import QuantizedLinear, quantize_linears
+from alignprop_fast.models.lean.quantization import QuantizedLinear, quantize_linears
 from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, PeakMeter, kept_as
 
 CPU = torch.device("cpu")

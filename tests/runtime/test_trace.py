@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from alignprop_fast.models.surgery import put_ops_in
+from alignprop_fast.models.lean.surgery import put_ops_in
 from alignprop_fast.planner import option_of
 from alignprop_fast.runtime import (
     STEP_OPTIONS,

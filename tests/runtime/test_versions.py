@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from alignprop_fast.generate import DifferentiableSampler
+from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.planner import Plan, StageChoice
 from alignprop_fast.rewards.mixture import Part, WeightedSum
 

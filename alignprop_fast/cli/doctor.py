@@ -1,0 +1,169 @@
+"""The command `doctor`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from alignprop_fast.cli import options as o
+from alignprop_fast.cli.screen import make_console
+from alignprop_fast.cli.support import check_writable, quiet_libraries, setup_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from alignprop_fast.doctor import Check, Fact, Report
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", help="Write everything to this file, for a bug report.", show_default="none"),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Ask for deterministic algorithms, as in train, and take what gives other bits in a second run as wrong.",
+    ),
+]
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+
+
+def doctor(device: o.Device = "auto", json: Json = None, deterministic: Deterministic = False) -> None:
+    """Say what is there, how fast it is, and whether every op and kernel computes what it should. Run it first.
+
+    Compares outputs and gradients of each op, at a real and at an odd shape, with the formula in float64, and accepts
+    twice the error of plain PyTorch. What fails is named, with what to install or do; training switches it off by
+    itself and goes on without. Takes under a minute, longer where kernels are compiled for the first time.
+
+    Exit code 1 where something is wrong that cannot be switched off, else 0.
+
+    **Examples**
+
+    - `alignprop-fast doctor`
+    - `alignprop-fast doctor --device cuda:1 --json doctor.json`, to be attached to a bug report
+    - `alignprop-fast doctor --deterministic`
+    """
+    console = make_console()
+    file = None if json is None else Path(json).expanduser()
+    with setup_errors():
+        if file is not None:
+            check_writable(file.parent)
+        quiet_libraries(console)
+        from alignprop_fast.doctor import examine
+        from alignprop_fast.files import write_whole
+
+        where = _device(device, deterministic)
+    with console.status("") as status:
+        report = examine(where, tell=lambda what: status.update(Text(what)))
+    for part in _tables(report):
+        console.print(part, soft_wrap=not isinstance(part, Table))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, report.to_json().encode())
+        console.print(f"all of it: {file}", soft_wrap=True)
+    raise typer.Exit(report.exit_code)
+
+
+def _device(name: str, deterministic: bool) -> torch.device:
+    """The device to examine. One that cannot be used is not refused as in other commands: why is what is asked.
+
+    Raises:
+        ValueError: no name of a device.
+    """
+    import os
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants before it starts
+    import torch
+
+    from alignprop_fast.cli.support import pick_device
+
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        return torch.device(name)
+    return torch.device(pick_device(name))
+
+
+def _tables(report: Report) -> Iterable[Table | Text | str]:
+    for section in dict.fromkeys(fact.section for fact in report.facts):
+        yield _facts(section, [fact for fact in report.facts if fact.section == section])
+    if report.checks:
+        yield _checks(report.checks)
+    if report.off or report.absent:
+        yield _off(report)
+    for fact in report.facts:
+        if fact.remedy is not None:
+            yield f"{fact.name}: {fact.remedy}"
+    yield _verdict(report)
+
+
+def _facts(section: str, facts: Sequence[Fact]) -> Table:
+    table = Table(section, "", box=SIMPLE_HEAD)
+    for fact in facts:
+        table.add_row(fact.name, fact.value, style="red" if fact.wrong else None)
+    return table
+
+
+def _checks(checks: Sequence[Check]) -> Table:
+    """A row for each implementation: its worst case in each dtype."""
+    rows: dict[tuple[str, str], list[Check]] = defaultdict(list)
+    for check in checks:
+        rows[check.op, check.implementation].append(check)
+    dtypes = list(dict.fromkeys(check.dtype for check in checks))
+    table = Table(
+        box=SIMPLE_HEAD, caption="bf16 ...: largest error over what is accepted, wrong above 1; bits: the same twice"
+    )
+    for name in ("op", "by"):
+        table.add_column(name, no_wrap=True)
+    for name in ("cases", *(DTYPES.get(dtype, dtype) for dtype in dtypes)):
+        table.add_column(name, justify="right")
+    table.add_column("bits")
+    table.add_column("what is wrong")
+    for (op, implementation), cases in rows.items():
+        errors = [_worst([case for case in cases if case.dtype == dtype]) for dtype in dtypes]
+        faults = [f"{case.case}, {case.dtype}: {case.fault}" for case in cases if case.fault]
+        twice = {case.deterministic for case in cases} - {None}
+        table.add_row(
+            *(op, implementation, str(len(cases)), *errors),
+            "differ" if False in twice else "same" if twice else "",
+            faults[0] if faults else "",
+            style=_style(cases),
+        )
+    return table
+
+
+def _worst(cases: Sequence[Check]) -> str:
+    if any(case.fault for case in cases):
+        return "wrong"
+    errors = [case.error_over_bound for case in cases if case.error_over_bound is not None]
+    return f"{max(errors):.2f}" if errors else "none" if cases else ""
+
+
+def _style(cases: Sequence[Check]) -> str | None:
+    faulty = [case for case in cases if case.fault]
+    if not faulty:
+        return None
+    return "yellow" if all(case.off for case in faulty) else "red"
+
+
+def _off(report: Report) -> Table:
+    table = Table("switched off or absent", "why", "remedy", box=SIMPLE_HEAD)
+    for name, reason in (report.off | report.absent).items():
+        table.add_row(name, reason, report.remedies[name])
+    return table
+
+
+def _verdict(report: Report) -> str | Text:
+    wrong = report.wrong()
+    if wrong:
+        return Text("\n".join(f"wrong: {line}" for line in wrong), style="red")
+    off = f"; {len(report.off)} switched off, and training works without" if report.off else ""
+    return f"{len(report.checks)} checks on {report.device} in {report.seconds:.0f} s: nothing that stops training{off}"

@@ -1,0 +1,270 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignprop_fast.cli import options as o
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.options import DEFAULTS
+from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, spread
+from alignprop_fast.cli.sample import FirstSeed, PerPrompt, PromptSet
+from alignprop_fast.cli.screen import make_console
+from alignprop_fast.cli.support import pick_device, plain, quiet_libraries, run_errors, setup_errors
+
+if TYPE_CHECKING:
+    from alignprop_fast.evaluation.evaluate import Evaluation, Summary, Task, Variant
+    from alignprop_fast.generate.sampler import DifferentiableSampler
+
+GRID_ROWS = 12
+_TRAINING, _HELDOUT = "prompts", "heldout"
+
+Loras = Annotated[
+    list[str],
+    typer.Option(
+        "--lora",
+        help="Adapters to compare with the base model: an output folder of train, or a LoRA file (.safetensors); may "
+        "be given several times.",
+        rich_help_panel="Model",
+        show_default="none, the base model alone",
+    ),
+]
+Scales = Annotated[
+    list[float],
+    typer.Option(
+        "--scale",
+        help="Strength of the adapters: 0 is the base model, 1 what was trained; may be given several times.",
+        rich_help_panel="Model",
+        show_default="1",
+    ),
+]
+Heldout = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts that were not trained on, reported beside --prompts: a file or a set.",
+        rich_help_panel="Prompts",
+        show_default="none",
+    ),
+]
+DiversityModel = Annotated[
+    str | None,
+    typer.Option(
+        help="CLIP model (folder or Hub id) of the diversity figure, which takes two images per prompt or more.",
+        rich_help_panel="Reward and prompts",
+        show_default="the bundled one",
+    ),
+]
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
+    lora: Loras = [],  # noqa: B006  # typer wants a list, and copies it
+    scale: Scales = [],  # noqa: B006
+    reward: o.Reward = DEFAULTS.reward,
+    reward_model: o.RewardModel = [],  # noqa: B006
+    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    diversity_model: DiversityModel = None,
+    prompts: PromptSet = DEFAULTS.prompts,
+    heldout_prompts: Heldout = None,
+    images_per_prompt: PerPrompt = 1,
+    negative_prompt: o.NegativePrompt = None,
+    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
+    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
+    eta: o.Eta = DEFAULTS.eta,
+    height: o.Height = None,
+    width: o.Width = None,
+    seed: FirstSeed = DEFAULTS.seed,
+    batch_size: o.BatchSize = DEFAULTS.batch_size,
+    mixed_precision: o.MixedPrecision = o.Precision.auto,
+    device: o.Device = DEFAULTS.device,
+    output_dir: o.OutputDir = "alignprop-evaluation",
+) -> None:
+    """Measure rewards of the base model and of adapters, on the same prompts and seeds.
+
+    Writes evaluation.csv (a line for each picture and part of the reward), summary.csv, grid.png (prompts down,
+    adapters and scales across), settings.json and, with several scales, reward_by_scale.png to --output-dir.
+
+    "gained" is the share of pictures whose reward is above the base model's with the same seed. The diversity is the
+    mean over prompts of the mean cosine distance, 1 - cos, between CLIP embeddings of a prompt's pictures.
+
+    **Examples**
+
+    - `alignprop-fast evaluate --lora run --reward clip,colorfulness --heldout-prompts demo-heldout --output-dir out`
+    - `alignprop-fast evaluate --lora a --lora b --scale 0.5 --scale 1 --images-per-prompt 4 --output-dir scales`
+    """
+    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    with setup_errors():
+        quiet_libraries(console)
+        from alignprop_fast.evaluation.evaluate import Evaluation, tasks_of
+        from alignprop_fast.generate.sampler import DifferentiableSampler
+        from alignprop_fast.models.lora.mix import load_loras
+        from alignprop_fast.prompts.rows import load_rows
+        from alignprop_fast.rewards.diversity import ImageEmbedder
+        from alignprop_fast.rewards.weights import Loading
+
+        folder.check_new()
+        _check(lora, scale)
+        sets = {_TRAINING: prompts} | ({_HELDOUT: heldout_prompts} if heldout_prompts else {})
+        tasks = [t for name, s in sets.items() for t in tasks_of(name, load_rows(s), images_per_prompt, seed)]
+        device = pick_device(device)
+        pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
+        variants = _variants(_labels(lora), load_loras(pipe, lora), scale or [1.0])
+        scored = open_reward(reward, pipe, reward_model, allow_pickle)
+        parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
+        embed = None
+        if images_per_prompt > 1:
+            embed = ImageEmbedder(diversity_model, Loading(allow_pickle)).to(device)
+        elif diversity_model is not None:
+            raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
+        sampler = DifferentiableSampler(
+            pipe,
+            num_inference_steps,
+            guidance_scale,
+            eta,
+            true_cfg_scale=true_cfg_scale,
+            height=height,
+            width=width,
+        )
+        run = _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
+        sampler.say_what_is_cut([task.prompt for task in tasks], negative_prompt)
+        # The first batch is drawn before anything is said or written: what can go wrong has gone wrong by then.
+        batches = run.batches(batch_size, negative_prompt)
+        first = next(batches)
+    console.print(f"{len(tasks)} pictures of {model} under {reward}, drawn {len(variants)} times", soft_wrap=True)
+    folder.begin()
+    with run_errors(folder.path, START_ANEW):
+        with PictureProgress(console, len(tasks) * len(variants)) as progress:
+            for count in chain([first], batches):
+                progress.advance(count)
+        summaries = run.evaluation.summaries()
+        _write(folder.path, run, summaries, f"{Path(model).name} under {reward}")
+        _write_settings(folder.path, ctx.params)
+    _print(console, summaries)
+    if embed is None:
+        console.print("no diversity: it takes --images-per-prompt 2 or more")
+    path = folder.path
+    console.print(f"pictures: {path / 'grid.png'}\nnumbers:  {path / 'summary.csv'}", soft_wrap=True)
+
+
+class _Run:
+    """Draws and scores every task under every variant, and keeps the pictures that the grids show."""
+
+    def __init__(
+        self,
+        sampler: DifferentiableSampler,
+        evaluation: Evaluation,
+        variants: Mapping[Variant, Mapping[str, float]],
+        tasks: Sequence[Task],
+    ):
+        self.sampler, self.evaluation, self.variants, self.tasks = sampler, evaluation, variants, tasks
+        self.shown: dict[tuple[Variant, Task], tuple[Any, float]] = {}  # picture and reward
+        sets = dict.fromkeys(task.prompt_set for task in tasks)
+        self.rows = {s: spread([t for t in tasks if t.prompt_set == s and t.number == 0], GRID_ROWS) for s in sets}
+
+    def batches(self, batch_size: int, negative_prompt: str | None) -> Iterator[int]:
+        """Pictures done, batch by batch."""
+        from alignprop_fast.evaluation.evaluate import draw
+        from alignprop_fast.models.lora.mix import set_lora_weights
+        from alignprop_fast.report.pictures import to_images
+
+        prompts, seeds = [task.prompt for task in self.tasks], [task.seed for task in self.tasks]
+        wanted = {task for rows in self.rows.values() for task in rows}
+        for variant, weights in self.variants.items():
+            set_lora_weights(self.sampler.model.pipe, weights)
+            done = 0
+            for images_BCHW in draw(self.sampler, prompts, seeds, batch_size, negative_prompt):
+                batch = self.tasks[done : done + len(images_BCHW)]
+                done += len(batch)
+                rewards = self.evaluation.add(variant, batch, images_BCHW)
+                for i, task in enumerate(batch):
+                    if task in wanted:
+                        self.shown[variant, task] = (to_images(images_BCHW[i : i + 1])[0], rewards[i])
+                yield len(batch)
+
+
+def _variants(labels: Sequence[str], names: Sequence[str], scales: Sequence[float]) -> dict[Variant, dict[str, float]]:
+    """What is compared, and the weights of the loaded adapters for it. Scale 0 is the base model, drawn once."""
+    from alignprop_fast.evaluation.evaluate import BASE, Variant
+
+    pairs = [(label, name, scale) for label, name in zip(labels, names, strict=True) for scale in scales if scale != 0]
+    return {BASE: {}, **{Variant(label, scale): {name: scale} for label, name, scale in pairs}}
+
+
+def _check(lora: Sequence[str], scale: Sequence[float]) -> None:
+    if scale and not lora:
+        raise ValueError("--scale is the strength of adapters: give some with --lora")
+    if not all(map(math.isfinite, scale)):
+        raise ValueError("--scale must be a number such as 0.5")
+    if len({Path(path).expanduser().resolve() for path in lora}) < len(lora):
+        raise ValueError("--lora names the same adapters twice: give them once, with several --scale")
+
+
+def _labels(lora: Sequence[str]) -> list[str]:
+    """The adapters' folders by their last name, or in full where two are called the same (or as the base model is)."""
+    paths = [Path(path).expanduser() for path in lora]
+    short = [path.stem if path.is_file() else path.resolve().name for path in paths]
+    unclear = {name for name in short if short.count(name) > 1} | {"base"}
+    return [str(path.resolve()) if name in unclear else name for name, path in zip(short, paths, strict=True)]
+
+
+def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) -> None:
+    from alignprop_fast.report.evaluation import plot_by_scale, save_comparison, save_table
+
+    save_table(folder / "evaluation.csv", run.evaluation.scores)
+    save_table(folder / "summary.csv", summaries)
+    for prompt_set, tasks in run.rows.items():
+        name = "grid.png" if prompt_set == _TRAINING else f"grid_{prompt_set}.png"
+        rows = []
+        for task in tasks:
+            cells = [run.shown[variant, task] for variant in run.variants]
+            notes = [f"{reward:.3f}  seed {task.seed}" for _, reward in cells]
+            rows.append((task.prompt, [image for image, _ in cells], notes))
+        heading = title if prompt_set == _TRAINING else f"{title}, held-out prompts"
+        save_comparison(folder / name, heading, [str(variant) for variant in run.variants], rows)
+    if len({variant.scale for variant in run.variants}) > 2:
+        plot_by_scale(folder / "reward_by_scale.png", summaries)
+
+
+def _write_settings(folder: Path, options: Mapping[str, Any]) -> None:
+    from alignprop_fast.files import write_whole
+    from alignprop_fast.training.state import versions
+
+    record = {**{name: plain(value) for name, value in options.items()}, "versions": versions()}
+    write_whole(folder / "settings.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _print(console: Console, summaries: Sequence[Summary]) -> None:
+    from alignprop_fast.evaluation.evaluate import BASE, Variant
+
+    table = Table("", "mean", "change", "gained", box=SIMPLE_HEAD)
+    heading = None
+    for s in summaries:
+        if heading != (heading := f"{s.part}, {s.prompt_set} ({s.count})"):
+            table.add_section()
+            table.add_row(Text(heading, style="bold"))
+        variant = Variant(s.adapter, s.scale)
+        row = [f"  {variant}", _with_error(s.mean, s.standard_error)]
+        if variant != BASE:
+            row += [_with_error(s.change, s.change_standard_error, "+"), f"{s.gained_share:.0%}"]
+        table.add_row(*row)
+    console.print(table)
+    console.print("\u00b1: standard error; change, gained: against the base model with the same seeds")
+
+
+def _with_error(mean: float, error: float, sign: str = "") -> str:
+    return f"{mean:{sign}.3f}" + ("" if math.isnan(error) else f" \u00b1 {error:.3f}")

@@ -1,0 +1,225 @@
+"""The command `merge`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from alignprop_fast.cli import options as o
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.merge_path import AdapterPath
+from alignprop_fast.cli.options import DEFAULTS
+from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward
+from alignprop_fast.cli.sample import FirstSeed, PromptSet
+from alignprop_fast.cli.screen import make_console
+from alignprop_fast.cli.support import pick_device, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.files import whole
+
+if TYPE_CHECKING:
+    from alignprop_fast.models.lora.merge import Merged
+
+Adapters = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER:WEIGHT",
+        help="Output folders of train, or LoRA files (.safetensors, as diffusers, kohya, PEFT or ComfyUI name them), "
+        "each with its weight, 1 where there is none.",
+        show_default=False,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="Re-factor the mixture to this rank, as near as it gets; the error is reported.",
+        show_default="exact: the sum of the ranks",
+        min=1,
+    ),
+]
+PathSteps = Annotated[
+    int | None,
+    typer.Option(
+        help="Also draw path.png: 8 of the prompts at so many places between two adapters, (1 - t) A + t B, t from 0 "
+        "to 1, whatever their weights.",
+        rich_help_panel="Pictures along the path",
+        show_default="none",
+        min=2,
+        max=32,
+    ),
+]
+PathReward = Annotated[
+    str | None,
+    typer.Option(
+        "--reward",
+        help="Write this reward under each picture of the path, and all of them to path.csv; as in train --reward.",
+        rich_help_panel="Pictures along the path",
+        show_default="none",
+    ),
+]
+
+
+def merge(
+    ctx: typer.Context,
+    adapters: Adapters,
+    rank: Rank = None,
+    path_steps: PathSteps = None,
+    reward: PathReward = None,
+    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
+    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    model: o.Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
+    prompts: PromptSet = DEFAULTS.prompts,
+    negative_prompt: o.NegativePrompt = None,
+    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
+    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
+    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
+    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
+    eta: o.Eta = DEFAULTS.eta,
+    height: o.Height = None,
+    width: o.Width = None,
+    seed: FirstSeed = DEFAULTS.seed,
+    batch_size: o.BatchSize = DEFAULTS.batch_size,
+    mixed_precision: o.MixedPrecision = o.Precision.auto,
+    device: o.Device = DEFAULTS.device,
+    output_dir: o.OutputDir = "alignprop-merged",
+) -> None:
+    """Mix adapters linearly, or scale one toward the base model.
+
+    Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
+    ComfyUI and others) and merge.json (weights, ranks, relative Frobenius errors) to --output-dir. No model is loaded,
+    but for the pictures of --path-steps.
+
+    **Examples**
+
+    - `alignprop-fast merge clip-run:0.5 colorfulness-run:0.5 --output-dir both`
+    - `alignprop-fast merge run:0.7 --rank 4 --output-dir milder`
+    - `alignprop-fast merge clip-run:0.5 colorfulness-run:0.5 --path-steps 5 --reward clip --output-dir path`
+    """
+    console, taken = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    folder, path = taken.path, None
+    with setup_errors():
+        quiet_libraries(console)
+        from alignprop_fast.models.lora.file import read_lora
+        from alignprop_fast.models.lora.merge import merge_loras
+
+        taken.check_new()
+        mixture = [_split(adapter) for adapter in adapters]
+        _check(mixture, path_steps, reward, reward_model)
+        merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], rank)
+        contents = _contents(merged, mixture, rank)
+        if path_steps is not None:
+            from alignprop_fast.generate.sampler import DifferentiableSampler
+            from alignprop_fast.models.lora.mix import load_loras
+            from alignprop_fast.prompts.rows import load_rows
+
+            rows, device = load_rows(prompts), pick_device(device)
+            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
+            names = load_loras(pipe, [source for source, _ in mixture])
+            sampler = DifferentiableSampler(
+                pipe,
+                num_inference_steps,
+                guidance_scale,
+                eta,
+                true_cfg_scale=true_cfg_scale,
+                height=height,
+                width=width,
+            )
+            scored = open_reward(reward, pipe, reward_model, allow_pickle) if reward else None
+            path = AdapterPath(sampler, names, scored, rows, seed, path_steps)
+            sampler.say_what_is_cut([row.prompt for row in path.rows], negative_prompt)
+            # Drawn in part before anything is written: what can go wrong has gone wrong by then.
+            batches = path.batches(batch_size, negative_prompt)
+            first = next(batches)
+    taken.begin()
+    with run_errors(folder, START_ANEW):
+        if path is not None:
+            with PictureProgress(console, len(path.rows) * len(path.places)) as progress:
+                for count in chain([first], batches):
+                    progress.advance(count)
+        _write(folder, contents)
+        if path is not None:
+            path.write(folder, [Path(source).name for source, _ in mixture], reward)
+            console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
+    _print(console, merged, rank)
+    console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
+    console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)
+
+
+def _check(
+    mixture: Sequence[tuple[str, float]], path_steps: int | None, reward: str | None, reward_model: Sequence[str]
+) -> None:
+    if path_steps is None and (reward or reward_model):
+        raise ValueError("--reward scores the pictures of a path: add --path-steps 5")
+    if path_steps is not None and len(mixture) != 2:
+        raise ValueError(f"--path-steps goes from one adapter to another, and here are {len(mixture)}: give two")
+
+
+def _print(console: Console, merged: Merged, rank: int | None) -> None:
+    ranks = sorted({factors.rank for factors in merged.factors.values()})
+    console.print(
+        f"{len(merged.factors)} modules of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
+    )
+    if rank is not None:
+        worst = max(merged.errors, key=merged.errors.__getitem__)
+        text = f"{merged.relative_error:.2%} in all, at most {merged.errors[worst]:.2%} ({worst})"
+        console.print(f"relative error of the weight deltas: {text}", soft_wrap=True)
+    if any(".encoder.block." in module for module in merged.factors):
+        console.print("diffusers loads no adapters of T5: they are in the files for other programs")
+
+
+def _split(adapter: str) -> tuple[str, float]:
+    """`run:0.5` -> (run, 0.5); without a number at its end, or where a path has that very name, the weight is 1.
+
+    Raises:
+        ValueError: what may be meant in two ways, or a weight that is no number.
+    """
+    name, colon, last = adapter.rpartition(":")
+    whole, before = (bool(path) and Path(path).expanduser().exists() for path in (adapter, name))
+    try:
+        weight = float(last) if colon and name else None
+    except ValueError:
+        weight = None
+    if whole and before and weight is not None:
+        raise ValueError(
+            f"both {adapter} and {name} exist: write {adapter}:1 for the first, {name}:{weight:f} for the other one"
+        )
+    if before and weight is None and not whole:
+        raise ValueError(f"{last!r} in {adapter!r} is no weight: write a number after the colon, such as {name}:0.5")
+    return (adapter, 1.0) if whole or weight is None else (name, weight)
+
+
+def _contents(merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | None) -> dict[str, bytes]:
+    """{name of a file: its content}. Raises ValueError where a module has no name in one of them."""
+    from alignprop_fast.models.lora.file import WEIGHTS_NAME, lora_content
+    from alignprop_fast.models.lora.kohya_file import KOHYA_NAME, kohya_content
+    from alignprop_fast.version import __version__
+
+    record = {
+        "adapters": [{"path": path, "weight": weight} for path, weight in mixture],
+        "rank": rank,
+        "relative_error": merged.relative_error,
+        "modules": {m: {"rank": f.rank, "relative_error": merged.errors[m]} for m, f in merged.factors.items()},
+        "alignprop_fast": __version__,
+    }
+    mixed = " + ".join(f"{weight:g} {Path(path).name}" for path, weight in mixture)
+    metadata = {"alignprop_merged": mixed}
+    kohya = {**metadata, "ss_training_comment": f"merged: {mixed}", "modelspec.title": mixed}
+    return {
+        WEIGHTS_NAME: lora_content(merged.factors, metadata),
+        KOHYA_NAME: kohya_content(merged.factors, kohya),
+        "merge.json": (json.dumps(record, indent=1) + "\n").encode(),
+    }
+
+
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """All of the files or none: what can fail, such as a full disk, fails before the first has its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        for name, content in contents.items():
+            files.enter_context(whole(folder / name)).write_bytes(content)

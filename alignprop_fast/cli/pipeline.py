@@ -1,0 +1,107 @@
+"""What the commands that draw pictures share: the pipeline, progress by picture, what to do after a failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from alignprop_fast.rewards.mixture import WeightedSum
+
+T = TypeVar("T")
+
+START_ANEW = "start again with another --output-dir"  # a folder with some of the pictures is of no use
+
+
+def open_pipeline(
+    model: str,
+    device: str,
+    precision: str,
+    scheduler: str = "auto",
+    model_config: str | None = None,
+    allow_pickle: bool = False,
+    place: bool = True,
+) -> Any:
+    """The pipeline on the device, its weights in that precision ("auto": bf16 on a GPU, fp32 on the CPU).
+
+    place: whether it is to lie on the device already. scheduler, model_config, allow_pickle: as in `load_pipeline`.
+
+    Raises:
+        ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
+    """
+    import torch
+
+    from alignprop_fast.models.load.pipeline import load_pipeline
+
+    if precision == "fp16" and device == "cpu":
+        raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
+    name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    where = device if place else "cpu"
+    return load_pipeline(
+        model, dtype, where, scheduler=str(scheduler), model_config=model_config, allow_pickle=allow_pickle
+    )
+
+
+def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickle: bool) -> WeightedSum:
+    """The reward on the pipeline's device; bf16 where the pipeline is (fp16 has too small a range for scores).
+
+    Raises:
+        ValueError, OSError: an unknown reward, or weights that cannot be loaded.
+    """
+    import torch
+
+    from alignprop_fast.models.lora.targets import denoiser
+    from alignprop_fast.rewards import get_reward
+
+    model = denoiser(pipe)
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    return get_reward(reward, device=model.device, dtype=dtype, model=reward_model, allow_pickle=allow_pickle)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them, evenly over the list."""
+    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+class PictureProgress:
+    """Pictures drawn and time left: a bar, or ten plain lines where there is no terminal.
+
+    The commands draw their first batch before they start this, to meet all errors before they write anything.
+    """
+
+    def __init__(self, console: Console, total: int):
+        self._console, self._total, self._done, self._begin = console, total, 0, time.perf_counter()
+        self._bar = Progress(
+            TextColumn("drawing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("pictures"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> PictureProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        before, self._done = self._done, self._done + count
+        self._bar.update(self._task, completed=self._done)
+        if self._console.is_terminal or before * 10 // self._total == self._done * 10 // self._total:
+            return
+        # The first batch was drawn before the clock was started.
+        seconds = (time.perf_counter() - self._begin) / before * (self._total - self._done) if before else None
+        left = "" if seconds is None else f"  {seconds:.0f} s left"
+        self._console.print(f"{self._done}/{self._total} pictures{left}")

@@ -1,0 +1,90 @@
+"""What a finished run leaves to take away: the adapters in both namings with metadata, and a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from alignprop_fast.cli.options import TrainOptions
+from alignprop_fast.report.pictures import Pictures
+
+_NOT_FOR_OTHERS = ("output_dir", "device", "save_every", "sample_every", "log_with")
+
+
+def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int) -> None:
+    """The adapters after `steps` optimizer steps, under diffusers' names and under kohya's."""
+    from alignprop_fast.models.lora.kohya_file import kohya_metadata, save_kohya_lora
+    from alignprop_fast.models.lora.load_save import save_lora
+    from alignprop_fast.training.state import versions
+
+    own = {
+        "alignprop_reward": options.reward,
+        "alignprop_steps": str(steps),
+        "alignprop_base_model": shareable(options.model),
+        "alignprop_prompts": shareable(options.prompts),
+        "alignprop_trigger_words": "",
+        "alignprop_versions": json.dumps(versions()),
+    }
+    save_lora(pipe, folder, own)
+    kohya = kohya_metadata(
+        pipe,
+        base_model=shareable(options.model),
+        title=f"{shareable(options.model)} aligned to {options.reward}",
+        comment=f"AlignProp (alignprop_fast): {steps} steps on the reward {options.reward}",
+        prompts=prompts,
+        options={**asdict(options), "steps": steps},
+    )
+    save_kohya_lora(pipe, folder, {**own, **kohya})
+
+
+def check_adapters(pipe: Any) -> None:
+    """Raises ValueError for adapters that `write_adapters` could not write: before the run and not after it."""
+    from alignprop_fast.models.lora.adapters import adapter_factors, the_adapter
+    from alignprop_fast.models.lora.kohya_file import to_kohya
+
+    to_kohya(adapter_factors(pipe, the_adapter(pipe)), pipe)
+
+
+def write_card(
+    folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int, before: Pictures, after: Pictures
+) -> None:
+    """README.md in the form the Hub reads."""
+    from alignprop_fast.models.lora.kohya_file import KOHYA_NAME
+    from alignprop_fast.report.model_card import Result, write_model_card
+
+    scores = {"reward": (before.mean_reward, after.mean_reward)}
+    if len(after.mean_parts) > 1:
+        scores |= {name: (before.mean_parts[name], after.mean_parts[name]) for name in after.mean_parts}
+    shown = {name: shareable(value) for name, value in asdict(options).items() if name not in _NOT_FOR_OTHERS}
+    is_hub_id = not Path(options.model).exists() and options.model != "demo"
+    write_model_card(
+        folder,
+        name=folder.name,
+        base_model=options.model if is_hub_id else None,
+        dataset_name=None,
+        tags={"alignprop", "reward-backpropagation", "lora", "text-to-image"},
+        lora=True,
+        options={**shown, "steps": steps},
+        result=Result(
+            shareable(options.model),
+            options.reward,
+            scores,
+            len(after.images),
+            tuple(prompts),
+            "before_after.png",
+            KOHYA_NAME,
+        ),
+    )
+
+
+def shareable(value: Any) -> Any:
+    """Names in place of paths, which say something on one machine only; all else as it is."""
+    if isinstance(value, list | tuple):
+        return ", ".join(str(shareable(entry)) for entry in value)
+    if isinstance(value, str) and "/" in value:
+        name, equals, path = value.rpartition("=")
+        return f"{name}{equals}{Path(path).name}" if Path(path).exists() else value
+    return value

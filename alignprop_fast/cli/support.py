@@ -1,0 +1,237 @@
+"""What the commands share: errors in one line, exit codes, quiet libraries, devices, where files may go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from alignprop_fast.training.launcher import COUNT, INDEX, first_number
+
+FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL and its number
+INTERRUPTED = BY_SIGNAL + signal.SIGINT
+ERROR_FILE = "alignprop-fast-error{}.txt"
+
+
+def process_count() -> int:
+    """Processes that `accelerate launch`, torchrun or mpirun started for this run.
+
+    Raises:
+        typer.BadParameter: the environment holds no number there; so `process_index`.
+    """
+    return max(1, _place(COUNT, 1))
+
+
+def process_index() -> int:
+    """Of this process among those; 0: the main one, or the only one."""
+    return _place(INDEX, 0) if process_count() > 1 else 0
+
+
+def _place(names: tuple[str, ...], default: int) -> int:
+    try:
+        return first_number(names, default)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def fail(message: str) -> None:
+    """One line on stderr. Of several processes each may fail in its own way."""
+    who = ""
+    with suppress(typer.BadParameter):  # which is what has failed
+        who = f"process {process_index()}: " if process_index() else ""
+    line = " ".join(part.strip() for part in message.splitlines())
+    with suppress(OSError):  # nobody can be told
+        print(f"alignprop-fast: {who}{line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def setup_errors() -> Iterator[None]:
+    """Turn what set-up raises for the user (ValueError, OSError) into one line and exit code 2; a lost process: 1."""
+    try:
+        yield
+    except RuntimeError as error:
+        _end_if_lost(error)
+        raise
+    except (ValueError, OSError) as error:
+        fail(str(error) or type(error).__name__)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+@contextmanager
+def run_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn what the system, the device or another process does to a run that has begun into one line and exit code 1.
+
+    The traceback goes into a file in the folder.
+    """
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError
+        raise
+    except OSError as error:
+        what = f"{error.filename or folder}: {error.strerror}" if error.strerror else str(error)
+        fail(f"{what}; what was written before is whole: mend this, then {remedy}{_kept_traceback(folder, error)}")
+        raise typer.Exit(FAILED) from error
+    except (RuntimeError, MemoryError) as error:
+        _end_if_lost(error)
+        where = "" if known_error(error) else _kept_traceback(folder, error)
+        if not where:
+            raise
+        fail(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}{where}")
+        raise typer.Exit(FAILED) from error
+
+
+def go_on_by(folder: Path) -> str:
+    """The command that goes on with the run in a folder."""
+    return f"go on: alignprop-fast train --resume --output-dir {shlex.quote(str(folder))}"
+
+
+def known_error(error: Exception) -> str:
+    """What to say of an error that a device raises for want of memory or of a deterministic algorithm; "": another."""
+    from alignprop_fast.ops.errors import is_out_of_memory
+
+    text = str(error)
+    if "does not have a deterministic implementation" in text:
+        return f"{text.partition(',')[0]}: leave --deterministic out, or use another reward"
+    if not is_out_of_memory(error):
+        return ""
+    # Torch's first sentences say how much of what; what to do is in it where a plan was known.
+    first = text.partition("\n")[0].partition(" If reserved")[0].removesuffix(".")
+    if "no leaner plan" in text:
+        return first
+    return f"{first}: use a smaller --batch-size or --height and --width, or --base-dtype fp8"
+
+
+def _end_if_lost(error: Exception) -> None:
+    from alignprop_fast.training.processes import ProcessLost
+
+    if isinstance(error, ProcessLost):
+        fail(str(error))
+        raise typer.Exit(FAILED) from error
+
+
+def _kept_traceback(folder: Path, error: Exception) -> str:
+    """Where the traceback has been written, in brackets; "" if it could not be."""
+    file = folder / ERROR_FILE.format(process_index() or "")
+    try:
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return f" (traceback: {file})"
+
+
+def quiet_libraries(console: Console) -> None:
+    """Keep the libraries' progress bars and advice off the screen, and show this package's own warnings on it."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+    from rich.logging import RichHandler
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of CPU kernels that it could not download
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
+    logging.getLogger("py.warnings").propagate = False
+    own = logging.getLogger("alignprop_fast")
+    own.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    own.propagate = False
+
+
+def pick_device(name: str) -> str:
+    """ "cpu", "cuda" or "cuda:N" from an option that may also be "auto"; makes a CUDA device the current one.
+
+    Raises:
+        ValueError: a device that is not there, or that training does not know.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if index and process_count() > 1:
+        raise ValueError(f"--device {name} is one GPU, and each process has its own: leave --device out")
+    if kind == "cuda":
+        if int(index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"there is no device {name}, torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
+            )
+        torch.cuda.set_device(int(index or 0))
+    return name
+
+
+def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
+    """Name of the device, the memory budget on it (all of it where none is wanted), and a note if that is less.
+
+    A GPU's budget is held to what is free there later (`DifferentiableSampler`), when that can be known.
+
+    Raises:
+        ValueError: more was wanted than the device has.
+    """
+    import torch
+
+    from alignprop_fast.planner import budget_on
+
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        budget_bytes, _ = budget_on(properties.name, properties.total_memory, wanted_bytes, context_bytes=0)
+        return properties.name, wanted_bytes or budget_bytes, ""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "this computer", *budget_on("this computer", memory_bytes, wanted_bytes, context_bytes=0)
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write where `folder` is or will be, without leaving anything.
+
+    Raises:
+        ValueError: a file in the way, or no right to write.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"cannot write to {folder}, since {there} is a file: choose another --output-dir")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {there} ({error.strerror}): choose another --output-dir") from error
+
+
+def check_tracker(name: str | None) -> None:
+    """accelerate would go on without a tracker that is not installed.
+
+    Raises:
+        ValueError: that is the case.
+    """
+    if name is not None and find_spec(name) is None:
+        raise ValueError(f"--log-with {name} needs {name}: pip install {name}, or leave the option out")
+
+
+def existing_as_absolute(value: str, names: Collection[str] = ()) -> str:
+    """A path that is there in full, so that a run can be resumed from another folder; other texts as they are.
+
+    names: mean something of this package, also where a file is called so.
+    """
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() and value not in names else value
+
+
+def plain(value: Any) -> Any:
+    """An option's value as YAML and JSON take it."""
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    return str(value) if isinstance(value, str) else value

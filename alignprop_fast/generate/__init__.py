@@ -1,0 +1,1 @@
+"""The differentiable sampler and its plan."""

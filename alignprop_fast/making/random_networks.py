@@ -1,0 +1,107 @@
+"""The networks of the pipelines that `random_weights` writes: the real classes of diffusers and transformers, small."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alignprop_fast.making.random_tokenizers import CONTEXT_LENGTH, clip_vocabulary, end_id, t5_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
+
+
+def unet(
+    widths: tuple[int, ...],
+    latent_size: int,
+    cross_width: int,
+    norm_groups: int,
+    heads: int,
+    layers_per_block: int,
+    conditioning: dict[str, Any] | None = None,
+) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    levels = len(widths)
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        block_out_channels=widths,
+        layers_per_block=layers_per_block,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        cross_attention_dim=cross_width,
+        attention_head_dim=heads,  # diffusers reads this field as the number of heads
+        norm_num_groups=norm_groups,
+        **(conditioning or {}),
+    )
+
+
+def vae(
+    widths: tuple[int, ...], norm_groups: int, scaling_factor: float, shift_factor: float | None = None
+) -> torch.nn.Module:
+    """With a shift it is that of SD3 and FLUX: 16 channels, no convolutions around the latents."""
+    from diffusers import AutoencoderKL
+
+    levels, is_flow = len(widths), shift_factor is not None
+    return AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=16 if is_flow else 4,
+        norm_num_groups=norm_groups,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=not is_flow,
+        use_post_quant_conv=not is_flow,
+    )
+
+
+def t5(width: int) -> torch.nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_vocabulary()),
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def diffusion_scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def text_config(
+    width: int, pad_token_id: int, projection_dim: int = 32, hidden_act: str = "quick_gelu"
+) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(clip_vocabulary()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=projection_dim,
+        max_position_embeddings=CONTEXT_LENGTH,
+        hidden_act=hidden_act,
+        bos_token_id=end_id() - 1,
+        eos_token_id=end_id(),
+        pad_token_id=pad_token_id,
+    )

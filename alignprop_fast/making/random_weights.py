@@ -1,0 +1,222 @@
+"""Pipelines with random weights, written as folders in the real diffusers format.
+
+Tests and benchmarks need models of a chosen size without a download. The folders made here hold
+the same files under the same names as the published Stable Diffusion, SDXL, SD3.5 and FLUX models, so everything
+that reads those (diffusers, this package, trl) reads these.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignprop_fast.making.random_networks import diffusion_scheduler, t5, text_config, unet, vae
+from alignprop_fast.making.random_tokenizers import clip_tokenizer, end_id, t5_tokenizer, write_clip_tokenizer
+
+
+def make_sd_folder(
+    folder: str | Path,
+    *,
+    unet_widths: tuple[int, ...] = (32, 64),
+    latent_size: int = 8,
+    vae_widths: tuple[int, ...] = (16, 32),
+    text_width: int = 32,
+    norm_groups: int = 8,
+    heads: int = 2,
+    layers_per_block: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write a `StableDiffusionPipeline` with random fp32 weights and return its folder.
+
+    `unet_widths` are the channels of the UNet's levels, `latent_size` the side of its latents;
+    the VAE shrinks by 2 ** (len(vae_widths) - 1). Weights depend on `seed` alone; the global
+    random-number state is left as it was.
+    """
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = StableDiffusionPipeline(
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.18215),
+            text_encoder=CLIPTextModel(text_config(text_width, pad_token_id=end_id())),
+            tokenizer=clip_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
+            unet=unet(unet_widths, latent_size, text_width, norm_groups, heads, layers_per_block),
+            scheduler=diffusion_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _save(pipe, Path(folder), {"tokenizer": "<|endoftext|>"})
+
+
+def make_sdxl_folder(
+    folder: str | Path,
+    *,
+    unet_widths: tuple[int, ...] = (32, 64),
+    latent_size: int = 8,
+    vae_widths: tuple[int, ...] = (16, 32),
+    text_width: int = 16,
+    second_text_width: int | None = None,
+    norm_groups: int = 8,
+    heads: int = 2,
+    layers_per_block: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write a `StableDiffusionXLPipeline` (two text encoders, size conditioning) with random weights.
+
+    Arguments as in `make_sd_folder`; the second text encoder has `second_text_width` channels (as many as the first
+    where None), and the cross-attention sees those of both.
+    """
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    pooled, time_width, second_width = 32, 8, second_text_width or text_width
+    cross_width = text_width + second_width
+    conditioning = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_width,
+        "projection_class_embeddings_input_dim": pooled + 6 * time_width,
+    }
+    second = text_config(second_width, pad_token_id=0, projection_dim=pooled, hidden_act="gelu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = StableDiffusionXLPipeline(
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.13025),
+            text_encoder=CLIPTextModel(text_config(text_width, pad_token_id=end_id())),
+            text_encoder_2=CLIPTextModelWithProjection(second),
+            tokenizer=clip_tokenizer(Path(folder) / "tokenizer", pad_token="<|endoftext|>"),
+            tokenizer_2=clip_tokenizer(Path(folder) / "tokenizer_2", pad_token="!"),
+            unet=unet(unet_widths, latent_size, cross_width, norm_groups, heads, layers_per_block, conditioning),
+            scheduler=diffusion_scheduler(),
+            add_watermarker=False,
+        )
+    return _save(pipe, Path(folder), {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"})
+
+
+def make_sd3_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 3,
+    latent_size: int = 8,
+    vae_widths: tuple[int, ...] = (16, 32),
+    text_width: int = 16,
+    norm_groups: int = 8,
+    seed: int = 0,
+) -> Path:
+    """Write a `StableDiffusion3Pipeline` as SD3.5-medium is (three text encoders, dual attention) with random weights.
+
+    Arguments as in `make_sd_folder`; the transformer has `heads` of `head_width` channels, and dual attention in all
+    layers but the last; T5 has twice `text_width` channels.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    width, folder = heads * head_width, Path(folder)
+    clips = [
+        text_config(text_width, pad_token_id=pad, hidden_act=act)
+        for pad, act in ((end_id(), "quick_gelu"), (0, "gelu"))
+    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = StableDiffusion3Pipeline(
+            vae=vae(vae_widths, norm_groups, scaling_factor=1.5305, shift_factor=0.0609),
+            text_encoder=CLIPTextModelWithProjection(clips[0]),
+            text_encoder_2=CLIPTextModelWithProjection(clips[1]),
+            text_encoder_3=t5(2 * text_width),
+            tokenizer=clip_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
+            tokenizer_2=clip_tokenizer(folder / "tokenizer_2", pad_token="!"),
+            tokenizer_3=t5_tokenizer(folder / "tokenizer_3"),
+            transformer=SD3Transformer2DModel(
+                sample_size=latent_size,
+                num_layers=num_layers,
+                attention_head_dim=head_width,
+                num_attention_heads=heads,
+                joint_attention_dim=2 * text_width,
+                caption_projection_dim=width,
+                pooled_projection_dim=sum(clip.projection_dim for clip in clips),
+                pos_embed_max_size=2 * latent_size,
+                dual_attention_layers=tuple(range(num_layers - 1)),
+                qk_norm="rms_norm",
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    return _save(pipe, folder, {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"})
+
+
+def make_flux_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 1,
+    num_single_layers: int = 2,
+    vae_widths: tuple[int, ...] = (16, 32),
+    text_width: int = 16,
+    norm_groups: int = 8,
+    guidance_embeds: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Write a `FluxPipeline` as FLUX.1-dev is (guidance embedding, dynamic shift) with random weights.
+
+    Without `guidance_embeds` it is FLUX.1-schnell (no guidance embedding, no shift). Others as in `make_sd3_folder`;
+    head_width is a multiple of 8. The pipeline's own picture size is 128 latents whatever the model: ask for a smaller
+    one.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = FluxPipeline(
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=CLIPTextModel(text_config(text_width, pad_token_id=end_id())),
+            text_encoder_2=t5(2 * text_width),
+            tokenizer=clip_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
+            tokenizer_2=t5_tokenizer(folder / "tokenizer_2"),
+            transformer=FluxTransformer2DModel(
+                num_layers=num_layers,
+                num_single_layers=num_single_layers,
+                attention_head_dim=head_width,
+                num_attention_heads=heads,
+                joint_attention_dim=2 * text_width,
+                pooled_projection_dim=text_width,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=3.0 if guidance_embeds else 1.0,
+                use_dynamic_shifting=guidance_embeds,
+                base_shift=0.5,
+                max_shift=1.15,
+                max_image_seq_len=4096,
+            ),
+        )
+    return _save(pipe, folder, {"tokenizer": "<|endoftext|>"})
+
+
+def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
+    pipe.save_pretrained(folder)
+    for name, pad_token in pad_tokens.items():  # transformers 5 writes tokenizers that transformers 4 cannot read
+        for file in (folder / name).iterdir():
+            file.unlink()
+        write_clip_tokenizer(folder / name, pad_token)
+    index = folder / "model_index.json"
+    # The name that every published model has; transformers 5 merged the two classes under the slow one's.
+    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
+    _restore_prefix(folder / "text_encoder" / "model.safetensors")
+    return folder
+
+
+def _restore_prefix(file: Path) -> None:
+    """Name CLIPTextModel's weights `text_model.*`, as in every published model; transformers 5 drops the prefix."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file)
+    if not any(name.startswith("text_model.") for name in state):
+        save_file({f"text_model.{name}": tensor for name, tensor in state.items()}, file, metadata={"format": "pt"})

@@ -1,0 +1,1 @@
+"""The package's ops and lean layers put into the networks of diffusers."""

@@ -1,0 +1,205 @@
+"""Puts the frozen-aware ops into a diffusers model, and takes them out again.
+
+A module changes its class for a subclass with the same parameters and another forward: names, state dict, adapters,
+isinstance checks and copies stay what they were. Where an op does not apply (weights that learn, autocast, an unusual
+option) the module's own forward runs. Attention changes its processor, which is diffusers' own way.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from alignprop_fast.models.lean.attention import (
+    autocasts,
+    is_plain,
+    kept_linears,
+    put_processors_in,
+    take_processors_out,
+)
+from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
+from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.group_norm_silu import group_norm_silu
+from alignprop_fast.ops.kept import Kind
+from alignprop_fast.ops.layer_norm import layer_norm
+from alignprop_fast.ops.lora_linear import lora_linear, lora_linears
+from alignprop_fast.ops.lora_linear_plain import Layer
+
+
+def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
+    """Frozen weights and no autocast, which would cast inside the op's forward but not inside its backward."""
+    learning = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
+    return not learning and not autocasts(x)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """`nn.Conv2d` that keeps nothing of its input while its weights are frozen."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _applies(input, self):
+            return super().forward(input)
+        return frozen_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+class LeanLinear(nn.Linear):
+    """`nn.Linear` whose result a segment that runs again may keep, while its weights are frozen."""
+
+    kept_as: Kind | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not _applies(input, self):
+            return super().forward(input)
+        return lora_linear(input, self.weight, self.bias, keep=self.kept_as)
+
+
+class LeanLoraLinear(LoraLinear):
+    """PEFT's LoRA layer as one op that keeps x once and casts the adapters instead of x."""
+
+    kept_as: Kind | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.as_layer(x)
+        return super().forward(x) if layer is None else lora_linears(x, [layer], self.kept_as)[0]
+
+    def as_layer(self, x: torch.Tensor) -> Layer | None:
+        """What the op computes for x, or None where PEFT's own path has to."""
+        base = self.base_layer
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not names or not _applies(x, base) or not self._plain(names):
+            return None
+        downs = [self.lora_A[name].weight for name in names]
+        ups = [self.lora_B[name].weight for name in names]
+        if len(names) == 1:
+            return Layer(base.weight, base.bias, downs[0], ups[0], self.scaling[names[0]])
+        # Several adapters are one of the summed rank.
+        up = torch.cat([up * self.scaling[name] for name, up in zip(names, ups, strict=True)], dim=1)
+        return Layer(base.weight, base.bias, torch.cat(downs), up)
+
+    def _plain(self, names: list[str]) -> bool:
+        """Low-rank adapters of a dense layer and nothing else: PEFT's own path serves DoRA, dropout and the like."""
+        return (
+            not self.disable_adapters
+            and not self.merged
+            and isinstance(self.base_layer, nn.Linear)
+            and not any(name in self.lora_variant or self.lora_bias[name] for name in names)
+            and not any(self.lora_dropout[name].training and _rate(self.lora_dropout[name]) > 0 for name in names)
+        )
+
+
+def _rate(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
+
+class LeanGEGLU(GEGLU):
+    """`diffusers` GEGLU that keeps its projection alone."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if autocasts(hidden_states):
+            return super().forward(hidden_states)
+        return geglu(self.proj(hidden_states))
+
+
+class LeanResnetBlock2D(ResnetBlock2D):
+    """`diffusers` ResnetBlock2D with norm and SiLU as one op, in whatever memory format its input has."""
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+        # Decoders name their norm "group", which is the default without a time embedding.
+        kind = "default" if self.time_embedding_norm == "group" and temb is None else self.time_embedding_norm
+        if (
+            kind != "default"
+            or self.upsample is not None
+            or self.downsample is not None
+            or not isinstance(self.nonlinearity, nn.SiLU)
+            or not _applies(input_tensor, self.norm1, self.norm2)
+        ):
+            return super().forward(input_tensor, temb)
+        h = self.conv1(_norm_silu(self.norm1, input_tensor))
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, temb)))
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return shortcut + h if self.output_scale_factor == 1 else (shortcut + h) / self.output_scale_factor
+
+
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, time_embedding_BC: torch.Tensor | None = None) -> torch.Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, time_embedding_BC=time_embedding_BC)
+
+
+class LeanGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that leaves channels_last as it is, while its weights are frozen."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.ndim != 4 or not self.affine or not _applies(input, self):
+            return super().forward(input)
+        return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, silu=False)
+
+
+class LeanLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension, while its weights are frozen."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if len(self.normalized_shape) != 1 or not _applies(input, self):
+            return super().forward(input)
+        return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+_LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: FrozenConv2d,
+    GEGLU: LeanGEGLU,
+    ResnetBlock2D: LeanResnetBlock2D,
+    LoraLinear: LeanLoraLinear,
+    nn.GroupNorm: LeanGroupNorm,
+    nn.LayerNorm: LeanLayerNorm,
+}
+_STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear}
+
+
+def put_ops_in(root: nn.Module) -> None:
+    """Give every module below root that has a frozen-aware op that op. Doing it twice changes nothing."""
+    _swap(root, _LEAN.get)
+    for linear, kind in _kept_linears(root):
+        if type(linear) is nn.Linear:
+            linear.__class__ = LeanLinear
+        if isinstance(linear, LeanLinear | LeanLoraLinear):
+            linear.kept_as = kind
+    put_processors_in(root)
+
+
+def take_ops_out(root: nn.Module) -> None:
+    """Undo `put_ops_in`."""
+    for module in root.modules():
+        if isinstance(module, LeanLinear | LeanLoraLinear):
+            vars(module).pop("kept_as", None)
+    take_processors_out(root)
+    _swap(root, _STOCK.get)
+
+
+def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
+    """The linear layers whose results a transformer block that runs again may keep, with their kind."""
+    for module in root.modules():
+        if is_plain(module):
+            yield from kept_linears(module)
+        elif isinstance(module, GEGLU | GELU):
+            yield module.proj, "geglu"
+        elif isinstance(module, FluxSingleTransformerBlock):
+            yield module.proj_mlp, "geglu"
+            yield module.proj_out, "out"
+
+
+def _swap(root: nn.Module, other: Callable[[type[nn.Module]], type[nn.Module] | None]) -> None:
+    for module in root.modules():
+        # The exact class: a subclass with a forward of its own is not ours to replace.
+        if (swapped := other(type(module))) is not None:
+            module.__class__ = swapped

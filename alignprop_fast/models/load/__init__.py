@@ -1,0 +1,1 @@
+"""Loading pipelines: from a folder, the Hub or a single file."""

@@ -1,0 +1,302 @@
+"""The folder of a pipeline in the diffusers format: what it holds, which of its weights are taken, and loading it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from alignprop_fast.models.load.file_kinds import check_bytes
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
+
+_BY_PICTURE = "draws from a picture beside the prompt"
+_OTHER_KINDS = {
+    "StableDiffusionXLImg2ImgPipeline": "refines a picture, as SDXL's refiner does",
+    "LatentConsistencyModelPipeline": "is distilled to few steps by its own rule (LCM)",
+    **{f"{name}InpaintPipeline": _BY_PICTURE for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3")},
+    **{
+        f"StableDiffusion{name}Pipeline": _BY_PICTURE
+        for name in ("Img2Img", "InstructPix2Pix", "Depth2Img", "3Img2Img")
+    },
+    **{f"Flux{name}Pipeline": _BY_PICTURE for name in ("Fill", "Kontext", "Control", "Img2Img", "Inpaint")},
+}
+
+# Parts whose weights the chain has no use for; the others are tokenizers and schedulers, which have none.
+_UNUSED = ("safety_checker", "feature_extractor")
+_STEM = "(?:diffusion_pytorch_model|pytorch_model|model)"
+_WHOLE = re.compile(rf"{_STEM}(?:\.([A-Za-z]\w*))?\.safetensors")
+_SHARDED = re.compile(rf"{_STEM}\.safetensors\.index(?:\.([A-Za-z]\w*))?\.json")
+_PICKLE = re.compile(rf"{_STEM}.*\.bin")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How weights are loaded: in which dtype, and whether .bin files may be read (by torch's restricted unpickler)."""
+
+    dtype: torch.dtype
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a model's files is to be read.
+
+    variant: as in `from_pretrained`, such as "fp16"; None: the files without one. names: of the safetensors files, or
+    of the indices of those in several files, with their folder. pickles: parts of the pipeline that are in .bin files.
+    """
+
+    variant: str | None
+    names: tuple[str, ...]
+    pickles: tuple[str, ...]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of a folder with a pipeline of a supported class.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or names a class that is not supported.
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no model_index.json: {_instead(folder)}")
+    return check_index(file, str(folder))
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder that is no pipeline's."""
+    inner = sorted([*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")])
+    files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt", ".gguf"))
+    if inner:
+        return f"give the folder within, {inner[0].parent}"
+    if (folder / "adapter_config.json").is_file():
+        return "it holds a PEFT adapter; give the model that it was trained on"
+    if "pytorch_lora_weights.safetensors" in files:
+        return "it holds a LoRA; give the model that it was trained on"
+    if (folder / "config.json").is_file():
+        return "it holds one network; give the top folder of the pipeline that it belongs to"
+    if [*folder.glob("*.onnx"), *folder.glob("*/*.onnx")]:
+        return "it holds an ONNX model, which cannot be trained; give a model in the diffusers format"
+    if files:
+        return f"it holds files; give one of them, such as {folder / files[0]}, with --model-config"
+    return "give the top folder of a pipeline saved by save_pretrained"
+
+
+def check_index(file: Path, where: str) -> dict[str, Any]:
+    """`file`, the model_index.json of the model `where`. Raises ValueError as `read_index`."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        name = index["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: copy or save the model anew") from error
+    if name in _OTHER_KINDS:
+        raise ValueError(
+            f"{where} holds a {name}, which {_OTHER_KINDS[name]}: use the text-to-image model that it was made from"
+        )
+    if name not in SUPPORTED:
+        raise ValueError(f"{where} holds a {name}, which is not supported: use one of {', '.join(SUPPORTED)}")
+    return index
+
+
+def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
+    """Names of the parts of a pipeline that are networks, as far as the chain needs them."""
+    return [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list)
+        and entry[0] in ("diffusers", "transformers")
+        and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
+    ]
+
+
+def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow_pickle: bool) -> Weights:
+    """Of a model's files ("unet/config.json") those that its user would expect: full weights, before a variant of
+    them, before pickles.
+
+    Says in one line of the log what it takes, where that is not the obvious. `where`: the model, for messages.
+
+    Raises:
+        ValueError: a part without weights, or with pickles alone and those not allowed.
+    """
+    found: dict[str, dict[str | None, str]] = {}
+    pickles = {}
+    grouped: dict[str, list[str]] = {part: [] for part in parts}
+    for file in files:
+        part, _, name = file.partition("/")
+        if part in grouped and "/" not in name:
+            grouped[part].append(name)
+    for part, names in grouped.items():
+        matches = [match for name in sorted(names) if (match := _WHOLE.fullmatch(name) or _SHARDED.fullmatch(name))]
+        found[part] = {match[1]: f"{part}/{match[0]}" for match in matches}
+        if not found[part]:
+            pickles[part] = _pickle(part, names, where, allow_pickle)
+    variant = _variant({part: set(variants) for part, variants in found.items() if part not in pickles}, where)
+    names = [variants.get(variant) or variants[None] for part, variants in found.items() if part not in pickles]
+    others = sorted({str(one) for variants in found.values() for one in variants if one not in (None, variant)})
+    if variant is None and others:
+        logger.warning(
+            "%s holds the full weights and a variant (%s): the full ones are taken", where, ", ".join(others)
+        )
+    if pickles:
+        logger.warning("%s: the pickles %s are read, tensors only", where, ", ".join(pickles.values()))
+    return Weights(variant, tuple(names), tuple(pickles))
+
+
+def _pickle(part: str, names: Sequence[str], where: str, allow_pickle: bool) -> str:
+    pickle = next((f"{part}/{name}" for name in sorted(names) if _PICKLE.fullmatch(name)), None)
+    if pickle is None and any(name.endswith(".onnx") for name in names):
+        raise ValueError(f"the {part} of {where} is an ONNX model, which cannot be trained: give .safetensors files")
+    if pickle is None:
+        raise ValueError(f"the {part} of {where} has no weights (*.safetensors): copy or download it whole")
+    if not allow_pickle:
+        raise ValueError(
+            f"{where}/{pickle} is a pickle, which could run code when it is loaded: give a model with .safetensors "
+            "files, or allow it with --allow-pickle"
+        )
+    return pickle
+
+
+def _variant(found: Mapping[str, set[str | None]], where: str) -> str | None:
+    """The variant to load where some part has no full weights: one that all of these have, "fp16" before others."""
+    lacking = {part: variants for part, variants in found.items() if None not in variants}
+    if not lacking:
+        return None
+    common = set.intersection(*lacking.values())
+    if not common:
+        held = "; ".join(f"{part}: {', '.join(sorted(map(str, one)))}" for part, one in lacking.items())
+        raise ValueError(f"{where} has neither full weights nor one variant of all ({held}): download it whole")
+    variant = min(common, key=lambda one: (one != "fp16", str(one)))
+    logger.warning("%s holds no full weights of %s: the %s variant is taken", where, ", ".join(lacking), variant)
+    return variant
+
+
+def check_weights(folder: Path, weights: Weights) -> None:
+    """Look at the files before anything large is read.
+
+    Raises:
+        ValueError: one is damaged, or missing from those that make up a whole.
+    """
+    for name in weights.names:
+        file = folder / name
+        if not file.name.endswith(".json"):
+            check_safetensors(file)
+            continue
+        try:
+            shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged: copy or download it again") from error
+        for shard in shards:
+            if not (file.parent / shard).is_file():
+                raise ValueError(f"{file.parent} lacks {shard}, one of {len(shards)} files: copy or download it whole")
+            check_safetensors(file.parent / shard)
+
+
+def check_safetensors(file: Path) -> None:
+    """Compare a safetensors file's length with its header.
+
+    Raises:
+        ValueError: the file is damaged, for example cut off, or no safetensors file at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_bytes(file)
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({file.stat().st_size} bytes): copy or download it again") from error
+
+
+def local_weights(folder: Path, parts: Iterable[str], allow_pickle: bool) -> Weights:
+    """`choose_weights` of a folder, and `check_weights`."""
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    weights = choose_weights(files, parts, str(folder), allow_pickle)
+    check_weights(folder, weights)
+    return weights
+
+
+def check_dense(folder: Path, parts: Iterable[str]) -> None:
+    """Raises ValueError where the denoiser or the VAE was saved quantised by another library."""
+    for part in parts:
+        file = folder / part / "config.json"
+        if part.startswith("text_encoder") or not file.is_file():
+            continue
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        except (ValueError, AttributeError):
+            continue  # who reads it says what is wrong with it
+        if settings:
+            raise ValueError(
+                f"the {part} of {folder} is quantised ({settings.get('quant_method', 'by another library')}): give the "
+                "model in fp16 or bf16 (--base-dtype nf4, int8 or fp8 quantises it)"
+            )
+
+
+def load_folder(
+    folder: Path,
+    index: Mapping[str, Any],
+    weights: Weights,
+    dtype: torch.dtype,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The pipeline in a folder, without its safety checker.
+
+    Args:
+        index, weights: of `read_index` and `local_weights`.
+        given: parts that are not read from the folder.
+
+    Raises:
+        ValueError: files that do not make up the pipeline, or weights that are quantised.
+    """
+    from diffusers import DiffusionPipeline
+
+    check_dense(folder, [part for part in parts_with_weights(index) if part not in given])
+    # What was left out when the folder was saved (T5, say) diffusers wants to hear again.
+    absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        with warnings.catch_warnings():
+            # Renamed to `dtype` in later versions of diffusers, which still take the old name.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return DiffusionPipeline.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                variant=weights.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                **absent,
+                **{part: _unpickled(folder / part, index[part], dtype) for part in weights.pickles},
+                **given,
+            )
+    except LOADING_ERRORS as error:
+        reason = first_line(error)
+        raise ValueError(f"cannot load the pipeline in {folder}: {reason}; save or download it again") from error
+
+
+def _unpickled(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:
+    """A part from its .bin files, which both libraries read by torch's restricted unpickler."""
+    library, class_name = entry
+    return getattr(import_module(library), class_name).from_pretrained(
+        str(folder), torch_dtype=dtype, use_safetensors=False, local_files_only=True
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of these libraries says, without its pointer to a trace that is not shown."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.partition(" Please check out the root cause")[0] for line in lines]
+    return lines[0].rstrip(".:;") if lines else type(error).__name__

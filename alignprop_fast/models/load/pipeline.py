@@ -1,0 +1,171 @@
+"""Pipelines from a folder, a single file, the Hub or the package itself, with errors that say what to do."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignprop_fast.models.load.folder import (
+    LOADING_ERRORS,
+    Loading,
+    first_line,
+    load_folder,
+    local_weights,
+    parts_with_weights,
+    read_index,
+)
+from alignprop_fast.models.load.hub import fetch, fetch_configs
+from alignprop_fast.models.load.single_file import load_single_file
+from alignprop_fast.models.schedules import DIFFUSION, FLOW, check_family, check_scheduler, make_scheduler
+
+SCHEDULERS = ("auto", *DIFFUSION, *FLOW)
+
+
+def load_pipeline(
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str = "main",
+    scheduler: str = "auto",
+    model_config: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> Any:
+    """A pipeline of one of the classes in SUPPORTED, ready for `DifferentiableSampler`.
+
+    The safety checker goes, every weight is frozen, and the modules are in evaluation mode.
+
+    Args:
+        model: a folder in the diffusers format, a single .safetensors file, a Hub id "owner/name", or "demo" for the
+            bundled model.
+        revision: of a Hub model.
+        scheduler: of SCHEDULERS, with the settings of the model's own as far as it knows them; auto: DDIM without
+            clipping, and flow-euler for models of flow matching.
+        model_config: for a single file: the folder of a model of the same architecture, which gives configurations
+            and tokenizers; for a denoiser alone, as files of SD3 and FLUX mostly are, also everything else, for a whole
+            file of SD or SDXL a VAE that it lacks.
+        allow_pickle: read weights that there are in .bin files alone, by torch's restricted unpickler.
+
+    Raises:
+        FileNotFoundError: no such folder, or a folder without `model_index.json`.
+        ValueError: a file of another kind, an unsupported pipeline class or scheduler, or files that are damaged, not
+            allowed or do not fit.
+        OSError: a Hub model that cannot be reached.
+    """
+    source, loading = _resolve(model), Loading(dtype, allow_pickle)
+    if isinstance(source, Path) and source.is_file():
+        pipe = load_single_file(source, model_config, loading)
+    elif model_config is not None:
+        raise ValueError(f"a model config is for a single .safetensors file: leave it out for {model}")
+    elif isinstance(source, Path):
+        index = read_index(source)
+        pipe = load_folder(source, index, local_weights(source, parts_with_weights(index), allow_pickle), dtype)
+    else:
+        pipe = load_folder(*fetch(source, revision, allow_pickle), dtype)
+    _check_complete(pipe, model)
+    pipe.scheduler = pick_scheduler(pipe, scheduler)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+def load_outline(model: str | Path, dtype: torch.dtype = torch.bfloat16, revision: str = "main") -> Any:
+    """The pipeline that `load_pipeline` gives, on the meta device: from its configuration files, without weights.
+
+    Tokenizers are left out, so that it cannot encode prompts.
+
+    Raises:
+        As `load_pipeline`.
+    """
+    source = _resolve(model)
+    folder = source if isinstance(source, Path) else fetch_configs(source, revision)
+    index = read_index(folder)
+    try:
+        pipe = _outline(folder, index)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"cannot read the configuration in {folder}: {first_line(error)}; copy it again") from error
+    pipe.scheduler = pick_scheduler(pipe, "auto")
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+            # diffusers warns of every cast, also where there is nothing to cast.
+            if any(parameter.dtype != dtype for parameter in module.parameters()):
+                module.to(dtype)
+    return pipe
+
+
+def _outline(folder: Path, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    pipe_class = getattr(diffusers, index["_class_name"])
+    parameters = inspect.signature(pipe_class).parameters
+    given = [name for name, entry in index.items() if isinstance(entry, list) and name in parameters]
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    parts = {name: _outline_part(folder, name, index.get(name)) for name in (*given, *needed)}
+    switches = {"requires_safety_checker": False} if "requires_safety_checker" in parameters else {}
+    return pipe_class(**parts, **switches)
+
+
+def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> Any:
+    """One component from its configuration; None for what the chain does not use."""
+    library, class_name = entry or (None, None)
+    if library not in ("diffusers", "transformers") or name.startswith(("tokenizer", "safety_checker", "feature_ext")):
+        return None
+    module: Any = __import__(library)
+    part_class = getattr(module, str(class_name))
+    with torch.device("meta"):
+        if library == "transformers":
+            if not (folder / name / "config.json").is_file():  # transformers would make do with defaults
+                raise OSError(f"no config.json in {folder / name}")
+            return part_class(part_class.config_class.from_pretrained(folder / name, local_files_only=True))
+        return part_class.from_config(part_class.load_config(folder / name, local_files_only=True))
+
+
+def pick_scheduler(pipe: Any, name: str) -> Any:
+    supported = DIFFUSION if "unet" in pipe.components else FLOW
+    name = supported[0] if name == "auto" else name
+    if name not in supported:
+        raise ValueError(f"scheduler {name!r} does not fit a {type(pipe).__name__}: use {', '.join(supported)} or auto")
+    check_family(pipe.scheduler, supported)
+    scheduler = make_scheduler(name, pipe.scheduler.config)
+    check_scheduler(scheduler, supported)
+    return scheduler
+
+
+def _resolve(model: str | Path) -> Path | str:
+    """A local folder or file, or the name of a Hub model."""
+    if model == "demo":
+        from alignprop_fast.demo import model_path
+
+        return Path(model_path())
+    path = Path(model).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+        return model
+    raise FileNotFoundError(
+        f"no model folder {model}: give a folder in the diffusers format, a .safetensors file, a Hub id such as "
+        "owner/name, or demo"
+    )
+
+
+def _check_complete(pipe: Any, model: str | Path) -> None:
+    """diffusers leaves weights that a file lacks on the meta device, and a tokenizer without its files knows no words.
+
+    Raises:
+        ValueError: one of the two.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
+            raise ValueError(
+                f"the {name} of {model} lacks some of its weights: copy or download it again, or give a single file "
+                "the model config of its own architecture"
+            )
+        if name.startswith(("text_encoder", "tokenizer")) and part is None and not name.endswith("_3"):  # SD3's T5
+            raise ValueError(f"{model} has no {name}, which prompts are encoded by: give a model that is whole")
+        if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
+            raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")

@@ -1,0 +1,274 @@
+"""The adapters of a pipeline: which there are, which one is trained and saved, and what it adds to the weights.
+
+An adapter is a LoRA under one name, in the denoiser and, where its file had factors for them, in text encoders. To a
+weight it adds scale * up @ down, in memory and in a file alike. One that does anything else fits no LoRA file and is
+refused by name, when training is set up and when it is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from alignprop_fast.models.lora.factors import LEAVES_THE_BASE, Factors, Lora
+from alignprop_fast.models.lora.keys import listed
+from alignprop_fast.models.lora.targets import denoiser, denoiser_name, target_modules
+
+# What says where factors are, how they began or how strong they are: the file has the modules and the factors
+# themselves, and the scale of each module as it is. Any other field that is set changes what an adapter computes.
+_IN_THE_FACTORS = frozenset(
+    {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config"),
+        *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        "inference_mode",
+    }
+)
+
+
+def has_lora(pipe: Any) -> bool:
+    """Whether the denoiser carries PEFT adapters."""
+    return bool(_configs(denoiser(pipe)))
+
+
+def parts_with_adapters(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of the pipeline that carry adapters, by the names of its components, without PEFT's own wrapper."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: _unwrapped(part) for name, part in parts.items() if _configs(part)}
+
+
+def the_adapter(pipe: Any, name: str | None = None) -> str:
+    """Name of the adapter that is trained and saved: the given one, the one that requires grad, or the only one.
+
+    Raises:
+        ValueError: no adapters in the denoiser, none of that name, or several to choose from.
+    """
+    names = list(_configs(denoiser(pipe)))
+    if not names:
+        raise ValueError("the denoiser has no adapters to save: call add_lora first")
+    if name is not None:
+        if name not in names:
+            raise ValueError(f"the denoiser has no adapter {name!r}: choose one of {listed(map(repr, names))}")
+        return name
+    found = [name for name in names if requires_grad(pipe, name)] or names
+    if len(found) > 1:
+        whose = "require grad" if requires_grad(pipe, found[0]) else "are there and none requires grad"
+        raise ValueError(
+            f"the adapters {listed(map(repr, found))} {whose}: choose one, for example adapter={found[-1]!r}"
+        )
+    return found[0]
+
+
+def requires_grad(pipe: Any, name: str) -> bool:
+    """Whether any parameter of that adapter in the denoiser does."""
+    return any(learns(layer, name) for _, layer in _layers(denoiser(pipe), name))
+
+
+def learns(layer: BaseTunerLayer, name: str) -> bool:
+    """Whether any parameter of that adapter in one layer requires grad."""
+    return any(p.requires_grad for path, p in layer.named_parameters() if name in path.split("."))
+
+
+def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """The LoRA factors of that adapter in one network."""
+    for _, layer in _layers(model, name):
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            yield from (layer.lora_A[name].weight, layer.lora_B[name].weight)
+
+
+def adapter_factors(pipe: Any, name: str) -> Lora:
+    """The factors of an adapter in every part of the pipeline, by their names in LoRA files: the very parameters,
+    detached, and the scale in effect, whatever alpha, rsLoRA, patterns or `set_adapters` made it.
+
+    Raises:
+        ValueError: as `check_fits_a_file`.
+    """
+    check_fits_a_file(pipe, name)
+    return {
+        f"{part}.{_name_in_files(part, model, path)}": Factors(
+            layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), float(layer.scaling[name])
+        )
+        for part, model in parts_with_adapters(pipe).items()
+        for path, layer in _layers(model, name)
+    }
+
+
+def check_fits_a_file(pipe: Any, name: str) -> None:
+    """Refuse an adapter of which diffusers would not get the same back from a LoRA file.
+
+    Raises:
+        ValueError: another kind of adapter, an option of PEFT's that leaves more than factors, an initialisation that
+            changes the base model, adapters in a part that diffusers loads none into, or fused ones.
+    """
+    for part, model in parts_with_adapters(pipe).items():
+        _check_not_fused(part, model)
+        configs = _configs(model)
+        for other, config in configs.items():
+            if getattr(config, "init_lora_weights", True) not in LEAVES_THE_BASE:
+                raise ValueError(
+                    f"adapter {other!r} has init_lora_weights={config.init_lora_weights!r}, which changes the base "
+                    'model, so that its file would fit a model that nobody has: use init_lora_weights="gaussian"'
+                )
+        if name in configs:
+            if part not in pipe._lora_loadable_modules:
+                raise ValueError(f"adapter {name!r} is in {part}, where diffusers loads none: delete it there")
+            _check_config(name, configs[name])
+            _check_layers(name, model)
+
+
+def check_trains(pipe: Any, name: str) -> None:
+    """Refuse an adapter that what the pipeline draws does not depend on, as a whole or in one of its parts.
+
+    Raises:
+        ValueError: adapters that are switched off, that one not among the active ones or of weight 0, or attention
+            that goes past its projections.
+    """
+    for part, model in parts_with_adapters(pipe).items():
+        layers = [layer for _, layer in _layers(model, name)]
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError(f"the adapters of {part} are switched off: call the pipeline's enable_lora() first")
+        if not all(name in layer.active_adapters for layer in layers):
+            raise ValueError(f"adapter {name!r} is not active: call the pipeline's set_adapters([{name!r}, ...]) first")
+    model = _unwrapped(denoiser(pipe))
+    if all(layer.scaling[name] == 0 for _, layer in _layers(model, name)):
+        raise ValueError(f"adapter {name!r} has weight 0: give it another one by the pipeline's set_adapters")
+    if any(isinstance(m, Attention | AttentionModuleMixin) and m.fused_projections for m in model.modules()):
+        raise ValueError("the projections of attention are fused, past adapters: call unfuse_qkv_projections() first")
+
+
+def describe(pipe: Any, name: str) -> str:
+    """Where that adapter is, and which others there are, in a line."""
+    where = {part: list(_configs(model)) for part, model in parts_with_adapters(pipe).items()}
+    mine = [part for part, names in where.items() if name in names and part != denoiser_name(pipe)]
+    others = sorted({other for names in where.values() for other in names if other != name})
+    rank = _configs(denoiser(pipe))[name].r
+    line = f"adapter {name!r} of the {denoiser_name(pipe)}, rank {rank}, is trained and saved"
+    if mine:
+        line += f"; its part in {', '.join(mine)} stays as it is and is saved with it"
+    return line + (f"; left as they are and not saved: {listed(map(repr, others))}" if others else "")
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _configs(model: nn.Module) -> Mapping[str, PeftConfig]:
+    return getattr(model, "peft_config", None) or {}
+
+
+def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+    """The layers that hold something of that adapter, by their paths."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and _held(layer, name):
+            yield path, layer
+
+
+def _held(layer: BaseTunerLayer, name: str) -> set[str]:
+    """Which of a layer's containers of parameters have an entry of that adapter."""
+    return {kind for kind in layer.adapter_layer_names if name in getattr(layer, kind, ())}
+
+
+def _name_in_files(part: str, model: nn.Module, path: str) -> str:
+    # Files have the names of CLIP before transformers 5 left `text_model` out; diffusers' loader asks the same.
+    return f"text_model.{path}" if part.startswith("text_encoder") and not hasattr(model, "text_model") else path
+
+
+def _check_not_fused(part: str, model: nn.Module) -> None:
+    fused = {n for layer in model.modules() if isinstance(layer, BaseTunerLayer) for n in layer.merged_adapters}
+    if fused:
+        raise ValueError(
+            f"adapters are fused into the weights of {part} ({listed(map(repr, fused))}): call unfuse_lora() first"
+        )
+
+
+def _check_config(name: str, config: PeftConfig) -> None:
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise ValueError(f"adapter {name!r} is of PEFT's kind {kind}, which no LoRA file holds: make a peft.LoraConfig")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _IN_THE_FACTORS and value and value != field.default:
+            raise ValueError(
+                f"adapter {name!r} has {field.name} in its LoraConfig, which LoRA files do not carry: make it without"
+            )
+
+
+def _check_layers(name: str, model: nn.Module) -> None:
+    for path, layer in _layers(model, name):
+        strange = _held(layer, name) - {"lora_A", "lora_B"}
+        if strange or layer.lora_B[name].bias is not None:
+            what = min(strange) if strange else "a bias"
+            raise ValueError(
+                f"adapter {name!r} has {what} in {path}, which LoRA files do not carry: leave {path} out of its targets"
+            )
+
+
+DEFAULT = "default"  # PEFT's own name for an adapter that has none
+
+
+def add_lora(
+    pipe: Any, rank: int = 4, alpha: float = 4, targets: str = "attention", name: str = DEFAULT
+) -> list[torch.nn.Parameter]:
+    """Freeze the denoiser and give it trainable fp32 adapters; returns their parameters.
+
+    y = W x + (alpha / rank) B A x on every layer that `targets` (of `lora_targets.TARGETS`) names, A drawn from
+    N(0, 1 / rank^2) with the global generator and B zero, so that at first nothing changes.
+
+    Raises:
+        ValueError: a rank below 1, unknown targets, or a denoiser that already has adapters.
+    """
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}: use at least 1")
+    if has_lora(pipe):
+        raise ValueError("the denoiser already has adapters: train those, or load the model without them")
+    model = denoiser(pipe)
+    names = target_modules(model, targets)
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
+    model.add_adapter(config, name)
+    return trainable_in_fp32(model)
+
+
+def train_adapter(pipe: Any, name: str | None = None) -> str:
+    """Make one adapter of the denoiser trainable and all else in it frozen; returns the adapter's name.
+
+    Its factors get fp32 storage, those in text encoders too, which stay frozen. Other adapters stay as they are: the
+    active ones go on taking part.
+
+    Raises:
+        ValueError: none that requires grad and none named, several to choose from, one that fits no LoRA file, or one
+            that the denoiser's output does not depend on.
+    """
+    chosen = the_adapter(pipe, name)
+    if name is None and not requires_grad(pipe, chosen):
+        raise ValueError(f"adapter {chosen!r} does not require grad: name it, adapter={chosen!r}, or add one to train")
+    check_fits_a_file(pipe, chosen)
+    check_trains(pipe, chosen)
+    model = denoiser(pipe)
+    for part in parts_with_adapters(pipe).values():
+        part.requires_grad_(False)
+        for parameter in adapter_parameters(part, chosen):
+            parameter.data = parameter.data.to(torch.float32)
+    for parameter in adapter_parameters(model, chosen):
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def trainable_in_fp32(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Give the trainable parameters fp32 storage, whatever the frozen ones have, and return them."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.to(torch.float32)
+    return trainable

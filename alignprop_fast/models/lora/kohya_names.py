@@ -1,0 +1,167 @@
+"""The names that kohya's scripts, ComfyUI, Forge and others give LoRA factors, and the original releases' layers.
+
+    unet.mid_block.attentions.0 ... to_q               ->  lora_unet_mid_block_attentions_0 ... to_q
+    transformer.transformer_blocks.3.attn.to_out.0     ->  lora_unet_double_blocks_3_img_attn_proj     (FLUX)
+    transformer.transformer_blocks.3.attn.{to_q,to_k,to_v}  ->  lora_unet_joint_blocks_3_x_block_attn_qkv   (SD3)
+
+with the suffixes .lora_down.weight, .lora_up.weight and .alpha (scale = alpha / rank). UNets keep diffusers' block
+names, which all readers know; SGM's names, as kohya's scripts write SDXL, are read too. The transformers have the
+names of their original releases, where several projections are one matrix: of factors (A_i, B_i) of its parts
+
+    down = [A_1; A_2; ...]     up = diag(B_1, B_2, ...)
+
+is the same delta, and a part that has no factors keeps zeros. Back, each part takes its rows of `up` and of these the
+columns that are not all zero: of a block-diagonal file the very factors that went in, of another one `down` whole.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from alignprop_fast.models.lora.factors import Factors, Lora
+
+PREFIX = "lora_unet_"
+
+_FLUX_DOUBLE = {
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "img_mlp_0": ("ff.net.0.proj",),
+    "img_mlp_2": ("ff.net.2",),
+    "txt_mlp_0": ("ff_context.net.0.proj",),
+    "txt_mlp_2": ("ff_context.net.2",),
+    "img_mod_lin": ("norm1.linear",),
+    "txt_mod_lin": ("norm1_context.linear",),
+}
+_FLUX_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm.linear",),
+}
+_MMDIT = {
+    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block_attn_proj": ("attn.to_out.0",),
+    "context_block_attn_proj": ("attn.to_add_out",),
+    "x_block_attn2_proj": ("attn2.to_out.0",),
+    "x_block_mlp_fc1": ("ff.net.0.proj",),
+    "x_block_mlp_fc2": ("ff.net.2",),
+    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+    "context_block_mlp_fc2": ("ff_context.net.2",),
+    "x_block_adaLN_modulation_1": ("norm1.linear",),
+    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+}
+_EMBEDDERS = {"time": "timestep", "vector": "text", "guidance": "guidance"}
+FLUX_ENDS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    **{f"{old}_in_in_layer": f"time_text_embed.{new}_embedder.linear_1" for old, new in _EMBEDDERS.items()},
+    **{f"{old}_in_out_layer": f"time_text_embed.{new}_embedder.linear_2" for old, new in _EMBEDDERS.items()},
+}
+MMDIT_ENDS = {
+    "x_embedder_proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+}
+LAST = {"final_layer_linear": "proj_out", "final_layer_adaLN_modulation_1": "norm_out.linear"}
+FLUX_BLOCKS = {
+    "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
+    "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
+}
+MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
+MLP_RATIO = 4  # of FLUX's single-stream blocks, everywhere
+_OLD_BLOCKS = {**FLUX_BLOCKS, **MMDIT_BLOCKS}
+_XLABS = {  # the names of XLabs' trainer, of FLUX
+    "double_blocks": {
+        "qkv1": _FLUX_DOUBLE["img_attn_qkv"],
+        "qkv2": _FLUX_DOUBLE["txt_attn_qkv"],
+        "proj1": _FLUX_DOUBLE["img_attn_proj"],
+        "proj2": _FLUX_DOUBLE["txt_attn_proj"],
+    },
+    "single_blocks": {"qkv": _FLUX_SINGLE["linear1"][:3], "proj": _FLUX_SINGLE["linear2"]},
+}
+_SGM_ENDS = {
+    "time_embed_0": "time_embedding.linear_1",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+}
+_SGM_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
+_OLD_ENDS = {**FLUX_ENDS, **MMDIT_ENDS, **LAST, **_SGM_ENDS}
+_SGM_RESIDUAL = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def original_paths(name: str, unet_layers: int) -> tuple[str, ...]:
+    """What a layer of an original release is in diffusers, where a matrix may be several; any other name as it is.
+
+    name: with underscores for dots, such as double_blocks_3_img_attn_qkv. unet_layers: residual layers of a block.
+    """
+    if name in _OLD_ENDS:
+        return (_OLD_ENDS[name],)
+    if match := re.fullmatch(r"((?:double|single|joint)_blocks)_(\d+)_(\w+)", name):
+        theirs, leaves = _OLD_BLOCKS[match[1]]
+        return tuple(f"{theirs}.{match[2]}.{part}" for part in {**leaves, **_XLABS.get(match[1], {})}.get(match[3], ()))
+    if match := re.fullmatch(r"(input|middle|output)_blocks?_(\d+)(?:_(\d+))?_(\D\w*)", name):
+        return (_of_sgm(match[1], int(match[2]), match[3], match[4], unet_layers + 1),)
+    return (name,)
+
+
+def _of_sgm(where: str, number: int, kind: str | None, leaf: str, per_block: int) -> str:
+    """SGM and CompVis count through all blocks; an up- or downsampler is a layer of its own or the end of one."""
+    block, layer = divmod(number - (where == "input"), per_block)
+    is_last = layer == per_block - 1
+    group = {"0": "resnets", "1": "attentions"}.get(kind or "", "")
+    leaf = _SGM_RESIDUAL.get(leaf, leaf)
+    if where == "middle" and kind is None:
+        return f"mid_block.{_SGM_MIDDLE.get(number, '')}.{leaf}"
+    if where == "input" and is_last:
+        return f"down_blocks.{block}.downsamplers.0.conv" if (group, leaf) == ("resnets", "op") else ""
+    if where == "output" and leaf == "conv":
+        return f"up_blocks.{block}.upsamplers.0.conv" if is_last else ""
+    return f"{'down' if where == 'input' else 'up'}_blocks.{block}.{group}.{layer}.{leaf}"
+
+
+def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> Lora:
+    """One layer's factors as those of the modules that it is in diffusers, each with its rows of `up`.
+
+    name: in the file, which is for messages.
+
+    Raises:
+        ValueError: a number of rows that these modules cannot have.
+    """
+    if len(modules) == 1:
+        return {modules[0]: swapped(name.replace(".", "_"), factors)}
+    width, rows = factors.down.shape[1], factors.up.shape[0]
+    sizes = [width] * 3 + [rows - 3 * width] * (len(modules) - 3)
+    if sum(sizes) != rows or min(sizes) <= 0:
+        raise ValueError(f"{name} in {file} has {rows} rows for an input of {width}: it is of another model")
+    found = {}
+    for module, up in zip(modules, factors.up.split(sizes), strict=True):
+        used = up.abs().sum(0) != 0
+        if used.any() or not factors.up.any():
+            used = used if used.any() else ~used
+            found[module] = Factors(factors.down[used], up[:, used].contiguous(), factors.scale)
+    return found
+
+
+def swapped(leaf: str, factors: Factors) -> Factors:
+    """Where a norm has shift and scale alone, the original release has them the other way round."""
+    is_last = "final_layer" in leaf or factors.up.shape[0] == 2 * factors.down.shape[1]
+    if not leaf.endswith("adaLN_modulation_1") or not is_last:
+        return factors
+    return Factors(factors.down, torch.cat(factors.up.chunk(2)[::-1]), factors.scale)

@@ -1,0 +1,231 @@
+"""From the names in LoRA files to modules, as paths in diffusers: unet.mid_block.attentions.0. ... .to_q.
+
+A name is a prefix for the part of the pipeline and, with dots or underscores between its words, the path of a layer in
+diffusers or in the model's original release. It is looked up among the layers of the pipeline in hand; without one,
+among those of the published models (SD 1.x to 3.5, SDXL, FLUX.1 and their text encoders) with any number of blocks, as
+models of other sizes have it, and where the shapes say which published model it is, among its layers alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from alignprop_fast.models.lora.factors import Lora
+from alignprop_fast.models.lora.keys import listed
+from alignprop_fast.models.lora.kohya_names import original_paths
+from alignprop_fast.models.lora.targets import denoiser
+from alignprop_fast.models.published import layers, published_layers
+
+_DENOISER, _T5 = "denoiser", "t5"  # parts whose names differ between pipelines
+_PREFIXES = {
+    "lora_unet_": _DENOISER,
+    "lora_transformer_": _DENOISER,
+    "lycoris_": _DENOISER,
+    "model.diffusion_model.": _DENOISER,
+    "diffusion_model.": _DENOISER,
+    "unet.": _DENOISER,
+    "transformer.": _DENOISER,
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": _T5,
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_3.": "text_encoder_3",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": _T5,
+}
+_CLIPS = ("clip-l", "clip-g")
+_PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # by family and part: the networks that it may be
+    "unet": {"unet": ("sd15", "sdxl"), "text_encoder": _CLIPS, "text_encoder_2": _CLIPS},
+    "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
+    "sd3": {
+        "transformer": ("sd35-medium", "sd35-large"),
+        "text_encoder": _CLIPS,
+        "text_encoder_2": _CLIPS,
+        "text_encoder_3": ("t5-xxl",),
+    },
+}
+_UNET_LAYERS = 2  # residual layers of a block in every published UNet
+_BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets)[._])(\d+)")
+_IN_DIFFUSERS = re.compile(r"(?:unet|transformer|text_encoder(?:_[23])?)\.(?!.*\.processor\.)[\w.]+")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The layers of a pipeline's parts, by their names with underscores: {part: {name: path}}.
+
+    With `any_block`, # stands for the number of a block.
+    """
+
+    paths: Mapping[str, Mapping[str, str]]
+    any_block: bool
+    unet_layers: int = _UNET_LAYERS
+
+    def modules(self, name: str) -> tuple[str, ...]:
+        """The modules of a layer in a file, with their part: none where there is no such layer, several where the
+        original release has one matrix for them."""
+        name = re.sub(r"^(module\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.", "", name)  # also of wrapped models
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+        flat = name.removeprefix(prefix).replace(".", "_").replace("_processor_", "_")
+        for kind in [_PREFIXES[prefix]] if prefix else [_DENOISER, "text_encoder", _T5]:
+            part = self._part(kind)
+            for names in self._spellings(part, flat):
+                paths = [path for one in names if (path := self._path(part, one)) is not None]
+                if names and len(paths) == len(names):
+                    return tuple(f"{part}.{path}" for path in paths)
+        return ()
+
+    @property
+    def is_flux(self) -> bool:
+        """Whether the denoiser is FLUX's, whose blocks have modules in common with SD3's."""
+        return "x_embedder" in self.paths[self._part(_DENOISER)]
+
+    def _part(self, kind: str) -> str:
+        if kind == _DENOISER:
+            return "unet" if "unet" in self.paths else "transformer"
+        return (
+            max((part for part in self.paths if part.startswith("text_encoder")), default="") if kind == _T5 else kind
+        )
+
+    def _spellings(self, part: str, flat: str) -> list[tuple[str, ...]]:
+        if part in ("unet", "transformer"):
+            if flat.startswith("joint_blocks_" if self.is_flux else ("double_blocks_", "single_blocks_")):
+                return []
+            return [original_paths(re.sub("_to_out$", "_to_out_0", flat), self.unet_layers)]
+        flat = re.sub("_to_(q|k|v|out)$", r"_\1_proj", flat)
+        return [(flat,), (f"text_model_{flat}",)]
+
+    def _path(self, part: str, name: str) -> str | None:
+        name, paths = name.replace(".", "_"), self.paths.get(part, {})
+        if not self.any_block:
+            return paths.get(name)
+        numbers = iter(number for _, number in _BLOCK.findall(name))
+        path = paths.get(_BLOCK.sub(r"\1#", name))
+        return path and re.sub("#", lambda _: next(numbers), path)
+
+
+@functools.cache
+def published_names(family: str) -> Names:
+    """Of the published models of a family: unet, flux or sd3."""
+    paths = {
+        part: {_BLOCK.sub(r"\1#", path) for network in networks for path in published_layers(network)}
+        for part, networks in _PUBLISHED[family].items()
+    }
+    return Names({part: _by_name(those) for part, those in paths.items()}, any_block=True)
+
+
+def names_of(pipe: Any) -> Names:
+    """Of the very pipeline."""
+    paths = {part: _by_name(those) for part, those in _layers_of(pipe).items()}
+    per_block = denoiser(pipe).config.get("layers_per_block", _UNET_LAYERS)
+    return Names(paths, any_block=False, unet_layers=per_block if isinstance(per_block, int) else per_block[0])
+
+
+def is_flux(lora: Lora, pipe: Any = None) -> bool:
+    """Whether the adapters of a transformer are FLUX's and not SD3's.
+
+    The pipeline says so or, without one, the published models: those that have more of the modules by name and, of as
+    many, in the same shapes. What fits both alike, of a width of neither, is taken for SD3's.
+    """
+    return names_of(pipe).is_flux if pipe is not None else _fit(lora, "flux") > _fit(lora, "sd3")
+
+
+def _fit(lora: Lora, family: str) -> tuple[int, int]:
+    """How many of the modules a published family has, and how many of these shapes one of its transformers has."""
+    known = sum(bool(published_names(family).modules(module)) for module in lora)
+    places = {module.removeprefix("transformer."): factors.places for module, factors in lora.items()}
+    return known, max(_alike(published_layers(network), places) for network in _PUBLISHED[family]["transformer"])
+
+
+def _alike(known: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(known.get(path) == place for path, place in places.items())
+
+
+def _layers_of(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{part: {path: shape of the weight}}, in the text encoders with the `text_model` that files keep and transformers
+    5 has done away with in one of its classes."""
+    return {
+        part: {
+            re.sub(r"^encoder\.layers\.", r"text_model.\g<0>", path): shape for path, shape in layers(network).items()
+        }
+        for part, network in pipe.components.items()
+        if isinstance(network, nn.Module)
+    }
+
+
+def _by_name(paths: Iterable[str]) -> dict[str, str]:
+    return {path.replace(".", "_"): path for path in paths}
+
+
+def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[str, tuple[str, ...]]:
+    """{a layer's name in the file: the modules that it stands for}, of the pipeline or of a published family.
+
+    Raises:
+        ValueError: names that stand for none, or for different modules in two families.
+    """
+    families = [names_of(pipe)] if pipe is not None else [published_names(family) for family in _PUBLISHED]
+    readings = [{name: family.modules(name) for name in names} for family in families]
+    found = min(readings, key=lambda modules: sum(not those for those in modules.values()))
+    if any(all(modules.values()) and modules != found for modules in readings):
+        raise ValueError(f"{file} has names of T5, which FLUX and SD3 have in different places: load it with its model")
+    unknown = [name for name, modules in found.items() if not modules]
+    if pipe is None:
+        # Names in diffusers' own writing need no guess: without a model they are taken as they are.
+        unknown = [name for name in unknown if not _IN_DIFFUSERS.fullmatch(name)]
+    if unknown:
+        raise _unknown(unknown, file, pipe)
+    return {name: modules or (name,) for name, modules in found.items()}
+
+
+def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
+    """Raises ValueError where factors are for another shape than the pipeline's layer has. (For some diffusers would
+    make FLUX's first layer wider.)"""
+    layers_of = _layers_of(pipe)
+    shapes = {module: layers_of[part][path] for module in lora for part, _, path in [module.partition(".")]}
+    wrong = [module for module, factors in lora.items() if factors.places != shapes[module]]
+    if wrong:
+        raise ValueError(
+            f"the adapters in {file} do not fit this model, whose shape of {listed(wrong)} is another: load the model "
+            "they were made for"
+        )
+
+
+def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
+    """Where most of the modules of a part have the shapes of a published network, all must be among its layers.
+
+    names: of the modules in the file. Raises ValueError as `find_modules`.
+    """
+    networks: dict[str, list[str]] = {}
+    for family in _PUBLISHED.values():
+        for part, those in family.items():
+            networks.setdefault(part, []).extend(those)
+    for part in {module.partition(".")[0] for module in lora} & networks.keys():
+        places = {m.removeprefix(f"{part}."): f.places for m, f in lora.items() if m.startswith(f"{part}.")}
+        known = max(
+            (published_layers(network) for network in networks[part]),
+            key=lambda shapes: _alike(shapes, places),
+        )
+        unknown = [names[f"{part}.{path}"] for path in places if path not in known]
+        if unknown and 2 * _alike(known, places) > len(places):
+            raise _unknown(unknown, file, None)
+
+
+def _unknown(names: Collection[str], file: Path, pipe: Any) -> ValueError:
+    if pipe is not None:
+        return ValueError(
+            f"the adapters in {file} do not fit this model, which has no layer {listed(names)}: load the model they "
+            "were made for"
+        )
+    return ValueError(
+        f"{file} has {listed(names)}, no name of kohya's files, diffusers' or others for a layer of this model: give a "
+        "LoRA for Stable Diffusion, SDXL, SD3 or FLUX, as its trainer saved it"
+    )

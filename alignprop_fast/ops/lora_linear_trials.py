@@ -1,0 +1,129 @@
+"""The choice between the package's LoRA kernels and PyTorch's own products."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from alignprop_fast.ops.backend import backend, is_traced
+from alignprop_fast.ops.choice import Candidate, difference, fastest
+from alignprop_fast.ops.lora_linear_plain import plain_gradients, plain_outputs
+from alignprop_fast.ops.lora_linear_triton import run_backward, run_forward
+
+Tensor = torch.Tensor
+MAX_RANK = 128
+MAX_LAYERS = 3
+
+
+def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
+    """ "plain" or "triton" for these layers of x [..., I]; on a GPU measured once per shape (`ops.choice`).
+
+    The kernels serve one to three layers that all have adapters of one dtype and of rank 128 at most.
+    """
+    downs = [layer.down for layer in layers if layer.down is not None]
+    serves = (
+        not is_traced(x)
+        and backend(x, "lora_linear") == "triton"
+        and len(downs) == len(layers) <= MAX_LAYERS
+        and len({tensor.dtype for layer in layers for tensor in (layer.down, layer.up)}) == 1
+        and max(down.shape[0] for down in downs) <= MAX_RANK
+    )
+    if not serves:
+        return "plain"
+    return fastest(problem(direction, x, layers), lambda: _candidates(direction, x, layers), x.device)
+
+
+def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
+    """The key under which `ops.choice` remembers these shapes."""
+    outs = "+".join(str(layer.weight.shape[0]) for layer in layers)
+    ranks = "+".join(str(layer.down.shape[0]) for layer in layers)
+    dtypes = f"{x.dtype} {layers[0].down.dtype}".replace("torch.", "")
+    return f"lora_linear {direction} {dtypes} T{x.numel() // x.shape[-1]} I{x.shape[-1]} O{outs} R{ranks}"
+
+
+def _candidates(direction: str, x: Tensor, layers: Sequence[Any]) -> dict[str, Candidate]:
+    inputs = _Inputs(x, layers)
+    return {kind.name: kind(direction, inputs) for kind in (_PlainTrial, _TritonTrial)}
+
+
+class _Inputs:
+    """Random tensors for these layers, whose weights are their own, made when they are asked for first.
+
+    Adapters are random too: those that have not learned yet are zero, and hide what is wrong.
+    """
+
+    def __init__(self, x: Tensor, layers: Sequence[Any]):
+        self._x, self._layers = x, layers
+        # A generator of its own: a choice that is made must not change what the program draws.
+        self._generator = torch.Generator(x.device).manual_seed(0)
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self._random(self._x, self._x.shape)
+
+    @cached_property
+    def gs(self) -> list[Tensor]:
+        return [self._random(self._x, (*self._x.shape[:-1], len(layer.weight))) for layer in self._layers]
+
+    @cached_property
+    def layers(self) -> list[Any]:
+        return [
+            layer._replace(down=self._random(layer.down, layer.down.shape), up=self._random(layer.up, layer.up.shape))
+            for layer in self._layers
+        ]
+
+    def _random(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=like.device)
+        return (x / shape[-1] ** 0.5).to(like.dtype)
+
+
+class _PlainTrial:
+    """A candidate of `ops.choice`: PyTorch's own products, which are the reference too."""
+
+    name = "plain"
+
+    def __init__(self, direction: str, inputs: _Inputs):
+        self.direction, self.inputs = direction, inputs
+
+    def run(self) -> Sequence[Tensor | None]:
+        return self._results(self.inputs.x, self.inputs.gs, self.inputs.layers)
+
+    def fault(self) -> str | None:
+        return None
+
+    def exact(self) -> Sequence[Tensor | None]:
+        """The results in float64; one layer's weights at a time."""
+        layers = (layer._replace(**_in_float64(layer)) for layer in self.inputs.layers)
+        return self._results(self.inputs.x.double(), [g.double() for g in self.inputs.gs], layers)
+
+    def _results(self, x: Tensor, gs: Sequence[Tensor], layers: Iterable[Any]) -> Sequence[Tensor | None]:
+        if self.direction == "forward":
+            return plain_outputs(x, layers)
+        dx, d_downs, d_ups = plain_gradients(gs, x, layers, True)
+        return [dx, *d_downs, *d_ups]
+
+
+class _TritonTrial:
+    """A candidate of `ops.choice`: the package's kernels."""
+
+    name = "triton"
+
+    def __init__(self, direction: str, inputs: _Inputs):
+        self.direction, self.inputs = direction, inputs
+
+    def run(self) -> Sequence[Tensor | None]:
+        inputs = self.inputs
+        if self.direction == "forward":
+            return run_forward(inputs.x, inputs.layers)
+        dx, d_downs, d_ups = run_backward(inputs.gs, inputs.x, inputs.layers, True)
+        return [dx, *d_downs, *d_ups]
+
+    def fault(self) -> str | None:
+        plain = _PlainTrial(self.direction, self.inputs)
+        ratio = difference(self.run(), plain.run(), plain.exact())
+        return None if ratio <= 1 else f"errors are {ratio:.3g} times what is allowed"
+
+
+def _in_float64(layer: Any) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in layer._asdict().items() if isinstance(value, Tensor)}

@@ -1,0 +1,1 @@
+"""Training: the public config and trainer, one update of the weights, checkpoints and resume."""

@@ -1,0 +1,112 @@
+"""From a loaded pipeline to one that trains: devices and dtypes, adapters, the sampler with all that a plan counts.
+
+`AlignPropTrainer` does this on a device, the command `plan` also on tensors without data: what lies on the device, in
+which precision and under which options is said here, for both.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignprop_fast.generate.sampler import DifferentiableSampler
+from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
+from alignprop_fast.training.config import AlignPropConfig
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def compute_dtype(config: AlignPropConfig) -> torch.dtype:
+    """What the networks compute in."""
+    return _DTYPES.get(config.mixed_precision, torch.float32)
+
+
+def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) -> list[nn.Parameter]:
+    """Place the pipeline and make its denoiser trainable; returns the trainable parameters, in their dtype.
+
+    pipeline: a `DefaultDDPOStableDiffusionPipeline`.
+
+    Raises:
+        ValueError: bf16 adapters where the whole denoiser is trained, a base that cannot be quantised, or something
+            switched on in the pipeline that the chain does not go with.
+    """
+    if config.adapter_dtype == "bf16" and not pipeline.use_lora:
+        raise ValueError('adapter_dtype="bf16" is for adapters, and the whole UNet is trained: leave it at fp32')
+    pipeline.check_switches()  # before anything is done to it
+    place_model(pipeline, device, config)
+    denoiser = pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
+    denoiser.train()
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    if config.adapter_dtype == "bf16":
+        for parameter in trained:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return trained
+
+
+def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> DifferentiableSampler:
+    """The sampler of a prepared pipeline, which knows what reward and optimizer will take beside it.
+
+    Raises:
+        ValueError: as `DifferentiableSampler`, CUDA graphs where the whole denoiser runs under autocast, or a text
+            encoder or VAE of which something learns.
+    """
+    if config.cuda_graphs and not pipeline.use_lora and config.mixed_precision in _DTYPES:
+        raise ValueError("cuda_graphs does not go with a whole UNet under autocast: train adapters, or leave it out")
+    shapes = [p.shape for p in pipeline.unet.parameters() if p.requires_grad]
+    merged = pipeline.use_lora and merges(config.optimizer)
+    sampler = DifferentiableSampler(
+        pipeline.sd_pipeline,
+        config.sample_num_steps,
+        config.sample_guidance_scale,
+        config.sample_eta,
+        config.memory_budget,
+        guidance_rescale=config.guidance_rescale,
+        true_cfg_scale=config.true_cfg_scale,
+        height=config.height,
+        width=config.width,
+        draw_unused_noise=True,
+        reward=reward,
+        reward_bytes=reward.weight_bytes() if hasattr(reward, "weight_bytes") else 0,
+        cache_text=config.cache_text,
+        optimizer_bytes=optimizer_bytes(config.optimizer, shapes, merged),
+        host_memory=config.host_memory,
+        compare_with_base=config.kl_weight > 0,
+        cuda_graphs=config.cuda_graphs,
+        compiled=config.compiled,
+    )
+    if sampler.model.text_learns() or sampler.model.decoder_learns():
+        raise ValueError(
+            "the trainer trains the denoiser alone, and a text encoder or the VAE requires grad: call its "
+            "requires_grad_(False), or train it with DifferentiableSampler and a loop of your own"
+        )
+    return sampler
+
+
+def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) -> None:
+    """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype, or are quantised.
+
+    A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
+    that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16. With `cache_text` the text encoders
+    stay on the CPU: they visit the device when there is something to encode.
+    """
+    dtype = compute_dtype(config)
+    overflows = dtype is torch.float16 and pipeline.vae.config.get("force_upcast", False)
+    for encoder in pipeline.text_encoders:
+        _move(encoder, torch.device("cpu") if config.cache_text else device, dtype)
+    _move(pipeline.vae, device, torch.float32 if overflows else dtype)
+    if config.base_dtype != "auto":
+        pipeline.quantize_base(config.base_dtype, device, dtype)
+    _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
+    if device.type == "cuda":  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set, has made of it
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+
+
+def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    # diffusers warns of every cast, also where there is nothing to cast.
+    tensors = chain(module.parameters(), module.buffers())
+    if any(tensor.dtype != dtype for tensor in tensors if tensor.is_floating_point()):
+        module.to(dtype=dtype)
+    module.to(device)

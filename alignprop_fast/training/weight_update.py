@@ -1,0 +1,116 @@
+"""From gradients to weights: which tensors the optimizer sees, averaging over processes, clipping, the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignprop_fast.planner.optimizer_state import merges
+from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.flat_parameters import FlatParameters
+from alignprop_fast.training.optimizer_in_backward import OptimizerInBackward
+from alignprop_fast.training.optimizers import make_optimizer
+from alignprop_fast.training.processes import sum_in_place
+from alignprop_fast.training.stochastic_rounding import RoundedOptimizer
+
+
+class WeightUpdate:
+    """The optimizer of a run and what it steps.
+
+    Attributes:
+        weights: the trainable parameters, adapters merged into one flat tensor where the optimizer allows it.
+        optimizer: prepared by accelerate.
+        in_backward: the optimizer inside the backward pass, or None.
+
+    Args:
+        parameters: trainable ones, in the layout that they keep.
+        use_lora: whether they are adapters.
+
+    Raises:
+        ValueError: an optimizer that cannot work here.
+    """
+
+    def __init__(
+        self, config: AlignPropConfig, accelerator: Accelerator, parameters: Sequence[nn.Parameter], use_lora: bool
+    ):
+        self.config, self._accelerator = config, accelerator
+        self.weights = FlatParameters(parameters, use_lora and merges(config.optimizer))
+        self.in_backward: OptimizerInBackward | None = None
+        if config.optimizer_in_backward:
+            self._check_in_backward(use_lora)
+            optimizer: Any = OptimizerInBackward(self._make, self.weights.tensors, config.train_max_grad_norm)
+            self.in_backward = optimizer
+        elif config.adapter_dtype == "bf16":
+            optimizer = RoundedOptimizer(self._make, self.weights.tensors, config.seed)
+        else:
+            optimizer = self._make(self.weights.tensors)
+        self.optimizer = accelerator.prepare(optimizer)
+
+    def begin_backward(self, last: bool) -> None:
+        """To be told before each backward pass of a step whether it is the last, after which gradients are complete."""
+        if self.in_backward is not None:
+            self.in_backward.final = last
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a micro-batch's loss, as its share of the step's.
+
+        Not by `Accelerator.backward`: what it divides by is shared with every other Accelerator of the process.
+        """
+        share = loss / self.config.train_gradient_accumulation_steps
+        scaler = self._accelerator.scaler
+        (share if scaler is None else scaler.scale(share)).backward()
+
+    def step(self) -> float:
+        """Step with the gradients that are there, unless they are not finite; returns their norm before clipping."""
+        if self.in_backward is not None:
+            return self.in_backward.finish()
+        self.weights.gather_gradients()
+        self._average_gradients()
+        norm = float(self._accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
+        # With gradient scaling (fp16) the step is what lowers the scale; it leaves the weights alone by itself.
+        if math.isfinite(norm) or self._accelerator.scaler is not None:
+            self.optimizer.step()
+        return norm
+
+    def zero_grad(self) -> None:
+        self.weights.zero_grad()
+
+    def _average_gradients(self) -> None:
+        """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
+        if self._accelerator.num_processes == 1:
+            return
+        gradients = []
+        for tensor in self.weights.tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor, dtype=tensor.grad_dtype)
+            gradients.append(tensor.grad)
+        sum_in_place(gradients)
+        torch._foreach_div_(gradients, self._accelerator.num_processes)
+
+    def _make(self, tensors: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return make_optimizer(
+            config.optimizer,
+            tensors,
+            learning_rate=config.train_learning_rate,
+            betas=(config.train_adam_beta1, config.train_adam_beta2),
+            weight_decay=config.train_adam_weight_decay,
+            epsilon=config.train_adam_epsilon,
+        )
+
+    def _check_in_backward(self, use_lora: bool) -> None:
+        if use_lora:
+            raise ValueError(
+                "optimizer_in_backward is for the whole UNet (use_lora=False): adapters gain nothing by it"
+            )
+        if self._accelerator.num_processes > 1 or self._accelerator.scaler is not None:
+            raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
+        if (self.config.truncation or "").startswith("lv:"):
+            raise ValueError(
+                "optimizer_in_backward steps in one backward pass, and truncation lv:N has several: use last:1"
+            )

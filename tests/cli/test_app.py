@@ -1,0 +1,465 @@
+"""The command line as a user meets it: what it writes, how it goes on, and one line for everything it refuses."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu")
+WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA = "kohya_lora_weights.safetensors"
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder):
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_bytes")} for r in records(folder)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("demo", "train", "plan", "sample", "evaluate", "merge", "doctor")),
+        (
+            ("train",),
+            ("--memory-budget", "--host-memory", "default: auto", "default: 50", "--resume", "24GiB", "Examples"),
+        ),
+        (("plan",), ("--gpu", "--table", "--json", "--host-memory", "Examples")),
+        (("sample",), ("--lora", "--images-per-prompt", "Examples")),
+        (("demo",), ("--output-dir", "Examples")),
+        (("evaluate",), ("--lora", "--scale", "--heldout-prompts", "gained", "Examples")),
+        (("merge",), ("ADAPTER:WEIGHT", "--rank", "--path-steps", "Examples")),
+        (("doctor",), ("--device", "--json", "--deterministic", "Examples")),
+    ],
+)
+def test_help_teaches(command, monkeypatch, arguments, words):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = command(*arguments, "--help")
+    assert code == 0 and err == ""
+    assert not [word for word in words if word not in out]
+
+
+def test_help_waits_for_no_heavy_library():
+    code = (
+        "import sys; from alignprop_fast.cli.app import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'numpy', 'diffusers', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--model", tiny_sd_folder, "--reward", "colorfulness:2,compressibility", "--learning-rate", "1e-2")
+    code, printed, err = command(
+        "train", *arguments, *TINY, "--steps", 3, "--sample-every", 2, "--save-every", 2, "--output-dir", out
+    )
+    assert (code, err) == (0, "")
+    assert "sample prompts" in printed and "step 3/3" in printed
+    assert {path.name for path in out.iterdir()} == {
+        *(WEIGHTS, "metrics.jsonl", "samples", "reward.png", "before_after.png", "checkpoints"),
+        *("config.yaml", "versions.json", "README.md", KOHYA),
+    }
+    assert {path.name for path in (out / "samples").glob("*.png")} == {f"step_000{i}.png" for i in (0, 2, 3)}
+    assert [record["step"] for record in records(out)] == [1, 2, 3]
+    first = records(out)[0]
+    parts = first["reward_parts"]
+    assert first["reward_mean"] == pytest.approx(2 * parts["colorfulness"] + parts["compressibility"], rel=1e-5)
+    assert json.loads((out / "versions.json").read_text())["torch"] == torch.__version__
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["steps"] == 3 and config["mixed_precision"] == "no" and config["model"] == str(tiny_sd_folder)
+    # Some picture has changed, and the adapters load in diffusers.
+    folders = [out / "samples" / name for name in ("step_0000", "step_0003")]
+    assert {file.read_bytes() for file in folders[0].iterdir()} != {file.read_bytes() for file in folders[1].iterdir()}
+    tiny_sd.load_lora_weights(out)
+    assert any(p.abs().max() > 0 for name, p in tiny_sd.unet.named_parameters() if "lora_B" in name)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and "before_after.png" in card and "`colorfulness:2,compressibility`" in card
+    assert KOHYA in card and "load_lora_weights" in card and str(tmp_path) not in card
+    assert str(tiny_sd_folder.parent) not in card and f"| model | {tiny_sd_folder.name} |" in card
+    with safe_open(out / KOHYA, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_steps"] == metadata["alignprop_steps"] == "3"
+    assert metadata["alignprop_base_model"] == tiny_sd_folder.name and str(tmp_path) not in str(metadata)
+    # `sample` with those adapters draws the very pictures of the last step.
+    code, _, err = command(
+        *("sample", "--model", tiny_sd_folder, "--lora", out, "--prompts", "demo", "--output-dir", tmp_path / "s"),
+        *("--batch-size", 3, "--num-inference-steps", 2, "--device", "cpu"),
+    )
+    assert (code, err) == (0, "")
+    drawn = sorted((tmp_path / "s").glob("000_*_seed0.png"))[0]
+    assert drawn.read_bytes() == (out / "samples" / "step_0003" / "00.png").read_bytes()
+    assert (tmp_path / "s" / "grid.png").is_file()
+
+
+def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tiny_sd_folder, tmp_path):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--sample-every", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(*common, "--steps", 4, "--output-dir", whole)[0] == 0
+    assert command(*common, "--steps", 2, "--output-dir", parts)[0] == 0
+    before = snapshot(parts)
+    code, _, err = command(*common, "--steps", 4, "--output-dir", parts)
+    assert code == 2 and "train --resume" in err and len(err.splitlines()) == 1
+    assert snapshot(parts) == before
+    # As after a kill in the middle of a step that was logged already: a line too many, and a torn one.
+    with open(parts / "metrics.jsonl", "a") as stream:
+        stream.write(json.dumps({**records(parts)[-1], "step": 3}) + '\n{"step": 4, "rew')
+    code, _, err = command("train", "--resume", "--steps", 4, "--output-dir", parts)
+    assert (code, err) == (0, "")
+    for name in (WEIGHTS, KOHYA, "samples/samples.jsonl", "samples/step_0004.png", "before_after.png"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert without_times(parts) == without_times(whole)
+    assert (parts / WEIGHTS).read_bytes() != before[parts / WEIGHTS]
+
+
+def test_a_run_killed_at_its_very_start_begins_anew(command, tiny_sd_folder, tmp_path):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--steps", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command(*common, "--output-dir", whole)[0] == 0
+    (killed / ".metrics.jsonl.tmp").mkdir(parents=True)  # which stops it where it begins to write records
+    code, _, err = command(*common, "--output-dir", killed)
+    assert code == 1 and len(err.splitlines()) == 1 and "Is a directory" in err
+    (killed / ".metrics.jsonl.tmp").rmdir()
+    assert command(*common, "--output-dir", killed)[0] == 2
+    assert command("train", "--resume", "--output-dir", killed)[0] == 0
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_taken(command, tiny_sd_folder, tmp_path):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--save-every", 1)
+    out = tmp_path / "out"
+    assert command(*common, "--steps", 2, "--output-dir", out)[0] == 0
+    weights = (out / WEIGHTS).read_bytes()
+    damaged = out / "checkpoints" / "checkpoint_2" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    before = snapshot(out)
+    code, _, err = command("train", "--resume", "--output-dir", out)
+    assert code == 2 and len(err.splitlines()) == 1 and "checkpoint_1" in err
+    assert snapshot(out) == before
+    code, _, err = command(
+        "train", "--resume-from", out / "checkpoints" / "checkpoint_1", "--output-dir", out, "--steps", 2
+    )
+    assert (code, err) == (0, "")
+    assert (out / WEIGHTS).read_bytes() == weights
+    assert [record["step"] for record in records(out)] == [1, 2]
+
+
+def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {tiny_sd_folder}\nreward: colorfulness\nsteps: 9\nnum_inference_steps: 2\nlearning_rate: 1e-4\n"
+        f"batch_size: 2\noutput_dir: {tmp_path / 'out'}\ntruncation: last:1\nmemory_budget: 8GiB\nseed:\n"
+    )
+    code, _, err = command("train", "--config", file, "--steps", 1)
+    assert (code, err) == (0, "")
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    expected = {"steps": 1, "learning_rate": 1e-4, "truncation": "last:1", "memory_budget": "8GiB", "seed": 0}
+    assert {name: config[name] for name in expected} == expected
+    assert records(tmp_path / "out")[0]["gradient_steps"] == 1
+
+
+@pytest.mark.parametrize("written", ["null", "none", "auto"])
+def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
+    """null was what stood in config.yaml of every run without a budget, when that was the leanest way."""
+    from alignprop_fast.cli.options import ConfigCommand, TrainOptions
+    from alignprop_fast.cli.train import train
+
+    app = typer.Typer()
+    app.command(cls=ConfigCommand)(train)
+    app.callback()(lambda: None)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"memory_budget: {written}\n")
+    own = typer.main.get_command(app).commands["train"]
+    context = own.make_context("train", ["--config", str(file)])
+    assert context.params["memory_budget"] == ("none" if written == "null" else written)
+    assert own.make_context("train", []).params["memory_budget"] == TrainOptions().memory_budget == "auto"
+
+
+def test_several_reward_models_and_what_a_reward_tells(command, tiny_sd_folder, tmp_path):
+    """From the command line and from YAML, as a list or one alone, and through --resume from another folder."""
+    from alignprop_fast.demo import clip_path, counter_path
+
+    common = ("train", "--model", tiny_sd_folder, "--reward", "count:apple=2,clip:0.5", *TINY, "--steps", 1)
+    counter, clip = f"count={counter_path()}", f"clip={clip_path()}"
+    code, _, err = command(*common, "--reward-model", counter, "--reward-model", clip, "--output-dir", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["reward_model"] == [counter, clip]
+    assert list(records(tmp_path / "a")[0]["reward_parts"]) == ["count:apple=2", "clip", "soft_count"]
+    code, _, err = command("train", "--resume", "--output-dir", tmp_path / "a", "--steps", 2)
+    assert (code, err) == (0, "") and len(records(tmp_path / "a")) == 2
+    file = tmp_path / "run.yaml"
+    file.write_text(f"reward_model: {counter}\nallow_pickle: true\n")
+    code, _, err = command(*common, "--config", file, "--output-dir", tmp_path / "b")
+    assert (code, err) == (0, "")
+    config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    assert config["reward_model"] == [counter] and config["allow_pickle"] is True
+
+
+BAD = {
+    "no model folder": (["--model", "{tmp}/none"], "no model folder"),
+    "a folder that is no model": (["--model", "{tmp}/empty"], "model_index.json"),
+    "missing weights": (["--model", "{tmp}/partial"], "unet of"),
+    "no vocabulary": (["--model", "{tmp}/mute"], "no vocabulary"),
+    "truncated weights": (["--model", "{tmp}/cut"], "damaged"),
+    "unknown reward": (["--reward", "colourfulness"], "did you mean 'colorfulness'"),
+    "unknown function": (["--reward", "json:nothing"], "does not exist"),
+    "reward without gradient": (["--reward", "no_gradient_of_test:score"], "without gradient"),
+    "no reward model": (["--reward", "clip", "--reward-model", "{tmp}/none"], "no CLIP model"),
+    "reward model without use": (["--reward-model", "{tmp}/none"], "leave it out"),
+    "pickled weights": (["--reward", "hpsv2", "--reward-model", "{tmp}/hps.pt"], "--allow-pickle"),
+    "reward without weights": (["--reward", "clip,hpsv2"], "--reward-model hpsv2=PATH"),
+    "a model for one of two rewards": (["--reward", "clip,pickscore", "--reward-model", "{tmp}/none"], "NAME=PATH"),
+    "no prompts file": (["--prompts", "{tmp}/none.txt"], "no prompts file"),
+    "empty prompts file": (["--prompts", "{tmp}/empty.txt"], "holds no prompts"),
+    "binary prompts file": (["--prompts", "{tmp}/binary.txt"], "not UTF-8"),
+    "zero batch": (["--batch-size", "0"], "--batch-size"),
+    "half a step": (["--steps", "1.5"], "--steps"),
+    "impossible budget": (["--memory-budget", "1MiB"], "leanest plan needs"),
+    "no budget": (["--memory-budget", "plenty"], "24GiB"),
+    "a budget beyond the device": (["--memory-budget", "100000GiB"], "more than this computer has"),
+    "no learning rate": (["--learning-rate", "nan"], "--learning-rate is nan: use a number above 0"),
+    "unknown optimizer": (["--optimizer", "adam"], "adamw8bit"),
+    "unknown truncation": (["--truncation", "first:3"], "last:K"),
+    "nothing to watch": (["--patience", "2"], "add --watch-reward"),
+    "weights of nothing": (["--diversity-model", "{tmp}/none"], "add --watch-reward"),
+    "unknown watched reward": (["--watch-reward", "clap"], "did you mean 'clip'"),
+    "no watched prompts": (["--watch-reward", "clip", "--watch-prompts", "{tmp}/none.txt"], "no prompts file"),
+    "no patience": (["--watch-reward", "clip", "--patience", "0"], "--patience"),
+    "negative weight": (["--kl-weight", "-1"], "--kl-weight"),
+    "endless weight": (["--kl-weight", "inf"], "--kl-weight is inf: use 0 (off) or more"),
+    "too long truncation": (["--truncation", "last:3"], "use 1 to 2"),
+    "odd size": (["--height", "13"], "multiple of 8"),
+    "no guidance": (["--guidance-scale", "nan"], "--guidance-scale"),
+    "endless seed": (["--seed", "1" + "0" * 30], "--seed"),
+    "too much noise": (["--eta", "2"], "--eta"),
+    "fp16 on the CPU": (["--mixed-precision", "fp16"], "needs a GPU"),
+    "no such device": (["--device", "cuda:99"], "--device cpu"),
+    "unknown device": (["--device", "tpu"], "use auto, cpu, cuda"),
+    "unknown option": (["--batchsize", "2"], "--batch-size"),
+    "resume of nothing": (["--resume"], "nothing to resume"),
+    "resume from nothing": (["--resume-from", "{tmp}/empty"], "nothing to resume"),
+    "a file in the way": (["--output-dir", "{tmp}/empty.txt/out"], "is a file"),
+    "a folder nobody can write": (["--output-dir", "/proc/none"], "cannot write to /proc"),
+    "no config": (["--config", "{tmp}/none.yaml"], "cannot read the config file"),
+    "bad YAML": (["--config", "{tmp}/bad.yaml"], "not valid YAML in line 2"),
+    "YAML that is no mapping": (["--config", "{tmp}/empty.txt"], "holds no options"),
+    "unknown key": (["--config", "{tmp}/unknown.yaml"], "did you mean 'batch_size'"),
+    "list value": (["--config", "{tmp}/list.yaml"], "must be a single value"),
+    "bad value in YAML": (["--config", "{tmp}/value.yaml"], "--eta"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, tiny_sd_folder):
+    """A folder of things that are wrong in one way each."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "bad.yaml").write_text("steps: 3\nseed: : 1\n")
+    (folder / "unknown.yaml").write_text("batchsize: 3\n")
+    (folder / "list.yaml").write_text("steps: [1, 2]\n")
+    (folder / "value.yaml").write_text("eta: yes\n")
+    shutil.copytree(tiny_sd_folder / "tokenizer", folder, dirs_exist_ok=True)
+    torch.save({}, folder / "hps.pt")
+    shutil.copytree(tiny_sd_folder, folder / "cut")
+    weights = next((folder / "cut" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    partial = shutil.copytree(tiny_sd_folder, folder / "partial") / "unet" / weights.name
+    tensors = load_file(partial)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.weight"}, partial)
+    for file in (shutil.copytree(tiny_sd_folder, folder / "mute") / "tokenizer").iterdir():
+        file.unlink()
+    (folder / "no_gradient_of_test.py").write_text("def score(i, p, m):\n    return i.detach().mean((1, 2, 3)), {}\n")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(command, bad_files, tiny_sd_folder, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(bad_files)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    arguments, remedy = BAD[case]
+    before = snapshot(bad_files)
+    code, _, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--output-dir", tmp_path / "out", *TINY),
+        *(argument.replace("{tmp}", str(bad_files)) for argument in arguments),
+    )
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("alignprop-fast: ") and remedy in err
+    assert snapshot(bad_files) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_that_is_not_there_is_refused(command, tmp_path, tiny_sd_folder, monkeypatch):
+    import importlib.util
+
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    code, _, err = command("train", "--model", tiny_sd_folder, "--log-with", "wandb", "--output-dir", tmp_path / "o")
+    assert code == 2 and "pip install wandb" in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_set_up_takes_the_trackers_folder_with_it(command, tmp_path, tiny_sd_folder):
+    pytest.importorskip("tensorboard")
+    code, _, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--log-with", "tensorboard"),
+        *("--height", "12", "--output-dir", tmp_path / "out"),
+    )
+    assert code == 2 and "multiple of 8" in err and list(tmp_path.iterdir()) == []
+
+
+def test_sample_overwrites_nothing(command, tmp_path, tiny_sd_folder):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, err = command("sample", "--model", tiny_sd_folder, "--output-dir", tmp_path)
+    assert code == 2 and "not empty" in err and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    code, _, err = command(
+        "sample", "--model", tiny_sd_folder, "--lora", tmp_path, "--prompt", "a cat", "--output-dir", tmp_path / "s"
+    )
+    assert code == 2 and WEIGHTS in err and not (tmp_path / "s").exists()
+
+
+NAN_REWARD = """
+def score(images, prompts, metadata):
+    # One call checks the reward, four are for the pictures before training; NaN from the second step on.
+    score.calls += 1
+    scores = images.mean(dim=(1, 2, 3))
+    return scores * (float("nan") if score.calls > 6 else 1.0), {}
+score.calls = 0
+"""
+
+
+def test_steps_that_are_not_finite_are_reported_and_stop_the_run(command, tmp_path, tiny_sd_folder, monkeypatch):
+    (tmp_path / "nan_reward_of_test.py").write_text(NAN_REWARD)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "nan_reward_of_test:score", *TINY, "--steps", 30),
+        *("--sample-every", 100, "--output-dir", "out"),
+    )
+    assert code == 1 and len(err.splitlines()) == 1 and "10 steps in a row" in err
+    assert "step 2: loss or gradient is not finite" in " ".join(out.split())
+    found = records(tmp_path / "out")
+    assert [record["status"] for record in found] == ["ok", *["not_finite"] * 10]
+    assert found[1]["reward_mean"] is None
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", str(tiny_sd_folder), "--reward", "colorfulness", *TINY, "--sample-every", "1000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alignprop_fast", "train", *options, "--steps", "500", "--output-dir", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    printed, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    done = records(out)[-1]["step"]
+    assert 2 <= done < 500 and f"stopped after step {done}; to go on: alignprop-fast train --resume" in printed
+    assert sorted((out / "checkpoints").iterdir())[-1].name and (out / "checkpoints" / f"checkpoint_{done}").is_dir()
+    assert command("train", "--resume", "--output-dir", out, "--steps", done + 1)[0] == 0
+    whole = ("train", *options, "--steps", done + 1, "--output-dir", tmp_path / "whole")
+    assert command(*whole)[0] == 0
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert Path(out / "before_after.png").read_bytes() == (tmp_path / "whole" / "before_after.png").read_bytes()
+
+
+def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
+    """Whether it learns is measured elsewhere; here it has to run, compare and write."""
+    code, out, err = command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")
+    assert (code, err) == (0, "")
+    table = " ".join(out.split())
+    assert "training prompts" in table and "prompts never seen" in table
+    assert (tmp_path / "demo" / "before_after.png").is_file() and (tmp_path / "demo" / WEIGHTS).is_file()
+    assert "the bundled model learns" in out and "seconds in all" in out
+    assert command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")[0] == 2
+
+
+WATCHED = """
+def falls(images, prompts, metadata):
+    # What is watched: the darker the worse, so that training for brightness pleases it, and for darkness not.
+    return images.mean(dim=(1, 2, 3)), {}
+def darkness(images, prompts, metadata):
+    return -images.mean(dim=(1, 2, 3)), {}
+"""
+
+
+def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
+    command, tiny_sd, tiny_sd_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "watched_of_test.py").write_text(WATCHED)
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", tiny_sd_folder, "--reward", "watched_of_test:darkness", *TINY, "--learning-rate", "1e-2")
+    options = (*options, "--watch-reward", "watched_of_test:falls", "--watch-prompts", "demo", "--watch-pictures", 4)
+    options = (*options, "--sample-every", 2, "--save-every", 3, "--patience", 2)
+    whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
+    code, printed, err = command("train", *options, "--max-drop", 0.01, "--steps", 20, "--output-dir", whole)
+    assert (code, err) == (0, "")
+    samples = [json.loads(line) for line in (whole / "samples" / "samples.jsonl").read_text().splitlines()]
+    scores = [sample["watch"]["reward"] for sample in samples]
+    ended = samples[-1]["step"]
+    assert records(whole)[-1]["step"] == ended
+    good = [score >= max(scores[: i + 1]) - 0.01 for i, score in enumerate(scores)]
+    assert good[-3:] == [True, False, False]
+    kept = samples[-3]["step"]
+    assert f"stopped after step {ended}: the adapters of step {kept} are kept" in printed
+    assert 0 < kept < ended < 20
+    # The LoRA that is written is that of a run of so many steps which nobody watched.
+    unwatched = options[: options.index("--watch-reward")]
+    assert command("train", *unwatched, "--steps", kept, "--output-dir", plain)[0] == 0
+    written, expected = load_file(whole / WEIGHTS), load_file(plain / WEIGHTS)
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    # Interrupted in between and resumed, and resumed once more when it has stopped already.
+    assert command("train", *options, "--max-drop", 0.01, "--steps", 3, "--output-dir", parts)[0] == 0
+    for _ in range(2):
+        assert command("train", "--resume", "--steps", 20, "--output-dir", parts)[0] == 0
+        assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+        assert (parts / "before_after.png").read_bytes() == (whole / "before_after.png").read_bytes()
+        assert records(parts)[-1]["step"] == ended
+
+
+def test_a_normalised_mixture_resumes_exactly(command, tiny_sd_folder, tmp_path):
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness,compressibility:2", "--learning-rate", "1e-2")
+    options = (*options, *TINY, "--sample-every", 10, "--save-every", 2)
+    whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
+    assert command("train", *options, "--normalise-rewards", "--steps", 4, "--output-dir", whole)[0] == 0
+    assert command("train", *options, "--steps", 4, "--output-dir", plain)[0] == 0
+    assert command("train", *options, "--normalise-rewards", "--steps", 2, "--output-dir", parts)[0] == 0
+    assert command("train", "--resume", "--steps", 4, "--output-dir", parts)[0] == 0
+    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes() != (plain / WEIGHTS).read_bytes()
+    first = records(whole)[0]
+    parts_mean = first["reward_parts"]
+    assert first["reward_mean"] == pytest.approx(
+        parts_mean["colorfulness"] + 2 * parts_mean["compressibility"], rel=1e-5
+    )
+    assert first["grad_norm"] != pytest.approx(records(plain)[0]["grad_norm"], rel=1e-2)

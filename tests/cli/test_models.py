@@ -1,0 +1,73 @@
+"""Models and schedulers through the command line: a run of each kind on tiny models, and bad input in one line."""
+
+import pytest
+import yaml
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+
+from alignprop_fast.models.lora.load_save import save_lora
+
+SIZE = ("--height", "16", "--width", "24")
+FEW = ("--num-inference-steps", "2", "--prompts", "demo", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "targets"),
+    [("sdxl", "dpm++2m", "all"), ("flux", "flow-euler", "attention+ff")],
+)
+def test_train_then_sample(command, request, tmp_path, kind, scheduler, targets):
+    folder, run = request.getfixturevalue(f"tiny_{kind}_folder"), tmp_path / "run"
+    code, _, err = command(
+        *("train", "--model", folder, "--reward", "colorfulness", "--steps", "1", "--batch-size", "1", *FEW, *SIZE),
+        *("--scheduler", scheduler, "--lora-targets", targets, "--output-dir", run, "--truncation", "last:1"),
+    )
+    assert code == 0, err
+    options = yaml.safe_load((run / "config.yaml").read_text())
+    assert options["scheduler"] == scheduler and options["lora_targets"] == targets
+    names = load_file(run / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("unet." if kind == "sdxl" else "transformer.") for name in names)
+    assert any(".ff." in name for name in names)
+    code, _, err = command(
+        *("sample", "--model", folder, "--lora", run, "--prompt", "red cat", *FEW, *SIZE),
+        *("--scheduler", scheduler, "--output-dir", tmp_path / "pictures"),
+    )
+    assert code == 0, err
+    assert Image.open(tmp_path / "pictures" / "000_red-cat_seed0.png").size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheduler", "flow-euler"), "does not fit a StableDiffusionPipeline"),
+        (("--scheduler", "pndm"), "euler-ancestral"),
+        (("--model-config", "folder"), "for a single .safetensors file"),
+    ],
+)
+def test_bad_input_is_one_line(command, tiny_sd_folder, tmp_path, arguments, message):
+    code, _, err = command("sample", "--model", tiny_sd_folder, *FEW, *arguments, "--output-dir", tmp_path / "out")
+    assert code == 2 and message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_file_asks_for_the_model_config(command, tiny_sd_folder, tmp_path):
+    file = tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    code, _, err = command("sample", "--model", file, *FEW, "--output-dir", tmp_path / "out")
+    assert code == 2 and "--model-config FOLDER" in err and len(err.splitlines()) == 1
+
+
+def test_adapters_without_a_name_in_one_of_the_files_are_refused_before_the_run(command, tiny_sd, tmp_path):
+    """At the end of a run it would be too late. No published model has such blocks."""
+    kinds = ["AttnDownBlock2D", *tiny_sd.unet.config.down_block_types[1:]]
+    tiny_sd.register_modules(unet=UNet2DConditionModel.from_config(tiny_sd.unet.config, down_block_types=kinds))
+    folder = tmp_path / "model"
+    tiny_sd.save_pretrained(folder)
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["down_blocks.0.attentions.0.to_q"]))
+    save_lora(tiny_sd, folder)
+    code, _, err = command(
+        *("train", "--model", folder, "--reward", "colorfulness", "--steps", "1", "--batch-size", "1", *FEW, *SIZE),
+        *("--output-dir", tmp_path / "run"),
+    )
+    assert code == 2 and "unet.down_blocks.0.attentions.0.to_q has no name in kohya's files" in " ".join(err.split())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,29 @@
+"""Options of the command line reach the trainer."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from alignprop_fast.cli.options import DEFAULTS, TrainOptions, make_config
+from alignprop_fast.training.config import AlignPropConfig
+
+SHARED = sorted({field.name for field in fields(TrainOptions)} & {field.name for field in fields(AlignPropConfig)})
+OTHER = {
+    "adapter_dtype": "bf16",
+    "base_dtype": "int8",
+    "host_memory": "3GiB",
+    "log_with": "tensorboard",
+    "lora_targets": "all",
+    "memory_budget": "9GiB",
+    "mixed_precision": "bf16",
+    "optimizer": "adafactor",
+    "truncation": "full",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if name not in ("output_dir", "lora_alpha")])
+def test_an_option_of_the_same_name_is_passed_on(name):
+    plain = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no")
+    default = getattr(DEFAULTS, name)
+    value = OTHER.get(name) or (not default if isinstance(default, bool) else 16 + (default or 0))
+    assert getattr(make_config(replace(plain, **{name: value}), "cpu", ""), name) == value

@@ -1,0 +1,255 @@
+"""The command `plan`: what it answers, without weights and on GPUs that are not here, and what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from alignprop_fast.demo import clip_path
+from alignprop_fast.planner import find_gpu, load_table
+from alignprop_fast.rewards.clip import ClipScore
+
+GIB = 2**30
+SHORT = ("--num-inference-steps", "4", "--batch-size", "2")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where tables are remembered, empty at first and for this file alone."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def plan(command, tmp_path, monkeypatch, home):
+    """Runs `plan` in a folder of its own; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: command("plan", *arguments)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory, tiny_sd_folder):
+    """The tiny model without its weights."""
+    folder = tmp_path_factory.mktemp("configs") / "model"
+    weights = shutil.ignore_patterns("*.safetensors", "*.bin")
+    return shutil.copytree(tiny_sd_folder, folder, ignore=weights)
+
+
+@pytest.fixture
+def table(plan, configs, tmp_path):
+    """A saved table of the tiny model on an RTX 4090."""
+    arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT)
+    assert plan(*arguments, "--save-table", "table.json", "--output-dir", "first")[0] == 0
+    shutil.rmtree(tmp_path / "first")
+    return Path("table.json")
+
+
+def test_it_answers_without_weights(plan, configs, tmp_path):
+    arguments = ("--model", configs, "--gpu", "RTX 4090", "--reward", "colorfulness,clip:0.1", *SHORT)
+    code, out, err = plan(*arguments, "--reward-model", clip_path(), "--json", "plan.json", "--output-dir", "out")
+    assert (code, err) == (0, "")
+    for words in ("fits: predicted peak", "worst case", "on average", "largest batch", "residual blocks", "in all"):
+        assert words in out
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert facts["peak_bytes"] == sum(facts["kinds"].values()) == max(facts["phases"].values())
+    assert facts["peak_bytes"] <= facts["budget_bytes"] == find_gpu("4090").memory_bytes - GIB // 2
+    # Two of four steps carry gradient on average, and any number of them at worst.
+    assert sorted(facts["resident_steps"] + facts["replayed_steps"]) == [0, 1, 2, 3] and facts["gradient_steps"] == 4
+    assert facts["expected"]["gradient_steps"] == 2
+    assert facts["expected"]["seconds_per_step"] < facts["seconds_per_step"]
+    assert facts["images_per_hour"] == pytest.approx(3600 * 2 / facts["seconds_per_step"])
+    assert facts["largest_batch_size"] >= 2 and facts["source"] == "estimated" and facts["gpu"] == "RTX 4090"
+    # In bf16, as on a GPU.
+    weights = (*(clip := ClipScore(clip_path())).parameters(), *clip.buffers())
+    assert facts["kinds"]["reward"] == sum(t.numel() * (2 if t.is_floating_point() else 8) for t in weights)
+    assert Image.open(tmp_path / "out" / "plan.png").size[0] > 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "out"}
+
+
+def test_the_largest_batch_fits_and_more_does_not(plan, configs):
+    budget = ("--memory-budget", "165MiB", "--gpu", "4090", "--model", configs, "--reward", "colorfulness")
+    short = ("--num-inference-steps", 3, "--truncation", "last:1")
+    assert plan(*budget, *short, "--batch-size", 1, "--json", "1.json")[0] == 0
+    facts = json.loads(Path("1.json").read_text())
+    largest = facts["largest_batch_size"]
+    assert 1 < largest < 100 and facts["gradient_steps"] == 1 and facts["expected"]["gradient_steps"] == 1
+    assert plan(*budget, *short, "--batch-size", largest)[0] == 0
+    code, _, err = plan(*budget, *short, "--batch-size", 2 * largest)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "the leanest plan needs" in err and f"batch size {largest} fits" in err
+
+
+def test_plans_come_from_saved_tables_too(plan, table):
+    saved = load_table(table)
+    assert saved.origin["source"] == "estimated" and saved.fixed["weights"] > 0
+    arguments = ("--table", table, "--num-inference-steps", 4, "--json", "plan.json")
+    code, out, err = plan(*arguments)
+    assert (code, err) == (0, "") and "RTX 4090" in out and "largest batch" not in out
+    facts = json.loads(Path("plan.json").read_text())
+    assert facts["batch_size"] == 2 and facts["largest_batch_size"] is None
+    code, _, err = plan(*arguments, "--memory-budget", "100MiB")
+    assert code == 2
+    least = re.search(r"needs ([\d.]+ MiB)", err)[1]
+    assert plan(*arguments, "--memory-budget", least)[0] == 0
+    lean = json.loads(Path("plan.json").read_text())
+    assert lean["peak_bytes"] <= facts["peak_bytes"] and lean["seconds_per_step"] > facts["seconds_per_step"]
+
+
+def test_host_memory_limits_offloading(plan, table):
+    lean = ("--table", table, "--num-inference-steps", 4, "--json", "plan.json")
+    assert plan(*lean, "--host-memory", "1MiB")[0] == 0
+    assert json.loads(Path("plan.json").read_text())["host_bytes"] <= 2**20
+
+
+def test_a_card_of_24_gb_is_asked_for_24_gib(plan, table):
+    code, out, err = plan("--table", table, "--memory-budget", "24GiB")
+    assert (code, err) == (0, "")
+    assert "RTX 4090 has 23.60 GiB" in out and "held to 23.10 GiB" in out
+
+
+def test_it_measures_a_model_with_weights(plan, tiny_sd_folder):
+    arguments = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 2, "--batch-size", 1)
+    code, out, err = plan(*arguments, "--measure", "--json", "plan.json")
+    assert (code, err) == (0, "") and "(measured)" in out
+    assert json.loads(Path("plan.json").read_text())["source"] == "measured"
+
+
+def test_training_begins_with_its_plan_and_ends_with_its_peak(command, plan, tiny_sd_folder):
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *SHORT)
+    code, out, err = command(*common, "--steps", 1, "--memory-budget", "2GiB", "--output-dir", "with")
+    assert (code, err) == (0, "")
+    before, after = out.split("step 1/1")
+    assert "fits: predicted peak" in before and "worst case" in before and "residual blocks" in before
+    assert "peak:     predicted" in after and "the process took" in after
+    assert Image.open("with/plan.png").size[0] > 1000
+    code, out, _ = command(*common, "--steps", 1, "--output-dir", "without")
+    assert code == 0 and "no memory budget" in out and "peak:     predicted" not in out
+    assert not Path("without/plan.png").exists()
+
+
+def test_training_is_held_to_the_device(command, plan, tiny_sd_folder, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2 * GIB)
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *SHORT)
+    code, out, _ = command(*common, "--steps", 1, "--memory-budget", "2.1GiB", "--output-dir", "out")
+    assert code == 0 and "this computer has 2.00 GiB: the budget of 2.10 GiB is held to 2.00 GiB" in out
+    assert "of 2.00 GiB, in the phase" in out
+
+
+BAD = {
+    "no size": (["--memory-budget", "plenty"], "24GiB"),
+    "negative": (["--memory-budget=-3GiB"], "24GiB"),
+    "larger than the GPU": (["--memory-budget", "40GiB"], "more than RTX 4090 has (23.60 GiB)"),
+    "too small": (["--memory-budget", "1MiB"], "the leanest plan needs"),
+    "unknown GPU": (["--gpu", "RTX 4091"], "perhaps RTX 4090"),
+    "unknown model": (["--model", "sd16"], "of sd15, sdxl, sd35-medium, flux-dev the name is enough"),
+    "no configuration": (["--model", "{tmp}/broken"], "copy it again"),
+    "unknown reward": (["--reward", "hps"], "did you mean 'hpsv2'"),
+    "a reward that needs data": (["--reward", "data_reward_of_test:score"], "--measure"),
+    "unknown truncation": (["--truncation", "first:1"], "last:K"),
+    "two sizes": (["--resolution", "64", "--height", "64"], "--resolution stands for"),
+    "odd size": (["--resolution", "13"], "multiple of 8"),
+    "weights of an architecture": (["--measure", "--model", "sdxl", "--gpu="], "without weights"),
+    "measured elsewhere": (["--measure"], "leave out --gpu"),
+    "no table": (["--table", "{tmp}/none.json", "--gpu="], "cannot read the cost table"),
+    "a damaged table": (["--table", "{tmp}/damaged.json"], "is damaged"),
+    "a table of another version": (["--table", "{tmp}/old.json"], "format version 0"),
+    "a folder nobody can write": (["--output-dir", "/proc/none"], "cannot write to /proc"),
+    "a file nobody can write": (["--json", "/proc/none/plan.json"], "cannot write to /proc"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, configs):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "damaged.json").write_text('{"format_version": 1, "table"')
+    (folder / "old.json").write_text('{"format_version": 0, "table": {}}')
+    shutil.copytree(configs, folder / "broken")
+    (folder / "broken" / "unet" / "config.json").write_text("{")
+    (folder / "data_reward_of_test.py").write_text(
+        "def score(images, prompts, metadata):\n    return images.mean((1, 2, 3)) * images.mean().item(), {}\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(plan, configs, bad_files, tmp_path, monkeypatch, case):
+    monkeypatch.syspath_prepend(bad_files)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    arguments, remedy = BAD[case]
+    arguments = [argument.replace("{tmp}", str(bad_files)) for argument in arguments]
+    own = [] if "--table" in arguments else ["--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT]
+    if "--gpu=" in arguments:
+        arguments.remove("--gpu=")
+        own = [] if "--table" in arguments else ["--reward", "colorfulness"]
+    code, _, err = plan(*own, *arguments)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("alignprop-fast: ") and remedy in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_a_table_settles_are_refused(plan, table):
+    code, _, err = plan("--table", table, "--batch-size", 4)
+    assert code == 2 and "--batch-size is settled by --table" in err and len(err.splitlines()) == 1
+
+
+def test_without_a_gpu_one_must_be_named(plan, configs, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = plan("--model", configs)
+    assert code == 2 and "name one by --gpu" in err and "A100 80GB" in err
+
+
+def test_estimates_are_remembered(plan, configs, monkeypatch, home):
+    arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--json", "plan.json")
+    assert plan(*arguments)[0] == 0
+    first = Path("plan.json").read_text()
+    monkeypatch.setattr("alignprop_fast.generate.cost_table.step_costs", lambda *_: pytest.fail("counted again"))
+    assert plan(*arguments)[0] == 0 and Path("plan.json").read_text() == first
+    with pytest.raises(pytest.fail.Exception, match="counted again"):
+        plan(*arguments, "--resolution", 24)
+
+
+def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypatch):
+    import os
+
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    plan("--help")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    plan("--help")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:128"
+
+
+def test_a_quantised_base_and_narrow_adapters_are_counted(plan, configs):
+    """What is always there falls by what is packed; the spike of a product that makes its weight whole is on top."""
+
+    def fixed(*more):
+        arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT)
+        code, _, err = plan(*arguments, *more, "--save-table", "t.json", "--output-dir", "out")
+        assert (code, err) == (0, "")
+        return load_table(Path("t.json")).fixed
+
+    plain, lean = fixed(), fixed("--base-dtype", "int8", "--adapter-dtype", "bf16")
+    assert lean["weights"] < plain["weights"]
+    assert lean["adapters"] == plain["adapters"] // 2 and lean["optimizer"] == plain["optimizer"]
+
+
+def test_plan_has_every_option_of_train_that_changes_a_plan():
+    """What is left out says nothing of one training step: how long, what is shown, where from, where to."""
+    import inspect
+
+    from alignprop_fast.cli.plan import plan
+    from alignprop_fast.cli.train import train
+
+    elsewhere = {
+        *("steps", "learning_rate", "seed", "gradient_accumulation_steps", "eta", "lora_alpha", "model_config"),
+        *("prompts", "normalise_rewards", "sample_every", "save_every", "keep_checkpoints", "log_with", "device"),
+        *("watch_reward", "watch_reward_model", "watch_prompts", "watch_pictures", "diversity_model", "patience"),
+        *("max_drop", "resume", "resume_from", "config", "cuda_graphs", "compiled", "deterministic"),
+    }
+    missing = set(inspect.signature(train).parameters) - set(inspect.signature(plan).parameters) - elsewhere
+    assert not missing

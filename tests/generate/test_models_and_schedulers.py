@@ -1,0 +1,141 @@
+"""Every model under every scheduler that fits it, in fp32: images and gradients of diffusers' own pipeline.
+
+The reference is the pipeline's own `__call__`, outside its `no_grad`, with the predictions of the steps without
+gradient detached: plain autograd through diffusers. Tolerances as in test_generate.py: 1e-5 and 1e-4.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from alignprop_fast.generate.sampler import DifferentiableSampler
+from alignprop_fast.models.schedules import make_scheduler
+from alignprop_fast.planner import Plan
+
+PROMPTS = ["red cat", "dog and cat"]
+NEGATIVE = ["dog", "cat"]
+STEPS, SIZE = 4, {"height": 16, "width": 24}
+UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+JOINT_TARGETS = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+SCHEDULERS = {
+    "ddim": ("ddim", {}),
+    "euler": ("euler", {"timestep_spacing": "trailing"}),
+    "euler-v": ("euler", {"prediction_type": "v_prediction"}),
+    "euler-ancestral": ("euler-ancestral", {}),
+    "dpm++2m": ("dpm++2m", {}),
+    "dpm++2m-karras": ("dpm++2m", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
+}
+
+
+def denoiser_of(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def add_adapters(pipe, targets=UNET_TARGETS):
+    """LoRA with both factors random: with B = 0, as PEFT starts, A would get no gradient to compare."""
+    denoiser_of(pipe).add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in denoiser_of(pipe).named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return pipe
+
+
+def reference(pipe, grad_steps, **arguments):
+    """Images by the pipeline's own code, with a graph."""
+    model, times = denoiser_of(pipe), []
+    own = model.forward
+
+    def forward(*args, **kwargs):
+        time = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0])
+        if time not in times:
+            times.append(time)
+        (y,) = own(*args, **kwargs)
+        return (y if times.index(time) in grad_steps else y.detach(),)
+
+    model.forward = forward
+    try:
+        return (
+            type(pipe)
+            .__call__.__wrapped__(
+                pipe,
+                PROMPTS,
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(1),
+                output_type="pt",
+                **SIZE,
+                **arguments,
+            )
+            .images
+        )
+    finally:
+        del model.forward
+
+
+def reward(images):
+    """A smooth scalar of the images with no symmetry that could hide a wrong index."""
+    ramp = torch.linspace(-1, 2, images[0].numel()).reshape(images[0].shape)
+    return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
+
+
+def gradients(pipe, images):
+    named = {n: p for n, p in denoiser_of(pipe).named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(reward(images), list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+
+
+def make_plan(grad_steps):
+    """The first gradient step is replayed with its blocks recomputed, the others are resident and keep something."""
+    return Plan(STEPS, grad_steps[1:], grad_steps[:1], ({"*": "qkv"},) * (len(grad_steps) - 1), {"*": "recompute"})
+
+
+def check(pipe, theirs, images):
+    assert theirs.shape == images.shape == (2, 3, 16, 24) and theirs.std() > 0.01
+    assert (images - theirs).abs().max() < 1e-5
+    ours_grads, theirs_grads = gradients(pipe, images), gradients(pipe, theirs)
+    assert ours_grads.keys() == theirs_grads.keys()
+    # Of SD3's last block the text is not used, so its adapters get zeros.
+    assert sum(bool(grad.abs().max() > 0) for grad in theirs_grads.values()) > 0.9 * len(theirs_grads) > 0
+    for name, grad in theirs_grads.items():
+        assert (ours_grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("model", "scale", "grad_steps", "scheduler"),
+    [
+        *(("tiny_sd", 5.0, (0, 2), scheduler) for scheduler in SCHEDULERS),
+        *(("tiny_sdxl", 5.0, (1, 2, 3), scheduler) for scheduler in ("euler", "dpm++2m")),
+        ("tiny_sdxl", 1.0, (0, 1, 2, 3), "euler-ancestral"),
+    ],
+)
+def test_unets(model, scale, grad_steps, scheduler, request):
+    pipe = add_adapters(request.getfixturevalue(model))
+    name, options = SCHEDULERS[scheduler]
+    pipe.scheduler = make_scheduler(name, {**pipe.scheduler.config, **options})
+    theirs = reference(pipe, grad_steps, negative_prompt=NEGATIVE, guidance_scale=scale, eta=1.0)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, NEGATIVE, torch.Generator().manual_seed(1), plan=plan))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("scale", "grad_steps"), [(5.0, (0, 2)), (1.0, (0, 1, 2, 3))])
+def test_sd3(tiny_sd3, scale, grad_steps, dynamic):
+    pipe = add_adapters(tiny_sd3, JOINT_TARGETS)
+    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": dynamic})
+    theirs = reference(pipe, grad_steps, negative_prompt=NEGATIVE, guidance_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, NEGATIVE, torch.Generator().manual_seed(1), plan=plan))
+
+
+@pytest.mark.parametrize(
+    ("true_cfg_scale", "negative", "grad_steps"), [(1.0, NEGATIVE, (1, 3)), (3.0, NEGATIVE, (0, 2)), (3.0, None, (3,))]
+)
+def test_flux(tiny_flux, true_cfg_scale, negative, grad_steps):
+    pipe = add_adapters(tiny_flux, JOINT_TARGETS)
+    guidance = {"guidance_scale": 3.5, "true_cfg_scale": true_cfg_scale}
+    theirs = reference(pipe, grad_steps, negative_prompt=negative, **guidance)
+    sampler = DifferentiableSampler(pipe, STEPS, **guidance, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))

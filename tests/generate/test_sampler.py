@@ -1,0 +1,466 @@
+"""The sampler against diffusers' own pipeline (images) and against plain autograd (gradients), in fp32.
+
+Tolerances: images and gradients of fp32 chains differ by rounding alone. Measured here: 1e-6 (images), 1e-5 (gradients,
+relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten times that. The contract is 1e-3.
+"""
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+
+from alignprop_fast.generate.sampler import DifferentiableSampler, Truncation
+from alignprop_fast.models.lean.surgery import take_ops_out
+from alignprop_fast.models.schedules import make_scheduler
+from alignprop_fast.planner import BudgetInfeasible, Plan, StageChoice
+from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, HostPool, Offloader, PeakMeter
+
+PROMPTS = ["red cat", "dog and cat"]
+STEPS = 4
+DECODERS = {
+    "resident": StageChoice("batch", {"*": "keep"}),
+    "replayed": StageChoice("image", {"*": "keep"}),
+    "mixed": StageChoice("image", {"*": "recompute"}),
+}
+
+
+def add_adapters(pipe):
+    """LoRA with both factors random: with B = 0, as PEFT starts, A would get no gradient to compare."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+    pipe.unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return pipe
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
+def pipe(request):
+    return add_adapters(request.getfixturevalue(request.param))
+
+
+def reward(images):
+    """A smooth scalar of the images with no symmetry that could hide a wrong index."""
+    ramp = torch.linspace(-1, 2, images[0].numel()).reshape(images[0].shape)
+    return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
+
+
+def plain_chain(
+    pipe,
+    grad_steps,
+    scale,
+    eta,
+    rescale=0.0,
+    seed=5,
+    negative=None,
+    latents=None,
+    stop_input=False,
+    last=None,
+    again=0,
+):
+    """Images by the same chain, written with diffusers' scheduler and plain autograd.
+
+    stop_input: nothing flows through the network's input. last: a step that predicts x0, where the chain ends.
+    again: images of so many noisings of the final latents, denoised by the last step, too (in a list, after the
+    chain's).
+    """
+    with torch.no_grad():
+        if hasattr(pipe, "text_encoder_2"):
+            cond, uncond, pooled, neg_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=negative)
+            side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+            ids = torch.tensor([[side, side, 0, 0, side, side]] * 4, dtype=cond.dtype)
+            added = {"text_embeds": torch.cat([neg_pooled, pooled]), "time_ids": ids}
+        else:
+            cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative)
+            added = None
+    generator = torch.Generator().manual_seed(seed)
+    size = pipe.unet.config.sample_size
+    x = latents if latents is not None else torch.randn(2, 4, size, size, generator=generator)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+
+    def predict(x, t):
+        y = pipe.unet(torch.cat([x, x]), t, torch.cat([uncond, cond]), added_cond_kwargs=added).sample
+        y_uncond, y_cond = y.chunk(2)
+        y = y_uncond + scale * (y_cond - y_uncond)
+        return rescale_noise_cfg(y, y_cond, rescale) if rescale else y
+
+    def decode(x):
+        return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+    for i, t in enumerate(scheduler.timesteps if last is None else scheduler.timesteps[: last + 1]):
+        y = predict(x.detach() if stop_input else x, t)
+        y = y if i in grad_steps else y.detach()
+        step = scheduler.step(y, t, x, eta=eta, generator=generator)
+        x = step.pred_original_sample if i == last else step.prev_sample
+    if not again:
+        return decode(x)
+    images, t = [decode(x)], scheduler.timesteps[-1]
+    for _ in range(again):
+        noised = scheduler.add_noise(x.detach(), torch.randn(x.shape, generator=generator), t)
+        images.append(decode(scheduler.step(predict(noised, t), t, noised).pred_original_sample))
+    return images
+
+
+def gradients(pipe, images, more=0.0):
+    named = {n: p for n, p in pipe.unet.named_parameters() if p.requires_grad}
+    for parameter in named.values():
+        parameter.grad = None
+    (reward(images) + more).backward()
+    return {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+
+
+def assert_equal_gradients(ours, theirs, tolerance=1e-4):
+    assert theirs and ours.keys() == theirs.keys()
+    for name, theirs_grad in theirs.items():
+        scale = theirs_grad.abs().max()
+        assert scale > 0
+        assert (ours[name] - theirs_grad).abs().max() <= tolerance * scale, name
+
+
+def make_plan(kind, grad_steps):
+    """Resident, replayed, or mixed (the last step resident, the others replayed) with every block recomputed."""
+    resident = {"resident": grad_steps, "replayed": (), "mixed": grad_steps[-1:]}[kind]
+    option = {"*": "recompute" if kind == "mixed" else "keep"}
+    replayed = tuple(i for i in grad_steps if i not in resident)
+    return Plan(STEPS, resident, replayed, (option,) * len(resident), option, DECODERS[kind])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_images_equal_diffusers(pipe, eta, scale):
+    for negative in (None, "dog"):
+        sampler = DifferentiableSampler(pipe, STEPS, guidance_scale=scale, eta=eta)
+        ours = sampler(PROMPTS, negative, torch.Generator().manual_seed(1))
+        theirs = pipe(
+            PROMPTS,
+            negative_prompt=None if negative is None else [negative] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=scale,
+            eta=eta,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+        ).images
+        assert theirs.std() > 0.01
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+# Each value of each setting, and each plan, with every other kind of value at least once, for SD and SDXL.
+@pytest.mark.parametrize(
+    ("grad_steps", "kind", "eta", "scale", "rescale"),
+    [
+        ((0, 1, 2, 3), "resident", 1.0, 5.0, 0.0),
+        ((0, 1, 2, 3), "replayed", 0.0, 5.0, 0.0),
+        ((0, 1, 2, 3), "mixed", 0.5, 2.0, 0.0),
+        ((1, 3), "replayed", 0.5, 7.5, 0.7),
+        ((0, 2), "mixed", 1.0, 7.5, 0.0),
+        ((0, 2), "resident", 0.0, 2.0, 0.7),
+        ((3,), "replayed", 1.0, 2.0, 0.0),
+        ((3,), "resident", 0.5, 5.0, 0.0),
+        ((1, 2, 3), "mixed", 0.0, 1.5, 0.7),
+    ],
+)
+def test_gradients_equal_plain_autograd(pipe, grad_steps, kind, eta, scale, rescale):
+    theirs_images = plain_chain(pipe, grad_steps, scale, eta, rescale, negative=["dog", "cat"])
+    theirs = gradients(pipe, theirs_images)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, eta, guidance_rescale=rescale)
+    generator = torch.Generator().manual_seed(5)
+    images = sampler(PROMPTS, ["dog", "cat"], generator, plan=make_plan(kind, grad_steps))
+    assert (images - theirs_images).abs().max() < 1e-5
+    assert_equal_gradients(gradients(pipe, images), theirs)
+
+
+@pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
+@pytest.mark.parametrize(
+    ("truncation", "eta"),
+    [
+        (Truncation((1, 3), input_gradient=False), 0.5),
+        (Truncation((0, 2), input_gradient=False, last_step=2), 1.0),  # as drtune draws
+        (Truncation((0, 1), input_gradient=False, last_step=2), 0.0),  # the end is a step without gradient
+        (Truncation((3,), last_step=3), 0.0),  # as refl draws
+        (Truncation((2,), last_step=2), 1.0),
+    ],
+)
+def test_gradients_of_other_truncations_equal_plain_autograd(tiny_sd, kind, truncation, eta):
+    add_adapters(tiny_sd)
+    last = truncation.last_step
+    plain = plain_chain(tiny_sd, truncation.grad_steps, 5.0, eta, stop_input=not truncation.input_gradient, last=last)
+    theirs = gradients(tiny_sd, plain)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, eta)
+    plan = replace(make_plan(kind, truncation.grad_steps), num_steps=STEPS if last is None else last + 1)
+    generator = torch.Generator().manual_seed(5)
+    images = sampler(PROMPTS, None, generator, plan=plan, truncation=truncation)
+    assert (images - plain).abs().max() < 1e-5
+    assert_equal_gradients(gradients(tiny_sd, images), theirs)
+
+
+def test_renoised_pictures_equal_plain_autograd(tiny_sd):
+    """DRaFT-LV: the pictures of the chain and of each noising, and the mean of all their gradients."""
+    add_adapters(tiny_sd)
+    plain = plain_chain(tiny_sd, (3,), 5.0, 0.0, again=2)
+    theirs = gradients(tiny_sd, torch.stack(plain).flatten(0, 1))
+    sampler, generator = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.0), torch.Generator().manual_seed(5)
+    images = [sampler(PROMPTS, None, generator, truncation="lv:2")]
+    assert sampler.truncation.renoisings == 2
+    latents = sampler.latents
+    images += [sampler.renoise(latents, PROMPTS, None, generator) for _ in range(2)]
+    assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(images, plain, strict=True))
+    assert_equal_gradients(gradients(tiny_sd, torch.stack(images).flatten(0, 1)), theirs)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ops in", "ops out"])
+@pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
+def test_distance_to_the_base_model_equals_plain_autograd(tiny_sd, kind, stock):
+    """Value and gradient of reward and regulariser together; the reference never runs with adapters switched off."""
+    base = copy.deepcopy(tiny_sd.unet)
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.5, compare_with_base=True)
+    if stock:
+        take_ops_out(tiny_sd.unet)
+    inputs = []
+    hook = tiny_sd.unet.register_forward_hook(
+        lambda unet, args, kwargs, out: inputs.append((args, kwargs, out)), with_kwargs=True
+    )
+    plain = plain_chain(tiny_sd, (1, 3), 5.0, 0.5)
+    distances = []
+    for i in (1, 3):
+        (x, t, embeds), kwargs, _ = inputs[i]
+        ours = tiny_sd.unet(x.detach(), t, embeds, **kwargs).sample
+        uncond, cond = (ours - base(x.detach(), t, embeds, **kwargs).sample).chunk(2)
+        distances.append((uncond + 5.0 * (cond - uncond)).square().mean())
+    hook.remove()
+    expected = sum(distances) / 2
+    theirs = gradients(tiny_sd, plain, 1000 * expected)
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=make_plan(kind, (1, 3)))
+    assert expected > 1e-4 and sampler.base_mse.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert_equal_gradients(gradients(tiny_sd, images, 1000 * sampler.base_mse), theirs)
+    assert all(parameter.requires_grad for parameter in sampler.model.trainable())
+    tiny_sd.unet.zero_grad()
+
+
+def test_adapters_that_change_nothing_are_no_distance_away(tiny_sd):
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    sampler = DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+    sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0
+    with torch.no_grad():
+        sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0 and not sampler.base_mse.requires_grad
+
+
+def test_a_frozen_adapter_is_part_of_what_the_distance_is_to(tiny_sd):
+    """A style that stays: the adapter trained beside it changes nothing yet, so there is no distance."""
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]), "reward")
+    tiny_sd.set_adapters(["style", "reward"])
+    for name, parameter in tiny_sd.unet.named_parameters():
+        parameter.requires_grad_(".reward." in name)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+    sampler(PROMPTS)
+    assert sampler.base_mse.item() == 0
+    assert set(tiny_sd.get_active_adapters()) == {"style", "reward"}
+    with torch.no_grad():
+        for name, parameter in tiny_sd.unet.named_parameters():
+            if ".reward." in name:
+                parameter.add_(0.1)
+    sampler(PROMPTS)
+    assert sampler.base_mse.item() > 1e-5
+
+
+def test_a_comparison_with_the_base_model_needs_adapters(tiny_sd):
+    with pytest.raises(ValueError, match="add a LoRA"):
+        DifferentiableSampler(tiny_sd, STEPS, compare_with_base=True)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpm++2m"])
+def test_the_last_step_of_other_schedulers_predicts_the_clean_latents(tiny_sd, scheduler):
+    """Their chains end at noise level zero, so that ending at the last step by its clean latents changes nothing."""
+    add_adapters(tiny_sd)
+    tiny_sd.scheduler = make_scheduler(scheduler, tiny_sd.scheduler.config)
+    sampler, results = DifferentiableSampler(tiny_sd, STEPS), []
+    for last in (None, STEPS - 1):
+        truncation = Truncation((1, 3), last_step=last)
+        images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), truncation=truncation)
+        results.append((images.detach(), gradients(tiny_sd, images)))
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-5
+    assert_equal_gradients(results[1][1], results[0][1])
+    again = sampler.renoise(sampler.latents, PROMPTS, None, torch.Generator().manual_seed(6))
+    assert 1e-4 < (again - results[1][0]).abs().mean() < 0.2 and gradients(tiny_sd, again)
+
+
+def test_two_ways_to_name_the_gradient_steps_are_refused(tiny_sd):
+    with pytest.raises(ValueError, match="give one of them"):
+        DifferentiableSampler(tiny_sd, STEPS)(PROMPTS, grad_steps=(1,), truncation="full")
+
+
+def test_every_plan_gives_the_same_bits(pipe):
+    results = []
+    for kind in DECODERS:
+        sampler = DifferentiableSampler(pipe, STEPS)
+        images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=make_plan(kind, (1, 2, 3)))
+        results.append((images.detach(), gradients(pipe, images)))
+    for images, grads in results[1:]:
+        assert (images - results[0][0]).abs().max() < 1e-5
+        assert_equal_gradients(grads, results[0][1], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("option", [option for option in STEP_OPTIONS if option != "keep"])
+def test_every_option_of_a_step_gives_the_same_bits(pipe, option):
+    sampler = DifferentiableSampler(pipe, STEPS)
+    results = []
+    for name in ("keep", option):
+        options = {"*": name}
+        plan = Plan(STEPS, (2, 3), (1,), (options, options), options)
+        results.append(gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan)))
+    assert all(torch.equal(grad, results[0][name]) for name, grad in results[1].items())
+
+
+def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
+    """Every block of every step takes an option of its own, on the host or not."""
+    sampler, rng = DifferentiableSampler(pipe, STEPS), random.Random(0)
+    device = torch.device("cpu")
+    monkeypatch.setattr(sampler, "_offloader", lambda plan: Offloader(device, HostPool(device), smallest_bytes=1))
+
+    def mixture():
+        names = [option + end for option in STEP_OPTIONS for end in ("", OFFLOAD)]
+        return {block.name: rng.choice(names) for block in sampler._denoiser_blocks}
+
+    plain = Plan(STEPS, (2, 3), (1,), ({}, {}), {})
+    expected = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plain))
+    for _ in range(3):
+        plan = Plan(STEPS, (2, 3), (1,), (mixture(), mixture()), mixture())
+        grads = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan))
+        assert all(torch.equal(grad, expected[name]) for name, grad in grads.items())
+
+
+def test_gradient_of_the_initial_latents(tiny_sd):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    add_adapters(tiny_sd)
+    grads = []
+    for run in (
+        lambda x: DifferentiableSampler(tiny_sd, STEPS, eta=0.0)(PROMPTS, latents=x, grad_steps=(1, 2)),
+        lambda x: plain_chain(tiny_sd, (1, 2), 5.0, 0.0, latents=x),
+    ):
+        x = latents.clone().requires_grad_()
+        grads.append(torch.autograd.grad(reward(run(x)), x)[0])
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[1].abs().max()
+
+
+def test_budget_decides_what_is_resident(tiny_sd):
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, memory_budget="8GiB")
+    sampler(PROMPTS)
+    fastest = sampler.plan
+    with pytest.raises(BudgetInfeasible) as error:
+        DifferentiableSampler(tiny_sd, STEPS, memory_budget="1MiB")(PROMPTS)
+    smallest = error.value.smallest_bytes
+    lean = DifferentiableSampler(tiny_sd, STEPS, memory_budget=int(smallest * 1.02))
+    lean(PROMPTS)
+    assert fastest.peak_bytes > lean.plan.peak_bytes
+    assert len(fastest.resident_steps) > len(lean.plan.resident_steps)
+    assert "resident" in lean.plan.explain()
+
+
+def test_budget_error_comes_before_any_random_number_is_drawn(tiny_sd):
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS, memory_budget="1MiB")
+    state = torch.get_rng_state()
+    with pytest.raises(BudgetInfeasible, match="raise the budget"):
+        sampler(PROMPTS)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_memory_is_that_of_one_step_whatever_the_length(tiny_sd):
+    """Replayed: from 3 to 12 gradient steps the peak may grow by the kept latents alone."""
+    add_adapters(tiny_sd)
+    peaks = []
+    for steps in (3, 12):
+        sampler = DifferentiableSampler(tiny_sd, steps)
+        with PeakMeter(torch.device("cpu")) as meter:
+            reward(sampler(PROMPTS)).backward()
+        peaks.append(meter.peak_bytes)
+        tiny_sd.unet.zero_grad()
+    latent_bytes = 2 * 4 * 8 * 8 * 4
+    assert peaks[0] <= peaks[1] <= peaks[0] + 2 * 9 * latent_bytes
+
+
+def test_no_gradient_without_steps_or_under_no_grad(tiny_sd):
+    add_adapters(tiny_sd)
+    sampler = DifferentiableSampler(tiny_sd, STEPS)
+    assert not sampler(PROMPTS, grad_steps=()).requires_grad
+    with torch.no_grad():
+        assert not sampler(PROMPTS).requires_grad
+    assert sampler.plan.replayed_steps == ()
+
+
+def test_unused_noise_is_drawn_on_request(tiny_sd):
+    """trl draws step noise also at eta = 0: the same images, another state of the random numbers."""
+    states, images = [], []
+    for draw in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        images.append(DifferentiableSampler(tiny_sd, STEPS, eta=0.0, draw_unused_noise=draw)(PROMPTS, None, generator))
+        states.append(generator.get_state())
+    assert torch.equal(*images) and not torch.equal(*states)
+
+
+def test_adapters_stay_ordinary_peft_parameters(tiny_sd, tmp_path):
+    add_adapters(tiny_sd)
+    before = {name: value.clone() for name, value in tiny_sd.unet.state_dict().items()}
+    reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS)).backward()
+    after = tiny_sd.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(tiny_sd.unet))
+    tiny_sd.save_lora_weights(tmp_path, unet_lora_layers=lora)
+    tiny_sd.unload_lora_weights()
+    tiny_sd.load_lora_weights(tmp_path)
+    reloaded = tiny_sd.unet.state_dict()
+    assert all(torch.equal(before[n], reloaded[n.replace("default", "default_0")]) for n in before if "lora_A" in n)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, {"eta": 2.0}, "eta"),
+        ({}, {"num_inference_steps": 0}, "inference steps"),
+        ({}, {"height": 13}, "multiple of 8"),
+        ({}, {"memory_budget": "much"}, "24GiB"),
+        ({"clip_sample": True}, {}, "clip_sample=False"),
+    ],
+)
+def test_bad_settings_are_refused_with_a_remedy(tiny_sd, change, arguments, message):
+    tiny_sd.scheduler = DDIMScheduler.from_config({**tiny_sd.scheduler.config, **change})
+    with pytest.raises(ValueError, match=message):
+        DifferentiableSampler(tiny_sd, **arguments)
+
+
+def test_other_schedulers_and_pipelines_are_refused(tiny_sd):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline"):
+        DifferentiableSampler(tiny_sd.unet)
+    tiny_sd.scheduler = PNDMScheduler.from_config(tiny_sd.scheduler.config)
+    with pytest.raises(ValueError, match=r"DDIMScheduler\.from_config"):
+        DifferentiableSampler(tiny_sd)
+
+
+def test_dropout_is_refused(tiny_sd):
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1))
+    sampler = DifferentiableSampler(tiny_sd, STEPS)
+    tiny_sd.unet.train()
+    with pytest.raises(ValueError, match="lora_dropout"):
+        sampler(PROMPTS)
+    tiny_sd.unet.eval()
+    assert sampler(PROMPTS).requires_grad
+
+
+def test_second_backward_is_refused(tiny_sd):
+    add_adapters(tiny_sd)
+    loss = reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="sample again"):
+        loss.backward()

@@ -1,0 +1,75 @@
+"""Devices and dtypes: frozen weights in the mixed precision, and the trap of SDXL's VAE, which overflows in fp16."""
+
+import pytest
+import torch
+
+from alignprop_fast.models import adapt
+from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.prepare import make_sampler, place_model, prepare_model
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def placed(folder, precision, force_upcast):
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
+    pipeline.vae.register_to_config(force_upcast=force_upcast)
+    place_model(pipeline, torch.device("cpu"), AlignPropConfig(mixed_precision=precision))
+    return pipeline
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_vae_that_overflows_in_fp16_stays_in_fp32(tiny_sdxl_folder, precision, force_upcast):
+    """As it says by `force_upcast`; the fp16-fix weights say otherwise, and bf16 has range enough."""
+    pipeline = placed(tiny_sdxl_folder, precision, force_upcast)
+    assert pipeline.unet.dtype == DTYPES[precision]
+    assert {encoder.dtype for encoder in pipeline.text_encoders} == {DTYPES[precision]}
+    upcast = precision == "fp16" and force_upcast
+    assert pipeline.vae.dtype == (torch.float32 if upcast else DTYPES[precision])
+    adapt(pipeline.sd_pipeline)  # takes what was placed
+
+
+def test_the_sampler_refuses_such_a_vae_in_fp16(tiny_sdxl):
+    tiny_sdxl.vae.register_to_config(force_upcast=True)
+    tiny_sdxl.to(dtype=torch.float16)
+    with pytest.raises(ValueError, match="overflows in fp16: load the pipeline in bfloat16, or the VAE in float32"):
+        adapt(tiny_sdxl)
+    tiny_sdxl.vae.float()
+    adapt(tiny_sdxl)
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux"])
+def test_loading_in_bf16_gives_the_bits_of_casting_after_loading(model, request):
+    folder, config = request.getfixturevalue(f"tiny_{model}_folder"), AlignPropConfig(mixed_precision="bf16")
+    found = [DefaultDDPOStableDiffusionPipeline(str(folder), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for own, dtype in zip(found, (torch.float32, torch.bfloat16), strict=True):
+        assert {p.dtype for p in own.unet.parameters()} == {dtype}
+        place_model(own, torch.device("cpu"), config)
+    for cast, loaded in zip(*([p.unet, p.vae, *p.text_encoders] for p in found), strict=True):
+        others = dict([*loaded.named_parameters(), *loaded.named_buffers()])
+        for name, tensor in (*cast.named_parameters(), *cast.named_buffers()):
+            assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
+
+
+def test_a_denoiser_that_is_trained_whole_is_loaded_in_fp32(tiny_sd_folder):
+    own = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder), use_lora=False, dtype=torch.bfloat16)
+    assert {p.dtype for p in own.unet.parameters()} == {torch.float32}
+
+
+def test_what_is_switched_on_is_refused_before_anything_is_done(tiny_sd_folder):
+    pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
+    pipeline.unet.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match=r"pipe\.unet\.disable_gradient_checkpointing\(\)"):
+        prepare_model(pipeline, torch.device("cpu"), AlignPropConfig(mixed_precision="bf16"))
+    assert pipeline.unet.dtype == torch.float32 and not hasattr(pipeline.unet, "peft_config")
+
+
+def test_what_learns_beside_the_denoiser_is_refused(tiny_sd_folder):
+    """The trainer's optimizer would not have it, and its gradients would pile up."""
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))
+    config = AlignPropConfig(mixed_precision="no", sample_num_steps=2)
+    prepare_model(pipeline, torch.device("cpu"), config)
+    pipeline.text_encoder.get_input_embeddings().weight.requires_grad_()
+    with pytest.raises(ValueError, match="trains the denoiser alone, and a text encoder or the VAE requires grad"):
+        make_sampler(pipeline, config, None)
