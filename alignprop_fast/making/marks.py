@@ -19,9 +19,9 @@ from torch import Tensor
 
 from alignprop_fast.demo import clip_path, counter_path, model_path, prompts_path
 from alignprop_fast.demo.counter_network import Counter, soft_counts
+from alignprop_fast.demo.vocabulary import BACKGROUNDS, THINGS, noun_phrase
 from alignprop_fast.making.scenes import Scene, draw_scene, is_held_out, save_grid
 from alignprop_fast.making.sprites import load_sprites
-from alignprop_fast.demo.vocabulary import BACKGROUNDS, THINGS, noun_phrase
 
 BORDER_PIXELS = 2  # the frame of a picture that shows its background
 BATCH_SIZE = 32
@@ -102,7 +102,7 @@ def sharpness(pictures_BCHW: Tensor) -> float:
 
 @dataclass
 class Painter:
-    """Pictures of a `StableDiffusionPipeline`: every batch from its own seed, so that a prefix of them stays the same."""
+    """Pictures of a `StableDiffusionPipeline`, each batch from its own seed."""
 
     pipe: Any
     steps: int

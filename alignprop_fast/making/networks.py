@@ -96,13 +96,13 @@ def build_unet():
         sample_size=PICTURE_PIXELS // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(48, 80, 96),
+        block_out_channels=(48, 96, 88),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads in this class
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
 
 
@@ -118,6 +118,7 @@ def build_scheduler():
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,  # without a meaning here; diffusers warns of any other number
         clip_sample=False,
     )
 

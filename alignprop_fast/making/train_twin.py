@@ -4,9 +4,9 @@ The twin starts as the teacher's UNet and learns on its own chain of 4 DDIM step
 
 1. follow: each step should land where the guided teacher lands from the same latents with `SMALL_STEPS` smaller steps
    (progressive distillation, Salimans and Ho 2022, arXiv 2202.00512, here from the latents that the twin reaches).
-2. match: the pictures at the end of the chain should be as likely as the teacher's, by distribution matching (Yin et al.
-   2024, arXiv 2311.18828, equation 7): a critic learns to denoise the twin's pictures, and the difference between what
-   critic and guided teacher make of a noisy picture is the picture's gradient, which runs back through all 4 steps.
+2. match: the pictures at the end of the chain should be as likely as the teacher's, by distribution matching (Yin et
+   al. 2024, arXiv 2311.18828, equation 7): a critic learns to denoise the twin's pictures, and the difference between
+   what critic and guided teacher make of a noisy picture is its gradient, which runs back through all 4 steps.
 
 Latents are x = signal * clean + noise_level * noise with signal = cos(a) and noise_level = sin(a); the networks predict
 v = cos(a) * noise - sin(a) * clean, so that a DDIM step from angle a to b is x' = cos(a - b) x - sin(a - b) v.
@@ -14,6 +14,7 @@ v = cos(a) * noise - sin(a) * clean, so that a DDIM step from angle a to b is x'
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from alignprop_fast.making.loop import Modules, Settings, fit
-from alignprop_fast.making.train_unet import PREVIEW_PROMPTS, draw, spread_timesteps, tokenize
+from alignprop_fast.making.train_unet import PREVIEW_PROMPTS, draw, spread_timesteps, tokenize, with_parts
 
 STEPS = 4
 SMALL_STEPS = 4  # of the teacher, for each step of the twin
@@ -84,7 +85,7 @@ class Distillation:
     def teacher_lands(self, x: Tensor, timestep: int, text: Tensor, empty: Tensor) -> Tensor:
         """Where the teacher gets from x with the small steps that make up one step of the twin."""
         places = [timestep - round(self.stride * part / SMALL_STEPS) for part in range(SMALL_STEPS + 1)]
-        for now, then in zip(places, places[1:], strict=False):
+        for now, then in pairwise(places):
             x = step_to(x, self.guided(x, now, text, empty), self.turn(now, now - then))
         return x
 
@@ -166,18 +167,9 @@ class TwinTraining:
         return fit(modules, loss_at, settings, self.folder / "match.pt", self.seed, self.preview)["unet"]
 
     def preview(self, step: int, averages: Modules) -> None:
-        twin = twin_pipeline(self.pipe, averages["unet"])
+        twin = with_parts(self.pipe, unet=averages["unet"])
         draw(twin, list(PREVIEW_PROMPTS), self.folder / "twin.png", STEPS, guidance_scale=1.0)
 
 
 def trainable(network: Any) -> Any:
     return copy.deepcopy(network).train().requires_grad_(True)
-
-
-def twin_pipeline(pipe: Any, unet: Any) -> Any:
-    """The teacher's pipeline with the twin's UNet."""
-    from diffusers import StableDiffusionPipeline
-
-    twin = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
-    twin.set_progress_bar_config(disable=True)
-    return twin

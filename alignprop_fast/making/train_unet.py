@@ -4,6 +4,7 @@ v = signal * noise - noise_level * clean (Salimans and Ho 2022, arXiv 2202.00512
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,15 @@ def build_pipeline(modules: dict, vae, tokenizer):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def with_parts(pipe: Any, **parts: Any) -> Any:
+    """The pipeline with other parts."""
+    from diffusers import StableDiffusionPipeline
+
+    other = StableDiffusionPipeline(**{**pipe.components, **parts}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def spread_timesteps(number: int, count: int, generator: torch.Generator) -> Tensor:
