@@ -96,8 +96,8 @@ def clip_finds(pictures_BCHW: Tensor, wanted: list[int], prompts: list[str], cli
 
 
 def sharpness(pictures_BCHW: Tensor) -> float:
-    """Mean absolute difference of neighbouring pixels."""
-    return sum(pictures_BCHW.diff(dim=axis).abs().mean().item() for axis in (-1, -2)) / 2
+    """Root mean square of the differences of neighbouring pixels: squared, as one step counts more than a slope."""
+    return (sum(pictures_BCHW.diff(dim=axis).square().mean().item() for axis in (-1, -2)) / 2) ** 0.5
 
 
 @dataclass
