@@ -308,9 +308,7 @@ for _name, (_content, _words) in {**NO_MODEL, **BYTES}.items():
     _files(_name, _content, _words)
 
 
-@refused(
-    "safetensors file under another name", "is a safetensors file with another ending: rename to model"
-)
+@refused("safetensors file under another name", "is a safetensors file with another ending: rename to model")
 def _(shelf):
     return shelf.write(weights(shelf.sd / "unet")).rename(shelf.here / "model.ckpt"), shelf.sd
 
