@@ -43,7 +43,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
     "training": (
         {"doctor", "evaluation", "files", "generate", "models", "ops", "planner", "report", "rewards"},
-        {"torch", "numpy", "accelerate", "huggingface_hub"},
+        {"torch", "numpy", "accelerate", "diffusers", "huggingface_hub"},
     ),
     "cli": (
         {

@@ -51,20 +51,19 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def load_pictures(data: Path, folder: Path, number: int, seed: int):
+def load_pictures(data: Path, folder: Path, number: int, seed: int) -> tuple[Tensor, list[str]]:
     """The pictures [N, 3, 64, 64] (uint8) and captions of this seed, as CLIP and the counter see them."""
     return kept(folder / f"pictures_{seed}.pt", lambda: make_pictures(load_sprites(data), number, seed))
 
 
+def _load_part(data: Path, folder: Path, seed: int) -> tuple[Tensor, list[str]]:
+    """Those that the text-to-image model sees of one seed."""
+    return kept(folder / f"scenes_{seed}.pt", lambda: make_pictures(load_sprites(data), NUM_SCENES, seed, SCENE_MIX))
+
+
 def load_scenes(data: Path, folder: Path) -> tuple[Tensor, list[str]]:
     """The pictures [N, 3, 64, 64] (uint8) and captions of the text-to-image model."""
-    parts = [
-        kept(
-            folder / f"scenes_{seed}.pt",
-            lambda seed=seed: make_pictures(load_sprites(data), NUM_SCENES, seed, SCENE_MIX),
-        )
-        for seed in SCENE_SEEDS
-    ]
+    parts = [_load_part(data, folder, seed) for seed in SCENE_SEEDS]
     return torch.cat([pictures for pictures, _ in parts]), [caption for _, captions in parts for caption in captions]
 
 
