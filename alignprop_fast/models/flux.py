@@ -1,4 +1,4 @@
-"""FLUX.1 seen as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
+"""FLUX.1 as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
 
 from types import MappingProxyType
 from typing import Any
@@ -62,7 +62,7 @@ class FluxAdapter(PipelineAdapter):
         return [*self._reader("CLIP", "tokenizer"), *self._reader("T5", "tokenizer_2", T5_TOKENS)]
 
     def _embeddings(self, texts: list[str], given: Embeddings, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeds, pooled) of the texts, or those that were given for that side."""
+        """(embeds, pooled) of the texts, or the embeddings given for that side."""
         known = {name: given.get(side + name) for name in self.embedding_names}
         embeds, pooled, _ = self.pipe.encode_prompt(
             texts, None, device=self.device, max_sequence_length=T5_TOKENS, **known
@@ -77,7 +77,7 @@ class FluxAdapter(PipelineAdapter):
     def _conditioning(
         self, embeds: torch.Tensor, pooled: torch.Tensor, guided: bool, size: tuple[int, int]
     ) -> Conditioning:
-        """With positions [tokens, 3]: text at the origin, image tokens by row and column."""
+        """The conditioning with positions [tokens, 3]: text at the origin, image tokens by row and column."""
         rows, columns = self._grid(size)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         image = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
@@ -103,7 +103,7 @@ class FluxAdapter(PipelineAdapter):
 
     @staticmethod
     def _guidance(cond: Conditioning, tokens_BNC: torch.Tensor) -> torch.Tensor:
-        """The scale, once for each row."""
+        """The guidance scale, once for each row."""
         scale, rows = cond.embedded_guidance, len(tokens_BNC)
         if isinstance(scale, torch.Tensor):
             return scale.to(tokens_BNC.device, torch.float32).expand(rows)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x seen as a chain: a UNet that predicts noise (or v) under one text encoder."""
+"""Stable Diffusion 1.x and 2.x as a chain: a UNet that predicts noise (or v), with one text encoder."""
 
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -62,6 +62,6 @@ class StableDiffusionAdapter(PipelineAdapter):
 
 
 def text_width(config: Any) -> int:
-    """Channels of the text that a UNet takes."""
+    """Channels of the text embeddings that a UNet takes."""
     width = config.encoder_hid_dim or config.cross_attention_dim
     return width if isinstance(width, int) else width[0]

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 seen as a chain: a transformer over image and text tokens, flow matching, three texts."""
+"""Stable Diffusion 3 and 3.5 as a chain: flow matching, a transformer over image and text tokens, three encoders."""
 
 from types import MappingProxyType
 from typing import Any
@@ -55,7 +55,7 @@ class StableDiffusion3Adapter(PipelineAdapter):
         return Conditioning(cond, {"pooled_projections": pooled}, 1 + guided)
 
     def text_readers(self) -> list[TextReader]:
-        clip = self.pipe.tokenizer_max_length  # for both, whatever the second one's own
+        clip = self.pipe.tokenizer_max_length  # used for both, even if the second tokenizer has another
         return [
             *self._reader("CLIP", "tokenizer", clip),
             *self._reader("CLIP", "tokenizer_2", clip),

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, pooled text and size conditioning, a decoder that fp16 overflows."""
+"""Stable Diffusion XL: two text encoders, conditioning on pooled text and sizes, a decoder that overflows in fp16."""
 
 from types import MappingProxyType
 from typing import Any
@@ -25,14 +25,14 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         second = pipe.text_encoder_2
         if second is not None and second.config.projection_dim != self._pooled_width(pipe.unet.config):
             raise ValueError(
-                "the UNet takes other numbers beside text and sizes, as SDXL's refiner does, which draws from a "
-                "picture: use SDXL's base model or a fine-tune of it"
+                "the UNet takes other numbers than text and sizes, like SDXL's refiner, which needs a picture: use "
+                "SDXL's base model or a fine-tune of it"
             )
         super().__init__(pipe)
 
     @staticmethod
     def _pooled_width(config: Any) -> int:
-        """Channels of the pooled text, which the UNet sees beside six embedded numbers."""
+        """Channels of the pooled text, which the UNet takes together with six embedded numbers."""
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def reads_text(self, negative_prompts: str | list[str] | None, given: Embeddings, guided: bool) -> bool:

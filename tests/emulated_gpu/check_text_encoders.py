@@ -76,7 +76,7 @@ def test_set_up_and_new_prompts_keep_to_what_the_model_takes(emulated, pipeline,
     assert all(torch.equal(a, b) for a, b in zip(with_room, without, strict=True))
     embeddings_and_peak(sampler, "another")
     assert warnings(caplog) == [
-        "the text encoders do not fit beside the model: it waits in host memory while they encode"
+        "the text encoders do not fit beside the model: it moves to host memory while they encode"
     ]
     after = pipeline.unet.state_dict()
     assert all(after[name].is_cuda and torch.equal(after[name], t) for name, t in before.items())

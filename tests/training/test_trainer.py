@@ -482,7 +482,7 @@ def test_lora_on_a_quantised_base(tmp_path, base):
     before = weights(trainer)
     trainer.train()
     assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
-    with pytest.raises(ValueError, match="quantised: save its adapters"):
+    with pytest.raises(ValueError, match="quantised: save only its adapters"):
         trainer.save_pretrained(tmp_path / "saved")
 
 
