@@ -69,6 +69,7 @@ Json = Annotated[
 def plan(
     ctx: typer.Context,
     model: Model = DEFAULTS.model,
+    model_config: o.ModelConfig = DEFAULTS.model_config,
     lora_rank: o.LoraRank = DEFAULTS.lora_rank,
     lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
     base_dtype: o.BasePrecision = o.BaseDtype.auto,
@@ -76,6 +77,8 @@ def plan(
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
+    normalise_rewards: o.NormaliseRewards = DEFAULTS.normalise_rewards,
+    prompts: o.Prompts = DEFAULTS.prompts,
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
     guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
@@ -88,6 +91,10 @@ def plan(
     optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
     truncation: o.Truncation = DEFAULTS.truncation,
     kl_weight: c.KlWeight = DEFAULTS.kl_weight,
+    watch_reward: c.WatchReward = DEFAULTS.watch_reward,
+    watch_reward_model: c.WatchRewardModel = [],  # noqa: B006
+    watch_prompts: c.WatchPrompts = DEFAULTS.watch_prompts,
+    diversity_model: c.DiversityModel = DEFAULTS.diversity_model,
     mixed_precision: o.MixedPrecision = o.Precision.auto,
     memory_budget: MemoryBudget = DEFAULTS.memory_budget,
     cache_text: o.CacheText = DEFAULTS.cache_text,

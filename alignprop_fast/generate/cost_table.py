@@ -29,6 +29,7 @@ from alignprop_fast.runtime import (
     decoder_stages,
     device_name,
     link_rate,
+    only_new_garbage,
     operator_seconds,
     reward_stages,
     step_costs,
@@ -91,7 +92,8 @@ def measured_table(task: TrainingStep) -> CostTable:
     origin = {**_origin(task), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
         origin["offload"] = "none"
-    return _completed(_remembered(origin, lambda: _costs(task, origin, None, link)), task, None)
+    with only_new_garbage():
+        return _completed(_remembered(origin, lambda: _costs(task, origin, None, link)), task, None)
 
 
 def estimated_table(task: TrainingStep, gpu: Gpu) -> CostTable:

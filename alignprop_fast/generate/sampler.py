@@ -107,7 +107,8 @@ class DifferentiableSampler:
             by rounding between a step without gradient and its replay. Not tried on a GPU yet.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between, and
             where they do not fit beside the model it waits there while they encode.
-        optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
+        optimizer_bytes: what the optimizer's state takes, with a moving average of the weights if there is one; None:
+            two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters that learn switched off, over the gradient steps; differentiable, a regulariser to add
             to the loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the

@@ -11,7 +11,7 @@ from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate, only_new_garbage
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
@@ -43,6 +43,7 @@ __all__ = [
     "driver_bytes",
     "link_rate",
     "lockable_bytes",
+    "only_new_garbage",
     "operator_seconds",
     "raise_if_changed",
     "reward_stages",
