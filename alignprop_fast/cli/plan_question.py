@@ -277,13 +277,12 @@ def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSample
     from alignprop_fast.models.architectures import NAMES
     from alignprop_fast.models.lora.adapters import add_lora
     from alignprop_fast.models.lora.targets import denoiser
+    from alignprop_fast.training.options import TrainOptions
 
     if options["model"] in NAMES:
         raise ValueError(f"{options['model']} is an architecture without weights: give --measure a folder or a Hub id")
-    pipe = open_pipeline(
-        *(options["model"], device, options["mixed_precision"], options["scheduler"], None, options["allow_pickle"]),
-        place=False,
-    )
+    names = ("model", "mixed_precision", "scheduler", "allow_pickle")
+    pipe = open_pipeline(TrainOptions(**{name: options[name] for name in names}), device, place=False)
     add_lora(pipe, options["lora_rank"], options["lora_rank"], options["lora_targets"])
     _change_dtypes(pipe, options, device)
     # Last what may not have to lie there at all, as in training.
