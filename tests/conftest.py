@@ -111,7 +111,7 @@ def steady_clock():
     which on a busy machine says at times that to recompute is faster than to keep. For checks of one plan's peak."""
     import importlib
 
-    from alignprop_fast.runtime.segments import STEP_OPTIONS
+    from alignprop_fast.runtime.blocks import STEP_OPTIONS
 
     trace = importlib.import_module("alignprop_fast.runtime.trace")  # the name in `runtime` is the function
 

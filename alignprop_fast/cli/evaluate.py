@@ -88,7 +88,7 @@ def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
         from alignprop_fast.models.lora.mix import load_loras
         from alignprop_fast.prompts.rows import load_rows
         from alignprop_fast.rewards.diversity import ImageEmbedder
-        from alignprop_fast.rewards.weights import Loading
+        from alignprop_fast.rewards.weights import RewardLoading
 
         folder.check_new()
         _check(options.lora, options.scale)
@@ -105,7 +105,7 @@ def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
         parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
         embed = None
         if options.images_per_prompt > 1:
-            embed = ImageEmbedder(options.diversity_model, Loading(options.allow_pickle)).to(device)
+            embed = ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device)
         elif options.diversity_model is not None:
             raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
         sampler = open_sampler(options, pipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, replace
 from enum import Enum, StrEnum
@@ -103,20 +104,24 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
     """The trainer's config. `device`: "cpu" or a CUDA device.
 
     Raises:
-        ValueError: a value that cannot work.
+        ValueError: a value that cannot work, called by its name on the command line.
     """
     from alignprop_fast.training.config import AlignPropConfig, config_field
 
-    chosen = {config_field(each.name, option): getattr(options, each.name) for each, option in declared(TrainOptions)}
-    chosen.pop("", None)
-    return AlignPropConfig(
-        exp_name="alignprop-fast",
-        tracker_project_name=TRACKER,
-        logdir=options.output_dir,
-        resume_from=resume_from,
-        accelerator_kwargs={"cpu": device == "cpu"},
-        **chosen,
-    )
+    names = {config_field(each.name, option): each.name for each, option in declared(TrainOptions)}
+    names.pop("")  # of those that the trainer does not know
+    try:
+        return AlignPropConfig(
+            exp_name="alignprop-fast",
+            tracker_project_name=TRACKER,
+            logdir=options.output_dir,
+            resume_from=resume_from,
+            accelerator_kwargs={"cpu": device == "cpu"},
+            **{field: getattr(options, name) for field, name in names.items()},
+        )
+    except ValueError as error:
+        flags = {field: flag(name) for field, name in names.items()}
+        raise ValueError(re.sub(r"\w+_\w+", lambda word: flags.get(word[0], word[0]), str(error))) from error
 
 
 class ConfigCommand(TyperCommand):

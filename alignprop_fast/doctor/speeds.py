@@ -25,7 +25,7 @@ def against_plain(cases: Iterable[Case], device: torch.device) -> Iterator[Fact]
 
 
 def of_attention(draw: Draw, all_sizes: Iterable[Sizes]) -> Iterator[Fact]:
-    """What `ops.choice` measures and chooses for attention, in either direction."""
+    """What `ops.autotune` measures and chooses for attention, in either direction."""
     for sizes in all_sizes:
         q, k = (draw(sizes.b, rows, sizes.h, sizes.d).transpose(1, 2) for rows in (sizes.m, sizes.n))
         for direction in ("forward", "backward"):

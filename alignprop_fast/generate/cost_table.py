@@ -29,6 +29,7 @@ from alignprop_fast.runtime import (
     decoder_stages,
     device_name,
     link_rate,
+    only_new_garbage,
     operator_seconds,
     reward_stages,
     step_costs,
@@ -41,7 +42,7 @@ _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingStep:
     """What one training step consists of.
 
     model: the adapter (`models`) of the pipeline, on its device or on meta tensors. size: (height, width) in pixels.
@@ -80,7 +81,7 @@ def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> lis
     return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
 
 
-def measured_table(task: Task) -> CostTable:
+def measured_table(task: TrainingStep) -> CostTable:
     """Run each part of the task on its device under each option, or read what was measured before.
 
     To be called under the autocast state that the task will run under: a table of another state has other costs.
@@ -91,10 +92,11 @@ def measured_table(task: Task) -> CostTable:
     origin = {**_origin(task), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
         origin["offload"] = "none"
-    return _completed(_remembered(origin, lambda: _costs(task, origin, None, link)), task, None)
+    with only_new_garbage():
+        return _completed(_remembered(origin, lambda: _costs(task, origin, None, link)), task, None)
 
 
-def estimated_table(task: Task, gpu: Gpu) -> CostTable:
+def estimated_table(task: TrainingStep, gpu: Gpu) -> CostTable:
     """The table of a task on meta tensors, with the seconds that its operators would take on the GPU (a roofline).
 
     Remembered like what is measured, since counting all operators of a large model takes a minute.
@@ -140,7 +142,7 @@ def _read(path: Path) -> CostTable | None:
         return None
 
 
-def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
+def _costs(task: TrainingStep, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
     """The table but for what `_completed` adds."""
     x = _latents(task)
     image_bytes = _bytes([_images(task)])
@@ -160,7 +162,7 @@ def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link
     )
 
 
-def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTable:
+def _completed(table: CostTable, task: TrainingStep, formula: Operator | None) -> CostTable:
     if task.chain.penalty is not None:
         table = _penalised(table, task)
     # A sink adds to what earlier backward passes left; without one, sums are made beside it, in fp32.
@@ -176,24 +178,24 @@ def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTa
     )
 
 
-def _penalised(table: CostTable, task: Task) -> CostTable:
+def _penalised(table: CostTable, task: TrainingStep) -> CostTable:
     """With `Chain.penalty`: one more evaluation without gradient in every gradient step, whose result the backward
     pass waits for, and the step once more in the backward pass.
     """
     y_bytes = task.cond.branches * table.latent_bytes
 
-    def twice(option: Option, spike_bytes: int = 0, seconds: float = 0.0) -> Option:
-        spike_bytes = max(option.spike_bytes, spike_bytes)
-        return replace(option, spike_bytes=spike_bytes, seconds=2 * option.seconds + seconds)
+    def twice(option: Option, transient_bytes: int = 0, seconds: float = 0.0) -> Option:
+        transient_bytes = max(option.transient_bytes, transient_bytes)
+        return replace(option, transient_bytes=transient_bytes, seconds=2 * option.seconds + seconds)
 
     *blocks, rest = table.step
     step = [Segment(block.name, tuple(map(twice, block.options))) for block in blocks]
-    spike_bytes = table.sampling_bytes + 3 * y_bytes
-    last = [twice(option, spike_bytes, table.sampling_seconds) for option in rest.options]
+    transient_bytes = table.sampling_bytes + 3 * y_bytes
+    last = [twice(option, transient_bytes, table.sampling_seconds) for option in rest.options]
     return replace(table, step=(*step, Segment(rest.name, tuple(last))), latent_bytes=table.latent_bytes + y_bytes)
 
 
-def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
+def _rewards(task: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
     if task.reward is None:
         return ()
     by_image = getattr(task.reward, "by_image", False)
@@ -205,19 +207,19 @@ def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
         )
 
 
-def _latents(task: Task) -> torch.Tensor:
+def _latents(task: TrainingStep) -> torch.Tensor:
     model = task.model
     scale = model.pipe.vae_scale_factor
     x = torch.zeros(task.batch, model.latent_channels, *(side // scale for side in task.size), device=model.device)
     return x.to(torch.promote_types(model.dtype, torch.float32))
 
 
-def _images(task: Task) -> torch.Tensor:
+def _images(task: TrainingStep) -> torch.Tensor:
     dtype = torch.promote_types(task.model.dtype, torch.float32)
     return torch.zeros(task.batch, 3, *task.size, device=task.model.device, dtype=dtype)
 
 
-def _fixed(task: Task) -> dict[str, int]:
+def _fixed(task: TrainingStep) -> dict[str, int]:
     """Bytes that are there all through a training step, whatever the plan."""
     trained = task.chain.parameters
     device = task.model.device  # diffusers searches all modules for it
@@ -243,7 +245,7 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
-def _origin(task: Task) -> dict[str, str]:
+def _origin(task: TrainingStep) -> dict[str, str]:
     """What the numbers of a table depend on, beside the device."""
     model = task.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.receivers]

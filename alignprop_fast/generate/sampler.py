@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import Task, blocks_of, estimated_table, measured_table
+from alignprop_fast.generate.cost_table import TrainingStep, blocks_of, estimated_table, measured_table
 from alignprop_fast.generate.fast_predict import FastPredict, Predict
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
@@ -41,13 +41,13 @@ from alignprop_fast.runtime import (
     HostPool,
     Offloader,
     autocast_dtype,
-    by_image,
     device_memory,
     driver_bytes,
-    in_chunks,
     lockable_bytes,
+    raise_if_changed,
+    run_decoder_stage,
     run_penalised_chain,
-    unchanged,
+    score_in_chunks,
     unless_out_of_memory,
     use_growing_segments,
     version,
@@ -107,7 +107,8 @@ class DifferentiableSampler:
             by rounding between a step without gradient and its replay. Not tried on a GPU yet.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between, and
             where they do not fit beside the model it waits there while they encode.
-        optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
+        optimizer_bytes: what the optimizer's state takes, with a moving average of the weights if there is one; None:
+            two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters that learn switched off, over the gradient steps; differentiable, a regulariser to add
             to the loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
@@ -177,7 +178,7 @@ class DifferentiableSampler:
         self._solvers: dict[tuple, Solver] = {}
         self._timesteps: dict[Any, torch.Tensor] = {}
         self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
-        self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
+        self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_groups())
         self.host_memory_bytes = None if host_memory is None else parse_bytes(host_memory, "host memory")
         self._host_pool: HostPool | None = None
 
@@ -326,9 +327,9 @@ class DifferentiableSampler:
         stage = "batch" if self.plan is None or self.plan.reward is None else self.plan.reward.name
         if stage == "batch":
             return self.reward(images, prompts, metadata)
-        scores, info = in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
+        scores, info = score_in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
         own = [self.reward] if isinstance(self.reward, torch.nn.Module) else []
-        return unchanged(scores, getattr(self.reward, "state", partial(versions, own))), info
+        return raise_if_changed(scores, getattr(self.reward, "state", partial(versions, own))), info
 
     def plan_for(self, batch: int, num_grad_steps: int | None = None, negative_prompt: str | None = None) -> Plan:
         """The plan of a batch of this size with so many gradient steps; None: all of them, which needs the most memory.
@@ -406,8 +407,8 @@ class DifferentiableSampler:
         chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
         x, penalty = run_penalised_chain(chain, plan, x)
         model, decoder, blocks = self.model, plan.decoder, self._decoder_blocks
-        images = by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
-        return unchanged(images, partial(versions, [model.decoder])), x, penalty
+        images = run_decoder_stage(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
+        return raise_if_changed(images, partial(versions, [model.decoder])), x, penalty
 
     def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
         model, rescale = self.model, self.guidance_rescale
@@ -426,7 +427,7 @@ class DifferentiableSampler:
             noise = model.noise(update.latents(state), generator) if self.draw_noise else None
             return update.advance(i, state, y, noise)
 
-        def off_base(i: int, state: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def base_model_penalty(i: int, state: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.inference_mode(), model.adapters_off():
                 base = network(i, state)
             wide = torch.promote_types(y.dtype, torch.float32)
@@ -444,7 +445,7 @@ class DifferentiableSampler:
             start=update.start,
             finish=update.latents,
             input_gradient=input_gradient,
-            penalty=off_base if self.compare_with_base else None,
+            penalty=base_model_penalty if self.compare_with_base else None,
             # What is recorded would hold the graph of the conditions.
             sample=None if self._fast is None or conditions else partial(network, predict=self._fast.for_chain()),
             conditions=conditions,
@@ -510,7 +511,7 @@ class DifferentiableSampler:
     def _has_budget(self) -> bool:
         return self.budget_bytes is not None or (self._takes_what_is_free and self.model.device.type == "cuda")
 
-    def _settled_budget(self, task: Task) -> int:
+    def _settled_budget(self, task: TrainingStep) -> int:
         """The budget, on a GPU held to what is free there. That is looked at once, after the costs are known: kernels
         are loaded then, and libraries have taken what they take."""
         if not self._budget_is_settled and self.model.device.type == "cuda":
@@ -524,7 +525,7 @@ class DifferentiableSampler:
         assert self.budget_bytes is not None
         return self.budget_bytes
 
-    def _warm_up(self, task: Task) -> None:
+    def _warm_up(self, task: TrainingStep) -> None:
         """One gradient step and its pictures, forward and back, as lean as can be; takes no random number."""
         chain = replace(self._chain(task.cond, None, self.table.last_alone(), True), sink=None)
         with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
@@ -532,7 +533,7 @@ class DifferentiableSampler:
             images, _, _ = self._images(chain, leanest(1, (0,)), x)
             torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
 
-    def _make_plan(self, task: Task, grad_steps: list[int], wants_gradient: bool = False) -> Plan:
+    def _make_plan(self, task: TrainingStep, grad_steps: list[int], wants_gradient: bool = False) -> Plan:
         """wants_gradient: the initial latents do."""
         # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
         num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
@@ -541,7 +542,7 @@ class DifferentiableSampler:
         solver = self._solver(task, num_steps)
         return solver.plan(grad_steps, self._settled_budget(task))
 
-    def _solver(self, task: Task, num_steps: int) -> Solver:
+    def _solver(self, task: TrainingStep, num_steps: int) -> Solver:
         cast = autocast_dtype(self.model.device)
         embeds, receivers = task.cond.embeds, len(task.chain.receivers)
         key = (num_steps, task.batch, embeds.shape, embeds.dtype, receivers, cast)
@@ -552,19 +553,21 @@ class DifferentiableSampler:
             self._solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
         return self._solvers[key]
 
-    def _costs(self, task: Task, gpu: Gpu | None = None) -> CostTable:
+    def _costs(self, task: TrainingStep, gpu: Gpu | None = None) -> CostTable:
         table = measured_table(task) if gpu is None else estimated_table(task, gpu)
         if self._fast is None or self._fast.graphs is None:
             return table
         return replace(table, fixed={**table.fixed, "graphs": table.sampling_bytes})
 
-    def _blank_task(self, batch: int, negative_prompt: str | None) -> Task:
+    def _blank_task(self, batch: int, negative_prompt: str | None) -> TrainingStep:
         cond = self.model.blank_conditioning(batch, self._guided(negative_prompt), self.size)
         prompt, metadata = self.example
         return self._task(self._chain(cond, None, self.table, True), cond, [prompt] * batch, [metadata] * batch)
 
-    def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:
-        return Task(
+    def _task(
+        self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None
+    ) -> TrainingStep:
+        return TrainingStep(
             model=self.model,
             chain=chain,
             cond=cond,

@@ -61,6 +61,15 @@ def architecture(
     from alignprop_fast.models import adapt
     from alignprop_fast.models.lora.adapters import add_lora
 
+    pipe = published_pipeline(name, dtype, device)
+    with torch.device(device):
+        for parameter in add_lora(pipe, rank, rank, targets):
+            parameter.data = parameter.data.to(adapter_dtype)
+    return adapt(pipe)
+
+
+def published_pipeline(name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "meta") -> Any:
+    """The pipeline of a published model, frozen, with random or no weights. Arguments and errors: `architecture`."""
     if name not in NAMES:
         raise ValueError(f"unknown architecture {name!r}: use {', '.join(NAMES)}")
     with torch.device(device), _default_dtype(dtype):
@@ -68,9 +77,7 @@ def architecture(
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        for parameter in add_lora(pipe, rank, rank, targets):
-            parameter.data = parameter.data.to(adapter_dtype)
-    return adapt(pipe)
+    return pipe
 
 
 def parameters(adapter: Any) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from alignprop_fast.models.lean.quantization import is_quantized, quantize_linears
-from alignprop_fast.models.load.pipeline import load_pipeline
+from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
 from alignprop_fast.models.lora.adapters import (
     DEFAULT,
     add_lora,
@@ -47,6 +48,7 @@ class DefaultDDPOStableDiffusionPipeline:
         adapter: name of the adapter that is trained and saved; needed where several require grad. A new one, and one
             that lies beside the model, get this name. All other adapters stay as they are, and those that are active
             take part; what the adapter has in text encoders stays frozen and is saved with it.
+        outline: build the model from its configuration files, on the meta device, as `load_outline` does: for a plan.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -65,19 +67,20 @@ class DefaultDDPOStableDiffusionPipeline:
         allow_pickle: bool = False,
         dtype: torch.dtype = torch.float32,
         adapter: str | None = None,
+        outline: bool = False,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora, self.adapter = use_lora, adapter
         folder = Path(pretrained_model_name).expanduser()
         in_fp32 = not use_lora or (folder / WEIGHTS_NAME).is_file()
-        self.sd_pipeline = load_pipeline(
+        load = load_outline if outline else partial(load_pipeline, allow_pickle=allow_pickle)
+        self.sd_pipeline = load(
             pretrained_model_name,
             torch.float32 if in_fp32 else dtype,
             revision=pretrained_model_revision,
             scheduler=scheduler,
             model_config=model_config,
-            allow_pickle=allow_pickle,
         )
         self.unet.requires_grad_(not use_lora)
         self._loaded: Lora = {}

@@ -338,7 +338,7 @@ class PipelineAdapter(ABC):
         config = self.pipe.vae.config
         return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
-    def decoder_segments(self) -> dict[str, list[nn.Module]]:
+    def decoder_groups(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
 

@@ -1,6 +1,6 @@
 """attention: o = softmax(s q k^T) v, without mask (Vaswani et al. 2017, eq. 1), keeping q, k, v, o and the logsumexp.
 
-A segment that runs again keeps o and the logsumexp (`ops.kept`), and the backward pass makes the probabilities again
+A segment that runs again keeps o and the logsumexp (`ops.reuse`), and the backward pass makes the probabilities again
 from them (Dao et al. 2022), so that the quadratic part of attention never runs twice in the forward direction.
 """
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
 from alignprop_fast.ops.backend import attempt, is_traced
-from alignprop_fast.ops.kept import kept
+from alignprop_fast.ops.reuse import reuse_or_compute
 
 
 def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -47,7 +47,7 @@ def _backward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        o, lse = kept("attention", lambda: _forward(q, k, v, scale))
+        o, lse = reuse_or_compute("attention", lambda: _forward(q, k, v, scale))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale = scale
         return o

@@ -15,10 +15,10 @@ from functools import cache
 
 import torch
 
-from alignprop_fast.ops import attention_plain, attention_triton, choice, switched_off
+from alignprop_fast.ops import attention_plain, attention_triton, autotune, switched_off
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
+from alignprop_fast.ops.autotune import fastest
 from alignprop_fast.ops.backend import backend, is_traced, only_plain
-from alignprop_fast.ops.choice import fastest
 
 Tensor = torch.Tensor
 Tensors = tuple[torch.Tensor, ...]
@@ -114,7 +114,7 @@ _GUARDS = {
 
 
 def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
-    """The implementation for q [B, H, M, D] and k [B, H, N, D]; on a GPU measured once per shape (`ops.choice`).
+    """The implementation for q [B, H, M, D] and k [B, H, N, D]; on a GPU measured once per shape (`ops.autotune`).
 
     direction: "forward" or "backward".
     """
@@ -137,7 +137,7 @@ def explain(direction: str, q: Tensor, k: Tensor) -> str:
     if not q.is_cuda:
         return f"attention {direction} on {q.device.type}: {name}, PyTorch's fused kernel"
     reasons = "".join(f", {name}: {reason}" for name, reason in _refused(direction, q, k).items())
-    return f"attention {direction}: {name}; {choice.explain(_problem(direction, q, k), q.device)}{reasons}"
+    return f"attention {direction}: {name}; {autotune.explain(_problem(direction, q, k), q.device)}{reasons}"
 
 
 def offered(direction: str, q: Tensor, k: Tensor) -> list[Backend]:

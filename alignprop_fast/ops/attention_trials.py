@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from alignprop_fast.ops.choice import difference
+from alignprop_fast.ops.autotune import difference
 
 Tensor = torch.Tensor
 Tensors = tuple[torch.Tensor, ...]
@@ -122,7 +122,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class ForwardTrial:
-    """A candidate of `ops.choice`: the forward pass of one backend."""
+    """A candidate of `ops.autotune`: the forward pass of one backend."""
 
     backend: Backend
     trials: Trials

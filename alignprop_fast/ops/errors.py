@@ -1,4 +1,4 @@
-"""Whether an error says that the device's memory is full, and work that may run out of it."""
+"""Errors in one line, and work that may find the device's memory full."""
 
 import gc
 from collections.abc import Callable
@@ -22,6 +22,16 @@ class OutOfMemory:
     """What work came to for which the device was too small. reason: what the device said, in one line."""
 
     reason: str
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of one line; its type where the message is empty.
+
+    Without a full stop at its end, and without transformers' pointer to a traceback that is not shown.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0].partition(" Please check out the root cause")[0].rstrip(".:;") if lines else ""
+    return line or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

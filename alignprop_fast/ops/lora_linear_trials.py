@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.ops.autotune import Candidate, difference, fastest
 from alignprop_fast.ops.backend import backend, is_traced
-from alignprop_fast.ops.choice import Candidate, difference, fastest
 from alignprop_fast.ops.lora_linear_plain import plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_triton import run_backward, run_forward
 
@@ -17,7 +17,7 @@ MAX_LAYERS = 3
 
 
 def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """ "plain" or "triton" for these layers of x [..., I]; on a GPU measured once per shape (`ops.choice`).
+    """ "plain" or "triton" for these layers of x [..., I]; on a GPU measured once per shape (`ops.autotune`).
 
     The kernels serve one to three layers that all have adapters of one dtype and of rank 128 at most.
     """
@@ -35,7 +35,7 @@ def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
 
 
 def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """The key under which `ops.choice` remembers these shapes."""
+    """The key under which `ops.autotune` remembers these shapes."""
     outs = "+".join(str(layer.weight.shape[0]) for layer in layers)
     ranks = "+".join(str(layer.down.shape[0]) for layer in layers)
     dtypes = f"{x.dtype} {layers[0].down.dtype}".replace("torch.", "")
@@ -79,7 +79,7 @@ class _Inputs:
 
 
 class _PlainTrial:
-    """A candidate of `ops.choice`: PyTorch's own products, which are the reference too."""
+    """A candidate of `ops.autotune`: PyTorch's own products, which are the reference too."""
 
     name = "plain"
 
@@ -105,7 +105,7 @@ class _PlainTrial:
 
 
 class _TritonTrial:
-    """A candidate of `ops.choice`: the package's kernels."""
+    """A candidate of `ops.autotune`: the package's kernels."""
 
     name = "triton"
 

@@ -1,8 +1,8 @@
 """Frontiers of (bytes needed, seconds): what is the fastest way to run a part of the training step in so many bytes?
 
 A part runs while another, called the rest, is still to come and keeps its bytes meanwhile. A segment in front of a
-rest that needs n bytes needs max(kept + spike, kept + n): its own worst moment, or the rest's with the segment's kept
-bytes alive. So every frontier is built from the last segment to the first, with two numbers to a label, whatever the
+rest that needs n bytes needs max(kept + transient, kept + n): its own worst moment, or the rest's, beside the segment's
+kept bytes. So every frontier is built from the last segment to the first, with two numbers to a label, whatever the
 memory budget will be; and a label is worth keeping only if no other needs less and is as fast (Pareto).
 """
 
@@ -89,8 +89,8 @@ def in_front(segment: Segment, rest: Frontier, most: int, above: int = 0) -> Fro
     """Frontier of a segment followed by the rest. above: bytes alive on top during the segment's own worst moment."""
     options = segment.options
     kept = np.array([option.kept_bytes for option in options], np.int64)[:, None]
-    spike = np.array([option.spike_bytes + above for option in options], np.int64)[:, None]
-    need = (kept + np.maximum(spike, rest.need)).ravel()
+    transient = np.array([option.transient_bytes + above for option in options], np.int64)[:, None]
+    need = (kept + np.maximum(transient, rest.need)).ravel()
     seconds = (np.array([option.seconds for option in options])[:, None] + rest.seconds).ravel()
     host = (np.array([option.host_bytes for option in options], np.int64)[:, None] + rest.host).ravel()
     rows, thinned = _best(need, seconds, most)

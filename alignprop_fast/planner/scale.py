@@ -47,7 +47,7 @@ class _Line:
             Option(
                 one.name,
                 self.size(one.kept_bytes, two.kept_bytes),
-                self.size(one.spike_bytes, two.spike_bytes),
+                self.size(one.transient_bytes, two.transient_bytes),
                 self.seconds(one.seconds, two.seconds),
                 self.size(one.host_bytes, two.host_bytes),
             )

@@ -39,10 +39,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class _Chain:
-    """The chosen options of a chain: kept bytes and spike where its peak lies, kept bytes in all, seconds, host."""
+    """The chosen options of a chain: kept and transient bytes where its peak lies, kept bytes in all, seconds, host."""
 
     kept_at_peak: int
-    spike: int
+    transient: int
     kept: int
     seconds: float
     host: int
@@ -53,7 +53,7 @@ class _Chain:
         kept, worst = 0, (0, 0)
         for option in chosen:
             kept += option.kept_bytes
-            worst = max(worst, (kept, option.spike_bytes), key=sum)
+            worst = max(worst, (kept, option.transient_bytes), key=sum)
         return cls(*worst, kept, sum(o.seconds for o in chosen), sum(o.host_bytes for o in chosen))
 
 
@@ -61,7 +61,7 @@ class _Chain:
 class _Part:
     """The decoder or the reward: what its forward and backward pass take on top of what is alive before."""
 
-    forward: tuple[int, int]  # kept bytes and spike at the worst moment
+    forward: tuple[int, int]  # kept and transient bytes at the worst moment
     backward: tuple[int, int]
     kept: int  # from its forward to its backward pass
     forward_seconds: float
@@ -74,7 +74,7 @@ class _Part:
             return cls((0, reserve_bytes), (0, reserve_bytes), 0, 0.0, 0.0, 0)
         stage = find_stage(stages, choice.name)
         run = _Chain.of(stage.segments, choice.options)
-        peak = (run.kept_at_peak, run.spike)
+        peak = (run.kept_at_peak, run.transient)
         if stage.replayed:
             seconds = stage.runs * run.seconds
             return cls((0, stage.forward_bytes), peak, 0, stage.forward_seconds, seconds, run.host)
@@ -126,7 +126,7 @@ class _Walk:
     def moment(
         self, phase: str, label: str, peak: tuple[int, int], seconds: float, kept_after: int, sums: int = 0
     ) -> Moment:
-        """peak: kept bytes and spike on top of what is alive before; kept_after: all kept bytes when it is over."""
+        """peak: kept and transient bytes on top of what is alive before; kept_after: all kept bytes when it is over."""
         kinds = {
             **self.table.fixed,
             "gradients": self.table.fixed.get("gradients", 0) + sums,
@@ -158,7 +158,7 @@ class _Walk:
             if step in residents:
                 chain = residents[step]
                 seconds = min(self.table.sampling_seconds, chain.seconds)
-                peak = (chain.kept_at_peak, chain.spike + self.transfer)
+                peak = (chain.kept_at_peak, chain.transient + self.transfer)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
                 peak = (0, self.table.sampling_bytes)
@@ -168,10 +168,10 @@ class _Walk:
         for step, chain in zip(reversed(self.plan.resident_steps), reversed(self.residents), strict=True):
             self.kept -= chain.kept
             seconds = chain.seconds - min(self.table.sampling_seconds, chain.seconds)
-            peak = (chain.kept_at_peak, chain.spike + self.transfer)
+            peak = (chain.kept_at_peak, chain.transient + self.transfer)
             yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept, self.sums)
         for step in reversed(self.plan.replayed_steps):
-            peak = (self.replay.kept_at_peak, self.replay.spike + self.transfer)
+            peak = (self.replay.kept_at_peak, self.replay.transient + self.transfer)
             label = f"step {step} replayed"
             yield self.moment("replayed steps", label, peak, self.replay.seconds, self.kept, self.sums)
 

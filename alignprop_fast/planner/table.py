@@ -3,7 +3,7 @@
 All bytes are of live tensors at one batch size, resolution and dtype, on one device. A training step runs the
 denoising steps, the decoder, the reward, and the backward pass through them in reverse. Every part is an ordered chain
 of segments; each takes one option. With P_j the kept bytes of the chosen options of segments 1 to j, a chain's peak
-over what was alive before is max_j (P_j + spike_j).
+over what was alive before is max_j (P_j + transient_j): kept bytes so far, and transient ones on top.
 """
 
 import math
@@ -34,7 +34,7 @@ class Option:
 
     name: "keep" (all activations), "attention", "recompute", "offload", ...
     kept_bytes: on the device from the segment's forward pass until its backward pass is done.
-    spike_bytes: alive on top of all kept bytes up to and including this segment's own, at the worst moment of its
+    transient_bytes: alive on top of all kept bytes up to and including this segment's own, at the worst moment of its
         forward or backward pass.
     seconds: forward, backward, whatever runs again, and transfers that nothing hides.
     host_bytes: kept in host memory instead (offload).
@@ -42,12 +42,12 @@ class Option:
 
     name: str
     kept_bytes: int
-    spike_bytes: int
+    transient_bytes: int
     seconds: float
     host_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _require_costs(f"option {self.name}", (self.kept_bytes, self.spike_bytes, self.host_bytes), (self.seconds,))
+        _require_costs(f"option {self.name}", (self.kept_bytes, self.transient_bytes, self.host_bytes), (self.seconds,))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Stage:
     segments: of one run.
     runs: runs that make up the batch (images or chunks); one unless replayed.
     replayed: the forward pass keeps no graph; the backward pass takes one run after another forward again and back.
-    forward_bytes: replayed only: spike of the forward pass without graph.
+    forward_bytes: replayed only: transient bytes of the forward pass without graph.
     forward_seconds: replayed only: the forward passes of all runs without graph.
     """
 
@@ -111,11 +111,11 @@ class CostTable:
         state takes two more.
     image_bytes: the images, alive from the decoder on until the end of the step.
     step: segments of one denoising step that carries gradient.
-    sampling_bytes, sampling_seconds: one denoising step without gradient: spike, time.
+    sampling_bytes, sampling_seconds: one denoising step without gradient: transient bytes, time.
     sums_bytes: the sums of the gradients over the steps, alive in the steps' backward passes where several carry one.
     transfer_bytes: what one block's tensors take on their way to host memory or back beside a neighbour's worst moment,
-        on top of every spike of a step under plans that offload.
-    decoders, rewards: alternatives; without rewards (no reward known), the reward's phase has a spike of reserve_bytes.
+        on top of a step's transient bytes under plans that offload.
+    decoders, rewards: alternatives. Without rewards (no reward known) the reward takes reserve_bytes for a moment.
     optimizer_seconds: one update.
     host_limit_bytes: most that offloading may take of the host's memory; None for no limit.
     origin: where the table is from: model, shapes, dtype, device, package version, source ("measured", "estimated").

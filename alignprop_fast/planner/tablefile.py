@@ -8,7 +8,8 @@ from typing import Any
 
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 said spike_bytes for transient_bytes
 _REMEDY = "measure or estimate the table again"
 
 
@@ -37,9 +38,10 @@ def load_table(path: str | os.PathLike) -> CostTable:
     except ValueError as error:
         raise ValueError(f"the cost table {path} is damaged: {_REMEDY}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         found = "no format version" if version is None else f"format version {version}"
-        raise ValueError(f"the cost table {path} has {found}, this program reads {FORMAT_VERSION}: {_REMEDY}")
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"the cost table {path} has {found}, this program reads {readable}: {_REMEDY}")
     try:
         return _table(content["table"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -48,8 +50,12 @@ def load_table(path: str | os.PathLike) -> CostTable:
         raise ValueError(f"the cost table {path} is wrong: {error}") from error
 
 
+def _option(entry: dict[str, Any]) -> Option:
+    return Option(**{"transient_bytes" if name == "spike_bytes" else name: value for name, value in entry.items()})
+
+
 def _segments(entries: list[dict[str, Any]]) -> tuple[Segment, ...]:
-    return tuple(Segment(**{**entry, "options": tuple(Option(**o) for o in entry["options"])}) for entry in entries)
+    return tuple(Segment(**{**entry, "options": tuple(map(_option, entry["options"]))}) for entry in entries)
 
 
 def _stages(entries: list[dict[str, Any]]) -> tuple[Stage, ...]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignprop_fast.rewards.detectors import Detector, load_detector
-from alignprop_fast.rewards.weights import DEFAULT, Loading
+from alignprop_fast.rewards.weights import DEFAULT, RewardLoading
 
 _TEMPERATURE = 0.5
 _SHARPNESS = 4  # the power of the share: the best of several candidates takes nearly all
@@ -36,7 +36,7 @@ _SHARPNESS = 4  # the power of the share: the best of several candidates takes n
 class Count(nn.Module):
     """`count:KIND=N`."""
 
-    def __init__(self, argument: str, model: str | Path | None = None, loading: Loading = DEFAULT) -> None:
+    def __init__(self, argument: str, model: str | Path | None = None, loading: RewardLoading = DEFAULT) -> None:
         """argument: "KIND=N", for example "apple=3". model: as for `load_detector`.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, for a bad argument or model.
@@ -61,7 +61,7 @@ class Count(nn.Module):
 class Remove(nn.Module):
     """`remove:KIND`."""
 
-    def __init__(self, kind: str, model: str | Path | None = None, loading: Loading = DEFAULT) -> None:
+    def __init__(self, kind: str, model: str | Path | None = None, loading: RewardLoading = DEFAULT) -> None:
         """kind: for example "apple". model: as for `load_detector`, whose errors it raises."""
         super().__init__()
         self.detector = load_detector(model, kind.strip(), loading)

@@ -17,8 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.planner import Plan
+from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.offload import Offloader
-from alignprop_fast.runtime.segments import Block, kept_as
 from alignprop_fast.runtime.versions import CHANGED
 
 
@@ -107,7 +107,7 @@ class _Tape:
         self.graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.inputs: dict[int, torch.Tensor] = {}
         self.penalty: torch.Tensor | None = None
-        self.pulls: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
+        self.penalty_gradients: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
         self.state = chain.state() if grad_steps else ()
         self.used = False
 
@@ -126,7 +126,7 @@ class _Tape:
 
     def penalise(self, i: int, x: torch.Tensor, y: torch.Tensor) -> None:
         if self.chain.penalty is not None:
-            value, self.pulls[i] = self.chain.penalty(i, x, y)
+            value, self.penalty_gradients[i] = self.chain.penalty(i, x, y)
             self.penalty = value if self.penalty is None else self.penalty + value
 
 
@@ -184,9 +184,9 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
             g, _ = chain.adjoint(i, g, g.dtype)
             continue
         g, gy = chain.adjoint(i, g, y.dtype)
-        pull = (g_penalty * tape.pulls.pop(i)).to(y.dtype) if tape.pulls else None
-        if pull is not None and not x.requires_grad:
-            gy = gy + pull
+        penalty_gradient = (g_penalty * tape.penalty_gradients.pop(i)).to(y.dtype) if tape.penalty_gradients else None
+        if penalty_gradient is not None and not x.requires_grad:
+            gy = gy + penalty_gradient
         if chain.sink is None:
             gx = _network_backward(x, y, gy, receivers, sums)
         else:
@@ -194,9 +194,9 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
         del y, gy
         if gx is not None:
             g = g + gx
-            if pull is not None:
+            if penalty_gradient is not None:
                 x, y = _record(tape, i, x, False)
-                _network_backward(x, y, pull, receivers, sums)
+                _network_backward(x, y, penalty_gradient, receivers, sums)
                 del y
         del x, gx
     # As wide as they are: autograd rounds them to what a parameter's gradient is to be (its `grad_dtype`).
@@ -208,7 +208,7 @@ def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple
     x = x.detach().requires_grad_(input_gradient)
     chain = tape.chain
     network = chain.network if chain.replay is None or i in tape.plan.resident_steps else chain.replay
-    with torch.enable_grad(), kept_as(_options(tape.plan, i), chain.blocks, chain.offloader):
+    with torch.enable_grad(), apply_options(_options(tape.plan, i), chain.blocks, chain.offloader):
         y = network(i, x)
     if chain.offloader is not None:
         chain.offloader.settle()

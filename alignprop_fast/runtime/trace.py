@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.planner import Option, Segment
+from alignprop_fast.runtime.blocks import OFFLOAD, STEP_OPTIONS, Block, apply_options
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
 from alignprop_fast.runtime.offload import Offloader
-from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, kept_as
 
 LEANEST = "recompute"
 Operator = Callable[[Any, Any, Any], float]
@@ -29,7 +29,8 @@ Operator = Callable[[Any, Any, Any], float]
 class Work:
     """A network to be measured.
 
-    forward: () -> output with its graph; runs inside `kept_as`. backward: consumes that output; None: forward alone.
+    forward: () -> output with its graph; runs inside `apply_options`.
+    backward: consumes that output; None: forward alone.
     operator_seconds: (function, arguments, result) -> seconds, where they are estimated; None: the device is timed.
     output_kept: whether the output counts as kept.
     """
@@ -45,27 +46,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Interval:
-    """Costs of one interval under one option; spikes are above all that is kept up to and including the interval.
+    """Costs of one interval under one option. Transient bytes lie on top of all kept ones, this interval's included.
 
-    host_bytes: what was moved to host memory. Above the spikes is what the block before has on its way there or back.
+    host_bytes: what was moved to host memory. What the block before has on its way there or back is not counted.
     """
 
     block: Block | None
     alike: Hashable
     kept_bytes: int
     host_bytes: int
-    forward_spike_bytes: int
-    backward_spike_bytes: int
+    forward_transient_bytes: int
+    backward_transient_bytes: int
     seconds: float
 
     def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
         """This interval changed as a like one was between two options."""
-        names = ("kept_bytes", "host_bytes", "forward_spike_bytes", "backward_spike_bytes", "seconds")
+        names = ("kept_bytes", "host_bytes", "forward_transient_bytes", "backward_transient_bytes", "seconds")
         return replace(self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names})
 
     def option(self, name: str) -> Option:
-        spike_bytes = max(self.forward_spike_bytes, self.backward_spike_bytes)
-        return Option(name, self.kept_bytes, spike_bytes, max(self.seconds, 0.0), self.host_bytes)
+        transient_bytes = max(self.forward_transient_bytes, self.backward_transient_bytes)
+        return Option(name, self.kept_bytes, transient_bytes, max(self.seconds, 0.0), self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Trace:
         kept, peak = 0, 0
         for interval in self.intervals:
             kept += interval.kept_bytes
-            peak = max(peak, kept + max(interval.forward_spike_bytes, interval.backward_spike_bytes))
+            peak = max(peak, kept + max(interval.forward_transient_bytes, interval.backward_transient_bytes))
         return peak
 
     @property
@@ -241,7 +242,7 @@ def _run(
     order: list[tuple[Block, Hashable]] = []
     with _at_ends(work.blocks, order, enter):
         enter(("forward", 0))
-        with kept_as(options, work.blocks, offloader):
+        with apply_options(options, work.blocks, offloader):
             out = work.forward()
         offloader.settle()
         between(out)
@@ -310,8 +311,8 @@ def _intervals(
                 alike=kind,
                 kept_bytes=kept.get(forward, 0),
                 host_bytes=moved.get(forward, 0),
-                forward_spike_bytes=max(peaks.get(forward, 0) - total_bytes - before_bytes, 0),
-                backward_spike_bytes=max(peaks.get(backward, 0) - total_bytes - before_bytes, 0),
+                forward_transient_bytes=max(peaks.get(forward, 0) - total_bytes - before_bytes, 0),
+                backward_transient_bytes=max(peaks.get(backward, 0) - total_bytes - before_bytes, 0),
                 seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
             )
         )

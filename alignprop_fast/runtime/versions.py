@@ -27,7 +27,7 @@ def versions(modules: Iterable[nn.Module]) -> Hashable:
     return tuple((id(t), version(t), t.data_ptr() if t.requires_grad else 0) for t in held)
 
 
-def unchanged(x: torch.Tensor, state: Callable[[], Hashable]) -> torch.Tensor:
+def raise_if_changed(x: torch.Tensor, state: Callable[[], Hashable]) -> torch.Tensor:
     """x, whose backward pass raises RuntimeError where `state()` is no longer what it is now."""
     if x.requires_grad:
         x.register_hook(partial(_check, state, state()))

@@ -142,6 +142,8 @@ class AlignPropConfig(TrainerOptions, TrlFields):
             raise ValueError("prodigy needs all gradients at once: use another optimizer with optimizer_in_backward")
         if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":
             raise ValueError('adapter_dtype="bf16" does not go with mixed_precision="fp16": use bf16 for both')
+        if self.warmup_steps >= self.num_epochs:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}: use fewer than num_epochs={self.num_epochs}")
 
     def _check_truncation(self) -> None:
         """A setting under which no denoising step could ever carry gradient must not start to train."""

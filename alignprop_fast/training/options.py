@@ -37,6 +37,7 @@ class InputOptions:
         panel=Panel.MODEL,
         commands=TRAIN | PICTURES,
         shown="none",
+        changes_plan=True,
     )
     allow_pickle: bool = option(
         False,
@@ -69,8 +70,9 @@ class InputOptions:
         "whatever the scales; what is logged stays as it is.",
         panel=Panel.REWARD,
         commands=TRAIN,
+        changes_plan=True,
     )
-    prompts: str = option("demo", PROMPTS_HELP, panel=Panel.REWARD, commands=TRAIN | PICTURES)
+    prompts: str = option("demo", PROMPTS_HELP, panel=Panel.REWARD, commands=TRAIN | PICTURES, changes_plan=True)
     negative_prompt: str | None = option(
         None,
         "Negative prompt of every picture.",
@@ -191,9 +193,10 @@ class WatchOptions:
         panel=Panel.CONTROL,
         commands=TRAIN,
         shown="none",
+        changes_plan=True,
     )
     watch_reward_model: tuple[str, ...] = option(
-        (), "Weights of --watch-reward, as in --reward-model.", panel=Panel.CONTROL, commands=TRAIN
+        (), "Weights of --watch-reward, as in --reward-model.", panel=Panel.CONTROL, commands=TRAIN, changes_plan=True
     )
     watch_prompts: str | None = option(
         None,
@@ -201,6 +204,7 @@ class WatchOptions:
         panel=Panel.CONTROL,
         commands=TRAIN,
         shown="the held-out set of --prompts if there is one, else --prompts",
+        changes_plan=True,
     )
     watch_pictures: int = option(
         16,
@@ -215,6 +219,7 @@ class WatchOptions:
         panel=Panel.CONTROL,
         commands=TRAIN | Command.EVALUATE,
         shown="the bundled one",
+        changes_plan=True,
     )
     patience: int | None = option(
         None,
@@ -340,6 +345,31 @@ class TrainerOptions:
         False,
         "Full fine-tuning only: step each parameter in the backward pass as soon as its gradient is complete, and free "
         "it. train_max_grad_norm then clips each tensor's gradient by itself.",
+    )
+    lr_scheduler: str = option(
+        "constant",
+        "How the learning rate goes on after the warm-up: constant, or down to 0 at the last step, linear or cosine.",
+        panel=Panel.TRAINING,
+        commands=TRAIN,
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = option(
+        0,
+        "Optimizer steps over which the learning rate rises from 0 to its full value.",
+        panel=Panel.TRAINING,
+        commands=TRAIN,
+        at_least=0,
+        remedy="0 (off) or more",
+    )
+    ema_decay: float = option(
+        0.0,
+        "Keep an exponential moving average of the adapters with this decay, such as 0.99; 0 turns it off.",
+        panel=Panel.TRAINING,
+        commands=TRAIN,
+        at_least=0,
+        below=1,
+        remedy="0 (off) or more, and below 1",
+        changes_plan=True,
     )
     cache_text: bool = option(
         True,

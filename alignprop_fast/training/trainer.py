@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +39,7 @@ from alignprop_fast.training.metrics import (
 from alignprop_fast.training.out_of_memory import with_less_memory
 from alignprop_fast.training.placement import make_accelerator, output_folder
 from alignprop_fast.training.prepare import compute_dtype, make_sampler, prepare_model
-from alignprop_fast.training.processes import copy_of_first, largest, of_all_processes
+from alignprop_fast.training.processes import copy_of_first, largest, of_all_processes, wait_for_all
 from alignprop_fast.training.state import find_resume, restore_training, save_training
 from alignprop_fast.training.weight_update import WeightUpdate
 
@@ -127,7 +128,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
         `self.metrics` then says what happened.
         """
-        begin, config = time.perf_counter(), self.config
+        begin, config, learning_rate = time.perf_counter(), self.config, self.update.learning_rate
         reset_peak_bytes(self.accelerator.device)
         shares: list[BatchShare] = []
         pairs: dict[str, Any] = {}
@@ -146,6 +147,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             step=self.steps_done,
             **averages(batches),
             grad_norm=grad_norm,
+            learning_rate=learning_rate,
             status=status,
             images_per_second=images / seconds,
             peak_bytes=largest(peak_bytes(self.accelerator.device)),
@@ -308,6 +310,13 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation, metadata=metadata)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A block in which the model has the moving average of its weights, as `ema_decay` asks; else nothing changes.
+
+        For pictures, evaluation and `save_pretrained`; not for training steps and checkpoints.
+        """
+        return self.update.averaged()
+
     def save_checkpoint(self) -> Path:
         """Write everything a resume needs to `checkpoints/checkpoint_<steps done>`; every process must call it."""
         return save_training(self)
@@ -317,7 +326,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(save_directory)
             self._write_card(save_directory, None, None, None)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

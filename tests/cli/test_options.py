@@ -15,9 +15,11 @@ SHARED = sorted(values(TrainOptions(), Command.TRAIN).keys() & {field.name for f
 OTHER = {
     "adapter_dtype": "bf16",
     "base_dtype": "int8",
+    "ema_decay": 0.5,
     "host_memory": "3GiB",
     "log_with": "tensorboard",
     "lora_targets": "all",
+    "lr_scheduler": "cosine",
     "memory_budget": "9GiB",
     "mixed_precision": "bf16",
     "optimizer": "adafactor",

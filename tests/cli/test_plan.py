@@ -225,7 +225,7 @@ def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypat
 
 
 def test_a_quantised_base_and_narrow_adapters_are_counted(plan, configs):
-    """What is always there falls by what is packed; the spike of a product that makes its weight whole is on top."""
+    """Fixed bytes fall by what is packed. A product that unpacks its whole weight needs transient bytes on top."""
 
     def fixed(*more):
         arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT)

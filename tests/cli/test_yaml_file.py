@@ -1,6 +1,6 @@
 """The options' file: a value is what is written, as on the command line, and never what YAML makes of it."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import typer
@@ -9,10 +9,11 @@ import yaml
 from alignprop_fast.cli.options import ConfigCommand, command_line
 from alignprop_fast.cli.train import TrainCall
 from alignprop_fast.cli.yaml_file import read_yaml
-from alignprop_fast.training.declaration import Command, values
+from alignprop_fast.training.declaration import Command, taken, values
 from alignprop_fast.training.options import TrainOptions
 
 DEFAULTS = TrainOptions()
+DECLARED = taken(DEFAULTS, Command.TRAIN)
 
 
 @pytest.fixture
@@ -152,17 +153,14 @@ TEXTS = (
 def test_the_file_that_a_run_writes_is_read_back_the_same(options):
     """Every option, in odd values: a run is resumed from its own config.yaml."""
     for text in TEXTS:
-        odd = {f.name: text for f in fields(TrainOptions) if f.type in ("str", "str | None") and not _is_choice(f.name)}
+        odd = {
+            f.name: text for f, o in DECLARED if f.type in ("str", "str | None", "int | str | None") and not o.choices
+        }
         wanted = replace(
             DEFAULTS, **odd, reward_model=(text, "x"), learning_rate=1e-05, lora_alpha=4.0, allow_pickle=True
         )
         assert options(yaml.safe_dump(values(wanted, Command.TRAIN), sort_keys=False)) == wanted
     assert options(yaml.safe_dump(values(DEFAULTS, Command.TRAIN), sort_keys=False)) == DEFAULTS
-
-
-def _is_choice(name):
-    choices = ("mixed_precision", "base_dtype", "adapter_dtype", "optimizer", "scheduler", "lora_targets", "log_with")
-    return name in choices
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from emulate import TOTAL_BYTES
 from peft import LoraConfig
 
-from alignprop_fast import DifferentiableSampler, cost_table
+from alignprop_fast import DifferentiableSampler
+from alignprop_fast.generate import cost_table
 from alignprop_fast.planner.budget import HEADROOM
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")

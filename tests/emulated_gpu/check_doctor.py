@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alignprop_fast.doctor import attention, examine, first_time, op_cases
-from alignprop_fast.ops import attention_backends, choice, switched_off
+from alignprop_fast.ops import attention_backends, autotune, switched_off
 
 CUDA = torch.device("cuda", 0)
 BF16 = [torch.bfloat16]
@@ -21,7 +21,7 @@ SIZES = (attention.Sizes(1, 1, 32, 77, 32), attention.Sizes(1, 1, 32, 77, 32, lo
 @pytest.fixture(autouse=True)
 def fresh(emulated, monkeypatch):
     """Nothing is off; the interpreter takes minutes for thousands of keys, and its speed says nothing."""
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
     monkeypatch.setattr("alignprop_fast.doctor.ceilings.MOST_SECONDS", 0.01)
     monkeypatch.setattr(
         attention, "SMALL", (attention.Sizes(1, 1, 32, 77, 32), attention.Sizes(1, 1, 32, 77, 32, True))

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.ops import attention_backends, backend, choice, switched_off
+from alignprop_fast.ops import attention_backends, autotune, backend, switched_off
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.layer_norm import layer_norm
 
@@ -26,7 +26,7 @@ def gradients(tiny_sd, emulated, monkeypatch):
             return kernel(*arguments)
 
         monkeypatch.setattr(module, name, counting)
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
     torch.manual_seed(0)
     tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for parameter in tiny_sd.unet.parameters():

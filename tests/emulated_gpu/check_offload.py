@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, kept_as, link_rate
+from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, apply_options, link_rate
 from alignprop_fast.runtime.host_pool import IDLE_CHAINS
 
 CUDA = torch.device("cuda")
@@ -57,7 +57,7 @@ class Dies(torch.autograd.Function):
 
 def forward(net, offloader):
     x = torch.randn(128, 64, requires_grad=True, device="cuda")
-    with kept_as({"*": "keep" + OFFLOAD}, [Block(str(k), m, "residuals") for k, m in enumerate(net)], offloader):
+    with apply_options({"*": "keep" + OFFLOAD}, [Block(str(k), m, "residuals") for k, m in enumerate(net)], offloader):
         y = net(x)
     offloader.settle()
     return x, y

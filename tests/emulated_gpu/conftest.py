@@ -35,7 +35,7 @@ def adapted(request, emulated):
 @pytest.fixture(scope="session")
 def plain_kernels():
     """Triton's interpreter takes seconds for what these checks run hundreds of times; its kernels have tests of their
-    own. Attention goes by the first of the GPU's fused kernels instead of by a measured choice."""
+    own. Attention goes by the first of the GPU's fused kernels instead of by a measured autotune."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignprop_fast.ops.backend._HAS_TRITON", False)
         patch.setattr(

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from alignprop_fast.generate.sampler import DifferentiableSampler, cost_table
+from alignprop_fast.generate import cost_table
+from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.making.random_weights import make_sd_folder
 from alignprop_fast.planner import BudgetInfeasible, Solver, find_gpu
 from alignprop_fast.runtime import LiveBytes

@@ -1,4 +1,4 @@
-"""attention against plain PyTorch in float64, what it keeps, and what it answers about its choice.
+"""attention against plain PyTorch in float64, what it keeps, and what it answers about its autotune.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
 """

@@ -43,7 +43,7 @@ def test_plans_made_by_hand_are_priced():
         simple_table(),
         Plan(4, (3,), (1,), ({"*": "recompute", "block.0": "keep"},), {"*": "recompute"}, StageChoice("batch")),
     )
-    # Resident: 100 + 3 * 10 kept. Peak: the decoder with its 300 kept and a spike of 50, images and latents beside it.
+    # Resident: 100 + 3 * 10 kept. Peak: the decoder with its 300 kept and 50 transient, images and latents beside it.
     assert plan.peak_bytes == 1010 + 4 + 130 + 5 + 350
     assert plan.seconds == 3 * 0.5 + (1.0 + 3 * 1.5) + 4 * 1.5 + 1.0
     assert plan.phases["replayed steps"] == 1010 + 4 + 5 + 40 + 100

@@ -109,6 +109,19 @@ def test_tables_survive_a_file(tmp_path):
     assert load_table(path) == table_of_batch(3) and list(tmp_path.iterdir()) == [path]
 
 
+def test_tables_of_the_first_format_are_read(tmp_path):
+    path = tmp_path / "table.json"
+    save_table(table_of_batch(3), path)
+    text = (
+        path.read_text()
+        .replace('"transient_bytes"', '"spike_bytes"')
+        .replace('"format_version": 2', '"format_version": 1')
+    )
+    assert '"spike_bytes"' in text and '"format_version": 1' in text
+    path.write_text(text)
+    assert load_table(path) == table_of_batch(3)
+
+
 def damaged(change):
     def write(path):
         save_table(table_of_batch(1), path)
@@ -126,7 +139,7 @@ def damaged(change):
         (lambda path: path.write_text('{"format_version": 1, "tab'), "damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "damaged"),
         (lambda path: path.write_text("[]"), "no format version"),
-        (damaged(lambda content: content.update(format_version=2)), "format version 2"),
+        (damaged(lambda content: content.update(format_version=3)), "format version 3, this program reads 1 and 2"),
         (damaged(lambda content: content.pop("table")), "missing or unknown"),
         (damaged(lambda content: content["table"].pop("step")), "missing or unknown"),
         (damaged(lambda content: content["table"].update(spare=1)), "missing or unknown"),

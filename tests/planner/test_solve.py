@@ -12,9 +12,9 @@ from alignprop_fast.planner import BudgetInfeasible, CostTable, Option, Segment,
 
 def random_segments(rng, prefix, count):
     def option(name):
-        spike = rng.choice([0, rng.randint(0, 30), rng.randint(30, 90)])
+        transient = rng.choice([0, rng.randint(0, 30), rng.randint(30, 90)])
         return Option(
-            name, rng.randint(0, 40), spike, rng.randint(1, 24) / 8
+            name, rng.randint(0, 40), transient, rng.randint(1, 24) / 8
         )  # sums of eighths are exact: ties are ties
 
     names = ["save", "qkv", "recompute"][: rng.choice([2, 2, 3])]
@@ -54,10 +54,10 @@ def run(choice):
     alive, worst = 0, 0
     for option in choice:
         alive += option.kept_bytes
-        worst = max(worst, alive + option.spike_bytes)
+        worst = max(worst, alive + option.transient_bytes)
     kept = alive
     for option in reversed(choice):
-        worst = max(worst, alive + option.spike_bytes)
+        worst = max(worst, alive + option.transient_bytes)
         alive -= option.kept_bytes
     assert alive == 0
     return kept, worst, sum(option.seconds for option in choice)
@@ -258,7 +258,10 @@ def test_offloading_makes_room_for_what_is_on_its_way():
         table = replace(offloading(plain, None), transfer_bytes=rng.randint(1, 60))
         # The same peaks without a word on transfers: as if they were images that only the steps find.
         step = tuple(
-            replace(s, options=tuple(replace(o, spike_bytes=o.spike_bytes + table.transfer_bytes) for o in s.options))
+            replace(
+                s,
+                options=tuple(replace(o, transient_bytes=o.transient_bytes + table.transfer_bytes) for o in s.options),
+            )
             for s in table.step
         )
         plans = np.concatenate([every_plan(plain, 3, 2), every_plan(replace(table, step=step), 3, 2)])

@@ -13,7 +13,7 @@ import pytest
 
 from alignprop_fast.prompts.rows import PromptRow, load_rows
 
-from .loadable import Format
+from ..loadable import Format
 
 ROWS = [PromptRow("a red cat, on a mat", {"target": 3, "tags": ["x"]}), PromptRow('a "big"\ndog', {"target": 5})]
 TEXTS = [PromptRow(row.prompt, {"target": str(row.metadata["target"])}) for row in ROWS]

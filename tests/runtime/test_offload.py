@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from alignprop_fast.models.lean.quantization import QuantizedLinear, quantize_linears
-from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, PeakMeter, kept_as
+from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, PeakMeter, apply_options
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def make_blocks(width=64):
 
 def run(net, blocks, x, option, offloader):
     with PeakMeter(CPU) as meter:
-        with kept_as({"*": option}, blocks, offloader):
+        with apply_options({"*": option}, blocks, offloader):
             y = net(x)
         offloader.settle()
         kept_bytes = meter.live_bytes() - y.numel() * y.element_size()
@@ -57,7 +57,7 @@ def test_a_graph_that_is_dropped_gives_its_buffers_back():
     offloader = Offloader(CPU, smallest_bytes=1)
     x = torch.randn(128, 64, requires_grad=True)
     for _ in range(3):
-        with kept_as({"*": "keep" + OFFLOAD}, blocks, offloader):
+        with apply_options({"*": "keep" + OFFLOAD}, blocks, offloader):
             net(x)
     assert offloader.pool.size_bytes == 4 * 128 * 64 * 4
 
@@ -108,7 +108,7 @@ def test_memory_order_survives():
 
     module = Module()
     offloader = Offloader(CPU, pool, smallest_bytes=1)
-    with kept_as({"m": "keep" + OFFLOAD}, [Block("m", module, "residuals")], offloader):
+    with apply_options({"m": "keep" + OFFLOAD}, [Block("m", module, "residuals")], offloader):
         y = module(torch.randn(2, 4, 6, 6, requires_grad=True))
     offloader.settle()
     y.backward()

@@ -16,11 +16,11 @@ from alignprop_fast.runtime import (
     Chain,
     PeakMeter,
     Stopwatch,
-    by_image,
-    in_chunks,
-    kept_as,
+    apply_options,
     run_chain,
+    run_decoder_stage,
     run_penalised_chain,
+    score_in_chunks,
 )
 
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def test_sums_of_low_precision_gradients_are_taken_in_fp32():
     assert weight.grad.item() == 258.0
 
 
-def test_kept_as_saves_memory_and_leaves_no_trace():
+def test_apply_options_saves_memory_and_leaves_no_trace():
     net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4)))
     blocks = [Block(str(k), module, "residuals") for k, module in enumerate(net)]
     x = torch.randn(128, 64)
@@ -137,7 +137,7 @@ def test_kept_as_saves_memory_and_leaves_no_trace():
     for option in ("keep", "recompute"):
         net.zero_grad()
         with PeakMeter(CPU) as meter:
-            with kept_as({"*": option}, blocks):
+            with apply_options({"*": option}, blocks):
                 loss = net(x).square().sum()
             kept.append(meter.live_bytes())
         loss.backward()
@@ -146,10 +146,10 @@ def test_kept_as_saves_memory_and_leaves_no_trace():
     assert not any("forward" in module.__dict__ for module in net.modules())
 
 
-def test_kept_as_gives_a_modules_own_forward_back():
+def test_apply_options_gives_a_modules_own_forward_back():
     layer = nn.Linear(2, 2)
     layer.forward = own = lambda x: x * 2
-    with kept_as({"layer": "recompute"}, [Block("layer", layer, "residuals")]):
+    with apply_options({"layer": "recompute"}, [Block("layer", layer, "residuals")]):
         assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0)) and layer.forward is not own
     assert layer.forward is own
 
@@ -159,15 +159,15 @@ def test_kept_as_gives_a_modules_own_forward_back():
 def test_by_image(stage, option):
     net, x = make_net(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     blocks = [Block("b", net[2], "decoder")]
-    grad = torch.autograd.grad(by_image(net, x, stage, {"b": option}, blocks).sin().sum(), x)[0]
+    grad = torch.autograd.grad(run_decoder_stage(net, x, stage, {"b": option}, blocks).sin().sum(), x)[0]
     assert torch.allclose(grad, torch.autograd.grad(net(x).sin().sum(), x)[0], atol=1e-12)
     with torch.no_grad():
-        assert torch.allclose(by_image(net, x, stage, {}, blocks), net(x), atol=1e-12)
+        assert torch.allclose(run_decoder_stage(net, x, stage, {}, blocks), net(x), atol=1e-12)
 
 
 def test_by_image_refuses_other_stages():
     with pytest.raises(ValueError, match="batch, image or bands"):
-        by_image(make_net(), torch.zeros(1, 6, dtype=torch.float64), "tile", {})
+        run_decoder_stage(make_net(), torch.zeros(1, 6, dtype=torch.float64), "tile", {})
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 8])
@@ -181,7 +181,7 @@ def test_in_chunks(chunk):
         return scores, {"scores": scores.detach(), "mean": scores.mean().item(), "note": "same"}
 
     whole, info = score(images, prompts, prompts)
-    scores, parts = in_chunks(score, chunk, images, prompts, prompts)
+    scores, parts = score_in_chunks(score, chunk, images, prompts, prompts)
     assert torch.allclose(scores, whole, atol=1e-12) and torch.allclose(parts["scores"], info["scores"], atol=1e-12)
     assert parts["mean"] == pytest.approx(info["mean"]) and parts["note"] == "same"
     grads = [torch.autograd.grad(s.sum(), images)[0] for s in (scores, whole)]

@@ -20,7 +20,7 @@ from alignprop_fast.runtime import (
     LiveBytes,
     Offloader,
     Work,
-    kept_as,
+    apply_options,
     operator_seconds,
     segments,
     trace,
@@ -75,14 +75,14 @@ def predicted(found, options):
     for segment in found:
         option = segment.option(option_of(options, segment.name))
         kept += option.kept_bytes
-        peak = max(peak, kept + option.spike_bytes)
+        peak = max(peak, kept + option.transient_bytes)
     return kept, peak
 
 
 def counted(work, options):
     offloader = Offloader(CPU)
     with LiveBytes() as live:
-        with kept_as(options, work.blocks, offloader):
+        with apply_options(options, work.blocks, offloader):
             y = work.forward()
         offloader.settle()
         kept = live.live_bytes
@@ -141,7 +141,7 @@ def test_meta_tensors_count_the_same_bytes():
     for one, two in zip(real, meta, strict=True):
         for option in one.options:
             other = two.option(option.name)
-            assert (option.kept_bytes, option.spike_bytes) == (other.kept_bytes, other.spike_bytes)
+            assert (option.kept_bytes, option.transient_bytes) == (other.kept_bytes, other.transient_bytes)
             assert option.host_bytes == other.host_bytes
             assert other.seconds > 0
 

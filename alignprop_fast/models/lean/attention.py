@@ -14,8 +14,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from alignprop_fast.ops.attention import attention
-from alignprop_fast.ops.kept import Kind
 from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.reuse import Kind
 
 
 def autocasts(x: torch.Tensor) -> bool:

@@ -24,10 +24,10 @@ from alignprop_fast.models.lean.attention import (
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
-from alignprop_fast.ops.kept import Kind
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linear, lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer
+from alignprop_fast.ops.reuse import Kind
 
 
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
@@ -56,22 +56,22 @@ class FrozenConv2d(nn.Conv2d):
 class LeanLinear(nn.Linear):
     """`nn.Linear` whose result a segment that runs again may keep, while its weights are frozen."""
 
-    kept_as: Kind | None = None
+    reused_as: Kind | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _applies(input, self):
             return super().forward(input)
-        return lora_linear(input, self.weight, self.bias, keep=self.kept_as)
+        return lora_linear(input, self.weight, self.bias, keep=self.reused_as)
 
 
 class LeanLoraLinear(LoraLinear):
     """PEFT's LoRA layer as one op that keeps x once and casts the adapters instead of x."""
 
-    kept_as: Kind | None = None
+    reused_as: Kind | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.as_layer(x)
-        return super().forward(x) if layer is None else lora_linears(x, [layer], self.kept_as)[0]
+        return super().forward(x) if layer is None else lora_linears(x, [layer], self.reused_as)[0]
 
     def as_layer(self, x: torch.Tensor) -> Layer | None:
         """What the op computes for x, or None where PEFT's own path has to."""
@@ -173,7 +173,7 @@ def put_ops_in(root: nn.Module) -> None:
         if type(linear) is nn.Linear:
             linear.__class__ = LeanLinear
         if isinstance(linear, LeanLinear | LeanLoraLinear):
-            linear.kept_as = kind
+            linear.reused_as = kind
     put_processors_in(root)
 
 
@@ -181,7 +181,7 @@ def take_ops_out(root: nn.Module) -> None:
     """Undo `put_ops_in`."""
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
-            vars(module).pop("kept_as", None)
+            vars(module).pop("reused_as", None)
     take_processors_out(root)
     _swap(root, _STOCK.get)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.load.file_kinds import check_bytes
+from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ _PICKLE = re.compile(rf"{_STEM}.*\.bin")
 
 
 @dataclass(frozen=True)
-class Loading:
+class PipelineLoading:
     """How weights are loaded: in which dtype, and whether .bin files may be read (by torch's restricted unpickler)."""
 
     dtype: torch.dtype
@@ -293,10 +294,3 @@ def _unpickled(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:
     return getattr(import_module(library), class_name).from_pretrained(
         str(folder), torch_dtype=dtype, use_safetensors=False, local_files_only=True
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error of these libraries says, without its pointer to a trace that is not shown."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line.partition(" Please check out the root cause")[0] for line in lines]
-    return lines[0].rstrip(".:;") if lines else type(error).__name__

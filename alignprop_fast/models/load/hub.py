@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.models.load.folder import Weights, check_index, choose_weights, first_line, parts_with_weights
+from alignprop_fast.models.load.folder import Weights, check_index, choose_weights, parts_with_weights
+from alignprop_fast.ops.errors import first_line
 
 
 def fetch(model: str, revision: str, allow_pickle: bool) -> tuple[Path, dict[str, Any], Weights]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.models.architectures import NAMES, published_pipeline
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
-    Loading,
-    first_line,
+    PipelineLoading,
     load_folder,
     local_weights,
     parts_with_weights,
@@ -21,6 +21,7 @@ from alignprop_fast.models.load.folder import (
 from alignprop_fast.models.load.hub import fetch, fetch_configs
 from alignprop_fast.models.load.single_file import load_single_file
 from alignprop_fast.models.schedules import DIFFUSION, FLOW, check_family, check_scheduler, make_scheduler
+from alignprop_fast.ops.errors import first_line
 
 SCHEDULERS = ("auto", *DIFFUSION, *FLOW)
 
@@ -55,11 +56,11 @@ def load_pipeline(
             allowed or do not fit.
         OSError: a Hub model that cannot be reached.
     """
-    source, loading = _resolve(model), Loading(dtype, allow_pickle)
+    source, loading = _resolve(model), PipelineLoading(dtype, allow_pickle)
     if isinstance(source, Path) and source.is_file():
         pipe = load_single_file(source, model_config, loading)
     elif model_config is not None:
-        raise ValueError(f"a model config is for a single .safetensors file: leave it out for {model}")
+        raise _needless_config(model)
     elif isinstance(source, Path):
         index = read_index(source)
         pipe = load_folder(source, index, local_weights(source, parts_with_weights(index), allow_pickle), dtype)
@@ -73,22 +74,36 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def load_outline(model: str | Path, dtype: torch.dtype = torch.bfloat16, revision: str = "main") -> Any:
+def load_outline(
+    model: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    revision: str = "main",
+    scheduler: str = "auto",
+    model_config: str | Path | None = None,
+) -> Any:
     """The pipeline that `load_pipeline` gives, on the meta device: from its configuration files, without weights.
 
-    Tokenizers are left out, so that it cannot encode prompts.
+    Tokenizers are left out, so that it cannot encode prompts. Of a single file, whose names of parts are its author's
+    own, the outline is that of the model config.
+
+    Args:
+        model: as in `load_pipeline`, or the name of a published architecture (`architectures.NAMES`).
+        revision, scheduler, model_config: as in `load_pipeline`.
 
     Raises:
-        As `load_pipeline`.
+        As `load_pipeline`; ValueError: a single file without a model config.
     """
-    source = _resolve(model)
-    folder = source if isinstance(source, Path) else fetch_configs(source, revision)
-    index = read_index(folder)
-    try:
-        pipe = _outline(folder, index)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"cannot read the configuration in {folder}: {first_line(error)}; copy it again") from error
-    pipe.scheduler = pick_scheduler(pipe, "auto")
+    pipe = published_pipeline(model, dtype) if isinstance(model, str) and model in NAMES else None
+    if pipe is None:
+        folder = _config_folder(model, revision, model_config)
+        index = read_index(folder)
+        try:
+            pipe = _outline(folder, index)
+        except LOADING_ERRORS as error:
+            raise ValueError(
+                f"cannot read the configuration in {folder}: {first_line(error)}; copy it again"
+            ) from error
+    pipe.scheduler = pick_scheduler(pipe, scheduler)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -96,6 +111,25 @@ def load_outline(model: str | Path, dtype: torch.dtype = torch.bfloat16, revisio
             if any(parameter.dtype != dtype for parameter in module.parameters()):
                 module.to(dtype)
     return pipe
+
+
+def _config_folder(model: str | Path, revision: str, model_config: str | Path | None) -> Path:
+    """Where the configuration files of a model lie."""
+    try:
+        source = _resolve(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
+    if isinstance(source, Path) and source.is_file():
+        if model_config is None:
+            raise ValueError(f"{model} holds weights alone: give the folder of its configurations as the model config")
+        return Path(model_config).expanduser()
+    if model_config is not None:
+        raise _needless_config(model)
+    return source if isinstance(source, Path) else fetch_configs(source, revision)
+
+
+def _needless_config(model: str | Path) -> ValueError:
+    return ValueError(f"a model config is for a single .safetensors file: leave it out for {model}")
 
 
 def _outline(folder: Path, index: dict[str, Any]) -> Any:

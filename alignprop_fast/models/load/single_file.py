@@ -14,14 +14,14 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from alignprop_fast.models.load.file_kinds import Shapes, check_kind, denoiser_names, has_text_encoders
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
-    Loading,
+    PipelineLoading,
     check_safetensors,
-    first_line,
     load_folder,
     local_weights,
     parts_with_weights,
     read_index,
 )
+from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _FLUX_WIDTH = 3072
 
 
-def load_single_file(file: Path, model_config: str | Path | None, loading: Loading) -> Any:
+def load_single_file(file: Path, model_config: str | Path | None, loading: PipelineLoading) -> Any:
     """The pipeline of a file, in diffusers' naming or the original release's; `model_config` as in `load_pipeline`.
 
     Raises:
@@ -139,7 +139,7 @@ def _check_prediction(file: Path, shapes: Shapes, config: Path) -> None:
         )
 
 
-def _whole(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], loading: Loading) -> Any:
+def _whole(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], loading: PipelineLoading) -> Any:
     """SD or SDXL: all weights from the file, only a VAE that it lacks from the folder."""
     import diffusers
 
@@ -156,7 +156,7 @@ def _whole(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], l
     )
 
 
-def _with_denoiser(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], loading: Loading) -> Any:
+def _with_denoiser(file: Path, shapes: Shapes, config: Path, index: Mapping[str, Any], loading: PipelineLoading) -> Any:
     """The denoiser from the file, which mostly holds nothing else; the rest from the folder."""
     import diffusers
     from safetensors.torch import load_file

@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from alignprop_fast.models.lean import banded_decoder
 from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
-from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
+from alignprop_fast.runtime import Block, PeakMeter, apply_options, run_decoder_stage
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def test_run_again_in_the_backward_pass(decoder):
     whole = image_and_gradient(decoder, x)
 
     def by_bands(x):
-        with banded(bandable(decoder), 3), kept_as({"*": "recompute"}, blocks(decoder, Attention)):
+        with banded(bandable(decoder), 3), apply_options({"*": "recompute"}, blocks(decoder, Attention)):
             return decoder(x)
 
-    assert_same(image_and_gradient(lambda x: by_image(by_bands, x, "image", {}), x), whole)
+    assert_same(image_and_gradient(lambda x: run_decoder_stage(by_bands, x, "image", {}), x), whole)
     before = [dict(vars(module)) for module in decoder.modules()]
 
     def by_stages(x):
@@ -114,7 +114,7 @@ def test_run_again_in_the_backward_pass(decoder):
             return decoder(x)
 
     assert_same(image_and_gradient(by_stages, x), whole)
-    assert_same(image_and_gradient(lambda x: by_image(by_stages, x, "image", {}), x), whole)
+    assert_same(image_and_gradient(lambda x: run_decoder_stage(by_stages, x, "image", {}), x), whole)
     assert [dict(vars(module)) for module in decoder.modules()] == before
 
 
@@ -133,7 +133,7 @@ def test_peak_at_the_published_widths():
     whole, kinds = {"*": "recompute"}, ResnetBlock2D | Upsample2D | Attention
 
     def by_bands(x):
-        with banded(bandable(decoder), 32), kept_as(whole, blocks(decoder, Attention)):
+        with banded(bandable(decoder), 32), apply_options(whole, blocks(decoder, Attention)):
             return decoder(x)
 
     def by_stages(x):
@@ -141,8 +141,8 @@ def test_peak_at_the_published_widths():
             return decoder(x)
 
     ways = {
-        "block": lambda x: by_image(decoder, x, "image", whole, blocks(decoder, kinds)),
-        "bands": lambda x: by_image(by_bands, x, "image", {}),
+        "block": lambda x: run_decoder_stage(decoder, x, "image", whole, blocks(decoder, kinds)),
+        "bands": lambda x: run_decoder_stage(by_bands, x, "image", {}),
         "stages": by_stages,
     }
     # Bands of 32 rows: more would make a slow test.

@@ -27,7 +27,7 @@ from alignprop_fast.models.lean.surgery import (
     put_ops_in,
     take_ops_out,
 )
-from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
+from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, apply_options
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
@@ -71,7 +71,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, request):
     for swap, option in ((take_ops_out, "keep"), *((put_ops_in, option) for option in STEP_OPTIONS)):
         swap(pipe.transformer)
         assert (processor in {type(p) for p in pipe.transformer.attn_processors.values()}) == (swap is put_ops_in)
-        with kept_as({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
+        with apply_options({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
             y = adapter.predict(x, torch.tensor(300.0), cond)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
     for lean in results[1:]:
@@ -113,7 +113,7 @@ def test_names_state_and_copies_stay(unet):
     take_ops_out(unet)
     assert [type(module) for module in unet.modules()] == types
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
-    assert not any("kept_as" in vars(module) for module in unet.modules())
+    assert not any("reused_as" in vars(module) for module in unet.modules())
     assert any(isinstance(module, FrozenConv2d) for module in twin.modules())
 
 
@@ -155,7 +155,7 @@ def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
     put_ops_in(root)
     x = torch.randn(batch, tokens, width, requires_grad=True)
     words = torch.randn(batch, text, 64)
-    with PeakMeter(torch.device("cpu")) as meter, kept_as({"*": option}, [Block("b", block, "transformers")]):
+    with PeakMeter(torch.device("cpu")) as meter, apply_options({"*": option}, [Block("b", block, "transformers")]):
         # The clone is the block's input, made inside so that it counts.
         y = block(x.clone(), encoder_hidden_states=words)
         kept_bytes = meter.live_bytes() - y.numel() * y.element_size()

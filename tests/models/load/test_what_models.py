@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from alignprop_fast.making.random_weights import make_sd_folder, make_sdxl_folder
 from alignprop_fast.models.load.pipeline import load_pipeline
 
-from ..loadable import Format
+from ...loadable import Format
 from . import original_layout
 from .original_layout import UNET_PREFIX, weights, whole_file
 

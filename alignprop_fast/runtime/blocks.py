@@ -1,0 +1,92 @@
+"""Blocks of a network and the options of a plan, applied to them for the length of a `with` block."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from alignprop_fast.ops.reuse import checkpoint_contexts
+from alignprop_fast.planner import option_of
+from alignprop_fast.runtime.offload import Offloader
+
+STEP_OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "keep": {},
+    "norms": {"transformers": ("attention", "out", "qkv", "geglu")},
+    "geglu": {"transformers": ("attention", "out", "qkv")},
+    "qkv": {"transformers": ("attention", "out")},
+    "attention": {"transformers": ("attention",)},
+    "recompute": {"transformers": (), "residuals": (), "decoder": ()},
+}
+"""Options of a block, each named for what it gives up beside all before it, from the fastest to the leanest.
+
+An option says what a block of each group that runs again in the backward pass keeps of its first run, by kind of result
+(`ops.reuse`); a group that it does not name keeps everything. "norms" repeats the transformer blocks' norms alone,
+"geglu" also the GEGLU projection, "qkv" also the attention's input projections; "attention" keeps of a block its input
+and the attention outputs, and "recompute" of every block its input. Per token of a transformer block of width C that is
+19 C, 17 C, 9 C, 5 C, 3 C and C. With "+offload" behind it, what the option keeps waits in host memory.
+"""
+OFFLOAD = "+offload"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that can be kept or run again by itself, and the group of `STEP_OPTIONS` that it belongs to."""
+
+    name: str
+    module: nn.Module
+    group: str
+
+    def options(self) -> list[str]:
+        """The options that differ for this block, the leanest first."""
+        return [option for option in STEP_OPTIONS if option == "keep" or self.group in STEP_OPTIONS[option]][::-1]
+
+
+@contextmanager
+def apply_options(
+    options: Mapping[str, str], blocks: Sequence[Block], offloader: Offloader | None = None
+) -> Iterator[None]:
+    """Inside the block each of `blocks` keeps what its option says; one without an option keeps everything.
+
+    options: option by name of a block, or "*" for all. The modules are left as they were found: names, parameters and
+    hooks are not touched. None may lie inside another.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+    found = [(block.module, block.module.__dict__.get("forward")) for block in blocks]
+    for block in blocks:
+        forward = _forward(block, option_of(options, block.name), offloader)
+        if forward is not None:
+            block.module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own_forward in found:
+            vars(module).pop("forward", None)
+            if own_forward is not None:
+                module.forward = own_forward
+
+
+def _forward(block: Block, option: str, offloader: Offloader | None) -> Callable[..., Any] | None:
+    """The block's forward under the option; None for its own, which keeps everything."""
+    grade = option.removesuffix(OFFLOAD)
+    if grade not in STEP_OPTIONS:
+        raise ValueError(f"unknown option {option!r} of a block: use {', '.join(STEP_OPTIONS)}, or one with {OFFLOAD}")
+    kinds, own = STEP_OPTIONS[grade].get(block.group), block.module.forward
+    if option == grade or offloader is None:
+        return None if kinds is None else _checkpointed(own, kinds)
+    return offloader.offloaded(block.module, lambda move: _checkpointed(own, kinds, *move))
+
+
+def _checkpointed(
+    forward: Callable[..., Any], kinds: Sequence[str] | None, *move: Callable[..., Any]
+) -> Callable[..., Any]:
+    """forward, run again in its backward pass but for the kinds of results that it keeps (None: everything)."""
+    if kinds is None:
+        return forward
+    contexts = partial(checkpoint_contexts, kinds, *move)
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
