@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"},
     ),
     "rewards": ({"demo", "files", "ops", "prompts"}, {"torch"}),
-    "generate": ({"models", "planner", "prompts", "runtime", "sampling", "version"}, {"torch"}),
+    "generate": ({"models", "planner", "prompts", "rewards", "runtime", "sampling", "version"}, {"torch"}),
     "evaluation": ({"generate", "prompts", "rewards"}, {"torch"}),
     "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
     "training": (
