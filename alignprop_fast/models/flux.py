@@ -1,6 +1,5 @@
 """FLUX.1 as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
 
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, PromptBatch, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 
@@ -43,20 +42,12 @@ class FluxAdapter(PipelineAdapter):
         """Rows and columns of image tokens."""
         return size[0] // self.size_multiple, size[1] // self.size_multiple
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Conditioning:
-        if not isinstance(negative_prompts, list):
-            negative_prompts = [negative_prompts or ""] * len(prompts)
-        found = [self._embeddings(negative_prompts, given, "negative_")] if guided else []
-        found.append(self._embeddings(prompts, given, ""))
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        negative_prompts = batch.negative_prompts or [""] * len(batch.prompts)
+        found = [self._embeddings(negative_prompts, batch.embeddings, "negative_")] if batch.guided else []
+        found.append(self._embeddings(batch.prompts, batch.embeddings, ""))
         embeds, pooled = map(torch.cat, zip(*found, strict=True))
-        return self._conditioning(embeds, pooled, guided, size)
+        return self._conditioning(embeds, pooled, batch.guided, batch.size)
 
     def text_readers(self) -> list[TextReader]:
         return [*self._reader("CLIP", "tokenizer"), *self._reader("T5", "tokenizer_2", T5_TOKENS)]

@@ -8,12 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Embeddings, text_encoders
+from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch, text_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class TextCache:
     def __init__(self, model: Any, room_bytes: Callable[[], float] = lambda: math.inf, limit_bytes: int = LIMIT_BYTES):
         self._model, self._room_bytes, self._limit_bytes = model, room_bytes, limit_bytes
         self._told = False
-        self._kept: OrderedDict[tuple, Any] = OrderedDict()
+        self._kept: OrderedDict[tuple, Conditioning] = OrderedDict()
         self._kept_bytes = 0
         if self._moves:
             self._move_encoders("cpu")
@@ -53,15 +52,8 @@ class TextCache:
     def _moves(self) -> bool:
         return self.away and self._model.device.type != "meta"
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Any:
-        """The result of the adapter's `encode`: the `Conditioning` of B prompts, in the order of the branches.
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        """The result of the adapter's `encode`.
 
         Raises:
             ValueError: a parameter of the text encoders learns, and would get no gradient from remembered embeddings.
@@ -69,17 +61,16 @@ class TextCache:
         learns = self._model.text_learns()
         if learns and torch.is_grad_enabled():
             raise ValueError("cache_text remembers embeddings, but a text encoder learns: leave cache_text out")
-        if given or learns:  # weights that learn may have changed since
+        if batch.embeddings or learns:  # weights that learn may have changed since
             with self._encoders_on_device():
-                return self._model.encode(prompts, negative_prompts, guided, size, given)
-        return _joined(self.remember(prompts, negative_prompts, guided, size), self._model.device)
+                return self._model.encode(batch)
+        return _joined(self.remember(batch), self._model.device)
 
-    def remember(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
-    ) -> list[Any]:
+    def remember(self, batch: PromptBatch) -> list[Conditioning]:
         """Encode all new prompts in one visit of the text encoders; returns each prompt's embeddings, on the host."""
-        negatives = negative_prompts if isinstance(negative_prompts, list) else [negative_prompts] * len(prompts)
-        keys = [(prompt, negative, guided, size) for prompt, negative in zip(prompts, negatives, strict=True)]
+        negatives: Sequence[str | None] = batch.negative_prompts or [None] * len(batch.prompts)
+        pairs = zip(batch.prompts, negatives, strict=True)
+        keys = [(prompt, negative, batch.guided, batch.size) for prompt, negative in pairs]
         entries = {key: self._kept[key] for key in keys if key in self._kept}
         missing = [key for key in dict.fromkeys(keys) if key not in entries]
         if missing:
@@ -89,12 +80,13 @@ class TextCache:
             self._keep(key, entries[key])
         return [entries[key] for key in keys]
 
-    def _encoded(self, prompt: str, negative: str | None, guided: bool, size: tuple[int, int]) -> Any:
-        entry = self._model.encode([prompt], None if negative is None else [negative], guided, size)
+    def _encoded(self, prompt: str, negative: str | None, guided: bool, size: tuple[int, int]) -> Conditioning:
+        negatives = None if negative is None else [negative]
+        entry = self._model.encode(PromptBatch([prompt], negatives, guided, size))
         added = None if entry.added is None else {name: _to_host(tensor) for name, tensor in entry.added.items()}
         return replace(entry, embeds=_to_host(entry.embeds), added=added)
 
-    def _keep(self, key: tuple, entry: Any) -> None:
+    def _keep(self, key: tuple, entry: Conditioning) -> None:
         if key not in self._kept:
             self._kept_bytes += _bytes(entry)
         self._kept[key] = entry
@@ -139,7 +131,7 @@ def _move(tensors: Sequence[torch.Tensor], device: Any) -> None:
         tensor.data = tensor.data.to(device)
 
 
-def _joined(entries: Sequence[Any], device: torch.device) -> Any:
+def _joined(entries: Sequence[Conditioning], device: torch.device) -> Conditioning:
     """Join the conditionings of single prompts; tensors without a row for each branch (positions) are shared."""
     first = entries[0]
     branches = first.branches
@@ -149,7 +141,7 @@ def _joined(entries: Sequence[Any], device: torch.device) -> Any:
         joined = torch.stack(list(tensors), dim=1).flatten(0, 1) if rows else tensors[0]
         return joined.to(device, non_blocking=True)
 
-    added = first.added and {name: join([entry.added[name] for entry in entries]) for name in first.added}
+    added = first.added and {name: join([(entry.added or {})[name] for entry in entries]) for name in first.added}
     return replace(first, embeds=join([entry.embeds for entry in entries]), added=added)
 
 
@@ -157,5 +149,5 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _bytes(entry: Any) -> int:
+def _bytes(entry: Conditioning) -> int:
     return sum(t.numel() * t.element_size() for t in (entry.embeds, *(entry.added or {}).values()))

@@ -21,6 +21,7 @@ from torch import nn
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 from ..loadable import Format
 
@@ -355,7 +356,8 @@ def test_what_a_memory_budget_asks_of_a_tiny_vae_and_of_projected_text(tiny_sd):
     model = adapt(tiny_sd)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.decode_by_bands(x), model.decode(x)) and not model.decoder_groups()["decoder"]
-    blank, cond = model.blank_conditioning(2, True, (16, 16)), model.encode(PROMPTS, None, True, (16, 16))
+    blank = model.blank_conditioning(2, True, (16, 16))
+    cond = model.encode(PromptBatch(PROMPTS, None, True, (16, 16)))
     assert blank.embeds.shape == cond.embeds.shape
 
 
