@@ -146,7 +146,7 @@ def test_a_transformer_that_sees_a_picture(request, kind, channels):
 def test_the_refiner_under_the_name_of_a_text_to_image_pipeline(edited):
     """It sees five numbers beside the text, the last of them an aesthetic score."""
     folder = edited("sdxl", unet={"projection_class_embeddings_input_dim": 32 + 5 * 8})
-    with pytest.raises(ValueError, match=r"as SDXL's refiner does, .*use SDXL's base model"):
+    with pytest.raises(ValueError, match=r"like SDXL's refiner, .*use SDXL's base model"):
         adapt(load_pipeline(folder))
 
 

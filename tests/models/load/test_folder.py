@@ -195,5 +195,5 @@ def test_refusals(names, message):
 
 def test_two_parts_with_nothing_in_common():
     names = ("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bf16.safetensors")
-    with pytest.raises(ValueError, match=r"neither full weights nor one variant of all \(unet: fp16; vae: bf16\)"):
+    with pytest.raises(ValueError, match=r"nor one variant of all parts \(unet: fp16; vae: bf16\)"):
         choose(*names)

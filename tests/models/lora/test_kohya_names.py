@@ -284,7 +284,7 @@ PAIR = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)
         ({"x.lora_down.weight": torch.ones(2, 8), "x.lora_up.weight": torch.ones(8, 2)}, "no name of kohya's"),
         (
             {**{f"lora_unet_a.{k}": t for k, t in PAIR.items()}, "lora_unet_a.diff_b": torch.ones(8)},
-            "no name of kohya's",
+            "names no LoRA factor in kohya's files",
         ),
         ({**{f"lora_unet_a.{k}": t for k, t in PAIR.items()}, "lora_unet_a.dora_scale": torch.ones(8)}, "is a DoRA"),
         ({"lora_unet_a.hada_w1_a": torch.ones(8, 8)}, "is a LoHa"),

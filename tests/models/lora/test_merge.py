@@ -200,7 +200,7 @@ def test_refused_mixtures(loras, rank, match):
     ("tensors", "config", "match"),
     [
         ({"unet.conv.weight": torch.ones(2, 2)}, "{}", "no LoRA factor"),
-        ({"a.lora_A.weight": torch.ones(2, 2), "a.alpha": torch.ones(1)}, "{}", "no LoRA factor"),
+        ({"a.lora_A.weight": torch.ones(2, 2), "a.alpha": torch.ones(1)}, "{}", "the LoRA factor up is missing"),
         ({"a.lora_A.weight": torch.ones(2, 3)}, "{}", "do not fit each other"),
         ({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 4)}, "{}", "do not fit each other"),
         ({"a.lora_A.weight": torch.ones(2, 3) / 0, "a.lora_B.weight": torch.ones(3, 2)}, "{}", "not finite"),

@@ -379,15 +379,15 @@ REFUSED = {
     Format("IA3 of LyCORIS", "refused", f"is an IA3, {FORM}"): {f"{KOHYA}.on_input": ONE},
     Format("IA3 of PEFT", "refused", f"is an IA3, {FORM}"): {f"{PEFT}.ia3_l": ONE},
     Format("VeRA", "refused", f"is a VeRA, {FORM}"): {f"{PEFT}.vera_lambda_b": ONE},
-    Format("AdaLoRA", "refused", ".lora_E, which is no name"): {
+    Format("AdaLoRA", "refused", ".lora_E, which names no LoRA factor"): {
         **pair(PEFT, ".lora_A", ".lora_B"),
         f"{PEFT}.lora_E": ONE,
     },
-    Format("a LoRA with biases (`lora_bias=True`)", "refused", ".lora_B.bias, which is no name"): {
+    Format("a LoRA with biases (`lora_bias=True`)", "refused", ".lora_B.bias, which names no LoRA factor"): {
         **pair(PLAIN),
         f"{PLAIN}.lora_B.bias": ONE,
     },
-    Format("a LoRA with differences of biases or norms", "refused", ".diff_b, which is no name"): kohya_with(
+    Format("a LoRA with differences of biases or norms", "refused", ".diff_b, which names no LoRA factor"): kohya_with(
         diff_b=ONE
     ),
     Format("whole differences of weights (`.diff`)", "refused", "holds whole differences"): {f"{KOHYA}.diff": ONE},
@@ -418,7 +418,7 @@ REFUSED = {
     ),
     Format("alpha that is no number", "refused", "is not a finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
     Format("alpha of several numbers", "refused", "is not a finite number"): kohya_with(alpha=torch.ones(2)),
-    Format("alpha of a layer without factors", "refused", "x.alpha, which is no name"): {
+    Format("alpha of a layer without factors", "refused", "x.alpha, which names no LoRA factor"): {
         **kohya_with(),
         "x.alpha": ONE,
     },
@@ -531,7 +531,7 @@ def test_text_encoders_of_every_prefix(tiny_sd3, tmp_path):
     assert lora_of(to_kohya(lora), "file").keys() == lora.keys()
     name = next(name for name in names if "te3" in name)
     save_file({f"{name}{DOWN}": torch.ones(1, 32), f"{name}{UP}": torch.ones(32, 1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"diffusers loads no adapters of text_encoder_3\.encoder"):
+    with pytest.raises(ValueError, match=r"diffusers loads no adapters for text_encoder_3\.encoder"):
         load_lora(tiny_sd3, tmp_path / "x.safetensors")
 
 
