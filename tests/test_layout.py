@@ -38,12 +38,12 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"},
     ),
     "rewards": ({"demo", "files", "ops", "prompts"}, {"torch"}),
-    "generate": ({"models", "planner", "prompts", "runtime", "sampling", "version"}, {"torch"}),
+    "generate": ({"models", "planner", "prompts", "rewards", "runtime", "sampling", "version"}, {"torch"}),
     "evaluation": ({"generate", "prompts", "rewards"}, {"torch"}),
     "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
     "training": (
         {"doctor", "evaluation", "files", "generate", "models", "ops", "planner", "report", "rewards"},
-        {"torch", "numpy", "accelerate", "huggingface_hub"},
+        {"torch", "numpy", "accelerate", "diffusers", "huggingface_hub"},
     ),
     "cli": (
         {

@@ -12,7 +12,7 @@ import argparse
 import copy
 import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,19 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def load_pictures(data: Path, folder: Path, number: int, seed: int):
+def load_pictures(data: Path, folder: Path, number: int, seed: int) -> tuple[Tensor, list[str]]:
     """The pictures [N, 3, 64, 64] (uint8) and captions of this seed, as CLIP and the counter see them."""
     return kept(folder / f"pictures_{seed}.pt", lambda: make_pictures(load_sprites(data), number, seed))
 
 
+def make_scenes(data: Path, seed: int) -> tuple[Tensor, list[str]]:
+    """One part of `load_scenes`."""
+    return make_pictures(load_sprites(data), NUM_SCENES, seed, SCENE_MIX)
+
+
 def load_scenes(data: Path, folder: Path) -> tuple[Tensor, list[str]]:
     """The pictures [N, 3, 64, 64] (uint8) and captions of the text-to-image model."""
-    parts = [
-        kept(
-            folder / f"scenes_{seed}.pt",
-            lambda seed=seed: make_pictures(load_sprites(data), NUM_SCENES, seed, SCENE_MIX),
-        )
-        for seed in SCENE_SEEDS
-    ]
+    parts = [kept(folder / f"scenes_{seed}.pt", partial(make_scenes, data, seed)) for seed in SCENE_SEEDS]
     return torch.cat([pictures for pictures, _ in parts]), [caption for _, captions in parts for caption in captions]
 
 
@@ -177,7 +176,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    Run(arguments.data, arguments.output_dir, tuple(arguments.stages)).run()
+    try:
+        Run(arguments.data, arguments.output_dir, tuple(arguments.stages)).run()
+    except FileNotFoundError as error:  # the npm package, or the checkpoint of a stage that was not named
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,6 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         width=config.width,
         draw_unused_noise=True,
         reward=reward,
-        reward_bytes=reward.weight_bytes() if hasattr(reward, "weight_bytes") else 0,
         cache_text=config.cache_text,
         optimizer_bytes=update_bytes,
         host_memory=config.host_memory,

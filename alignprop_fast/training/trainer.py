@@ -25,6 +25,7 @@ from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.evaluation.early_stopping import Stateful
 from alignprop_fast.generate.sampler import Draws, Truncation, draw_truncation, trl_gates
 from alignprop_fast.report.model_card import write_model_card
+from alignprop_fast.rewards.reward import as_reward
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.metrics import (
     BatchMetrics,
@@ -91,6 +92,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
+        reward = as_reward(reward_function)
+        self._observer = reward if reward.observes else None
         # After the sampler, which lays convolutions out anew.
         self.update = WeightUpdate(config, self.accelerator, self.trainable_layers, sd_pipeline.use_lora)
         self.optimizer = self.update.optimizer
@@ -209,15 +212,15 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
     def _scores(self, info: Any) -> dict[str, torch.Tensor]:
         """Parts with a score for each image, for a reward that observes them."""
-        if not hasattr(self.reward_fn, "observe"):
+        if self._observer is None:
             return {}
         return {n: part.detach().cpu() for n, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
 
     def _observe(self, shares: Sequence[BatchShare]) -> None:
         """Show one micro-batch of all processes to a reward that observes its scores."""
-        if hasattr(self.reward_fn, "observe"):
+        if self._observer is not None:
             names = shares[0].scores
-            self.reward_fn.observe({name: torch.cat([share.scores[name] for share in shares]) for name in names})
+            self._observer.observe({name: torch.cat([share.scores[name] for share in shares]) for name in names})
 
     def _repeatable(self, work: Callable[[], Any]) -> Any:
         if self.update.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more

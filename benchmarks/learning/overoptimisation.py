@@ -25,10 +25,10 @@ from rich.console import Console
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import TrainOptions
 from alignprop_fast.cli.session import Session
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.report.style import BLUE, GREY, INK, ORANGE, RULE, save_figure
+from alignprop_fast.training.options import TrainOptions
 from benchmarks import RESULTS, ROOT
 
 PICTURES = 6

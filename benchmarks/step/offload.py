@@ -38,7 +38,7 @@ def measure(bench: Bench, batch: int, grade: str, link: float | None, repeats: i
 
     names, peaks = (grade, grade + OFFLOAD), []
     times: tuple[list[float], list[float]] = ([], [])
-    sampler._host_pool = None
+    sampler.renderer._host_pool = None
     for name in names:
         step(name)
         with PeakMeter(bench.device) as meter:
@@ -48,7 +48,7 @@ def measure(bench: Bench, batch: int, grade: str, link: float | None, repeats: i
         for name, found in zip(names, times, strict=True):
             found.append(seconds_of(partial(step, name), bench.device))
     kept, offloaded = map(statistics.median, times)
-    moved_bytes = sampler._host_pool.size_bytes if sampler._host_pool else 0
+    moved_bytes = sampler.renderer.host_pool.size_bytes
     copy_seconds = 2 * moved_bytes / link if link else 0.0
     return {
         "option": grade,

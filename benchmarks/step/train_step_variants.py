@@ -7,7 +7,7 @@ package's ops go in for its own step and out for the others.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models.architectures import architecture
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.pipeline_adapter import Conditioning
+from alignprop_fast.rewards import Reward
 from alignprop_fast.rewards.architectures import architecture_reward
 from alignprop_fast.runtime import LiveBytes, operator_seconds
 from benchmarks.step.chain import PROMPTS
@@ -47,18 +48,13 @@ class Bench:
             encoders = [name for name in self.pipe.components if name.startswith("text_encoder")]
             self.pipe.register_modules(**dict.fromkeys(encoders))
         self.unet, self.vae = self.pipe.unet, self.pipe.vae
-        self.reward: Callable[..., tuple[torch.Tensor, Any]] = mean_reward
-        reward_bytes = 0
-        if reward != "mean":
-            network = architecture_reward(reward, self.dtype, device=device)
-            self.reward, reward_bytes = network, network.weight_bytes()
-        self.reward_bytes = reward_bytes
-        self.sampler = DifferentiableSampler(
-            self.pipe, steps, GUIDANCE, ETA, None, reward=self.reward, reward_bytes=reward_bytes
-        )
+        named = reward != "mean"
+        self.reward: Reward = architecture_reward(reward, self.dtype, device=device) if named else MeanReward()
+        self.reward_bytes = self.reward.weight_bytes()
+        self.sampler = DifferentiableSampler(self.pipe, steps, GUIDANCE, ETA, None, reward=self.reward)
         self._conditioning: dict[int, Conditioning] = {}
         # In place of the text encoders.
-        vars(self.sampler.model)["encode"] = lambda prompts, *_: self.conditioning(len(prompts))
+        vars(self.sampler.model)["encode"] = lambda batch: self.conditioning(len(batch.prompts))
         self.trained = self.sampler.model.trainable()
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         self._stock = False
@@ -175,12 +171,15 @@ def small_pipeline() -> Any:
     return pipe
 
 
-def mean_reward(images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
+class MeanReward(Reward):
     """The mean of each image: costs nothing."""
-    return images.mean(dim=(1, 2, 3)), {}
 
+    by_image = True
 
-mean_reward.by_image = True  # type: ignore[attr-defined]
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        return images.mean(dim=(1, 2, 3)), {}
 
 
 def prompts_of(batch: int) -> list[str]:

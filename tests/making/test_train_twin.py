@@ -3,43 +3,12 @@
 import pytest
 import torch
 
-from alignprop_fast.demo import model_path
 from alignprop_fast.making import train_twin
-from alignprop_fast.making.networks import build_scheduler, build_text_encoder
+from alignprop_fast.making.networks import build_scheduler
 from alignprop_fast.making.train_twin import Distillation, TwinTraining, step_to, trainable, velocity_to
-from alignprop_fast.making.train_unet import build_pipeline
 
 CAPTIONS = ["a cat", "two dogs on a blue background", "a fish and a boat"]
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # fp32, up to 16 evaluations in a row; the latents are of unit size
-
-
-def small_unet(seed):
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=4,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(model_path() / "tokenizer")
-    modules = {"unet": small_unet(0), "text_encoder": build_text_encoder(tokenizer)}
-    for module in modules.values():
-        module.requires_grad_(False)
-    return build_pipeline(modules, None, tokenizer)
 
 
 @pytest.fixture
@@ -81,7 +50,7 @@ def test_the_teacher_lands_where_guided_ddim_does(distillation, pipe, monkeypatc
     torch.testing.assert_close(x, latents, rtol=0.02, atol=0.02)
 
 
-def test_a_twin_that_is_its_own_teacher_has_nothing_to_follow(distillation, pipe, monkeypatch):
+def test_a_twin_that_is_its_own_teacher_has_nothing_to_follow(distillation, pipe, small_unet, monkeypatch):
     monkeypatch.setattr(train_twin, "SMALL_STEPS", 1)
     monkeypatch.setattr(train_twin, "GUIDANCE_SCALE", 1.0)
     assert distillation.follow_loss(pipe.unet, generator()).item() < 1e-8
@@ -92,7 +61,7 @@ def test_guidance_and_small_steps_leave_something_to_follow(distillation, pipe):
     assert distillation.follow_loss(pipe.unet, generator()).item() > 1e-8
 
 
-def test_where_critic_and_teacher_agree_the_picture_stays(distillation, pipe, monkeypatch):
+def test_where_critic_and_teacher_agree_the_picture_stays(distillation, pipe, small_unet, monkeypatch):
     monkeypatch.setattr(train_twin, "GUIDANCE_SCALE", 1.0)
     picture, text, empty = distillation.draw_start(generator())
     assert distillation.match_gradient(pipe.unet, picture, text, empty, generator(1)).abs().max() < 1e-3
@@ -133,7 +102,7 @@ def test_the_critic_learns_v_of_diffusers(distillation):
     torch.testing.assert_close(loss, wanted, **ROUNDING)
 
 
-def test_matching_trains_twin_and_critic_by_their_own_losses_alone(distillation, pipe):
+def test_matching_trains_twin_and_critic_by_their_own_losses_alone(distillation, pipe, small_unet):
     twin, critic = trainable(pipe.unet), trainable(small_unet(1))
     distillation.match_loss(twin, critic, generator()).backward()
     assert all(any(p.grad.abs().max() > 0 for p in network.parameters()) for network in (twin, critic))

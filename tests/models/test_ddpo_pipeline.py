@@ -228,7 +228,7 @@ def test_a_loaded_adapter_that_is_trained_is_said_where_nobody_has_asked_for_mor
     (line,) = [
         r.getMessage() for r in caplog.records if r.name.startswith("alignprop_fast") and r.levelname == "WARNING"
     ]
-    assert line.startswith("training goes on from adapters that are there: adapter 'style' of the unet, rank 3, is tr")
+    assert line.startswith("training continues from existing adapters: adapter 'style' of the unet, rank 3, is tr")
 
 
 def test_new_adapters_alone_are_no_warning(tiny_sd_folder, caplog):

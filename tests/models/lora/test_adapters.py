@@ -237,7 +237,7 @@ REFUSED = {
     "parameters": (lambda pipe: add(pipe, lora(target_parameters=["linear_1.weight"])), "target_parameters in its"),
     "tokens": (with_tokens, "trainable_token_indices in its LoraConfig"),
     "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "type LOHA.*use peft.LoraConfig"),
-    "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "kind LOKR"),
+    "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "type LOKR"),
     "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "kind ADALORA"),
     "fused": (fused, r"fused into the weights of unet \('default'\): call unfuse_lora"),
     "an embedding": (in_an_embedding, "lora_embedding_A in .*token_embedding"),

@@ -429,7 +429,7 @@ REFUSED = {
         "a pickle (.bin, .pt, .ckpt)", "refused", "which could run code when it is loaded: give a .safetensors file"
     ): None,
     Format("a GGUF file", "refused", "is a GGUF"): b"GGUF\x03\x00\x00\x00" + bytes(64),
-    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch it by git lfs pull"): (
+    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch the file with git lfs pull"): (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ),
     Format("a web page saved in place of the file", "refused", "is a web page"): b"<html>not found</html>",
