@@ -63,7 +63,7 @@ KINDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, required=True, help="what plan --save-table wrote")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "pictures")
     args = parser.parse_args()
     table = load_table(args.table)
     draw_memory(table, args.output_dir / "memory.png")

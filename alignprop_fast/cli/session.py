@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,8 @@ from PIL import Image
 from rich.console import Console
 
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import TrainOptions, make_config
-from alignprop_fast.cli.options_control import make_stopping, make_watch
+from alignprop_fast.cli.options import make_config
+from alignprop_fast.cli.parts import make_stopping, open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.records import Records
 from alignprop_fast.cli.results import check_adapters, write_adapters, write_card
@@ -49,6 +49,8 @@ from alignprop_fast.planner import parse_budget
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows
 from alignprop_fast.report.pictures import Pictures, save_before_after, to_images
 from alignprop_fast.report.plan import plot_plan
+from alignprop_fast.training.declaration import Command, values
+from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.evaluation.watch import Watched
@@ -79,9 +81,6 @@ class Session:
     ):
         import torch
 
-        from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
-        from alignprop_fast.rewards import get_reward
-        from alignprop_fast.rewards.normalise import NormalisedSum
         from alignprop_fast.training.launcher import read_launcher
         from alignprop_fast.training.placement import make_deterministic
         from alignprop_fast.training.processes import main_process_first, start_processes
@@ -112,43 +111,26 @@ class Session:
             check_tracker(options.log_with)
             self.options = self._held_to_device(_resolved(options, precision, self.folder), device)
             config = make_config(self.options, device, self._checkpoint(resume, resume_from))
-        self.reward = get_reward(
-            options.reward,
-            device=device,
-            # fp16 has too small a range for the gradient of an unscaled score.
-            dtype=torch.bfloat16 if self.options.mixed_precision == "bf16" else torch.float32,
-            model=options.reward_model,
-            allow_pickle=options.allow_pickle,
-        )
-        self.watch, self.stopping = make_watch(self.options, self.reward, device), make_stopping(self.options)
-        pipeline = DefaultDDPOStableDiffusionPipeline(
-            options.model,
-            scheduler=options.scheduler,
-            model_config=options.model_config,
-            allow_pickle=options.allow_pickle,
-            # Beside fp16 a VAE may have to stay in fp32, which only loading in fp32 keeps.
-            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
-        )
+        rewards = open_rewards(self.options, device)
+        self.reward, self.watch, self.stopping = rewards.reward, rewards.watch, make_stopping(self.options)
+        pipeline = open_model(self.options, device)
         self._check_reward(pipeline.sd_pipeline, device)
         self.records = Records(self.folder, options.reward)
         self.prediction: Prediction | None = None
         self.peak_bytes = 0  # of the training steps, measured
-        normalised = NormalisedSum(self.reward.parts) if options.normalise_rewards else None
-        owners: dict[str, Any] = {"stopping": self.stopping, "rewards": normalised}
+        owners: dict[str, Any] = {"stopping": self.stopping, "rewards": rewards.normalised}
         self.trainer = AlignPropTrainer(
             config,
-            normalised or self.reward,
+            rewards.trained,
             self._draw_prompt,
             pipeline,
             self._after_step,
             stateful={name: owner for name, owner in owners.items() if owner is not None},
         )
         check_adapters(pipeline.sd_pipeline)
-        if self.watch is not None:  # lies on the device too, and the plan is to know
-            self.trainer.sampler.reward_bytes += self.watch.weight_bytes(self.reward)
+        tell_sampler(self.trainer.sampler, rewards, self.rows[0])
         watched = [] if self.watch is None else [task.prompt for task in self.watch.tasks]
         self.trainer.sampler.say_what_is_cut([*self.prompts, *watched], options.negative_prompt)
-        self.trainer.sampler.example = (self.rows[0].prompt, dict(self.rows[0].metadata))
         self.trainer.sampler.encode_ahead(self.prompts[:MOST_AHEAD], options.negative_prompt)
         self._check_budget()
         self.before = self._first_pictures()
@@ -296,7 +278,7 @@ class Session:
         step = self.trainer.steps_done
         self._taken.begin()
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
-        _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
+        _write_text(self.folder / "config.yaml", yaml.safe_dump(values(self.options, Command.TRAIN), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
         if self.prediction is not None:
             title = f"{Path(self.options.model).name}, batch {self.options.batch_size}, reward {self.options.reward}"
@@ -378,7 +360,7 @@ class Session:
 
 def _resolved(options: TrainOptions, precision: str, folder: Path) -> TrainOptions:
     return replace(
-        options,
+        resolved(options, precision),
         output_dir=str(folder),
         model=existing_as_absolute(options.model, names=("demo",)),
         model_config=None if options.model_config is None else existing_as_absolute(options.model_config),
@@ -387,8 +369,6 @@ def _resolved(options: TrainOptions, precision: str, folder: Path) -> TrainOptio
         watch_prompts=options.watch_prompts and existing_as_absolute(options.watch_prompts, PROMPT_SETS),
         watch_reward_model=tuple(map(_absolute_model, options.watch_reward_model)),
         diversity_model=options.diversity_model and existing_as_absolute(options.diversity_model),
-        mixed_precision=precision,
-        lora_alpha=float(options.lora_rank if options.lora_alpha is None else options.lora_alpha),
     )
 
 

@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MAX_PROMPT_LENGTH = 1000  # characters; text encoders read 77 tokens, so a longer line is some other kind of file
 
@@ -40,6 +42,13 @@ class PromptRow:
 
 
 _Records = Iterator[tuple[str, Mapping[str, Any]]]  # where a record stands ("line 3"), and its fields
+
+
+def spread(items: Sequence[T], count: int, repeat: bool = False) -> list[T]:
+    """`count` of the items, evenly over the list. A shorter list is taken whole, or with `repeat` again and again."""
+    if len(items) >= count:
+        return [items[i * len(items) // count] for i in range(count)]
+    return [items[i % len(items)] for i in range(count if repeat else len(items))]
 
 
 def load_prompts(spec: str | Path) -> list[str]:

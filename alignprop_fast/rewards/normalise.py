@@ -33,6 +33,8 @@ class NormalisedSum(WeightedSum):
     each batch to `observe`. A part whose scores have all been alike so far, such as a single one, is not scaled.
     """
 
+    observes = True
+
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(parts)
         self._moments: dict[str, _Moments] = {}
@@ -60,6 +62,8 @@ class NormalisedSum(WeightedSum):
 
 
 def _moments(scores_B: Tensor) -> _Moments:
+    if scores_B.is_meta:  # whose memory is counted and whose values nobody knows
+        return 1.0, 0.0, 1.0
     scores_B = scores_B.detach().double()
     return 1.0, scores_B.mean().item(), scores_B.square().mean().item()
 

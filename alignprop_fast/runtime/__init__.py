@@ -2,8 +2,10 @@
 
 from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import unless_out_of_memory
+from alignprop_fast.ops.versions import version, versions
 from alignprop_fast.runtime.blocks import OFFLOAD, STEP_OPTIONS, Block, apply_options
-from alignprop_fast.runtime.chain import Chain, autocast_dtype, run_chain, run_penalised_chain
+from alignprop_fast.runtime.chain import Chain, GradientSink
+from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
@@ -13,9 +15,9 @@ from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate, only_new_garbage
 from alignprop_fast.runtime.offload import Offloader
+from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
-from alignprop_fast.runtime.versions import raise_if_changed, version, versions
 
 __all__ = [
     "DECODER_STAGES",
@@ -24,6 +26,7 @@ __all__ = [
     "Block",
     "Chain",
     "CompiledBlocks",
+    "GradientSink",
     "GraphedCalls",
     "HostPool",
     "LiveBytes",
