@@ -8,6 +8,7 @@ checkpoints/                    to resume from
 reward.png, before_after.png, README.md (a model card)
 plan.png                        memory over a training step, where a memory budget is given
 pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
+averaged/                       with --ema-decay the same two files of the averaged adapters
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from alignprop_fast.evaluation.watch import Watched
 
 SAMPLE_PICTURES = 8
+AVERAGED = "averaged"  # folder of the averaged adapters
 MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
@@ -178,7 +180,8 @@ class Session:
     def draw(self, rows: Sequence[PromptRow], first_seed: int | None = None) -> Pictures:
         """Pictures of the rows' prompts under the present adapters, their rewards; picture i has seed first_seed + i.
 
-        Draws from generators of its own: training's random numbers are not touched.
+        With --ema-decay the average of the adapters draws, as for all that looks at them. Draws from generators of its
+        own: training's random numbers are not touched.
         """
         import torch
 
@@ -193,7 +196,7 @@ class Session:
             batch = [row.prompt for row in rows[start : start + size]]
             metadata = [dict(row.metadata) for row in rows[start : start + size]]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
-            with torch.no_grad():
+            with torch.no_grad(), self.trainer.averaged_weights():
                 images_BCHW = self.trainer.sampler(batch, self.options.negative_prompt, generators, grad_steps=())
                 scores_B, info = self.reward(images_BCHW, batch, metadata)
             images += to_images(images_BCHW)
@@ -311,10 +314,12 @@ class Session:
         """What is watched, under the present adapters."""
         if self.watch is None:
             return None
-        watched, step = self.watch.look(self.trainer.sampler), self.trainer.steps_done
-        # The look at the end of a run must not count: a run that is resumed to more steps would have one more.
-        if self.stopping is not None and step % self.options.sample_every == 0:
-            self.stopping.update(step, watched.reward, self.trainer.trainable_layers)
+        step = self.trainer.steps_done
+        with self.trainer.averaged_weights():
+            watched = self.watch.look(self.trainer.sampler)
+            # The look at the end of a run must not count: a run that is resumed to more steps would have one more.
+            if self.stopping is not None and step % self.options.sample_every == 0:
+                self.stopping.update(step, watched.reward, self.trainer.trainable_layers)
         return watched
 
     def _stopped(self) -> bool:
@@ -339,7 +344,11 @@ class Session:
         self.trainer.accelerator.end_training()
 
     def _write_results(self, steps: int) -> None:
-        write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
+        pipe = self.trainer.sd_pipeline.sd_pipeline
+        write_adapters(pipe, self.folder, self.options, self.prompts, steps)
+        if self.options.ema_decay:
+            with self.trainer.averaged_weights():
+                write_adapters(pipe, self.folder / AVERAGED, self.options, self.prompts, steps)
         self.records.plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
             self.after = self._draw_again()
@@ -353,6 +362,8 @@ class Session:
         if stopping is None:
             return done
         stopping.restore(self.trainer.trainable_layers)
+        if self.trainer.update.average is not None:
+            self.trainer.update.average.restart()
         why = "stopped" if stopping.stop else "done"
         self.console.print(f"{why} after step {done}: the adapters of step {stopping.kept_step} are kept")
         return stopping.kept_step
