@@ -250,6 +250,7 @@ def test_plan_has_every_option_of_train_that_changes_a_plan():
         *("prompts", "normalise_rewards", "sample_every", "save_every", "keep_checkpoints", "log_with", "device"),
         *("watch_reward", "watch_reward_model", "watch_prompts", "watch_pictures", "diversity_model", "patience"),
         *("max_drop", "resume", "resume_from", "config", "cuda_graphs", "compiled", "deterministic"),
+        *("max_grad_norm", "lr_scheduler", "warmup_steps"),
     }
     missing = set(inspect.signature(train).parameters) - set(inspect.signature(plan).parameters) - elsewhere
     assert not missing
