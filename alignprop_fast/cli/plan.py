@@ -77,7 +77,6 @@ def plan(
     reward: o.Reward = DEFAULTS.reward,
     reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
     allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
-    normalise_rewards: o.NormaliseRewards = DEFAULTS.normalise_rewards,
     prompts: o.Prompts = DEFAULTS.prompts,
     negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
     num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
