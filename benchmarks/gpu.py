@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --report                          # README's figures from the facts
     python benchmarks/gpu.py --dry-run --fail speed=signal     # no GPU: toy sizes, with a fault injected
 
-It runs from a checkout, installed or not, on any NVIDIA GPU with 24 GB or more. Libraries that the machine lacks may
-lie in a folder of wheels (`--wheels`), which are unpacked into a folder of their own. A section that fails, hangs or
-dies costs no other its facts. The exit code is 0 if every section said "ok".
+`python -m benchmarks.gpu` does the same. It runs from a checkout, installed or not, on any NVIDIA GPU with at least
+24 GB. If the machine lacks libraries, put their wheels into a folder and name it with `--wheels`: they are unpacked
+into a folder of their own. When a section fails, hangs or dies, the others keep their facts. The exit code is 0 if
+every section said "ok".
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parent / "alignprop_fast"
-RESULTS = HERE / "results" / "gpu" / "facts.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = ROOT / "benchmarks" / "results" / "gpu" / "facts.jsonl"
 
 
 def parse() -> argparse.Namespace:
-    from gpu_sections import SECTIONS
-    from gpu_sections.faults import FAULTS
+    from benchmarks.gpu_sections import SECTIONS
+    from benchmarks.gpu_sections.faults import FAULTS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -40,10 +40,8 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=20, help="denoising steps of a training step; the last half carries gradient")
     add("--wheels", type=Path, help="folder of wheels to unpack")
     add("--commit", help="what is measured, where git cannot say")
-    add("--output", type=Path, help=f"file of facts, added to [{RESULTS.relative_to(HERE.parent)}]")
-    add(
-        "--report", type=Path, nargs="?", const=RESULTS, metavar="FACTS", help="write README's figures, measure nothing"
-    )
+    add("--output", type=Path, help=f"file of facts, added to [{FACTS.relative_to(ROOT)}]")
+    add("--report", type=Path, nargs="?", const=FACTS, metavar="FACTS", help="write README's figures, measure nothing")
     add("--dry-run", action="store_true", help="toy sizes, on the CPU or an emulated GPU; facts into --output alone")
     add("--fail", action="append", default=[], metavar="SECTION=FAULT", help=f"inject one of {', '.join(FAULTS)}")
     args = parser.parse_args()
@@ -58,23 +56,26 @@ def parse() -> argparse.Namespace:
 
 
 def make_site(folder: Path, wheels: Path | None) -> None:
-    """What workers import from: the wheels' content and this package. Not the root, where the folder `kernels` would
-    pass for the package of that name."""
+    """Fill the folder that workers import from: the wheels' content, the package and these benchmarks.
+
+    Not the root: its folder `kernels` would pass for the package of that name.
+    """
     for wheel in sorted(wheels.glob("*.whl")) if wheels else []:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-    if not (folder / PACKAGE.name).exists():
-        (folder / PACKAGE.name).symlink_to(PACKAGE)
+    for name in ("alignprop_fast", "benchmarks"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """The environment of all workers and of what they start."""
-    from gpu_sections.preload import DRY_RUN
+    """Set the environment of all workers and of the processes that they start."""
+    from benchmarks.gpu_sections.preload import DRY_RUN
 
     make_site(folder, args.wheels)
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(HERE), *before])
-    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *before])
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     # Before CUDA starts: without it budgets break on memory in pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Whether there is a GPU can then be asked without starting CUDA, which would not outlive a fork.
@@ -86,21 +87,21 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    from gpu_sections import SECTIONS, report
-    from gpu_sections.driver import Driver, Settings
-    from gpu_sections.facts import Facts, read
-    from provenance import commit
+    from benchmarks.gpu_sections import SECTIONS, report
+    from benchmarks.gpu_sections.driver import Driver, Settings
+    from benchmarks.gpu_sections.facts import Facts, read
+    from benchmarks.provenance import commit
 
     args = parse()
     if args.list:
         print("\n".join(f"{s.name:10} {s.seconds:4.0f} s  {s.says}" for s in SECTIONS))
         return 0
     if args.report:
-        report.write_readme(HERE.parent / "README.md", read(args.report))
+        report.write_readme(ROOT / "README.md", read(args.report))
         return 0
     folder = Path(tempfile.mkdtemp(prefix="alignprop_fast_gpu_"))
     prepare(folder, args)
-    output = args.output or (folder / "facts.jsonl" if args.dry_run else RESULTS)
+    output = args.output or (folder / "facts.jsonl" if args.dry_run else FACTS)
     known = len(read(output))
     facts = Facts(output, {"commit": args.commit or commit(), "dry": args.dry_run})
     settings = Settings(facts, faults=args.faults, steps=args.steps)
@@ -118,6 +119,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # for the modules of `benchmarks`, where this was started by its file name
     try:
         code = main()
     except SystemExit as leaving:

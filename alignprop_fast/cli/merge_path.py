@@ -46,7 +46,7 @@ class AdapterPath:
                     self.rewards[t] += score(self.reward, images_BCHW, rows)[0].tolist()
                 yield len(images_BCHW)
 
-    def write(self, folder: Path, ends: Sequence[str], reward: str | None) -> None:
+    def write(self, folder: Path, ends: Sequence[str], reward: str) -> None:
         """path.png and, where there is a reward, path.csv."""
         from alignprop_fast.report.evaluation import PathRow, save_comparison, save_table
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from alignprop_fast.cli.options import TrainOptions
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows, spread
+from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.evaluation.early_stopping import EarlyStopping
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.rewards.normalise import NormalisedSum
 
+T = TypeVar("T", bound=TrainOptions)
 _WATCH_SEED = 1_000_000  # beyond the seeds of the sample pictures
 
 
@@ -37,7 +38,7 @@ class Rewards:
         return self.normalised or self.reward
 
 
-def resolved(options: TrainOptions, precision: str) -> TrainOptions:
+def resolved(options: T, precision: str) -> T:
     """The options with what `auto` and None stand for, as far as the trainer's config needs it."""
     alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
     return replace(options, mixed_precision=precision, lora_alpha=alpha)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alignprop_fast.cli.options import TrainOptions, make_config
+from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import open_model, open_rewards, resolved, tell_sampler
+from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.support import budget_here, pick_device
 from alignprop_fast.planner import (
@@ -29,6 +30,7 @@ from alignprop_fast.planner import (
     scaled,
 )
 from alignprop_fast.prompts.rows import PromptRow, load_rows
+from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.generate.sampler import DifferentiableSampler
@@ -88,7 +90,7 @@ class Question:
         return batch
 
 
-def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
+def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Question:
     """The question about a saved table. given: names of the options that stand on the command line.
 
     Raises:
@@ -98,9 +100,9 @@ def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
         raise ValueError(
             f"--{idle[0].replace('_', '-')} is settled by --table: leave it out, or estimate without --table"
         )
-    config = make_config(resolved(_train_options(options), "no"), "cpu", "")
+    config = make_config(resolved(options, "no"), "cpu", "")
     wanted_bytes = _wanted_bytes(config)
-    table = load_table(Path(options["table"]).expanduser())
+    table = load_table(file)
     if config.host_memory is not None:
         table = replace(table, host_limit_bytes=parse_bytes(config.host_memory, "host memory"))
     origin = table.origin
@@ -118,22 +120,22 @@ def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
         "model": origin.get("model"),
         "gpu": device,
         "source": origin.get("source"),
-        "truncation": options["truncation"],
-        "table": str(options["table"]),
+        "truncation": options.truncation,
+        "table": str(file),
     }
     return Question(
         tables={batch: table},
         batch=batch,
-        num_steps=options["num_inference_steps"],
-        truncation=options["truncation"],
+        num_steps=options.num_inference_steps,
+        truncation=options.truncation,
         budget_bytes=budget_bytes,
-        title=f"table {Path(options['table']).name}: {origin.get('model', 'a model')}, batch {batch}, {device}",
+        title=f"table {file.name}: {origin.get('model', 'a model')}, batch {batch}, {device}",
         note=note,
         facts=facts,
     )
 
 
-def from_model(console: Console, options: Mapping[str, Any]) -> Question:
+def from_model(console: Console, options: PlanOptions) -> Question:
     """The question about a model, whose tables are estimated or measured now.
 
     Raises:
@@ -141,8 +143,7 @@ def from_model(console: Console, options: Mapping[str, Any]) -> Question:
     """
     from alignprop_fast.sampling import gate_count
 
-    _check_size(options)
-    chosen, place = _train_options(options), _place(options)
+    chosen, place = _sized(options), _place(options)
     precision = place.precision if chosen.mixed_precision == "auto" else chosen.mixed_precision
     chosen = resolved(chosen, precision)
     config = make_config(chosen, place.device, "")
@@ -193,27 +194,24 @@ class _Place:
         return self.gpu.name, *budget_on(self.gpu.name, self.gpu.memory_bytes, wanted_bytes)
 
 
-def _place(options: Mapping[str, Any]) -> _Place:
-    if not options["measure"]:
-        return _Place("meta", _gpu(options["gpu"]))
-    if options["gpu"] is not None:
+def _place(options: PlanOptions) -> _Place:
+    if not options.measure:
+        return _Place("meta", _gpu(options.gpu))
+    if options.gpu is not None:
         raise ValueError("--measure measures the device that is here: leave out --gpu, or --measure")
     device = pick_device("auto")
-    if options["mixed_precision"] == "fp16" and device == "cpu":
+    if options.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
     return _Place(device, None)
 
 
-def _train_options(options: Mapping[str, Any]) -> TrainOptions:
-    """Those of plan that train has, too; what it lacks changes no plan and keeps its default."""
-    chosen = {field.name: options[field.name] for field in fields(TrainOptions) if field.name in options}
-    sides = {side: options[side] or options["resolution"] for side in ("height", "width")}
-    return TrainOptions(**{**chosen, **sides})
-
-
-def _check_size(options: Mapping[str, Any]) -> None:
-    if options["resolution"] is not None and (options["height"] or options["width"]):
+def _sized(options: PlanOptions) -> PlanOptions:
+    """With --resolution as height and width."""
+    if options.resolution is None:
+        return options
+    if options.height or options.width:
         raise ValueError("--resolution stands for --height and --width: give the one or the others")
+    return replace(options, height=options.resolution, width=options.resolution)
 
 
 def _wanted_bytes(config: AlignPropConfig) -> int | None:

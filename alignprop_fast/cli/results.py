@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.cli.options import TrainOptions
 from alignprop_fast.report.pictures import Pictures
+from alignprop_fast.training.declaration import Command, values
+from alignprop_fast.training.options import TrainOptions
 
 _NOT_FOR_OTHERS = ("output_dir", "device", "save_every", "sample_every", "log_with")
 
@@ -35,7 +35,7 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
         title=f"{shareable(options.model)} aligned to {options.reward}",
         comment=f"AlignProp (alignprop_fast): {steps} steps on the reward {options.reward}",
         prompts=prompts,
-        options={**asdict(options), "steps": steps},
+        options={**values(options, Command.TRAIN), "steps": steps},
     )
     save_kohya_lora(pipe, folder, {**own, **kohya})
 
@@ -58,7 +58,9 @@ def write_card(
     scores = {"reward": (before.mean_reward, after.mean_reward)}
     if len(after.mean_parts) > 1:
         scores |= {name: (before.mean_parts[name], after.mean_parts[name]) for name in after.mean_parts}
-    shown = {name: shareable(value) for name, value in asdict(options).items() if name not in _NOT_FOR_OTHERS}
+    shown = {
+        name: shareable(value) for name, value in values(options, Command.TRAIN).items() if name not in _NOT_FOR_OTHERS
+    }
     is_hub_id = not Path(options.model).exists() and options.model != "demo"
     write_model_card(
         folder,

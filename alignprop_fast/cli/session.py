@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import TrainOptions, make_config
+from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import make_stopping, open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.records import Records
@@ -49,6 +49,8 @@ from alignprop_fast.planner import parse_budget
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows
 from alignprop_fast.report.pictures import Pictures, save_before_after, to_images
 from alignprop_fast.report.plan import plot_plan
+from alignprop_fast.training.declaration import Command, values
+from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.evaluation.watch import Watched
@@ -276,7 +278,7 @@ class Session:
         step = self.trainer.steps_done
         self._taken.begin()
         # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
-        _write_text(self.folder / "config.yaml", yaml.safe_dump(asdict(self.options), sort_keys=False))
+        _write_text(self.folder / "config.yaml", yaml.safe_dump(values(self.options, Command.TRAIN), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
         if self.prediction is not None:
             title = f"{Path(self.options.model).name}, batch {self.options.batch_size}, reward {self.options.reward}"

@@ -1,8 +1,7 @@
-"""The training loop that all demo networks share: AdamW, warm-up, cooldown, weight average, exact resume."""
+"""The training loop that all bundled networks share: AdamW, warm-up, cooldown, weight average, exact resume."""
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from alignprop_fast.files import whole
 
 Modules = dict[str, nn.Module]
 
@@ -88,9 +89,8 @@ def _save(path: Path, modules: Modules, averages: Modules, optimizer, step: int,
         "modules": {name: module.state_dict() for name, module in modules.items()},
         "averages": {name: module.state_dict() for name, module in averages.items()},
     }
-    temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _restore(path: Path, modules: Modules, averages: Modules, optimizer, steps: int) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """Composes captioned scenes of one to four things on plain backgrounds. Every scene is a function of its seed."""
 
 import random
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +33,42 @@ class Scene:
     caption: str
 
 
-def random_scene(rng: random.Random) -> Scene:
-    """35 % one thing, 40 % two to four of a kind, 25 % two different things; half of them on white."""
+@dataclass(frozen=True)
+class Mix:
+    """Shares of scenes with one thing and with two to four of a kind; the rest holds two different things."""
+
+    one: float = 0.35
+    several: float = 0.40
+    with_held_out: bool = True  # whether scenes with `is_held_out` may be drawn
+
+
+def combination(scene: Scene) -> str:
+    """What `is_held_out` tells scenes apart by: things and background, or two different things on any background."""
+    names = sorted(f"{thing.colour} {thing.noun}".strip() for thing in scene.things)
+    return " + ".join(names if len(set(names)) > 1 else [*names, scene.background])
+
+
+def is_held_out(scene: Scene) -> bool:
+    """One combination in ten, chosen by its checksum: the text-to-image model is judged on these, untrained."""
+    return zlib.crc32(combination(scene).encode()) % 10 == 0
+
+
+def random_scene(rng: random.Random, mix: Mix = Mix()) -> Scene:
+    """A scene of this mix; half of them are on white."""
+    while True:
+        scene = _random_scene(rng, mix)
+        if mix.with_held_out or not is_held_out(scene):
+            return scene
+
+
+def _random_scene(rng: random.Random, mix: Mix) -> Scene:
     background = "white" if rng.random() < 0.5 else rng.choice([name for name in BACKGROUNDS if name != "white"])
     first, second = rng.sample(THINGS, 2)
     kind = rng.random()
-    count = 1 if kind < 0.35 or kind >= 0.75 else rng.choice((2, 3, 4))
+    count = 1 if kind < mix.one or kind >= mix.one + mix.several else rng.choice((2, 3, 4))
     caption = noun_phrase(first, count, name_colour=rng.random() < 0.7)
     things = (first,) * count
-    if kind >= 0.75:
+    if kind >= mix.one + mix.several:
         things = (first, second)
         caption += " and " + noun_phrase(second, 1, name_colour=rng.random() < 0.7)
     if background != "white" or rng.random() < 0.2:
@@ -70,13 +98,13 @@ def draw_scene(scene: Scene, sprites: Sprites, rng: random.Random) -> Image.Imag
     return picture
 
 
-def make_pictures(sprites: Sprites, number: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+def make_pictures(sprites: Sprites, number: int, seed: int, mix: Mix = Mix()) -> tuple[torch.Tensor, list[str]]:
     """`number` scenes: uint8 pictures [N, 3, 64, 64] and their captions."""
     pictures = np.empty((number, PICTURE_PIXELS, PICTURE_PIXELS, 3), np.uint8)
     captions = []
     for index in range(number):
         rng = random.Random(f"{seed}:{index}")
-        scene = random_scene(rng)
+        scene = random_scene(rng, mix)
         pictures[index] = np.asarray(draw_scene(scene, sprites, rng))
         captions.append(scene.caption)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), captions

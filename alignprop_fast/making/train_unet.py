@@ -1,6 +1,10 @@
-"""Trains the demo UNet and its text encoder on encoded pictures: noise prediction with min-SNR weights."""
+"""Trains the bundled UNet and its text encoder on encoded pictures, by the squared error of v.
+
+v = signal * noise - noise_level * clean (Salimans and Ho 2022, arXiv 2202.00512).
+"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +14,6 @@ from alignprop_fast.making.networks import build_scheduler, build_text_encoder, 
 from alignprop_fast.making.scenes import save_grid
 
 CAPTION_DROPOUT = 0.1  # share of captions replaced by "", for classifier-free guidance
-SNR_LIMIT = 5.0  # gamma of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556, equation 8)
 PREVIEW_PROMPTS = (
     "a red apple",
     "a cat",
@@ -55,8 +58,26 @@ def build_pipeline(modules: dict, vae, tokenizer):
     return pipe
 
 
+def with_parts(pipe: Any, **parts: Any) -> Any:
+    """The pipeline with other parts."""
+    from diffusers import StableDiffusionPipeline
+
+    other = StableDiffusionPipeline(**{**pipe.components, **parts}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def spread_timesteps(number: int, count: int, generator: torch.Generator) -> Tensor:
+    """`number` timesteps below `count`, one from each of as many equal ranges (Kingma et al. 2021, arXiv 2107.00630).
+
+    Each is uniform by itself, and together they leave no noise level out, which steadies the loss.
+    """
+    places = (torch.arange(number) + torch.rand(number, generator=generator)) / number
+    return (places * count).long().clamp(max=count - 1)
+
+
 def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: Settings, folder: Path, seed: int):
-    """Trains on unscaled latents [N, 8, 16, 16]; returns the pipeline with averaged weights.
+    """Trains on unscaled latents [N, C, H, W]; returns the pipeline with averaged weights.
 
     A preview grid `unet.png` is drawn at every fourth checkpoint.
     """
@@ -67,27 +88,21 @@ def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: S
     modules["unet"].set_attn_processor(AttnProcessor())  # on the CPU the fused attention has a slow backward
     scheduler = build_scheduler()
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    alphas = scheduler.alphas_cumprod
-    weights = (SNR_LIMIT * (1 - alphas) / alphas).clamp(max=1.0)  # min(SNR, limit) / SNR
     size = settings.batch_size
 
     def loss_at(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(latents), (size,), generator=generator)
         clean = latents[index] * vae.config.scaling_factor
         dropped = torch.rand(size, 1, generator=generator) < CAPTION_DROPOUT
-        timesteps = torch.randint(len(alphas), (size,), generator=generator)
+        timesteps = spread_timesteps(size, len(scheduler.alphas_cumprod), generator)
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
-            text = modules["text_encoder"](torch.where(dropped, empty, tokens[index]))[0]
-            predicted = modules["unet"](noisy, timesteps, text).sample
-        errors = (predicted.float() - noise).square().mean((1, 2, 3))
-        return (weights[timesteps] * errors).mean()
+        noisy, velocity = (f(clean, noise, timesteps) for f in (scheduler.add_noise, scheduler.get_velocity))
+        text = modules["text_encoder"](torch.where(dropped, empty, tokens[index]))[0]
+        return (modules["unet"](noisy, timesteps, text).sample - velocity).square().mean()
 
     def on_checkpoint(step: int, averages: dict) -> None:
         if step // settings.checkpoint_every % 4 == 0 or step == settings.steps:
-            pipe = build_pipeline(averages, vae, tokenizer)
-            draw(pipe, list(PREVIEW_PROMPTS), folder / "unet.png")
+            draw(build_pipeline(averages, vae, tokenizer), list(PREVIEW_PROMPTS), folder / "unet.png")
 
     averages = fit(modules, loss_at, settings, folder / "unet.pt", seed, on_checkpoint)
     return build_pipeline(averages, vae, tokenizer)

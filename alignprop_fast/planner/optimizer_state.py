@@ -50,6 +50,11 @@ def optimizer_bytes(name: str, shapes: Iterable[Sequence[int]], merged: bool = T
     raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
 
 
+def average_bytes(shapes: Iterable[Sequence[int]]) -> int:
+    """Bytes of a moving average of parameters of these shapes, which is in fp32 whatever their dtype is."""
+    return _FP32 * sum(map(prod, shapes))
+
+
 def _held_in_8bit(count: int, states: int) -> int:
     return states * (count + _FP32 * -(-count // _BLOCK) if count >= _SMALLEST_8BIT else _FP32 * count)
 

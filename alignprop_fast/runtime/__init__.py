@@ -2,8 +2,10 @@
 
 from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import unless_out_of_memory
+from alignprop_fast.ops.versions import version, versions
 from alignprop_fast.runtime.blocks import OFFLOAD, STEP_OPTIONS, Block, apply_options
-from alignprop_fast.runtime.chain import Chain, autocast_dtype, run_chain, run_penalised_chain
+from alignprop_fast.runtime.chain import Chain, GradientSink
+from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
@@ -11,11 +13,11 @@ from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate, only_new_garbage
 from alignprop_fast.runtime.offload import Offloader
+from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
-from alignprop_fast.runtime.versions import raise_if_changed, version, versions
 
 __all__ = [
     "DECODER_STAGES",
@@ -24,6 +26,7 @@ __all__ = [
     "Block",
     "Chain",
     "CompiledBlocks",
+    "GradientSink",
     "GraphedCalls",
     "HostPool",
     "LiveBytes",
@@ -43,6 +46,7 @@ __all__ = [
     "driver_bytes",
     "link_rate",
     "lockable_bytes",
+    "only_new_garbage",
     "operator_seconds",
     "raise_if_changed",
     "reward_stages",

@@ -40,7 +40,7 @@ class StepCosts:
 def step_costs(
     chain: Chain, x: torch.Tensor, operator_seconds: Operator | None = None, link: float | None = None
 ) -> StepCosts:
-    """Costs of one step of the chain at latents x [B, ...]; runs the network of step 0 and draws no random number.
+    """Costs of one step of the chain at latents x [B, ...]; runs the prediction of step 0 and draws no random number.
 
     operator_seconds: estimates instead of timing (on meta tensors). link: bytes a second to host memory, for offload.
     """
@@ -49,13 +49,13 @@ def step_costs(
     wanted = [start, *chain.receivers]
 
     def backward(y: torch.Tensor) -> None:
-        if chain.sink is None:
+        if chain.gradient_sink is None:
             torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
         else:
             _one_by_one(y, start, chain.parameters)
 
     work = Work(
-        forward=lambda: chain.network(0, start),
+        forward=lambda: chain.predict(0, start),
         backward=backward,
         blocks=chain.blocks,
         device=x.device,
@@ -64,7 +64,7 @@ def step_costs(
 
     @torch.inference_mode()
     def sample() -> torch.Tensor:
-        return chain.network(0, x)
+        return chain.predict(0, x)
 
     with Workspaces(x.device) as held:
         sampling = trace(replace(work, forward=sample, backward=None), {})
@@ -73,7 +73,7 @@ def step_costs(
 
 
 def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-    """Backward pass into a `Chain.sink`: each parameter's gradient is gone as soon as it has been added, or stepped."""
+    """A backward pass into a `GradientSink`: each parameter's gradient is freed as soon as it was added, or stepped."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
-from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
+from alignprop_fast.planner.optimizer_state import average_bytes, merges, optimizer_bytes
 from alignprop_fast.training.config import AlignPropConfig
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,6 +58,9 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         raise ValueError("cuda_graphs does not go with a whole UNet under autocast: train adapters, or leave it out")
     shapes = [p.shape for p in pipeline.unet.parameters() if p.requires_grad]
     merged = pipeline.use_lora and merges(config.optimizer)
+    update_bytes = optimizer_bytes(config.optimizer, shapes, merged)
+    if config.ema_decay:
+        update_bytes += average_bytes(shapes)
     sampler = DifferentiableSampler(
         pipeline.sd_pipeline,
         config.sample_num_steps,
@@ -70,9 +73,8 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         width=config.width,
         draw_unused_noise=True,
         reward=reward,
-        reward_bytes=reward.weight_bytes() if hasattr(reward, "weight_bytes") else 0,
         cache_text=config.cache_text,
-        optimizer_bytes=optimizer_bytes(config.optimizer, shapes, merged),
+        optimizer_bytes=update_bytes,
         host_memory=config.host_memory,
         compare_with_base=config.kl_weight > 0,
         cuda_graphs=config.cuda_graphs,

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -73,21 +73,6 @@ def raise_if_process_lost() -> Iterator[None]:
             "waited in vain for another process, which has ended or hangs: see its message, then go on from the last "
             f"checkpoint ({said})"
         ) from error
-
-
-class CheckedAccelerator(Accelerator):
-    """An `Accelerator` whose processes notice who is gone (`ProcessLost`)."""
-
-    def gather(self, tensor: Any) -> Any:
-        with raise_if_process_lost():
-            return super().gather(tensor)
-
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        with raise_if_process_lost():
-            return super().reduce(tensor, reduction, scale)
-
-    def wait_for_everyone(self) -> None:
-        wait_for_all()
 
 
 def wait_for_all() -> None:

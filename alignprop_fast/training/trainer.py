@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.evaluation.early_stopping import Stateful
 from alignprop_fast.generate.sampler import Draws, Truncation, draw_truncation, trl_gates
 from alignprop_fast.report.model_card import write_model_card
+from alignprop_fast.rewards.reward import as_reward
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.metrics import (
     BatchMetrics,
@@ -38,7 +40,7 @@ from alignprop_fast.training.metrics import (
 from alignprop_fast.training.out_of_memory import with_less_memory
 from alignprop_fast.training.placement import make_accelerator, output_folder
 from alignprop_fast.training.prepare import compute_dtype, make_sampler, prepare_model
-from alignprop_fast.training.processes import copy_of_first, largest, of_all_processes
+from alignprop_fast.training.processes import copy_of_first, largest, of_all_processes, wait_for_all
 from alignprop_fast.training.state import find_resume, restore_training, save_training
 from alignprop_fast.training.weight_update import WeightUpdate
 
@@ -90,6 +92,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
+        reward = as_reward(reward_function)
+        self._observer = reward if reward.observes else None
         # After the sampler, which lays convolutions out anew.
         self.update = WeightUpdate(config, self.accelerator, self.trainable_layers, sd_pipeline.use_lora)
         self.optimizer = self.update.optimizer
@@ -127,7 +131,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
         `self.metrics` then says what happened.
         """
-        begin, config = time.perf_counter(), self.config
+        begin, config, learning_rate = time.perf_counter(), self.config, self.update.learning_rate
         reset_peak_bytes(self.accelerator.device)
         shares: list[BatchShare] = []
         pairs: dict[str, Any] = {}
@@ -146,6 +150,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             step=self.steps_done,
             **averages(batches),
             grad_norm=grad_norm,
+            learning_rate=learning_rate,
             status=status,
             images_per_second=images / seconds,
             peak_bytes=largest(peak_bytes(self.accelerator.device)),
@@ -207,15 +212,15 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
     def _scores(self, info: Any) -> dict[str, torch.Tensor]:
         """Parts with a score for each image, for a reward that observes them."""
-        if not hasattr(self.reward_fn, "observe"):
+        if self._observer is None:
             return {}
         return {n: part.detach().cpu() for n, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
 
     def _observe(self, shares: Sequence[BatchShare]) -> None:
         """Show one micro-batch of all processes to a reward that observes its scores."""
-        if hasattr(self.reward_fn, "observe"):
+        if self._observer is not None:
             names = shares[0].scores
-            self.reward_fn.observe({name: torch.cat([share.scores[name] for share in shares]) for name in names})
+            self._observer.observe({name: torch.cat([share.scores[name] for share in shares]) for name in names})
 
     def _repeatable(self, work: Callable[[], Any]) -> Any:
         if self.update.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
@@ -308,6 +313,13 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation, metadata=metadata)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A block in which the model has the moving average of its weights, as `ema_decay` asks; else nothing changes.
+
+        For pictures, evaluation and `save_pretrained`; not for training steps and checkpoints.
+        """
+        return self.update.averaged()
+
     def save_checkpoint(self) -> Path:
         """Write everything a resume needs to `checkpoints/checkpoint_<steps done>`; every process must call it."""
         return save_training(self)
@@ -317,7 +329,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(save_directory)
             self._write_card(save_directory, None, None, None)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -10,7 +10,7 @@ flop.py       FLOP of the models as constants, and the command that counts them
 report.py     the facts as a table to read, and README's figures
 """
 
-from gpu_sections.driver import Section
+from benchmarks.gpu_sections.driver import Section
 
 SECTIONS = (
     Section("build", 120, "machine:build", "compile csrc/ beside all the rest", background=True),

@@ -10,21 +10,20 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import graphs as graphs_bench
-import offload as offload_bench
 import torch
-from train_step_variants import Bench, prompts_of
 
 from alignprop_fast.planner import Plan, StageChoice
 from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, link_rate
-from gpu_sections.lab import Lab
-from gpu_sections.speed import compare, evaluations
-from gpu_sections.timing import Call
+from benchmarks import ROOT
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.gpu_sections.speed import compare, evaluations
+from benchmarks.gpu_sections.timing import Call
+from benchmarks.step import graphs as graphs_bench
+from benchmarks.step import offload as offload_bench
+from benchmarks.step.train_step_variants import Bench, prompts_of
 
-ROOT = Path(__file__).parents[2]
 TESTS = ("tests/training/test_gpu_memory.py", "tests/runtime/test_graphs.py", "tests/kernels", "tests/ops")
 DRY_TESTS = ("--noconftest", "tests/planner/test_gpus.py")
 

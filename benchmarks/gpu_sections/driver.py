@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from gpu_sections.facts import Facts
+from benchmarks.gpu_sections.facts import Facts
 
 LEAST_SECONDS = 3.0  # nothing begins with less
 START_SECONDS = 90.0  # imports and the start of CUDA
@@ -79,7 +79,7 @@ class Outcome:
 
 def resolved(target: str) -> Callable[[Any], Any]:
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(f"gpu_sections.{module}"), name)
+    return getattr(importlib.import_module(f"benchmarks.gpu_sections.{module}"), name)
 
 
 # In the worker.
@@ -102,7 +102,7 @@ def serve(pipe: Connection, settings: Settings) -> None:
 def run_section(section: Section, seconds: float, lab: Lab, settings: Settings) -> Outcome:
     """Run it until its deadline, whatever it raises."""
     if section.name in settings.faults:
-        fault = importlib.import_module("gpu_sections.faults")
+        fault = importlib.import_module("benchmarks.gpu_sections.faults")
         lab.facts.after_next = fault.FAULTS[settings.faults[section.name]]
     signal.signal(signal.SIGALRM, _ring)
     try:
@@ -139,7 +139,7 @@ class Worker:
     def __init__(self, settings: Settings):
         context: Any = multiprocessing.get_context(settings.method)
         if settings.method == "forkserver":
-            context.set_forkserver_preload(["gpu_sections.preload"])
+            context.set_forkserver_preload(["benchmarks.gpu_sections.preload"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, settings), daemon=True)
         self.process.start()

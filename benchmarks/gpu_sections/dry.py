@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import harness
 import torch
 
 from alignprop_fast.generate import cost_table
 from alignprop_fast.ops import attention_backends, switched_off
 from alignprop_fast.runtime import link_rate
+from benchmarks.ops import harness
 
 
 def make_small() -> None:

@@ -1,15 +1,12 @@
 """FLOP of the models, as constants: nothing is counted while a GPU waits.
 
-    python benchmarks/gpu_sections/flop.py          # counts them again, on tensors without data: about a minute of CPU
+    python -m benchmarks.gpu_sections.flop          # counts them again, on tensors without data: about a minute of CPU
 
 For one image at the model's own size, nothing repeated: "forward" a pair of evaluations under guidance, "both" with the
 way back into latents and adapters of rank 16, "decoder" and "reward" (HPS v2) both ways.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 FLOP: dict[str, dict[str, float]] = {
     "sd15": {
@@ -31,13 +28,13 @@ FLOP: dict[str, dict[str, float]] = {
 
 def count(model: str) -> dict[str, float]:
     import torch
-    from train_step_variants import Bench
+
+    from benchmarks.step.train_step_variants import Bench
 
     small = model == "small"
     return Bench(model, torch.device("cpu" if small else "meta"), 1, "mean" if small else "hpsv2").flop()
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])
     for name in FLOP:
         print(name, {what: f"{flop:_.0f}" for what, flop in count(name).items()})

@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from train_step import gemm_rate, limit_memory
-from train_step_variants import Bench
 
-from gpu_sections.driver import Settings
-from gpu_sections.facts import read
+from benchmarks.gpu_sections.driver import Settings
+from benchmarks.gpu_sections.facts import read
+from benchmarks.step.train_step import gemm_rate, limit_memory
+from benchmarks.step.train_step_variants import Bench
 
 GIB = 2**30
 
@@ -23,7 +23,7 @@ GIB = 2**30
 def make(settings: Settings) -> Lab:
     """The lab of a worker."""
     if settings.dry:
-        from gpu_sections.dry import make_small
+        from benchmarks.gpu_sections.dry import make_small
 
         make_small()
     return Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

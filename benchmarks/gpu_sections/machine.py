@@ -13,8 +13,8 @@ import torch
 
 from alignprop_fast.ops import extension
 from alignprop_fast.runtime import HostPool, link_rate
-from gpu_sections.lab import Lab, host_bytes
-from gpu_sections.timing import Call, in_turns
+from benchmarks.gpu_sections.lab import Lab, host_bytes
+from benchmarks.gpu_sections.timing import Call, in_turns
 
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers", "triton", "numpy")
 

@@ -11,9 +11,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-EMULATED = Path(__file__).parents[2] / "tests" / "emulated_gpu"
+from benchmarks import ROOT
 
-
+EMULATED = ROOT / "tests" / "emulated_gpu"
 DRY_RUN = "ALIGNPROP_FAST_GPU_DRY_RUN"  # set in the environment of a dry run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_sections.facts import Fact
+from benchmarks.gpu_sections.facts import Fact
 
 BEGIN = "<!-- figures of a GPU: written by benchmarks/gpu.py --report -->"
 END = "<!-- end of the figures of a GPU -->"

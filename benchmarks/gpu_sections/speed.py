@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from train_step_variants import Bench, guided
 
 from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.ops import extension
 from alignprop_fast.runtime import apply_options
-from gpu_sections.flop import FLOP
-from gpu_sections.lab import Lab
-from gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.gpu_sections.flop import FLOP
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.step.train_step_variants import Bench, guided
 
 PAIRS = (
     ("stock forward", "ours forward"),

@@ -6,13 +6,13 @@ import time
 from functools import partial
 
 import torch
-from train_step_rows import prediction
-from train_step_variants import EAGER_WAYS, Bench, step_flop
 
 from alignprop_fast.planner import BudgetInfeasible
-from gpu_sections.flop import FLOP
-from gpu_sections.lab import Lab
-from gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.gpu_sections.flop import FLOP
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.step.train_step_rows import prediction
+from benchmarks.step.train_step_variants import EAGER_WAYS, Bench, step_flop
 
 HEADROOM = 0.04  # of a budget, left to fragmentation
 

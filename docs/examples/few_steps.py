@@ -25,7 +25,7 @@ def main(model: str = "demo", steps: int = 3) -> list[float]:
     """Train for so many optimizer steps on the same noise; returns the mean reward of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DefaultDDPOStableDiffusionPipeline(model, scheduler="euler-ancestral").sd_pipeline.to(device)
-    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     sampler = DifferentiableSampler(pipe, num_inference_steps=4, guidance_scale=1.0)
     reward = get_reward("colorfulness", device=device)
     optimizer = torch.optim.AdamW([p for p in pipe.unet.parameters() if p.requires_grad], lr=3e-3)

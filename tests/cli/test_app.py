@@ -179,8 +179,9 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
 @pytest.mark.parametrize("written", ["null", "none", "auto"])
 def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
     """null was what stood in config.yaml of every run without a budget, when that was the leanest way."""
-    from alignprop_fast.cli.options import ConfigCommand, TrainOptions
+    from alignprop_fast.cli.options import ConfigCommand
     from alignprop_fast.cli.train import train
+    from alignprop_fast.training.options import TrainOptions
 
     app = typer.Typer()
     app.command(cls=ConfigCommand)(train)

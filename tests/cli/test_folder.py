@@ -10,7 +10,8 @@ import pytest
 from accelerate.tracking import TensorBoardTracker
 
 from alignprop_fast.cli.folder import LOCK, OutputFolder
-from alignprop_fast.cli.options import TrainOptions, make_config
+from alignprop_fast.cli.options import make_config
+from alignprop_fast.training.options import TrainOptions
 
 HOLDER = """
 import sys

@@ -4,16 +4,22 @@ from dataclasses import fields, replace
 
 import pytest
 
-from alignprop_fast.cli.options import DEFAULTS, TrainOptions, make_config
+from alignprop_fast.cli.options import make_config
 from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.declaration import Command, values
+from alignprop_fast.training.options import TrainOptions
 
-SHARED = sorted({field.name for field in fields(TrainOptions)} & {field.name for field in fields(AlignPropConfig)})
+DEFAULTS = TrainOptions()
+
+SHARED = sorted(values(TrainOptions(), Command.TRAIN).keys() & {field.name for field in fields(AlignPropConfig)})
 OTHER = {
     "adapter_dtype": "bf16",
     "base_dtype": "int8",
+    "ema_decay": 0.5,
     "host_memory": "3GiB",
     "log_with": "tensorboard",
     "lora_targets": "all",
+    "lr_scheduler": "cosine",
     "memory_budget": "9GiB",
     "mixed_precision": "bf16",
     "optimizer": "adafactor",

@@ -124,14 +124,14 @@ def test_a_driver_that_locks_less_than_planned_makes_the_next_plan_leaner(pipe, 
     assert floor >= 0
     plans = [solver.plan(range(STEPS), b) for b in range(*_range(solver))]
     offloading = next(plan for plan in plans if plan.host_bytes)
-    sampler.budget_bytes, sampler._budget_is_settled = offloading.budget_bytes, True
+    sampler.budget_bytes, sampler.budget.is_settled = offloading.budget_bytes, True
     monkeypatch.setattr(emulated, "lockable_bytes", offloading.host_bytes // 2)
     assert train(sampler).plan.host_bytes == offloading.host_bytes
-    limit_bytes = sampler._host_pool.limit_bytes
+    limit_bytes = sampler.renderer.host_pool.limit_bytes
     assert limit_bytes <= offloading.host_bytes // 2
     sampler.budget_bytes = 20 * GIB
     assert train(sampler).plan.host_bytes <= limit_bytes
-    assert next(iter(sampler._solvers.values())).table.host_limit_bytes == limit_bytes
+    assert next(iter(sampler.planner.solvers.values())).table.host_limit_bytes == limit_bytes
 
 
 def _range(solver):

@@ -36,7 +36,7 @@ def pipeline(request, emulated):
 
 
 def size_of_blocks(sampler):
-    return sum(-(-t.numel() * t.element_size() // 512) * 512 for t in sampler._text._block_weights())
+    return sum(-(-t.numel() * t.element_size() // 512) * 512 for t in sampler.text.cache._block_weights())
 
 
 def embeddings_and_peak(sampler, prompt):
@@ -70,13 +70,13 @@ def test_set_up_and_new_prompts_keep_to_what_the_model_takes(emulated, pipeline,
     before = {name: t.clone() for name, t in pipeline.unet.state_dict().items()}
     there_bytes, blocks = torch.cuda.memory_allocated() - there, size_of_blocks(sampler)
     sampler.budget_bytes = there + there_bytes + encoders // 2
-    sampler._text._kept.clear()
+    sampler.text.cache._kept.clear()
     without, lower_peak = embeddings_and_peak(sampler, "a dog")
     assert lower_peak == peak + there_bytes - blocks and blocks > 64 * KIB
     assert all(torch.equal(a, b) for a, b in zip(with_room, without, strict=True))
     embeddings_and_peak(sampler, "another")
     assert warnings(caplog) == [
-        "the text encoders do not fit beside the model: it waits in host memory while they encode"
+        "the text encoders do not fit beside the model: it moves to host memory while they encode"
     ]
     after = pipeline.unet.state_dict()
     assert all(after[name].is_cuda and torch.equal(after[name], t) for name, t in before.items())

@@ -93,8 +93,8 @@ def test_the_plan_knows_the_weights_of_what_is_watched(watched, tiny_sd_folder, 
     from rich.console import Console
 
     from alignprop_fast.cli.folder import OutputFolder
-    from alignprop_fast.cli.options import TrainOptions
     from alignprop_fast.cli.session import Session
+    from alignprop_fast.training.options import TrainOptions
 
     options = {"model": str(tiny_sd_folder), "num_inference_steps": 1, "batch_size": 2, "watch_pictures": 2}
     output = {"output_dir": str(tmp_path / "run"), "device": "cpu"}

@@ -330,7 +330,7 @@ def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
 
     def mixture():
         names = [option + end for option in STEP_OPTIONS for end in ("", OFFLOAD)]
-        return {block.name: rng.choice(names) for block in sampler._denoiser_blocks}
+        return {block.name: rng.choice(names) for block in sampler.denoiser_blocks}
 
     plain = Plan(STEPS, (2, 3), (1,), ({}, {}), {})
     expected = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plain))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from alignprop_fast.demo.vocabulary import BACKGROUNDS, COUNT_WORDS, THINGS, noun_phrase
-from alignprop_fast.making.scenes import draw_scene, make_pictures, random_scene
+from alignprop_fast.making.scenes import Mix, draw_scene, is_held_out, make_pictures, random_scene
 from alignprop_fast.making.sprites import SPRITE_PIXELS, load_sprites
 
 MARK = (255, 0, 255, 255)
@@ -78,3 +78,20 @@ def test_colours_are_said_where_they_must_be():
 def test_missing_packages_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="npm install"):
         load_sprites(tmp_path)
+
+
+def test_training_scenes_leave_out_what_is_judged():
+    rng, mix = random.Random(0), Mix(one=0.25, several=0.40, with_held_out=False)
+    scenes = [random_scene(rng, mix) for _ in range(2000)]
+    assert not any(is_held_out(scene) for scene in scenes)
+    # Standard error of a share of 2000: 0.011.
+    assert sum(len(set(scene.things)) == 2 for scene in scenes) / 2000 == pytest.approx(0.35, abs=0.045)
+    assert any(is_held_out(random_scene(rng)) for _ in range(200))
+
+
+def test_two_different_things_are_held_out_on_every_background():
+    pairs = {}
+    for seed in range(3000):
+        scene = random_scene(random.Random(seed), Mix(one=0.0, several=0.0))
+        pairs.setdefault(frozenset(scene.things), set()).add(is_held_out(scene))
+    assert all(len(verdicts) == 1 for verdicts in pairs.values())

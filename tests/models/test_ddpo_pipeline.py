@@ -204,7 +204,7 @@ def test_the_trained_adapter_can_be_chosen_and_is_said(tiny_sd_folder, tmp_path,
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
     pipeline.sd_pipeline.set_adapters(["style", "reward"])
     pipeline.get_trainable_layers()
-    assert "'reward' of the unet, rank 2, is trained and saved; left as they are and not saved: 'style'" in caplog.text
+    assert "'reward' of the unet, rank 2, is trained and saved; neither trained nor saved: 'style'" in caplog.text
     other = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
     for name in ("style", "reward"):
         other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
@@ -228,7 +228,7 @@ def test_a_loaded_adapter_that_is_trained_is_said_where_nobody_has_asked_for_mor
     (line,) = [
         r.getMessage() for r in caplog.records if r.name.startswith("alignprop_fast") and r.levelname == "WARNING"
     ]
-    assert line.startswith("training goes on from adapters that are there: adapter 'style' of the unet, rank 3, is tr")
+    assert line.startswith("training continues from existing adapters: adapter 'style' of the unet, rank 3, is tr")
 
 
 def test_new_adapters_alone_are_no_warning(tiny_sd_folder, caplog):

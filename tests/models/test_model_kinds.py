@@ -15,6 +15,7 @@ from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.making.random_weights import make_flux_folder, make_sdxl_folder
 from alignprop_fast.models import adapt
 from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 SIZE = {"height": 16, "width": 16}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -105,7 +106,7 @@ def test_sd3_without_t5(tiny_sd3_folder, tmp_path):
         model = adapt(pipe)
         blank = model.blank_conditioning(2, True, (16, 16))
         if pipe.tokenizer is not None:
-            real = model.encode(["red cat", "dog"], None, True, (16, 16))
+            real = model.encode(PromptBatch(["red cat", "dog"], None, True, (16, 16)))
             assert blank.embeds.shape == real.embeds.shape
 
 

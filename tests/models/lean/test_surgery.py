@@ -27,6 +27,7 @@ from alignprop_fast.models.lean.surgery import (
     put_ops_in,
     take_ops_out,
 )
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, apply_options
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
@@ -64,7 +65,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, request):
     targets = ["to_q", "to_v", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "net.0.proj"]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)
-    cond = adapter.encode(["red cat"], None, True, (16, 24))
+    cond = adapter.encode(PromptBatch(["red cat"], None, True, (16, 24)))
     x = torch.randn(1, 16, 8, 12, requires_grad=True)
     wanted = [x, *adapter.trainable()]
     results = []

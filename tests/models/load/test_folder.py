@@ -59,7 +59,7 @@ def test_the_fp16_variant_where_there_is_nothing_else(kind, shards, saved, reque
     assert_weights(pipe, request.getfixturevalue(f"tiny_{kind}_folder"), torch.float16)
     notes = [record.getMessage() for record in caplog.records if record.name.startswith("alignprop_fast")]
     assert len(notes) == 1 and notes[0].startswith(f"{folder} holds no full weights of ")
-    assert notes[0].endswith(": the fp16 variant is taken") and "vae" in notes[0]
+    assert notes[0].endswith(": using the fp16 variant") and "vae" in notes[0]
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -71,7 +71,7 @@ def test_of_both_the_full_weights(kind, shards, saved, request, caplog):
     pipe = load_pipeline(folder)
     assert_weights(pipe, request.getfixturevalue(f"tiny_{kind}_folder"), torch.float32)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("alignprop_fast")] == [
-        f"{folder} holds the full weights and a variant (fp16): the full ones are taken"
+        f"{folder} holds the full weights and a variant (fp16): using the full ones"
     ]
 
 
@@ -81,7 +81,7 @@ def test_a_part_alone_in_fp16(saved, request, caplog):
     pipe = load_pipeline(folder)
     original = networks(DiffusionPipeline.from_pretrained(request.getfixturevalue("tiny_sd_folder")))
     assert all(torch.equal(t, original[n].half().float()) for n, t in networks(pipe).items() if n.startswith("unet."))
-    assert "holds no full weights of unet: the fp16 variant is taken" in caplog.text
+    assert "holds no full weights of unet: using the fp16 variant" in caplog.text
 
 
 def test_weights_in_several_files(saved, request):

@@ -55,7 +55,7 @@ def test_missing_folder(tmp_path):
 def test_a_file_of_another_kind(copied):
     with pytest.raises(ValueError) as error:
         load_pipeline(copied / "model_index.json")
-    assert "no .safetensors file" in _one_line(error)
+    assert "not a .safetensors file" in _one_line(error)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -192,6 +192,6 @@ def test_an_unsupported_hub_model_is_not_downloaded(monkeypatch, copied):
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxKontextPipeline"}))
     hub = Hub(monkeypatch, copied)
-    with pytest.raises(ValueError, match="owner/name holds a FluxKontextPipeline, which draws from a picture"):
+    with pytest.raises(ValueError, match="owner/name holds a FluxKontextPipeline, which needs a picture"):
         load_pipeline("owner/name")
     assert not hub.asked

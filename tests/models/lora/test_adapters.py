@@ -236,12 +236,12 @@ REFUSED = {
     "modules to save": (lambda pipe: add(pipe, lora(modules_to_save=["conv_out"])), "modules_to_save in its"),
     "parameters": (lambda pipe: add(pipe, lora(target_parameters=["linear_1.weight"])), "target_parameters in its"),
     "tokens": (with_tokens, "trainable_token_indices in its LoraConfig"),
-    "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "kind LOHA.*make a peft.LoraConfig"),
-    "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "kind LOKR"),
+    "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "type LOHA.*use peft.LoraConfig"),
+    "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "type LOKR"),
     "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "kind ADALORA"),
     "fused": (fused, r"fused into the weights of unet \('default'\): call unfuse_lora"),
     "an embedding": (in_an_embedding, "lora_embedding_A in .*token_embedding"),
-    "a part that diffusers does not load": (in_another_part, "is in vae, where diffusers loads none"),
+    "a part that diffusers does not load": (in_another_part, "is in vae, where diffusers loads no adapters"),
 }
 
 
@@ -298,7 +298,7 @@ def test_one_of_several_is_chosen_by_gradient_or_by_name(tiny_sd, tmp_path):
     with pytest.raises(ValueError, match=r"'reward', 'style' require grad: choose one"):
         save_lora(tiny_sd, tmp_path)
     tiny_sd.unet.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'reward', 'style' are there and none requires grad: choose one"):
+    with pytest.raises(ValueError, match=r"'reward', 'style' exist and none requires grad: choose one"):
         the_adapter(tiny_sd)
     train_adapter(tiny_sd, "reward")
     learning = {n for n, p in tiny_sd.unet.named_parameters() if p.requires_grad}
@@ -310,7 +310,7 @@ def test_one_of_another_kind_is_found_and_refused(tiny_sd):
     add(tiny_sd, lora(target_modules=["to_q"]), "style")
     tiny_sd.unet.requires_grad_(False)
     tiny_sd.unet.add_adapter(LoHaConfig(target_modules=["to_k"]), "reward")
-    with pytest.raises(ValueError, match="'reward' is of PEFT's kind LOHA"):
+    with pytest.raises(ValueError, match="'reward' has PEFT's type LOHA"):
         train_adapter(tiny_sd)
 
 
@@ -334,5 +334,5 @@ def test_values_are_overwritten_in_place_and_nothing_else(tiny_sd, tmp_path):
     load_lora(tiny_sd, tmp_path)
     assert all(torch.equal(p, expected[name]) for name, p in tiny_sd.unet.named_parameters())
     tiny_sd.set_adapters(["style", "reward"], [1.0, 1.0001])
-    with pytest.raises(ValueError, match="another rank, scale or other places"):
+    with pytest.raises(ValueError, match="another rank, scale or other modules"):
         load_lora(tiny_sd, tmp_path, "reward")

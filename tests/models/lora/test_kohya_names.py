@@ -220,7 +220,7 @@ def test_the_file_that_training_writes_loads_here(request, tmp_path, kind, targe
     torch.testing.assert_close(drawn(other), drawn(pipe), rtol=0, atol=1e-5)
     mine, theirs = ({n for n, _ in denoiser(one).named_parameters() if ".lora_A." in n} for one in (pipe, other))
     assert {name.replace(".default_0.", ".default.") for name in theirs} == mine
-    with pytest.raises(ValueError, match="kohya's naming, and the denoiser has adapters already"):
+    with pytest.raises(ValueError, match="kohya's naming, but the denoiser already has adapters"):
         load_lora(other, file)
 
 

@@ -110,7 +110,7 @@ def test_dora_is_refused(tiny_sd, tmp_path):
 def test_a_file_for_another_base_model_is_refused(tiny_sd, tmp_path):
     """As diffusers writes it where it is given the configuration: of PiSSA the base model is the rest, W - B A."""
     file = write_with_settings(tiny_sd, tmp_path, {"init_lora_weights": "pissa"})
-    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', which changed the base model: save it anew"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', which changed the base model: save it again"):
         load_lora(tiny_sd, file)
 
 

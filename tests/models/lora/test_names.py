@@ -74,7 +74,7 @@ def test_a_pipeline_has_its_own_layers_alone(tiny_sd, tiny_sdxl):
 
 def test_t5_alone_is_of_two_models(tiny_sd3, tiny_flux):
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
-    with pytest.raises(ValueError, match="which FLUX and SD3 have in different places: load it with its model"):
+    with pytest.raises(ValueError, match="which differs between FLUX and SD3: load it together with its model"):
         find_modules([name], "file")
     path = "encoder.block.0.layer.0.SelfAttention.q"
     for pipe, part, other in (

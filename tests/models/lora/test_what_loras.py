@@ -332,7 +332,9 @@ NUMBERS = {
     Format("alpha 0", "read with a note", "alpha 0 for some layers"): (kohya_with(alpha=torch.tensor(0.0)), 0),
     Format("factors in fp8", "read exactly"): (pair(KOHYA, *ENDS, dtype=torch.float8_e4m3fn), 2),
     Format("differences of biases (`.diff_b`) that are zero", "read exactly"): (kohya_with(diff_b=torch.zeros(64)), 2),
-    Format("PEFT's state with the adapter's name (`.lora_A.default.weight`)", "read with a note", "to be its rank"): (
+    Format(
+        "PEFT's state with the adapter's name (`.lora_A.default.weight`)", "read with a note", "to equal the rank"
+    ): (
         pair(PEFT, ".lora_A.default.weight", ".lora_B.default.weight"),
         2,
     ),
@@ -358,8 +360,8 @@ def test_numbers(tiny_sd, tmp_path, caplog, row):
 
 
 ONE = torch.ones(1)
-FORM = "whose deltas are of another form: give plain LoRA files"
-MODEL = "and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming, as a model does"
+FORM = "whose deltas have another form: give plain LoRA files"
+MODEL = "and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming: if it is a model"
 REFUSED = {
     Format("DoRA (`dora_scale`)", "refused", f"is a DoRA, {FORM}"): kohya_with(dora_scale=ONE),
     Format("DoRA (`lora_magnitude_vector`)", "refused", f"is a DoRA, {FORM}"): {
@@ -392,7 +394,7 @@ REFUSED = {
     Format("a control LoRA of FLUX", "refused", "is a control LoRA"): {
         "double_blocks.0.img_attn.norm.query_norm.scale": ONE
     },
-    Format("a LoRA with learned words (`bundle_emb`)", "refused", "is a LoRA with learned words in it"): {
+    Format("a LoRA with learned words (`bundle_emb`)", "refused", "is a LoRA with learned words"): {
         "bundle_emb.cat.string_to_param.*": ONE
     },
     Format("a textual inversion", "refused", "is a textual inversion (a learned word)"): {"emb_params": ONE},
@@ -407,27 +409,27 @@ REFUSED = {
         **pair(PEFT, ".lora_A.one.weight", ".lora_B.one.weight"),
         **pair(PEFT, ".lora_A.two.weight", ".lora_B.two.weight"),
     },
-    Format("two names for one layer", "refused", f"has {KOHYA!r} and {MIDDLE!r}, both for {PLAIN}"): {
+    Format("two names for one layer", "refused", f"has both {KOHYA!r} and {MIDDLE!r} for {PLAIN}"): {
         **kohya_with(),
         **pair(MIDDLE, *ENDS),
     },
     Format("a name of no layer", "refused", "has lora_unet_mid_block_attn_q, no name of kohya's"): pair(
         "lora_unet_mid_block_attn_q", *ENDS
     ),
-    Format("alpha that is no number", "refused", "is no finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
-    Format("alpha of several numbers", "refused", "is no finite number"): kohya_with(alpha=torch.ones(2)),
+    Format("alpha that is no number", "refused", "is not a finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
+    Format("alpha of several numbers", "refused", "is not a finite number"): kohya_with(alpha=torch.ones(2)),
     Format("alpha of a layer without factors", "refused", "x.alpha, which is no name"): {
         **kohya_with(),
         "x.alpha": ONE,
     },
-    Format("a layer with one factor", "refused", "there is no LoRA factor up"): {
+    Format("a layer with one factor", "refused", "the LoRA factor up is missing"): {
         f"{KOHYA}.lora_down.weight": torch.ones(2, 64)
     },
     Format(
         "a pickle (.bin, .pt, .ckpt)", "refused", "which could run code when it is loaded: give a .safetensors file"
     ): None,
     Format("a GGUF file", "refused", "is a GGUF"): b"GGUF\x03\x00\x00\x00" + bytes(64),
-    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch it by git lfs pull"): (
+    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch the file with git lfs pull"): (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ),
     Format("a web page saved in place of the file", "refused", "is a web page"): b"<html>not found</html>",
@@ -454,7 +456,7 @@ SETTINGS = {
     Format(
         "PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)",
         "refused",
-        "='pissa', which changed the base model: save it anew",
+        "='pissa', which changed the base model: save it again",
     ): {"init_lora_weights": "pissa"},
     Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
     Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
@@ -507,7 +509,7 @@ def test_diffusers_does_not_widen_flux_for_a_file(tiny_flux, tmp_path):
     before = tiny_flux.transformer.x_embedder.weight.shape
     wide = {f"transformer.x_embedder{DOWN}": torch.ones(2, 128), f"transformer.x_embedder{UP}": torch.ones(32, 2)}
     save_file(wide, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"do not fit this model, whose shape of transformer\.x_embedder is another"):
+    with pytest.raises(ValueError, match=r"do not fit this model, which has transformer\.x_embedder in another shape"):
         load_lora(tiny_flux, tmp_path / "x.safetensors")
     assert tiny_flux.transformer.x_embedder.weight.shape == before
 

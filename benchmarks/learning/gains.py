@@ -1,0 +1,112 @@
+"""What the bundled model learns: each reward before and after fine-tuning, on prompts it trained on and on others.
+
+    python -m benchmarks.learning.gains --output-dir learning
+
+Every run has the settings of `alignprop-fast demo`. The pictures that are scored have prompts and seeds that training
+never drew; each row is their mean with its standard error, and how many of them gained. All rewards are scored on all
+pictures, so that the table also shows what a reward does to the others. Folders keep each run's before_after.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from alignprop_fast.cli.demo import HELDOUT_SEED, SETTINGS
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.support import quiet_libraries
+from alignprop_fast.prompts.rows import load_prompts
+from alignprop_fast.rewards import get_reward
+from benchmarks import RESULTS
+
+REWARDS = ("clip", "compressibility", "incompressibility", "colorfulness", "clip:1.0,compressibility:0.3")
+SCORED = ("clip", "compressibility", "colorfulness")
+
+
+def score(session: Session, prompts: list[str], scorers: dict[str, Any]) -> dict[str, list[float]]:
+    """Scores of every scorer on one picture per prompt, under the present adapters."""
+    scores: dict[str, list[float]] = {name: [] for name in scorers}
+    size = session.options.batch_size
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        generators = [torch.Generator().manual_seed(HELDOUT_SEED + start + i) for i in range(len(batch))]
+        with torch.no_grad():
+            images = session.trainer.sampler(batch, None, generators, grad_steps=())
+            for name, scorer in scorers.items():
+                scores[name] += scorer(images, batch, [{} for _ in batch])[0].tolist()
+    return scores
+
+
+def run(reward: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Fine-tune on one reward; rows of the table for it."""
+    folder = args.output_dir / reward.replace(":", "-").replace(",", "_")
+    options = replace(SETTINGS, reward=reward, steps=args.steps, seed=args.seed, output_dir=str(folder))
+    with OutputFolder(folder) as taken:
+        session = Session(options, console, taken)
+        scorers: dict[str, Any] = {name: get_reward(name) for name in SCORED}
+        sets = {"trained": session.prompts, "never seen": load_prompts("demo-heldout")}
+        before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+        begin = time.perf_counter()
+        session.run()
+        seconds = time.perf_counter() - begin
+    rows = []
+    for name, prompts in sets.items():
+        after = score(session, prompts, scorers)
+        for scored in SCORED:
+            gains = [b - a for a, b in zip(before[name][scored], after[scored], strict=True)]
+            rows.append(
+                {
+                    "trained_on": reward,
+                    "scored_by": scored,
+                    "prompts": name,
+                    "pictures": len(gains),
+                    "before": round(mean(before[name][scored]), 4),
+                    "after": round(mean(after[scored]), 4),
+                    "gain": round(mean(gains), 4),
+                    "standard_error": round(stdev(gains) / len(gains) ** 0.5, 4),
+                    "share_that_gained": round(sum(gain > 0 for gain in gains) / len(gains), 3),
+                    "optimizer_steps": options.steps,
+                    "seconds": round(seconds, 1),
+                    "seed": args.seed,
+                    "versions": f"torch={version('torch')} diffusers={version('diffusers')}",
+                    "device": platform.machine(),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", nargs="+", default=REWARDS)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="optimizer steps of each run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the runs; must be new")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "learning.csv")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    quiet_libraries(console)
+    rows: list[dict[str, Any]] = []
+    for reward in args.rewards:
+        rows += run(reward, args, console)
+        for row in rows[-2 * len(SCORED) :]:
+            console.print({key: row[key] for key in ("trained_on", "scored_by", "prompts", "before", "after")})
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Steps of training and their parts: seconds and bytes, measured and as planned."""

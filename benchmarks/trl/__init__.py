@@ -1,0 +1,1 @@
+"""Beside trl, whose AlignPropTrainer this package replaces."""
