@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from alignprop_fast.evaluation.watch import Watched
 
 SAMPLE_PICTURES = 8
-AVERAGED = "averaged"  # folder of the averaged adapters
 MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
