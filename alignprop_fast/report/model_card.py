@@ -1,4 +1,4 @@
-"""The README.md of a trained model, in the form the Hugging Face Hub reads."""
+"""The README.md of a trained model, in the format of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ Trained on `{base}` for the reward `{reward}`. Mean over {count} pictures of fix
 
 {number} prompts were trained on: {prompts}.
 """
-_PROMPTS = 20  # that are listed, at most
+_PROMPTS = 20  # the most that are listed
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has to show.
+    """The result of a run.
 
     base: the base model's name.
-    scores: (before, after) of the reward and of its parts. count: pictures that they are the means of. picture, kohya:
-    names of files beside the card. averaged: the folder of the averaged adapters, which the scores after are those of;
-    empty without them.
+    scores: (before, after) of the reward and of its parts, each the mean of `count` pictures.
+    picture, kohya: names of files beside the card.
+    averaged: the folder of the averaged adapters, if there are any; the scores after are theirs.
     """
 
     base: str
