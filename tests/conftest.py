@@ -23,6 +23,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: begun last, one of them would run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_emulated_gpu.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
     """Cost tables that tests measure do not mix with the user's."""

@@ -95,8 +95,12 @@ def measured_table(step: TrainingStep) -> CostTable:
     origin = {**_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
         origin["offload"] = "none"
-    with only_new_garbage():
-        return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
+
+    def costs() -> CostTable:
+        with only_new_garbage(device):
+            return _costs(step, origin, None, link)
+
+    return _completed(_remembered(origin, costs), step, None)
 
 
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:

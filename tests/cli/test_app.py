@@ -371,6 +371,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow("starts a process, and trains for as many steps as it did")
 def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
     out = tmp_path / "out"
     options = ("--model", str(tiny_sd_folder), "--reward", "colorfulness", *TINY, "--sample-every", "1000")
@@ -395,6 +396,7 @@ def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
     assert Path(out / "before_after.png").read_bytes() == (tmp_path / "whole" / "before_after.png").read_bytes()
 
 
+@pytest.mark.slow("draws all of the demo's pictures, before and after")
 def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
     """Whether it learns is measured elsewhere; here it has to run, compare and write."""
     code, out, err = command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")
@@ -415,6 +417,7 @@ def darkness(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow("trains five times, for up to 20 steps")
 def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
     command, tiny_sd, tiny_sd_folder, tmp_path, monkeypatch
 ):
