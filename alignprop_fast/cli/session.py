@@ -8,7 +8,7 @@ checkpoints/                    to resume from
 reward.png, before_after.png, README.md (a model card)
 plan.png                        memory over a training step, where a memory budget is given
 pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
-averaged/                       with --ema-decay the same two files of the averaged adapters
+ema/                            their moving average, likewise, with --ema-decay; early stopping keeps it as the result
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import make_stopping, open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.records import Records
-from alignprop_fast.cli.results import check_adapters, write_adapters, write_card
+from alignprop_fast.cli.results import AVERAGED, check_adapters, write_adapters, write_card
 from alignprop_fast.cli.screen import Display
 from alignprop_fast.cli.signals import Interrupt
 from alignprop_fast.cli.support import (
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from alignprop_fast.evaluation.watch import Watched
 
 SAMPLE_PICTURES = 8
-AVERAGED = "averaged"  # folder of the averaged adapters
 MOST_AHEAD = 1000  # prompts that are encoded at the start; of more, the others when they are drawn
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
@@ -180,8 +179,8 @@ class Session:
     def draw(self, rows: Sequence[PromptRow], first_seed: int | None = None) -> Pictures:
         """Pictures of the rows' prompts under the present adapters, their rewards; picture i has seed first_seed + i.
 
-        With --ema-decay the average of the adapters draws, as for all that looks at them. Draws from generators of its
-        own: training's random numbers are not touched.
+        With `ema_decay` the adapters are the averaged ones, here and where something is watched. Draws from generators
+        of its own: training's random numbers are not touched.
         """
         import torch
 
@@ -346,7 +345,9 @@ class Session:
     def _write_results(self, steps: int) -> None:
         pipe = self.trainer.sd_pipeline.sd_pipeline
         write_adapters(pipe, self.folder, self.options, self.prompts, steps)
-        if self.options.ema_decay:
+        # What early stopping has kept is the average already.
+        averaged = self.options.ema_decay > 0 and self.stopping is None
+        if averaged:
             with self.trainer.averaged_weights():
                 write_adapters(pipe, self.folder / AVERAGED, self.options, self.prompts, steps)
         self.records.plot()
@@ -354,7 +355,7 @@ class Session:
             self.after = self._draw_again()
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
-        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after)
+        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after, averaged)
 
     def _keep_best(self) -> int:
         """Go back to the adapters that early stopping kept, if it is on; returns the steps that the adapters had."""
@@ -362,8 +363,7 @@ class Session:
         if stopping is None:
             return done
         stopping.restore(self.trainer.trainable_layers)
-        if self.trainer.update.average is not None:
-            self.trainer.update.average.restart()
+        self.trainer.update.restart_average()  # what was kept is the average, which pictures are still to be drawn with
         why = "stopped" if stopping.stop else "done"
         self.console.print(f"{why} after step {done}: the adapters of step {stopping.kept_step} are kept")
         return stopping.kept_step
