@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 AUTO, NONE = "auto", "none"  # budgets in words: what is free on the device; the leanest way
+Budget = int | Literal["auto"] | None  # parsed: bytes, what is free, or none
 
 # What CUDA itself takes of a GPU for a process, and libraries' handles, on a GPU that is not here.
 CONTEXT_BYTES = 2**29
@@ -32,15 +34,15 @@ class BudgetInfeasible(ValueError):
         )
 
 
-def parse_budget(budget: int | str | None) -> int | str | None:
-    """A memory budget: bytes, "auto", or None, which "none" stands for, too.
+def parse_budget(budget: int | str | None) -> Budget:
+    """A memory budget as a user writes it: a size, "auto", or None, which "none" stands for, too.
 
     Raises:
         ValueError: neither a positive size nor one of the words.
     """
-    if budget is None or budget in (AUTO, NONE):
-        return AUTO if budget == AUTO else None
-    return parse_bytes(budget)
+    if budget is None or budget == NONE:
+        return None
+    return "auto" if budget == AUTO else parse_bytes(budget)
 
 
 def parse_bytes(size: int | str, what: str = "memory budget") -> int:

@@ -70,7 +70,6 @@ class InputOptions:
         "whatever the scales; what is logged stays as it is.",
         panel=Panel.REWARD,
         commands=TRAIN,
-        changes_plan=True,
     )
     prompts: str = option("demo", PROMPTS_HELP, panel=Panel.REWARD, commands=TRAIN | PICTURES, changes_plan=True)
     negative_prompt: str | None = option(
@@ -410,6 +409,7 @@ class TrainerOptions:
         "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU; no speed is measured yet.",
         panel=Panel.DEVICE,
         commands=TRAIN,
+        changes_plan=True,
     )
     compiled: bool = option(
         False,
