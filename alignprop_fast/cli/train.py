@@ -81,6 +81,8 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+        if options.ema_decay:
+            console.print(f"average:  {session.folder / 'averaged'}, which drew the pictures", soft_wrap=True)
         _print_peak(console, session)
 
 

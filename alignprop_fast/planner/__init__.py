@@ -1,4 +1,4 @@
-"""From a cost table and a memory budget to a plan. Standard library and numpy: plans anywhere, for any machine."""
+"""From a cost table and a memory budget to a plan. It needs only numpy, so any machine can plan for any other."""
 
 from alignprop_fast.planner.block_option import GRADES, BlockOption
 from alignprop_fast.planner.budget import (

@@ -362,7 +362,8 @@ class TrainerOptions:
     )
     ema_decay: float = option(
         0.0,
-        "Keep an exponential moving average of the adapters with this decay, such as 0.99; 0 turns it off.",
+        "Keep an exponential moving average of the adapters with this decay, such as 0.99: sample pictures are drawn "
+        "with it, and it is written to the folder averaged in --output-dir. 0 turns it off.",
         panel=Panel.TRAINING,
         commands=TRAIN,
         at_least=0,

@@ -122,7 +122,7 @@ def test_budgets_are_held_to_the_device():
     assert budget_on("card", 24 * gib, 20 * gib) == (20 * gib, "")
     # What is written on the box is met half way, and said.
     size, note = budget_on("card", 22 * gib, 24 * gib)
-    assert size == 22 * gib - gib // 2 and "card has 22.00 GiB" in note and "held to 21.50 GiB" in note
+    assert size == 22 * gib - gib // 2 and "card has 22.00 GiB" in note and "reduced to 21.50 GiB" in note
     with pytest.raises(ValueError, match=r"more than card has \(22.00 GiB\): use at most 21.50 GiB"):
         budget_on("card", 22 * gib, 25 * gib)
     assert budget_on("computer", gib, None, context_bytes=0) == (gib, "")
@@ -133,9 +133,9 @@ def test_a_budget_on_a_gpu_that_is_here_is_what_is_free():
     card = {"device": "card", "total_bytes": 100 * gib, "free_bytes": 60 * gib, "own_bytes": 30 * gib}
     size, note = budget_from_free(**card, wanted_bytes=None)
     assert size == int(0.97 * 90 * gib) and note.startswith("memory budget 87.30 GiB")
-    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% of the rest stay free" in note
+    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% of the rest stays free" in note
     size, note = budget_from_free(**card, wanted_bytes=90 * gib)
-    assert size == int(0.97 * 90 * gib) and "90.00 GiB is held to 87.30 GiB" in note and "taken 10.00 GiB" in note
+    assert size == int(0.97 * 90 * gib) and "90.00 GiB is reduced to 87.30 GiB" in note and "taken 10.00 GiB" in note
     assert budget_from_free(**card, wanted_bytes=87 * gib)[0] == 87 * gib
     # On a card that others have filled there is little left, but never less than nothing.
     assert budget_from_free("card", 100 * gib, gib, gib, None)[0] == int(0.97 * 2 * gib)
@@ -146,7 +146,7 @@ def test_budgets_in_words():
     for text in ("Auto", "much", 0, ""):
         with pytest.raises(ValueError, match="24GiB"):
             parse_budget(text)
-    with pytest.raises(ValueError, match="host memory 'much' is no size"):
+    with pytest.raises(ValueError, match="host memory 'much' is not a size"):
         parse_bytes("much", "host memory")
 
 

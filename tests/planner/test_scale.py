@@ -140,7 +140,7 @@ def damaged(change):
         (lambda path: path.write_text('{"format_version": 1, "tab'), "damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "damaged"),
         (lambda path: path.write_text("[]"), "no format version"),
-        (damaged(lambda content: content.update(format_version=3)), "format version 3, this program reads 1 and 2"),
+        (damaged(lambda content: content.update(format_version=3)), "format version 3, but this program reads 1 and 2"),
         (damaged(lambda content: content.pop("table")), "missing or unknown"),
         (damaged(lambda content: content["table"].pop("step")), "missing or unknown"),
         (damaged(lambda content: content["table"].update(spare=1)), "missing or unknown"),

@@ -161,7 +161,7 @@ def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
         ("seed: 1.5", "seed is 1.5: use a whole number"),
         ("lora_rank: '4'", "lora_rank is '4': use a whole number"),
         ("height: 1.0e+2", "height is 100.0: use a whole number or None"),
-        ("memory_budget: no", "memory budget False is no size"),
+        ("memory_budget: no", "memory budget False is not a size"),
         ("tracker_kwargs: []", "use a dictionary"),
         ("truncated_rand_backprop_minmax: [0, 2.5]", "use two whole numbers"),
         ("truncated_rand_backprop_minmax: 5", "use two whole numbers"),
