@@ -69,7 +69,6 @@ class InputOptions:
         "Divide each part of a sum by the running standard deviation of its scores, so that the weights mean strength "
         "whatever the scales; what is logged stays as it is.",
         Panel.REWARD,
-        changes_plan=True,
     )
     prompts: str = option("demo", PROMPTS_HELP, Panel.REWARD, commands=TRAIN | PICTURES, changes_plan=True)
     negative_prompt: str | None = option(
@@ -375,6 +374,7 @@ class TrainerOptions:
         False,
         "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU; no speed is measured yet.",
         Panel.DEVICE,
+        changes_plan=True,
     )
     compiled: bool = option(
         False,
