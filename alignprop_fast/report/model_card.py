@@ -45,7 +45,12 @@ _KOHYA = """
 In ComfyUI, Forge and other programs: put `{kohya}` into the folder of LoRAs.
 """
 
-_RESULT = """{kohya}
+_AVERAGED = """
+`{averaged}/` holds the moving average of the adapters, in both forms. The numbers and pictures below are its own. The
+files beside this text are the adapters of the last step.
+"""
+
+_RESULT = """{kohya}{averaged}
 A strength below 1 takes a part of the effect. There are no trigger words.
 
 ## Result
@@ -70,6 +75,7 @@ class Result:
     base: the base model's name.
     scores: (before, after) of the reward and of its parts, each the mean of `count` pictures.
     picture, kohya: names of files beside the card.
+    averaged: the folder of the averaged adapters, if there are any; the scores after are theirs.
     """
 
     base: str
@@ -79,6 +85,7 @@ class Result:
     prompts: Sequence[str]
     picture: str
     kohya: str
+    averaged: str = ""
 
     def to_text(self) -> str:
         listed = "; ".join(map(_one_line, self.prompts[:_PROMPTS])) + (
@@ -91,6 +98,7 @@ class Result:
             scores="\n".join(f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in self.scores.items()),
             picture=self.picture,
             kohya=_KOHYA.format(kohya=self.kohya),
+            averaged=_AVERAGED.format(averaged=self.averaged) if self.averaged else "",
             number=len(self.prompts),
             prompts=listed,
         )

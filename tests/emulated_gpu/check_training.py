@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 def trained(command, tmp_path):
     out = tmp_path / "out"
     options = ("--num-inference-steps", 3, "--batch-size", 2, "--memory-budget", "18MiB")
+    options = (*options, "--lr-scheduler", "cosine", "--ema-decay", 0.9)  # the average is on the device too
     code, _, error = command("train", *options, "--steps", 2, "--output-dir", out)
     assert code == 0, error
     return out

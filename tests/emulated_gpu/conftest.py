@@ -32,7 +32,7 @@ def adapted(request, emulated):
     return pipe
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain_kernels():
     """Triton's interpreter takes seconds for what these checks run hundreds of times; its kernels have tests of their
     own. Attention goes by the first of the GPU's fused kernels instead of by a measured autotune."""
