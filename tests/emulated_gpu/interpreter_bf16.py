@@ -2,7 +2,7 @@
 
 
 def bf16_of_the_interpreter() -> None:
-    """Fixes two faults of the interpreter: it truncates bf16 instead of rounding, and multiplies its bits as integers."""
+    """Fixes two faults of the interpreter: it truncates bf16 instead of rounding, and multiplies bits as integers."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
