@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cpus lint docs clean
+.PHONY: demo test test-all test-cpus lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/alignprop-fast demo --output-dir demo_output
 
+# Without the tests that are marked as slow.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+
+test-all: test
+	$(BIN)/pytest -n auto --dist worksteal -m slow
 
 # The suite six to eight times, for hours: with the instructions of other CPUs, by one thread and by two.
 test-cpus: $(VENV)/installed-dev

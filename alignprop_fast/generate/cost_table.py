@@ -17,11 +17,20 @@ import torch
 from torch import nn
 
 from alignprop_fast.generate.denoising import DenoisingChain
-from alignprop_fast.planner import CostTable, Gpu, Option, Segment, Stage, load_table, roofline_seconds, save_table
+from alignprop_fast.planner import (
+    GRADES,
+    CostTable,
+    Gpu,
+    Option,
+    Segment,
+    Stage,
+    load_table,
+    roofline_seconds,
+    save_table,
+)
 from alignprop_fast.rewards.reward import Reward
 from alignprop_fast.runtime import (
     DECODER_STAGES,
-    STEP_OPTIONS,
     Block,
     Operator,
     allocated_bytes,
@@ -95,8 +104,12 @@ def measured_table(step: TrainingStep) -> CostTable:
     origin = {**_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
         origin["offload"] = "none"
-    with only_new_garbage():
-        return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
+
+    def costs() -> CostTable:
+        with only_new_garbage(device):
+            return _costs(step, origin, None, link)
+
+    return _completed(_remembered(origin, costs), step, None)
 
 
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
@@ -134,7 +147,7 @@ def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> Co
 def _complete(table: CostTable) -> bool:
     """Whether every way to carry a step and the decoder could be measured."""
     options = {option.name for segment in table.step for option in segment.options}
-    return options >= STEP_OPTIONS.keys() and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
+    return options >= {*GRADES} and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
 
 
 def _read(path: Path) -> CostTable | None:

@@ -60,8 +60,8 @@ class Option:
     """
 
     help: str = ""
-    commands: Command = Command.NONE
     panel: Panel | None = None
+    commands: Command = Command.TRAIN
     field: str = ""
     choices: tuple[str, ...] = ()
     at_least: float = -inf
@@ -101,9 +101,9 @@ class Option:
         return f"a number {' and '.join(bounds)}" if bounds else "a finite number"
 
 
-def option(default: Any, help: str = "", **more: Any) -> Any:
-    """A field of a dataclass that is an option; `more`: the fields of `Option`."""
-    return field(default=default, metadata={_KEY: Option(help, **more)})
+def option(default: Any, help: str = "", panel: Panel | None = None, **more: Any) -> Any:
+    """A field of a dataclass that is an option; `more`: the other fields of `Option`."""
+    return field(default=default, metadata={_KEY: Option(help, panel, **more)})
 
 
 def like(owner: type, name: str, default: Any = MISSING, **changes: Any) -> Any:

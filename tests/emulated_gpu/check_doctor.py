@@ -48,6 +48,7 @@ def rows(report, implementation):
     return [check for check in report.checks if check.implementation == implementation]
 
 
+@pytest.mark.slow("runs every kernel in Triton's interpreter, in two dtypes")
 def test_all_is_right_and_everything_is_in_the_report():
     # The interpreter is slow in fp16, which is bf16's equal here.
     report = examine(CUDA, dtypes=[torch.bfloat16, torch.float32])

@@ -49,6 +49,7 @@ def gradients(tiny_sd, emulated, monkeypatch):
     return run
 
 
+@pytest.mark.slow("runs a whole chain in Triton's interpreter")
 def test_the_kernels_give_what_plain_operators_give(gradients):
     images, grads, launched = gradients(triton=True)
     plain_images, plain_grads, none = gradients(triton=False)

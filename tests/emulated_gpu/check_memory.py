@@ -16,7 +16,7 @@ from alignprop_fast.training.out_of_memory import with_less_memory
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
-STEPS, GRAD_STEPS, PROMPTS = 6, range(1, 6), ["a cat", "a dog"]
+STEPS, GRAD_STEPS, PROMPTS = 4, range(1, 4), ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")

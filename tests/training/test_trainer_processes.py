@@ -137,6 +137,7 @@ def wait_for_both(processes, timeout=400):
     return [process.returncode for process in processes], [out for out, _ in found], [err for _, err in found]
 
 
+@pytest.mark.slow("starts pairs of processes, each of which imports everything")
 def test_training_saving_resuming_the_gradient_and_a_kill(tiny_sd_folder, tmp_path, request):
     codes, _, errors = wait_for_both(start_both("-c", WORKER, request.path.parent, tiny_sd_folder, tmp_path))
     # At last one of them is killed, and the other ends at once, with a word.
@@ -173,6 +174,7 @@ def wait_until(condition, processes, seconds=240):
         time.sleep(0.02)
 
 
+@pytest.mark.slow("starts pairs of processes, each of which imports everything")
 def test_the_command_writes_once_stops_together_and_goes_on_alone(tiny_sd_folder, tmp_path, command):
     """Ctrl-C reaches one process: both stop after the same step. Then one process goes on where two left off."""
     out = tmp_path / "out"

@@ -270,6 +270,7 @@ assert os.waitpid(start(), 0)[1] == 0
 """
 
 
+@pytest.mark.slow("kills and resumes a run many times")
 def test_sigkill_at_any_moment_loses_nothing(tiny_sd_folder, tmp_path, request):
     """A run in processes that are killed three times, at random moments after they have saved something new."""
     steps, output = 24, tmp_path / "killed"

@@ -94,6 +94,7 @@ def test_trl_is_asked_for(monkeypatch, capsys):
     assert "give --trl-python, or --plot-only" in capsys.readouterr().err
 
 
+@pytest.mark.slow("trains the bundled model")
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     """Two evaluations in one go, or the second by a new trainer from the first's file: the same rewards."""
     monkeypatch.setattr(worker, "JUDGED", (("reward", "demo", 1),))
