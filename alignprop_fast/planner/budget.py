@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 AUTO, NONE = "auto", "none"  # budgets in words: all memory that is free on the device; no budget
+Budget = int | Literal["auto"] | None  # parsed: bytes, what is free, or none
 
 # Memory that CUDA and libraries' handles take per process, assumed for a GPU that is not here.
 CONTEXT_BYTES = 2**29
@@ -33,15 +35,15 @@ class BudgetInfeasible(ValueError):
         )
 
 
-def parse_budget(budget: int | str | None) -> int | str | None:
+def parse_budget(budget: int | str | None) -> Budget:
     """A memory budget: bytes, "auto", or None (also written "none").
 
     Raises:
         ValueError: the text is neither a positive size nor one of the words.
     """
-    if budget is None or budget in (AUTO, NONE):
-        return AUTO if budget == AUTO else None
-    return parse_bytes(budget)
+    if budget is None or budget == NONE:
+        return None
+    return "auto" if budget == AUTO else parse_bytes(budget)
 
 
 def parse_bytes(size: int | str, what: str = "memory budget") -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
-from alignprop_fast.planner.plan import Plan
+from alignprop_fast.planner.plan import Options, Plan
 from alignprop_fast.planner.repeat import repeated
 from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier
@@ -142,7 +142,7 @@ class Curves:
             exact=not (self.resident[candidate.resident].thinned or self.replay.thinned or self.step is not None),
         )
 
-    def _resident_options(self, resident: int, picks: np.ndarray) -> list[dict[str, str]]:
+    def _resident_options(self, resident: int, picks: np.ndarray) -> list[Options]:
         if self.step is None:
             width = len(self.table.step)
             return [self._options(picks[width * step : width * (step + 1)]) for step in range(resident)]
@@ -152,5 +152,5 @@ class Curves:
         rows = [lower] * (resident - 1 - times) + [upper] * times + [free]
         return [self._options(self.step.picks[row]) for row in rows]
 
-    def _options(self, picks: np.ndarray) -> dict[str, str]:
+    def _options(self, picks: np.ndarray) -> Options:
         return {s.name: s.options[pick].name for s, pick in zip(self.table.step, picks, strict=True)}

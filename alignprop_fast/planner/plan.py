@@ -4,13 +4,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from alignprop_fast.planner.block_option import BlockOption
 from alignprop_fast.planner.budget import format_bytes
 from alignprop_fast.planner.describe import EVERY_SEGMENT, by_group, ranges, summary
 
+Options = Mapping[str, BlockOption]  # by name of a segment; EVERY_SEGMENT stands for those without an entry
 
-def option_of(options: Mapping[str, str], segment: str, default: str = "keep") -> str:
-    """Name of a segment's option: its own entry, or else the entry "*" for all segments."""
-    return options.get(segment, options.get(EVERY_SEGMENT, default))
+
+def option_of(options: Options, segment: str) -> BlockOption:
+    """A segment's option: its own entry, or else the entry "*" for all segments, or else KEEP."""
+    return options.get(segment, options.get(EVERY_SEGMENT, BlockOption.KEEP))
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class StageChoice:
     """The stage of the decoder or the reward, by name, and the option of each of its segments."""
 
     name: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Plan:
     num_steps: int
     resident_steps: tuple[int, ...]
     replayed_steps: tuple[int, ...]
-    resident_options: tuple[Mapping[str, str], ...] = ()
-    replay_options: Mapping[str, str] = field(default_factory=dict)
-    decoder: StageChoice = StageChoice("image", {EVERY_SEGMENT: "keep"})
+    resident_options: tuple[Options, ...] = ()
+    replay_options: Options = field(default_factory=dict)
+    decoder: StageChoice = StageChoice("image", {EVERY_SEGMENT: BlockOption.KEEP})
     reward: StageChoice | None = None
     peak_bytes: int = 0
     seconds: float = 0.0
@@ -102,7 +105,8 @@ def leanest(num_steps: int, grad_steps: Sequence[int]) -> Plan:
     A replay keeps only the attention outputs of its transformer blocks. That takes a sixth of the bytes, and no
     attention is computed twice.
     """
-    return Plan(num_steps, (), tuple(grad_steps), replay_options={EVERY_SEGMENT: "attention"} if grad_steps else {})
+    options = {EVERY_SEGMENT: BlockOption.ATTENTION} if grad_steps else {}
+    return Plan(num_steps, (), tuple(grad_steps), replay_options=options)
 
 
 def _which(steps: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alignprop_fast.planner.plan import Plan, StageChoice, option_of
+from alignprop_fast.planner.plan import Options, Plan, StageChoice, option_of
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 PHASES = ("sampling", "decoder", "reward", "resident steps", "replayed steps")
@@ -48,7 +48,7 @@ class _Chain:
     host: int
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], options: Mapping[str, str]) -> "_Chain":
+    def of(cls, segments: Sequence[Segment], options: Options) -> "_Chain":
         chosen: list[Option] = [segment.option(option_of(options, segment.name)) for segment in segments]
         kept, worst = 0, (0, 0)
         for option in chosen:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from alignprop_fast.planner.block_option import BlockOption
+
 
 def _require(holds: bool, what: str) -> None:
     if not holds:
@@ -32,7 +34,7 @@ def _require_distinct(owner: str, names: Sequence[str]) -> None:
 class Option:
     """One way to carry a segment from its forward to its backward pass.
 
-    name: "keep" (all activations), "attention", "recompute", "offload", ...
+    name: which one it is.
     kept_bytes: kept on the device from the segment's forward pass to the end of its backward pass.
     transient_bytes: further bytes at the worst moment of its forward or backward pass, beside all kept bytes up to and
         including its own.
@@ -40,7 +42,7 @@ class Option:
     host_bytes: kept in host memory instead (offload).
     """
 
-    name: str
+    name: BlockOption
     kept_bytes: int
     transient_bytes: int
     seconds: float
@@ -61,7 +63,7 @@ class Segment:
         _require(len(self.options) > 0, f"segment {self.name} has no option")
         _require_distinct(f"segment {self.name}", [option.name for option in self.options])
 
-    def option(self, name: str) -> Option:
+    def option(self, name: BlockOption) -> Option:
         """The option of this name.
 
         Raises:

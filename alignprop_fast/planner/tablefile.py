@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignprop_fast.planner.block_option import BlockOption
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 FORMAT_VERSION = 2
@@ -51,7 +52,8 @@ def load_table(path: str | os.PathLike) -> CostTable:
 
 
 def _option(entry: dict[str, Any]) -> Option:
-    return Option(**{"transient_bytes" if name == "spike_bytes" else name: value for name, value in entry.items()})
+    known = {"transient_bytes" if name == "spike_bytes" else name: value for name, value in entry.items()}
+    return Option(**{**known, "name": BlockOption(known["name"])})
 
 
 def _segments(entries: list[dict[str, Any]]) -> tuple[Segment, ...]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.planner import Plan, StageChoice
-from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, link_rate
+from alignprop_fast.planner import BlockOption, Plan, StageChoice
+from alignprop_fast.runtime import link_rate
 from benchmarks import ROOT
 from benchmarks.gpu_sections.lab import Lab
 from benchmarks.gpu_sections.speed import compare, evaluations
@@ -70,13 +70,13 @@ def graphs(lab: Lab) -> None:
 def offload(lab: Lab) -> None:
     """Share of the copies that is hidden, and the gradients of every option beside those of "keep"."""
     bench, link = _one_step(lab), link_rate(lab.device)
-    for grade in ("keep", "geglu", "qkv"):
+    for grade in offload_bench.MEASURED:
         row = offload_bench.measure(bench, 1, grade, link, 2 if lab.dry else 5)
         lab.facts.write("offload", "hidden", link_bytes_per_second=link, **row)
     gradients = _Gradients(bench)
-    expected = gradients.of("keep")
+    expected = gradients.of(BlockOption.KEEP)
     # "keep" once more: what differs there is the device's own, as with kernels that are not deterministic.
-    for option in ("keep", *(name + end for name in STEP_OPTIONS for end in ("", OFFLOAD) if name + end != "keep")):
+    for option in BlockOption:
         lab.facts.write("offload", "gradients", option=option, **_difference(expected, gradients.of(option)))
 
 
@@ -96,15 +96,15 @@ class _Gradients:
         self.bench = bench
         bench.use_stock(False)
 
-    def of(self, option: str) -> list[torch.Tensor]:
+    def of(self, option: BlockOption) -> list[torch.Tensor]:
         plan = Plan(
             1,
             (0,),
             (),
             ({"*": option},),
             {},
-            decoder=StageChoice("image", {"*": "recompute"}),
-            host_bytes=int(option.endswith(OFFLOAD)),
+            decoder=StageChoice("image", {"*": BlockOption.RECOMPUTE}),
+            host_bytes=int(option.offload),
         )
         torch.manual_seed(1)
         images = self.bench.sampler(prompts_of(1), plan=plan)

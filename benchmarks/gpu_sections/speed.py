@@ -9,6 +9,7 @@ import torch
 
 from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.ops import extension
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import apply_options
 from benchmarks.gpu_sections.flop import FLOP
 from benchmarks.gpu_sections.lab import Lab
@@ -59,11 +60,11 @@ def evaluations(bench: Bench, batch: int) -> list[Call]:
     pair = _Pair(bench, batch)
     return [
         Call("ours forward", partial(pair.forward, pair.ours), ours, forward),
-        Call("ours both keep", partial(pair.both, pair.ours, "keep"), ours, both),
-        Call("ours both attention", partial(pair.both, pair.ours, "attention"), ours, both),
+        Call("ours both keep", partial(pair.both, pair.ours, BlockOption.KEEP), ours, both),
+        Call("ours both attention", partial(pair.both, pair.ours, BlockOption.ATTENTION), ours, both),
         Call("stock forward", partial(pair.forward, pair.stock), partial(stock, False), forward),
-        Call("stock both", partial(pair.both, pair.stock, "keep"), partial(stock, False), both),
-        Call("stock both checkpointed", partial(pair.both, pair.stock, "keep"), partial(stock, True), both),
+        Call("stock both", partial(pair.both, pair.stock, BlockOption.KEEP), partial(stock, False), both),
+        Call("stock both checkpointed", partial(pair.both, pair.stock, BlockOption.KEEP), partial(stock, True), both),
     ]
 
 
@@ -87,7 +88,7 @@ class _Pair:
     def forward(self, network: Callable[[], torch.Tensor]) -> None:
         network()
 
-    def both(self, network: Callable[[], torch.Tensor], option: str) -> None:
+    def both(self, network: Callable[[], torch.Tensor], option: BlockOption) -> None:
         """Forward, the blocks kept under the option, and back into latents and adapters."""
         with apply_options({"*": option}, self.blocks):
             y = network()

@@ -30,6 +30,7 @@ from alignprop_fast.models.lean.attention import LeanImageAttnProcessor
 from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import VAE
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, run_decoder_stage
 from benchmarks.step.chain import provenance
 
@@ -61,10 +62,10 @@ def decode(decoder: nn.Module, x: torch.Tensor, way: str, rows: int | None) -> t
     if way == "keep":
         return decoder(x)
     if way == "block":
-        return run_decoder_stage(decoder, x, "image", {"*": "recompute"}, blocks)
+        return run_decoder_stage(decoder, x, "image", {"*": BlockOption.RECOMPUTE}, blocks)
 
     def by_bands(image: torch.Tensor) -> torch.Tensor:
-        with banded(bandable(decoder), rows), apply_options({"*": "recompute"}, attentions):
+        with banded(bandable(decoder), rows), apply_options({"*": BlockOption.RECOMPUTE}, attentions):
             return decoder(image)
 
     return run_decoder_stage(by_bands, x, "image", {})

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Plan, Solver, StageChoice, find_gpu, price
+from alignprop_fast.planner import BlockOption, BudgetInfeasible, CostTable, Plan, Solver, StageChoice, find_gpu, price
 from alignprop_fast.runtime import LiveBytes, PeakMeter
 from benchmarks import RESULTS
 from benchmarks.step.chain import PROMPTS, provenance
 
 SWITCHES = {
-    "keep all": (True, "keep"),
-    "checkpoint blocks": (True, "recompute"),
-    "replay steps": (False, "keep"),
-    "replay + checkpoint": (False, "recompute"),
+    "keep all": (True, BlockOption.KEEP),
+    "checkpoint blocks": (True, BlockOption.RECOMPUTE),
+    "replay steps": (False, BlockOption.KEEP),
+    "replay + checkpoint": (False, BlockOption.RECOMPUTE),
 }
 
 
@@ -54,8 +54,8 @@ def switch(name: str, table: CostTable, num_steps: int, grad_steps: range) -> Pl
     resident, option = SWITCHES[name]
     step = {s.name: option if option in [o.name for o in s.options] else s.options[-1].name for s in table.step}
     decoder = next(stage for stage in table.decoders if stage.name == "batch")
-    kept = {s.name: option if option in [o.name for o in s.options] else "keep" for s in decoder.segments}
-    reward = StageChoice("batch", {"*": "keep"}) if table.rewards else None
+    kept = {s.name: option if option in [o.name for o in s.options] else BlockOption.KEEP for s in decoder.segments}
+    reward = StageChoice("batch", {"*": BlockOption.KEEP}) if table.rewards else None
     steps = tuple(grad_steps)
     plan = Plan(
         num_steps,

@@ -27,7 +27,8 @@ from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.models.lean.attention import LeanAttnProcessor
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import UNETS
-from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, apply_options
+from alignprop_fast.planner import GRADES, BlockOption
+from alignprop_fast.runtime import Block, PeakMeter, apply_options
 from benchmarks.step.chain import provenance
 
 SMALL: dict[str, Any] = {
@@ -77,7 +78,7 @@ class Step:
             self.unet.set_attn_processor(LeanAttnProcessor())
         else:
             put_ops_in(self.unet)
-        with apply_options({"*": "keep" if variant == "stock" else variant}, self.blocks()):
+        with apply_options({"*": BlockOption("keep" if variant == "stock" else variant)}, self.blocks()):
             y = self.unet(self.x, torch.tensor(500), self.text, added_cond_kwargs=self.added).sample
         kept_bytes = meter.live_bytes() if meter else 0
         torch.autograd.grad(y.sum(), self.wanted)
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         unet = make_unet(args.model, dtype).to(memory_format=torch.channels_last)
         step = Step(unet, args.batch_size, dtype)
         rows: list[dict[str, Any]] = []
-        seconds: dict[str, list[float]] = {variant: [] for variant in ("stock", *STEP_OPTIONS)}
+        seconds: dict[str, list[float]] = {variant: [] for variant in ("stock", *GRADES)}
         for variant in seconds:
             with PeakMeter(device) as meter:
                 kept_bytes = step.run(variant, meter)

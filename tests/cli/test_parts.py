@@ -1,25 +1,24 @@
 """`train` and `plan` make a run of the same parts: for the same options they count the same bytes and find the same
 plan, on the device and on tensors without data."""
 
-import inspect
 import shutil
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import pytest
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
 
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import TrainOptions
-from alignprop_fast.cli.plan import plan
+from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_question import from_model
 from alignprop_fast.cli.session import Session
-from alignprop_fast.cli.train import train
 from alignprop_fast.demo import clip_path
 from alignprop_fast.generate import cost_table
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.models.lora.load_save import save_lora
 from alignprop_fast.planner import CostTable, Option, Segment, Stage
+from alignprop_fast.training.declaration import Command, declared, taken
+from alignprop_fast.training.options import TrainOptions
 
 QUIET = Console(quiet=True)
 REWARD = "reward_of_this_test:score"
@@ -44,6 +43,7 @@ CHANGES = {
     "width": (24, {}),
     "batch_size": (2, {}),
     "optimizer": ("adafactor", {}),
+    "ema_decay": (0.9, {}),
     "truncation": ("last:1", {}),
     "kl_weight": (0.1, {}),
     "watch_reward": ("clip", {}),
@@ -54,15 +54,8 @@ CHANGES = {
     "memory_budget": ("1GiB", {}),
     "host_memory": ("2GiB", {}),
 }
-# Those that change a plan where they are of use, which the CPU is not, or that let a model be read at all.
-ELSEWHERE = {"cache_text", "allow_pickle", "model_config"}
-# How long a run is, where its random numbers and files come from and go to, what it does between two steps, and
-# numbers that scale. Gradients of adapters are always kept, so that batches that accumulate take no more.
-NO_CHANGE = {
-    *("steps", "learning_rate", "seed", "gradient_accumulation_steps", "eta", "lora_alpha", "sample_every"),
-    *("save_every", "log_with", "device", "watch_pictures", "patience", "max_drop", "resume", "resume_from", "config"),
-    *("deterministic", "normalise_rewards"),
-}
+# Those that change it where a GPU is, or that let a model be read at all.
+ELSEWHERE = {"cache_text", "cuda_graphs", "model_config"}
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +125,8 @@ def trained(options):
 
 def planned(options, **how):
     """What `plan` predicts."""
-    chosen = {
-        **{f.name: getattr(options, f.name) for f in fields(options)},
-        "resolution": None,
-        "gpu": None,
-        "measure": False,
-    }
-    own = set(inspect.signature(plan).parameters)
-    question = from_model(QUIET, {name: value for name, value in {**chosen, **how}.items() if name in own})
+    known = {each.name: getattr(options, each.name) for each, option in taken(options, Command.TRAIN)}
+    question = from_model(QUIET, PlanOptions(**known, **how))
     return replace(question.predict(), largest=None)
 
 
@@ -159,9 +146,10 @@ def found():
 
 def predicted(found, options):
     """By `train`, by `plan` on this device, and by `plan` for a GPU."""
-    if options not in found:
-        found[options] = trained(options), planned(options, measure=True), planned(options, gpu="4090")
-    return found[options]
+    name = repr(options)
+    if name not in found:
+        found[name] = trained(options), planned(options, measure=True), planned(options, gpu="4090")
+    return found[name]
 
 
 def leaves(value):
@@ -206,8 +194,12 @@ def test_training_goes_on_from_a_lora_beside_the_model_and_a_plan_too(options, p
     assert found[0].fixed["adapters"] == found[1].fixed["adapters"] // 2
 
 
-def test_every_option_of_train_is_in_one_list():
-    own = set(inspect.signature(train).parameters) - {"ctx", "output_dir"}
-    lists = [set(CHANGES), ELSEWHERE, NO_CHANGE]
-    assert sum(map(len, lists)) == len(set().union(*lists)) and set().union(*lists) == own
-    assert set(inspect.signature(plan).parameters) >= set(CHANGES) | ELSEWHERE
+def test_cuda_graphs_keep_the_memory_of_a_step(options, no_runs):
+    tables = [planned(options({"cuda_graphs": graphs}), gpu="4090").table for graphs in (False, True)]
+    assert sum(tables[1].fixed.values()) - sum(tables[0].fixed.values()) == tables[0].sampling_bytes > 0
+
+
+def test_the_options_that_change_a_plan_are_those_that_say_so():
+    said = {each.name for each, option in declared(TrainOptions) if option.changes_plan}
+    assert said == set(CHANGES) | ELSEWHERE
+    assert said <= {each.name for each, _ in taken(PlanOptions, Command.PLAN)}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, apply_options, link_rate
+from alignprop_fast.planner import BlockOption
+from alignprop_fast.runtime import Block, HostPool, Offloader, apply_options, link_rate
 from alignprop_fast.runtime.host_pool import IDLE_CHAINS
 
 CUDA = torch.device("cuda")
@@ -57,7 +58,9 @@ class Dies(torch.autograd.Function):
 
 def forward(net, offloader):
     x = torch.randn(128, 64, requires_grad=True, device="cuda")
-    with apply_options({"*": "keep" + OFFLOAD}, [Block(str(k), m, "residuals") for k, m in enumerate(net)], offloader):
+    with apply_options(
+        {"*": BlockOption.KEEP_OFFLOADED}, [Block(str(k), m, "residuals") for k, m in enumerate(net)], offloader
+    ):
         y = net(x)
     offloader.settle()
     return x, y

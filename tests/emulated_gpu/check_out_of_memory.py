@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, Work, decoder_stages, reward_stages, segments, trace
 
 GPU = torch.device("cuda")
@@ -68,7 +69,7 @@ def test_a_failed_run_is_gone_when_its_fallback_begins(emulated, limited, work, 
 
 
 def test_an_option_that_fits_nowhere_is_left_out(emulated, limited, work):
-    lean = trace(work, {"*": "recompute"}).peak_bytes
+    lean = trace(work, {"*": BlockOption.RECOMPUTE}).peak_bytes
     limited(lean + 0.1 * MIB)
     found = segments(work)
     assert {option.name for segment in found[:-1] for option in segment.options} == {"recompute"}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from alignprop_fast.planner import (
+    BlockOption,
     BudgetInfeasible,
     CostTable,
     Option,
@@ -41,7 +42,14 @@ def simple_table():
 def test_plans_made_by_hand_are_priced():
     plan = price(
         simple_table(),
-        Plan(4, (3,), (1,), ({"*": "recompute", "block.0": "keep"},), {"*": "recompute"}, StageChoice("batch")),
+        Plan(
+            4,
+            (3,),
+            (1,),
+            ({"*": BlockOption.RECOMPUTE, "block.0": BlockOption.KEEP},),
+            {"*": BlockOption.RECOMPUTE},
+            StageChoice("batch"),
+        ),
     )
     # Resident: 100 + 3 * 10 kept. Peak: the decoder with its 300 kept and 50 transient, images and latents beside it.
     assert plan.peak_bytes == 1010 + 4 + 130 + 5 + 350
@@ -65,14 +73,14 @@ def test_leanest_plans_are_priced_where_the_table_has_their_options():
 
 
 def test_options_by_name():
-    assert option_of({"a": "keep", "*": "attention"}, "a") == "keep"
-    assert option_of({"a": "keep", "*": "attention"}, "b") == "attention"
+    assert option_of({"a": BlockOption.KEEP, "*": BlockOption.ATTENTION}, "a") == BlockOption.KEEP
+    assert option_of({"a": BlockOption.KEEP, "*": BlockOption.ATTENTION}, "b") == BlockOption.ATTENTION
     assert option_of({}, "b") == "keep"
 
 
 def test_a_plan_has_options_for_each_resident_step():
     with pytest.raises(ValueError, match="each resident step"):
-        Plan(4, (2, 3), (), ({"*": "keep"},))
+        Plan(4, (2, 3), (), ({"*": BlockOption.KEEP},))
 
 
 def test_plans_explain_themselves():
@@ -94,7 +102,7 @@ def test_blocks_are_named_by_their_kind():
     assert summary(options) == (
         "attention x 6 (transformer blocks), keep x 6 (residual blocks, attentions, the rest), recompute x 1 (7)"
     )
-    assert summary({"*": "keep"}) == "keep everywhere" and summary({}) == "no segments"
+    assert summary({"*": BlockOption.KEEP}) == "keep everywhere" and summary({}) == "no segments"
     assert ranges((9, 3, 4, 5)) == "3-5, 9" and ranges(()) == ""
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from alignprop_fast.planner import (
+    BlockOption,
     BudgetInfeasible,
     CostTable,
     Option,
@@ -24,9 +25,9 @@ def table_of_batch(batch):
 
     def options(size):
         return (
-            Option("keep", 10 + size * batch, 5 * batch, 0.5 + 0.25 * batch),
-            Option("recompute", 3 + 2 * batch, size * batch, 0.75 + 0.5 * batch),
-            Option("offload", 1, 7 * batch, 0.5 + 0.375 * batch, host_bytes=size * batch),
+            Option(BlockOption.KEEP, 10 + size * batch, 5 * batch, 0.5 + 0.25 * batch),
+            Option(BlockOption.RECOMPUTE, 3 + 2 * batch, size * batch, 0.75 + 0.5 * batch),
+            Option(BlockOption.RECOMPUTE_OFFLOADED, 1, 7 * batch, 0.5 + 0.375 * batch, host_bytes=size * batch),
         )
 
     step = tuple(Segment(f"block.{k}", options(20 + k)) for k in range(3))
@@ -80,7 +81,7 @@ def test_what_fits_at_one_batch_size_alone_is_left_out():
     large = replace(large, decoders=large.decoders[1:], step=step)
     table = scaled(small, large, 1, 4, 2)
     assert [stage.name for stage in table.decoders] == ["image"]
-    assert {option.name for segment in table.step for option in segment.options} == {"recompute", "offload"}
+    assert {option.name for segment in table.step for option in segment.options} == {"recompute", "recompute+offload"}
     expected = table_of_batch(2)
     assert table.decoders[0] == expected.decoders[1] and table.step[0].options == expected.step[0].options[1:]
     for one in (table, large):  # and the planner does without
