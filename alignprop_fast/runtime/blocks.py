@@ -33,6 +33,30 @@ OFFLOAD = "+offload"
 
 
 @dataclass(frozen=True)
+class BlockOption:
+    """An option of a block as a value. In plans it is a text, such as "attention+offload".
+
+    grade: one of `STEP_OPTIONS`. offload: whether what it keeps waits in host memory.
+    """
+
+    grade: str
+    offload: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "BlockOption":
+        """Raises ValueError: no option of a block."""
+        option = cls(text.removesuffix(OFFLOAD), text.endswith(OFFLOAD))
+        if option.grade not in STEP_OPTIONS:
+            raise ValueError(
+                f"unknown option {text!r} of a block: use {', '.join(STEP_OPTIONS)}, or one with {OFFLOAD}"
+            )
+        return option
+
+    def __str__(self) -> str:
+        return self.grade + OFFLOAD * self.offload
+
+
+@dataclass(frozen=True)
 class Block:
     """A module that can be kept or run again by itself, and the group of `STEP_OPTIONS` that it belongs to."""
 
@@ -43,6 +67,12 @@ class Block:
     def options(self) -> list[str]:
         """The options that differ for this block, the leanest first."""
         return [option for option in STEP_OPTIONS if option == "keep" or self.group in STEP_OPTIONS[option]][::-1]
+
+
+def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
+    """The modules of each group as blocks, named as in root."""
+    names = {module: name for name, module in root.named_modules()}
+    return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
 
 
 @contextmanager
@@ -59,7 +89,7 @@ def apply_options(
     """
     found = [(block.module, block.module.__dict__.get("forward")) for block in blocks]
     for block in blocks:
-        forward = _forward(block, option_of(options, block.name), offloader)
+        forward = _forward(block, BlockOption.parse(option_of(options, block.name)), offloader)
         if forward is not None:
             block.module.forward = forward
     try:
@@ -71,13 +101,10 @@ def apply_options(
                 module.forward = own_forward
 
 
-def _forward(block: Block, option: str, offloader: Offloader | None) -> Callable[..., Any] | None:
+def _forward(block: Block, option: BlockOption, offloader: Offloader | None) -> Callable[..., Any] | None:
     """The block's forward under the option; None for its own, which keeps everything."""
-    grade = option.removesuffix(OFFLOAD)
-    if grade not in STEP_OPTIONS:
-        raise ValueError(f"unknown option {option!r} of a block: use {', '.join(STEP_OPTIONS)}, or one with {OFFLOAD}")
-    kinds, own = STEP_OPTIONS[grade].get(block.group), block.module.forward
-    if option == grade or offloader is None:
+    kinds, own = STEP_OPTIONS[option.grade].get(block.group), block.module.forward
+    if not option.offload or offloader is None:
         return None if kinds is None else _checkpointed(own, kinds)
     return offloader.offloaded(block.module, lambda move: _checkpointed(own, kinds, *move))
 

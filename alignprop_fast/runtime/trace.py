@@ -5,7 +5,7 @@ Every byte is charged to the interval that allocated it, so that the costs of a 
 blocks, and the peak of a mixture follows from runs of pure options (`planner.table` has the arithmetic).
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.planner import Option, Segment
-from alignprop_fast.runtime.blocks import OFFLOAD, STEP_OPTIONS, Block, apply_options
+from alignprop_fast.runtime.blocks import STEP_OPTIONS, Block, BlockOption, apply_options
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
 from alignprop_fast.runtime.offload import Offloader
@@ -95,7 +95,7 @@ def trace(work: Work, options: Mapping[str, str]) -> Trace:
     What is offloaded is not timed: on a run where all is, the copies wait for each other. Nor is it copied: its bytes
     are counted, no host memory is taken, and the backward pass gets zeros.
     """
-    offloads = any(option.endswith(OFFLOAD) for option in options.values())
+    offloads = any(BlockOption.parse(option).offload for option in options.values())
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
     pool = CountedPool(work.device)
@@ -136,21 +136,21 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
         RuntimeError: out of memory (`ops.errors`): not even the leanest options can run.
     """
     lean = trace(work, {"*": LEANEST})
-    measured = {LEANEST: lean, **_traces(work, STEP_OPTIONS, lean)}
-    offloaded = {} if link is None else _traces(work, [grade + OFFLOAD for grade in STEP_OPTIONS], lean)
+    measured = {LEANEST: lean, **_traces(work, lean)}
+    offloaded = {} if link is None else _traces(work, lean, offload=True)
     result = []
     for index, interval in enumerate(lean.intervals):
         if interval.block is None:
             result.append(Segment("rest", (interval.option("keep"),)))
             continue
         options: list[Option] = []
-        for name in interval.block.options():
-            if name not in measured:
+        for grade in interval.block.options():
+            if grade not in measured:
                 continue
-            option = measured[name].intervals[index].option(name)
+            option = measured[grade].intervals[index].option(grade)
             options.append(option)
-            if link is not None and option.kept_bytes and name + OFFLOAD in offloaded:
-                there = offloaded[name + OFFLOAD].intervals[index].option(name + OFFLOAD)
+            if link is not None and option.kept_bytes and grade in offloaded:
+                there = offloaded[grade].intervals[index].option(str(BlockOption(grade, offload=True)))
                 options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
         result.append(Segment(interval.block.name, tuple(options)))
     return tuple(result)
@@ -161,14 +161,14 @@ def transfer_bytes(found: Sequence[Segment]) -> int:
     return max((option.host_bytes for segment in found for option in segment.options), default=0)
 
 
-def _traces(work: Work, names: Iterable[str], lean: Trace) -> dict[str, Trace]:
-    """The trace of each option on all blocks that have its grade; of none that does not fit."""
+def _traces(work: Work, lean: Trace, offload: bool = False) -> dict[str, Trace]:
+    """By grade, the trace of that option on all blocks that have it; none of those that do not fit."""
     found: dict[str, Trace] = {}
-    for name in names:
-        grade = name.removesuffix(OFFLOAD)
+    for grade in STEP_OPTIONS:
+        option = str(BlockOption(grade, offload))
         blocks = [i.block.name for i in lean.intervals if i.block is not None and grade in i.block.options()]
-        if name != LEANEST and blocks and (measured := _measured(work, name, blocks, lean)) is not None:
-            found[name] = measured
+        if option != LEANEST and blocks and (measured := _measured(work, option, blocks, lean)) is not None:
+            found[grade] = measured
     return found
 
 

@@ -1,9 +1,11 @@
 """Options of blocks, on real PyTorch modules."""
 
+import pytest
 import torch
 from torch import nn
 
 from alignprop_fast.runtime import Block, PeakMeter, apply_options
+from alignprop_fast.runtime.blocks import BlockOption
 
 CPU = torch.device("cpu")
 
@@ -31,3 +33,14 @@ def test_apply_options_gives_a_modules_own_forward_back():
     with apply_options({"layer": "recompute"}, [Block("layer", layer, "residuals")]):
         assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0)) and layer.forward is not own
     assert layer.forward is own
+
+
+@pytest.mark.parametrize("text", ["keep", "qkv+offload", "recompute"])
+def test_an_options_text_is_read_and_written(text):
+    option = BlockOption.parse(text)
+    assert str(option) == text and option.offload == text.endswith("+offload")
+
+
+def test_a_text_that_is_no_option_is_refused():
+    with pytest.raises(ValueError, match="use keep, norms"):
+        BlockOption.parse("keep+host")
