@@ -68,11 +68,10 @@ def write_card(
     shown = {
         name: shareable(value) for name, value in values(options, Command.TRAIN).items() if name not in _NOT_FOR_OTHERS
     }
-    is_hub_id = not Path(options.model).exists() and options.model != "demo"
     write_model_card(
         folder,
         name=folder.name,
-        base_model=options.model if is_hub_id else None,
+        base_model=options.model,
         dataset_name=None,
         tags={"alignprop", "reward-backpropagation", "lora", "text-to-image"},
         lora=True,

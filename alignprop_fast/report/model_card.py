@@ -117,23 +117,28 @@ def write_model_card(
     folder: str | Path,
     *,
     name: str,
-    base_model: str | None,
+    base_model: str,
     dataset_name: str | None,
     tags: Iterable[str],
     lora: bool,
     options: dict[str, object],
     result: Result | None = None,
 ) -> Path:
-    """Write `folder/README.md` and return its path. `base_model` is a Hub id, or None for a local folder."""
+    """Write `folder/README.md` and return its path. The card names `base_model` if it is a Hub id."""
     from huggingface_hub import ModelCardData
 
+    hub_id = None if base_model == "demo" or Path(base_model).expanduser().exists() else base_model
     data = ModelCardData(
-        base_model=base_model, datasets=dataset_name, library_name="diffusers", tags=sorted(tags), model_name=name
+        base_model=hub_id,
+        datasets=dataset_name,
+        library_name="diffusers",
+        tags=sorted(tags),
+        model_name=name,
     )
     text = _TEXT.format(
         header=data.to_yaml(),
         name=name,
-        base=f" from [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
+        base=f" from [{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "",
         usage=_LORA_USAGE if lora else "",
         result=result.to_text() if result else "",
         options="\n".join(f"| {key} | {_cell(value)} |" for key, value in options.items()),
