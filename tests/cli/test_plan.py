@@ -140,7 +140,7 @@ def test_training_is_held_to_the_device(command, plan, tiny_sd_folder, monkeypat
 
 
 BAD = {
-    "is not a size": (["--memory-budget", "plenty"], "24GiB"),
+    "no size": (["--memory-budget", "plenty"], "24GiB"),
     "negative": (["--memory-budget=-3GiB"], "24GiB"),
     "larger than the GPU": (["--memory-budget", "40GiB"], "more than RTX 4090 has (23.60 GiB)"),
     "too small": (["--memory-budget", "1MiB"], "the leanest plan needs"),
