@@ -40,21 +40,21 @@ class EvaluateOptions(PictureOptions):
         (),
         "Adapters to compare with the base model: an output folder of train, or a LoRA file (.safetensors); may be "
         "given several times.",
-        panel=Panel.MODEL,
+        Panel.MODEL,
         commands=Command.EVALUATE,
         shown="none, the base model alone",
     )
     scale: tuple[float, ...] = option(
         (),
         "Strength of the adapters: 0 is the base model, 1 what was trained; may be given several times.",
-        panel=Panel.MODEL,
+        Panel.MODEL,
         commands=Command.EVALUATE,
         shown="1",
     )
     heldout_prompts: str | None = option(
         None,
         "Prompts that were not trained on, reported beside --prompts: a file or a set.",
-        panel=Panel.PROMPTS,
+        Panel.PROMPTS,
         commands=Command.EVALUATE,
         shown="none",
     )

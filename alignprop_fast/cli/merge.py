@@ -49,7 +49,7 @@ class MergeOptions(PictureOptions):
         None,
         "Also draw path.png: 8 of the prompts at so many places between two adapters, (1 - t) A + t B, t from 0 to 1, "
         "whatever their weights.",
-        panel=Panel.PATH,
+        Panel.PATH,
         commands=Command.MERGE,
         shown="none",
         at_least=2,

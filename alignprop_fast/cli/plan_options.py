@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignprop_fast.training.declaration import Command, Panel, like, option
-from alignprop_fast.training.options import InputOptions, TrainerOptions, TrainOptions
+from alignprop_fast.training.options import InputOptions, TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 
 @dataclass
@@ -15,16 +16,11 @@ class PlanOptions(TrainOptions):
     model: str = like(
         InputOptions,
         "model",
-        help="sd15 or sdxl: the published architecture, no weights needed; a folder in the diffusers format, of which "
-        "the configuration files are enough; a Hub id (owner/name); or demo.",
+        help="sd15, sdxl, sd35-medium or flux-dev: the published architecture, no weights needed; a folder in the "
+        "diffusers format, of which the configuration files are enough; a Hub id (owner/name); or demo.",
     )
     resolution: int | None = option(
-        None,
-        "Height and width in pixels.",
-        panel=Panel.SAMPLING,
-        commands=Command.PLAN,
-        shown="the model's own",
-        at_least=8,
+        None, "Height and width in pixels.", Panel.SAMPLING, commands=Command.PLAN, shown="the model's own", at_least=8
     )
     memory_budget: int | str | None = like(
         TrainerOptions,
@@ -35,25 +31,23 @@ class PlanOptions(TrainOptions):
     gpu: str | None = option(
         None,
         "GPU to plan for, which need not be here, such as 'RTX 4090' or 'A100 80GB'.",
-        panel=Panel.DEVICE,
+        Panel.DEVICE,
         commands=Command.PLAN,
         shown="the one that is here",
     )
     measure: bool = option(
         False,
         "Load the model with its weights and measure on the device that is here instead of estimating.",
-        panel=Panel.ESTIMATE,
+        Panel.ESTIMATE,
         commands=Command.PLAN,
     )
     table: str | None = option(
         None,
         "Plan from a cost table that --save-table wrote, without the model.",
-        panel=Panel.ESTIMATE,
+        Panel.ESTIMATE,
         commands=Command.PLAN,
     )
     save_table: str | None = option(
-        None, "Write the cost table to this JSON file.", panel=Panel.OUTPUT, commands=Command.PLAN
+        None, "Write the cost table to this JSON file.", Panel.OUTPUT, commands=Command.PLAN
     )
-    json: str | None = option(
-        None, "Write the plan and its numbers to this file.", panel=Panel.OUTPUT, commands=Command.PLAN
-    )
+    json: str | None = option(None, "Write the plan and its numbers to this file.", Panel.OUTPUT, commands=Command.PLAN)

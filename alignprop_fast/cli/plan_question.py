@@ -25,8 +25,6 @@ from alignprop_fast.planner import (
     find_gpu,
     largest_batch,
     load_table,
-    parse_budget,
-    parse_bytes,
     scaled,
 )
 from alignprop_fast.prompts.rows import PromptRow, load_rows
@@ -104,7 +102,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
     wanted_bytes = _wanted_bytes(config)
     table = load_table(file)
     if config.host_memory is not None:
-        table = replace(table, host_limit_bytes=parse_bytes(config.host_memory, "host memory"))
+        table = replace(table, host_limit_bytes=int(config.host_memory))
     origin = table.origin
     device = origin.get("device", "an unknown device").partition(",")[0]
     try:
@@ -216,10 +214,9 @@ def _sized(options: PlanOptions) -> PlanOptions:
 
 def _wanted_bytes(config: AlignPropConfig) -> int | None:
     """--memory-budget; None: auto."""
-    budget = parse_budget(config.memory_budget)
-    if budget is None:
+    if config.memory_budget is None:
         raise ValueError("--memory-budget none is the leanest way, of which there is no plan: give a size, or auto")
-    return None if budget == AUTO else int(budget)
+    return None if config.memory_budget == AUTO else int(config.memory_budget)
 
 
 def _gpu(name: str | None) -> Gpu:

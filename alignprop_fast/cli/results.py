@@ -11,6 +11,7 @@ from alignprop_fast.report.pictures import Pictures
 from alignprop_fast.training.declaration import Command, values
 from alignprop_fast.training.options import TrainOptions
 
+AVERAGED = "ema"  # the folder of the averaged adapters, in that of the run
 _NOT_FOR_OTHERS = ("output_dir", "device", "save_every", "sample_every", "log_with")
 
 
@@ -49,9 +50,15 @@ def check_adapters(pipe: Any) -> None:
 
 
 def write_card(
-    folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int, before: Pictures, after: Pictures
+    folder: Path,
+    options: TrainOptions,
+    prompts: Sequence[str],
+    steps: int,
+    before: Pictures,
+    after: Pictures,
+    averaged: bool,
 ) -> None:
-    """README.md in the form the Hub reads."""
+    """README.md in the form the Hub reads. averaged: the later pictures are of the adapters in `AVERAGED`."""
     from alignprop_fast.models.lora.kohya_file import KOHYA_NAME
     from alignprop_fast.report.model_card import Result, write_model_card
 
@@ -61,11 +68,10 @@ def write_card(
     shown = {
         name: shareable(value) for name, value in values(options, Command.TRAIN).items() if name not in _NOT_FOR_OTHERS
     }
-    is_hub_id = not Path(options.model).exists() and options.model != "demo"
     write_model_card(
         folder,
         name=folder.name,
-        base_model=options.model if is_hub_id else None,
+        base_model=options.model,
         dataset_name=None,
         tags={"alignprop", "reward-backpropagation", "lora", "text-to-image"},
         lora=True,
@@ -78,6 +84,7 @@ def write_card(
             tuple(prompts),
             "before_after.png",
             KOHYA_NAME,
+            AVERAGED if averaged else "",
         ),
     )
 

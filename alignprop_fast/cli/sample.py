@@ -24,14 +24,10 @@ class SampleOptions(PictureOptions):
     """Options of `sample`."""
 
     lora: str | None = option(
-        None,
-        "Output folder of train: draw with its adapters.",
-        panel=Panel.MODEL,
-        commands=Command.SAMPLE,
-        shown="none",
+        None, "Output folder of train: draw with its adapters.", Panel.MODEL, commands=Command.SAMPLE, shown="none"
     )
     prompt: tuple[str, ...] = option(
-        (), "A prompt; may be given several times, in place of --prompts.", panel=Panel.PROMPTS, commands=Command.SAMPLE
+        (), "A prompt; may be given several times, in place of --prompts.", Panel.PROMPTS, commands=Command.SAMPLE
     )
 
 

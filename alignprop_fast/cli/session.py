@@ -8,6 +8,7 @@ checkpoints/                    to resume from
 reward.png, before_after.png, README.md (a model card)
 plan.png                        memory over a training step, where a memory budget is given
 pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
+ema/                            their moving average, likewise, with --ema-decay; early stopping keeps it as the result
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import make_stopping, open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.records import Records
-from alignprop_fast.cli.results import check_adapters, write_adapters, write_card
+from alignprop_fast.cli.results import AVERAGED, check_adapters, write_adapters, write_card
 from alignprop_fast.cli.screen import Display
 from alignprop_fast.cli.signals import Interrupt
 from alignprop_fast.cli.support import (
@@ -178,7 +179,8 @@ class Session:
     def draw(self, rows: Sequence[PromptRow], first_seed: int | None = None) -> Pictures:
         """Pictures of the rows' prompts under the present adapters, their rewards; picture i has seed first_seed + i.
 
-        Draws from generators of its own: training's random numbers are not touched.
+        With `ema_decay` the adapters are the averaged ones, here and where something is watched. Draws from generators
+        of its own: training's random numbers are not touched.
         """
         import torch
 
@@ -193,7 +195,7 @@ class Session:
             batch = [row.prompt for row in rows[start : start + size]]
             metadata = [dict(row.metadata) for row in rows[start : start + size]]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
-            with torch.no_grad():
+            with torch.no_grad(), self.trainer.averaged_weights():
                 images_BCHW = self.trainer.sampler(batch, self.options.negative_prompt, generators, grad_steps=())
                 scores_B, info = self.reward(images_BCHW, batch, metadata)
             images += to_images(images_BCHW)
@@ -311,10 +313,12 @@ class Session:
         """What is watched, under the present adapters."""
         if self.watch is None:
             return None
-        watched, step = self.watch.look(self.trainer.sampler), self.trainer.steps_done
-        # The look at the end of a run must not count: a run that is resumed to more steps would have one more.
-        if self.stopping is not None and step % self.options.sample_every == 0:
-            self.stopping.update(step, watched.reward, self.trainer.trainable_layers)
+        step = self.trainer.steps_done
+        with self.trainer.averaged_weights():
+            watched = self.watch.look(self.trainer.sampler)
+            # The look at the end of a run must not count: a run that is resumed to more steps would have one more.
+            if self.stopping is not None and step % self.options.sample_every == 0:
+                self.stopping.update(step, watched.reward, self.trainer.trainable_layers)
         return watched
 
     def _stopped(self) -> bool:
@@ -339,13 +343,19 @@ class Session:
         self.trainer.accelerator.end_training()
 
     def _write_results(self, steps: int) -> None:
-        write_adapters(self.trainer.sd_pipeline.sd_pipeline, self.folder, self.options, self.prompts, steps)
+        pipe = self.trainer.sd_pipeline.sd_pipeline
+        write_adapters(pipe, self.folder, self.options, self.prompts, steps)
+        # What early stopping has kept is the average already.
+        averaged = self.options.ema_decay > 0 and self.stopping is None
+        if averaged:
+            with self.trainer.averaged_weights():
+                write_adapters(pipe, self.folder / AVERAGED, self.options, self.prompts, steps)
         self.records.plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
             self.after = self._draw_again()
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
-        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after)
+        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after, averaged)
 
     def _keep_best(self) -> int:
         """Go back to the adapters that early stopping kept, if it is on; returns the steps that the adapters had."""
@@ -353,6 +363,7 @@ class Session:
         if stopping is None:
             return done
         stopping.restore(self.trainer.trainable_layers)
+        self.trainer.update.restart_average()  # what was kept is the average, which pictures are still to be drawn with
         why = "stopped" if stopping.stop else "done"
         self.console.print(f"{why} after step {done}: the adapters of step {stopping.kept_step} are kept")
         return stopping.kept_step

@@ -27,22 +27,13 @@ class TrainCall(TrainOptions):
     """What `train` takes beside the run that it is to make: where options and adapters come from."""
 
     resume: bool = option(
-        False,
-        "Go on from the newest checkpoint in --output-dir, with that run's options.",
-        panel=Panel.OUTPUT,
-        commands=Command.TRAIN,
+        False, "Go on from the newest checkpoint in --output-dir, with that run's options.", Panel.OUTPUT
     )
     resume_from: str | None = option(
-        None,
-        "Go on from this checkpoint folder instead, for example if the newest is damaged.",
-        panel=Panel.OUTPUT,
-        commands=Command.TRAIN,
+        None, "Go on from this checkpoint folder instead, for example if the newest is damaged.", Panel.OUTPUT
     )
     config: str | None = option(
-        None,
-        "YAML file of options, 'batch_size: 4' a line, read as on the command line, which beats it.",
-        panel=Panel.OUTPUT,
-        commands=Command.TRAIN,
+        None, "YAML file of options, 'batch_size: 4' a line, read as on the command line, which beats it.", Panel.OUTPUT
     )
 
     def run(self) -> TrainOptions:
@@ -81,6 +72,8 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+        if options.ema_decay:
+            console.print(f"average:  {session.folder / 'averaged'}, which drew the pictures", soft_wrap=True)
         _print_peak(console, session)
 
 

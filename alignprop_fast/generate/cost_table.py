@@ -17,11 +17,20 @@ import torch
 from torch import nn
 
 from alignprop_fast.generate.denoising import DenoisingChain
-from alignprop_fast.planner import CostTable, Gpu, Option, Segment, Stage, load_table, roofline_seconds, save_table
+from alignprop_fast.planner import (
+    GRADES,
+    CostTable,
+    Gpu,
+    Option,
+    Segment,
+    Stage,
+    load_table,
+    roofline_seconds,
+    save_table,
+)
 from alignprop_fast.rewards.reward import Reward
 from alignprop_fast.runtime import (
     DECODER_STAGES,
-    STEP_OPTIONS,
     Block,
     Operator,
     allocated_bytes,
@@ -138,7 +147,7 @@ def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> Co
 def _complete(table: CostTable) -> bool:
     """Whether every way to carry a step and the decoder could be measured."""
     options = {option.name for segment in table.step for option in segment.options}
-    return options >= STEP_OPTIONS.keys() and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
+    return options >= {*GRADES} and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
 
 
 def _read(path: Path) -> CostTable | None:

@@ -25,7 +25,7 @@ def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
 
 
 def train_vae(pictures: Tensor, settings: Settings, folder: Path, seed: int):
-    """Trains on uint8 pictures [N, 3, 64, 64]; returns the averaged `AutoencoderKL` with its scaling factor set."""
+    """Trains on uint8 pictures [N, 3, 64, 64]; returns the averaged `AutoencoderKL` with latents of unit size."""
     torch.manual_seed(seed)
     vae = build_vae()
     # Start with little posterior noise: at its usual variance of 1 it hides the picture for hundreds of steps.
@@ -41,8 +41,26 @@ def train_vae(pictures: Tensor, settings: Settings, folder: Path, seed: int):
 
     preview = _preview(pictures, folder / "vae.png")
     averaged: Any = fit({"vae": vae}, loss_at, settings, folder / "vae.pt", seed, preview)["vae"]
-    averaged.register_to_config(scaling_factor=1.0 / encode(averaged, pictures[:1000]).std().item())
+    standardise(averaged, pictures[:1000])
     return averaged
+
+
+@torch.no_grad()
+def standardise(vae: Any, pictures: Tensor) -> None:
+    """Gives every latent channel mean 0 and variance 1 on these pictures, so that one noise level suits them all.
+
+    The 1 x 1 convolutions around the latents take it on: what is decoded stays the same up to rounding.
+    """
+    latents = encode(vae, pictures)
+    mean_C, std_C = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    into, out, channels = vae.quant_conv, vae.post_quant_conv, len(mean_C)
+    out.bias += out.weight[:, :, 0, 0] @ mean_C
+    out.weight *= std_C[None, :, None, None]
+    into.bias[:channels] -= mean_C
+    into.bias[:channels] /= std_C
+    into.weight[:channels] /= std_C[:, None, None, None]
+    into.bias[channels:] -= 2 * std_C.log()  # the posterior's log variances
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def _preview(pictures: Tensor, path: Path):

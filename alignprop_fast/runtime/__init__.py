@@ -3,7 +3,7 @@
 from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
-from alignprop_fast.runtime.blocks import OFFLOAD, STEP_OPTIONS, Block, apply_options
+from alignprop_fast.runtime.blocks import KEPT, Block, apply_options
 from alignprop_fast.runtime.chain import Chain, GradientSink
 from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
@@ -21,8 +21,7 @@ from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace,
 
 __all__ = [
     "DECODER_STAGES",
-    "OFFLOAD",
-    "STEP_OPTIONS",
+    "KEPT",
     "Block",
     "Chain",
     "CompiledBlocks",

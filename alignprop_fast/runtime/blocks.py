@@ -10,52 +10,45 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_fast.ops.reuse import checkpoint_contexts
-from alignprop_fast.planner import option_of
+from alignprop_fast.planner import GRADES, BlockOption, Options, option_of
 from alignprop_fast.runtime.offload import Offloader
 
-STEP_OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "keep": {},
-    "norms": {"transformers": ("attention", "out", "qkv", "geglu")},
-    "geglu": {"transformers": ("attention", "out", "qkv")},
-    "qkv": {"transformers": ("attention", "out")},
-    "attention": {"transformers": ("attention",)},
-    "recompute": {"transformers": (), "residuals": (), "decoder": ()},
+KEPT: Mapping[BlockOption, Mapping[str, tuple[str, ...]]] = {
+    BlockOption.KEEP: {},
+    BlockOption.NORMS: {"transformers": ("attention", "out", "qkv", "geglu")},
+    BlockOption.GEGLU: {"transformers": ("attention", "out", "qkv")},
+    BlockOption.QKV: {"transformers": ("attention", "out")},
+    BlockOption.ATTENTION: {"transformers": ("attention",)},
+    BlockOption.RECOMPUTE: {"transformers": (), "residuals": (), "decoder": ()},
 }
-"""Options of a block, each named for what it gives up beside all before it, from the fastest to the leanest.
+"""What a block of each group that runs again in the backward pass keeps of its first run, by grade.
 
-An option says what a block of each group that runs again in the backward pass keeps of its first run, by kind of result
-(`ops.reuse`); a group that it does not name keeps everything. "norms" repeats the transformer blocks' norms alone,
-"geglu" also the GEGLU projection, "qkv" also the attention's input projections; "attention" keeps of a block its input
-and the attention outputs, and "recompute" of every block its input. Per token of a transformer block of width C that is
-19 C, 17 C, 9 C, 5 C, 3 C and C. With "+offload" behind it, what the option keeps waits in host memory.
+Results are named by kind (`ops.reuse`); a group without an entry keeps everything. "norms" repeats the transformer
+blocks' norms alone, "geglu" also the GEGLU projection, "qkv" also the attention's input projections; "attention" keeps
+of a block its input and the attention outputs, and "recompute" of every block its input. Per token of a transformer
+block of width C that is 19 C, 17 C, 9 C, 5 C, 3 C and C.
 """
-OFFLOAD = "+offload"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that can be kept or run again by itself, and the group of `STEP_OPTIONS` that it belongs to."""
+    """A module that can be kept or run again by itself, and the group of `KEPT` that it belongs to."""
 
     name: str
     module: nn.Module
     group: str
 
-    def options(self) -> list[str]:
-        """The options that differ for this block, the leanest first."""
-        return [option for option in STEP_OPTIONS if option == "keep" or self.group in STEP_OPTIONS[option]][::-1]
+    def grades(self) -> list[BlockOption]:
+        """The grades that differ for this block, the leanest first."""
+        return [grade for grade in GRADES if grade is BlockOption.KEEP or self.group in KEPT[grade]][::-1]
 
 
 @contextmanager
-def apply_options(
-    options: Mapping[str, str], blocks: Sequence[Block], offloader: Offloader | None = None
-) -> Iterator[None]:
+def apply_options(options: Options, blocks: Sequence[Block], offloader: Offloader | None = None) -> Iterator[None]:
     """Inside the block each of `blocks` keeps what its option says; one without an option keeps everything.
 
     options: option by name of a block, or "*" for all. The modules are left as they were found: names, parameters and
     hooks are not touched. None may lie inside another.
-
-    Raises:
-        ValueError: an unknown option.
     """
     found = [(block.module, block.module.__dict__.get("forward")) for block in blocks]
     for block in blocks:
@@ -71,13 +64,10 @@ def apply_options(
                 module.forward = own_forward
 
 
-def _forward(block: Block, option: str, offloader: Offloader | None) -> Callable[..., Any] | None:
+def _forward(block: Block, option: BlockOption, offloader: Offloader | None) -> Callable[..., Any] | None:
     """The block's forward under the option; None for its own, which keeps everything."""
-    grade = option.removesuffix(OFFLOAD)
-    if grade not in STEP_OPTIONS:
-        raise ValueError(f"unknown option {option!r} of a block: use {', '.join(STEP_OPTIONS)}, or one with {OFFLOAD}")
-    kinds, own = STEP_OPTIONS[grade].get(block.group), block.module.forward
-    if option == grade or offloader is None:
+    kinds, own = KEPT[option.grade].get(block.group), block.module.forward
+    if not option.offload or offloader is None:
         return None if kinds is None else _checkpointed(own, kinds)
     return offloader.offloaded(block.module, lambda move: _checkpointed(own, kinds, *move))
 

@@ -7,14 +7,14 @@ vector-Jacobian product: from its kept graph (resident), or by running the netwo
 takes the memory of one network evaluation, whatever T.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from alignprop_fast.planner import Plan
+from alignprop_fast.planner import Options, Plan
 from alignprop_fast.runtime.blocks import apply_options
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.changed import CHANGED
@@ -170,7 +170,7 @@ def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple
     return x, y
 
 
-def _options(plan: Plan, i: int) -> Mapping[str, str]:
+def _options(plan: Plan, i: int) -> Options:
     """Option by block of gradient step i."""
     if i in plan.resident_steps:
         return plan.resident_options[plan.resident_steps.index(i)]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from alignprop_fast.planner import Options
 from alignprop_fast.runtime.blocks import Block, apply_options
 
 
@@ -13,7 +14,7 @@ def run_decoder_stage(
     fn: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     stage: str,
-    options: Mapping[str, str],
+    options: Options,
     blocks: Sequence[Block] = (),
     banded: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:

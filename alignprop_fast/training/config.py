@@ -12,7 +12,8 @@ from typing import Any
 from alignprop_fast.planner import parse_budget, parse_bytes
 from alignprop_fast.training.declaration import Option, declared, like, option
 from alignprop_fast.training.field_types import as_plain_types, check_types
-from alignprop_fast.training.options import TrainerOptions, TrainOptions
+from alignprop_fast.training.options import TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 
 @dataclass
@@ -92,9 +93,10 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         truncated_rand_backprop_minmax: if drawn: step i carries gradient iff i >= r, r uniform in this closed range.
         push_to_hub: for the user's script; the trainer itself never uploads unasked.
 
-    Fields of our own are declared in `training.options.TrainerOptions`. More than their help says:
+    Fields of our own are declared in `training.trainer_options.TrainerOptions`; `help` lists them. In Python alone:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
-        memory_budget, host_memory: also a number of bytes; a budget of None is "none". See `DifferentiableSampler`.
+        memory_budget, host_memory: also a number of bytes; a budget of None is "none". Held in bytes, whatever was
+            given. See `DifferentiableSampler`.
         truncation: None: the three truncated_* fields.
         lora_alpha: 4, whatever the rank.
         optimizer: upper and lower case are the same.
@@ -117,9 +119,9 @@ class AlignPropConfig(TrainerOptions, TrlFields):
             declaration.check(name, getattr(self, name))
         self._check_pairs()
         self._check_truncation()
-        parse_budget(self.memory_budget)
+        self.memory_budget = parse_budget(self.memory_budget)
         if self.host_memory is not None:
-            parse_bytes(self.host_memory, "host memory")
+            self.host_memory = parse_bytes(self.host_memory, "host memory")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, flat: a nested dictionary becomes "field/key" entries, as in trl."""
@@ -165,6 +167,10 @@ class AlignPropConfig(TrainerOptions, TrlFields):
                 f"truncated_rand_backprop_minmax={tuple(minmax)} begins beyond the last step {last}, "
                 f"so nothing would learn: use a smallest value of at most {last}"
             )
+
+
+_OURS = [f"        {each.name}: {option.help}" for each, option in declared(TrainerOptions)]
+AlignPropConfig.__doc__ = f"{AlignPropConfig.__doc__}\n    Fields of our own:\n" + "\n".join(_OURS)
 
 
 def config_field(name: str, declaration: Option) -> str:

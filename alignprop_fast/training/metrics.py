@@ -131,6 +131,16 @@ def reward_parts(info: Any) -> dict[str, float]:
     return parts
 
 
+def image_scores(info: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The parts of a reward's info that have a score for each image, [B], on the host."""
+    return {name: part.detach().cpu() for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
+
+
+def joined_scores(shares: Sequence[BatchShare]) -> dict[str, torch.Tensor]:
+    """The scores of one micro-batch over all processes."""
+    return {name: torch.cat([share.scores[name] for share in shares]) for name in shares[0].scores}
+
+
 def reset_peak_bytes(device: torch.device) -> None:
     """Begin a new peak where the device can."""
     if device.type == "cuda":

@@ -93,6 +93,11 @@ class WeightUpdate:
         """A block in which the weights are their moving average; without one they stay as they are."""
         return nullcontext() if self.average is None else self.average.in_place()
 
+    def restart_average(self) -> None:
+        """Begin the moving average anew, with the present weights."""
+        if self.average is not None:
+            self.average.restart()
+
     def zero_grad(self) -> None:
         self.weights.zero_grad()
 
@@ -113,10 +118,9 @@ class WeightUpdate:
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         self.updates = state.get("updates", 0)
-        if self.average is not None:
-            self.average.restart()
-            if state.get("average"):
-                self.average.load_state_dict(state["average"])
+        self.restart_average()
+        if self.average is not None and state.get("average"):
+            self.average.load_state_dict(state["average"])
 
     def _step(self) -> tuple[float, bool]:
         """The norm before clipping, and whether the optimizer has made its step."""

@@ -1,10 +1,10 @@
-"""What the bundled model learns: each reward before and after fine-tuning, on prompts it trained on and on others.
+"""The gain of each reward: before and after fine-tuning the bundled model, on training prompts and on others.
 
     python -m benchmarks.learning.gains --output-dir learning
 
-Every run has the settings of `alignprop-fast demo`. The pictures that are scored have prompts and seeds that training
-never drew; each row is their mean with its standard error, and how many of them gained. All rewards are scored on all
-pictures, so that the table also shows what a reward does to the others. Folders keep each run's before_after.png.
+Every run has the settings of `alignprop-fast demo`. The scored pictures have seeds that training never drew. A row has
+their mean with its standard error, and how many of them gained. Every picture gets the scores of all rewards, so the
+table also shows the effect of one reward on the others. The folders keep each run's before_after.png.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCORED = ("clip", "compressibility", "colorfulness")
 
 
 def score(session: Session, prompts: list[str], scorers: dict[str, Any]) -> dict[str, list[float]]:
-    """Scores of every scorer on one picture per prompt, under the present adapters."""
+    """Scores of every scorer on one picture per prompt, with the current adapters."""
     scores: dict[str, list[float]] = {name: [] for name in scorers}
     size = session.options.batch_size
     for start in range(0, len(prompts), size):
@@ -49,7 +49,7 @@ def score(session: Session, prompts: list[str], scorers: dict[str, Any]) -> dict
 
 
 def run(reward: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Fine-tune on one reward; rows of the table for it."""
+    """Fine-tune on one reward and return its rows of the table."""
     folder = args.output_dir / reward.replace(":", "-").replace(",", "_")
     options = replace(SETTINGS, reward=reward, steps=args.steps, seed=args.seed, output_dir=str(folder))
     with OutputFolder(folder) as taken:

@@ -1,10 +1,10 @@
-"""How much of the copies to host memory and back hides behind the computation: one gradient step, kept and offloaded.
+"""How much of the time for copies to and from host memory is hidden by computation, for one gradient step.
 
     python -m benchmarks.step.offload --model sdxl --output offload.csv        # on a GPU
     python -m benchmarks.step.offload --model small --device cpu               # dry run
 
-Hidden: 1 - (seconds offloaded - seconds kept) / seconds of the copies by themselves. Runs take turns; medians. The
-chain has one step, resident, under each option with and without offloading. Has not run on a GPU yet.
+Hidden: 1 - (seconds offloaded - seconds kept) / seconds of the copies alone. Runs take turns; seconds are medians. The
+chain has one resident step, under each option with and without offloading. This has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.planner import Plan, StageChoice
-from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, PeakMeter, link_rate
+from alignprop_fast.planner import GRADES, BlockOption, Plan, StageChoice
+from alignprop_fast.runtime import PeakMeter, link_rate
 from benchmarks.step.chain import provenance
 from benchmarks.step.train_step import seconds_of
 from benchmarks.step.train_step_variants import Bench, prompts_of
 
+MEASURED = (BlockOption.KEEP, BlockOption.GEGLU, BlockOption.QKV)
 
-def measure(bench: Bench, batch: int, grade: str, link: float | None, repeats: int) -> dict[str, Any]:
-    """One row: seconds and peak above the weights of a step kept and offloaded, bytes moved, share hidden."""
+
+def measure(bench: Bench, batch: int, grade: BlockOption, link: float | None, repeats: int) -> dict[str, Any]:
+    """One row: seconds and peak above the weights of a kept and an offloaded step, bytes moved, hidden share."""
     sampler = bench.sampler
-    decoder = StageChoice("image", {"*": "recompute"})
+    decoder = StageChoice("image", {"*": BlockOption.RECOMPUTE})
 
-    def step(option: str) -> None:
-        offloaded = int(option.endswith(OFFLOAD))
-        plan = Plan(1, (0,), (), ({"*": option},), {}, decoder=decoder, host_bytes=offloaded)
+    def step(option: BlockOption) -> None:
+        plan = Plan(1, (0,), (), ({"*": option},), {}, decoder=decoder, host_bytes=int(option.offload))
         sampler(prompts_of(batch), plan=plan).mean().backward()
         bench.optimizer.zero_grad(set_to_none=True)
 
-    names, peaks = (grade, grade + OFFLOAD), []
+    names, peaks = (grade, grade.offloaded), []
     times: tuple[list[float], list[float]] = ([], [])
     sampler.renderer._host_pool = None
     for name in names:
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("small", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--options", nargs="+", choices=tuple(STEP_OPTIONS), default=("keep", "geglu", "qkv"))
+    parser.add_argument("--options", nargs="+", type=BlockOption, choices=GRADES, default=MEASURED)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="CSV to write")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""What one denoising step with gradient keeps and costs under each option, beside the stock model.
+"""Kept bytes and seconds of one denoising step with gradient, for each option and for the stock model.
 
     python -m benchmarks.step.step_options --model sdxl --device meta              # counts bytes: no weights, no GPU
     python -m benchmarks.step.step_options --model sdxl --output step_options.csv  # bytes and seconds on a GPU
     python -m benchmarks.step.step_options --model small --device cpu --dtype float32
 
 One step is a guided pair: forward with graph, backward into latents and adapters (fp32, rank 16 on q, k, v, output).
-"stock" is diffusers and PEFT as they come, with fused attention. The variants take turns; seconds are medians.
+"stock" is unchanged diffusers and PEFT with fused attention. The variants take turns; seconds are medians.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.models.lean.attention import LeanAttnProcessor
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import UNETS
-from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, apply_options
+from alignprop_fast.planner import GRADES, BlockOption
+from alignprop_fast.runtime import Block, PeakMeter, apply_options
 from benchmarks.step.chain import provenance
 
 SMALL: dict[str, Any] = {
@@ -70,14 +71,14 @@ class Step:
         return blocks_of(self.unet, groups)
 
     def run(self, variant: str, meter: PeakMeter | None = None) -> int:
-        """Forward and backward; returns the bytes kept in between, where there is a meter."""
+        """Run forward and backward; returns the bytes kept in between, if there is a meter."""
         if variant == "stock":
             take_ops_out(self.unet)
-            # Without their own SDPA kernel, meta tensors and old GPUs would keep the whole matrix of scores.
+            # Meta tensors and old GPUs have no fused SDPA kernel and would keep the whole matrix of scores.
             self.unet.set_attn_processor(LeanAttnProcessor())
         else:
             put_ops_in(self.unet)
-        with apply_options({"*": "keep" if variant == "stock" else variant}, self.blocks()):
+        with apply_options({"*": BlockOption("keep" if variant == "stock" else variant)}, self.blocks()):
             y = self.unet(self.x, torch.tensor(500), self.text, added_cond_kwargs=self.added).sample
         kept_bytes = meter.live_bytes() if meter else 0
         torch.autograd.grad(y.sum(), self.wanted)
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         unet = make_unet(args.model, dtype).to(memory_format=torch.channels_last)
         step = Step(unet, args.batch_size, dtype)
         rows: list[dict[str, Any]] = []
-        seconds: dict[str, list[float]] = {variant: [] for variant in ("stock", *STEP_OPTIONS)}
+        seconds: dict[str, list[float]] = {variant: [] for variant in ("stock", *GRADES)}
         for variant in seconds:
             with PeakMeter(device) as meter:
                 kept_bytes = step.run(variant, meter)

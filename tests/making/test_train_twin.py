@@ -1,5 +1,7 @@
 """The twin's losses on small networks: steps are DDIM's, the teacher leads where it says, what is equal is zero."""
 
+import copy
+
 import pytest
 import torch
 
@@ -57,6 +59,28 @@ def test_a_twin_that_is_its_own_teacher_has_nothing_to_follow(distillation, pipe
     assert distillation.follow_loss(small_unet(1), generator()).item() > 1e-3
 
 
+def test_the_twin_follows_from_where_its_own_steps_bring_it(distillation, pipe, small_unet, monkeypatch):
+    monkeypatch.setattr(train_twin, "SMALL_STEPS", 1)
+    twin, seen = small_unet(1), []
+    twin.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        distillation.follow_loss(twin, generator())
+    x, text, _ = distillation.draw_start(generator())
+    chain = []
+    own = copy.copy(pipe)
+    own.unet, own.scheduler = twin, build_scheduler()
+    own(
+        prompt_embeds=text,
+        latents=x,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, timestep, values: chain.append(values["latents"]) or values,
+    )
+    for ours, theirs in zip(seen[:4], [x, *chain[:3]], strict=True):
+        torch.testing.assert_close(ours, theirs, **ROUNDING)
+
+
 def test_guidance_and_small_steps_leave_something_to_follow(distillation, pipe):
     assert distillation.follow_loss(pipe.unet, generator()).item() > 1e-8
 
@@ -91,14 +115,14 @@ def test_the_critic_learns_v_of_diffusers(distillation):
 
     def critic(x, timesteps, text):
         seen.update(x=x, timesteps=timesteps)
-        return type("Output", (), {"sample": torch.zeros_like(x)})
+        return type("Output", (), {"sample": torch.ones_like(x)})
 
     loss = distillation.critic_loss(critic, picture, text, generator(1))
     scheduler, again = build_scheduler(), generator(1)
     torch.rand(2, generator=again)
     noise = torch.randn(picture.shape, generator=again)
     torch.testing.assert_close(seen["x"], scheduler.add_noise(picture, noise, seen["timesteps"]), **ROUNDING)
-    wanted = scheduler.get_velocity(picture, noise, seen["timesteps"]).square().mean()
+    wanted = (1 - scheduler.get_velocity(picture, noise, seen["timesteps"])).square().mean()
     torch.testing.assert_close(loss, wanted, **ROUNDING)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options
 
 CPU = torch.device("cpu")
@@ -13,7 +14,7 @@ def test_apply_options_saves_memory_and_leaves_no_trace():
     blocks = [Block(str(k), module, "residuals") for k, module in enumerate(net)]
     x = torch.randn(128, 64)
     kept, grads = [], []
-    for option in ("keep", "recompute"):
+    for option in (BlockOption.KEEP, BlockOption.RECOMPUTE):
         net.zero_grad()
         with PeakMeter(CPU) as meter:
             with apply_options({"*": option}, blocks):
@@ -28,6 +29,6 @@ def test_apply_options_saves_memory_and_leaves_no_trace():
 def test_apply_options_gives_a_modules_own_forward_back():
     layer = nn.Linear(2, 2)
     layer.forward = own = lambda x: x * 2
-    with apply_options({"layer": "recompute"}, [Block("layer", layer, "residuals")]):
+    with apply_options({"layer": BlockOption.RECOMPUTE}, [Block("layer", layer, "residuals")]):
         assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0)) and layer.forward is not own
     assert layer.forward is own

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
-from alignprop_fast.planner import Plan, StageChoice
+from alignprop_fast.planner import BlockOption, Plan, StageChoice
 from alignprop_fast.rewards.mixture import Part, WeightedSum
 
 PROMPTS, STEPS = ["red cat", "dog and cat"], 2
@@ -24,9 +24,9 @@ def pipe(tiny_sd):
     return tiny_sd
 
 
-def plan(option="recompute", resident=(), reward=None):
+def plan(option=BlockOption.RECOMPUTE, resident=(), reward=None):
     replayed = tuple(i for i in range(STEPS) if i not in resident)
-    keep = StageChoice("batch", {"*": "keep"})
+    keep = StageChoice("batch", {"*": BlockOption.KEEP})
     return Plan(STEPS, resident, replayed, ({"*": option},) * len(resident), {"*": option}, keep, reward)
 
 
@@ -100,8 +100,8 @@ def test_a_replay_finds_what_was_sampled_with(pipe, change, resident):
 def test_a_decoder_that_changes_behind_a_chain_without_gradient_steps(pipe, stage):
     sampler = DifferentiableSampler(pipe, STEPS)
     latents = torch.randn(2, 4, *[side // pipe.vae_scale_factor for side in sampler.size], requires_grad=True)
-    keep = StageChoice(stage, {"*": "recompute"})
-    images = sampler(PROMPTS, latents=latents, plan=Plan(STEPS, (), (), (), {"*": "keep"}, keep, None))
+    keep = StageChoice(stage, {"*": BlockOption.RECOMPUTE})
+    images = sampler(PROMPTS, latents=latents, plan=Plan(STEPS, (), (), (), {"*": BlockOption.KEEP}, keep, None))
     images.mul_(2)  # as users may do
     the_decoder_changes(pipe, None)
     with pytest.raises(RuntimeError, match="sample again"):

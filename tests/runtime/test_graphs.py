@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.models.lora.adapters import add_lora
-from alignprop_fast.planner import Plan
+from alignprop_fast.planner import BlockOption, Plan
 from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, run_chain
 
 STEPS, PROMPTS = 4, ["red cat", "dog"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-PLAN = Plan(STEPS, (3,), (2,), ({"*": "norms"},), {"*": "attention"})
+PLAN = Plan(STEPS, (3,), (2,), ({"*": BlockOption.NORMS},), {"*": BlockOption.ATTENTION})
 
 
 class Recorded(GraphedCalls):

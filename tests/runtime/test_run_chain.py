@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.planner import Plan
+from alignprop_fast.planner import BlockOption, Plan
 from alignprop_fast.runtime import (
     Block,
     Chain,
@@ -55,7 +55,7 @@ class Penalised(Steps):
 
 @pytest.mark.parametrize("grad_steps", [(0, 1, 2, 3, 4), (1, 3), (4,), (0,)])
 @pytest.mark.parametrize("resident", [0, 1, 5])
-@pytest.mark.parametrize("option", ["keep", "recompute"])
+@pytest.mark.parametrize("option", [BlockOption.KEEP, BlockOption.RECOMPUTE])
 @pytest.mark.parametrize("through_input", [True, False])
 def test_chain_equals_plain_autograd(grad_steps, resident, option, through_input):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -81,7 +81,7 @@ def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, through_i
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 6, dtype=torch.float64)
     cut = max(len(grad_steps) - resident, 0)
-    options = {"*": "recompute"}
+    options = {"*": BlockOption.RECOMPUTE}
     plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
     chain = Penalised(net, target, through_input)
     wanted = [x0, *net.parameters()]
@@ -165,6 +165,6 @@ class Faster(Steps):
 def test_faster_forms_serve_steps_without_gradient_and_replays():
     """A resident step keeps its graph: it is run by `predict`, once. A replayed one is sampled first."""
     chain = Faster(make_net())
-    plan = Plan(5, (4,), (2,), ({"*": "keep"},), {"*": "recompute"})
+    plan = Plan(5, (4,), (2,), ({"*": BlockOption.KEEP},), {"*": BlockOption.RECOMPUTE})
     run_chain(chain, plan, torch.randn(3, 6, dtype=torch.float64)).sum().backward()
     assert chain.calls == [*(("sample", i) for i in range(4)), ("replay", 2, "recompute")]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, run_decoder_stage, score_in_chunks
 
 
@@ -16,7 +17,7 @@ def make_net():
 
 
 @pytest.mark.parametrize("stage", ["batch", "image"])
-@pytest.mark.parametrize("option", ["keep", "recompute"])
+@pytest.mark.parametrize("option", [BlockOption.KEEP, BlockOption.RECOMPUTE])
 def test_a_decoder_by_image_equals_it_at_once(stage, option):
     net, x = make_net(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     blocks = [Block("b", net[2], "decoder")]

@@ -1,4 +1,4 @@
-"""A decoder by bands of rows: the same image and gradient, less memory, and left as it was found.
+"""A decoder by bands of rows gives the same image and gradient with less memory, and is restored afterwards.
 
 Tolerance: float64 rounding through a whole decoder; measured 1e-14 of the largest element, asserted at 1e-10.
 """
@@ -13,6 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from alignprop_fast.models.lean import banded_decoder
 from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, run_decoder_stage
 
 
@@ -53,7 +54,7 @@ def test_image_and_gradient_stay(decoder, rows, memory_format):
 
 
 def test_every_block_goes_by_bands(decoder, monkeypatch):
-    """No convolution sees more than one band and its halo, of residual blocks, upsamplers and the last one."""
+    """Every convolution of residual blocks and upsamplers, and the last one, sees at most one band and its halo."""
     sizes = []
     conv2d = torch.nn.functional.conv2d
     monkeypatch.setattr(
@@ -103,7 +104,7 @@ def test_run_again_in_the_backward_pass(decoder):
     whole = image_and_gradient(decoder, x)
 
     def by_bands(x):
-        with banded(bandable(decoder), 3), apply_options({"*": "recompute"}, blocks(decoder, Attention)):
+        with banded(bandable(decoder), 3), apply_options({"*": BlockOption.RECOMPUTE}, blocks(decoder, Attention)):
             return decoder(x)
 
     assert_same(image_and_gradient(lambda x: run_decoder_stage(by_bands, x, "image", {}), x), whole)
@@ -119,7 +120,7 @@ def test_run_again_in_the_backward_pass(decoder):
 
 
 def test_peak_at_the_published_widths():
-    """512 x 512 in bf16, counted without data: at most 0.7 of a checkpoint per block, and less yet per stage."""
+    """512 x 512 in bf16, counted without data: at most 0.7 of a checkpoint per block, and even less per stage."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -130,7 +131,7 @@ def test_peak_at_the_published_widths():
         decoder = vae.decoder.requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
         x = torch.empty(1, 4, 64, 64, dtype=torch.bfloat16)
     put_ops_in(decoder)
-    whole, kinds = {"*": "recompute"}, ResnetBlock2D | Upsample2D | Attention
+    whole, kinds = {"*": BlockOption.RECOMPUTE}, ResnetBlock2D | Upsample2D | Attention
 
     def by_bands(x):
         with banded(bandable(decoder), 32), apply_options(whole, blocks(decoder, Attention)):

@@ -1,4 +1,4 @@
-"""The frozen-aware ops in a diffusers UNet and decoder: same values, same names, less kept, and out again.
+"""The ops for frozen weights in a diffusers UNet and decoder: same values and names, less kept, and removable.
 
 Tolerance: fp32 rounding through a whole network; measured 1e-5 of the largest element, asserted at 1e-4.
 """
@@ -28,7 +28,8 @@ from alignprop_fast.models.lean.surgery import (
     take_ops_out,
 )
 from alignprop_fast.models.pipeline_adapter import PromptBatch
-from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, apply_options
+from alignprop_fast.planner import GRADES, BlockOption
+from alignprop_fast.runtime import Block, PeakMeter, apply_options
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
@@ -69,7 +70,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, request):
     x = torch.randn(1, 16, 8, 12, requires_grad=True)
     wanted = [x, *adapter.trainable()]
     results = []
-    for swap, option in ((take_ops_out, "keep"), *((put_ops_in, option) for option in STEP_OPTIONS)):
+    for swap, option in ((take_ops_out, BlockOption.KEEP), *((put_ops_in, option) for option in GRADES)):
         swap(pipe.transformer)
         assert (processor in {type(p) for p in pipe.transformer.attn_processors.values()}) == (swap is put_ops_in)
         with apply_options({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
@@ -92,7 +93,7 @@ def test_decoder_values_stay(tiny_sd):
 
 
 def test_all_of_a_decoder_is_lean(tiny_sd, monkeypatch):
-    """Its blocks call their norm "group"; its attention is over an image. Neither takes the stock path."""
+    """Its blocks call their norm "group" and its attention is over an image; neither may take the stock path."""
     put_ops_in(tiny_sd.vae)
     for stock in (ResnetBlock2D, nn.GroupNorm):
         monkeypatch.setattr(stock, "forward", None)
@@ -145,7 +146,7 @@ def test_learning_weights_and_autocast_take_the_stock_path(unet):
 
 @pytest.mark.parametrize(
     ("option", "per_token"),
-    [("keep", 19), ("norms", 17), ("geglu", 9), ("qkv", 5), ("attention", 3), ("recompute", 1)],
+    [*zip(GRADES, (19, 17, 9, 5, 3, 1), strict=True)],
 )
 def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
     """Elements per token of a block of width C, in units of C; within 3 %."""
