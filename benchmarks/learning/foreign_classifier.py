@@ -26,12 +26,12 @@ from torch import Tensor
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.preprocess import Preprocess
 from benchmarks import RESULTS
-from benchmarks.learning.gains import score
+from benchmarks.learning.gains import scores_of
 
 # ImageNet's class numbers of things that the bundled model draws, by their words in a prompt.
 CLASSES = {"green apple": 948, "strawberr": 949, "banana": 954}
@@ -107,10 +107,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     scorers = {"log_probability": log_probability, "top1": top1, "clip": get_reward("clip")}
     sets = {"trained": list(TRAINED) * PICTURES, "never seen": list(NEVER_SEEN) * PICTURES}
     with OutputFolder(options.output_dir) as folder:
-        session = Session(options, console, folder)
-        before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+        session = set_up(options, console, folder)
+        before = {name: scores_of(session, prompts, scorers) for name, prompts in sets.items()}
         session.run()
-    after = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+    after = {name: scores_of(session, prompts, scorers) for name, prompts in sets.items()}
     rows = []
     for name, words, scorer in [(n, w, s) for n in sets for w in ("", *CLASSES) for s in scorers]:
         chosen = [i for i, prompt in enumerate(sets[name]) if words in prompt]

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.report.style import BLUE, GREY, INK, ORANGE, RULE, save_figure
 from alignprop_fast.training.options import TrainOptions
@@ -37,7 +37,7 @@ PICTURES = 6
 def train(name: str, options: TrainOptions, console: Console) -> list[dict[str, Any]]:
     """One run; a row for each sampling."""
     with OutputFolder(options.output_dir) as folder:
-        session = Session(options, console, folder)
+        session = set_up(options, console, folder)
         session.run()
     kept = session.trainer.steps_done if session.stopping is None else session.stopping.kept_step
     return [
