@@ -1,4 +1,4 @@
-"""Benchmarks, for a checkout alone: no part of the installed package. README.md says what each answers."""
+"""Benchmarks. They run from a checkout and are not installed. README.md says what each answers."""
 
 from pathlib import Path
 

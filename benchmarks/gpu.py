@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: everything that only a GPU can say, what matters most first, each fact on disk at once.
+"""Measures on a GPU everything that only a GPU can tell, the most important first. Each fact goes to disk at once.
 
     python benchmarks/gpu.py                                   # seven minutes; facts into benchmarks/results/gpu
     python benchmarks/gpu.py --only ops,tests,compile          # the rest, in a second call: facts are added
@@ -35,14 +35,14 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--total", type=float, default=420, help="seconds in all")
     add("--patience", type=float, default=1, help="times the seconds of each section, for a slower GPU")
-    add("--only", help="names of sections, with commas between")
-    add("--list", action="store_true", help="name the sections and their seconds")
+    add("--only", help="names of sections, separated by commas")
+    add("--list", action="store_true", help="list the sections and their seconds")
     add("--steps", type=int, default=20, help="denoising steps of a training step; the last half carries gradient")
     add("--wheels", type=Path, help="folder of wheels to unpack")
-    add("--commit", help="what is measured, where git cannot say")
+    add("--commit", help="the commit under test, if git cannot tell")
     add("--output", type=Path, help=f"file of facts, added to [{FACTS.relative_to(ROOT)}]")
     add("--report", type=Path, nargs="?", const=FACTS, metavar="FACTS", help="write README's figures, measure nothing")
-    add("--dry-run", action="store_true", help="toy sizes, on the CPU or an emulated GPU; facts into --output alone")
+    add("--dry-run", action="store_true", help="toy sizes, on the CPU or an emulated GPU; facts go only into --output")
     add("--fail", action="append", default=[], metavar="SECTION=FAULT", help=f"inject one of {', '.join(FAULTS)}")
     args = parser.parse_args()
     names = [section.name for section in SECTIONS]
@@ -51,14 +51,14 @@ def parse() -> argparse.Namespace:
     if unknown := (set(args.only) | set(args.faults)) - set(names):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if (args.faults and not args.dry_run) or not set(args.faults.values()) <= set(FAULTS):
-        parser.error(f"--fail wants --dry-run and SECTION=FAULT, a fault of {', '.join(FAULTS)}")
+        parser.error(f"--fail needs --dry-run and SECTION=FAULT with a fault of {', '.join(FAULTS)}")
     return args
 
 
 def make_site(folder: Path, wheels: Path | None) -> None:
     """Fill the folder that workers import from: the wheels' content, the package and these benchmarks.
 
-    Not the root: its folder `kernels` would pass for the package of that name.
+    They do not import from the root, whose folder `kernels` looks like the package of that name.
     """
     for wheel in sorted(wheels.glob("*.whl")) if wheels else []:
         with zipfile.ZipFile(wheel) as archive:
@@ -76,14 +76,14 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *before])
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
-    # Before CUDA starts: without it budgets break on memory in pieces.
+    # Must be set before CUDA starts. Without it fragmentation breaks the budgets.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # Whether there is a GPU can then be asked without starting CUDA, which would not outlive a fork.
+    # Lets torch check for a GPU without starting CUDA, which would not survive a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if args.dry_run:
         os.environ[DRY_RUN] = "1"
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        os.environ["OMP_NUM_THREADS"] = "1"  # two that meet a busy core wait for each other
+        os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a busy core would wait for each other
 
 
 def main() -> int:
@@ -107,7 +107,7 @@ def main() -> int:
     settings = Settings(facts, faults=args.faults, steps=args.steps)
     if args.dry_run:
         settings = replace(settings, dry=True, steps=4, grace=2.0)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit outside: what is known is printed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # at an outer time limit, still print the facts
     try:
         chosen = [section for section in SECTIONS if section.name in args.only]
         Driver(settings, args.total, args.patience).run(chosen)
@@ -119,10 +119,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for the modules of `benchmarks`, where this was started by its file name
+    sys.path.insert(0, str(ROOT))  # finds the modules of `benchmarks` when started by file name
     try:
         code = main()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     sys.stdout.flush()
-    os._exit(code)  # a worker stuck in the driver could not be waited for
+    os._exit(code)  # do not wait for a worker that is stuck in the driver

@@ -1,4 +1,4 @@
-"""Which commit was measured."""
+"""The commit under test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks import ROOT
 
 
 def commit() -> str:
-    """Of the checkout that this file lies in, with "+" where it has changes; "unknown" without git or a checkout."""
+    """The commit of this checkout, with "+" if it has changes; "unknown" without git or a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"

@@ -54,15 +54,15 @@ def demo(ctx: typer.Context, options: TrainOptions) -> None:
     with setup_errors():
         folder.check()
         quiet_libraries(console)
-        from alignprop_fast.cli.session import Session
-        from alignprop_fast.prompts.rows import load_rows
+        from alignprop_fast.cli.set_up import set_up
+        from alignprop_fast.prompts.rows import load_rows, spread
 
         # A thread whose core has other work makes all wait: 400 s instead of 80 on two busy cores, 60 on two idle ones.
         torch.set_num_threads(2 if (os.cpu_count() or 1) >= 4 else 1)
-        session = Session(options, console, folder)
+        session = set_up(options, console, folder)
     console.print(f"the bundled model learns {options.reward}: {options.steps} steps of {options.batch_size} pictures")
     sets = {"training prompts": session.rows, "prompts never seen": load_rows("demo-heldout")}
-    chosen = {name: [rows[i * len(rows) // PICTURES] for i in range(PICTURES)] for name, rows in sets.items()}
+    chosen = {name: spread(rows, PICTURES) for name, rows in sets.items()}
     with run_errors(session.folder, go_on_by(session.folder)):
         before = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
         session.run()

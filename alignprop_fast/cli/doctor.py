@@ -17,7 +17,8 @@ from alignprop_fast.cli.options import command_line
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import check_writable, quiet_libraries, setup_errors
 from alignprop_fast.training.declaration import Command, like, option
-from alignprop_fast.training.options import TrainerOptions, TrainOptions
+from alignprop_fast.training.options import TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,10 @@ from rich.text import Text
 
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.options import command_line
-from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, open_sampler, spread
+from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, open_sampler
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import pick_device, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.prompts.rows import spread
 from alignprop_fast.training.declaration import Command, Panel, like, option, values
 from alignprop_fast.training.options import PictureOptions, WatchOptions
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.cli.pipeline import spread
-from alignprop_fast.prompts.rows import PromptRow
+from alignprop_fast.prompts.rows import PromptRow, spread
 
 PATH_ROWS = 8
 

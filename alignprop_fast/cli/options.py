@@ -10,7 +10,7 @@ from dataclasses import Field, replace
 from enum import Enum, StrEnum
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -69,7 +69,7 @@ def _parameter(field: Field[Any], option: Option, hint: Any, default: Any) -> in
         panel = option.panel and option.panel.value
         info = typer_option(*names, rich_help_panel=panel, case_sensitive=False, **bounds, **more)
         if default is None:
-            kind = kind | None
+            kind = Optional[kind]  # noqa: UP045  # of unions the first typer that we take knows this form alone
         elif option.choices:
             default = kind(default)
         elif isinstance(default, tuple):

@@ -111,7 +111,7 @@ def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | 
         reward = _reward(options.watch_reward, options.watch_reward_model, options, device)
     return Watch(
         reward,
-        spread(rows, min(len(rows), options.watch_pictures // IMAGES_PER_PROMPT)),
+        spread(rows, options.watch_pictures // IMAGES_PER_PROMPT),
         ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device),
         seed=_WATCH_SEED,
         batch_size=options.batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from alignprop_fast.generate.sampler import DifferentiableSampler
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.training.options import TrainOptions
-
-T = TypeVar("T")
 
 START_ANEW = "start again with another --output-dir"  # a folder with some of the pictures is of no use
 
@@ -79,11 +77,6 @@ def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickl
     model = denoiser(pipe)
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
     return get_reward(reward, device=model.device, dtype=dtype, model=reward_model, allow_pickle=allow_pickle)
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of them, evenly over the list."""
-    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 class PictureProgress:

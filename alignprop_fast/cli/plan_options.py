@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignprop_fast.training.declaration import Command, Panel, like, option
-from alignprop_fast.training.options import InputOptions, TrainerOptions, TrainOptions
+from alignprop_fast.training.options import InputOptions, TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 
 @dataclass

@@ -61,9 +61,9 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         if process_count() == 1:  # several are to meet first, and then say it once
             folder.check()
         quiet_libraries(console)
-        from alignprop_fast.cli.session import Session
+        from alignprop_fast.cli.set_up import Start, set_up
 
-        session = Session(options.run(), console, folder, resume=options.resume, resume_from=options.resume_from)
+        session = set_up(options.run(), console, folder, Start(options.resume, options.resume_from))
     start = session.trainer.steps_done
     what = f"{session.options.model} on {session.options.reward}"
     console.print(f"training {what}, step {start} of {options.steps}", soft_wrap=True)

@@ -98,8 +98,9 @@ def draw(
     """
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        with torch.no_grad():
-            yield sampler(list(prompts[start : start + batch_size]), negative_prompt, generators, grad_steps=())
+        with torch.no_grad():  # a yield in here would switch gradients off for the caller
+            images = sampler(list(prompts[start : start + batch_size]), negative_prompt, generators, grad_steps=())
+        yield images
 
 
 def score(

@@ -1,7 +1,7 @@
-"""Autotuning: the fastest of several right implementations of one problem, by measuring.
+"""Autotuning: measures which of several correct implementations of a problem is fastest.
 
-Each candidate's results are checked on the problem before it may win, and it is timed once per device and versions. The
-times are kept on disk. What fails is not: a compiler, memory or a driver may be there for the next process.
+The results of each candidate are checked on the problem before it may win, and it is timed once per device and library
+versions. Times are kept on disk. Failures are not, because the next process may have a compiler, memory or a driver.
 """
 
 import json
@@ -31,37 +31,37 @@ _chosen: dict[tuple[str, str, int], str] = {}
 
 
 class Candidate(Protocol):
-    """One implementation, set to work on one problem."""
+    """One implementation, prepared for one problem."""
 
     def run(self) -> object:
-        """Do it once. Raises whatever keeps it from serving this problem."""
+        """Run it once. Raises any error if it cannot serve this problem."""
 
     def fault(self) -> str | None:
-        """What is wrong with its results on this problem, in a few words; None: nothing."""
+        """The fault of its results on this problem, in a few words; None: no fault."""
 
 
 Candidates = Mapping[str, Candidate]
 
 
 def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.device) -> str:
-    """Name of the candidate that took the least time on this problem, of those whose results are right.
+    """Name of the fastest candidate with correct results on this problem.
 
-    Checked and timed on first use; the times are remembered in the user's cache folder, by device and versions. While a
-    CUDA graph is being captured nothing can be timed: a problem that is new then gets the first candidate. Under
-    torch's flag for deterministic algorithms the first whose results are right is taken, however long it takes.
+    Candidates are checked and timed on first use. The times are remembered in the user's cache folder, by device and
+    versions. Nothing can be timed while a CUDA graph is captured: a new problem then gets the first candidate. Under
+    torch's flag for deterministic algorithms the first candidate with correct results is used, regardless of its time.
 
     Args:
-        problem: what distinguishes this problem from others: operator, direction, dtype, shape.
-        candidates: makes the implementations by name, the one to take untried first. Names that it does not make are
-            not chosen, whatever was remembered.
+        problem: operator, direction, dtype and shape, which distinguish this problem from others.
+        candidates: makes the implementations by name; the first is used without a trial. Names that it does not make
+            are never chosen, even if they are remembered.
         device: where they run.
 
     Raises:
-        RuntimeError: no candidate gave a right result; the message has each one's reason.
-        torch.OutOfMemoryError: the same, where one of them might have had it with more memory.
+        RuntimeError: no candidate gave a correct result; the message has the reason for each.
+        torch.OutOfMemoryError: the same, but one of them might succeed with more memory.
     """
     key = device_name(device)
-    # What was switched off since must not be chosen again.
+    # An implementation that was switched off since must not be chosen.
     memo = (key, problem, len(switched_off.everything()))
     if memo not in _chosen:
         offered = candidates()
@@ -73,7 +73,7 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
 
 
 def explain(problem: str, device: torch.device) -> str:
-    """The times, in milliseconds, by which `fastest` chose; for a candidate that could not run, or was wrong, why."""
+    """The times, in milliseconds, behind a choice of `fastest`; for a failed or wrong candidate, the reason."""
     key = device_name(device)
     lines = [f"{name} {time:.3f} ms" for name, time in _table(key).get(problem, {}).items()]
     lines += [f"{name}: {reason}" for name, reason in _failures.get((key, problem), {}).items()]
@@ -81,20 +81,22 @@ def explain(problem: str, device: torch.device) -> str:
 
 
 def forget() -> None:
-    """Read the tables from disk again and try again what failed, for tests."""
+    """Read the tables from disk again and forget failures, for tests."""
     _table.cache_clear()
     _failures.clear()
     _chosen.clear()
 
 
 def difference(found: Sequence[Any], plain: Sequence[Any], exact: Sequence[Any], relative: float = 0.0) -> float:
-    """The largest error of found, over what is allowed: twice that of plain, plus 1e-6. Above 1, or nan: wrong.
+    """The largest ratio of an error of `found` to the allowed error. Above 1, or NaN: wrong.
+
+    Allowed is twice the error of `plain`, plus 1e-6.
 
     Args:
-        found: results of an implementation, tensors all.
-        plain: those of the plain PyTorch expression in the same dtype.
-        exact: those in float64, from the same inputs.
-        relative: allow this share of the largest exact value besides.
+        found: results of an implementation, all tensors.
+        plain: results of the plain PyTorch expression in the same dtype.
+        exact: results in float64 from the same inputs.
+        relative: also allow this share of the largest exact value.
     """
     ratios = [
         (f - e).abs().max() / (2 * (p - e).abs().max() + relative * e.abs().max() + 1e-6)
@@ -104,7 +106,7 @@ def difference(found: Sequence[Any], plain: Sequence[Any], exact: Sequence[Any],
 
 
 def _measure(key: str, problem: str, offered: Candidates, device: torch.device) -> None:
-    """Times of the candidates that have none yet, into the table; what fails into `_failures`."""
+    """Time the candidates that have no time yet; times go into the table, failures into `_failures`."""
     times = _table(key).setdefault(problem, {})
     failures = _failures.setdefault((key, problem), {})
     new = [name for name in offered if name not in times and name not in failures]
@@ -120,7 +122,7 @@ def _measure(key: str, problem: str, offered: Candidates, device: torch.device) 
 
 def _best(times: Mapping[str, float], offered: Candidates) -> str | None:
     timed = [name for name in offered if name in times]
-    if torch.are_deterministic_algorithms_enabled():  # bits must not hang on times
+    if torch.are_deterministic_algorithms_enabled():  # bits must not depend on times
         return next(iter(timed), None)
     return min(timed, key=lambda name: times[name], default=None)
 
@@ -131,14 +133,14 @@ def _refuse(problem: str, failures: Mapping[str, str]) -> str:
 
 
 def _milliseconds(problem: str, name: str, candidate: Candidate, device: torch.device) -> float | str:
-    """Median time of a candidate, or in one line why it is not to be taken."""
+    """Median time of a candidate, or one line that says why it cannot be used."""
     try:
         fault = candidate.fault()
         if fault is None:
             candidate.run()
             times = sorted(_gpu_times(candidate.run, device) if device.type == "cuda" else _cpu_times(candidate.run))
             return times[len(times) // 2]
-    except Exception as error:  # of compilers, drivers and libraries: there is no list of them
+    except Exception as error:  # compilers, drivers and libraries raise anything
         if is_out_of_memory(error):
             return _OUT_OF_MEMORY
         return str(error).partition("\n")[0][:120] or type(error).__name__
@@ -166,7 +168,7 @@ def _cpu_times(fn: Callable[[], object]) -> list[float]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device with the versions and the mode that its speed depends on."""
+    """The device with the versions and the mode that affect its speed."""
     mode = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     return _device_and_versions(device) + mode
 
@@ -186,7 +188,7 @@ def _device_and_versions(device: torch.device) -> str:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what was measured on this machine."""
+    """The user's folder for measurements on this machine."""
     return Path.home() / ".cache" / "alignprop_fast"
 
 
@@ -197,12 +199,12 @@ def _file(key: str) -> Path:
 
 @cache
 def _table(key: str) -> dict[str, dict[str, float]]:
-    """Measured times by problem and candidate; read from disk once."""
+    """Measured times by problem and candidate, read from disk once."""
     return _read(_file(key))
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
-    """The times in a file; what is no time of a candidate of a problem is as if it were not there."""
+    """The times in a file; entries that are not valid times are ignored."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -220,9 +222,9 @@ def _is_time(value: object) -> bool:
 
 
 def _save(key: str, problem: str, times: Mapping[str, float]) -> None:
-    """Put the times of one problem into the file, whose others may be those of other processes.
+    """Put the times of one problem into the file, and keep those that other processes wrote.
 
-    A cache folder that cannot be written costs the next process its measurement, no more.
+    If the cache folder cannot be written, the next process must only measure again.
     """
     path = _file(key)
     try:
@@ -233,5 +235,5 @@ def _save(key: str, problem: str, times: Mapping[str, float]) -> None:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
             os.replace(temporary, path)
-    except (OSError, NotImplementedError):  # the latter from file systems that know no locks
+    except (OSError, NotImplementedError):  # file systems without locks raise the latter
         return

@@ -5,9 +5,9 @@ u_p = s_p g_p B_p:
 
     dx = sum_p g_p W_p + u_p A_p        dA_p = u_p^T x        dB_p = s_p g_p^T (x A_p^T)
 
-Saves x and the weights, once, in x's dtype: the adapters are cast, never x. (PEFT casts x for adapters in fp32, and
-saves the copy of each adapter.) x A^T is made again: it costs R / O of the forward pass. On a GPU the package's kernels
-or cuBLAS with small products beside it, whichever was measured faster (`ops.autotune`).
+It saves x and the weights once, in x's dtype: the adapters are cast, not x. (PEFT casts x for adapters in fp32, and
+saves a copy for each adapter.) x A^T is computed again, which costs R / O of the forward pass. On a GPU it uses the
+package's kernels, or cuBLAS with additional small products, whichever measured faster (`ops.autotune`).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, scales: tuple[float, ...], keep: Kind | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         layers = _layers(tensors, scales)
-        # Without a learning adapter the gradient needs the weights alone.
+        # Without an adapter that learns, the gradient needs only the weights.
         learns = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if learns else None, *tensors)
         ctx.scales = scales
@@ -67,8 +67,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], keep: Kind | None = None) -
 
     Args:
         x: [..., I], any strides.
-        layers: weights and biases frozen and in x's dtype; adapters in any floating dtype, or None for none.
-        keep: the kind of result that this is to a segment that runs again (`ops.reuse`).
+        layers: weights and biases frozen and in x's dtype; adapters in any floating dtype, or None.
+        keep: the kind of this result, for a recomputed segment (`ops.reuse`).
 
     Returns:
         y [..., O] of each layer in x's dtype.

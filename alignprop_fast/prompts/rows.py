@@ -201,7 +201,7 @@ def _parquet_records(path: Path) -> _Records:
 
 def _dataset(folder: Path) -> _Records:
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(f"{folder} was not written by save_to_disk of datasets: give {KINDS}")
+        raise ValueError(f"the folder {folder} was not written by save_to_disk of datasets: give {KINDS}")
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:

@@ -12,7 +12,8 @@ from typing import Any
 from alignprop_fast.planner import parse_budget, parse_bytes
 from alignprop_fast.training.declaration import Option, declared, like, option
 from alignprop_fast.training.field_types import as_plain_types, check_types
-from alignprop_fast.training.options import TrainerOptions, TrainOptions
+from alignprop_fast.training.options import TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 
 @dataclass
@@ -92,7 +93,7 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         truncated_rand_backprop_minmax: if drawn: step i carries gradient iff i >= r, r uniform in this closed range.
         push_to_hub: for the user's script; the trainer itself never uploads unasked.
 
-    Fields of our own are declared in `training.options.TrainerOptions`. More than their help says:
+    Fields of our own are declared in `training.trainer_options.TrainerOptions`; `help` lists them. In Python alone:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
         memory_budget, host_memory: also a number of bytes; a budget of None is "none". Held in bytes, whatever was
             given. See `DifferentiableSampler`.
@@ -166,6 +167,10 @@ class AlignPropConfig(TrainerOptions, TrlFields):
                 f"truncated_rand_backprop_minmax={tuple(minmax)} begins beyond the last step {last}, "
                 f"so nothing would learn: use a smallest value of at most {last}"
             )
+
+
+_OURS = [f"        {each.name}: {option.help}" for each, option in declared(TrainerOptions)]
+AlignPropConfig.__doc__ = f"{AlignPropConfig.__doc__}\n    Fields of our own:\n" + "\n".join(_OURS)
 
 
 def config_field(name: str, declaration: Option) -> str:

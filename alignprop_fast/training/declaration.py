@@ -12,8 +12,6 @@ from enum import Flag, StrEnum, auto
 from math import inf, isfinite
 from typing import Any
 
-_KEY = "option"
-
 
 class Command(Flag):
     """The commands that take options."""
@@ -101,21 +99,30 @@ class Option:
         return f"a number {' and '.join(bounds)}" if bounds else "a finite number"
 
 
+# Not in the fields' metadata, which transformers' HfArgumentParser passes on to argparse.
+_OPTIONS: dict[Field[Any], Option] = {}
+
+
 def option(default: Any, help: str = "", panel: Panel | None = None, **more: Any) -> Any:
     """A field of a dataclass that is an option; `more`: the other fields of `Option`."""
-    return field(default=default, metadata={_KEY: Option(help, panel, **more)})
+    return _field(default, Option(help, panel, **more))
 
 
 def like(owner: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
     """The option `name` of `owner` again, with another default, or with what `changes` says of it."""
     base = owner.__dataclass_fields__[name]  # type: ignore[attr-defined]
-    value = base.default if default is MISSING else default
-    return field(default=value, metadata={_KEY: replace(base.metadata[_KEY], **changes)})
+    return _field(base.default if default is MISSING else default, replace(_OPTIONS[base], **changes))
+
+
+def _field(default: Any, option: Option) -> Any:
+    made: Any = field(default=default, metadata={"help": option.help})
+    _OPTIONS[made] = option
+    return made
 
 
 def declared(owner: Any) -> Iterator[tuple[Field[Any], Option]]:
     """The options of a dataclass, or of an instance of it, in the order of its fields."""
-    return ((each, each.metadata[_KEY]) for each in fields(owner) if _KEY in each.metadata)
+    return ((each, _OPTIONS[each]) for each in fields(owner) if each in _OPTIONS)
 
 
 def taken(owner: Any, command: Command) -> list[tuple[Field[Any], Option]]:

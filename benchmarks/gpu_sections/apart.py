@@ -1,6 +1,6 @@
-"""What may poison the CUDA context: kernels that have never run, CUDA graphs, registered memory, torch.compile.
+"""Sections that may break the CUDA context: kernels that have never run, CUDA graphs, pinned memory, torch.compile.
 
-Each section runs in a process of its own, where that costs no other.
+Each runs in its own process, so that it cannot harm the others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _examine(lab: Lab, section: str, quick: bool) -> None:
     from alignprop_fast.doctor import examine
 
     def tell(what: str) -> None:
-        # What was begun last is what hangs, should it hang.
+        # If the examination hangs, the last fact names the part that hangs.
         lab.facts.write(section, "examines", what=what)
 
     report = examine(lab.device, quick=quick or lab.dry, dtypes=[torch.bfloat16], tell=tell)
@@ -57,7 +57,7 @@ def _examine(lab: Lab, section: str, quick: bool) -> None:
 
 
 def graphs(lab: Lab) -> None:
-    """A chain launched evaluation by evaluation, and recorded."""
+    """A chain launched evaluation by evaluation, and as recorded graphs."""
     for model in ("sd15", "sdxl"):
         rows = graphs_bench.measure(lab.bench(model), 1, 2 if lab.dry else 5)
         for row in rows:
@@ -68,20 +68,20 @@ def graphs(lab: Lab) -> None:
 
 
 def offload(lab: Lab) -> None:
-    """Share of the copies that is hidden, and the gradients of every option beside those of "keep"."""
+    """The hidden share of the copies, and the gradients of every option compared with those of "keep"."""
     bench, link = _one_step(lab), link_rate(lab.device)
     for grade in offload_bench.MEASURED:
         row = offload_bench.measure(bench, 1, grade, link, 2 if lab.dry else 5)
         lab.facts.write("offload", "hidden", link_bytes_per_second=link, **row)
     gradients = _Gradients(bench)
     expected = gradients.of(BlockOption.KEEP)
-    # "keep" once more: what differs there is the device's own, as with kernels that are not deterministic.
+    # "keep" runs twice: if these differ, the cause is the device, such as kernels that are not deterministic.
     for option in BlockOption:
         lab.facts.write("offload", "gradients", option=option, **_difference(expected, gradients.of(option)))
 
 
 def _one_step(lab: Lab) -> Bench:
-    """A model whose chain has one step; adapters that change something."""
+    """A model whose chain has one step, with adapters that are not zero."""
     bench = Bench("small" if lab.dry else "sdxl", lab.device, 1, "mean")
     torch.manual_seed(0)
     for parameter in bench.trained:
@@ -90,7 +90,7 @@ def _one_step(lab: Lab) -> Bench:
 
 
 class _Gradients:
-    """Gradients of one image through one step, the same random numbers each time."""
+    """Gradients of one image through one step, with the same random numbers each time."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -123,7 +123,7 @@ def _difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict
 
 
 def compiled(lab: Lab) -> None:
-    """torch.compile of the stock model's transformer blocks, beside ours as it is."""
+    """torch.compile of the stock model's transformer blocks, beside ours uncompiled."""
     bench = lab.bench("sdxl")
     calls = {call.name: call for call in evaluations(bench, 1)}
     for name in ("stock forward", "stock both"):
@@ -134,7 +134,7 @@ def compiled(lab: Lab) -> None:
 
 
 class _Compiled:
-    """Before a call of the stock model: its compiled blocks in place."""
+    """Puts the compiled blocks in place before a call of the stock model."""
 
     on = True
 
@@ -151,9 +151,9 @@ class _Uncompiled(_Compiled):
 
 
 def tests(lab: Lab) -> None:
-    """pytest in a process of its own; each failure is a fact as it comes."""
+    """pytest in its own process; each failure becomes a fact at once."""
     names = DRY_TESTS if lab.dry else TESTS
-    # -P: the root must not be on the path, where the folder `kernels` would pass for a package.
+    # -P keeps the root off the path, because its folder `kernels` looks like a package of that name.
     command = [sys.executable, "-P", "-m", "pytest", "-vv", "--tb=line", "-p", "no:cacheprovider", *names]
     run = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True

@@ -1,9 +1,9 @@
-"""FLOP of the models, as constants: nothing is counted while a GPU waits.
+"""FLOP of the models, as constants, so that no GPU waits while they are counted.
 
     python -m benchmarks.gpu_sections.flop          # counts them again, on tensors without data: about a minute of CPU
 
-For one image at the model's own size, nothing repeated: "forward" a pair of evaluations under guidance, "both" with the
-way back into latents and adapters of rank 16, "decoder" and "reward" (HPS v2) both ways.
+For one image at the model's own size, without recomputation. "forward" is a pair of evaluations with guidance; "both"
+adds the backward pass into latents and adapters of rank 16; "decoder" and "reward" (HPS v2) are forward and backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOP: dict[str, dict[str, float]] = {
         "decoder": 21_765_418_909_696,
         "reward": 680_002_027_520,
     },
-    # Of a dry run.
+    # The model of a dry run.
     "small": {"forward": 92_700_672, "both": 197_580_800, "decoder": 44_257_280, "reward": 0},
 }
 

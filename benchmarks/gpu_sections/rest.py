@@ -1,4 +1,4 @@
-"""What comes when there is time left: the decoder, and each op beside its peers."""
+"""Sections for the remaining time: the decoder, and each op beside its peers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decoder(lab: Lab) -> None:
 
 
 def ops(lab: Lab) -> None:
-    """Each op at its shapes, first the largest; what has been measured is on disk, should the time end."""
+    """Each op at its shapes. Results go to disk at once, because the time may end."""
     for name in OPS:
         bench = importlib.import_module(f"benchmarks.ops.{name}")
         args = argparse.Namespace(

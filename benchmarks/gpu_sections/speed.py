@@ -1,4 +1,4 @@
-"""One guided pair of UNet evaluations, forward and both ways, of this package and of diffusers with PEFT."""
+"""One guided pair of UNet evaluations, forward only and with backward, of this package and of diffusers with PEFT."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PAIRS = (
     ("stock both checkpointed", "ours both attention"),
     ("stock both checkpointed", "ours both keep"),
 )
-"""(slower, faster), as hoped."""
+"""(slower, faster), as we expect."""
 
 
 def speed(lab: Lab) -> None:
     bench = lab.bench("sdxl")
-    # Waits for the build that goes on beside this.
+    # Waits for the build in the background.
     reason = extension.missing(lab.device.type)
     lab.facts.write("speed", "compiled kernels", missing=reason)
     for batch in (1, 4):
@@ -35,7 +35,7 @@ def speed(lab: Lab) -> None:
 
 
 def compare(lab: Lab, section: str, batch: int, calls: list[Call]) -> None:
-    """Peaks of each call, then all that fit in turns; ratios of `PAIRS` among them."""
+    """Measure the peak of each call, then time those that fit in turns; write the ratios of `PAIRS`."""
     running = []
     for call in calls:
         peaks = first_run(call, lab.device)
@@ -53,7 +53,7 @@ def compare(lab: Lab, section: str, batch: int, calls: list[Call]) -> None:
 
 
 def evaluations(bench: Bench, batch: int) -> list[Call]:
-    """The calls of `PAIRS`, ours first: between them the model is changed as a whole."""
+    """The calls of `PAIRS`, ours first, because switching between ours and stock changes the whole model."""
     flop = FLOP[bench.model]
     forward, both = batch * flop["forward"], batch * flop["both"]
     ours, stock = partial(bench.use_stock, False), partial(bench.use_stock, True)
@@ -89,7 +89,7 @@ class _Pair:
         network()
 
     def both(self, network: Callable[[], torch.Tensor], option: BlockOption) -> None:
-        """Forward, the blocks kept under the option, and back into latents and adapters."""
+        """Forward with the blocks under the option, and backward into latents and adapters."""
         with apply_options({"*": option}, self.blocks):
             y = network()
         torch.autograd.grad(y, [self.x, *self.bench.trained], torch.ones_like(y), allow_unused=True)

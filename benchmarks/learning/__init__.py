@@ -1,1 +1,1 @@
-"""What fine-tuning with a reward does to the pictures of the bundled model."""
+"""The effect of fine-tuning with a reward on the pictures of the bundled model."""

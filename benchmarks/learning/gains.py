@@ -1,10 +1,10 @@
-"""What the bundled model learns: each reward before and after fine-tuning, on prompts it trained on and on others.
+"""The gain of each reward: before and after fine-tuning the bundled model, on training prompts and on others.
 
     python -m benchmarks.learning.gains --output-dir learning
 
-Every run has the settings of `alignprop-fast demo`. The pictures that are scored have prompts and seeds that training
-never drew; each row is their mean with its standard error, and how many of them gained. All rewards are scored on all
-pictures, so that the table also shows what a reward does to the others. Folders keep each run's before_after.png.
+Every run has the settings of `alignprop-fast demo`. The scored pictures have seeds that training never drew. A row has
+their mean with its standard error, and how many of them gained. Every picture gets the scores of all rewards, so the
+table also shows the effect of one reward on the others. The folders keep each run's before_after.png.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import platform
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from alignprop_fast.cli.demo import HELDOUT_SEED, SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
-from alignprop_fast.prompts.rows import load_prompts
+from alignprop_fast.evaluation.evaluate import draw, score
+from alignprop_fast.prompts.rows import PromptRow, load_prompts
 from alignprop_fast.rewards import get_reward
 from benchmarks import RESULTS
 
@@ -34,35 +36,33 @@ REWARDS = ("clip", "compressibility", "incompressibility", "colorfulness", "clip
 SCORED = ("clip", "compressibility", "colorfulness")
 
 
-def score(session: Session, prompts: list[str], scorers: dict[str, Any]) -> dict[str, list[float]]:
-    """Scores of every scorer on one picture per prompt, under the present adapters."""
+def scores_of(session: Session, prompts: list[str], scorers: dict[str, Any]) -> dict[str, list[float]]:
+    """Scores of every scorer on one picture per prompt, with the current adapters."""
     scores: dict[str, list[float]] = {name: [] for name in scorers}
-    size = session.options.batch_size
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        generators = [torch.Generator().manual_seed(HELDOUT_SEED + start + i) for i in range(len(batch))]
-        with torch.no_grad():
-            images = session.trainer.sampler(batch, None, generators, grad_steps=())
-            for name, scorer in scorers.items():
-                scores[name] += scorer(images, batch, [{} for _ in batch])[0].tolist()
+    seeds = range(HELDOUT_SEED, HELDOUT_SEED + len(prompts))
+    rows = iter([PromptRow(prompt) for prompt in prompts])
+    for images in draw(session.trainer.sampler, prompts, seeds, session.options.batch_size):
+        batch = list(islice(rows, len(images)))
+        for name, scorer in scorers.items():
+            scores[name] += score(scorer, images, batch)[0].tolist()
     return scores
 
 
 def run(reward: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Fine-tune on one reward; rows of the table for it."""
+    """Fine-tune on one reward and return its rows of the table."""
     folder = args.output_dir / reward.replace(":", "-").replace(",", "_")
     options = replace(SETTINGS, reward=reward, steps=args.steps, seed=args.seed, output_dir=str(folder))
     with OutputFolder(folder) as taken:
-        session = Session(options, console, taken)
+        session = set_up(options, console, taken)
         scorers: dict[str, Any] = {name: get_reward(name) for name in SCORED}
         sets = {"trained": session.prompts, "never seen": load_prompts("demo-heldout")}
-        before = {name: score(session, prompts, scorers) for name, prompts in sets.items()}
+        before = {name: scores_of(session, prompts, scorers) for name, prompts in sets.items()}
         begin = time.perf_counter()
         session.run()
         seconds = time.perf_counter() - begin
     rows = []
     for name, prompts in sets.items():
-        after = score(session, prompts, scorers)
+        after = scores_of(session, prompts, scorers)
         for scored in SCORED:
             gains = [b - a for a, b in zip(before[name][scored], after[scored], strict=True)]
             rows.append(

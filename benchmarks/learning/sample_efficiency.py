@@ -1,4 +1,4 @@
-"""How many pictures must be scored: AlignProp beside DDPO and beside one-step truncation, on the bundled model.
+"""The number of pictures that must be scored: AlignProp beside DDPO and one-step truncation, on the bundled model.
 
     python -m venv trl-env
     trl-env/bin/pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 torch
@@ -12,18 +12,19 @@
 - `one step`: the same with truncation `last:1` (DRaFT-1, Clark et al. 2024).
 
 All three train LoRA adapters of rank 4 on the attention projections of the same model with the same reward and the same
-8 prompts, in 12 steps with guidance 3 and eta 1, in fp32 on one thread. A query is one picture scored in training. At
-times the mean reward of 32 pictures of these prompts, with seeds of their own, is taken, and of 16 of prompts never
-trained on; it counts as no query and takes no time. Seconds are CPU seconds of the trainer's own steps.
+8 prompts, in 12 steps with guidance 3 and eta 1, in fp32 on one thread. A query is one picture scored in training. From
+time to time a run is evaluated: the mean reward of 32 pictures of these prompts, with other seeds, and of 16 pictures
+of prompts never trained on. Evaluation counts as no query and no time. Seconds are CPU seconds of the trainer's own
+steps.
 
-DDPO draws 64 pictures an epoch and takes advantages per prompt, as trl's example does. `--sweep` is the search for its
-other settings, on short runs: learning rates from 1e-3 to 1e-2, one and two inner epochs, updates of 16 and 32
-pictures, clip ranges 1e-4 (the paper's) and 1e-3. The paper's holds back more here than there: the log probability is a
-mean over the numbers of a latent, 2,048 here and 16,384 in Stable Diffusion, so that ratios stray further. AlignProp
-has the learning rate of `alignprop-fast demo`, and so has the one step; neither was searched for.
+DDPO draws 64 pictures per epoch and takes advantages per prompt, as in trl's example. `--sweep` searches its other
+settings on short runs: learning rates from 1e-3 to 1e-2, one and two inner epochs, updates of 16 and 32 pictures, clip
+ranges 1e-4 (the paper's) and 1e-3. The paper's range clips more here than in the paper: the log probability is a mean
+over the numbers of a latent, 2,048 here and 16,384 in Stable Diffusion, so ratios vary more. AlignProp and one step
+have the learning rate of `alignprop-fast demo`; it was not searched for.
 
-Runs are kept in a folder, so that the command goes on where it was cut off; `--collect` takes what they have so far.
-`--plot-only` draws the CSV again and says what it says.
+Runs are kept in a folder, so that the command continues where it was cut off. `--collect` uses the results so far.
+`--plot-only` draws the CSV again and prints its summary.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ REWARDS = {"reward": "training prompts", "heldout_reward": "prompts never seen"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one method's run: what it learns with, and after how many queries it is judged; the last ends it."""
+    """Settings of one method's run, and the numbers of queries after which it is evaluated; the last ends it."""
 
-    truncation: str  # "ddpo" where there is none
+    truncation: str  # "ddpo" if there is none
     learning_rate: float
     evaluate_at: tuple[int, ...]
     inner_epochs: int = 1
@@ -71,7 +72,7 @@ METHODS = {
     "alignprop": Settings("uniform", 2e-3, OURS_AT),
     "one step": Settings("last:1", 2e-3, OURS_AT),
 }
-# With seeds, in the order in which they were tried: 100 is in no reported run.
+# Settings and seeds in the order in which they were tried. No reported run has seed 100.
 SWEEP = (
     (Settings("ddpo", 1e-3, (128, 256, 384, 512), update_pictures=32), (100,)),
     (Settings("ddpo", 3e-3, (128, 256), update_pictures=32), (100,)),
@@ -93,8 +94,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--reward", default="clip")
     parser.add_argument("--sweep", action="store_true", help="the search for settings instead of the comparison")
-    parser.add_argument("--collect", action="store_true", help="run nothing, take what the folder of runs has so far")
-    parser.add_argument("--plot-only", action="store_true", help="draw the CSV that is there")
+    parser.add_argument("--collect", action="store_true", help="run nothing, use the results in the folder of runs")
+    parser.add_argument("--plot-only", action="store_true", help="only draw the existing CSV")
     parser.add_argument("--results", type=Path, default=RESULTS / "cpu", help="folder of the CSV files")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "sample_efficiency.png")
     args = parser.parse_args()
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, method: str, settings: Settings, seed: int) -> list[Row]:
-    """One run to its end, or what is left of it, in a process of its own; its rows."""
+    """Run one run, or the rest of it, in its own process; returns its rows."""
     numbers = (settings.learning_rate, settings.inner_epochs, settings.update_pictures, settings.clip_range)
     name = "_".join([method.replace(" ", "_"), *(f"{number:g}" for number in numbers), f"seed{seed}"])
     output = args.runs.resolve() / f"{name}.jsonl"
@@ -176,7 +177,7 @@ def needed(curve: Sequence[Row], reward: float, axis: str = "queries") -> float 
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What the CSV says, one line each: the best that DDPO reached, and what the others took to reach it."""
+    """Lines that sum up the CSV: the best that DDPO reached, and the queries that the others took to reach it."""
     methods = curves(rows)
     lines = []
     for method, seeds in methods.items():
@@ -205,8 +206,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Mean reward over the seeds against queries and seconds, as far as all of them got, in a band from the lowest to
-    the highest; and each seed's own line."""
+    """Plot the mean reward over the seeds against queries and seconds, as far as all seeds got.
+
+    A band shows the lowest to the highest, and thin lines show each seed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +217,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharey="row", constrained_layout=True)
     for method, seeds in curves(rows).items():
-        steps = list(zip(*seeds, strict=False))[1:]  # a logarithm has no zero
+        steps = list(zip(*seeds, strict=False))[1:]  # the axis is logarithmic and has no zero
         for across, axis in enumerate(AXES):
             for down, reward in enumerate(REWARDS):
                 values = [[row[reward] for row in step] for step in steps]
@@ -242,7 +245,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def compare(args: argparse.Namespace, path: Path) -> None:
-    """All runs, seed by seed, so that a cut-off comparison has whole seeds; the CSV is written after each."""
+    """All runs, seed by seed, so that an unfinished comparison has complete seeds; the CSV is written after each."""
     rows: list[Row] = []
     for seed in range(args.seeds):
         for method in args.methods:

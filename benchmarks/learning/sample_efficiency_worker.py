@@ -1,8 +1,8 @@
-"""One training run of sample_efficiency.py, in a process and environment of its own.
+"""One training run of sample_efficiency.py, in its own process and environment.
 
-`--method` is `ddpo` (trl 0.23.1's DDPOTrainer, in trl's environment) or a truncation rule of this package, `uniform` or
-`last:1` say. Model, adapters, reward, prompts, sampling and the pictures judged are the same for all. `--output`
-gets one line of JSON per evaluation; the state of the run lies beside it, and a run that was cut off goes on from it.
+`--method` is `ddpo` (trl 0.23.1's DDPOTrainer, in trl's environment) or a truncation rule of this package, such as
+`uniform` or `last:1`. Model, adapters, reward, prompts, sampling and evaluation are the same for all. `--output` gets
+one line of JSON per evaluation. The state of the run is saved beside it, and a run that was cut off continues from it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from alignprop_fast.demo import model_path
 from alignprop_fast.prompts.rows import load_prompts
 from alignprop_fast.rewards import get_reward
 
-PROMPTS = 8  # evenly from each of the bundled prompt sets
-# Judged at every evaluation, with seeds of their own: column, prompt set, pictures per prompt.
+PROMPTS = 8  # from each of the bundled prompt sets, at even distances
+# Pictures of every evaluation, with other seeds than training: column, prompt set, pictures per prompt.
 JUDGED = (("reward", "demo", 4), ("heldout_reward", "demo-heldout", 2))
 SAMPLING = {"num_inference_steps": 12, "guidance_scale": 3.0, "eta": 1.0}
 
@@ -48,20 +48,20 @@ def chosen(name: str) -> list[str]:
 
 
 def alignprop_trainer(args: argparse.Namespace, reward_fn: Any, prompt_fn: Any) -> Any:
-    """Four pictures per optimizer step, as `alignprop-fast demo` has them."""
+    """Four pictures per optimizer step, as in `alignprop-fast demo`."""
     from alignprop_fast import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
     config = AlignPropConfig(
         truncation=args.method,
         train_batch_size=4,
-        memory_budget="2GiB",  # so that no step is run twice; trl's trainer does not checkpoint either
+        memory_budget="2GiB",  # enough to run no step twice; trl's trainer does not checkpoint either
         **common_options(args),
     )
     return AlignPropTrainer(config, reward_fn, prompt_fn, DefaultDDPOStableDiffusionPipeline(str(model_path())))
 
 
 def ddpo_trainer(args: argparse.Namespace, reward_fn: Any, prompt_fn: Any) -> Any:
-    """64 pictures per epoch, eight per prompt in the mean; advantages per prompt, as in trl's example."""
+    """64 pictures per epoch, on average eight per prompt; advantages per prompt, as in trl's example."""
     from accelerate import PartialState
 
     PartialState()  # trl's logger fails before accelerate has been initialised
@@ -98,7 +98,7 @@ def common_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Run:
-    """A trainer with the count of its reward queries and of its seconds, judged from time to time."""
+    """A trainer that is evaluated from time to time, and counts of its reward queries and seconds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.reward = args, get_reward(args.reward)
@@ -110,12 +110,12 @@ class Run:
         self.state_path = args.output.with_suffix(".pt")
 
     def score(self, images_BCHW: torch.Tensor, prompts: Any, metadata: Any) -> Any:
-        if images_BCHW.detach().any():  # black pictures measure what the reward costs, once, and teach nothing
+        if images_BCHW.detach().any():  # black pictures only measure the reward's cost, once
             self.queries += len(images_BCHW)
         return self.reward(images_BCHW, prompts, metadata)
 
     def train(self) -> None:
-        """Until the budget of queries is spent. Time is that of the trainer's own steps, without the judging."""
+        """Train until the budget of queries is spent. The time is that of the trainer's steps, without evaluation."""
         if self.state_path.exists():
             self.restore()
         else:
@@ -133,7 +133,7 @@ class Run:
 
     @torch.no_grad()
     def judge(self) -> None:
-        """Add a row: mean rewards of the fixed pictures. Keep it, and the state to go on from."""
+        """Add a row with the mean rewards of the fixed pictures, and save it with the state to continue from."""
         pipe = self.trainer.sd_pipeline.sd_pipeline
         pipe.set_progress_bar_config(disable=True)
         pipe.unet.eval()

@@ -1,12 +1,12 @@
-"""The truncation rules compared on the bundled model: reward and diversity per second and per reward query.
+"""Compares the truncation rules on the bundled model: reward and diversity per second and per reward query.
 
     python -m benchmarks.learning.truncation          trains once under each rule, writes the CSV and the plot
-    python -m benchmarks.learning.truncation --plot   draws the plot anew from the CSV
+    python -m benchmarks.learning.truncation --plot   draws the plot again from the CSV
 
 Every rule has the settings of `alignprop-fast demo` (clip, its learning rate, its prompts, one seed) and the same
-seconds of training. Scored are prompts that no run trains on, two pictures each with seeds of their own; the diversity
-is the mean CLIP distance of the two. Seconds are CPU seconds of one thread, scoring left out: other work on the machine
-does not count.
+seconds of training. The scores are of prompts that no run trains on, two pictures each with other seeds. The diversity
+is the mean CLIP distance of the two. Seconds are CPU seconds of one thread without scoring, so that other work on the
+machine does not count.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from alignprop_fast.training.trainer import AlignPropTrainer
 from benchmarks import RESULTS, ROOT
 
 RULES = ("full", "uniform", "uniform-once", "gaussian", "last:4", "last:1", "lv:2", "drtune", "refl")
-PROMPTS = 12  # held-out prompts that are scored
+PROMPTS = 12  # held-out prompts to score
 COLOURS = ("#2f6fde", "#e07b27", "#2f9e62", "#b8336a", "#7a5cc2", "#1d2430", "#00a0b0", "#c2a000", "#8a6a4f")
 
 
 class Scorer:
-    """Mean reward and diversity of the held-out prompts under the present adapters."""
+    """Mean reward and diversity of the held-out prompts with the current adapters."""
 
     def __init__(self, reward: Any) -> None:
         rows = load_rows("demo-heldout")
@@ -64,7 +64,7 @@ class Scorer:
 
 
 def run(rule: str, seconds: float, marks: int, reward: Any, scorer: Scorer, seed: int) -> list[dict[str, Any]]:
-    """Train under one rule; rows at the start and after each of `marks` equal shares of the seconds."""
+    """Train under one rule; returns rows at the start and after each of `marks` equal shares of the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         options = replace(
             SETTINGS, truncation=rule, steps=10**6, save_every=10**6, seed=seed, output_dir=folder, lora_alpha=8.0
@@ -94,7 +94,7 @@ def run(rule: str, seconds: float, marks: int, reward: Any, scorer: Scorer, seed
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Reward against seconds and against queries, and diversity against reward, one line per rule."""
+    """Plot reward over seconds and over queries, and diversity over reward, with one line per rule."""
     figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--seconds", type=float, default=45, help="CPU seconds of training per rule")
-    parser.add_argument("--marks", type=int, default=3, help="how many times to score on the way")
+    parser.add_argument("--marks", type=int, default=3, help="how many times to score during training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "truncation.csv")
     parser.add_argument("--png", type=Path, default=ROOT / "docs" / "truncation.png")

@@ -1,1 +1,1 @@
-"""Each op beside its peers: time, memory, and whether it is right at the timed shape."""
+"""Compares each op with its peers: time, memory, and correctness at the timed shape."""

@@ -1,6 +1,6 @@
 """attention beside every backend of PyTorch's SDPA and xformers: self-attention, and cross-attention to 77 text tokens.
 
-"ours" is what the op chose for this shape and direction; "triton" the package's own kernels alone.
+"ours" is the implementation that the op chose for this shape and direction. "triton" is the package's own kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, o
 
 
 def _shape(model: str, heads: int, queries: int, keys: int, head_dim: int, rows: int = 2) -> Shape:
-    # In float64 the probabilities of one head are what fits.
+    # In float64 only the probabilities of one head fit.
     return Shape(model, (heads, queries, keys, head_dim), rows, check_sizes=(1, queries, keys, head_dim))
 
 
@@ -37,7 +37,7 @@ BACKENDS = {
 
 
 class _Own(torch.autograd.Function):
-    """The package's own kernels, whatever the op would choose."""
+    """The package's own kernels, regardless of the op's choice."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def make(
     batch: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Problem:
     lengths = (queries, keys, keys)
-    # As the projections leave them: heads inside.
+    # In the layout of the projections: [B, N, H, D] in memory.
     q, k, v = (randn(batch, n, heads, head_dim, like=(dtype, device)).transpose(1, 2) for n in lengths)
     implementations: dict[str, Implementation] = {"ours": attention, "eager": attention_reference}
     if device.type == "cuda":
@@ -79,7 +79,7 @@ def make(
             ).transpose(1, 2)
     n_bytes = (q.numel() + k.numel()) * dtype.itemsize
     flops = 4 * batch * heads * queries * keys * head_dim
-    # The backward pass makes the logits again: five products instead of two.
+    # The backward pass computes the logits again: five products instead of two.
     return Problem((q, k, v), 3, implementations, Work(2 * n_bytes, flops), Work(4 * n_bytes, 2.5 * flops))
 
 

@@ -1,4 +1,4 @@
-"""guided_step and its adjoint on latents: fp32 latents, predictions in the bench's dtype, both as `forward` rows.
+"""guided_step and its adjoint on fp32 latents, with predictions in the bench's dtype; both appear as `forward` rows.
 
 Sizes: branches, channels, height, width, adjoint (1) or forward (0).
 """
@@ -15,7 +15,7 @@ from alignprop_fast.ops.guided_step import (
 )
 from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, randn
 
-# The batch is of latents: the op itself makes or takes the pair.
+# The batch counts latents; the op itself makes or takes the pair.
 SHAPES = [
     *(Shape("SD1.5 512", (2, 4, 64, 64, adjoint), rows=1) for adjoint in (0, 1)),
     *(Shape("SDXL 1024", (2, 4, 128, 128, adjoint), rows=1) for adjoint in (0, 1)),

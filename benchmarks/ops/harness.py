@@ -1,9 +1,9 @@
-"""What every op bench shares: correctness first, then alternating timing, memory, denominators, provenance, CSV.
+"""The common part of all op benches: correctness first, then alternating timing, memory, rates, provenance, CSV.
 
 A bench names its shapes and makes a `Problem` of each; `main` does the rest. Implementations take turns call by call,
-so that a drifting clock or a busy neighbour hits them alike. On a GPU a large buffer is written between two calls,
-which empties the L2 cache and hides the launch. Where the error of "ours" against float64 is beyond its bound, nothing
-is timed; nor is any implementation whose results at the timed shape are not those of "eager".
+so that a drifting clock or a busy machine affects all alike. On a GPU a large buffer is written between two calls,
+which empties the L2 cache and hides the launch. If the error of "ours" against float64 exceeds its bound, nothing is
+timed. An implementation whose results at the timed shape differ from "eager" is not timed either.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of a model: the sizes after the batch dimension, and how many rows of the batch one image takes."""
+    """One shape of a model: the sizes after the batch dimension, and the rows of the batch per image."""
 
     model: str
     sizes: tuple[int, ...]
     rows: int = 2  # a pair under classifier-free guidance
-    check_sizes: tuple[int, ...] | None = None  # where float64 at full size would not fit
+    check_sizes: tuple[int, ...] | None = None  # smaller sizes, if float64 at full size would not fit
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the algorithm cannot avoid: bytes to and from memory and FLOP of matrix products."""
+    """The work that the algorithm cannot avoid: bytes to and from memory, and FLOP of matrix products."""
 
     moved_bytes: float = 0.0
     flops: float = 0.0
@@ -58,14 +58,14 @@ class Problem:
     """One op at one shape. Implementations take `inputs`; "ours" and "eager" (the reference) must be among them."""
 
     inputs: tuple[Tensor, ...]
-    learning: int  # the first so many inputs get gradients; 0: the op has no backward pass
+    learning: int  # number of leading inputs that get gradients; 0: the op has no backward pass
     implementations: dict[str, Implementation]
     forward: Work
     backward: Work = field(default_factory=Work)
-    own_inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # of peers that want another form
+    own_inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # for peers that take another form
 
     def inputs_of(self, name: str) -> tuple[Tensor, ...]:
-        """What this implementation is called with; the first `learning` of them get gradients."""
+        """The inputs of this implementation; the first `learning` of them get gradients."""
         return self.own_inputs.get(name, self.inputs)
 
 
@@ -74,7 +74,7 @@ Make = Callable[..., Problem]
 
 
 def optional(module: str) -> Any:
-    """The module, or None where it is not installed."""
+    """The module, or None if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -82,12 +82,12 @@ def optional(module: str) -> Any:
 
 
 def randn(*shape: int, like: tuple[torch.dtype, torch.device], scale: float = 1.0) -> Tensor:
-    """Normal numbers from the global generator, of (dtype, device)."""
+    """Normal numbers from the global generator. like: (dtype, device)."""
     return torch.randn(*shape, dtype=torch.float32, device=like[1]).mul_(scale).to(like[0])
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Which device, which versions, which commit ("+" where the checkout has changes)."""
+    """Device, versions and commit ("+" if the checkout has changes)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     try:
         triton = version("triton")
@@ -99,7 +99,7 @@ def provenance(device: torch.device) -> dict[str, str]:
 def alternate(
     calls: dict[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, list[float] | str]:
-    """Seconds of each call, taken in turns for about `seconds` in all; the reason for one that cannot run."""
+    """Seconds of each call, in turns for about `seconds` in total; or the reason why it cannot run."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
     times: dict[str, list[float] | str] = {}
     for name, call in calls.items():
@@ -107,7 +107,7 @@ def alternate(
             for _ in range(2):  # the first call compiles
                 call()
             times[name] = []
-        except Exception as error:  # a peer's own, of any kind: its row says why
+        except Exception as error:  # peers raise anything; the row says what
             times[name] = f"cannot run: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
     running = [name for name in calls if isinstance(times[name], list)]
     start, rounds = time.perf_counter(), 0
@@ -122,7 +122,7 @@ def alternate(
 
 
 def _one(call: Callable[[], object], flush: Tensor | None) -> Callable[[], float]:
-    """Run once; what is returned gives the seconds, on a GPU after waiting for them."""
+    """Run once. The returned function gives the seconds; on a GPU it waits for them."""
     if flush is None:
         begin = time.perf_counter()
         call()
@@ -148,7 +148,7 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def denominators(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[float, float]:
-    """(bytes per second of a large copy, FLOP per second of a large square product), measured here and now."""
+    """(bytes per second of a large copy, FLOP per second of a large square product), measured now."""
     n, size = (2**22, 512) if small or device.type == "cpu" else (2**28, 8192)
     source, target = torch.zeros(n, dtype=dtype, device=device), torch.empty(n, dtype=dtype, device=device)
     a = torch.randn(size, size, device=device).to(dtype)
@@ -159,9 +159,9 @@ def denominators(dtype: torch.dtype, device: torch.device, small: bool) -> tuple
 
 
 def errors(problem: Problem) -> tuple[float, float]:
-    """(largest error of "ours" over its bound, that error): twice the error of "eager" in the same dtype, plus 1e-6.
+    """(largest error of "ours" over its bound, that error), over the outputs and all gradients.
 
-    Over the outputs and every gradient, against "eager" in float64.
+    The bound is twice the error of "eager" in the same dtype, plus 1e-6. Errors are against "eager" in float64.
     """
     eager = problem.implementations["eager"]
     exact = _results(eager, [t.detach().double() for t in problem.inputs], problem.learning, problem.inputs[0].dtype)
@@ -179,10 +179,11 @@ def errors(problem: Problem) -> tuple[float, float]:
 
 
 def wrong_at_size(problem: Problem) -> dict[str, str]:
-    """What is wrong with an implementation at the shape that is timed, by name: beyond rounding, results of "eager".
+    """By name, implementations whose results at the timed shape differ from "eager" by more than rounding.
 
-    A kernel that is right on small tensors may leave rows out of large ones. Both round, in another order: accepted is
-    sixteen times the dtype's epsilon of the largest number. Results of another shape are a peer's own form, and pass.
+    A kernel that is right on small tensors may skip rows of large ones. Both round in different orders, so sixteen
+    times the dtype's epsilon of the largest number is accepted. Results of another shape are a peer's own form and
+    pass.
     """
     dtype = problem.inputs[0].dtype
     eager = _results(problem.implementations["eager"], _leaves(problem, "eager"), problem.learning, dtype)
@@ -190,7 +191,7 @@ def wrong_at_size(problem: Problem) -> dict[str, str]:
     for name, fn in problem.implementations.items():
         try:
             found = _results(fn, _leaves(problem, name), problem.learning, dtype)
-        except Exception:  # its row will say why it cannot run
+        except Exception:  # its row will say why
             continue
         for i, (ours, theirs) in enumerate(zip(found, eager, strict=False)):
             if ours.shape != theirs.shape:
@@ -245,9 +246,9 @@ def _calls(problem: Problem, direction: str) -> dict[str, Callable[[], object]]:
 
 
 def _memory(problem: Problem, name: str, device: torch.device) -> dict[str, int | str]:
-    """Bytes alive after the forward pass (output included) and the peak over both passes, above the inputs."""
+    """Bytes alive after the forward pass, with the output, and the peak of both passes, without the inputs."""
     if device.type == "cpu" and name == "compile":
-        return {"kept_bytes": "", "peak_bytes": ""}  # the meter of the CPU does not see into compiled code
+        return {"kept_bytes": "", "peak_bytes": ""}  # the CPU's meter cannot see into compiled code
     with PeakMeter(device) as meter:
         y = problem.implementations[name](*problem.inputs_of(name))
         kept_bytes = meter.live_bytes()
@@ -259,7 +260,7 @@ def _memory(problem: Problem, name: str, device: torch.device) -> dict[str, int 
 
 
 def measure(problem: Problem, device: torch.device, seconds: float, rates: tuple[float, float]) -> list[dict[str, Any]]:
-    """A row per direction and implementation."""
+    """One row for each direction and implementation."""
     for name in problem.implementations:
         for leaf in problem.inputs_of(name)[: problem.learning]:
             leaf.requires_grad_()
@@ -290,7 +291,7 @@ COLUMNS = (
 
 
 def run(op: str, shapes: Sequence[Shape], make: Make, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The rows of every shape and batch, as they are measured."""
+    """Yields the rows of every shape and batch as they are measured."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rates = denominators(dtype, device, args.small)
     print(f"{op}: copy {rates[0] / 1e9:.0f} GB/s, product {rates[1] / 1e12:.2f} TFLOP/s in {args.dtype}")
@@ -301,7 +302,7 @@ def run(op: str, shapes: Sequence[Shape], make: Make, args: argparse.Namespace) 
         try:
             ratio, error = errors(make(1, *(shape.check_sizes or shape.sizes), dtype=dtype, device=device))
             fault = "" if ratio <= 1 else f"error {error:.2g}"
-        except Exception as failure:  # one shape that cannot run must not cost the others
+        except Exception as failure:  # a shape that cannot run must not end the others
             ratio = error = float("nan")
             fault = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0][:100]}"
         for batch in args.batches:
@@ -311,7 +312,7 @@ def run(op: str, shapes: Sequence[Shape], make: Make, args: argparse.Namespace) 
                 yield [{**here, "implementation": "ours", "status": f"WRONG: {fault}, no speed"}]
                 continue
             rows = unless_out_of_memory(partial(_rows_of, shape, batch, make, args, rates))
-            if isinstance(rows, OutOfMemory):  # of this batch; the next shape may fit
+            if isinstance(rows, OutOfMemory):  # the next shape may fit
                 rows = [{"implementation": "ours", "status": f"cannot run: {rows.reason}"}]
             yield [{**here, **row} for row in rows]
 
@@ -335,12 +336,12 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def main(op: str, shapes: Sequence[Shape], small: Sequence[Shape], make: Make) -> None:
-    """The command line of one bench; exit code 1 where ours was wrong."""
+    """The command line of one bench; exit code 1 if ours is wrong."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--small", action="store_true", help="toy sizes: a dry run, no figures")
-    parser.add_argument("--models", nargs="+", metavar="WORD", help="only shapes of models whose name has this word")
+    parser.add_argument("--models", nargs="+", metavar="WORD", help="only models whose name contains this word")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images per call")
     parser.add_argument("--seconds", type=float, default=0.3, help="time for one shape and direction")
     parser.add_argument(

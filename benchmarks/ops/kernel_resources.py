@@ -1,11 +1,10 @@
-"""Registers, spills and shared memory of every kernel and configuration shipped, Triton's and csrc's, without a GPU.
+"""Registers, spills and shared memory of every shipped kernel and configuration, of Triton and csrc/, without a GPU.
 
     python -m benchmarks.ops.kernel_resources --arch 89 [--arch 90 ...] [--only geglu csrc ...] [--json FILE]
 
-Each module of `kernels` names its configurations in `signatures()`. Each is compiled ahead of time as it is launched at
-sizes divisible by 16, and read with the cuobjdump that Triton carries. Exit code 1: something spills on sm_86, 89 or
-90, needs more than 99 KiB of shared memory on sm_86, 89 or 120, does not compile, or a launched kernel is in no
-signature.
+Each module of `kernels` lists its configurations in `signatures()`. Each is compiled ahead of time, as launched at
+sizes divisible by 16, and read with Triton's cuobjdump. The exit code is 1 if a kernel spills on sm_86, 89 or 90, needs
+more than 99 KiB of shared memory on sm_86, 89 or 120, does not compile, or is launched but in no signature.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def modules(only: list[str]) -> list[ModuleType]:
 
 
 def launched(module: ModuleType) -> set[str]:
-    """Jitted functions of this module that may be started: named `*_kernel`, or given to `launch`."""
+    """Jitted functions of this module that can be launched: named `*_kernel`, or passed to `launch`."""
     from triton.runtime.jit import JITFunction
 
     jitted = {
@@ -65,7 +64,7 @@ def compiled(entry: dict[str, Any], arch: int) -> Any:
 
     kernel, constexprs = entry["kernel"], entry["constexprs"]
     types = {**entry["signature"], **dict.fromkeys(constexprs, "constexpr")}
-    # In the order of the parameters: attributes go by position.
+    # In the order of the parameters, because attributes go by position.
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -78,7 +77,7 @@ def compiled(entry: dict[str, Any], arch: int) -> Any:
 
 
 def resources(entry: dict[str, Any], arch: int) -> dict[str, Any]:
-    """Registers a thread, spilled bytes a thread (stack or local memory), shared bytes a block."""
+    """Registers per thread, spilled bytes per thread (stack or local memory), shared bytes per block."""
     from triton import knobs
 
     binary = compiled(entry, arch)
@@ -99,7 +98,7 @@ def resources(entry: dict[str, Any], arch: int) -> dict[str, Any]:
 
 
 def csrc_resources(arch: int) -> list[dict[str, Any]]:
-    """A row for every CUDA kernel of csrc/, compiled by nvcc; none, with a word, where there is no nvcc."""
+    """A row for every CUDA kernel of csrc/, compiled by nvcc. Without nvcc, prints a line and returns no rows."""
     from triton import knobs
 
     from alignprop_fast.ops import extension
@@ -120,7 +119,7 @@ def csrc_resources(arch: int) -> list[dict[str, Any]]:
                 {
                     **dict(zip(("kernel", "config"), demangled(symbol), strict=True)),
                     **{"arch": arch, "registers": used["REG"], "spills": max(used["STACK"], used["LOCAL"])},
-                    # What it is given at launch comes on top.
+                    # Dynamic shared memory, set at launch, is not included.
                     "shared_bytes": used["SHARED"],
                 }
             )
@@ -136,12 +135,12 @@ def demangled(symbol: str) -> tuple[str, str]:
 
 
 def parse_usage(report: str) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of the one function in a report of cuobjdump."""
+    """REG, STACK, SHARED and LOCAL of the only function in a report of cuobjdump."""
     return {name: int(re.findall(rf"\b{name}:(\d+)", report)[-1]) for name in ("REG", "STACK", "SHARED", "LOCAL")}
 
 
 def broken_limits(row: dict[str, Any]) -> str:
-    """What this row breaks; empty where nothing."""
+    """The limits that this row breaks; empty if none."""
     faults = []
     if row["spills"] and row["arch"] in NO_SPILLS_ON:
         faults.append(f"spills {row['spills']} bytes")
@@ -173,13 +172,13 @@ def report(archs: list[int], only: list[str]) -> tuple[list[dict[str, Any]], lis
             listed.add(name)
             for arch in archs:
                 key = (name, entry["config"], arch)
-                # A module may pass on the signatures of another.
+                # A module can include the signatures of another.
                 if key in seen or (entry["arch"] is not None and arch not in entry["arch"]):
                     continue
                 seen.add(key)
                 try:
                     row = resources(entry, arch)
-                except Exception as error:  # the compiler's own, of many kinds
+                except Exception as error:  # compilers raise many kinds
                     faults.append(f"{name} {entry['config']} sm_{arch}: {type(error).__name__}: {str(error)[:200]}")
                     continue
                 rows.append(row)

@@ -1,4 +1,4 @@
-"""lora_linear at rank 16, adapters in fp32, beside PEFT's layer and the bare frozen product, which has no adapter."""
+"""lora_linear at rank 16 with adapters in fp32, beside PEFT's layer and the frozen product without an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short table of what the op benches wrote: ours beside its best peer.
+"""A short table of the op benches' results: ours beside its best peer.
 
     python -m benchmarks.ops.summary FOLDER
 
@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 Row = dict[str, str]
-# Rows that are no peers: another function, or our own in another form.
+# Rows that are not peers: another function, or ours in another form.
 NO_PEERS = ("ours", "triton", "bare", "liger (tanh)")
 
 

@@ -1,1 +1,1 @@
-"""Steps of training and their parts: seconds and bytes, measured and as planned."""
+"""Training steps and their parts: seconds and bytes, measured and planned."""

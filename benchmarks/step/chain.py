@@ -3,7 +3,7 @@
     python -m benchmarks.step.chain --model sd15 --output chain.csv     # real architecture, random weights, bf16, CUDA
     python -m benchmarks.step.chain --model small --device cpu --dtype float32
 
-The reward is the mean of the image, which costs nothing: what is measured is the chain and the decoder.
+The reward is the mean of the image, which costs nothing, so the chain and the decoder are measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
             make_sdxl_folder(folder, text_width=1024)
         else:
             make_sd_folder(folder, text_width=768)
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)  # `dtype` from diffusers 0.36 on
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)  # called `dtype` since diffusers 0.36
     if model in UNETS:
         conditioning = {k: pipe.unet.config[k] for k in ("addition_embed_type", "addition_time_embed_dim")}
         conditioning["projection_class_embeddings_input_dim"] = pipe.unet.config.projection_class_embeddings_input_dim
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
-    parser.add_argument("--grad-steps", type=int, default=5, help="of which the last so many carry gradient")
+    parser.add_argument("--grad-steps", type=int, default=5, help="number of last steps that carry gradient")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--budgets", nargs="*", default=["24GiB", "48GiB", "72GiB"])
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,12 +1,12 @@
-"""What decoding one image with gradient takes under each way to keep or repeat the decoder, beside the stock model.
+"""Bytes and seconds to decode one image with gradient, for each way to keep or repeat the decoder, and for stock.
 
     python -m benchmarks.step.decoder_options --size 1024 --device meta                 # bytes alone; needs no GPU
     python -m benchmarks.step.decoder_options --size 1024 --output decoder_options.csv  # bytes and seconds on a GPU
     python -m benchmarks.step.decoder_options --size 256 --device cpu --dtype float32
 
 The decoder of Stable Diffusion and SDXL with random weights, forward and backward into the latents. "stock" is
-diffusers as it comes, with fused attention; "bands" is one checkpoint of the image with the blocks by bands of rows
-inside, and "stages" a checkpoint for each stage of the decoder instead. The ways take turns; seconds are medians.
+unchanged diffusers with fused attention. "bands" is one checkpoint of the image, with the blocks by bands of rows
+inside. "stages" has a checkpoint for each stage of the decoder instead. The ways take turns; seconds are medians.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make_decoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
 def decode(decoder: nn.Module, x: torch.Tensor, way: str, rows: int | None) -> torch.Tensor:
     if way == "stock":
         take_ops_out(decoder)
-        # Without its own SDPA kernel the meta device would keep the whole matrix of scores.
+        # The meta device has no fused SDPA kernel and would keep the whole matrix of scores.
         for module in decoder.modules():
             if isinstance(module, Attention):
                 module.set_processor(LeanImageAttnProcessor())
@@ -110,8 +110,8 @@ def main() -> None:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="meta counts bytes only"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="times are set against the first")
-    parser.add_argument("--rows", type=int, help="height of a band; chosen by height without")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="times are compared with the first")
+    parser.add_argument("--rows", type=int, help="height of a band (default: by the image's height)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="CSV to write")
     args = parser.parse_args()

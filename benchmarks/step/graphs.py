@@ -1,9 +1,9 @@
-"""Evaluations without gradient launched one by one and as a CUDA graph: seconds of a chain with one gradient step.
+"""Seconds of a chain with one gradient step, its other evaluations launched one by one or as a CUDA graph.
 
     python -m benchmarks.step.graphs --model sd15 --output graphs.csv          # on a GPU
     python -m benchmarks.step.graphs --model small --device cpu                # dry run: without graphs
 
-Runs take turns; medians. Has not run on a GPU yet.
+Runs take turns; seconds are medians. This has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from benchmarks.step.train_step_variants import ETA, GUIDANCE, Bench, prompts_of
 
 
 def measure(bench: Bench, batch: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each way that the device has: seconds of a chain, peak bytes above the weights, the largest difference
-    of an image from the first way's."""
+    """A row for each way that the device supports.
+
+    It has the seconds of a chain, the peak bytes above the weights, and the largest difference from the first way's
+    image.
+    """
     samplers = {"eager": bench.sampler}
     if bench.device.type == "cuda":
         samplers["graphs"] = DifferentiableSampler(bench.pipe, bench.steps, GUIDANCE, ETA, None, cuda_graphs=True)

@@ -1,10 +1,10 @@
-"""How much of the copies to host memory and back hides behind the computation: one gradient step, kept and offloaded.
+"""How much of the time for copies to and from host memory is hidden by computation, for one gradient step.
 
     python -m benchmarks.step.offload --model sdxl --output offload.csv        # on a GPU
     python -m benchmarks.step.offload --model small --device cpu               # dry run
 
-Hidden: 1 - (seconds offloaded - seconds kept) / seconds of the copies by themselves. Runs take turns; medians. The
-chain has one step, resident, under each option with and without offloading. Has not run on a GPU yet.
+Hidden: 1 - (seconds offloaded - seconds kept) / seconds of the copies alone. Runs take turns; seconds are medians. The
+chain has one resident step, under each option with and without offloading. This has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEASURED = (BlockOption.KEEP, BlockOption.GEGLU, BlockOption.QKV)
 
 
 def measure(bench: Bench, batch: int, grade: BlockOption, link: float | None, repeats: int) -> dict[str, Any]:
-    """One row: seconds and peak above the weights of a step kept and offloaded, bytes moved, share hidden."""
+    """One row: seconds and peak above the weights of a kept and an offloaded step, bytes moved, hidden share."""
     sampler = bench.sampler
     decoder = StageChoice("image", {"*": BlockOption.RECOMPUTE})
 

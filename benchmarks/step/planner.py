@@ -1,13 +1,13 @@
-"""Budgets against peak and seconds: what the planner makes of each, beside the all-or-nothing switches of trainers.
+"""Peak and seconds of the plan for each budget, beside the all-or-nothing switches of other trainers.
 
     python -m benchmarks.step.planner --model demo                   # measured here, every plan run: about 5 minutes
     python -m benchmarks.step.planner --model sdxl --gpu "RTX 4090"  # estimated for a GPU that need not be here
     python -m benchmarks.step.planner --model sdxl                   # on a GPU: random weights, every plan run
     python -m benchmarks.step.planner --plot-only                    # the pictures again, from the CSV
 
-The reward is the mean of the image, which costs nothing. Switches are plans made by hand, at the same batch size:
-"keep all" every gradient step resident and whole; "checkpoint blocks" resident, every block run again; "replay steps"
-every gradient step run again, whole (as trl's trainer does); "replay + checkpoint" both.
+The reward is the mean of the image, which costs nothing. Switches are plans made by hand for the same batch size:
+"keep all" keeps every gradient step whole; "checkpoint blocks" keeps every step and runs every block again; "replay
+steps" runs every gradient step again, as trl's trainer does; "replay + checkpoint" does both.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SWITCHES = {
 
 
 def make_sampler(args: argparse.Namespace, device: torch.device) -> DifferentiableSampler:
-    """The bundled model, or a published architecture: on meta tensors for a named GPU, with random weights for ours."""
+    """The bundled model, or a published architecture: on meta tensors for a named GPU, else with random weights."""
     from alignprop_fast.models.architectures import architecture
     from alignprop_fast.models.load.pipeline import load_pipeline
     from alignprop_fast.models.lora.adapters import add_lora
@@ -50,7 +50,7 @@ def make_sampler(args: argparse.Namespace, device: torch.device) -> Differentiab
 
 
 def switch(name: str, table: CostTable, num_steps: int, grad_steps: range) -> Plan:
-    """The plan of an all-or-nothing switch, with what the table predicts for it."""
+    """The plan of an all-or-nothing switch, with the table's predictions."""
     resident, option = SWITCHES[name]
     step = {s.name: option if option in [o.name for o in s.options] else s.options[-1].name for s in table.step}
     decoder = next(stage for stage in table.decoders if stage.name == "batch")
@@ -70,7 +70,7 @@ def switch(name: str, table: CostTable, num_steps: int, grad_steps: range) -> Pl
 
 
 def run(sampler: DifferentiableSampler, plan: Plan, batch: int, there_bytes: int, repeats: int) -> dict[str, Any]:
-    """Peak bytes and median seconds of the plan, run."""
+    """Run the plan; returns its peak bytes and median seconds."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
     device = sampler.model.device
 
@@ -112,7 +112,7 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     budgets = [int(least * (most / least) ** (k / (args.points - 1))) + 1 for k in range(args.points)]
     plans: list[tuple[str, Any, Plan]] = [("planner", budget, solver.plan(grad_steps, budget)) for budget in budgets]
     plans += [(name, "", plan) for name, plan in switches.items()]
-    # No optimizer runs here, so its state is not there.
+    # No optimizer runs here, so there is no optimizer state.
     absent = table.fixed["optimizer"]
     there_bytes = table.fixed["weights"] + table.fixed["adapters"]
     limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**50
@@ -145,7 +145,7 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plot(file: Path) -> None:
-    """Budget against peak and against seconds a step, from the CSV; switches as points beside the curve."""
+    """Plot peak and seconds per step over the budget, from the CSV, with switches as points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,11 +189,11 @@ def main() -> None:
     parser.add_argument("--gpu", help="estimate for this GPU instead of measuring here")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--grad-steps", type=int, default=25, help="of which the last so many carry gradient")
+    parser.add_argument("--grad-steps", type=int, default=25, help="number of last steps that carry gradient")
     parser.add_argument("--points", type=int, default=12, help="budgets, from the least feasible to the largest useful")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="CSV to write; the picture goes beside it")
-    parser.add_argument("--plot-only", action="store_true", help="draw the pictures of the CSV files that are there")
+    parser.add_argument("--plot-only", action="store_true", help="only draw the pictures of existing CSV files")
     args = parser.parse_args()
     if args.plot_only:
         for file in [args.output] if args.output else sorted(RESULTS.glob("*/planner_*.csv")):

@@ -1,11 +1,11 @@
-"""What one denoising step with gradient keeps and costs under each option, beside the stock model.
+"""Kept bytes and seconds of one denoising step with gradient, for each option and for the stock model.
 
     python -m benchmarks.step.step_options --model sdxl --device meta              # counts bytes: no weights, no GPU
     python -m benchmarks.step.step_options --model sdxl --output step_options.csv  # bytes and seconds on a GPU
     python -m benchmarks.step.step_options --model small --device cpu --dtype float32
 
 One step is a guided pair: forward with graph, backward into latents and adapters (fp32, rank 16 on q, k, v, output).
-"stock" is diffusers and PEFT as they come, with fused attention. The variants take turns; seconds are medians.
+"stock" is unchanged diffusers and PEFT with fused attention. The variants take turns; seconds are medians.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class Step:
         return blocks_of(self.unet, groups)
 
     def run(self, variant: str, meter: PeakMeter | None = None) -> int:
-        """Forward and backward; returns the bytes kept in between, where there is a meter."""
+        """Run forward and backward; returns the bytes kept in between, if there is a meter."""
         if variant == "stock":
             take_ops_out(self.unet)
-            # Without their own SDPA kernel, meta tensors and old GPUs would keep the whole matrix of scores.
+            # Meta tensors and old GPUs have no fused SDPA kernel and would keep the whole matrix of scores.
             self.unet.set_attn_processor(LeanAttnProcessor())
         else:
             put_ops_in(self.unet)

@@ -1,22 +1,22 @@
-"""One training step of SD1.5 at 512 and SDXL at 1024: samples a second and peak bytes, beside what else one could use.
+"""One training step of SD1.5 at 512 and SDXL at 1024: samples per second and peak bytes, beside the alternatives.
 
     python -m benchmarks.step.train_step --seconds 500               # on a GPU: both models, most telling rows first
     python -m benchmarks.step.train_step --model small --device cpu  # dry run
     python -m benchmarks.step.train_step --estimate "RTX 4090"       # the plan of each row; needs no GPU
     python -m benchmarks.step.train_step --table train_step.csv      # table and picture again, from the CSV
 
-A step is 50 denoising steps with guidance, of which the last K carry gradient, the decoder, a reward as large as HPS v2
-(ViT-H), the backward pass and AdamW on adapters of rank 16. Weights are random and in bf16.
+A step has 50 denoising steps with guidance, of which the last K carry gradient, the decoder, a reward as large as HPS
+v2 (ViT-H), the backward pass, and AdamW on adapters of rank 16. Weights are random and in bf16.
 
-ours: under each budget, which the allocator enforces whole; the plan leaves `--headroom` of it to fragmentation.
-eager: diffusers, PEFT, SDPA and gradient checkpointing by block; where that runs out of memory, also of each UNet call.
-compiled: that, with torch.compile of the transformer blocks (or of the whole UNet: `--compiled whole`).
-trl: trl 0.23.1 in an environment of its own (`--trl-python`, see compare_trl.py), SD1.5 alone, in processes of its own.
+ours: under each budget. The allocator enforces the whole budget; the plan leaves `--headroom` of it for fragmentation.
+eager: diffusers, PEFT, SDPA and gradient checkpointing of blocks; if memory runs out, also of each UNet call.
+compiled: like eager, with torch.compile of the transformer blocks (or of the whole UNet: `--compiled whole`).
+trl: trl 0.23.1 in its own environment and processes (`--trl-python`, see compare_trl.py); SD1.5 only.
 
-The variants of a row take turns; seconds are medians, the spread is the largest less the smallest. Peak is the most
-that the allocator had handed out. GEMM share: FLOP of the step with nothing repeated, a second, over the rate of a
-large matrix product measured in the same run. The CSV is written anew after every measurement. Nothing here has run on
-a GPU yet.
+The variants of a row take turns. Seconds are medians; the spread is the largest minus the smallest. Peak is the most
+memory that the allocator handed out. GEMM share is the step's FLOP without recomputation, per second, over the rate of
+a large matrix product measured in the same run. The CSV is rewritten after every measurement. Nothing here has run on a
+GPU yet.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ GIB = 2**30
 
 @dataclass
 class Case:
-    """One variant of a setting: how to run its step, and what is known of it."""
+    """One variant of a setting: how to run its step, and its row."""
 
     row: dict[str, Any]
     run: Callable[[], None]
-    limit_bytes: int | None = None  # what the allocator may take
+    limit_bytes: int | None = None  # the allocator's limit
     times: list[float] = field(default_factory=list)
 
 
 class Clock:
-    """The time that is left."""
+    """The remaining time."""
 
     def __init__(self, seconds: float):
         self._end = time.monotonic() + seconds
@@ -70,7 +70,7 @@ class Clock:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large square matrix product, median of ten."""
+    """FLOP/s of a large square matrix product, median of ten."""
     size = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     a @ b
@@ -88,7 +88,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
-    """Let the allocator hand out no more than this; None: all there is."""
+    """Limit the memory of the allocator; None: no limit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
@@ -96,7 +96,7 @@ def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
 
 
 def cases(bench: Bench, setting: Setting, args: argparse.Namespace, common: dict[str, Any]) -> Iterator[Case]:
-    """Ours under each budget of the setting, and its rivals, which have no budget to keep."""
+    """Ours under each budget of the setting, and its rivals, which have no budget."""
     batch, grad_steps = setting.batch, setting.grad_steps
     same = {**common, "model": setting.model, "batch": batch, "steps": bench.steps, "grad_steps": grad_steps}
     for budget in setting.budgets_gib:
@@ -110,7 +110,7 @@ def cases(bench: Bench, setting: Setting, args: argparse.Namespace, common: dict
 
 
 def first_run(case: Case, bench: Bench) -> None:
-    """Once to warm up (and, for ours, to measure and plan), once under the meter; what went wrong goes into the row."""
+    """Run once to warm up (ours: also to measure and plan) and once with the meter; errors go into the row."""
     device, row = bench.device, case.row
     limit_memory(device, case.limit_bytes)
     try:
@@ -136,7 +136,7 @@ def first_run(case: Case, bench: Bench) -> None:
 
 
 def there_bytes(bench: Bench) -> int:
-    """What lies on the device between two steps."""
+    """Bytes on the device between two steps."""
     if bench.device.type == "cuda":
         return torch.cuda.memory_allocated(bench.device)
     modules = bench.sampler.model.modules()
@@ -146,7 +146,7 @@ def there_bytes(bench: Bench) -> int:
 
 
 def leaner(case: Case, bench: Bench, setting: Setting) -> None:
-    """A rival that ran out of memory, once more in the leaner way."""
+    """A rival that ran out of memory, again in the leaner way."""
     way, compiled = EAGER_WAYS[1], case.row["variant"] == "compiled"
     case.row["plan"] = f"checkpoint {way}"
     case.run = partial(bench.eager, setting.batch, setting.grad_steps, way, compiled)
@@ -156,7 +156,7 @@ def leaner(case: Case, bench: Bench, setting: Setting) -> None:
 def measure(
     bench: Bench, flop_of: dict[str, float], setting: Setting, args: argparse.Namespace, table: Table, clock: Clock
 ) -> None:
-    """All rows of a setting: each once, then in turns. flop_of: as `Bench.flop`."""
+    """Measure all rows of a setting: each once, then in turns. flop_of: as `Bench.flop`."""
     rate = gemm_rate(bench.device, bench.dtype)
     flop = step_flop(flop_of, setting.batch, bench.steps, setting.grad_steps)
     common = {**provenance(bench.device), **versions(), "dtype": str(bench.dtype)[6:], "reward": args.reward}
@@ -193,7 +193,7 @@ def timed(times: list[float], batch: int, flop: float, rate: float) -> dict[str,
 
 
 def run(args: argparse.Namespace, table: Table) -> None:
-    """Every setting in the order of its weight until the time is up; one model on the device at a time."""
+    """Measure the settings, the most important first, until the time is up; one model on the device at a time."""
     device, clock = torch.device(args.device), Clock(args.seconds)
     bench: Bench | None = None
     flop_of: dict[str, float] = {}
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace, table: Table) -> None:
             gc.collect()
             limit_memory(device, None)
             steps = setting.steps if args.steps is None else args.steps
-            # Counted without data: on a GPU the package's kernels would hide what they compute.
+            # Counted on tensors without data, because FLOP inside the package's GPU kernels cannot be counted.
             countable = torch.device("cpu" if setting.model == "small" else "meta")
             flop_of = Bench(setting.model, countable, 1, args.reward).flop()
             bench = Bench(setting.model, device, steps, args.reward, args.compiled)
@@ -234,14 +234,14 @@ def parse() -> argparse.Namespace:
     add("--estimate", metavar="GPU", help="plan for this GPU instead of measuring here")
     add("--reward", default=None, help="a published reward's architecture, or mean [hpsv2; small: mean]")
     add("--variants", nargs="+", choices=("eager", "compiled", "trl"), default=("eager", "compiled", "trl"))
-    add("--compiled", choices=("blocks", "whole"), default="blocks", help="what torch.compile is given")
+    add("--compiled", choices=("blocks", "whole"), default="blocks", help="what torch.compile compiles")
     add("--trl-python", help="python of an environment with trl 0.23.1")
     add("--steps", type=int, help="denoising steps [50; small: 3]")
     add("--repeats", type=int, default=3)
-    add("--headroom", type=float, default=0.04, help="share of a budget that the plan leaves to fragmentation")
-    add("--seconds", type=float, default=1e9, help="begin nothing after so many seconds")
+    add("--headroom", type=float, default=0.04, help="share of a budget that the plan leaves for fragmentation")
+    add("--seconds", type=float, default=1e9, help="start no measurement after this many seconds")
     add("--output", type=Path, help="CSV to write; the picture goes beside it")
-    add("--table", type=Path, help="print the table of this CSV and draw its picture, measure nothing")
+    add("--table", type=Path, help="only print the table of this CSV and draw its picture")
     args = parser.parse_args()
     args.reward = args.reward or ("mean" if args.model == ["small"] else "hpsv2")
     return args

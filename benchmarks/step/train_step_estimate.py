@@ -1,4 +1,4 @@
-"""The plan of each row of the table of training steps, for a GPU by its data sheet."""
+"""The plan of each row of the table of training steps, for a GPU that only its data sheet describes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HOST_LIMIT_BYTES = 32 * GIB
 def estimate(
     name: str, models: Sequence[str], steps: int | None, reward: str, versions: dict[str, str], table: Table
 ) -> None:
-    """All batch sizes, gradient steps and budgets. Two cost tables a model are counted; the others lie on their line.
+    """Rows for all batch sizes, gradient steps and budgets.
 
-    A budget beyond the GPU's memory is planned for all the same, and its status says so. Offloading may take half of
-    the 64 GiB that the GPU's computer is taken to have.
+    Two cost tables per model are counted; the others are interpolated. A budget beyond the GPU's memory gets a plan
+    too, and its status says so. Offloading may take half of the computer's memory, which is assumed to be 64 GiB.
     """
     gpu = find_gpu(name)
     for model in models:
@@ -54,7 +54,7 @@ def estimate(
 
 
 def _held(gpu: Gpu, budget_bytes: int) -> tuple[str, int]:
-    """Status, and the budget: sizes on boxes are held to what the GPU has."""
+    """Status and budget; a budget with the size on the box is reduced to the GPU's real memory."""
     try:
         return "ok", budget_on(gpu.name, gpu.memory_bytes, budget_bytes)[0]
     except ValueError:

@@ -1,4 +1,4 @@
-"""The rows of the table of training steps, the most telling first: a run that is cut off has those."""
+"""The rows of the table of training steps, the most important first, so that a run that is cut off has those."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a batch size and a number of gradient steps, under some budgets, beside some rivals."""
+    """A model, a batch size and a number of gradient steps, with budgets and rivals to measure."""
 
     model: str
     batch: int
@@ -45,7 +45,7 @@ _FIRST = (
 
 
 def settings(models: Sequence[str]) -> list[Setting]:
-    """The settings of these models in the order of their weight."""
+    """The settings of these models, the most important first."""
     if "small" in models:
         # One budget that keeps everything, and one that is too small for any plan.
         return [Setting("small", 2, 2, (1, 0.001), trl=True, steps=3)]
@@ -64,14 +64,14 @@ def settings(models: Sequence[str]) -> list[Setting]:
 
 
 class Table:
-    """The rows so far, in a CSV that is written anew whenever one changes."""
+    """The rows so far, in a CSV that is rewritten whenever one changes."""
 
     def __init__(self, file: Path):
         self.file, self.rows = file, list[dict[str, Any]]()
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take the row in, or what has changed in it since."""
+        """Add or update the row."""
         if not any(row is known for known in self.rows):
             self.rows.append(row)
         self.save()
@@ -84,7 +84,7 @@ class Table:
 
 
 def prediction(plan: Plan) -> dict[str, Any]:
-    """What a plan says of its row."""
+    """The plan's prediction for its row."""
     resident, replayed = len(plan.resident_steps), len(plan.replayed_steps)
     return {
         "predicted_peak_bytes": plan.peak_bytes,

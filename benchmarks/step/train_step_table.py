@@ -11,9 +11,9 @@ GIB = 2**30
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """For each model a table: batch and gradient steps down, budgets and rivals across.
+    """A table for each model: a row for each batch size and number of gradient steps, columns for budgets and rivals.
 
-    A cell says seconds a step and, in brackets, the peak in GiB; or the least budget of what does not fit.
+    A cell holds the seconds per step and, in brackets, the peak in GiB; if it does not fit, the least budget.
     """
     return "\n\n".join(_of_model(model, list(own)) for model, own in groupby(sorted(rows, key=_model), key=_model))
 
@@ -54,7 +54,7 @@ def _cell(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], file: Path, grad_steps: Sequence[int] = (1, 25)) -> None:
-    """Samples a second over peak memory, a panel for each model and number of gradient steps, a line for each batch."""
+    """Plot samples per second over peak memory: a panel per model and number of gradient steps, a line per batch."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""The training step of trl 0.23.1 on SD1.5, in an environment of its own: `train_step.py --trl-python` starts it.
+"""The training step of trl 0.23.1 on SD1.5, in its own environment; `train_step.py --trl-python` starts it.
 
-Run as a script it is the process in that environment and imports nothing of this package. Not tried on a GPU yet.
+Run as a script, it is the process in that environment and does not import this package. Not tried on a GPU yet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def trl_row(python: str, setting: Any, steps: int, repeats: int, common: dict[str, Any]) -> dict[str, Any]:
-    """The row of trl for a setting: a folder of the model is written, a process of its own trains from it."""
+    """The row of trl for a setting: write the model to a folder and train from it in another process."""
     row = {**common, "variant": "trl", "batch": setting.batch, "steps": steps, "grad_steps": setting.grad_steps}
     with tempfile.TemporaryDirectory() as folder:
         model, output = Path(folder) / "model", Path(folder) / "record.json"
@@ -52,14 +52,14 @@ def write_model(name: str, folder: Path) -> None:
     if name == "small":
         make_sd_folder(folder)
         return
-    # Its tokenizer stays as that wrote it: the environment of trl cannot read what a newer library saves.
+    # Do not save the tokenizer again, because trl's environment cannot read what a newer library saves.
     make_sd_folder(folder, text_width=UNETS[name]["cross_attention_dim"])
     UNet2DConditionModel(**UNETS[name]).to(torch.bfloat16).save_pretrained(folder / "unet")
     AutoencoderKL(**VAE, scaling_factor=0.18215).to(torch.bfloat16).save_pretrained(folder / "vae")
 
 
 def vit_h(device: str) -> Any:
-    """A picture tower as large as that of HPS v2, random weights, as a reward of trl."""
+    """An image encoder as large as that of HPS v2, with random weights, as a reward for trl."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -87,7 +87,7 @@ def mean_reward(images: Any, prompts: Any, metadata: Any) -> Any:
 
 
 def train(model: str, output: str, reward: str, batch: int, steps: int, grad_steps: int, repeats: int) -> None:
-    """A few steps of trl's trainer, timed; the first two are not."""
+    """Time a few steps of trl's trainer, after two steps to warm up."""
     import torch
     from accelerate import PartialState
 

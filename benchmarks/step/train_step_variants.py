@@ -1,7 +1,7 @@
-"""The training steps that `train_step.py` sets side by side: this package's, and the same chain written with diffusers.
+"""The training steps that `train_step.py` compares: this package's, and the same chain written with diffusers.
 
-One process holds one model. The variants share its weights, adapters, reward and optimizer and take turns: the
-package's ops go in for its own step and out for the others.
+One process holds one model. The variants take turns with its weights, adapters, reward and optimizer. The package's ops
+are put in for its own step and taken out for the others.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from benchmarks.step.chain import PROMPTS
 GUIDANCE = 5.0
 ETA = 1.0
 EAGER_WAYS = ("blocks", "steps and blocks")
-"""What is checkpointed: every block of the UNet; or every UNet call, and inside its repetition every block."""
+"""Checkpoints: every block of the UNet; or every UNet call and, when it runs again, every block."""
 
 
 class Bench:
     """A model with adapters, reward and optimizer on a device, and one training step of each variant.
 
-    model: "sd15" or "sdxl" (the published architecture, random weights in bf16, adapters of rank 16 in fp32, no text
-    encoders: a trainer that caches embeddings frees them), or "small" for a dry run in fp32.
+    model: "sd15" or "sdxl": the published architecture, random weights in bf16, adapters of rank 16 in fp32. There are
+    no text encoders, because a trainer that caches embeddings frees them. "small" is for a dry run in fp32.
     reward: a name of `architecture_reward`, or "mean" of the image, which costs nothing.
     """
 
@@ -53,7 +53,7 @@ class Bench:
         self.reward_bytes = self.reward.weight_bytes()
         self.sampler = DifferentiableSampler(self.pipe, steps, GUIDANCE, ETA, None, reward=self.reward)
         self._conditioning: dict[int, Conditioning] = {}
-        # In place of the text encoders.
+        # Replaces the text encoders.
         vars(self.sampler.model)["encode"] = lambda batch: self.conditioning(len(batch.prompts))
         self.trained = self.sampler.model.trainable()
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
@@ -61,7 +61,7 @@ class Bench:
         self._compiled_calls: dict[Any, Any] = {}
 
     def conditioning(self, batch: int) -> Conditioning:
-        """Random embeddings of B prompts, both branches: on zeros a GPU draws less power and runs faster."""
+        """Random embeddings of B prompts for both branches; on zeros a GPU draws less power and runs faster."""
         if batch not in self._conditioning:
             blank = self.sampler.model.blank_conditioning(batch, True, self.sampler.size)
             added = None
@@ -78,14 +78,14 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
 
     def ours(self, batch: int, grad_steps: int, budget_bytes: int) -> None:
-        """One step of this package within the budget; the plan is `sampler.plan` then."""
+        """One step of this package within the budget; afterwards `sampler.plan` is the plan."""
         self.use_stock(False)
         self.sampler.budget_bytes = budget_bytes
         images = self.sampler(prompts_of(batch), grad_steps=range(self.steps - grad_steps, self.steps))
         self.update(images, self.sampler.score)
 
     def eager(self, batch: int, grad_steps: int, way: str, compiled: bool = False) -> None:
-        """One step of the chain as one would write it with diffusers and PEFT; `way` of EAGER_WAYS."""
+        """One step of the chain written with diffusers and PEFT; `way` is one of EAGER_WAYS."""
         self.use_stock(True)
         self.compile(compiled)
         try:
@@ -110,7 +110,7 @@ class Bench:
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     def use_stock(self, stock: bool, checkpointed: bool = True) -> None:
-        """The model as diffusers has it, blocks checkpointed; or with the package's ops, convolutions channels_last."""
+        """Switch to diffusers' model with checkpointed blocks, or to the package's ops with channels_last weights."""
         for model in (self.unet, self.vae):
             checkpoints = stock and checkpointed
             (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
@@ -122,7 +122,7 @@ class Bench:
             module.to(memory_format=torch.contiguous_format if stock else torch.channels_last)
 
     def compile(self, on: bool) -> None:
-        """torch.compile of the transformer blocks, or of the whole UNet; off: as it was, the compiled code kept."""
+        """Switch torch.compile of the transformer blocks, or of the whole UNet, on or off; compiled code is kept."""
         if on and not self._compiled_calls:
             blocks = [m for m in self.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
             for module in blocks if self.compiled == "blocks" else [self.unet]:
@@ -132,7 +132,7 @@ class Bench:
             module._compiled_call_impl = call if on else None
 
     def flop(self) -> dict[str, float]:
-        """FLOP for one image, nothing repeated: "forward" and "both" ways of a guided step, "decoder", "reward"."""
+        """FLOP for one image without recomputation: "forward" and "both" for a guided step, "decoder", "reward"."""
         model = self.sampler.model
         cond = model.blank_conditioning(1, True, self.sampler.size)
         x = torch.zeros(1, model.latent_channels, *(side // self.pipe.vae_scale_factor for side in self.sampler.size))
@@ -187,7 +187,7 @@ def prompts_of(batch: int) -> list[str]:
 
 
 def step_flop(flop: dict[str, float], batch: int, steps: int, grad_steps: int) -> float:
-    """FLOP of one training step with nothing repeated: what every variant has to do at the least."""
+    """FLOP of one training step without recomputation, the least that every variant must do."""
     chain = (steps - grad_steps) * flop["forward"] + grad_steps * flop["both"]
     return batch * (chain + flop["decoder"] + flop["reward"])
 

@@ -1,1 +1,1 @@
-"""Beside trl, whose AlignPropTrainer this package replaces."""
+"""Comparison with trl, whose AlignPropTrainer this package replaces."""

@@ -1,16 +1,16 @@
-"""alignprop_fast beside trl 0.23.1, the last release of trl with AlignPropTrainer: the same rewards, time and memory.
+"""Compares alignprop_fast with trl 0.23.1, the last release with AlignPropTrainer: rewards, time and memory.
 
     python -m venv trl-env
     trl-env/bin/pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 torch
     python -m benchmarks.trl.compare_trl --trl-python trl-env/bin/python
 
 Both train the same random-weight Stable Diffusion pipeline (UNet widths 64/128/256, latents 32 x 32, VAE of four
-levels, batch 2, 12 steps, LoRA rank 4, fp32, CPU) from the same seed. Every run is a fresh process and the libraries
-take turns. Times are compared step by step, since both draw the same gates; the first step of a process is left out.
+levels, batch 2, 12 steps, LoRA rank 4, fp32, CPU) from the same seed. Every run is a new process and the libraries take
+turns. Times are compared step by step, because both draw the same gates. The first step of a process is not timed.
 
-Seconds are wall seconds; CPU seconds stand beside them, for a machine that has other work. Added memory is the peak of
-the resident set over all steps less what was resident before the first; tensor bytes are the exact live bytes of
-tensors, counted in one further run of each. Threads wait without spinning in both, or CPU seconds would mean nothing.
+Seconds are wall seconds; CPU seconds are reported too, for machines with other work. Added memory is the peak of the
+resident set over all steps minus the resident set before the first. Tensor bytes are the exact live bytes of tensors,
+counted in one further run of each. Threads wait without spinning, because spinning would make CPU seconds meaningless.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def build_model(folder: Path) -> Path:
 
 
 def run_worker(args: argparse.Namespace, variant: str, model: Path, folder: Path, count: bool) -> dict[str, Any]:
-    """One fresh process; returns what the worker measured."""
+    """Run a worker in a new process; returns its measurements."""
     library, _, budget = variant.partition(" ")
     output = folder / "record.json"
     command = [
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, variants: list[str], folder: Path) -> dict
     records: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for repetition in range(args.repetitions + 1):
         count = repetition == args.repetitions
-        # Turn the order round each time: a machine that slows down must not slow one side.
+        # Reverse the order each time, so that a machine that slows down affects both sides.
         for variant in variants if repetition % 2 == 0 else variants[::-1]:
             records[variant].append(run_worker(args, variant, model, folder, count))
             print(f"{'count' if count else repetition}: {variant}: {_one_line(records[variant][-1])}", flush=True)
@@ -111,7 +111,7 @@ def _one_line(record: dict[str, Any]) -> str:
 
 
 def summary(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per variant of ours: ratios to trl, median with smallest and largest."""
+    """One row per variant of ours: ratios to trl, as median, smallest and largest."""
     *base, base_counted = records["trl"]
     rows = []
     for variant, (*runs, counted) in records.items():

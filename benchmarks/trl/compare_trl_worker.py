@@ -1,7 +1,7 @@
-"""One training run of compare_trl.py, in a process and environment of its own.
+"""One training run of compare_trl.py, in its own process and environment.
 
-This is a script for trl 0.23.1 as its users write them; `--library` decides the one import line. It writes rewards,
-times and memory of every optimizer step to a JSON file.
+This is a typical script for trl 0.23.1. `--library` only decides the import line. It writes rewards, times and memory
+of every optimizer step to a JSON file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPTS = ("the red cat", "a dog", "the cat and the dog", "red", "a red dog and 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators allocate, until they are freed. Slows everything down."""
+    """Counts the live bytes of storages that operators allocate. It slows everything down."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ def status_bytes(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Let VmHWM begin anew at the present resident set."""
+    """Reset VmHWM to the current resident set."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
 
 def reward(images_BCHW, prompts, metadata):
-    """Smooth, different for every pixel: minus the squared distance to a diagonal ramp."""
+    """Minus the squared distance to a diagonal ramp: smooth, and different for every pixel."""
     height, width = images_BCHW.shape[-2:]
     ramp_HW = torch.linspace(0, 1, height)[:, None] * torch.linspace(0, 1, width)[None, :]
     return -((images_BCHW - ramp_HW) ** 2).mean(dim=(1, 2, 3)), {}
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-budget", help="for alignprop_fast alone")
-    parser.add_argument("--count-tensor-bytes", action="store_true", help="exact live bytes; times are then void")
+    parser.add_argument("--count-tensor-bytes", action="store_true", help="exact live bytes; times are then invalid")
     return parser.parse_args()
 
 

@@ -20,7 +20,8 @@ from alignprop_fast.models.lora.targets import TARGETS
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 from alignprop_fast.training.config import AlignPropConfig, TrlFields, config_field
 from alignprop_fast.training.declaration import Command, Panel, declared, flag, option, taken, values
-from alignprop_fast.training.options import TrainerOptions, TrainOptions
+from alignprop_fast.training.options import TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 DEFAULTS = TrainOptions()
 OPTIONS = {

@@ -11,7 +11,7 @@ from rich.console import Console
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_question import from_model
-from alignprop_fast.cli.session import Session
+from alignprop_fast.cli.set_up import Start, open_session
 from alignprop_fast.demo import clip_path
 from alignprop_fast.generate import cost_table
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
@@ -117,7 +117,7 @@ def trained(options):
     from accelerate.state import AcceleratorState, GradientState
 
     with OutputFolder(options.output_dir) as folder:
-        session = Session(options, QUIET, folder)
+        session = open_session(options, QUIET, folder, Start())
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return session.prediction
@@ -160,9 +160,9 @@ def leaves(value):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_train_and_plan_count_the_same(name, options, found, no_runs, steady_clock):
-    """Exactly, since the same code counts. A device and an estimate differ in time, in the workspace of the GPU's
-    libraries, which is a number of ours where no GPU is at hand, and by a tenth in what a reward's attention keeps:
-    torch's own, which on the CPU keeps no probabilities."""
+    """Exactly, since the same code counts. An estimate has other seconds and, for the GPU's libraries, a workspace that
+    is a number of ours. What a reward's attention keeps differs by up to an eighth: it is torch's own, and its kernel
+    for the CPU keeps no probabilities."""
     value, beside = CHANGES[name]
     before, after = predicted(found, options(beside)), predicted(found, options({**beside, name: value}))
     for run, measured, estimated in (before, after):
@@ -170,7 +170,7 @@ def test_train_and_plan_count_the_same(name, options, found, no_runs, steady_clo
         tables = [without_seconds(asdict(prediction.table)) for prediction in (run, estimated)]
         here, there = (leaves(table.pop("rewards")) for table in tables)
         assert tables[0] == tables[1]
-        assert there == [leaf if isinstance(leaf, str) else pytest.approx(leaf, rel=0.1) for leaf in here]
+        assert there == [leaf if isinstance(leaf, str) else pytest.approx(leaf, rel=1 / 8) for leaf in here]
         assert run.worst.budget_bytes == estimated.worst.budget_bytes
     for one, two in zip(before, after, strict=True):
         assert one != two, f"--{name} changes no plan: it belongs to another list"

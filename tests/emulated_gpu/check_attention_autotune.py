@@ -11,7 +11,7 @@ FAST = {"cudnn": 1.0, "flash": 2.0, "efficient": 3.0}
 
 @pytest.fixture(autouse=True)
 def cudnn_is_fastest(emulated, monkeypatch):
-    """An emulated GPU knows no time: cuDNN is told to be ahead, and Triton's interpreter is left out."""
+    """Times on an emulated GPU mean nothing, so cuDNN is set to win and Triton's interpreter is left out."""
     monkeypatch.setattr(autotune, "REPETITIONS", 1)
     times = dict(FAST)
 
@@ -81,7 +81,7 @@ def test_both_memories_of_g_are_tried(emulated):
 
 
 def test_cudnn_gets_g_and_o_in_the_memory_of_q(emulated):
-    """A plan made for one memory of g serves another: here it gives twice the gradient then."""
+    """A plan for one memory layout of g also serves another; here it then gives twice the gradient."""
     emulated.faults["cudnn_backward"] = wrong_for_g_in_its_own_memory
     q, k = qk()
     assert attention_backends.choose("backward", q, k).name == "cudnn"
@@ -101,7 +101,7 @@ def test_pytorch_s_guard_is_respected(monkeypatch):
 
 
 def test_no_cudnn_backward_where_bits_are_to_be_the_same(emulated):
-    """And the first right one, not the fastest."""
+    """It also takes the first correct implementation, not the fastest."""
     q, k = qk()
     assert attention_backends.choose("backward", q, k).name == "cudnn"
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""The memory budget on the emulated GPU: what is free there, once everything has run; no gradient, no measuring."""
+"""The memory budget on the emulated GPU: the free memory after everything has run; without gradient, no measuring."""
 
 import logging
 
@@ -36,7 +36,7 @@ def train(sampler):
 
 
 def test_auto_is_what_others_leave_free(pipe, emulated):
-    emulated.set_limit(14 * GIB)  # a desktop and CUDA have the other 10
+    emulated.set_limit(14 * GIB)  # a desktop and CUDA take the other 10
     sampler = train(DifferentiableSampler(pipe, STEPS))
     assert sampler.plan.budget_bytes == sampler.budget_bytes == int(SHARE * 14 * GIB)
     assert sampler.plan.resident_steps == (0, 1, 2), "who names nothing gets the fast way"
@@ -56,7 +56,7 @@ def test_a_wish_is_held_to_what_is_free(pipe, emulated, caplog, wish):
 
 
 def test_what_is_free_is_seen_after_everything_has_run(pipe, emulated, monkeypatch):
-    """Also where the costs are known already: libraries take memory at their first use."""
+    """The same if the costs are known already, because libraries take memory at their first use."""
     train(DifferentiableSampler(pipe, STEPS))
     sampler = DifferentiableSampler(pipe, STEPS)
     decode = sampler.model.decode

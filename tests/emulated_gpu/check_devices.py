@@ -1,4 +1,4 @@
-"""A pipeline on a GPU that is not the current one: everything that is made, started or measured names its device."""
+"""A pipeline on a GPU that is not the current one: every allocation, launch and measurement must name its device."""
 
 import pytest
 import torch

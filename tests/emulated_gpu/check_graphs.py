@@ -36,7 +36,7 @@ RESCALED = pytest.mark.slow("guidance is rescaled alike in every architecture, a
     indirect=["adapted"],
 )
 def test_graphs_give_the_same_bits(pipe, rescale):
-    """With other prompts, noise, gates and weights than those that were recorded, and after another batch size."""
+    """With other prompts, noise, gates and weights than the recorded ones, and after another batch size."""
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
     options = {"guidance_rescale": rescale, "memory_budget": None, **size}
     plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on, **options) for on in (False, True))

@@ -24,7 +24,7 @@ def kernels_are_fastest(emulated, monkeypatch):
 
 
 def problem():
-    """x [2, 9, 32] and two layers whose adapters have not learned: up is zero."""
+    """x [2, 9, 32] and two layers with new adapters, whose `up` is zero."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):

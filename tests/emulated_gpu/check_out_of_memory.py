@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 class Layer(nn.Module):
-    """Keeps about four times its input, or the input alone."""
+    """Keeps about four times its input, or only the input."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def limited(emulated):
-    """Sets how much may be allocated beside what is there, for the length of a check."""
+    """Sets, for one check, how much may be allocated beside what is alive."""
     yield lambda size_bytes: emulated.set_limit(at_rest() + int(size_bytes))
     emulated.set_limit(24 * 2**30)
 
@@ -50,12 +50,12 @@ def work(emulated):
 
 
 def test_a_failed_run_is_gone_when_its_fallback_begins(emulated, limited, work, monkeypatch):
-    """Old code fell back inside `except`, with the failed run's graph beside it, and died at this limit."""
+    """Old code fell back inside `except`, where the failed run's graph is alive, and failed at this limit."""
     module = sys.modules[trace.__module__]
     begun, one_of_each = [], module.measured_on_one_of_each_kind
 
     def watched(*arguments):
-        begun.append(torch.cuda.memory_allocated())  # not collected first: whoever calls has to have done so
+        begun.append(torch.cuda.memory_allocated())  # without collecting, which the caller must have done
         return one_of_each(*arguments)
 
     monkeypatch.setattr(module, "measured_on_one_of_each_kind", watched)
@@ -84,7 +84,7 @@ def decode(x_BN):
 
 
 def banded(x_BN):
-    """The same in less."""
+    """The same with less memory."""
     return (x_BN * 2)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Text encoders that are remembered from never lie beside the model where a budget has no room for both."""
+"""With cached text, text encoders are never on the device beside the model if the budget has no room for both."""
 
 import gc
 
@@ -21,7 +21,7 @@ def size_of(*modules):
 
 
 class Nothing:
-    """A reward of no weight."""
+    """A reward without weights."""
 
     def __call__(self, images, prompts, metadata):
         return images.mean((1, 2, 3)), {}
@@ -29,7 +29,7 @@ class Nothing:
 
 @pytest.fixture(params=["tiny_sdxl_folder", "tiny_flux_folder"])
 def pipeline(request, emulated):
-    """Its text encoders are of real weight, and that is several times the model's."""
+    """Its text encoders are large: several times the model's size."""
     pipeline = DefaultDDPOStableDiffusionPipeline(str(request.getfixturevalue(request.param)))
     pipeline.text_encoder.register_parameter("ballast", torch.nn.Parameter(torch.zeros(2**22), requires_grad=False))
     return pipeline

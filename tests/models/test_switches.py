@@ -1,4 +1,4 @@
-"""What a user may have switched on in a pipeline: exact against autograd through diffusers' own call, or refused."""
+"""Features switched on in a pipeline: exact against autograd through diffusers' own call, or refused."""
 
 import contextlib
 from collections.abc import Callable
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 class Case:
     format: Format
     on: Callable[[Any], Any]  # switches it on
-    off: Callable[[Any], Any] | None = None  # what the refusal names, where it is one call
+    off: Callable[[Any], Any] | None = None  # the call that the refusal names, if it is one call
     kind: str = "tiny_sd"
 
 
@@ -269,7 +269,7 @@ PROMPTS, SETTINGS = ["a <red> cat", "dog"], {"num_inference_steps": 2, "guidance
 
 
 def diffusers_images(pipe, **settings):
-    """Those of the pipeline's own call, with autograd on, which its decorator switches off."""
+    """The gradients of the pipeline's own call with autograd on, which its decorator switches off."""
     call = type(pipe).__call__
     while hasattr(call, "__wrapped__"):
         call = call.__wrapped__
@@ -284,7 +284,7 @@ def our_images(pipe, **size):
 
 @pytest.mark.parametrize("case", named("read exactly"))
 def test_exact_against_autograd_through_diffusers(case, request):
-    """To 1e-4 of the largest gradient, which fp32 through a chain of two steps leaves room for."""
+    """Within 1e-4 of the largest gradient, which covers fp32 rounding through a chain of two steps."""
     pipe = request.getfixturevalue(case.kind)
     case.on(pipe)
     size = {"height": 16, "width": 16}
@@ -335,7 +335,7 @@ def test_a_text_encoder_on_another_device(tiny_sd):
 
 
 def test_text_encoders_of_another_dtype(tiny_sd):
-    """diffusers itself stops there; the embeddings are taken as they are, in the denoiser's dtype."""
+    """diffusers itself stops there; here the embeddings are used as given, in the denoiser's dtype."""
     tiny_sd.text_encoder.to(torch.bfloat16)
     with contextlib.suppress(RuntimeError):
         diffusers_images(tiny_sd)

@@ -1,4 +1,4 @@
-"""Embeddings by prompt: the encoder runs once for each, and pictures are the same bits from memory as at first."""
+"""The text cache: the encoder runs once per prompt, and cached embeddings give the same bits in pictures."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZE = (16, 16)
 
 
 class Counted:
-    """A model whose `encode` is counted, prompt by prompt."""
+    """A model that counts the prompts given to `encode`."""
 
     def __init__(self, model):
         self._model, self.pipe, self.device, self.prompts = model, model.pipe, model.device, []
@@ -69,7 +69,7 @@ def test_the_least_recently_used_goes_first(tiny_sd):
 
 
 def test_pictures_are_the_same_bits(pipe):
-    """From memory, and beside other prompts, as when encoded at the time."""
+    """Cached embeddings, also beside other prompts, equal those of encoding now."""
     sampler = DifferentiableSampler(pipe, num_inference_steps=2, cache_text=True)
 
     def picture():

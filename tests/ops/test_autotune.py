@@ -1,4 +1,4 @@
-"""The measured choice between implementations, with two real ones of very different cost."""
+"""The measured choice between implementations, with two real ones of very different costs."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ def test_measured_once_then_read_from_disk():
 
 
 def test_what_failed_is_tried_again_by_the_next_process(file):
-    """A compiler or memory may be there then."""
+    """By then there may be a compiler, or free memory."""
     chosen({"large": Product(512), "small": refuses()})
     assert "refuses" not in file.read_text() and "needs another GPU" not in file.read_text()
     again = refuses()

@@ -1,4 +1,4 @@
-"""Results that a repeated segment takes from its first run: computed once, the graph and the numbers the same."""
+"""A repeated segment reuses results of its first run: they are computed once, with the same graph and numbers."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 
 
 def segment(x):
-    """Two products that may be kept, between functions that make every number matter."""
+    """Two products that may be kept, between functions through which every number affects the result."""
     return lora_linear(lora_linear(x.sin(), WEIGHT, keep="qkv").tanh(), WEIGHT, keep="out").exp()
 
 

@@ -1,4 +1,4 @@
-"""Tables of the size of real ones: near a lower bound, monotone, within the budget, in under a second."""
+"""Tables of real size: plans are near a lower bound, monotone and within the budget, and take under a second."""
 
 import random
 import time
@@ -27,7 +27,7 @@ GRADES = (
 
 @cache
 def large_table(noise):
-    """100 segments of 8 options; noise is the relative spread of every figure, as in measured tables."""
+    """100 segments with 8 options each; noise is the relative spread of every number, as in measured tables."""
     rng = random.Random(0)
 
     def near(value):
@@ -52,7 +52,7 @@ def large_table(noise):
 
 
 def tails(table):
-    """(need, seconds) of each way to decode and score, on top of what the steps keep; both of one segment."""
+    """(need, seconds) of each way to decode and score, beside the steps' kept bytes; both have one segment."""
     for stage in table.decoders:
         for option in stage.segments[0].options:
             for reward in table.rewards[0].segments[0].options:

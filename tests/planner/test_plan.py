@@ -1,4 +1,4 @@
-"""Plans: prices by hand, explanations, options by name, remedies, and sizes as people write them."""
+"""Plans: costs computed by hand, explanations, options by name, remedies, and sizes as people write them."""
 
 from dataclasses import replace
 
@@ -120,7 +120,7 @@ def test_budgets_are_held_to_the_device():
     gib = 2**30
     assert budget_on("card", 24 * gib, None) == (24 * gib - gib // 2, "")
     assert budget_on("card", 24 * gib, 20 * gib) == (20 * gib, "")
-    # What is written on the box is met half way, and said.
+    # A budget with the size on the box is reduced, and a note says so.
     size, note = budget_on("card", 22 * gib, 24 * gib)
     assert size == 22 * gib - gib // 2 and "card has 22.00 GiB" in note and "reduced to 21.50 GiB" in note
     with pytest.raises(ValueError, match=r"more than card has \(22.00 GiB\): use at most 21.50 GiB"):
@@ -137,7 +137,7 @@ def test_a_budget_on_a_gpu_that_is_here_is_what_is_free():
     size, note = budget_from_free(**card, wanted_bytes=90 * gib)
     assert size == int(0.97 * 90 * gib) and "90.00 GiB is reduced to 87.30 GiB" in note and "taken 10.00 GiB" in note
     assert budget_from_free(**card, wanted_bytes=87 * gib)[0] == 87 * gib
-    # On a card that others have filled there is little left, but never less than nothing.
+    # On a card that other programs have filled the budget is small but never negative.
     assert budget_from_free("card", 100 * gib, gib, gib, None)[0] == int(0.97 * 2 * gib)
 
 

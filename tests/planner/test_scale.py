@@ -21,7 +21,7 @@ from alignprop_fast.planner import (
 
 
 def table_of_batch(batch):
-    """Costs with a constant and a share for each image."""
+    """Costs of a constant plus a share per image."""
 
     def options(size):
         return (
@@ -75,7 +75,7 @@ def test_tables_of_different_models_have_none_between_them():
 
 
 def test_what_fits_at_one_batch_size_alone_is_left_out():
-    """The decoder's whole batch and an option of a step: measured at batch size 1, too large at 4."""
+    """The decoder with the whole batch, and an option of a step, are measured at batch size 1 and too large at 4."""
     small, large = table_of_batch(1), table_of_batch(4)
     step = tuple(replace(segment, options=segment.options[1:]) for segment in large.step)
     large = replace(large, decoders=large.decoders[1:], step=step)
@@ -84,7 +84,7 @@ def test_what_fits_at_one_batch_size_alone_is_left_out():
     assert {option.name for segment in table.step for option in segment.options} == {"recompute", "recompute+offload"}
     expected = table_of_batch(2)
     assert table.decoders[0] == expected.decoders[1] and table.step[0].options == expected.step[0].options[1:]
-    for one in (table, large):  # and the planner does without
+    for one in (table, large):  # the planner works without them
         plan = solve(one, 6, (3, 4, 5), 10**6)
         assert plan.decoder.name == "image" and plan.peak_bytes > 0 and "image" in plan.explain()
 

@@ -1,6 +1,7 @@
 """The options: trl's fields and defaults, and one line for every value that cannot work."""
 
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from alignprop_fast.planner import parse_budget
 from alignprop_fast.training.config import AlignPropConfig
 
 TRL_FIELDS = {
@@ -195,3 +197,18 @@ def test_paths_and_numpy_numbers_become_what_json_knows():
     expected |= {"memory_budget": 2**30, "allow_tf32": False, "truncated_rand_backprop_minmax": [0, 4]}
     for options in (asdict(config), config.to_dict()):
         assert json.loads(json.dumps(options)).items() >= expected.items()
+
+
+def test_scripts_can_read_it_from_their_command_line():
+    """As trl's examples do."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(AlignPropConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--lora_rank", "8", "--num_epochs", "3", "--memory_budget", "4GiB"])
+    assert (config.lora_rank, config.num_epochs) == (8, 3) and parse_budget(config.memory_budget) == 4 * 2**30
+    assert "Rank of the LoRA adapters" in parser.format_help()
+
+
+def test_help_lists_every_field():
+    text = AlignPropConfig.__doc__
+    assert all(re.search(rf"\b{field.name}\b", text) for field in fields(AlignPropConfig))

@@ -77,5 +77,5 @@ def test_a_few_steps_raise_the_log_probability(foreign_classifier, tmp_path):
 
 def test_prompts_name_their_class(foreign_classifier):
     assert foreign_classifier.class_of("four strawberries") == 949
-    with pytest.raises(ValueError, match="the prompt 'a red car' names no class that is known here: green apple"):
+    with pytest.raises(ValueError, match="the prompt 'a red car' names no known class: green apple"):
         foreign_classifier.class_of("a red car")

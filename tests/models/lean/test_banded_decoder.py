@@ -1,4 +1,4 @@
-"""A decoder by bands of rows: the same image and gradient, less memory, and left as it was found.
+"""A decoder by bands of rows gives the same image and gradient with less memory, and is restored afterwards.
 
 Tolerance: float64 rounding through a whole decoder; measured 1e-14 of the largest element, asserted at 1e-10.
 """
@@ -54,7 +54,7 @@ def test_image_and_gradient_stay(decoder, rows, memory_format):
 
 
 def test_every_block_goes_by_bands(decoder, monkeypatch):
-    """No convolution sees more than one band and its halo, of residual blocks, upsamplers and the last one."""
+    """Every convolution of residual blocks and upsamplers, and the last one, sees at most one band and its halo."""
     sizes = []
     conv2d = torch.nn.functional.conv2d
     monkeypatch.setattr(
@@ -120,7 +120,7 @@ def test_run_again_in_the_backward_pass(decoder):
 
 
 def test_peak_at_the_published_widths():
-    """512 x 512 in bf16, counted without data: at most 0.7 of a checkpoint per block, and less yet per stage."""
+    """512 x 512 in bf16, counted without data: at most 0.7 of a checkpoint per block, and even less per stage."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,

@@ -1,4 +1,4 @@
-"""The frozen-aware ops in a diffusers UNet and decoder: same values, same names, less kept, and out again.
+"""The ops for frozen weights in a diffusers UNet and decoder: same values and names, less kept, and removable.
 
 Tolerance: fp32 rounding through a whole network; measured 1e-5 of the largest element, asserted at 1e-4.
 """
@@ -93,7 +93,7 @@ def test_decoder_values_stay(tiny_sd):
 
 
 def test_all_of_a_decoder_is_lean(tiny_sd, monkeypatch):
-    """Its blocks call their norm "group"; its attention is over an image. Neither takes the stock path."""
+    """Its blocks call their norm "group" and its attention is over an image; neither may take the stock path."""
     put_ops_in(tiny_sd.vae)
     for stock in (ResnetBlock2D, nn.GroupNorm):
         monkeypatch.setattr(stock, "forward", None)

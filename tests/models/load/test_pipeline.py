@@ -1,4 +1,4 @@
-"""Loading pipelines, and every way in which it goes wrong in one line."""
+"""Loading pipelines, and the one-line error for everything that can go wrong."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def test_an_outline_of_damaged_configurations(copied, part):
 
 
 class Hub:
-    """Stands in for the Hub's three questions: what a model has, its index, and the download, from a local folder."""
+    """Replaces the three calls to the Hub (list of files, index, download) by a local folder."""
 
     def __init__(self, monkeypatch, folder, online=True):
         self.folder, self.online, self.asked = folder, online, []

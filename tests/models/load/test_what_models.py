@@ -1,4 +1,4 @@
-"""Everything that people give as a model: what is read, and what is refused in one line that says what to do."""
+"""Everything that people give as a model: it is read, or refused in one line that names the remedy."""
 
 import json
 import shutil
@@ -422,7 +422,7 @@ def test_refused_in_one_line(case, shelf):
 
 @pytest.mark.parametrize("case", _named(False))
 def test_read(case, shelf, caplog):
-    """Every weight is that of the folder which the file was made of."""
+    """Every weight equals that of the folder from which the file was made."""
     model, config = case.make(shelf)
     if config is not None and "alone" in case.format.name:  # the folder's own denoiser is not what is read
         config = shutil.copytree(config, shelf.here / "config", ignore=_without_denoiser)

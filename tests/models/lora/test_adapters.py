@@ -1,4 +1,4 @@
-"""Adapters of every make: what PEFT adds in memory is what diffusers' loader makes of the file, or it is refused."""
+"""Adapters of every kind: diffusers' loader restores from the file what PEFT adds in memory, or saving is refused."""
 
 import copy
 
@@ -23,7 +23,7 @@ def lora(**options):
 
 
 def add(pipe, config, name="default"):
-    """An adapter in the denoiser whose factors are all drawn."""
+    """An adapter in the denoiser with random factors."""
     denoiser(pipe).add_adapter(config, name)
     draw_factors(denoiser(pipe))
 
@@ -65,7 +65,7 @@ def loaded(tiny_sd_folder):
 
 
 def fresh(pipe):
-    """The same pipeline anew, in a fraction of the time that loading takes."""
+    """The same pipeline again, in a fraction of the time of loading."""
     networks = {
         name: copy.deepcopy(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
     }
@@ -190,7 +190,7 @@ def test_of_other_models_too(model, request, tmp_path):
 
 
 def test_a_module_whose_name_ends_others(tiny_flux, tmp_path):
-    """FLUX has a proj_out of its own beside one in each block."""
+    """FLUX has its own proj_out besides the one in each block."""
     other = fresh(tiny_flux)
     add(tiny_flux, lora(r=3, lora_alpha=7, target_modules="proj_out"))
     save_lora(tiny_flux, tmp_path)
@@ -238,7 +238,7 @@ REFUSED = {
     "tokens": (with_tokens, "trainable_token_indices in its LoraConfig"),
     "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "type LOHA.*use peft.LoraConfig"),
     "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "type LOKR"),
-    "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "kind ADALORA"),
+    "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "type ADALORA"),
     "fused": (fused, r"fused into the weights of unet \('default'\): call unfuse_lora"),
     "an embedding": (in_an_embedding, "lora_embedding_A in .*token_embedding"),
     "a part that diffusers does not load": (in_another_part, "is in vae, where diffusers loads no adapters"),
@@ -323,7 +323,7 @@ def test_a_frozen_adapter_alone_is_not_trained(tiny_sd):
 
 
 def test_values_are_overwritten_in_place_and_nothing_else(tiny_sd, tmp_path):
-    """A checkpoint's file into the adapter that is trained; a file of another scale fits nowhere."""
+    """A checkpoint's file loads into the trained adapter; a file with another scale fits no adapter."""
     style_and_reward(tiny_sd)
     save_lora(tiny_sd, tmp_path)
     expected = {name: p.detach().clone() for name, p in tiny_sd.unet.named_parameters()}

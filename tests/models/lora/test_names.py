@@ -1,4 +1,4 @@
-"""Names in LoRA files are looked up among layers: each stands for one, whatever spelling it comes in."""
+"""Names in LoRA files are looked up among the layers; each means one layer, in every spelling."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_every_layer_of_a_published_unet_in_three_spellings(network, levels):
         **{f"base_model.model.{path}": path for path in paths},
         **{f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": path for name, path in old.items()},
     }
-    assert len(spellings) == 3 * len(paths)  # none is the same in two
+    assert len(spellings) == 3 * len(paths)  # all are different
     assert all(names.modules(name) == (f"unet.{path}",) for name, path in spellings.items())
 
 
