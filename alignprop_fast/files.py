@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under a temporary name beside their own, then renamed."""
+"""Writes files so that a crash leaves no partial file: under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path` where the block ends well; else nothing of it is left."""
+    """A temporary name for a file. It becomes `path` when the block ends; after an exception the file is removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -1,14 +1,15 @@
-"""Which commit was measured."""
+"""The commit under test."""
 
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
+
+from benchmarks import ROOT
 
 
 def commit() -> str:
-    """Of the checkout that this file lies in, with "+" where it has changes; "unknown" without git or a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    """The commit of this checkout, with "+" if it has changes; "unknown" without git or a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):

@@ -1,5 +1,5 @@
-// The one file that includes torch, by its stable ABI alone: a build serves torch 2.10 and every later one.
-// Outputs and workspaces are made by the caller (alignprop_fast/ops/group_norm_silu.py), who also checks the inputs.
+// Only this file includes torch, and only its stable ABI, so one build serves torch 2.10 and every later version.
+// The caller (alignprop_fast/ops/group_norm_silu.py) checks the inputs and allocates outputs and workspaces.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -54,7 +54,7 @@ GroupNormSiluParams params(const Tensor& x, const std::optional<Tensor>& t, cons
   return p;
 }
 
-// Torch's own threads, so that torch.set_num_threads governs these passes too.
+// Uses torch's threads, so that torch.set_num_threads counts here too.
 void spread(const GroupNormSiluParams& p, CpuPhase phase) {
   torch::stable::parallel_for(0, p.images * p.chunks, 1, [&](int64_t begin, int64_t end) { phase(p, begin, end); });
 }
@@ -113,7 +113,7 @@ void backward_cuda(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Te
 }  // namespace
 }  // namespace alignprop_fast
 
-// A fragment: the Python side of the package puts ops into the same namespace.
+// A fragment, because the Python code of this package defines ops in the same namespace.
 STABLE_TORCH_LIBRARY_FRAGMENT(alignprop_fast, m) {
   m.def(
       "group_norm_silu_forward(Tensor x, Tensor? t, Tensor gamma, Tensor beta, float eps, bool silu, Tensor(a!) y, "

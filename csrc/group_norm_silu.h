@@ -1,4 +1,4 @@
-// y = silu(group_norm(x + t)) for channels_last tensors, and its gradient for x; gamma and beta never learn.
+// y = silu(group_norm(x + t)) for channels_last tensors, and its gradient for x; gamma and beta are frozen.
 //
 // Forward, per image b and group of D = C / G channels over N = H W rows, u = x + t:
 //     mean = sum(u) / (D N)    rstd = (sum((u - mean)^2) / (D N) + eps)^-1/2
@@ -6,12 +6,13 @@
 // Backward, for the gradient g of y, with xhat = (u - mean) rstd and dz = g silu'(z):
 //     m1 = mean(gamma dz)    m2 = mean(gamma dz xhat)    dx = rstd (gamma dz - m1 - xhat m2)
 //
-// Shapes: x, g, y, dx [B, N, C] in memory; t [B, C]; gamma, beta [C], all of one dtype; the rest fp32: mean, rstd
-// [B, G]; partial [B, G, chunks, 2]; moments [B, G, 2]. All sums are in fp32 (float64 where chunks are joined on a CPU).
-// Bytes moved, in units of x: forward 2 reads and 1 write, backward 4 reads and 1 write; about 10 and 25 FLOP per
-// element, so both are bound by memory. The statistics of a block of rows are (mean, sum of squared deviations), joined
-// as in Chan, Golub & LeVeque (1979): a large mean cancels nothing. Every sum has a fixed order: reruns are bit-equal.
-// It loses on tiny tensors (a pass is a launch) and where a group fits into one thread block, which could read x once.
+// Shapes: x, g, y, dx [B, N, C] in memory; t [B, C]; gamma, beta [C]; all of one dtype. In fp32: mean, rstd [B, G];
+// partial [B, G, chunks, 2]; moments [B, G, 2]. All sums are fp32 (float64 when the CPU joins chunks).
+// Bytes moved, in units of x: forward 2 reads and 1 write, backward 4 reads and 1 write. An element takes about 10 and
+// 25 FLOP, so memory is the bound. The statistics of a block of rows are (mean, sum of squared deviations), joined as
+// in Chan, Golub & LeVeque (1979), so that a large mean costs no precision. Every sum has a fixed order, so two runs
+// give the same bits. It loses on tiny tensors, because each pass is a launch, and when a group fits into one thread
+// block, which could then read x once.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +46,8 @@ inline int64_t first_row(int64_t rows, int64_t chunks, int64_t k) {
   return rows * k / chunks;
 }
 
-// One phase of the CPU version over tasks [begin, end); a task is one chunk of one image (tasks = images * chunks).
-// The caller spreads each phase over its threads and joins between phases.
+// One phase of the CPU version over tasks [begin, end). A task is one chunk of one image (tasks = images * chunks).
+// The caller spreads each phase over its threads and waits for all of them before the next phase.
 using CpuPhase = void (*)(const GroupNormSiluParams&, int64_t begin, int64_t end);
 void cpu_statistics(const GroupNormSiluParams& p, int64_t begin, int64_t end);
 void cpu_join_statistics(const GroupNormSiluParams& p);
@@ -55,7 +56,7 @@ void cpu_reduce(const GroupNormSiluParams& p, int64_t begin, int64_t end);
 void cpu_join_moments(const GroupNormSiluParams& p);
 void cpu_input_gradient(const GroupNormSiluParams& p, int64_t begin, int64_t end);
 
-// Launch on a stream of the current device (a cudaStream_t). Null, or what went wrong.
+// Launch on a stream of the current device (a cudaStream_t). Returns null, or a message about the error.
 const char* cuda_forward(const GroupNormSiluParams& p, void* stream);
 const char* cuda_backward(const GroupNormSiluParams& p, void* stream);
 

@@ -1,4 +1,4 @@
-// CPU version of group_norm_silu.h: plain loops over the channels of a row, which the compiler vectorises.
+// CPU version of group_norm_silu.h. The compiler vectorises its plain loops over the channels of a row.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,7 +6,7 @@
 
 #include "group_norm_silu.h"
 
-// One library serves every x86-64: the dynamic loader picks the widest instructions that the machine has.
+// One library serves every x86-64: the dynamic loader picks the version with the widest instructions of the machine.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define PER_MACHINE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -40,8 +40,8 @@ INLINE void store(BFloat16& to, float value) {
   to.bits = uint16_t(value == value ? rounded : 0x7fc0);
 }
 
-// exp by Cody-Waite reduction and a Taylor polynomial on |r| <= ln(2) / 2, within 2 units in the last place; std::exp
-// would keep the loop scalar. Comparisons are written so that NaN passes through.
+// exp by Cody-Waite reduction and a Taylor polynomial on |r| <= ln(2) / 2, within 2 units in the last place. std::exp
+// would keep the loop scalar. The comparisons let NaN through.
 INLINE float vector_exp(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -60,7 +60,7 @@ INLINE float vector_exp(float x) {
 }
 INLINE float sigmoid(float z) { return 1.0f / (1.0f + vector_exp(-z)); }
 
-// Per channel: mean and squared deviations of ROWS rows, joined to those of the `seen` rows before.
+// Per channel: mean and squared deviations of ROWS rows, joined to those of the `seen` rows before them.
 template <typename T, int ROWS>
 INLINE void join_rows(const T* __restrict x, int64_t C, float seen, float* __restrict mean, float* __restrict squares) {
   const float share = float(ROWS) / (seen + float(ROWS));
@@ -105,7 +105,8 @@ INLINE void statistics(const GroupNormSiluParams& p, int64_t begin, int64_t end)
   }
 }
 
-// What the passes over one image need per channel: z = (x - centre) scale + shift, dx = scale dz - d1 - (x - centre) d2.
+// Per-channel numbers for the passes over one image: z = (x - centre) scale + shift,
+// dx = scale dz - d1 - (x - centre) d2.
 struct Channels {
   std::vector<float> centre, scale, shift, d1, d2;
 
@@ -207,7 +208,7 @@ INLINE void run(const GroupNormSiluParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-// Written out, not templates: the compiler makes versions per machine of plain functions alone.
+// Plain functions instead of templates, because the compiler makes versions per machine only of plain functions.
 #define PASS_FUNCTIONS(NAME, T)                                                                         \
   PER_MACHINE void statistics_##NAME(const GroupNormSiluParams& p, int64_t begin, int64_t end) {        \
     statistics<T>(p, begin, end);                                                                       \

@@ -1,6 +1,6 @@
-// CUDA version of group_norm_silu.h. A block owns one chunk of rows of one image and all channels; a thread owns V
-// neighbouring channels and every R-th row. Per-channel results meet in shared memory, groups are summed by one warp
-// each, chunks by one warp in a launch of their own: the order of every sum is fixed, there are no atomics.
+// CUDA version of group_norm_silu.h. A block owns one chunk of rows of one image and all channels. A thread owns V
+// neighbouring channels and every R-th row. Per-channel results go to shared memory, one warp sums each group, and one
+// warp of a second launch sums the chunks. The order of every sum is fixed and there are no atomics.
 #include "group_norm_silu_cuda.h"
 
 #include <climits>
@@ -8,7 +8,7 @@
 namespace alignprop_fast {
 namespace {
 
-// What the chunk has to say of one group, from lane 0 of a warp.
+// Stores the chunk's two numbers of one group, from lane 0 of a warp.
 template <int V>
 __device__ void write_partial(const Params& p, const Place<V>& at, int group, float first, float second) {
   if (threadIdx.x % 32 == 0)
@@ -16,7 +16,7 @@ __device__ void write_partial(const Params& p, const Place<V>& at, int group, fl
         make_float2(first, second);
 }
 
-// Mean and squared deviations per channel by Welford's method, then per group of the chunk.
+// Mean and squared deviations by Welford's method, per channel and then per group of the chunk.
 template <typename T, int V>
 __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const Params p) {
   extern __shared__ __align__(16) float shared[];
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const Params p)
   }
 }
 
-// One warp per image and group: the mean over all chunks, then the deviations from it.
+// One warp per image and group: first the mean over all chunks, then the deviations from it.
 __global__ void __launch_bounds__(32) join_statistics_kernel(const Params p) {
   const float2* partial = reinterpret_cast<const float2*>(p.partial) + blockIdx.x * p.chunks;
   const Chunks chunks(p);
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(32) join_statistics_kernel(const Params p) {
   }
 }
 
-// Images, chunks and the rows of a chunk from the last to the first: what the statistics pass read last is still in the
-// second-level cache, and where all blocks run at once that is the end of every chunk.
+// Walks over images, chunks and rows from last to first, because what the statistics pass read last is still in the L2
+// cache. If all blocks run at once, that is the end of every chunk.
 template <typename T, int V>
 __global__ void __launch_bounds__(kMaxThreads) apply_kernel(const Params p) {
   const Place<V> at(p, gridDim.y - 1 - blockIdx.y, p.chunks - 1 - blockIdx.x);
@@ -280,7 +280,7 @@ const char* cuda_backward(const GroupNormSiluParams& p, void* stream) { return l
 
 }  // namespace alignprop_fast
 
-// Null if CUDA's runtime in this library works with the driver, else why not. Makes no context on any device.
+// Null if this library's CUDA runtime works with the driver, else the reason. Creates no context on any device.
 extern "C" const char* alignprop_fast_cuda_error() {
   int devices;
   const cudaError_t error = cudaGetDeviceCount(&devices);

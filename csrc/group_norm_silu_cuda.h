@@ -1,8 +1,8 @@
-// What the kernels of group_norm_silu_cuda.cu share: vectors of channels, where a thread works, per-channel numbers.
+// Shared by the kernels of group_norm_silu_cuda.cu: vectors of channels, the place of a thread, per-channel numbers.
 //
-// A vector is 4 channels in every dtype: with 8 in 16 bits the per-channel numbers took 80 to 96 registers, which leaves
-// an SM two blocks, 512 threads, too few to hide the memory of an H100. Within 64 registers it has four, each thread
-// with 64 bytes on their way.
+// A vector is 4 channels in every dtype. With 8 channels of 16 bits the per-channel numbers took 80 to 96 registers, so
+// an SM had room for only two blocks, 512 threads: too few to hide the memory latency of an H100. With 4 channels a
+// kernel takes at most 64 registers, an SM has room for four blocks, and each thread has 64 bytes in flight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,15 +17,15 @@ namespace {
 using Params = GroupNormSiluParams;
 constexpr int kVector = 4;
 constexpr int kMaxThreads = 1024;   // 4096 channels in vectors of 4; SDXL has 2560 at most
-constexpr int kBlockThreads = 256;  // aimed at where a row is narrower
+constexpr int kBlockThreads = 256;  // the target where a row needs fewer threads
 
-// Vectors on their way per thread.
+// Vectors in flight per thread.
 template <typename T>
 constexpr int kLoads = 64 / (kVector * sizeof(T));
 
 __device__ float to_float(float v) { return v; }
 __device__ float to_float(__half v) { return __half2float(v); }
-// From sm_90 on __bfloat162float is an instruction that the compiler moves up to the load, where it doubles the registers.
+// From sm_90 on __bfloat162float is an instruction that the compiler moves up to the load, which doubles the registers.
 __device__ float to_float(__nv_bfloat16 v) { return __uint_as_float(unsigned(__bfloat16_as_ushort(v)) << 16); }
 __device__ void from_float(float v, float& to) { to = v; }
 __device__ void from_float(float v, __half& to) { to = __float2half_rn(v); }
@@ -41,7 +41,8 @@ __device__ void store(T* to, const Vec<T, V>& values) {
   *reinterpret_cast<Vec<T, V>*>(to) = values;
 }
 
-// The fast intrinsics err by some 2 units in the last place of fp32: nothing beside 16-bit rounding, too much in fp32.
+// The fast intrinsics are off by about 2 units in the last place of fp32: small beside 16-bit rounding, too much in
+// fp32.
 template <typename T>
 __device__ float sigmoid(float z) {
   if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-z));

@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from alignprop_fast.planner import (
+    GRADES,
+    BlockOption,
     CostTable,
     Plan,
     StageChoice,
@@ -48,7 +50,6 @@ FILLS = {
     "kept": "#e69f00",
     "transient": "#f7d9a0",
 }
-GRADES = ("keep", "norms", "geglu", "qkv", "attention", "recompute")
 # Elements per token and width of a transformer block by kind of result, in the order in which the options give them up.
 KINDS = (
     ("outputs of the norms", 2, "#f7d9a0"),
@@ -63,7 +64,7 @@ KINDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, required=True, help="what plan --save-table wrote")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "pictures")
     args = parser.parse_args()
     table = load_table(args.table)
     draw_memory(table, args.output_dir / "memory.png")
@@ -87,10 +88,10 @@ def plain(axes: Axes) -> None:
 
 def draw_memory(table: CostTable, path: Path) -> None:
     """Three plans for the same gates, on the same axis of time; the first has an axis of memory of its own."""
-    whole, lean = StageChoice("batch", {"*": "keep"}), leanest(NUM_STEPS, GRAD_STEPS)
+    whole, lean = StageChoice("batch", {"*": BlockOption.KEEP}), leanest(NUM_STEPS, GRAD_STEPS)
     plans = {
         "everything kept (all steps resident)": Plan(
-            NUM_STEPS, tuple(GRAD_STEPS), (), ({"*": "keep"},) * len(GRAD_STEPS), {}, whole, whole
+            NUM_STEPS, tuple(GRAD_STEPS), (), ({"*": BlockOption.KEEP},) * len(GRAD_STEPS), {}, whole, whole
         ),
         "no budget: every step replayed": Plan(
             NUM_STEPS, (), lean.replayed_steps, (), everywhere(table, "attention"), lean.decoder, whole

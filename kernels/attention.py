@@ -4,25 +4,25 @@ Forward, per head, with s the scale and i, j the indices of query and key:
 
     S = s q k^T        lse_i = ln sum_j exp S_ij        o = exp(S - lse) v
 
-Backward, for the gradient g of o, with P = exp(S - lse) made again:
+Backward, for the gradient g of o, with P = exp(S - lse) computed again:
 
     delta_i = sum_d g_id o_id        dS = P * (g v^T - delta)
     dq = s dS k        dk = s dS^T q        dv = P^T g
 
 Shapes: q, o, g, dq [B, H, M, D], k, v, dk, dv [B, H, N, D], lse and delta [B, H, M] in fp32, lse the natural logarithm.
-q, k, v, g and o may have any strides whose last is 1; what is returned is [B, H, M, D] over [B, M, H, D] memory.
-Softmax and every sum are fp32; P and dS are rounded to the storage type before they meet a tensor core.
+q, k, v, g and o may have any strides whose last is 1. Results are [B, H, M, D] over [B, M, H, D] memory.
+The softmax and every sum are fp32. P and dS are rounded to the storage type before they enter a tensor core.
 
 FLOPs per head, in units of 2 M N D: forward 2; backward 7 (3 for dq, 4 for dk and dv, as S and g v^T are made twice),
 or 5 for few keys. Bytes per head, if each kernel reads every tensor once: forward 2 (M + N) D elements; backward
-6 (M + N) D; and 4 bytes per query for each of lse and delta. Bound by arithmetic where both M and N are long.
+6 (M + N) D; and 4 bytes per query for each of lse and delta. When M and N are long, arithmetic is the bound.
 
-`attention_general` serves any number of keys; half types with at most 128 keys take `attention_short`, where it is said
-for which head dimensions.
+`attention_general` serves any number of keys. Half types with at most 128 keys take `attention_short`; its docstring
+names the head dimensions.
 
-Where it loses: the second making of S costs 7 units against the 5 of kernels that add dq atomically, and those are not
-deterministic. On Hopper it issues no bulk copies and has no specialised warps, so cuDNN should be ahead at N >= 1024.
-Head dimensions that are no multiple of 8 load element by element. fp32 runs without tensor cores.
+Where it loses: computing S twice costs 7 units. Kernels that add dq atomically need 5, but are not deterministic.
+On Hopper it uses no bulk copies and no specialised warps, so cuDNN should be ahead at N >= 1024.
+Head dimensions that are not a multiple of 8 load element by element. fp32 runs without tensor cores.
 """
 
 import torch
@@ -64,10 +64,10 @@ def attention_backward(
 
     Args:
         g_BHMD: gradient of o, [B, H, M, D], any strides.
-        q, k, v: as given to the forward pass. o, lse: as it returned them; those of another implementation will do.
+        q, k, v: inputs of the forward pass. o, lse: its outputs, from this or any other implementation.
 
     Returns:
-        dq [B, H, M, D], dk and dv [B, H, N, D], each over memory with the head dimension moved inside the rows.
+        dq [B, H, M, D] over [B, M, H, D] memory; dk and dv [B, H, N, D] over [B, N, H, D] memory.
 
     Raises:
         ValueError: as `attention_forward`.
@@ -76,7 +76,7 @@ def attention_backward(
     g = g_BHMD.to(q.dtype)
     g, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, o))
     if k.shape[2] == 1:
-        # Over one key the softmax is 1 whatever the logits: these gradients are zero, not nearly zero.
+        # With one key the softmax is 1 for any logits, so dq and dk are exactly zero.
         return rows_first(q).zero_(), rows_first(k).zero_(), rows_first(v).copy_(g.sum(2, keepdim=True))
     if attention_short.serves_backward(q, k):
         return attention_short.backward(g, q, k, v, lse.contiguous(), scale)
@@ -84,7 +84,7 @@ def attention_backward(
 
 
 def signatures() -> list[dict]:
-    """What to compile ahead of time: every kernel and configuration behind this module."""
+    """Every kernel and configuration behind this module, to be compiled ahead of time."""
     return attention_general.signatures() + attention_short.signatures()
 
 
@@ -97,4 +97,4 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q, k and v need one dtype of fp32, fp16, bf16, not {q.dtype}, {k.dtype}, {v.dtype}")
     if any(t.stride(-1) != 1 for t in (q, k, v)):
-        raise ValueError("the last dimension of q, k and v must be contiguous; call .contiguous() on what is not")
+        raise ValueError("the last dimension of q, k and v must be contiguous; call .contiguous() on the others")

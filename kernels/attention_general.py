@@ -1,8 +1,9 @@
-"""Attention over any number of keys: the general kernels behind `kernels.attention`, which has formulas and shapes.
+"""Attention over any number of keys. `kernels.attention` has the formulas and shapes.
 
-Forward, one program per block of queries walks over the keys with a running maximum and sum. Backward, one kernel, a
-program per block of queries, makes dq and delta, then another, a program per block of keys, dk and dv (Dao 2023,
-section 3.1, in two kernels), so that every output has one writer: no atomics, two runs are bit-equal.
+Forward: one program per block of queries walks over the keys with a running maximum and sum. Backward (Dao 2023,
+section 3.1, in two kernels): the first kernel has a program per block of queries and computes dq and delta; the second
+has a program per block of keys and computes dk and dv. Every output has one writer, so there are no atomics and two
+runs give the same bits.
 """
 
 from itertools import product
@@ -29,8 +30,8 @@ from alignprop_fast.kernels.attention_tiles import (
 )
 from alignprop_fast.kernels.launch import launch
 
-# table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). The largest blocks that
-# spill no register and, but for Hopper, whose table has 227 KiB to fill, need at most 99 KiB of shared memory.
+# table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). These are the largest
+# blocks that spill no register and fit into shared memory: 99 KiB, or 227 KiB on Hopper.
 CONFIGS = {
     "half": {
         "forward": [(64, 128, 64, 4, 3), (96, 64, 64, 4, 3), (128, 64, 64, 4, 2), (160, 64, 32, 4, 2)],
@@ -42,14 +43,14 @@ CONFIGS = {
         "dq": [(160, 128, 64, 8, 2)],
         "dk_dv": [(80, 64, 128, 8, 2), (160, 64, 64, 8, 2)],
     },
-    # No tensor cores: multiply-adds, whose operands lie in registers whole.
+    # fp32 uses no tensor cores: multiply-adds hold whole operands in registers.
     "fp32": {
         "forward": [(64, 32, 32, 8, 1), (160, 16, 16, 8, 1)],
         "dq": [(64, 32, 32, 8, 1), (160, 16, 16, 8, 1)],
         "dk_dv": [(32, 16, 16, 8, 1), (64, 32, 16, 8, 1), (160, 16, 16, 8, 1)],
     },
 }
-# Not specialised: the alignment of strides is passed as ALIGN, and a new shape needs no new compilation.
+# Not specialised, so that a new shape needs no new compilation. ALIGN tells the compiler the alignment of strides.
 _PLAIN = ["H", "M", "N"] + [f"{t}_{axis}" for t in "qkvgo" for axis in "bhr"]
 
 
@@ -81,7 +82,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries against all keys, with a running maximum and sum. MASK: N is no multiple of BLOCK_N."""
+    """One block of queries against all keys, with a running maximum and sum. MASK: N is not a multiple of BLOCK_N."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -92,7 +93,7 @@ def attention_forward_kernel(
     o0, o1 = zeros_pair(BLOCK_M, D0, D1)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    # Base 2 is the hardware's exponential.
+    # The hardware computes exponentials in base 2.
     scale2 = scale * 1.4426950408889634
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -154,7 +155,7 @@ def attention_backward_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of one block of queries, and their delta, which the other kernel reads. MASK: as in the forward kernel."""
+    """dq of one block of queries, and its delta, which the next kernel reads. MASK: as in the forward kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -215,9 +216,9 @@ def attention_backward_dk_dv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of one block of keys. S is made transposed, so that P^T and dS^T need no transposition.
+    """dk and dv of one block of keys. S is computed transposed, so that P^T and dS^T need no transposition.
 
-    MASK: M is no multiple of BLOCK_M. Keys beyond N spoil only their own rows, which are not stored.
+    MASK: M is not a multiple of BLOCK_M. Keys beyond N affect only their own rows, which are not stored.
     """
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1).to(tl.int64)
@@ -234,7 +235,7 @@ def attention_backward_dk_dv_kernel(
         q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
         g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
         if MASK:
-            # Beyond the last query q and g are zero, and so is what it adds; only its P must be finite.
+            # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
             lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0)
             delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
         else:
@@ -306,19 +307,19 @@ def backward(
 
 
 def table(q: torch.Tensor) -> str:
-    """Which table of CONFIGS serves a tensor, by its dtype and its GPU."""
+    """The table of CONFIGS for a tensor's dtype and GPU."""
     if q.dtype == torch.float32:
         return "fp32"
     return "half sm_90" if capability(q.device) == 90 else "half"
 
 
 def config(table: str, kernel: str, head_dim: int) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps, stages) of the first row of the table that holds this head dimension."""
+    """(BLOCK_M, BLOCK_N, warps, stages) of the first row of the table that fits this head dimension."""
     return next(row[1:] for row in CONFIGS[table][kernel] if sum(head_tiles(head_dim)) <= row[0])
 
 
 def signatures() -> list[dict]:
-    """What to compile ahead of time (`attention_tiles.signature_entry`): all with masks, at REPORTED_HEAD_DIMS."""
+    """Entries to compile ahead of time (`attention_tiles.signature_entry`): with masks, at REPORTED_HEAD_DIMS."""
     kernels = {
         "forward": attention_forward_kernel,
         "dq": attention_backward_dq_kernel,

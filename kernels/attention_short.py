@@ -1,19 +1,19 @@
-"""Attention over a few keys, such as the 77 tokens of a text; formulas and shapes as in `kernels.attention`.
+"""Attention over few keys, such as the 77 tokens of a text. `kernels.attention` has the formulas and shapes.
 
-With so few keys one program holds every key and value of a head, so no running softmax is needed, and backward one pass
-over the queries gives all three gradients. There delta_i is sum_j P_ij (g v^T)_ij, the same number, so that o is not
-read. To fill the chip the queries are split: each program walks over its share, stores dq as it goes and leaves its
-sums for dk and dv in fp32, which a second kernel adds up in a fixed order. Kernels with one program per 128 keys and
-head have 20 programs at B H = 20; this one has up to two per multiprocessor.
+One program holds all keys and values of a head, so no running softmax is needed. Backward, one pass over the queries
+gives all three gradients; delta_i is computed as sum_j P_ij (g v^T)_ij, which is the same number and does not need o.
+To fill the chip, the queries are split. Each program walks over its share, stores dq, and leaves its sums for dk and dv
+in fp32. A second kernel adds these sums in a fixed order. With B H = 20, kernels with one program per 128 keys and head
+have 20 programs; this one has up to two per multiprocessor.
 
-Keys are held as two powers of two, as head dimensions are (77 = 64 + 16, not 128).
+The number of keys is padded to the sum of two powers of two, like head dimensions (77 to 64 + 16, not to 128).
 
 FLOPs per head, in units of 2 M N D: forward 2, backward 5. Bytes per head: forward 2 (M + N) D elements, backward
 3 M D + 2 N D, and 16 N D per split for the partial sums, written and read. Sums are fp32.
 
-Where it loses: at B H above the number of multiprocessors, where there is nothing left to split; at few queries, where
-the second launch costs more than it saves; at large heads, whose sums crowd the registers. The general kernels take D
-above 80 backward, D above 128 forward (above 80 with more than 80 keys), and fp32.
+Where it loses: if B H exceeds the number of multiprocessors, splitting gains nothing; with few queries, the second
+launch costs more than it saves; with large heads, the sums do not fit the registers. The general kernels serve D above
+80 backward, D above 128 forward (above 80 with more than 80 keys), and fp32.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ from alignprop_fast.kernels.launch import launch
 
 MAX_KEYS = 128
 REDUCE_BLOCK = 512
-# kernel -> rows of (largest D, largest N, both padded; BLOCK_M, warps, stages), half types. What spills no register and
-# needs at most 99 KiB of shared memory; what fits no row, and fp32, is left to the general kernels.
+# kernel -> rows of (largest D, largest N, both padded; BLOCK_M, warps, stages) for half types. No row spills a register
+# or needs more than 99 KiB of shared memory. The general kernels serve fp32 and whatever fits no row.
 CONFIGS = {
     "short_forward": [(80, 128, 64, 4, 1), (128, 80, 64, 4, 1)],
     "short_backward": [(64, 80, 32, 4, 3), (64, 128, 32, 8, 2), (80, 128, 16, 8, 3)],
@@ -114,9 +114,9 @@ def attention_short_forward_kernel(
 
 @triton.jit
 def _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1: tl.constexpr):
-    """P^T and (g v^T)^T of some keys, [keys, rows]; transposed, so that the sums over rows need no transposition."""
+    """P^T and (g v^T)^T of some keys, [keys, rows], transposed so that the sums over rows need no transposition."""
     s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
-    # Not only for form: exp2(0 - lse) of a missing key may be infinite, and infinity times its zeros spoils dq.
+    # Needed: exp2(0 - lse) of a missing key can be infinite, and infinity times zero would make dq NaN.
     s_T = tl.where(keys[:, None] < N, s_T, float("-inf"))
     return tl.exp2(s_T - lse2[None, :]), rows_by_rows(v0, v1, g0, g1, D1)
 
@@ -190,8 +190,8 @@ def attention_short_backward_kernel(
                 q0, q1, g0, g1, lse2, more_k0, more_k1, more_v0, more_v1, more_keys, N, scale2, D1
             )
             total += tl.sum(more_p_T, 0)
-        # The sum over every key is 1 but for the rounding of lse: dividing by it takes that out again, which
-        # matters where logits are large. Nor does delta need o.
+        # The sum over all keys is 1 except for the rounding of lse. Dividing by it removes that error, which
+        # matters for large logits.
         p_T = p_T / total[None, :]
         delta = tl.sum(p_T * dp_T, 0)
         if N1 > 0:
@@ -208,7 +208,7 @@ def attention_short_backward_kernel(
             more_dk0, more_dk1 = add_product(more_dk0, more_dk1, ds_T, q0, q1, D1)
             dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), more_k0, more_k1, D1)
         store_pair(dq_ptr, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
-    # Batches lie between splits: the part of this one starts at row (split B + b) N.
+    # [splits, B, N, H, D]: this part starts at row (split B + b) N.
     out = ((split * (tl.num_programs(1) // H) + b) * N * H + h) * HEAD
     store_pair(dk_parts_ptr + out, dk0 * scale, dk1 * scale, keys, H * HEAD, N, HEAD, D0, D1)
     store_pair(dv_parts_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
@@ -232,7 +232,7 @@ def attention_short_reduce_kernel(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, n,
 
 
 def split_queries(blocks: int, heads: int, multiprocessors: int) -> tuple[int, int]:
-    """(splits, blocks of queries in each) for about two programs per multiprocessor; no split is empty.
+    """(splits, query blocks in each) for about two programs per multiprocessor; no split is empty.
 
     blocks: blocks of queries of one head. heads: B H.
     """
@@ -243,7 +243,7 @@ def split_queries(blocks: int, heads: int, multiprocessors: int) -> tuple[int, i
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of this GPU; in the interpreter a number that makes small shapes split."""
+    """The number of this GPU; in the interpreter a number that splits even small shapes."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
@@ -268,7 +268,7 @@ def forward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
 
 
 def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
-    """(D0, D1, N0, N1), only one of D and N in two parts: the registers do not hold the sums of four."""
+    """(D0, D1, N0, N1) with only D or only N in two parts, because the sums of four parts do not fit the registers."""
     if head_dim > 64:
         return *head_tiles(head_dim), max(16, triton.next_power_of_2(keys)), 0
     one_key_tile = sum(head_tiles(keys)) > 80
@@ -277,7 +277,7 @@ def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse), as `attention.attention_forward`, where `serves_forward`."""
+    """(o, lse), as `attention.attention_forward`. Call it only if `serves_forward`."""
     b, h, m, d = q.shape
     n = k.shape[2]
     o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -303,7 +303,7 @@ def backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), as `attention.attention_backward`, without o, where `serves_backward`."""
+    """(dq, dk, dv), as `attention.attention_backward`, without o. Call it only if `serves_backward`."""
     b, h, m, d = q.shape
     n = k.shape[2]
     tiles = backward_tiles(d, n)
@@ -334,13 +334,13 @@ def backward(
 
 
 def config(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int] | None:
-    """(BLOCK_M, warps, stages) of the first row of the table that holds these tiles (D0, D1, N0, N1), or None."""
+    """(BLOCK_M, warps, stages) of the first row of the table that fits these tiles (D0, D1, N0, N1), or None."""
     d0, d1, n0, n1 = tiles
     return next((row[2:] for row in CONFIGS[kernel] if d0 + d1 <= row[0] and n0 + n1 <= row[1]), None)
 
 
 def signatures() -> list[dict]:
-    """What to compile ahead of time (`attention_tiles.signature_entry`): 77 and 128 keys at REPORTED_HEAD_DIMS."""
+    """Entries to compile ahead of time (`attention_tiles.signature_entry`): 77 and 128 keys at REPORTED_HEAD_DIMS."""
     kernels = {
         "short_forward": (attention_short_forward_kernel, forward_tiles),
         "short_backward": (attention_short_backward_kernel, backward_tiles),

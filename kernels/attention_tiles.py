@@ -1,9 +1,9 @@
 """Tiles of rows by head dimension, shared by the attention kernels.
 
-A head dimension is held as two powers of two, D = D0 + D1 (40 = 32 + 16 with 8 columns of padding, 80 = 64 + 16,
-160 = 128 + 32): one power of two would multiply by up to 60 % of zeros (160 in 256) and not fit the registers. Every
-tile is therefore a pair; where one power of two is enough D1 is 0 and the second half of the pair is never touched.
-Products run on tensor cores for half types and as IEEE fp32 multiply-adds for fp32 inputs, both summed in fp32.
+A head dimension is the sum of two powers of two, D = D0 + D1 (40 = 32 + 16 with 8 columns of padding, 80 = 64 + 16,
+160 = 128 + 32). A single power of two would multiply up to 60 % more columns, all zeros (160 in 256), and would not fit
+the registers. Therefore every tile is a pair. If one power of two is enough, D1 is 0 and the second half is unused.
+Products run on tensor cores for half types and as IEEE fp32 multiply-adds for fp32 inputs. Both are summed in fp32.
 """
 
 import math
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 MAX_HEAD_DIM = 160
-# Of SD1.5 (40, 80, 160), SDXL (64) and FLUX (128); fp16 compiles to the same registers as bf16.
+# Head dimensions of SD1.5 (40, 80, 160), SDXL (64) and FLUX (128). fp16 takes as many registers as bf16.
 REPORTED_HEAD_DIMS = (40, 64, 80, 128, 160)
-# Table of configurations -> dtype it is reported in, architectures it is used on (None: all).
+# Table of configurations -> the dtype to report it in, the architectures that use it (None: all).
 REPORTED_TYPES = {"half": ("bf16", [80, 86, 89, 100, 120]), "half sm_90": ("bf16", [90]), "fp32": ("fp32", None)}
 
 
@@ -24,7 +24,7 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     """(D0, D1): powers of two of at least 16, or D1 = 0, whose sum is the padded head dimension."""
     d0 = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(0, head_dim - d0)
-    # Next to 128, 16 columns cost more registers than 32.
+    # Beside D0 = 128, a second tile of 16 columns takes more registers than one of 32.
     d1 = max(32 if d0 == 128 else 16, triton.next_power_of_2(rest)) if rest else 0
     return (2 * d0, 0) if d1 == d0 else (d0, d1)
 
@@ -32,10 +32,10 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
 def common_alignment(*tensors: torch.Tensor) -> int:
     """Largest power of two up to 16 that divides every stride but the last of these [B, H, rows, D] tensors.
 
-    The kernels take strides divided by it and multiply again, so that the compiler knows the alignment of each row: its
-    own test, divisibility by 16, would load a head of 40 elements one by one.
+    The kernels take strides divided by it and multiply them again, so that the compiler knows the alignment of each
+    row. Its own test is divisibility by 16, and would load a head of 40 elements one by one.
     """
-    # The stride of a dimension of one element is never used, and may be anything.
+    # The stride of a dimension of size 1 is never used and can have any value.
     used = (stride for t in tensors for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1)
     return math.gcd(16, *used)
 
@@ -47,7 +47,7 @@ def scaled_strides(t: torch.Tensor, align: int) -> tuple[int, int, int]:
 
 
 def rows_first(t_BHMD: torch.Tensor) -> torch.Tensor:
-    """Uninitialised tensor of the same shape and dtype, [B, H, M, D] over contiguous [B, M, H, D] memory."""
+    """An uninitialised tensor of the same shape and dtype, [B, H, M, D] over contiguous [B, M, H, D] memory."""
     b, h, m, d = t_BHMD.shape
     return torch.empty((b, m, h, d), dtype=t_BHMD.dtype, device=t_BHMD.device).transpose(1, 2)
 
@@ -152,9 +152,10 @@ def signature_entry(
     stages: int,
     archs: list[int] | None,
 ) -> dict:
-    """One entry of a kernel module's `signatures()`: what compiling `kernel` ahead of time needs.
+    """One entry of a kernel module's `signatures()`: everything needed to compile `kernel` ahead of time.
 
-    Pointers are of type `dtype` ("bf16"), statistics and partial sums fp32, all else but `scale` a 32-bit integer.
+    Pointers have type `dtype` ("bf16"), statistics and partial sums fp32. Other arguments are 32-bit integers, except
+    `scale`, which is fp32.
     """
     types = {}
     for name in kernel.arg_names:

@@ -4,9 +4,9 @@ Forward:   y = u v Phi(v)
 Backward:  du = g v Phi(v)        dv = g u (Phi(v) + v phi(v))
 
 with Phi and phi the standard normal distribution and density (Hendrycks & Gimpel 2016; Shazeer 2020). Shapes: uv, duv
-[T, 2 D] and y, g [T, D], contiguous; computed in fp32. Bytes moved, in elements of T D = n: forward 3 n, backward 5 n;
-about 25 and 40 FLOP per element with the erf: bound by memory. It loses where D is no multiple of 256 (idle lanes,
-unaligned rows) and where T D is so small that the launch costs more.
+[T, 2 D] and y, g [T, D], contiguous; computed in fp32. Elements moved, with n = T D: forward 3 n, backward 5 n. Each
+element takes about 25 and 40 FLOP with the erf, so memory is the bound. It loses if D is not a multiple of 256 (idle
+lanes, unaligned rows) or if T D is so small that the launch costs more than the work.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from alignprop_fast.kernels.launch import launch
 
-# (BLOCK, warps), the largest first: a row is cut into blocks that fill it; 8 elements a thread, 16 bytes in bf16.
+# (BLOCK, warps), largest first. A thread takes 8 elements, 16 bytes in bf16.
 CONFIGS = [(1024, 4), (512, 2), (256, 1)]
 
 
@@ -51,7 +51,7 @@ def geglu_backward_kernel(g_ptr, uv_ptr, duv_ptr, D, blocks, BLOCK: tl.constexpr
 
 
 def config(width: int) -> tuple[int, int]:
-    """(BLOCK, warps): the largest block that divides a row of D elements, else the smallest."""
+    """(BLOCK, warps) of the largest block that divides a row of D elements; of the smallest if none does."""
     return next((row for row in CONFIGS if width % row[0] == 0), CONFIGS[-1])
 
 

@@ -4,13 +4,13 @@ Forward, for K prediction branches y_k (K = 2 under classifier-free guidance, el
 
     out = a x + sum_k w_k y_k + sigma z
 
-Adjoint, for the gradient g of out (z carries none):
+Adjoint, for the gradient g of out (z gets no gradient):
 
     dx = a g        dy_k = w_k g
 
 Shapes: x, z, out, g, dx are [B, ...] and y, dy are [K * B, ...], branch-major, all contiguous in the same memory order.
-Every sum is taken in fp32 whatever the storage dtype. Bytes moved: forward (K + 3) n elements, adjoint (K + 2) n;
-2 (K + 2) FLOP per element, so both are bound by memory. It loses where x is tiny: a launch costs more than the latents.
+Sums are fp32 for every storage dtype. Elements moved, with n those of x: forward (K + 3) n, adjoint (K + 2) n. Each
+element takes 2 (K + 2) FLOP, so memory is the bound. It loses if x is tiny: the launch then costs more than the work.
 """
 
 import torch
@@ -83,7 +83,7 @@ def guided_step_adjoint(
 
 
 def signatures() -> list[dict]:
-    """Both kernels as the chain launches them: fp32 latents, bf16 predictions, two branches, noise."""
+    """Both kernels in the form that the chain launches: fp32 latents, bf16 predictions, two branches, noise."""
     entries = []
     for kernel, flags in (
         (guided_step_kernel, {"TWO": True, "NOISE": True, "BLOCK": BLOCK}),

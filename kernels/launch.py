@@ -1,19 +1,19 @@
-"""The one place that starts kernels: on the device of their tensors, compiled in the same way everywhere."""
+"""Starts every kernel, on the device of its tensors and with the same compile options."""
 
 from typing import Any
 
 import torch
 import triton
 
-# Asked for, and not left to Triton, whose default is off from 3.10 on: without it sums of products round twice and
-# take an instruction more each. Compiling ahead of time asks for the same.
+# Fused multiply-add, set here because Triton 3.10 turned its default off. Without it a * b + c rounds twice and takes
+# one instruction more. Compiling ahead of time uses the same option.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its first argument, a tensor. An empty grid starts nothing.
 
-    Triton takes the device and the stream that are current, which need not be those of the tensors.
+    Triton launches on the current device, which can be another one than the tensors'.
     """
     device = arguments[0].device
     if device.type != "cuda" or device.index == torch.cuda.current_device():

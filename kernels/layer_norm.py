@@ -4,15 +4,15 @@ Forward, over the C channels of each token (Ba et al. 2016, eq. 4):
 
     s = x + residual        y = gamma * xhat + beta,   xhat = (s - mean(s)) * rstd,   rstd = (var(s) + eps)^-1/2
 
-Backward, for the gradients g of y and h of s; gamma and beta have none:
+Backward, for the gradients g of y and h of s; gamma and beta are frozen:
 
     dx = dresidual = rstd * (c - mean(c) - xhat * mean(c * xhat)) + h,   c = g * gamma
 
-Shapes: x, residual, s, y, g, h, dx [T, C], contiguous; gamma, beta [C]; mean, rstd [T] in fp32. All sums in fp32; the
-statistics are those of s as it is stored, so that forward and backward see the same numbers. Bytes moved, in elements
-of T C = n: forward 2 n (4 n with a residual), backward 3 n (4 n with h); 8 and 12 FLOP per element: bound by memory.
-A row is held in registers whole, padded to a power of two: lanes idle where C is just above one (640, 1280), which
-costs issue slots, not bytes. It loses on few short rows, which do not fill the chip.
+Shapes: x, residual, s, y, g, h, dx [T, C], contiguous; gamma, beta [C]; mean, rstd [T] in fp32. All sums are fp32. The
+statistics are taken of s after rounding to its storage dtype, so that forward and backward see the same numbers.
+Elements moved, with n = T C: forward 2 n (4 n with a residual), backward 3 n (4 n with h). Each element takes 8 and 12
+FLOP, so memory is the bound. Registers hold a whole row, padded to a power of two. If C is just above a power of two
+(640, 1280), lanes idle; that costs issue slots, not bytes. It loses on few short rows, which do not fill the chip.
 """
 
 import torch
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from alignprop_fast.kernels.launch import launch
 
-# Rows of (largest padded width, tokens per program, warps): 16 to 32 elements a thread.
+# (largest padded width, tokens per program, warps); a thread takes 16 to 32 elements.
 CONFIGS = [(256, 8, 4), (512, 4, 4), (1024, 2, 4), (2048, 1, 4), (4096, 1, 8), (8192, 1, 16)]
 MAX_WIDTH = CONFIGS[-1][0]
 
@@ -120,7 +120,7 @@ def layer_norm_forward(
     """Launch the forward kernel on x [..., C].
 
     Returns:
-        (y, s, mean, rstd): y and s as x (s without elements where there is no residual), mean and rstd [T] in fp32.
+        (y, s, mean, rstd): y and s like x (s is empty without a residual), mean and rstd [T] in fp32.
     """
     width = x.shape[-1]
     rows = x.numel() // width
@@ -161,7 +161,7 @@ def layer_norm_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> torch.Tensor:
-    """Launch the backward kernel: the gradient of x [..., C] from g of y and h of s (None: zero)."""
+    """Launch the backward kernel: the gradient of x [..., C] for gradients g of y and h of s (None: zero)."""
     width = x.shape[-1]
     block, rows_each, warps = config(width)
     g, x = g.contiguous(), x.contiguous()
@@ -188,7 +188,7 @@ def layer_norm_backward(
 
 
 def signatures() -> list[dict]:
-    """Every shipped configuration with everything that needs registers: residual and affine map."""
+    """Every shipped configuration, with residual and affine map, the form that takes most registers."""
     floats = {"rows": "i32", "C": "i32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
     entries = []
     for kernel in (layer_norm_forward_kernel, layer_norm_backward_kernel):

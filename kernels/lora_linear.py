@@ -1,25 +1,25 @@
-"""Frozen linear layers with low-rank adapters, up to three that read the same input (q, k, v) in one launch.
+"""Frozen linear layers with low-rank adapters. One launch serves up to three that read the same input (q, k, v).
 
 Forward, for each projection p with frozen W_p, b_p and adapter A_p, B_p of scale s_p:
 
     t_p = x A_p^T        y_p = x W_p^T + b_p + s_p t_p B_p^T
 
-Backward, for gradients g_p of y_p (W and b have none):
+Backward, for gradients g_p of y_p (W and b are frozen):
 
     u_p = s_p g_p B_p    gx = sum_p g_p W_p + u_p A_p    dA_p = u_p^T x    dB_p = s_p g_p^T t_p
 
 Shapes: x, gx [T, I]; W [O, I]; b [O]; A [R, I]; B [O, R]; y, g [T, O]; t, u [T, sum R], the adapters side by side.
-Ranks up to 128 are padded to a power of two of at least 16. Every sum is fp32; t and u are rounded to x's dtype, as
-PyTorch does; the adapters are cast in registers. fp32 inputs are multiplied in IEEE fp32. Nothing is atomic: sums over
-T are partial sums of fixed blocks, added in a fixed order.
+Ranks up to 128 are padded to a power of two of at least 16. Every sum is fp32. t and u are rounded to x's dtype, as in
+PyTorch. The adapters are cast in registers. fp32 inputs are multiplied in IEEE fp32. There are no atomics: a sum over T
+adds partial sums of fixed blocks in a fixed order.
 
-FLOPs: forward 2 T (I O + R (I + O)) for each p, backward 2 T (I O + 2 R (I + O)). t has a kernel of its own: made
-again in each block of 128 output columns it would cost R / 128 of the whole product (12.5 % at rank 16), while writing
-it once costs one more read of x, 2 T I bytes in half precision, which leaves a small x in L2 for the product. Backward
-reads g twice (once for u and dB together, once for gx) and x once; the partial sums of dB are 4 R / BLOCK_T bytes for
-each element of g, written and read again. It loses where O or I is small (launches), at high rank (the partial sums),
-and wherever cuBLAS is better at the large product: `lora_linear_forward_split` leaves that product to it, for one more
-pass over y. Blocks are chosen by registers and shared memory alone; none of this has been timed on a GPU.
+FLOPs: forward 2 T (I O + R (I + O)) for each p, backward 2 T (I O + 2 R (I + O)). t has its own kernel. Computing t
+again in each block of 128 output columns would cost R / 128 of the whole product (12.5 % at rank 16). Writing it once
+costs one more read of x, 2 T I bytes in half precision, and leaves a small x in L2 for the product. Backward reads g
+twice (once for u and dB together, once for gx) and x once. The partial sums of dB take 4 R / BLOCK_T bytes for each
+element of g, written once and read once. It loses if O or I is small (launches), at high rank (the partial sums), and
+whenever cuBLAS is faster at the large product. `lora_linear_forward_split` gives that product to cuBLAS and makes one
+more pass over y. Registers and shared memory alone decided the block sizes; nothing here has been timed on a GPU.
 """
 
 import torch
@@ -31,7 +31,7 @@ from alignprop_fast.kernels.launch import launch
 MAX_RANK = 128
 MAX_PROJECTIONS = 3
 SUM_BLOCK = 1024
-# Kind of input -> kernel -> block sizes. "product" is y and gx, by rows of T, columns and inner dimension.
+# Kind of input -> kernel -> block sizes. "product" computes y and gx in blocks of rows of T, columns, inner dimension.
 CONFIGS = {
     "half": {
         "product": {"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
@@ -48,7 +48,7 @@ CONFIGS = {
         "down_grad": {"BLOCK_T": 16, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 1},
     },
 }
-# Above rank 32 in half precision: accumulators of three adapters would not fit the registers.
+# Above rank 32 in half precision, where the accumulators of three adapters would not fit the registers above.
 HIGH_RANK = 32
 HIGH_RANK_CONFIGS = {
     "down": {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
@@ -73,7 +73,7 @@ def store_tile(base, tile, rows, n_rows, stride, columns, n_columns):
 
 @triton.jit
 def pick(p, first, second, third):
-    """The argument of projection p, a scalar known at run time."""
+    """The value of projection p, an index known only at run time."""
     if p == 1:
         first = second
     elif p == 2:
@@ -83,7 +83,7 @@ def pick(p, first, second, third):
 
 @triton.jit
 def grouped(pid, n_row_blocks, n_column_blocks, GROUP: tl.constexpr):
-    """(row block, column block): GROUP row blocks go through all columns together, so that their x stays in L2."""
+    """(row block, column block). GROUP row blocks pass over all columns together, so that their x stays in L2."""
     first = pid // (GROUP * n_column_blocks) * GROUP
     rows = tl.minimum(n_row_blocks - first, GROUP)
     within = pid % (GROUP * n_column_blocks)
@@ -201,7 +201,7 @@ def config(name: str, dtype: torch.dtype, block_r: int) -> dict[str, int]:
 
 
 def three(items: list) -> list:
-    """Padded to three with the first: a pointer that is never read."""
+    """Padded to three with the first, whose pointer is then never read."""
     return [*items, *[items[0]] * (MAX_PROJECTIONS - len(items))]
 
 
@@ -210,7 +210,7 @@ def three_sizes(sizes: list[int]) -> list[int]:
 
 
 def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
-    """The same [rows, columns] with neighbouring columns next to each other in memory; a copy only if they are not."""
+    """[rows, columns] with contiguous rows; a copy only if they are not contiguous."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
@@ -236,9 +236,9 @@ def lora_linear_forward(
     ups: list[torch.Tensor],
     scales: list[float],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Two launches for one to three projections of x [T, I]; shapes as in the module docstring.
+    """One to three projections of x [T, I] in two launches; shapes as in the module docstring.
 
-    Weights and biases are in x's dtype, adapters in any. Returns ([y_p [T, O_p]], t [T, sum R]) in x's dtype.
+    Weights and biases have x's dtype, adapters any. Returns ([y_p [T, O_p]], t [T, sum R]) in x's dtype.
     """
     t = lora_down(x, downs)
     x, weights, ups = rows_contiguous(x), [w.contiguous() for w in weights], [b.contiguous() for b in ups]
@@ -265,7 +265,7 @@ def lora_linear_forward_split(
     ups: list[torch.Tensor],
     scales: list[float],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """As `lora_linear_forward`, with x W^T + b by torch, to which a kernel adds s t B^T in place."""
+    """As `lora_linear_forward`, but torch computes x W^T + b and a kernel adds s t B^T in place."""
     t, ys, offset = lora_down(x, downs), [], 0
     blocks = config("add", x.dtype, rank_block(ups, 1))
     for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
@@ -288,7 +288,7 @@ def signatures() -> list[dict]:
 
 
 def signature_entries(launched: dict[str, tuple[triton.JITFunction, dict[str, int]]]) -> list[dict]:
-    """Kernels, each with its flags, by the step they serve: in bf16 (fp16 takes the same) and fp32, by padded rank."""
+    """Entries of these kernels with their flags, in bf16 (fp16 is the same) and fp32, at every padded rank."""
     entries = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rank in (16, 32, 64, 128):
@@ -303,7 +303,7 @@ def signature_entries(launched: dict[str, tuple[triton.JITFunction, dict[str, in
 
 
 def signature_entry(kernel: triton.JITFunction, dtype: str, config: str, given: dict[str, int]) -> dict:
-    """One of the entries; `given` holds constants and num_warps, num_stages. Adapters are in `dtype`."""
+    """One entry; `given` holds the constants, num_warps and num_stages. Adapters have dtype `dtype`."""
     constexprs = {n: v for n, v in given.items() if n in kernel.arg_names}
     types = {}
     for name in kernel.arg_names:

@@ -26,7 +26,7 @@ def lora_up_grad_kernel(
     g_ptr, b_ptr, t_ptr, u_ptr, parts_ptr, scale, n_tokens, n_out, g_stride, t_stride, rank,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One pass over g: u = s g B, and this block of rows' part of dB = s g^T t."""
+    """One pass over g: u = s g B, and the part of dB = s g^T t from this block of rows."""
     block = tl.program_id(0)
     rows, ranks = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
     t = load_tile(t_ptr, rows, n_tokens, t_stride, ranks, rank)
@@ -47,7 +47,7 @@ def lora_down_grad_kernel(
     x_ptr, u_ptr, parts_ptr, n_tokens, n_in, x_stride, r0, r1, r2, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One pass over x: this chunk of tokens' part of dA = u^T x, for the adapters one above the other."""
+    """One pass over x: the part of dA = u^T x from this chunk of tokens, with the adapters stacked."""
     chunk = tl.program_id(0)
     columns, ranks = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     stride = r0 + r1 + r2
@@ -92,7 +92,7 @@ def lora_input_grad_kernel(
     rows, columns = row_block * BLOCK_T + tl.arange(0, BLOCK_T), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     stride = r0 + r1 + r2
     acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-    # One loop in the code for all projections: three would triple it.
+    # One loop for all projections keeps the compiled code small.
     for p in range(P):
         g, w = pick(p, g0_ptr, g1_ptr, g2_ptr), pick(p, w0_ptr, w1_ptr, w2_ptr)
         g_stride, n_out, rank = pick(p, s0, s1, s2), pick(p, o0, o1, o2), pick(p, r0, r1, r2)

@@ -44,7 +44,7 @@ SECTIONS = (
     Section(
         "Models",
         "What is given as `--model`, to `load_pipeline` or to `DefaultDDPOStableDiffusionPipeline`.",
-        "tests.models.test_what_models",
+        "tests.models.load.test_what_models",
     ),
     Section(
         "Switches on a pipeline",
@@ -52,8 +52,8 @@ SECTIONS = (
         "pictures and gradients are those of diffusers' own call under autograd.",
         "tests.models.test_switches",
     ),
-    Section("LoRA files", "What is given as `--lora`, or to `merge`.", "tests.models.test_what_loras"),
-    Section("Prompts", "What is given as `--prompts`.", "tests.test_what_prompts"),
+    Section("LoRA files", "What is given as `--lora`, or to `merge`.", "tests.models.lora.test_what_loras"),
+    Section("Prompts", "What is given as `--prompts`.", "tests.prompts.test_what_prompts"),
 )
 
 

@@ -11,15 +11,40 @@ import torch
 
 FOLDER = Path(__file__).with_name("emulated_gpu")
 
+# What shares a process, so that several can run at once and few import everything anew.
+GROUPS = {
+    "training": ("autocast", "budget", "devices", "memory", "training"),
+    "chains": ("graphs", "offload", "out_of_memory", "results", "text_encoders"),
+    "kernels": ("attention_autotune", "doctor", "kernels", "lora_autotune"),
+}
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA of its own")
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or shutil.which("g++") is None,
-    reason="no g++ to build the emulated device with",
-)
-@pytest.mark.parametrize("checks", sorted(path.name for path in FOLDER.glob("check_*.py")))
-def test_on_an_emulated_gpu(checks, tmp_path):
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "emulate", "-x", "--tb=short", str(FOLDER / checks)]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "HOME": str(tmp_path)}
-    run = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA of its own"),
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux") or shutil.which("g++") is None,
+        reason="no g++ to build the emulated device with",
+    ),
+]
+
+
+def run(files, marked, home):
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "emulate", "--tb=short", "-m", marked, *map(str, files)]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "HOME": str(home)}
+    result = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_on_an_emulated_gpu(group, tmp_path):
+    run([FOLDER / f"check_{name}.py" for name in GROUPS[group]], "not slow", tmp_path)
+
+
+@pytest.mark.slow("the checks of that folder that are slow, whose reasons stand there")
+def test_slow_checks_on_an_emulated_gpu(tmp_path):
+    run(sorted(FOLDER.glob("check_*.py")), "slow", tmp_path)
+
+
+def test_every_check_is_in_one_group():
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(
+        path.stem.removeprefix("check_") for path in FOLDER.glob("check_*.py")
+    )

@@ -38,12 +38,12 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "diffusers", "transformers", "peft", "safetensors"},
     ),
     "rewards": ({"demo", "files", "ops", "prompts"}, {"torch"}),
-    "generate": ({"models", "planner", "prompts", "runtime", "sampling", "version"}, {"torch"}),
+    "generate": ({"models", "planner", "prompts", "rewards", "runtime", "sampling", "version"}, {"torch"}),
     "evaluation": ({"generate", "prompts", "rewards"}, {"torch"}),
     "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
     "training": (
         {"doctor", "evaluation", "files", "generate", "models", "ops", "planner", "report", "rewards"},
-        {"torch", "numpy", "accelerate", "huggingface_hub"},
+        {"torch", "numpy", "accelerate", "diffusers", "huggingface_hub"},
     ),
     "cli": (
         {
@@ -63,17 +63,14 @@ def room_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def modules() -> dict[str, Path]:
-    """Every module of this package by its dotted name."""
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(["alignprop_fast", *parts]).removesuffix(".__init__")] = path
-    found |= {f"alignprop_fast.kernels.{p.stem}": p for p in (ROOT / "kernels").glob("*.py")}
-    return found
+def modules(folder: Path) -> dict[str, Path]:
+    """Every module in a folder of the root by its dotted name."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in folder.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
-MODULES = modules()
+MODULES = modules(PACKAGE) | {f"alignprop_fast.{name}": path for name, path in modules(ROOT / "kernels").items()}
+ALL_MODULES = MODULES | modules(ROOT / "benchmarks")
 
 
 def imports(path: Path, lazily: bool) -> set[str]:
@@ -86,13 +83,13 @@ def imports(path: Path, lazily: bool) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: say the whole name"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else str(node.module) for name in names}
+            found |= {name if name in ALL_MODULES else str(node.module) for name in names}
     return found
 
 
 def ours(path: Path) -> set[str]:
-    """Modules of this package that a file imports in any way."""
-    return {name for name in imports(path, lazily=True) if name.split(".")[0] == "alignprop_fast"}
+    """Modules of this package, and of its benchmarks, that a file imports in any way."""
+    return {name for name in imports(path, lazily=True) if name.split(".")[0] in ("alignprop_fast", "benchmarks")}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -116,7 +113,7 @@ def test_every_row_of_the_table_has_a_room():
 
 def test_no_module_imports_itself_by_way_of_others():
     """Type-checking imports and those inside functions count: a circle of readers is one for people, too."""
-    left = {module: ours(path) - {module} for module, path in MODULES.items()}
+    left = {module: ours(path) - {module} for module, path in ALL_MODULES.items()}
     while ends := {m for m in left if not left[m] & left.keys() or not any(m in needs for needs in left.values())}:
         left = {module: needs for module, needs in left.items() if module not in ends}
     assert not left, f"in a circle, or between two: {sorted(left)}"

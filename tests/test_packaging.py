@@ -76,7 +76,7 @@ from alignprop_fast.generate.cost_table import _origin
 from alignprop_fast.training.state import versions
 pipe = StableDiffusionPipeline.from_pretrained({str(tiny_sd_folder)!r}, local_files_only=True)
 sampler = alignprop_fast.DifferentiableSampler(pipe, 2)
-origin = _origin(sampler._blank_task(1, None))
+origin = _origin(sampler._blank_step(1, None))
 print(alignprop_fast.__file__, origin["alignprop_fast"], versions()["alignprop-fast"], versions()["torch"], sep="\\n")
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

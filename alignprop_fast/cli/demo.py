@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
 
 import typer
 
-from alignprop_fast.cli import options as o
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import TrainOptions
+from alignprop_fast.cli.options import command_line
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import go_on_by, quiet_libraries, run_errors, setup_errors
 from alignprop_fast.cli.train import print_results
+from alignprop_fast.training.declaration import Command
+from alignprop_fast.training.options import TrainOptions
 
 # Settings under which the bundled model learns visibly within two minutes on two CPU cores.
 SETTINGS = TrainOptions(
@@ -33,13 +33,8 @@ PICTURES = 16  # that each row of the table is the mean of
 HELDOUT_SEED = 1000  # seeds that no other picture of the run has
 
 
-def demo(
-    ctx: typer.Context,
-    reward: Annotated[str, typer.Option(help="What to train for; as in train --reward.")] = SETTINGS.reward,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = SETTINGS.steps,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0, max=2**32 - 1)] = SETTINGS.seed,
-    output_dir: o.OutputDir = SETTINGS.output_dir,
-) -> None:
+@command_line(Command.DEMO, SETTINGS)
+def demo(ctx: typer.Context, options: TrainOptions) -> None:
     """Fine-tune the bundled model on a reward: a minute or two on two CPU cores, nothing to download.
 
     Shows the mean reward before and after, on prompts it was trained on and on prompts it never saw, and writes what
@@ -51,25 +46,23 @@ def demo(
     - `alignprop-fast demo --reward colorfulness --steps 20 --output-dir colourful`
     """
     import os
-    from dataclasses import replace
 
     import torch
 
     begin, console = time.perf_counter(), make_console()
-    folder = ctx.with_resource(OutputFolder(output_dir))
+    folder = ctx.with_resource(OutputFolder(options.output_dir))
     with setup_errors():
         folder.check()
         quiet_libraries(console)
-        from alignprop_fast.cli.session import Session
-        from alignprop_fast.prompts.rows import load_rows
+        from alignprop_fast.cli.set_up import set_up
+        from alignprop_fast.prompts.rows import load_rows, spread
 
         # A thread whose core has other work makes all wait: 400 s instead of 80 on two busy cores, 60 on two idle ones.
         torch.set_num_threads(2 if (os.cpu_count() or 1) >= 4 else 1)
-        options = replace(SETTINGS, reward=reward, steps=steps, seed=seed, output_dir=output_dir)
-        session = Session(options, console, folder)
-    console.print(f"the bundled model learns {reward}: {steps} steps of {options.batch_size} pictures")
+        session = set_up(options, console, folder)
+    console.print(f"the bundled model learns {options.reward}: {options.steps} steps of {options.batch_size} pictures")
     sets = {"training prompts": session.rows, "prompts never seen": load_rows("demo-heldout")}
-    chosen = {name: [rows[i * len(rows) // PICTURES] for i in range(PICTURES)] for name, rows in sets.items()}
+    chosen = {name: spread(rows, PICTURES) for name, rows in sets.items()}
     with run_errors(session.folder, go_on_by(session.folder)):
         before = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
         session.run()

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from alignprop_fast.cli import options as o
+from alignprop_fast.cli.options import command_line
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import check_writable, quiet_libraries, setup_errors
+from alignprop_fast.training.declaration import Command, like, option
+from alignprop_fast.training.options import TrainOptions
+from alignprop_fast.training.trainer_options import TrainerOptions
 
 if TYPE_CHECKING:
     import torch
 
     from alignprop_fast.doctor import Check, Fact, Report
 
-Json = Annotated[
-    str | None,
-    typer.Option("--json", help="Write everything to this file, for a bug report.", show_default="none"),
-]
-Deterministic = Annotated[
-    bool,
-    typer.Option(
-        "--deterministic",
-        help="Ask for deterministic algorithms, as in train, and take what gives other bits in a second run as wrong.",
-    ),
-]
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 
 
-def doctor(device: o.Device = "auto", json: Json = None, deterministic: Deterministic = False) -> None:
+@dataclass
+class DoctorOptions(TrainOptions):
+    """Options of `doctor`."""
+
+    json: str | None = option(
+        None, "Write everything to this file, for a bug report.", commands=Command.DOCTOR, shown="none"
+    )
+    deterministic: bool = like(
+        TrainerOptions,
+        "deterministic",
+        help="Ask for deterministic algorithms, as in train, and take what gives other bits in a second run as wrong.",
+    )
+
+
+@command_line(Command.DOCTOR, DoctorOptions())
+def doctor(ctx: typer.Context, options: DoctorOptions) -> None:
     """Say what is there, how fast it is, and whether every op and kernel computes what it should. Run it first.
 
     Compares outputs and gradients of each op, at a real and at an odd shape, with the formula in float64, and accepts
@@ -51,7 +59,7 @@ def doctor(device: o.Device = "auto", json: Json = None, deterministic: Determin
     - `alignprop-fast doctor --deterministic`
     """
     console = make_console()
-    file = None if json is None else Path(json).expanduser()
+    file = None if options.json is None else Path(options.json).expanduser()
     with setup_errors():
         if file is not None:
             check_writable(file.parent)
@@ -59,7 +67,7 @@ def doctor(device: o.Device = "auto", json: Json = None, deterministic: Determin
         from alignprop_fast.doctor import examine
         from alignprop_fast.files import write_whole
 
-        where = _device(device, deterministic)
+        where = _device(options.device, options.deterministic)
     with console.status("") as status:
         report = examine(where, tell=lambda what: status.update(Text(what)))
     for part in _tables(report):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignprop_fast.cli import options as o
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import DEFAULTS
-from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, spread
-from alignprop_fast.cli.sample import FirstSeed, PerPrompt, PromptSet
+from alignprop_fast.cli.options import command_line
+from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, open_sampler
 from alignprop_fast.cli.screen import make_console
-from alignprop_fast.cli.support import pick_device, plain, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.cli.support import pick_device, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.prompts.rows import spread
+from alignprop_fast.training.declaration import Command, Panel, like, option, values
+from alignprop_fast.training.options import PictureOptions, WatchOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.evaluation.evaluate import Evaluation, Summary, Task, Variant
@@ -30,70 +32,43 @@ if TYPE_CHECKING:
 GRID_ROWS = 12
 _TRAINING, _HELDOUT = "prompts", "heldout"
 
-Loras = Annotated[
-    list[str],
-    typer.Option(
-        "--lora",
-        help="Adapters to compare with the base model: an output folder of train, or a LoRA file (.safetensors); may "
-        "be given several times.",
-        rich_help_panel="Model",
-        show_default="none, the base model alone",
-    ),
-]
-Scales = Annotated[
-    list[float],
-    typer.Option(
-        "--scale",
-        help="Strength of the adapters: 0 is the base model, 1 what was trained; may be given several times.",
-        rich_help_panel="Model",
-        show_default="1",
-    ),
-]
-Heldout = Annotated[
-    str | None,
-    typer.Option(
-        help="Prompts that were not trained on, reported beside --prompts: a file or a set.",
-        rich_help_panel="Prompts",
-        show_default="none",
-    ),
-]
-DiversityModel = Annotated[
-    str | None,
-    typer.Option(
+
+@dataclass
+class EvaluateOptions(PictureOptions):
+    """Options of `evaluate`."""
+
+    lora: tuple[str, ...] = option(
+        (),
+        "Adapters to compare with the base model: an output folder of train, or a LoRA file (.safetensors); may be "
+        "given several times.",
+        Panel.MODEL,
+        commands=Command.EVALUATE,
+        shown="none, the base model alone",
+    )
+    scale: tuple[float, ...] = option(
+        (),
+        "Strength of the adapters: 0 is the base model, 1 what was trained; may be given several times.",
+        Panel.MODEL,
+        commands=Command.EVALUATE,
+        shown="1",
+    )
+    heldout_prompts: str | None = option(
+        None,
+        "Prompts that were not trained on, reported beside --prompts: a file or a set.",
+        Panel.PROMPTS,
+        commands=Command.EVALUATE,
+        shown="none",
+    )
+    diversity_model: str | None = like(
+        WatchOptions,
+        "diversity_model",
         help="CLIP model (folder or Hub id) of the diversity figure, which takes two images per prompt or more.",
-        rich_help_panel="Reward and prompts",
-        show_default="the bundled one",
-    ),
-]
+        panel=Panel.REWARD,
+    )
 
 
-def evaluate(
-    ctx: typer.Context,
-    model: o.Model = DEFAULTS.model,
-    model_config: o.ModelConfig = DEFAULTS.model_config,
-    lora: Loras = [],  # noqa: B006  # typer wants a list, and copies it
-    scale: Scales = [],  # noqa: B006
-    reward: o.Reward = DEFAULTS.reward,
-    reward_model: o.RewardModel = [],  # noqa: B006
-    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
-    diversity_model: DiversityModel = None,
-    prompts: PromptSet = DEFAULTS.prompts,
-    heldout_prompts: Heldout = None,
-    images_per_prompt: PerPrompt = 1,
-    negative_prompt: o.NegativePrompt = None,
-    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
-    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
-    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
-    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
-    eta: o.Eta = DEFAULTS.eta,
-    height: o.Height = None,
-    width: o.Width = None,
-    seed: FirstSeed = DEFAULTS.seed,
-    batch_size: o.BatchSize = DEFAULTS.batch_size,
-    mixed_precision: o.MixedPrecision = o.Precision.auto,
-    device: o.Device = DEFAULTS.device,
-    output_dir: o.OutputDir = "alignprop-evaluation",
-) -> None:
+@command_line(Command.EVALUATE, EvaluateOptions(output_dir="alignprop-evaluation"))
+def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
     """Measure rewards of the base model and of adapters, on the same prompts and seeds.
 
     Writes evaluation.csv (a line for each picture and part of the reward), summary.csv, grid.png (prompts down,
@@ -107,53 +82,50 @@ def evaluate(
     - `alignprop-fast evaluate --lora run --reward clip,colorfulness --heldout-prompts demo-heldout --output-dir out`
     - `alignprop-fast evaluate --lora a --lora b --scale 0.5 --scale 1 --images-per-prompt 4 --output-dir scales`
     """
-    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    console, folder = make_console(), ctx.with_resource(OutputFolder(options.output_dir))
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.evaluation.evaluate import Evaluation, tasks_of
-        from alignprop_fast.generate.sampler import DifferentiableSampler
         from alignprop_fast.models.lora.mix import load_loras
         from alignprop_fast.prompts.rows import load_rows
         from alignprop_fast.rewards.diversity import ImageEmbedder
-        from alignprop_fast.rewards.weights import Loading
+        from alignprop_fast.rewards.weights import RewardLoading
 
         folder.check_new()
-        _check(lora, scale)
-        sets = {_TRAINING: prompts} | ({_HELDOUT: heldout_prompts} if heldout_prompts else {})
-        tasks = [t for name, s in sets.items() for t in tasks_of(name, load_rows(s), images_per_prompt, seed)]
-        device = pick_device(device)
-        pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
-        variants = _variants(_labels(lora), load_loras(pipe, lora), scale or [1.0])
-        scored = open_reward(reward, pipe, reward_model, allow_pickle)
+        _check(options.lora, options.scale)
+        heldout = {_HELDOUT: options.heldout_prompts} if options.heldout_prompts else {}
+        tasks = [
+            task
+            for name, prompts in ({_TRAINING: options.prompts} | heldout).items()
+            for task in tasks_of(name, load_rows(prompts), options.images_per_prompt, options.seed)
+        ]
+        device = pick_device(options.device)
+        pipe = open_pipeline(options, device)
+        variants = _variants(_labels(options.lora), load_loras(pipe, options.lora), options.scale or [1.0])
+        scored = open_reward(options.reward, pipe, options.reward_model, options.allow_pickle)
         parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
         embed = None
-        if images_per_prompt > 1:
-            embed = ImageEmbedder(diversity_model, Loading(allow_pickle)).to(device)
-        elif diversity_model is not None:
+        if options.images_per_prompt > 1:
+            embed = ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device)
+        elif options.diversity_model is not None:
             raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
-        sampler = DifferentiableSampler(
-            pipe,
-            num_inference_steps,
-            guidance_scale,
-            eta,
-            true_cfg_scale=true_cfg_scale,
-            height=height,
-            width=width,
-        )
+        sampler = open_sampler(options, pipe)
         run = _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
-        sampler.say_what_is_cut([task.prompt for task in tasks], negative_prompt)
+        sampler.say_what_is_cut([task.prompt for task in tasks], options.negative_prompt)
         # The first batch is drawn before anything is said or written: what can go wrong has gone wrong by then.
-        batches = run.batches(batch_size, negative_prompt)
+        batches = run.batches(options.batch_size, options.negative_prompt)
         first = next(batches)
-    console.print(f"{len(tasks)} pictures of {model} under {reward}, drawn {len(variants)} times", soft_wrap=True)
+    console.print(
+        f"{len(tasks)} pictures of {options.model} under {options.reward}, drawn {len(variants)} times", soft_wrap=True
+    )
     folder.begin()
     with run_errors(folder.path, START_ANEW):
         with PictureProgress(console, len(tasks) * len(variants)) as progress:
             for count in chain([first], batches):
                 progress.advance(count)
         summaries = run.evaluation.summaries()
-        _write(folder.path, run, summaries, f"{Path(model).name} under {reward}")
-        _write_settings(folder.path, ctx.params)
+        _write(folder.path, run, summaries, f"{Path(options.model).name} under {options.reward}")
+        _write_settings(folder.path, options)
     _print(console, summaries)
     if embed is None:
         console.print("no diversity: it takes --images-per-prompt 2 or more")
@@ -240,11 +212,11 @@ def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) ->
         plot_by_scale(folder / "reward_by_scale.png", summaries)
 
 
-def _write_settings(folder: Path, options: Mapping[str, Any]) -> None:
+def _write_settings(folder: Path, options: EvaluateOptions) -> None:
     from alignprop_fast.files import write_whole
     from alignprop_fast.training.state import versions
 
-    record = {**{name: plain(value) for name, value in options.items()}, "versions": versions()}
+    record = {**values(options, Command.EVALUATE), "versions": versions()}
     write_whole(folder / "settings.json", (json.dumps(record, indent=1) + "\n").encode())
 
 

@@ -5,90 +5,69 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
-from alignprop_fast.cli import options as o
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.merge_path import AdapterPath
-from alignprop_fast.cli.options import DEFAULTS
-from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward
-from alignprop_fast.cli.sample import FirstSeed, PromptSet
+from alignprop_fast.cli.options import command_line
+from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_reward, open_sampler
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import pick_device, quiet_libraries, run_errors, setup_errors
 from alignprop_fast.files import whole
+from alignprop_fast.training.declaration import Command, Panel, like, option
+from alignprop_fast.training.options import InputOptions, PictureOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.models.lora.merge import Merged
 
-Adapters = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="ADAPTER:WEIGHT",
-        help="Output folders of train, or LoRA files (.safetensors, as diffusers, kohya, PEFT or ComfyUI name them), "
-        "each with its weight, 1 where there is none.",
-        show_default=False,
-    ),
-]
-Rank = Annotated[
-    int | None,
-    typer.Option(
-        help="Re-factor the mixture to this rank, as near as it gets; the error is reported.",
-        show_default="exact: the sum of the ranks",
-        min=1,
-    ),
-]
-PathSteps = Annotated[
-    int | None,
-    typer.Option(
-        help="Also draw path.png: 8 of the prompts at so many places between two adapters, (1 - t) A + t B, t from 0 "
-        "to 1, whatever their weights.",
-        rich_help_panel="Pictures along the path",
-        show_default="none",
-        min=2,
-        max=32,
-    ),
-]
-PathReward = Annotated[
-    str | None,
-    typer.Option(
-        "--reward",
+
+@dataclass
+class MergeOptions(PictureOptions):
+    """Options of `merge`."""
+
+    adapters: tuple[str, ...] = option(
+        (),
+        "Output folders of train, or LoRA files (.safetensors, as diffusers, kohya, PEFT or ComfyUI name them), each "
+        "with its weight, 1 where there is none.",
+        commands=Command.MERGE,
+        argument="ADAPTER:WEIGHT",
+    )
+    rank: int | None = option(
+        None,
+        "Re-factor the mixture to this rank, as near as it gets; the error is reported.",
+        commands=Command.MERGE,
+        shown="exact: the sum of the ranks",
+        at_least=1,
+    )
+    path_steps: int | None = option(
+        None,
+        "Also draw path.png: 8 of the prompts at so many places between two adapters, (1 - t) A + t B, t from 0 to 1, "
+        "whatever their weights.",
+        Panel.PATH,
+        commands=Command.MERGE,
+        shown="none",
+        at_least=2,
+        at_most=32,
+    )
+    reward: str = like(
+        InputOptions,
+        "reward",
+        "",
         help="Write this reward under each picture of the path, and all of them to path.csv; as in train --reward.",
-        rich_help_panel="Pictures along the path",
-        show_default="none",
-    ),
-]
+        panel=Panel.PATH,
+        commands=Command.MERGE,
+        shown="none",
+    )
 
 
-def merge(
-    ctx: typer.Context,
-    adapters: Adapters,
-    rank: Rank = None,
-    path_steps: PathSteps = None,
-    reward: PathReward = None,
-    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
-    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
-    model: o.Model = DEFAULTS.model,
-    model_config: o.ModelConfig = DEFAULTS.model_config,
-    prompts: PromptSet = DEFAULTS.prompts,
-    negative_prompt: o.NegativePrompt = None,
-    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
-    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
-    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
-    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
-    eta: o.Eta = DEFAULTS.eta,
-    height: o.Height = None,
-    width: o.Width = None,
-    seed: FirstSeed = DEFAULTS.seed,
-    batch_size: o.BatchSize = DEFAULTS.batch_size,
-    mixed_precision: o.MixedPrecision = o.Precision.auto,
-    device: o.Device = DEFAULTS.device,
-    output_dir: o.OutputDir = "alignprop-merged",
-) -> None:
+@command_line(Command.MERGE, MergeOptions(output_dir="alignprop-merged"))
+def merge(ctx: typer.Context, options: MergeOptions) -> None:
     """Mix adapters linearly, or scale one toward the base model.
 
     Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
@@ -101,7 +80,7 @@ def merge(
     - `alignprop-fast merge run:0.7 --rank 4 --output-dir milder`
     - `alignprop-fast merge clip-run:0.5 colorfulness-run:0.5 --path-steps 5 --reward clip --output-dir path`
     """
-    console, taken = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    console, taken = make_console(), ctx.with_resource(OutputFolder(options.output_dir))
     folder, path = taken.path, None
     with setup_errors():
         quiet_libraries(console)
@@ -109,32 +88,14 @@ def merge(
         from alignprop_fast.models.lora.merge import merge_loras
 
         taken.check_new()
-        mixture = [_split(adapter) for adapter in adapters]
-        _check(mixture, path_steps, reward, reward_model)
-        merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], rank)
-        contents = _contents(merged, mixture, rank)
-        if path_steps is not None:
-            from alignprop_fast.generate.sampler import DifferentiableSampler
-            from alignprop_fast.models.lora.mix import load_loras
-            from alignprop_fast.prompts.rows import load_rows
-
-            rows, device = load_rows(prompts), pick_device(device)
-            pipe = open_pipeline(model, device, mixed_precision, scheduler, model_config, allow_pickle)
-            names = load_loras(pipe, [source for source, _ in mixture])
-            sampler = DifferentiableSampler(
-                pipe,
-                num_inference_steps,
-                guidance_scale,
-                eta,
-                true_cfg_scale=true_cfg_scale,
-                height=height,
-                width=width,
-            )
-            scored = open_reward(reward, pipe, reward_model, allow_pickle) if reward else None
-            path = AdapterPath(sampler, names, scored, rows, seed, path_steps)
-            sampler.say_what_is_cut([row.prompt for row in path.rows], negative_prompt)
+        mixture = [_split(adapter) for adapter in options.adapters]
+        _check(mixture, options)
+        merged = merge_loras([(read_lora(source), weight) for source, weight in mixture], options.rank)
+        contents = _contents(merged, mixture, options.rank)
+        if options.path_steps is not None:
+            path = _open_path(options, options.path_steps, [source for source, _ in mixture])
             # Drawn in part before anything is written: what can go wrong has gone wrong by then.
-            batches = path.batches(batch_size, negative_prompt)
+            batches = path.batches(options.batch_size, options.negative_prompt)
             first = next(batches)
     taken.begin()
     with run_errors(folder, START_ANEW):
@@ -144,20 +105,33 @@ def merge(
                     progress.advance(count)
         _write(folder, contents)
         if path is not None:
-            path.write(folder, [Path(source).name for source, _ in mixture], reward)
+            path.write(folder, [Path(source).name for source, _ in mixture], options.reward)
             console.print(f"pictures: {folder / 'path.png'}", soft_wrap=True)
-    _print(console, merged, rank)
+    _print(console, merged, options.rank)
     console.print(f"adapters: {folder / 'pytorch_lora_weights.safetensors'}", soft_wrap=True)
     console.print(f"          {folder / 'kohya_lora_weights.safetensors'} for ComfyUI and others", soft_wrap=True)
 
 
-def _check(
-    mixture: Sequence[tuple[str, float]], path_steps: int | None, reward: str | None, reward_model: Sequence[str]
-) -> None:
-    if path_steps is None and (reward or reward_model):
+def _check(mixture: Sequence[tuple[str, float]], options: MergeOptions) -> None:
+    if options.path_steps is None and (options.reward or options.reward_model):
         raise ValueError("--reward scores the pictures of a path: add --path-steps 5")
-    if path_steps is not None and len(mixture) != 2:
+    if options.path_steps is not None and len(mixture) != 2:
         raise ValueError(f"--path-steps goes from one adapter to another, and here are {len(mixture)}: give two")
+
+
+def _open_path(options: MergeOptions, steps: int, sources: Sequence[str]) -> AdapterPath:
+    """The model with both adapters, and what is drawn with it."""
+    from alignprop_fast.models.lora.mix import load_loras
+    from alignprop_fast.prompts.rows import load_rows
+
+    rows, device = load_rows(options.prompts), pick_device(options.device)
+    pipe = open_pipeline(options, device)
+    names = load_loras(pipe, sources)
+    sampler = open_sampler(options, pipe)
+    reward = open_reward(options.reward, pipe, options.reward_model, options.allow_pickle) if options.reward else None
+    path = AdapterPath(sampler, names, reward, rows, options.seed, steps)
+    sampler.say_what_is_cut([row.prompt for row in path.rows], options.negative_prompt)
+    return path
 
 
 def _print(console: Console, merged: Merged, rank: int | None) -> None:

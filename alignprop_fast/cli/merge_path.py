@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.cli.pipeline import spread
-from alignprop_fast.prompts.rows import PromptRow
+from alignprop_fast.prompts.rows import PromptRow, spread
 
 PATH_ROWS = 8
 
@@ -46,7 +45,7 @@ class AdapterPath:
                     self.rewards[t] += score(self.reward, images_BCHW, rows)[0].tolist()
                 yield len(images_BCHW)
 
-    def write(self, folder: Path, ends: Sequence[str], reward: str | None) -> None:
+    def write(self, folder: Path, ends: Sequence[str], reward: str) -> None:
         """path.png and, where there is a reward, path.csv."""
         from alignprop_fast.report.evaluation import PathRow, save_comparison, save_table
 

@@ -5,31 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from alignprop_fast.generate.sampler import DifferentiableSampler
     from alignprop_fast.rewards.mixture import WeightedSum
-
-T = TypeVar("T")
+    from alignprop_fast.training.options import TrainOptions
 
 START_ANEW = "start again with another --output-dir"  # a folder with some of the pictures is of no use
 
 
-def open_pipeline(
-    model: str,
-    device: str,
-    precision: str,
-    scheduler: str = "auto",
-    model_config: str | None = None,
-    allow_pickle: bool = False,
-    place: bool = True,
-) -> Any:
-    """The pipeline on the device, its weights in that precision ("auto": bf16 on a GPU, fp32 on the CPU).
+def open_pipeline(options: TrainOptions, device: str, place: bool = True) -> Any:
+    """The pipeline on the device, its weights in the options' precision ("auto": bf16 on a GPU, fp32 on the CPU).
 
-    place: whether it is to lie on the device already. scheduler, model_config, allow_pickle: as in `load_pipeline`.
+    place: whether it is to lie on the device already.
 
     Raises:
         ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
@@ -38,13 +30,36 @@ def open_pipeline(
 
     from alignprop_fast.models.load.pipeline import load_pipeline
 
+    precision = options.mixed_precision
     if precision == "fp16" and device == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
-    name = ("no" if device == "cpu" else "bf16") if precision == "auto" else str(precision)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    where = device if place else "cpu"
+    name = ("no" if device == "cpu" else "bf16") if precision == "auto" else precision
     return load_pipeline(
-        model, dtype, where, scheduler=str(scheduler), model_config=model_config, allow_pickle=allow_pickle
+        options.model,
+        {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name],
+        device if place else "cpu",
+        scheduler=options.scheduler,
+        model_config=options.model_config,
+        allow_pickle=options.allow_pickle,
+    )
+
+
+def open_sampler(options: TrainOptions, pipe: Any) -> DifferentiableSampler:
+    """Draws pictures with the pipeline as the options say.
+
+    Raises:
+        ValueError: as `DifferentiableSampler`.
+    """
+    from alignprop_fast.generate.sampler import DifferentiableSampler
+
+    return DifferentiableSampler(
+        pipe,
+        options.num_inference_steps,
+        options.guidance_scale,
+        options.eta,
+        true_cfg_scale=options.true_cfg_scale,
+        height=options.height,
+        width=options.width,
     )
 
 
@@ -62,11 +77,6 @@ def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickl
     model = denoiser(pipe)
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
     return get_reward(reward, device=model.device, dtype=dtype, model=reward_model, allow_pickle=allow_pickle)
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of them, evenly over the list."""
-    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 class PictureProgress:

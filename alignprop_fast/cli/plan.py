@@ -3,102 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from alignprop_fast.cli import options as o
-from alignprop_fast.cli import options_control as c
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import DEFAULTS
+from alignprop_fast.cli.options import command_line, given
+from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.screen import make_console
-from alignprop_fast.cli.support import check_writable, plain, quiet_libraries, run_errors, setup_errors
-
-_ESTIMATE = "Estimate"
-Model = Annotated[
-    str,
-    typer.Option(
-        help="sd15 or sdxl: the published architecture, no weights needed; a folder in the diffusers format, of which "
-        "the configuration files are enough; a Hub id (owner/name); or demo.",
-        rich_help_panel="Model",
-    ),
-]
-Resolution = Annotated[
-    int | None,
-    typer.Option(help="Height and width in pixels.", rich_help_panel="Sampling", show_default="the model's own", min=8),
-]
-MemoryBudget = Annotated[
-    str,
-    typer.Option(
-        help="What tensors may take on the device in all, weights included, such as 24GiB; auto: all of the GPU's "
-        "memory but what CUDA itself takes, with --measure what is free.",
-        rich_help_panel="Device and memory",
-    ),
-]
-GpuName = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        help="GPU to plan for, which need not be here, such as 'RTX 4090' or 'A100 80GB'.",
-        rich_help_panel="Device and memory",
-        show_default="the one that is here",
-    ),
-]
-Measure = Annotated[
-    bool,
-    typer.Option(
-        "--measure",
-        help="Load the model with its weights and measure on the device that is here instead of estimating.",
-        rich_help_panel=_ESTIMATE,
-    ),
-]
-FromTable = Annotated[
-    str | None,
-    typer.Option(
-        "--table", help="Plan from a cost table that --save-table wrote, without the model.", rich_help_panel=_ESTIMATE
-    ),
-]
-SaveTable = Annotated[
-    str | None, typer.Option(help="Write the cost table to this JSON file.", rich_help_panel="Output")
-]
-Json = Annotated[
-    str | None, typer.Option("--json", help="Write the plan and its numbers to this file.", rich_help_panel="Output")
-]
+from alignprop_fast.cli.support import check_writable, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.training.declaration import Command
 
 
-def plan(
-    ctx: typer.Context,
-    model: Model = DEFAULTS.model,
-    lora_rank: o.LoraRank = DEFAULTS.lora_rank,
-    lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
-    base_dtype: o.BasePrecision = o.BaseDtype.auto,
-    adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
-    reward: o.Reward = DEFAULTS.reward,
-    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
-    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
-    negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
-    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
-    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
-    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
-    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
-    resolution: Resolution = None,
-    height: o.Height = None,
-    width: o.Width = None,
-    batch_size: o.BatchSize = DEFAULTS.batch_size,
-    optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
-    truncation: o.Truncation = DEFAULTS.truncation,
-    kl_weight: c.KlWeight = DEFAULTS.kl_weight,
-    mixed_precision: o.MixedPrecision = o.Precision.auto,
-    memory_budget: MemoryBudget = DEFAULTS.memory_budget,
-    cache_text: o.CacheText = DEFAULTS.cache_text,
-    gpu: GpuName = None,
-    host_memory: o.HostMemory = None,
-    measure: Measure = False,
-    table: FromTable = None,
-    save_table: SaveTable = None,
-    json: Json = None,
-    output_dir: o.OutputDir = "alignprop-plan",
-) -> None:
+@command_line(Command.PLAN, PlanOptions(output_dir="alignprop-plan"))
+def plan(ctx: typer.Context, options: PlanOptions) -> None:
     """Say what fits a memory budget, and how fast a training step will be: without weights, and on any GPU.
 
     Takes the options of train. The budget holds for the worst case of --truncation, however many steps carry gradient;
@@ -112,21 +29,22 @@ def plan(
     - `alignprop-fast plan --model sdxl --gpu "RTX 4090" --reward hpsv2 --batch-size 1`
     - `alignprop-fast plan --model sd15 --gpu "RTX 3060" --memory-budget 10GiB --truncation last:1 --json plan.json`
     """
-    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir))
-    options = {name: plain(value) for name, value in ctx.params.items()}
+    console, folder = make_console(), ctx.with_resource(OutputFolder(options.output_dir))
     with setup_errors():
         from alignprop_fast.cli.plan_question import from_model, from_table
         from alignprop_fast.cli.plan_summary import print_prediction, write_json
         from alignprop_fast.planner import save_table as write_table
         from alignprop_fast.report.plan import plot_plan
 
-        files = [Path(name).expanduser() for name in (save_table, json) if name is not None]
+        files = [Path(name).expanduser() for name in (options.save_table, options.json) if name is not None]
         folder.check()
         for file in files:
             check_writable(file.parent)
         quiet_libraries(console)
-        given = [name for name in options if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-        question = from_model(console, options) if table is None else from_table(options, given)
+        if options.table is None:
+            question = from_model(console, options)
+        else:
+            question = from_table(options, Path(options.table).expanduser(), given(ctx))
         prediction = question.predict()
     if question.note:
         console.print(question.note, soft_wrap=True)
@@ -137,8 +55,8 @@ def plan(
         plot_plan(folder.path / "plan.png", prediction.table, prediction.worst, question.title)
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
-        if save_table is not None:
-            write_table(prediction.table, Path(save_table).expanduser())
-        if json is not None:
-            write_json(Path(json).expanduser(), prediction, question.facts)
+        if options.save_table is not None:
+            write_table(prediction.table, Path(options.save_table).expanduser())
+        if options.json is not None:
+            write_json(Path(options.json).expanduser(), prediction, question.facts)
     console.print(f"picture: {folder.path / 'plan.png'}", soft_wrap=True)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from alignprop_fast.cli.options import make_config
+from alignprop_fast.cli.parts import open_model, open_rewards, resolved, tell_sampler
+from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.support import budget_here, pick_device
 from alignprop_fast.planner import (
@@ -22,13 +25,15 @@ from alignprop_fast.planner import (
     find_gpu,
     largest_batch,
     load_table,
-    parse_budget,
-    parse_bytes,
     scaled,
 )
+from alignprop_fast.prompts.rows import PromptRow, load_rows
+from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.generate.sampler import DifferentiableSampler
+    from alignprop_fast.rewards.mixture import WeightedSum
+    from alignprop_fast.training.config import AlignPropConfig
 
 # What --table leaves to say; everything else is in the table.
 _BESIDE_TABLE = {
@@ -83,7 +88,7 @@ class Question:
         return batch
 
 
-def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
+def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Question:
     """The question about a saved table. given: names of the options that stand on the command line.
 
     Raises:
@@ -93,8 +98,11 @@ def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
         raise ValueError(
             f"--{idle[0].replace('_', '-')} is settled by --table: leave it out, or estimate without --table"
         )
-    wanted_bytes = _wanted_bytes(options)
-    table = _with_host(load_table(Path(options["table"]).expanduser()), options)
+    config = make_config(resolved(options, "no"), "cpu", "")
+    wanted_bytes = _wanted_bytes(config)
+    table = load_table(file)
+    if config.host_memory is not None:
+        table = replace(table, host_limit_bytes=int(config.host_memory))
     origin = table.origin
     device = origin.get("device", "an unknown device").partition(",")[0]
     try:
@@ -110,92 +118,105 @@ def from_table(options: Mapping[str, Any], given: Sequence[str]) -> Question:
         "model": origin.get("model"),
         "gpu": device,
         "source": origin.get("source"),
-        "truncation": options["truncation"],
-        "table": str(options["table"]),
+        "truncation": options.truncation,
+        "table": str(file),
     }
     return Question(
         tables={batch: table},
         batch=batch,
-        num_steps=options["num_inference_steps"],
-        truncation=options["truncation"],
+        num_steps=options.num_inference_steps,
+        truncation=options.truncation,
         budget_bytes=budget_bytes,
-        title=f"table {Path(options['table']).name}: {origin.get('model', 'a model')}, batch {batch}, {device}",
+        title=f"table {file.name}: {origin.get('model', 'a model')}, batch {batch}, {device}",
         note=note,
         facts=facts,
     )
 
 
-def from_model(console: Console, options: Mapping[str, Any]) -> Question:
+def from_model(console: Console, options: PlanOptions) -> Question:
     """The question about a model, whose tables are estimated or measured now.
 
     Raises:
         ValueError, OSError: bad input, one line each.
     """
-    from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
     from alignprop_fast.sampling import gate_count
 
-    _check_size(options)
-    wanted_bytes, batch = _wanted_bytes(options), options["batch_size"]
-    gate_count(options["truncation"], options["num_inference_steps"])
-    gpu: Gpu | None = None
-    if options["measure"]:
-        if options["gpu"] is not None:
-            raise ValueError("--measure measures the device that is here: leave out --gpu, or --measure")
-        device = pick_device("auto")
-        name, budget_bytes, note = budget_here(wanted_bytes, device)
-        sampler = _measurable(options, device)
-    else:
-        gpu = _gpu(options["gpu"])
-        name = gpu.name
-        budget_bytes, note = budget_on(gpu.name, gpu.memory_bytes, wanted_bytes)
-        sampler = _outline(options)
-    tables: dict[int, CostTable] = {}
-    for size in dict.fromkeys((batch, 2 if batch == 1 else 1)):
-        how = "measuring" if gpu is None else "counting the operators of"
-        with console.status(f"{how} a training step at batch size {size}; a large model takes a minute, once"):
-            table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, options["negative_prompt"] or None))
-        if isinstance(table, OutOfMemory):
-            if size == batch:
-                raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
-            break  # one table answers all but what the largest batch is
-        tables[size] = _with_host(table, options)
-    if (held_bytes := sampler.settled_budget(batch, options["negative_prompt"] or None)) is not None:
-        budget_bytes, note = held_bytes, sampler.budget_note
+    chosen, place = _sized(options), _place(options)
+    precision = place.precision if chosen.mixed_precision == "auto" else chosen.mixed_precision
+    chosen = resolved(chosen, precision)
+    config = make_config(chosen, place.device, "")
+    wanted_bytes, steps, batch = _wanted_bytes(config), chosen.num_inference_steps, chosen.batch_size
+    gate_count(chosen.truncation, steps)
+    name, budget_bytes, note = place.budget(wanted_bytes)
+    sampler = _sampler(chosen, config, place.device)
+    tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
+    if place.device.startswith("cuda"):  # what is free there is known once everything has been measured
+        held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
+        budget_bytes = budget_bytes if held_bytes is None else held_bytes
     height, width = sampler.size
+    source = "measured" if place.gpu is None else "estimated"
     facts = {
-        "model": options["model"],
+        "model": chosen.model,
         "gpu": name,
-        "source": "measured" if gpu is None else "estimated",
-        "reward": options["reward"],
-        "truncation": options["truncation"],
+        "source": source,
+        "reward": chosen.reward,
+        "truncation": chosen.truncation,
         "height": height,
         "width": width,
     }
     title = (
-        f"{options['model']} at {width} x {height}, batch {batch}, {options['num_inference_steps']} steps, "
-        f"reward {options['reward']}, on {name} ({facts['source']})"
+        f"{chosen.model} at {width} x {height}, batch {batch}, {steps} steps, reward {chosen.reward}, on {name} "
+        f"({source})"
     )
-    steps, truncation = options["num_inference_steps"], options["truncation"]
-    return Question(tables, batch, steps, truncation, budget_bytes, title, note, facts)
+    return Question(tables, batch, steps, chosen.truncation, budget_bytes, title, note, facts)
 
 
-def _check_size(options: Mapping[str, Any]) -> None:
-    if options["resolution"] is not None and (options["height"] or options["width"]):
+@dataclass(frozen=True)
+class _Place:
+    """Where a training step is measured, or for which GPU it is estimated. device: a torch device, "meta" to estimate.
+
+    precision: what --mixed-precision auto stands for there.
+    """
+
+    device: str
+    gpu: Gpu | None
+
+    @property
+    def precision(self) -> str:
+        return "no" if self.device == "cpu" else "bf16"
+
+    def budget(self, wanted_bytes: int | None) -> tuple[str, int, str]:
+        """Name of the device, the memory budget on it, and a note where that is less than was wanted."""
+        if self.gpu is None:
+            return budget_here(wanted_bytes, self.device)
+        return self.gpu.name, *budget_on(self.gpu.name, self.gpu.memory_bytes, wanted_bytes)
+
+
+def _place(options: PlanOptions) -> _Place:
+    if not options.measure:
+        return _Place("meta", _gpu(options.gpu))
+    if options.gpu is not None:
+        raise ValueError("--measure measures the device that is here: leave out --gpu, or --measure")
+    device = pick_device("auto")
+    if options.mixed_precision == "fp16" and device == "cpu":
+        raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
+    return _Place(device, None)
+
+
+def _sized(options: PlanOptions) -> PlanOptions:
+    """With --resolution as height and width."""
+    if options.resolution is None:
+        return options
+    if options.height or options.width:
         raise ValueError("--resolution stands for --height and --width: give the one or the others")
+    return replace(options, height=options.resolution, width=options.resolution)
 
 
-def _wanted_bytes(options: Mapping[str, Any]) -> int | None:
+def _wanted_bytes(config: AlignPropConfig) -> int | None:
     """--memory-budget; None: auto."""
-    budget = parse_budget(options["memory_budget"])
-    if budget is None:
+    if config.memory_budget is None:
         raise ValueError("--memory-budget none is the leanest way, of which there is no plan: give a size, or auto")
-    return None if budget == AUTO else int(budget)
-
-
-def _with_host(table: CostTable, options: Mapping[str, Any]) -> CostTable:
-    if options["host_memory"] is None:
-        return table
-    return replace(table, host_limit_bytes=parse_bytes(options["host_memory"], "host memory"))
+    return None if config.memory_budget == AUTO else int(config.memory_budget)
 
 
 def _gpu(name: str | None) -> Gpu:
@@ -215,119 +236,56 @@ def _gpu(name: str | None) -> Gpu:
         ) from error
 
 
-def _outline(options: Mapping[str, Any]) -> DifferentiableSampler:
-    """The sampler on the meta device, with adapters."""
+def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
+    """The sampler that training makes of these options."""
     import torch
 
-    from alignprop_fast.models.architectures import NAMES, architecture
-    from alignprop_fast.models.load.pipeline import load_outline, pick_scheduler
-    from alignprop_fast.models.lora.adapters import add_lora
+    from alignprop_fast.models.architectures import NAMES
+    from alignprop_fast.training.prepare import make_sampler, prepare_model
 
-    model, precision = options["model"], options["mixed_precision"]
-    rank, targets = options["lora_rank"], options["lora_targets"]
-    dtype = torch.float32 if precision == "no" else torch.bfloat16  # fp16 takes as much and as long
-    if model in NAMES:
-        pipe = architecture(model, dtype, rank=rank, targets=targets).pipe
-    else:
-        try:
-            pipe = load_outline(model, dtype)
-        except FileNotFoundError as error:
-            raise ValueError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
-        with torch.device("meta"):
-            add_lora(pipe, rank, rank, targets)
-    pipe.scheduler = pick_scheduler(pipe, options["scheduler"])
-    if precision == "fp16" and pipe.vae.config.get("force_upcast", False):
-        pipe.vae.to(torch.float32)
-    _change_dtypes(pipe, options, "meta")
-    return _sampler(pipe, _reward_outline(options, torch.float32 if precision in ("no", "fp16") else dtype), options)
+    if options.model in NAMES and device != "meta":
+        raise ValueError(f"{options.model} is an architecture without weights: give --measure a folder or a Hub id")
+    row = load_rows(options.prompts)[0]
+    rewards = open_rewards(options, device)
+    if device == "meta":
+        _try_without_data(options.reward, rewards.trained, row)
+    if not device.startswith("cuda"):  # the budget is not what is free here
+        config = replace(config, memory_budget=None)
+    pipeline = open_model(options, device)
+    prepare_model(pipeline, torch.device(device), config)
+    sampler = make_sampler(pipeline, config, rewards.trained)
+    tell_sampler(sampler, rewards, row)
+    return sampler
 
 
-def _reward_outline(options: Mapping[str, Any], dtype: Any) -> Any:
-    """The reward on the meta device, tried once.
-
-    Raises:
-        ValueError: one that needs data.
-    """
+def _try_without_data(name: str, reward: WeightedSum, row: PromptRow) -> None:
+    """Raises ValueError: a reward that needs data."""
     import torch
 
-    from alignprop_fast.demo import clip_path
-    from alignprop_fast.rewards.architectures import architecture_reward
-    from alignprop_fast.rewards.registry import parsed_spec
-
-    models = list(options["reward_model"])
-    parsed, given = parsed_spec(options["reward"], models)
-    if options["model"] == "demo" and "clip" in dict(parsed) and "clip" not in given:
-        models.append(f"clip={clip_path()}")
-    reward = architecture_reward(options["reward"], dtype, models, allow_pickle=options["allow_pickle"])
     images_BCHW = torch.zeros(1, 3, 256, 256, device="meta", requires_grad=True)
     try:
-        scores_B, _ = reward(images_BCHW, [""], [{}])
+        scores_B, _ = reward(images_BCHW, [row.prompt], [dict(row.metadata)])
         torch.autograd.grad(scores_B.sum(), images_BCHW)
     except Exception as error:  # the user's own code may raise anything
         raise ValueError(
-            f"the reward {options['reward']!r} does not run without data ({str(error).partition(chr(10))[0]}): "
+            f"the reward {name!r} does not run without data ({str(error).partition(chr(10))[0]}): "
             "use --measure, or plan with a reward of this package that is as large"
         ) from error
-    return reward
 
 
-def _measurable(options: Mapping[str, Any], device: str) -> DifferentiableSampler:
-    """The sampler with its weights on the device, with adapters."""
-    from alignprop_fast.cli.pipeline import open_pipeline, open_reward
-    from alignprop_fast.models.architectures import NAMES
-    from alignprop_fast.models.lora.adapters import add_lora
-    from alignprop_fast.models.lora.targets import denoiser
+def _tables(
+    console: Console, sampler: DifferentiableSampler, batch: int, negative_prompt: str | None, gpu: Gpu | None
+) -> dict[int, CostTable]:
+    """The tables of two batch sizes, or of `batch` alone where the device lacks the memory for the other one."""
+    from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 
-    if options["model"] in NAMES:
-        raise ValueError(f"{options['model']} is an architecture without weights: give --measure a folder or a Hub id")
-    pipe = open_pipeline(
-        *(options["model"], device, options["mixed_precision"], options["scheduler"], None, options["allow_pickle"]),
-        place=False,
-    )
-    add_lora(pipe, options["lora_rank"], options["lora_rank"], options["lora_targets"])
-    _change_dtypes(pipe, options, device)
-    # Last what may not have to lie there at all, as in training.
-    placed = [denoiser(pipe), pipe.vae] if options["cache_text"] else [pipe]
-    for part in placed:
-        part.to(device)
-    reward = open_reward(options["reward"], pipe, options["reward_model"], options["allow_pickle"])
-    return _sampler(pipe, reward, options)
-
-
-def _change_dtypes(pipe: Any, options: Mapping[str, Any], device: str) -> None:
-    """The frozen linear layers and the adapters as --base-dtype and --adapter-dtype have them; packed on the device."""
-    import torch
-
-    from alignprop_fast.models.lean.quantization import quantize_linears
-    from alignprop_fast.models.lora.targets import denoiser
-
-    model = denoiser(pipe)
-    if options["base_dtype"] != "auto":
-        quantize_linears(model, options["base_dtype"], torch.device(device), model.dtype)
-    for parameter in model.parameters():
-        if parameter.requires_grad and options["adapter_dtype"] == "bf16":
-            parameter.data = parameter.data.to(torch.bfloat16)
-            parameter.grad_dtype = torch.float32  # as the trainer sums them
-
-
-def _sampler(pipe: Any, reward: Any, options: Mapping[str, Any]) -> DifferentiableSampler:
-    from alignprop_fast.generate.sampler import DifferentiableSampler
-    from alignprop_fast.models.lora.targets import denoiser
-    from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
-
-    trained = [parameter for parameter in denoiser(pipe).parameters() if parameter.requires_grad]
-    return DifferentiableSampler(
-        pipe,
-        options["num_inference_steps"],
-        options["guidance_scale"],
-        true_cfg_scale=options["true_cfg_scale"],
-        memory_budget=options["memory_budget"] if pipe.device.type == "cuda" else None,
-        host_memory=options["host_memory"],
-        cache_text=options["cache_text"],
-        compare_with_base=options["kl_weight"] > 0,
-        height=options["height"] or options["resolution"],
-        width=options["width"] or options["resolution"],
-        reward=reward,
-        reward_bytes=reward.weight_bytes(),
-        optimizer_bytes=optimizer_bytes(options["optimizer"], [p.shape for p in trained], merges(options["optimizer"])),
-    )
+    how = "measuring" if gpu is None else "counting the operators of"
+    tables: dict[int, CostTable] = {}
+    for size in (batch, 2 if batch == 1 else 1):
+        with console.status(f"{how} a training step at batch size {size}; a large model takes a minute, once"):
+            table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, negative_prompt))
+        if not isinstance(table, OutOfMemory):
+            tables[size] = table
+        elif size == batch:
+            raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
+    return tables

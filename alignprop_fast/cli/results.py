@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.cli.options import TrainOptions
 from alignprop_fast.report.pictures import Pictures
+from alignprop_fast.training.declaration import Command, values
+from alignprop_fast.training.options import TrainOptions
 
+AVERAGED = "ema"  # the folder of the averaged adapters, in that of the run
 _NOT_FOR_OTHERS = ("output_dir", "device", "save_every", "sample_every", "log_with")
 
 
@@ -35,7 +36,7 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
         title=f"{shareable(options.model)} aligned to {options.reward}",
         comment=f"AlignProp (alignprop_fast): {steps} steps on the reward {options.reward}",
         prompts=prompts,
-        options={**asdict(options), "steps": steps},
+        options={**values(options, Command.TRAIN), "steps": steps},
     )
     save_kohya_lora(pipe, folder, {**own, **kohya})
 
@@ -49,21 +50,28 @@ def check_adapters(pipe: Any) -> None:
 
 
 def write_card(
-    folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int, before: Pictures, after: Pictures
+    folder: Path,
+    options: TrainOptions,
+    prompts: Sequence[str],
+    steps: int,
+    before: Pictures,
+    after: Pictures,
+    averaged: bool,
 ) -> None:
-    """README.md in the form the Hub reads."""
+    """README.md in the form the Hub reads. averaged: the later pictures are of the adapters in `AVERAGED`."""
     from alignprop_fast.models.lora.kohya_file import KOHYA_NAME
     from alignprop_fast.report.model_card import Result, write_model_card
 
     scores = {"reward": (before.mean_reward, after.mean_reward)}
     if len(after.mean_parts) > 1:
         scores |= {name: (before.mean_parts[name], after.mean_parts[name]) for name in after.mean_parts}
-    shown = {name: shareable(value) for name, value in asdict(options).items() if name not in _NOT_FOR_OTHERS}
-    is_hub_id = not Path(options.model).exists() and options.model != "demo"
+    shown = {
+        name: shareable(value) for name, value in values(options, Command.TRAIN).items() if name not in _NOT_FOR_OTHERS
+    }
     write_model_card(
         folder,
         name=folder.name,
-        base_model=options.model if is_hub_id else None,
+        base_model=options.model,
         dataset_name=None,
         tags={"alignprop", "reward-backpropagation", "lora", "text-to-image"},
         lora=True,
@@ -76,6 +84,7 @@ def write_card(
             tuple(prompts),
             "before_after.png",
             KOHYA_NAME,
+            AVERAGED if averaged else "",
         ),
     )
 

@@ -3,60 +3,36 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from alignprop_fast.cli import options as o
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import DEFAULTS
-from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline
+from alignprop_fast.cli.options import command_line
+from alignprop_fast.cli.pipeline import START_ANEW, PictureProgress, open_pipeline, open_sampler
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import pick_device, quiet_libraries, run_errors, setup_errors
-
-Lora = Annotated[
-    str | None,
-    typer.Option(help="Output folder of train: draw with its adapters.", rich_help_panel="Model", show_default="none"),
-]
-Prompt = Annotated[
-    list[str] | None,
-    typer.Option(help="A prompt; may be given several times, in place of --prompts.", rich_help_panel="Prompts"),
-]
-PromptSet = Annotated[str, typer.Option(help=o.PROMPTS_HELP, rich_help_panel="Prompts")]
-PerPrompt = Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel="Prompts", min=1)]
-FirstSeed = Annotated[
-    int,
-    typer.Option(
-        help="Picture i has seed + i, whatever the batch size.", rich_help_panel="Sampling", min=0, max=2**32 - 1
-    ),
-]
+from alignprop_fast.training.declaration import Command, Panel, option
+from alignprop_fast.training.options import PictureOptions
 
 
-def sample(
-    ctx: typer.Context,
-    model: o.Model = DEFAULTS.model,
-    model_config: o.ModelConfig = DEFAULTS.model_config,
-    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
-    lora: Lora = None,
-    prompt: Prompt = None,
-    prompts: PromptSet = DEFAULTS.prompts,
-    images_per_prompt: PerPrompt = 1,
-    negative_prompt: o.NegativePrompt = None,
-    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
-    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
-    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
-    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
-    eta: o.Eta = DEFAULTS.eta,
-    height: o.Height = None,
-    width: o.Width = None,
-    seed: FirstSeed = DEFAULTS.seed,
-    batch_size: o.BatchSize = DEFAULTS.batch_size,
-    mixed_precision: o.MixedPrecision = o.Precision.auto,
-    device: o.Device = DEFAULTS.device,
-    output_dir: o.OutputDir = "alignprop-samples",
-) -> None:
+@dataclass
+class SampleOptions(PictureOptions):
+    """Options of `sample`."""
+
+    lora: str | None = option(
+        None, "Output folder of train: draw with its adapters.", Panel.MODEL, commands=Command.SAMPLE, shown="none"
+    )
+    prompt: tuple[str, ...] = option(
+        (), "A prompt; may be given several times, in place of --prompts.", Panel.PROMPTS, commands=Command.SAMPLE
+    )
+
+
+@command_line(Command.SAMPLE, SampleOptions(output_dir="alignprop-samples"))
+def sample(ctx: typer.Context, options: SampleOptions) -> None:
     """Draw pictures, with or without trained adapters.
 
     Writes one PNG per picture, named by number, prompt and seed, and grid.png with all of them, to --output-dir.
@@ -66,34 +42,26 @@ def sample(
     - `alignprop-fast sample --prompt "a red apple" --images-per-prompt 4 --output-dir apples`
     - `alignprop-fast sample --model path/to/sd15 --lora run --prompts animals --output-dir after`
     """
-    console, taken = make_console(), ctx.with_resource(OutputFolder(output_dir))
+    console, taken = make_console(), ctx.with_resource(OutputFolder(options.output_dir))
     folder = taken.path
     with setup_errors():
         quiet_libraries(console)
         from alignprop_fast.evaluation.evaluate import draw
-        from alignprop_fast.generate.sampler import DifferentiableSampler
         from alignprop_fast.models.lora.load_save import load_lora
         from alignprop_fast.prompts.rows import load_prompts
         from alignprop_fast.report.pictures import Pictures, save_grid, save_image, to_images
 
         taken.check_new()
-        texts = [text for text in (prompt or load_prompts(prompts)) for _ in range(images_per_prompt)]
-        pipe = open_pipeline(model, pick_device(device), mixed_precision, scheduler, model_config, allow_pickle)
-        if lora is not None:
-            load_lora(pipe, Path(lora).expanduser())
-        sampler = DifferentiableSampler(
-            pipe,
-            num_inference_steps,
-            guidance_scale,
-            eta,
-            true_cfg_scale=true_cfg_scale,
-            height=height,
-            width=width,
-        )
-        sampler.say_what_is_cut(texts, negative_prompt)
+        wanted = options.prompt or load_prompts(options.prompts)
+        texts = [text for text in wanted for _ in range(options.images_per_prompt)]
+        pipe = open_pipeline(options, pick_device(options.device))
+        if options.lora is not None:
+            load_lora(pipe, Path(options.lora).expanduser())
+        sampler = open_sampler(options, pipe)
+        sampler.say_what_is_cut(texts, options.negative_prompt)
         # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
-        seeds = range(seed, seed + len(texts))
-        batches = draw(sampler, texts, seeds, batch_size, negative_prompt)
+        seeds = range(options.seed, options.seed + len(texts))
+        batches = draw(sampler, texts, seeds, options.batch_size, options.negative_prompt)
         first = next(batches)
     taken.begin()
     with run_errors(folder, START_ANEW):
@@ -106,8 +74,13 @@ def sample(
                     images.append(image)
                 progress.advance(len(images_BCHW))
         pictures = Pictures(tuple(images), tuple(texts), tuple(seeds))
-        save_grid(folder / "grid.png", pictures, f"{Path(model).name}{f' with {Path(lora).name}' if lora else ''}")
+        save_grid(folder / "grid.png", pictures, _title(options))
     console.print(f"{len(images)} pictures in {folder}, all of them in {folder / 'grid.png'}", soft_wrap=True)
+
+
+def _title(options: SampleOptions) -> str:
+    adapters = f" with {Path(options.lora).name}" if options.lora else ""
+    return f"{Path(options.model).name}{adapters}"
 
 
 def _slug(prompt: str) -> str:

@@ -102,7 +102,7 @@ class Display:
         self._seconds.append(metrics.seconds)
         numbers = (
             f"reward {metrics.reward_mean:.3f}  {metrics.images_per_second:.2f} images/s  "
-            f"peak {metrics.peak_bytes / 2**30:.2f} GiB"
+            f"lr {metrics.learning_rate:.2g}  peak {metrics.peak_bytes / 2**30:.2f} GiB"
         )
         self._bar.update(self._task, completed=metrics.step, numbers=numbers)
         if not self._console.is_terminal and (metrics.step % self._every == 0 or metrics.step == self._steps):

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -228,10 +227,3 @@ def existing_as_absolute(value: str, names: Collection[str] = ()) -> str:
     """
     path = Path(value).expanduser()
     return str(path.resolve()) if path.exists() and value not in names else value
-
-
-def plain(value: Any) -> Any:
-    """An option's value as YAML and JSON take it."""
-    if isinstance(value, list | tuple):
-        return tuple(map(plain, value))
-    return str(value) if isinstance(value, str) else value

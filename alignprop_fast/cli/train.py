@@ -2,77 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from alignprop_fast.cli import options as o
-from alignprop_fast.cli import options_control as c
 from alignprop_fast.cli.folder import OutputFolder
-from alignprop_fast.cli.options import DEFAULTS, TrainOptions
+from alignprop_fast.cli.options import command_line
 from alignprop_fast.cli.screen import make_console
-from alignprop_fast.cli.support import go_on_by, plain, process_count, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.cli.support import go_on_by, process_count, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.training.declaration import Command, Panel, option
+from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.cli.session import Session
     from alignprop_fast.report.pictures import Pictures
 
 
-def train(
-    ctx: typer.Context,
-    model: o.Model = DEFAULTS.model,
-    model_config: o.ModelConfig = DEFAULTS.model_config,
-    lora_rank: o.LoraRank = DEFAULTS.lora_rank,
-    lora_alpha: o.LoraAlpha = DEFAULTS.lora_alpha,
-    lora_targets: o.LoraTargetsChoice = o.LoraTargets.attention,
-    base_dtype: o.BasePrecision = o.BaseDtype.auto,
-    adapter_dtype: o.AdapterPrecision = o.AdapterDtype.fp32,
-    reward: o.Reward = DEFAULTS.reward,
-    reward_model: o.RewardModel = [],  # noqa: B006  # typer wants a list, and copies it
-    allow_pickle: o.AllowPickle = DEFAULTS.allow_pickle,
-    normalise_rewards: o.NormaliseRewards = DEFAULTS.normalise_rewards,
-    prompts: o.Prompts = DEFAULTS.prompts,
-    negative_prompt: o.NegativePrompt = DEFAULTS.negative_prompt,
-    num_inference_steps: o.InferenceSteps = DEFAULTS.num_inference_steps,
-    guidance_scale: o.GuidanceScale = DEFAULTS.guidance_scale,
-    true_cfg_scale: o.TrueCfgScale = DEFAULTS.true_cfg_scale,
-    scheduler: o.SchedulerChoice = o.SchedulerName.auto,
-    eta: o.Eta = DEFAULTS.eta,
-    height: o.Height = DEFAULTS.height,
-    width: o.Width = DEFAULTS.width,
-    steps: o.Steps = DEFAULTS.steps,
-    batch_size: o.BatchSize = DEFAULTS.batch_size,
-    gradient_accumulation_steps: o.Accumulation = DEFAULTS.gradient_accumulation_steps,
-    learning_rate: o.LearningRate = DEFAULTS.learning_rate,
-    optimizer: o.OptimizerChoice = o.OptimizerName.adamw,
-    truncation: o.Truncation = DEFAULTS.truncation,
-    kl_weight: c.KlWeight = DEFAULTS.kl_weight,
-    watch_reward: c.WatchReward = DEFAULTS.watch_reward,
-    watch_reward_model: c.WatchRewardModel = [],  # noqa: B006
-    watch_prompts: c.WatchPrompts = DEFAULTS.watch_prompts,
-    watch_pictures: c.WatchPictures = DEFAULTS.watch_pictures,
-    diversity_model: c.DiversityModel = DEFAULTS.diversity_model,
-    patience: c.Patience = DEFAULTS.patience,
-    max_drop: c.MaxDrop = DEFAULTS.max_drop,
-    seed: o.Seed = DEFAULTS.seed,
-    mixed_precision: o.MixedPrecision = o.Precision.auto,
-    memory_budget: o.MemoryBudget = DEFAULTS.memory_budget,
-    host_memory: o.HostMemory = DEFAULTS.host_memory,
-    cache_text: o.CacheText = DEFAULTS.cache_text,
-    deterministic: o.Deterministic = DEFAULTS.deterministic,
-    device: o.Device = DEFAULTS.device,
-    output_dir: o.OutputDir = DEFAULTS.output_dir,
-    save_every: o.SaveEvery = DEFAULTS.save_every,
-    sample_every: o.SampleEvery = DEFAULTS.sample_every,
-    log_with: o.LogWith = None,
-    resume: o.Resume = False,
-    resume_from: o.ResumeFrom = None,
-    config: o.Config = None,
-) -> None:
+@dataclass
+class TrainCall(TrainOptions):
+    """What `train` takes beside the run that it is to make: where options and adapters come from."""
+
+    resume: bool = option(
+        False, "Go on from the newest checkpoint in --output-dir, with that run's options.", Panel.OUTPUT
+    )
+    resume_from: str | None = option(
+        None, "Go on from this checkpoint folder instead, for example if the newest is damaged.", Panel.OUTPUT
+    )
+    config: str | None = option(
+        None, "YAML file of options, 'batch_size: 4' a line, read as on the command line, which beats it.", Panel.OUTPUT
+    )
+
+    def run(self) -> TrainOptions:
+        return TrainOptions(**{each.name: getattr(self, each.name) for each in fields(TrainOptions)})
+
+
+@command_line(Command.TRAIN, TrainCall())
+def train(ctx: typer.Context, options: TrainCall) -> None:
     """Fine-tune LoRA adapters by the gradient of a reward.
 
     Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
@@ -87,23 +56,24 @@ def train(
     - `alignprop-fast train --resume --output-dir colourful`
     - `accelerate launch --num-processes 4 -m alignprop_fast train --model path/to/sd15 --prompts animals` (four GPUs)
     """
-    chosen: dict[str, Any] = {field.name: plain(ctx.params[field.name]) for field in fields(TrainOptions)}
-    console, folder = make_console(), ctx.with_resource(OutputFolder(output_dir, several=True))
+    console, folder = make_console(), ctx.with_resource(OutputFolder(options.output_dir, several=True))
     with setup_errors():
         if process_count() == 1:  # several are to meet first, and then say it once
             folder.check()
         quiet_libraries(console)
-        from alignprop_fast.cli.session import Session
+        from alignprop_fast.cli.set_up import Start, set_up
 
-        session = Session(TrainOptions(**chosen), console, folder, resume=resume, resume_from=resume_from)
+        session = set_up(options.run(), console, folder, Start(options.resume, options.resume_from))
     start = session.trainer.steps_done
     what = f"{session.options.model} on {session.options.reward}"
-    console.print(f"training {what}, step {start} of {steps}", soft_wrap=True)
+    console.print(f"training {what}, step {start} of {options.steps}", soft_wrap=True)
     _print_plan(console, session)
     with run_errors(session.folder, go_on_by(session.folder)):
         session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
+        if options.ema_decay:
+            console.print(f"average:  {session.folder / 'averaged'}, which drew the pictures", soft_wrap=True)
         _print_peak(console, session)
 
 

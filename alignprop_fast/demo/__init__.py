@@ -1,4 +1,4 @@
-"""The bundled demo: a small text-to-image model, CLIP and a counter for the same pictures, prompts, examples."""
+"""The bundled demo: a small text-to-image model, CLIP and a counter for its pictures, prompts, examples."""
 
 from pathlib import Path
 

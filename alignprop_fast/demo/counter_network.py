@@ -30,7 +30,7 @@ class _Residual(nn.Module):
 
 
 class Counter(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits [B, classes, 8, 8]; the count of a class is their sigmoids' sum."""
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits [B, classes, 8, 8]. A class's count is the sum of their sigmoids."""
 
     def __init__(self, classes: tuple[str, ...] = CLASSES, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class Counter(nn.Module):
         layers += [_Residual(widths[-1]), nn.GroupNorm(_GROUPS, widths[-1]), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Conv2d(widths[-1], len(self.classes), 1)
-        nn.init.constant_(self.head.bias, -5.0)  # type: ignore[arg-type]  # most cells hold nothing
+        nn.init.constant_(self.head.bias, -5.0)  # type: ignore[arg-type]  # most cells are empty
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         return self.head(self.trunk(pixels_BCHW))
 
     def save(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors (fp16) to `folder`."""
+        """Write config.json and model.safetensors (fp16) to `folder`."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Draws the picture grid of the README with the bundled model and the plain diffusers pipeline.
 
-python -m alignprop_fast.demo.grid --output docs/demo_grid.png
+python -m alignprop_fast.demo.grid --output docs/pictures/demo_grid.png
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What the demo model can draw: things, colours, counts and backgrounds, and how they are said in a caption."""
+"""What the demo model can draw (things, colours, counts, backgrounds), and the words for it in a caption."""
 
 from dataclasses import dataclass
 
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
-# Plain backgrounds by name, as RGB. White is the default and goes without saying.
+# Plain backgrounds by name, as RGB. White is the default, which captions do not name.
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "blue": (70, 130, 225),
@@ -17,13 +17,13 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawable thing. `colour` is "" where it has only one; `codepoint` names its emoji (hexadecimal)."""
+    """One drawable thing. `colour` is "" if it has only one; `codepoint` names its emoji (hexadecimal)."""
 
     noun: str
     plural: str
     colour: str
     codepoint: str
-    default_colour: bool = True  # the noun alone, without a colour word, means this one
+    default_colour: bool = True  # without a colour word, the noun means this one
 
 
 THINGS = (
@@ -62,7 +62,7 @@ def noun_phrase(thing: Thing, count: int, name_colour: bool) -> str:
 
 
 def all_words() -> list[str]:
-    """Every word that a caption can hold: the corpus of the tokenizer."""
+    """Every word that a caption can contain: the corpus of the tokenizer."""
     words = {"a", "an", "and", "on", "background", *COUNT_WORDS.values(), *BACKGROUNDS}
     for thing in THINGS:
         words.update(word for word in (thing.noun, thing.plural, thing.colour) if word)

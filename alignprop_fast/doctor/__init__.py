@@ -1,15 +1,15 @@
-"""Examines the device at hand: what is there, how fast it is, and whether every op and kernel computes what it should.
+"""Examines a device: what it has, how fast it is, and whether every op and kernel computes correct results.
 
-report.py       what an examination found, as data and as JSON
-examine.py      the sections of an examination, each in its own try
+report.py       the result of an examination, as data and as JSON
+examine.py      the sections of an examination; a section that fails does not end the others
 facts.py        versions, driver, compilers, memory
 ceilings.py     measured rates: matrix product, copy, host link
-checking.py     one implementation against its reference: errors, finite, the same bits twice
+checking.py     one implementation against its reference: error, finite numbers, the same bits twice
 op_cases.py     the ops, each at a real and a ragged shape
-attention.py    every forward with every backward pass of attention's backends
-speeds.py       which implementation is fastest, and by how much
-remedies.py     what to install or do for a reason
-first_time.py   the short examination before the first training step on a GPU, in a process of its own
+attention.py    every forward pass with every backward pass of attention's backends
+speeds.py       the fastest implementations, and their lead
+remedies.py     what to install or do when something is switched off
+first_time.py   the short examination before the first training step on a GPU, in its own process
 """
 
 from alignprop_fast.doctor.examine import examine

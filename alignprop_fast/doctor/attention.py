@@ -1,10 +1,10 @@
-"""Attention: every forward with every backward pass of the implementations that there are on a device.
+"""Checks attention: every forward pass with every backward pass of the implementations on a device.
 
-Each gets what it would get in training: q, k and v as the projections leave them, heads inside; the gradient in that
-layout and in the one of a contiguous [B, H, M, D]. In one case all logits are near -100, whose exponentials underflow
-where a kernel forgets to subtract their maximum: random numbers cannot show that. There a hundredth of the largest
-number is accepted as well: fp32 knows such a logit to 4e-6, and who makes probabilities again from the logsumexp, as
-all do, has that error in each, where the plain expression has none.
+Inputs are like those in training: q, k and v in the layout of the projections, [B, N, H, D] in memory; the gradient in
+that layout and as a contiguous [B, H, M, D]. In one case all logits are near -100. Their exponentials underflow if a
+kernel does not subtract the maximum, which random numbers do not reveal. In this case an error of a hundredth of the
+largest number is accepted too. The reason: fp32 resolves such a logit to 4e-6, and all kernels compute probabilities
+again from the logsumexp, so each probability has that error. The plain expression does not have it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,8 +37,8 @@ class Sizes:
         return f"B{self.b} H{self.h} M{self.m} N{self.n} D{self.d}{' logits near -100' if self.low else ''}"
 
 
-# Text; SD 1.5 at 768 x 768; SDXL's and SD3's image tokens, the latter with the text beside them. One head of the long
-# ones, whose reference has all probabilities in float64.
+# Text; SD 1.5 at 768 x 768; SDXL's image tokens; SD3's image tokens with its text tokens. Long sequences have one head,
+# because the reference holds all probabilities in float64.
 LARGE = (
     Sizes(2, 10, 4096, 77, 64),
     Sizes(2, 8, 576, 576, 80),
@@ -58,7 +58,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class _Problem:
-    """Inputs of one case, and what is right: by the formula in float64 and in the dtype."""
+    """Inputs of one case, and the reference results in float64 and in the dtype."""
 
     qkv: tuple[Tensor, Tensor, Tensor]
     gs: dict[str, Tensor]
@@ -71,10 +71,10 @@ class _Problem:
 
 
 def check_attention(draw: Draw, all_sizes: Sequence[Sizes]) -> Iterator[Check]:
-    """A row for each forward pass and for each pair, at each of the sizes. What is wrong is switched off.
+    """A row for each forward pass and for each pair, at each size. Implementations that are wrong are switched off.
 
     Raises:
-        DeviceLost: the device answers no more.
+        DeviceLost: the device no longer responds.
     """
     with _strictly():
         for sizes in all_sizes:
@@ -83,7 +83,7 @@ def check_attention(draw: Draw, all_sizes: Sequence[Sizes]) -> Iterator[Check]:
 
 @contextmanager
 def _strictly() -> Iterator[None]:
-    """Flash and memory-efficient attention are deterministic only where torch's flag does not merely warn."""
+    """Flash and memory-efficient attention are deterministic only if torch's flag is not set to warn only."""
     on, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(on)
     try:
@@ -96,7 +96,7 @@ def _check_sizes(draw: Draw, sizes: Sizes) -> Iterator[Check]:
     row = Check("attention", "plain PyTorch", str(sizes), dtype_name(draw.dtype))
     try:
         problem = _problem(draw, sizes)
-    except Exception as error:  # too large for this device, as a rule
+    except Exception as error:  # usually too large for this device
         yield failed(row, error, draw.device, None)
         return
     for forward in attention_backends.offered("forward", *problem.qkv[:2]):
@@ -111,7 +111,7 @@ def _check_sizes(draw: Draw, sizes: Sizes) -> Iterator[Check]:
 
 
 def without_those_that_never_run(rows: Sequence[Check]) -> list[Check]:
-    """The rows, after what raised in every case was switched off. (Some are made for some dtypes and shapes alone.)"""
+    """The rows. Implementations that raised in every case are switched off; raising in some cases is allowed."""
     served = {_name(row) for row in rows if row.fault is None and row.note is None}
     result = []
     for row in rows:
@@ -122,7 +122,7 @@ def without_those_that_never_run(rows: Sequence[Check]) -> list[Check]:
 
 
 def _name(row: Check) -> str | None:
-    """What the row's pass is switched off by; None for plain PyTorch, which takes the place of all others."""
+    """The name that switches the row's pass off; None for plain PyTorch, which replaces all others."""
     forward, pair, backward = row.implementation.partition(" > ")
     name, direction = (backward, "backward") if pair else (forward, "forward")
     return None if name == attention_backends.PLAIN.name else f"attention.{name}.{direction}"
@@ -131,7 +131,7 @@ def _name(row: Check) -> str | None:
 def _problem(draw: Draw, sizes: Sizes) -> _Problem:
     b, h, d, scale = sizes.b, sizes.h, sizes.d, sizes.d**-0.5
     q, k, v, g = (draw(b, rows, h, d) for rows in (sizes.m, sizes.n, sizes.n, sizes.m))
-    if sizes.low:  # q and k along one direction, against each other, with a logit's width of noise
+    if sizes.low:  # q and k point in opposite directions, with noise of one logit
         along = (100 / scale / d) ** 0.5
         q, k = q * 0.1 + along, k * 0.1 - along
     q, k, v, g = (t.transpose(1, 2) for t in (q, k, v, g))
@@ -144,7 +144,7 @@ def _problem(draw: Draw, sizes: Sizes) -> _Problem:
 def formula(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> tuple[list[Tensor], Tensor]:
     """([o, dq, dk, dv], logsumexp) by plain operators, in the dtype of q.
 
-    `attention_reference` would call, on a GPU, one of the kernels that are examined.
+    `attention_reference` is no use here: on a GPU it calls one of the kernels under examination.
     """
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
@@ -155,7 +155,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> tuple[l
 
 
 def _forward(row: Check, backend: Backend, problem: _Problem) -> tuple[tuple[Tensor, Tensor] | None, Check]:
-    """((o, logsumexp), row), the former None where they are not right."""
+    """((o, logsumexp), row); the former is None if the results are wrong."""
     try:
         (o, lse), (o2, lse2) = (backend.forward(*problem.qkv, problem.scale) for _ in range(2))
         plain, exact = [problem.plain[0], problem.plain_lse.float()], [problem.exact[0], problem.exact_lse]
@@ -176,6 +176,6 @@ def _backward(row: Check, backend: Backend, problem: _Problem, g: Tensor, output
 
 
 def _refused(row: Check, error: Exception, problem: _Problem) -> Check:
-    """A library that raises may not be made for this case, as flash is not for fp32."""
+    """The note for a library that raises, because it may not support this case, as flash does not support fp32."""
     row = failed(row, error, problem.qkv[0].device, _name(row))
     return row if row.fault is None else replace(row, fault=None, note=f"{_REFUSED}{row.fault}")

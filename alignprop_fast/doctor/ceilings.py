@@ -1,4 +1,4 @@
-"""Measured rates that nothing on the device can beat: matrix product, copy, host link. Each takes under a second."""
+"""Measures rates that no kernel can beat: matrix product, copy, host link. Each takes under a second."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,11 +9,11 @@ from alignprop_fast.doctor.checking import dtype_name
 from alignprop_fast.doctor.report import Fact
 from alignprop_fast.runtime import Stopwatch, link_rate
 
-MOST_SECONDS = 0.3  # for one rate, beside the first call
+MOST_SECONDS = 0.3  # for one rate, without the first call
 
 
 def ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator[Fact]:
-    """FLOP/s of a square product in each dtype, bytes/s of a copy (read and written) and of the host link."""
+    """FLOP/s of a square product in each dtype, bytes/s of a copy (read plus written) and of the host link."""
     for dtype in dtypes:
         rate = product_rate(device, dtype)
         yield Fact("ceilings", f"matrix product {dtype_name(dtype)}", f"{rate / 1e12:.3g} TFLOP/s", rate)
@@ -38,7 +38,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of a call, after one that warms up; takes about `MOST_SECONDS`."""
+    """Mean seconds of a call, after a first call to warm up; takes about `MOST_SECONDS`."""
     call()
     first = _timed(call, device, 1)
     return _timed(call, device, min(20, max(1, int(MOST_SECONDS / max(first, 1e-6)))))

@@ -1,7 +1,7 @@
-"""One implementation against its reference: errors of outputs and gradients, finite numbers, the same bits twice.
+"""Checks one implementation against its reference: errors of outputs and gradients, finite numbers, same bits twice.
 
-Accepted is, for each result, twice the error of the plain expression in the same dtype plus 1e-6, both measured against
-that expression in float64.
+For each result the accepted error is twice that of the plain expression in the same dtype, plus 1e-6. Both errors are
+measured against that expression in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Implementation = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 class DeviceLost(RuntimeError):
-    """The device answers no more: a kernel broke its context, for this process for good."""
+    """The device no longer responds: a kernel broke its context, and this process cannot repair it."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Case:
     """One op at one shape.
 
     inputs: the first `learning` get gradients. outputs: how many results are outputs.
-    run: the implementation; reference: the plain expression, which is called with the inputs in float64 as well.
-    off: the name that `implementation` is switched off by, None where nothing would take its place.
-    coarse: accept an error of this share of the largest number as well, where `reference` is no yardstick for rounding.
+    run: the implementation; reference: the plain expression, which also runs on the inputs in float64.
+    off: the name that switches `implementation` off; None if nothing could replace it.
+    coarse: also accept an error of this share of the largest number, if `reference` does not measure rounding.
     """
 
     op: str
@@ -47,7 +47,7 @@ class Case:
 
 
 class Draw:
-    """Normal numbers that are the same on every device, from a generator of its own."""
+    """Normal numbers that are the same on every device, from a separate generator."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
@@ -58,7 +58,7 @@ class Draw:
 
 
 def autograd_of(fn: Callable[..., Any], learning: int) -> Implementation:
-    """A function of tensors with its own backward pass as an implementation."""
+    """An implementation from a function of tensors with its own backward pass."""
     return partial(_by_autograd, fn, learning)
 
 
@@ -77,10 +77,10 @@ def as_list(results: Any) -> list[Tensor]:
 
 
 def check(case: Case) -> Check:
-    """Run the case; what is wrong is switched off.
+    """Run the case; an implementation that is wrong is switched off.
 
     Raises:
-        DeviceLost: the device answers no more.
+        DeviceLost: the device no longer responds.
     """
     row = Check(case.op, case.implementation, case.name, dtype_name(case.dtype))
     device, reference = case.inputs[0].device, autograd_of(case.reference, case.learning)
@@ -91,24 +91,24 @@ def check(case: Case) -> Check:
         gs = [draw(*y.shape).to(y.dtype) for y in outputs]
         plain = reference(case.inputs, gs)
         exact = reference([x.double() for x in case.inputs], [g.double() for g in gs])
-    except Exception as error:  # nobody's fault but PyTorch's, which nothing replaces
+    except Exception as error:  # PyTorch itself fails, and nothing can replace it
         return failed(replace(row, implementation="plain PyTorch"), error, device, None)
     try:
         ours, again = (case.run(case.inputs, gs) for _ in range(2))
         row = compared(row, ours, plain, exact, again, len(outputs), case.coarse)
-    except Exception as error:  # whatever a kernel, a compiler or a library raises is what we are here to see
+    except Exception as error:  # finding what kernels, compilers and libraries raise is the purpose here
         row = failed(row, error, device, case.off)
     return settled(row, case.off)
 
 
 def failed(row: Check, error: Exception, device: torch.device, off: str | None) -> Check:
-    """What an exception says of the implementation.
+    """The row after an exception.
 
     Raises:
-        DeviceLost: the device answers no more; what did that is switched off by the name `off`.
+        DeviceLost: the device no longer responds; `off` is switched off.
     """
     if not answers(device):
-        lost = f"the GPU answers no more after {row.op} ({row.implementation}, {row.case}, {row.dtype}): {_line(error)}"
+        lost = f"the GPU is lost after {row.op} ({row.implementation}, {row.case}, {row.dtype}): {_line(error)}"
         if off is not None:
             switched_off.switch_off(off, lost)
         raise DeviceLost(lost) from error
@@ -118,7 +118,7 @@ def failed(row: Check, error: Exception, device: torch.device, off: str | None) 
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device still computes: one illegal access of a kernel, and a CUDA context never does again."""
+    """Whether the device still computes; after one illegal access of a kernel, a CUDA context never does."""
     try:
         return torch.ones(1, device=device).add_(1).item() == 2
     except Exception as error:
@@ -130,11 +130,11 @@ def _line(error: Exception) -> str:
 
 
 def settled(row: Check, off: str | None) -> Check:
-    """The row, after its implementation was switched off if it is wrong, or was so while it ran."""
+    """The row. Its implementation is switched off if it is wrong, or noted as off if it was switched off meanwhile."""
     if row.fault is not None and off is not None:
         switched_off.switch_off(off, f"{row.case} {row.dtype}: {row.fault}")
     if row.fault is None and row.deterministic is False and torch.are_deterministic_algorithms_enabled() and off:
-        row = replace(row, fault="two runs differ, and deterministic algorithms are asked for")
+        row = replace(row, fault="two runs differ, but deterministic algorithms are required")
         switched_off.switch_off(off, f"{row.case} {row.dtype}: {row.fault}")
     why = None if off is None else switched_off.reason(off)
     return row if why is None else replace(row, fault=row.fault or why, off=off)
@@ -149,18 +149,18 @@ def compared(
     outputs: int,
     coarse: float = 0.0,
 ) -> Check:
-    """The row with errors, and with the fault where there is one; waits for the device. coarse: see `Case`."""
+    """The row with its errors and its fault, if any; waits for the device. coarse: see `Case`."""
     same = None if again is None else all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     worst = (-1.0, 0.0)
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         where = f"output {i}" if i < outputs else f"gradient {i - outputs}"
         if (a.shape, a.dtype) != (b.shape, b.dtype):
-            return replace(row, fault=f"{where} is {_kind(a)} in place of {_kind(b)}")
+            return replace(row, fault=f"{where} is {_kind(a)} instead of {_kind(b)}")
         if not torch.isfinite(a).all():
             return replace(row, fault=f"NaN or infinity in {where}")
         error, allowed = (float((t.double() - c).abs().max()) for t in (a, b))
         bound = max(2 * allowed + 1e-6, coarse * float(c.abs().max()))
-        if not error <= bound:  # a bound that is not a number accepts nothing
+        if not error <= bound:  # also true if the bound is NaN
             row = replace(row, fault=f"error {error:.2g} in {where}, accepted is {bound:.2g}")
         worst = max(worst, (error / bound, error))
     return replace(row, error=worst[1], error_over_bound=worst[0], deterministic=same)

@@ -1,4 +1,4 @@
-"""The sections of an examination, one after the other, each in its own try."""
+"""Runs the sections of an examination one after the other; a section that fails does not end the others."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,8 @@ from alignprop_fast.doctor.remedies import remedy
 from alignprop_fast.doctor.report import Check, Fact, Report
 from alignprop_fast.ops import extension, switched_off
 
-# FLOP/s in bf16 from which shapes of SDXL take moments: any GPU, but not one that a CPU emulates.
+# With at least this many FLOP/s in bf16, SDXL's shapes take moments. Every GPU reaches it, a CPU that emulates one does
+# not.
 FAST = 1e12
 
 
@@ -23,13 +24,15 @@ def examine(
     dtypes: Sequence[torch.dtype] | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Examine the device; what fails is switched off in this process (`ops.switched_off`). Raises nothing.
+    """Examine the device. Implementations that fail are switched off in this process (`ops.switched_off`).
+
+    Raises nothing.
 
     Args:
         device: a CUDA device or the CPU.
-        quick: the kernels alone, under ten seconds beside compiling; else everything.
-        dtypes: to check in; None: bf16 when quick, else bf16, fp32 and, on a GPU, fp16.
-        tell: is given the name of what comes next.
+        quick: only the kernels, under ten seconds without compiling; else everything.
+        dtypes: to check in. None: bf16 when quick, else bf16, fp32 and, on a GPU, fp16.
+        tell: called with the name of each part before it starts.
     """
     if dtypes is None:
         more = [] if quick else [torch.float32, *([torch.float16] if device.type == "cuda" else [])]
@@ -52,7 +55,7 @@ class _Examination:
             sections += [self._plain, self._speeds]
         threads = torch.get_num_threads()
         for section in sections:
-            # On tensors this small a second thread costs time, on a busy machine a great deal of it.
+            # On such small tensors a second thread costs time, and much time on a busy machine.
             torch.set_num_threads(threads if section in (self._device, self._ceilings) else 1)
             self._guarded(section)
         torch.set_num_threads(threads)
@@ -61,7 +64,7 @@ class _Examination:
         return self.report
 
     def _guarded(self, section: Callable[[], None]) -> None:
-        """Run a section; what it raises becomes a row."""
+        """Run a section; an exception becomes a row."""
         name = section.__name__.strip("_").replace("_", " ")
         if self.report.lost and section != self._what_is_off:
             return
@@ -82,11 +85,11 @@ class _Examination:
             self.report.facts.append(unusable)
 
     def _device(self) -> None:
-        """Whether the device computes at all comes first: nothing else is worth asking then."""
+        """Check first whether the device computes at all; if not, other checks are pointless."""
         if self.device.type == "cuda":
             try:
                 right = torch.ones(64, device=self.device).add_(1).sum().item() == 128
-                said = "one and one are not two on it"
+                said = "it computes that one and one are not two"
             except Exception as error:
                 right, said = False, str(error).partition("\n")[0][:160]
             if not right:

@@ -1,4 +1,4 @@
-"""What is there: versions, driver, compilers, the device and its memory."""
+"""Facts about the machine: versions, driver, compilers, the device and its memory."""
 
 import os
 import platform
@@ -19,16 +19,16 @@ from alignprop_fast.version import __version__
 
 GIB = 2**30
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate")
-# What is worth having on a GPU, and what it is for.
+# Packages that help on a GPU, and their use.
 OPTIONAL = {
     "triton": "the package's fused kernels",
     "bitsandbytes": "8-bit optimizers and base models",
-    "xformers": "nothing but benchmarks compare with it",
+    "xformers": "comparison in benchmarks only",
 }
 
 
 def software(device: torch.device) -> Iterator[Fact]:
-    """Versions and compilers; a remedy where something that `device` wants is missing."""
+    """Versions and compilers, with a remedy if something that `device` uses is missing."""
     gpu = device.type == "cuda"
     yield _software("alignprop-fast", __version__)
     yield _software("Python", f"{platform.python_version()}, {platform.platform()}")
@@ -73,12 +73,12 @@ def memory_of(device: torch.device) -> Iterator[Fact]:
 
 
 def unusable_gpu() -> Fact | None:
-    """A GPU that this machine has and torch cannot use; None where there is none, or where it can."""
+    """A GPU of this machine that torch cannot use; None if there is no GPU or torch can use it."""
     if torch.cuda.is_available() or not (_driver() or Path("/dev/nvidiactl").exists()):
         return None
     if torch.version.cuda is None:
         return Fact(
-            *("device", "CUDA", f"there is an NVIDIA GPU, and this torch ({torch.__version__}) is built without CUDA"),
+            *("device", "CUDA", f"there is an NVIDIA GPU, but this torch ({torch.__version__}) is built without CUDA"),
             wrong=True,
             remedy="install torch for CUDA: see pytorch.org, or --device cpu",
         )
@@ -122,7 +122,7 @@ def _nvcc() -> str | None:
 
 
 def _driver() -> str | None:
-    """The driver's version, by its own tool or the kernel's file."""
+    """The driver's version, from its tool or the kernel's file."""
     tool = shutil.which("nvidia-smi")
     said = "" if tool is None else _said(tool, "--query-gpu=driver_version", "--format=csv,noheader").strip()
     if said and "\n" not in said.partition("\n")[0] and said[0].isdigit():
@@ -143,7 +143,7 @@ def _cuda_error() -> str:
 
 
 def _said(*command: str) -> str:
-    """What a command printed; nothing where it fails or takes long."""
+    """The output of a command; empty if it fails or takes too long."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,7 @@
 """The short examination before the first training step on a GPU, once for each GPU and versions of the libraries.
 
-It runs in a process of its own: a kernel that breaks its CUDA context, or ends its process, must not take the training
-along; random numbers and memory of the training stay as they were. Remembered is only that all was right.
+It runs in its own process, so that a kernel that breaks the CUDA context or ends the process does not end the training.
+The training's random numbers and memory are not touched either. Only a result without faults is remembered.
 """
 
 import json
@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 
 from alignprop_fast.ops import extension, switched_off
-from alignprop_fast.ops.choice import cache_folder, device_name
+from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.version import __version__
 
 log = logging.getLogger(__name__)
 
-# Compiling included; less than what other processes of the run wait for this one (`processes.TIMEOUT`).
+# With compiling. It is less than the time that other processes of the run wait for this one (`processes.TIMEOUT`).
 MOST_SECONDS = 300
-MOST_ROUNDS = 8  # each after the last one's kernel has broken the context
+MOST_ROUNDS = 8  # a new round starts when a kernel has broken the context of the last one
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the other process says: `Report` in short."""
+    """The answer of the other process: a short `Report`."""
 
     checks: int
     lost: bool
@@ -39,13 +39,13 @@ class _Answer:
 
 
 def examine_once(device: torch.device, dtype: torch.dtype) -> None:
-    """Switch off in this process what does not work on this GPU in this dtype; leaves one line, and raises nothing.
+    """Switch off in this process what does not work on this GPU in this dtype. Logs one line and raises nothing.
 
-    Does nothing where all was right before, or on other devices.
+    Does nothing if an earlier examination found no fault, or on other devices.
     """
     if device.type != "cuda":
         return
-    if device.index is None:  # the other process has a current device of its own
+    if device.index is None:  # the other process has its own current device
         device = torch.device("cuda", torch.cuda.current_device())
     mark = _mark(device, dtype)
     if mark.exists():
@@ -67,7 +67,7 @@ def examine_once(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _mark(device: torch.device, dtype: torch.dtype) -> Path:
-    """The file that says that all was right, by everything that may change it."""
+    """The file that records a result without faults; its name depends on everything that could change the result."""
     kernels = "csrc" if extension.missing(device.type) is None else "without csrc"
     order = "deterministic" if torch.are_deterministic_algorithms_enabled() else "free"
     parts = ["examined", __version__, device_name(device), str(dtype), kernels, order]
@@ -83,12 +83,12 @@ def _remember(mark: Path) -> None:
 
 
 def _examined(device: torch.device, dtype: torch.dtype) -> _Answer:
-    """Ask processes until one has come to the end, each without what broke the context of the one before."""
+    """Start processes until one reaches the end, each without what broke the context of the one before."""
     off: dict[str, str] = {}
     ends = time.monotonic() + MOST_SECONDS
     for _ in range(MOST_ROUNDS):
         answer = _ask(device, dtype, off, max(1.0, ends - time.monotonic()))
-        if answer.lost and not answer.checks:  # the GPU may be for one process at a time
+        if answer.lost and not answer.checks:  # the GPU may allow only one process at a time
             raise ValueError(answer.wrong[0] if answer.wrong else "no second process can use it")
         if not answer.lost or answer.off == off:
             break
@@ -97,10 +97,10 @@ def _examined(device: torch.device, dtype: torch.dtype) -> _Answer:
 
 
 def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], seconds: float) -> _Answer:
-    """The answer of one process within these seconds.
+    """The answer of one process within the given seconds.
 
     Raises:
-        OSError, subprocess.SubprocessError, ValueError, KeyError: it could not start, took too long, or gave none.
+        OSError, subprocess.SubprocessError, ValueError, KeyError: it could not start, took too long or gave no answer.
     """
     question = {
         "device": str(device),
@@ -108,7 +108,7 @@ def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], secon
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "off": dict(off),
     }
-    # Where this package lies may be known to this process alone.
+    # The other process may not find this package by itself.
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-m", "alignprop_fast.doctor.first_time"],
@@ -126,7 +126,7 @@ def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], secon
 
 
 def main() -> None:
-    """The other process: the question on standard input, the report, and nothing else, on standard output."""
+    """Run as the other process: read the question from standard input, write only the report to standard output."""
     from alignprop_fast.doctor.examine import examine
 
     output, sys.stdout = sys.stdout, sys.stderr
@@ -137,7 +137,7 @@ def main() -> None:
     for name, reason in question["off"].items():
         switched_off.switch_off(name, reason)
     dtype = getattr(torch, question["dtype"])
-    # Should the process end, its last line says where.
+    # If the process dies, its last line says where.
     report = examine(torch.device(question["device"]), True, [dtype], tell=partial(print, flush=True))
     output.write(report.to_json())
 

@@ -1,4 +1,4 @@
-"""The ops but attention, each at a real and at a ragged shape, with their optional arguments there and not there."""
+"""Cases for all ops except attention: each at a real and a ragged shape, with and without optional arguments."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,16 +23,16 @@ from alignprop_fast.ops.lora_linear_plain import Layer, backward_plain, forward_
 
 Tensor = torch.Tensor
 EPS = 1e-5
-# Tokens and channels of most of SDXL's transformer blocks under guidance, or what a CPU computes in a moment.
+# Tokens and channels of most of SDXL's transformer blocks with guidance, or sizes that a CPU computes in a moment.
 TOKENS = {True: (2, 1024), False: (2, 40)}
 WIDTH = {True: 1280, False: 32}
 RAGGED = (3, 29)
 
 
 def kernel_cases(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
-    """The ops that have kernels of the package's own.
+    """The ops that have kernels in this package.
 
-    large: shapes of SDXL in place of small ones. quick: no more than a real and a ragged shape of each.
+    large: shapes of SDXL instead of small ones. quick: only one real and one ragged shape of each.
     """
     yield from _layer_norm(draw, large, quick)
     yield from _geglu(draw, large)
@@ -42,13 +42,13 @@ def kernel_cases(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
 
 
 def plain_cases(draw: Draw, large: bool) -> Iterator[Case]:
-    """The ops that are written in PyTorch's own operators."""
+    """The ops that consist of PyTorch's operators."""
     yield from _frozen_conv2d(draw, large)
     yield from _banded(draw, large)
 
 
 def _served(x: Tensor, op: str) -> tuple[str, str | None]:
-    """(implementation, name that it is switched off by) of an op with a Triton kernel."""
+    """(implementation, name that switches it off) of an op with a Triton kernel."""
     name = backend.backend(x, op)
     return name, f"{op}.triton" if name == "triton" else None
 
@@ -135,7 +135,7 @@ def _adjoint(adjoint: Any, weights: tuple[float, ...], y_dtype: torch.dtype, g: 
 
 def _lora_linear(draw: Draw, large: bool) -> Iterator[Case]:
     real, ragged = (*TOKENS[large], WIDTH[large]), (*RAGGED, 130)
-    # (shape of x, outputs of each layer, rank); adapters in fp32, as they are trained by default.
+    # (shape of x, outputs of each layer, rank); adapters in fp32, the default in training.
     for shape, outs, rank in ((real, (WIDTH[large],) * 3, 16), (ragged, (72,), 5)):
         width = shape[-1]
         sizes = [pair for out in outs for pair in ((rank, width), (out, rank))]
@@ -277,7 +277,7 @@ def _residual_reference(x: Tensor, *frozen: Tensor) -> Tensor:
 
 
 def pytorch_cases(draw: Draw) -> Iterator[Case]:
-    """PyTorch itself on this device beside the same on the host: what is broken is off by the whole signal."""
+    """PyTorch itself on this device against the host; a broken operator is off by the size of the signal."""
     weight = draw(48, 160, std=160**-0.5)
     yield _against_host("matrix product", (draw(77, 160), weight), F.linear)
     yield _against_host("convolution", (draw(2, 16, 17, 9), draw(24, 16, 3, 3, std=1 / 12)), F.conv2d)
@@ -288,7 +288,7 @@ def pytorch_cases(draw: Draw) -> Iterator[Case]:
 
 def _against_host(name: str, inputs: tuple[Tensor, ...], fn: Any) -> Case:
     count, reference = len(inputs), partial(_on_host, fn)
-    # bf16 and TF32, which convolutions in fp32 take on a GPU, round to 1/256 and 1/2048.
+    # bf16 rounds to 1/256, and TF32, which GPUs use for convolutions in fp32, to 1/2048.
     return Case("PyTorch", name, inputs[0].dtype, "aten", inputs, count, autograd_of(fn, count), reference, coarse=0.02)
 
 

@@ -1,6 +1,6 @@
-"""What a user can do about a reason: install something, free something, or tell us."""
+"""Remedies for the user: install something, free something, or report it."""
 
-# What a reason says, in small letters, and what helps; the first that fits counts.
+# (text in the reason, in lower case; remedy). The first match counts.
 _REMEDIES = (
     ("no module named 'triton'", "pip install triton"),
     ("triton is not installed", "pip install triton"),
@@ -24,6 +24,6 @@ _TELL = "update torch, triton and the driver; if it stays, report it with the fi
 
 
 def remedy(reason: str) -> str:
-    """One line for a reason that something is switched off or wrong."""
+    """The remedy, in one line, for the reason that something is switched off or wrong."""
     said = reason.lower()
     return next((what for part, what in _REMEDIES if part in said), _TELL)

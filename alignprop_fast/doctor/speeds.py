@@ -1,4 +1,4 @@
-"""Which implementation is fastest, and by how much, where there are several."""
+"""Measures which of several implementations is fastest, and by how much."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -13,7 +13,7 @@ from alignprop_fast.ops import attention_backends
 
 
 def against_plain(cases: Iterable[Case], device: torch.device) -> Iterator[Fact]:
-    """Forward and backward pass of the package's own kernels beside the plain expression and its autograd."""
+    """Forward plus backward pass of the package's kernels, beside the plain expression with autograd."""
     for case in cases:
         if case.implementation not in ("triton", "csrc"):
             continue
@@ -25,7 +25,7 @@ def against_plain(cases: Iterable[Case], device: torch.device) -> Iterator[Fact]
 
 
 def of_attention(draw: Draw, all_sizes: Iterable[Sizes]) -> Iterator[Fact]:
-    """What `ops.choice` measures and chooses for attention, in either direction."""
+    """The measurements and choices of `ops.autotune` for attention, in both directions."""
     for sizes in all_sizes:
         q, k = (draw(sizes.b, rows, sizes.h, sizes.d).transpose(1, 2) for rows in (sizes.m, sizes.n))
         for direction in ("forward", "backward"):

@@ -1,1 +1,1 @@
-"""Judging a model on prompts it was not trained on, also while it trains."""
+"""Evaluates a model on prompts that it was not trained on, also during training."""

@@ -1,7 +1,8 @@
-"""When to stop: training raises its own reward to the end, also where the pictures have long become worse.
+"""Early stopping by a second score that is watched but not trained for.
 
-Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization": a score that is not trained for rises first and then
-falls while the trained one still rises. So a second score is watched, and the adapters from before its fall are kept.
+Training raises its own reward to the end, even when the pictures become worse. Gao et al. 2022, "Scaling Laws for
+Reward Model Overoptimization": a score that is not trained for first rises and then falls, while the trained one still
+rises. The adapters from before this fall are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch
 
 
 class Stateful(Protocol):
-    """What a checkpoint can keep beside the trainer's own state: plain numbers, texts, tensors, lists, dictionaries."""
+    """An object that a checkpoint saves beside the trainer's state.
+
+    Its state holds numbers, texts, tensors, lists and dictionaries.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -24,10 +28,10 @@ class Stateful(Protocol):
 class EarlyStopping:
     """Keeps the parameters of the last evaluation whose score was within `max_drop` of the best so far.
 
-    `stop` is true once `patience` evaluations in a row were below that.
+    `stop` becomes true after `patience` evaluations in a row below that.
 
     Raises:
-        ValueError: a patience below 1 or a drop below 0.
+        ValueError: the patience is below 1 or the drop below 0.
     """
 
     def __init__(self, patience: int, max_drop: float = 0.0):
@@ -44,7 +48,7 @@ class EarlyStopping:
         return self.bad_in_a_row >= self.patience
 
     def update(self, step: int, score: float, parameters: Iterable[torch.Tensor]) -> None:
-        """Take note of an evaluation after `step` optimizer steps; a score that is no number counts as a fall."""
+        """Record an evaluation after `step` optimizer steps. NaN counts as a fall."""
         if score >= self.best - self.max_drop:
             self.bad_in_a_row, self.kept_step = 0, step
             self._kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
@@ -53,7 +57,7 @@ class EarlyStopping:
         self.best = max(self.best, score) if math.isfinite(score) else self.best
 
     def restore(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Give the parameters the values that were kept; they stay as they are where nothing was."""
+        """Set the parameters to the kept values; without any, leave them unchanged."""
         if self._kept:
             with torch.no_grad():
                 for parameter, value in zip(parameters, self._kept, strict=True):

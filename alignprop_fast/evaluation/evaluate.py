@@ -1,4 +1,4 @@
-"""Rewards of pictures with fixed prompts and seeds, base model against adapters: drawing, scoring, summing up."""
+"""Compares adapters with the base model on fixed prompts and seeds: draws pictures, scores them, sums up."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.prompts.rows import PromptRow
 from alignprop_fast.rewards.diversity import mean_pairwise_distance
 
-REWARD, DIVERSITY = "reward", "diversity"  # beside the names of a reward's parts
+REWARD, DIVERSITY = "reward", "diversity"  # names of parts, beside those of the reward's own parts
 
 
 @dataclass(frozen=True)
 class Task:
-    """A picture to draw: the number-th of its prompt. metadata: the other fields of the prompt's row."""
+    """A picture to draw: number `number` of its prompt. metadata: the other fields of the prompt's row."""
 
     prompt_set: str
     prompt: str
@@ -59,12 +59,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Summary:
-    """A row of summary.csv: all values of one part under one variant, over one set of prompts.
+    """A row of summary.csv: statistics of one part under one variant, over one set of prompts.
 
-    count: pictures, or prompts for the diversity.
-    standard_error: of the mean, standard deviation / sqrt(count); not a number for a single value.
+    count: number of pictures; for the diversity, of prompts.
+    standard_error: of the mean, standard deviation / sqrt(count); NaN for a single value.
     change, change_standard_error: of the differences to the base model with the same prompt and seed.
-    gained_share: of the values that are above the base model's.
+    gained_share: share of the values that are above the base model's.
     """
 
     prompt_set: str
@@ -80,7 +80,7 @@ class Summary:
 
 
 def tasks_of(prompt_set: str, rows: Sequence[PromptRow], images_per_prompt: int, seed: int) -> list[Task]:
-    """Every prompt images_per_prompt times; the i-th picture has seed + i, as `sample` counts."""
+    """Every prompt images_per_prompt times. Picture i has seed + i, as in `sample`."""
     numbered = [(row, number) for row in rows for number in range(images_per_prompt)]
     return [Task(prompt_set, row.prompt, n, seed + i, row.metadata) for i, (row, n) in enumerate(numbered)]
 
@@ -94,28 +94,29 @@ def draw(
 ) -> Iterator[Tensor]:
     """Batches of pictures [B, 3, H, W] in [0, 1], without gradient.
 
-    Each picture has a generator of its own, so that it does not depend on the batch size (but for rounding).
+    Each picture has its own generator, so that it does not depend on the batch size (except for rounding).
     """
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        with torch.no_grad():
-            yield sampler(list(prompts[start : start + batch_size]), negative_prompt, generators, grad_steps=())
+        with torch.no_grad():  # a yield in here would switch gradients off for the caller
+            images = sampler(list(prompts[start : start + batch_size]), negative_prompt, generators, grad_steps=())
+        yield images
 
 
 def score(
     reward: Callable[..., tuple[Tensor, Mapping[str, Any]]], images_BCHW: Tensor, rows: Sequence[PromptRow | Task]
 ) -> tuple[Tensor, Mapping[str, Any]]:
-    """What the reward says of the rows' pictures, without gradient: scores [B] and info."""
+    """The reward of the rows' pictures, without gradient: scores [B] and info."""
     with torch.no_grad():
         return reward(images_BCHW, [row.prompt for row in rows], [dict(row.metadata) for row in rows])
 
 
 class Evaluation:
-    """Scores pictures batch by batch, and keeps what the summaries need: numbers and embeddings, no pictures.
+    """Scores pictures batch by batch, and keeps numbers and embeddings for the summaries, but no pictures.
 
     Args:
         reward: (images, prompts, metadata) -> (scores [B], {part: scores [B]}).
-        parts: which entries of that dictionary to report; none where the reward has one part only.
+        parts: the entries of that dictionary to report; empty if the reward has only one part.
         embed: images -> normalised embeddings [B, E], for the diversity; None: no diversity.
     """
 
@@ -143,16 +144,16 @@ class Evaluation:
         return values[REWARD]
 
     def summaries(self) -> list[Summary]:
-        """One for each prompt set, part (and the diversity) and variant: rows to compare stand together."""
+        """One row for each prompt set, part (and the diversity) and variant; variants to compare are neighbours."""
         groups: dict[tuple[str, Variant, str], dict[Any, float]] = {}
         for score in self.scores:
             key = (score.prompt_set, Variant(score.adapter, score.scale), score.part)
-            groups.setdefault(key, {})[score.seed] = score.value  # of its own in each set, also where prompts repeat
+            groups.setdefault(key, {})[score.seed] = score.value  # seeds are unique in a set, even if prompts repeat
         for (variant, prompt_set, prompt), embeddings in self._embeddings.items():
             distance = mean_pairwise_distance(torch.stack(embeddings))
             groups.setdefault((prompt_set, variant, DIVERSITY), {})[prompt] = distance
         sets, parts = ({name: i for i, name in enumerate(dict.fromkeys(key[j] for key in groups))} for j in (0, 2))
-        ordered = sorted(groups, key=lambda key: (sets[key[0]], parts[key[2]]))  # variants stay in their order
+        ordered = sorted(groups, key=lambda key: (sets[key[0]], parts[key[2]]))  # stable: variants keep their order
         return [_summary(key, groups[key], groups[key[0], BASE, key[2]]) for key in ordered]
 
 
@@ -174,6 +175,6 @@ def _summary(key: tuple[str, Variant, str], values: Mapping[Any, float], base: M
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    # statistics.stdev has no answer to values that are not finite.
+    # statistics.stdev fails on values that are not finite.
     whole = len(values) > 1 and all(map(math.isfinite, values))
     return stdev(values) / math.sqrt(len(values)) if whole else math.nan

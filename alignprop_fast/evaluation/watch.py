@@ -1,4 +1,4 @@
-"""A reward that is watched while another one is trained for: the same prompts and seeds each time."""
+"""Watches a reward that is not trained for, on the same prompts and seeds each time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.prompts.rows import PromptRow
 from alignprop_fast.rewards.mixture import WeightedSum
 
-IMAGES_PER_PROMPT = 2  # the fewest that have a diversity
+IMAGES_PER_PROMPT = 2  # the fewest that give a diversity
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One look. reward: mean over the pictures; parts: of each part of the reward; diversity: mean over the prompts of
-    the CLIP distance of their pictures."""
+    """The result of one evaluation.
+
+    reward: mean over the pictures. parts: the mean of each part of the reward. diversity: CLIP distance of the pictures
+    of a prompt, mean over the prompts.
+    """
 
     reward: float
     diversity: float
@@ -29,16 +32,16 @@ class Watched:
         return asdict(self)
 
     def to_log(self) -> dict[str, float]:
-        """Flat, for a tracker."""
+        """All numbers in one dictionary, for a tracker."""
         parts = {f"watch/{name}": value for name, value in self.parts.items()}
         return {"watch/reward": self.reward, "watch/diversity": self.diversity, **parts}
 
 
 class Watch:
-    """Draws pictures of fixed prompts and seeds and scores them; touches none of training's random numbers.
+    """Draws pictures of fixed prompts and seeds and scores them, without changing training's random numbers.
 
     Args:
-        reward: what to watch.
+        reward: the reward to watch.
         rows: prompts, IMAGES_PER_PROMPT pictures each; picture i has seed + i.
         embed: images -> normalised embeddings [B, E], for the diversity.
     """
@@ -58,13 +61,13 @@ class Watch:
         self.tasks = tasks_of("watched", rows, IMAGES_PER_PROMPT, seed)
 
     def weight_bytes(self, trained: Any = None) -> int:
-        """What the weights of reward and embedding take on the device beside those of the reward that is trained."""
+        """Bytes of the weights of reward and embedding, without those shared with the trained reward."""
         modules = [part.reward for part in self.reward.parts] if self.reward is not trained else []
         found = [module for module in (*modules, self.embed) if isinstance(module, nn.Module)]
         return sum(t.numel() * t.element_size() for m in found for t in (*m.parameters(), *m.buffers()))
 
     def look(self, sampler: DifferentiableSampler) -> Watched:
-        """The scores under the sampler's present adapters."""
+        """The scores with the sampler's current adapters."""
         names = [part.name for part in self.reward.parts]
         evaluation = Evaluation(self.reward, names if len(names) > 1 else (), self.embed)
         prompts, seeds = [task.prompt for task in self.tasks], [task.seed for task in self.tasks]

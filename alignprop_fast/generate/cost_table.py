@@ -1,4 +1,4 @@
-"""The planner's table for a task: what its training step costs, measured on the device or estimated for a GPU by name.
+"""The planner's table of a training step: its costs, measured on the device or estimated for a GPU by name.
 
 Tables are kept in the user's cache folder, by everything that their numbers depend on.
 """
@@ -16,12 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_fast.planner import CostTable, Gpu, Option, Segment, Stage, load_table, roofline_seconds, save_table
+from alignprop_fast.generate.denoising import DenoisingChain
+from alignprop_fast.planner import (
+    GRADES,
+    CostTable,
+    Gpu,
+    Option,
+    Segment,
+    Stage,
+    load_table,
+    roofline_seconds,
+    save_table,
+)
+from alignprop_fast.rewards.reward import Reward
 from alignprop_fast.runtime import (
     DECODER_STAGES,
-    STEP_OPTIONS,
     Block,
-    Chain,
     Operator,
     allocated_bytes,
     autocast_dtype,
@@ -29,6 +39,7 @@ from alignprop_fast.runtime import (
     decoder_stages,
     device_name,
     link_rate,
+    only_new_garbage,
     operator_seconds,
     reward_stages,
     step_costs,
@@ -41,61 +52,62 @@ _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingStep:
     """What one training step consists of.
 
     model: the adapter (`models`) of the pipeline, on its device or on meta tensors. size: (height, width) in pixels.
     prompts, metadata: what the reward gets, one entry per image.
-    reward: (images, prompts, metadata) -> (scores, info), or None; reward_bytes: its weights.
+    reward: what scores the images, or None; reward_bytes: its weights.
     reserve_bytes: what the reward phase takes where there is no reward.
     optimizer_bytes: the optimizer's state; None: two fp32 numbers for each trainable parameter.
     resident: the model's modules that lie on the device while the chain runs.
     keeps_gradients: whether gradients of earlier backward passes lie beside the chain.
     host_limit_bytes: the most that offloading may take of the host's memory.
+    records_graphs: whether steps without gradient are recorded as CUDA graphs, which reserve their memory.
     """
 
     model: Any
-    chain: Chain
+    chain: DenoisingChain
     cond: Any
     size: tuple[int, int]
     decoder_blocks: Sequence[Block]
     resident: Sequence[nn.Module]
     prompts: Sequence[str]
     metadata: Sequence[Any]
-    reward: Callable[..., tuple[torch.Tensor, Any]] | None = None
+    reward: Reward | None = None
     reward_bytes: int = 0
     reserve_bytes: int = 0
     optimizer_bytes: int | None = None
     keeps_gradients: bool = True
     host_limit_bytes: int = 0
+    records_graphs: bool = False
 
     @property
     def batch(self) -> int:
         return len(self.prompts)
 
 
-def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
-    """The modules of each group as blocks, named as in root."""
-    names = {module: name for name, module in root.named_modules()}
-    return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
+def measured_table(step: TrainingStep) -> CostTable:
+    """Run each part of the step on its device under each option, or read what was measured before.
 
-
-def measured_table(task: Task) -> CostTable:
-    """Run each part of the task on its device under each option, or read what was measured before.
-
-    To be called under the autocast state that the task will run under: a table of another state has other costs.
+    To be called under the autocast state that the step will run under: a table of another state has other costs.
     The reward is a callable of whatever make: it is measured anew each time.
     """
-    device = task.model.device
+    device = step.model.device
     link = link_rate(device)
-    origin = {**_origin(task), "source": "measured", "device": device_name(device)}
+    origin = {**_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
         origin["offload"] = "none"
-    return _completed(_remembered(origin, lambda: _costs(task, origin, None, link)), task, None)
+
+    def costs() -> CostTable:
+        with only_new_garbage(device):
+            return _costs(step, origin, None, link)
+
+    return _completed(_remembered(origin, costs), step, None)
 
 
-def estimated_table(task: Task, gpu: Gpu) -> CostTable:
-    """The table of a task on meta tensors, with the seconds that its operators would take on the GPU (a roofline).
+def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
+    """The table of a step on meta tensors, with the seconds that its operators would take on the GPU (a roofline).
 
     Remembered like what is measured, since counting all operators of a large model takes a minute.
     """
@@ -105,9 +117,9 @@ def estimated_table(task: Task, gpu: Gpu) -> CostTable:
         return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
 
     formula = operator_seconds(roofline)
-    origin = {**_origin(task), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
-    table = _remembered(origin, lambda: _costs(task, origin, formula, gpu.link))
-    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), task, formula)
+    origin = {**_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
+    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
@@ -129,7 +141,7 @@ def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> Co
 def _complete(table: CostTable) -> bool:
     """Whether every way to carry a step and the decoder could be measured."""
     options = {option.name for segment in table.step for option in segment.options}
-    return options >= STEP_OPTIONS.keys() and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
+    return options >= {*GRADES} and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
 
 
 def _read(path: Path) -> CostTable | None:
@@ -140,99 +152,104 @@ def _read(path: Path) -> CostTable | None:
         return None
 
 
-def _costs(task: Task, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
+def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
     """The table but for what `_completed` adds."""
-    x = _latents(task)
-    image_bytes = _bytes([_images(task)])
-    step = step_costs(task.chain, x, formula, link)
+    x = _latents(step)
+    image_bytes = _bytes([_images(step)])
+    costs = step_costs(step.chain, x, formula, link)
     return CostTable(
-        fixed={"workspace": step.workspace_bytes},
-        latent_bytes=_bytes([task.chain.start(x)]),
+        fixed={"workspace": costs.workspace_bytes},
+        latent_bytes=_bytes([step.chain.start(x)]),
         image_bytes=image_bytes,
-        step=step.segments,
-        transfer_bytes=transfer_bytes(step.segments),
-        sampling_bytes=step.sampling_bytes,
-        sampling_seconds=step.sampling_seconds,
+        step=costs.segments,
+        transfer_bytes=transfer_bytes(costs.segments),
+        sampling_bytes=costs.sampling_bytes,
+        sampling_seconds=costs.sampling_seconds,
         decoders=decoder_stages(
-            task.model.decode, x, image_bytes, task.decoder_blocks, task.model.decode_by_bands, formula
+            step.model.decode, x, image_bytes, step.decoder_blocks, step.model.decode_by_bands, formula
         ),
         origin=origin,
     )
 
 
-def _completed(table: CostTable, task: Task, formula: Operator | None) -> CostTable:
-    if task.chain.penalty is not None:
-        table = _penalised(table, task)
+def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -> CostTable:
+    if step.chain.has_penalty:
+        table = _penalised(table, step)
     # A sink adds to what earlier backward passes left; without one, sums are made beside it, in fp32.
-    added = task.chain.sink is not None and task.keeps_gradients
-    sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in task.chain.receivers)
+    added = step.chain.gradient_sink is not None and step.keeps_gradients
+    sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
+    graphs = {"graphs": table.sampling_bytes} if step.records_graphs else {}
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(task), **table.fixed},
-        rewards=_rewards(task, formula),
-        reserve_bytes=task.reserve_bytes,
-        host_limit_bytes=task.host_limit_bytes,
+        fixed={**_fixed(step), **table.fixed, **graphs},
+        rewards=_rewards(step, formula),
+        reserve_bytes=step.reserve_bytes,
+        host_limit_bytes=step.host_limit_bytes,
     )
 
 
-def _penalised(table: CostTable, task: Task) -> CostTable:
-    """With `Chain.penalty`: one more evaluation without gradient in every gradient step, whose result the backward
+def _penalised(table: CostTable, step: TrainingStep) -> CostTable:
+    """With a `Chain.penalty`: one more evaluation without gradient in every gradient step, whose result the backward
     pass waits for, and the step once more in the backward pass.
     """
-    y_bytes = task.cond.branches * table.latent_bytes
+    y_bytes = step.cond.branches * table.latent_bytes
 
-    def twice(option: Option, spike_bytes: int = 0, seconds: float = 0.0) -> Option:
-        spike_bytes = max(option.spike_bytes, spike_bytes)
-        return replace(option, spike_bytes=spike_bytes, seconds=2 * option.seconds + seconds)
+    def twice(option: Option, transient_bytes: int = 0, seconds: float = 0.0) -> Option:
+        transient_bytes = max(option.transient_bytes, transient_bytes)
+        return replace(option, transient_bytes=transient_bytes, seconds=2 * option.seconds + seconds)
 
     *blocks, rest = table.step
-    step = [Segment(block.name, tuple(map(twice, block.options))) for block in blocks]
-    spike_bytes = table.sampling_bytes + 3 * y_bytes
-    last = [twice(option, spike_bytes, table.sampling_seconds) for option in rest.options]
-    return replace(table, step=(*step, Segment(rest.name, tuple(last))), latent_bytes=table.latent_bytes + y_bytes)
+    doubled = [Segment(block.name, tuple(map(twice, block.options))) for block in blocks]
+    transient_bytes = table.sampling_bytes + 3 * y_bytes
+    last = [twice(option, transient_bytes, table.sampling_seconds) for option in rest.options]
+    return replace(table, step=(*doubled, Segment(rest.name, tuple(last))), latent_bytes=table.latent_bytes + y_bytes)
 
 
-def _rewards(task: Task, formula: Operator | None) -> tuple[Stage, ...]:
-    if task.reward is None:
+def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
+    if step.reward is None:
         return ()
-    by_image = getattr(task.reward, "by_image", False)
     # A reward may draw random numbers, which are not to be missed in training.
-    devices = [task.model.device] if task.model.device.type == "cuda" else []
+    devices = [step.model.device] if step.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         return reward_stages(
-            task.reward, _images(task), task.prompts, task.metadata, by_image=by_image, operator_seconds=formula
+            step.reward,
+            _images(step),
+            step.prompts,
+            step.metadata,
+            by_image=step.reward.by_image,
+            operator_seconds=formula,
         )
 
 
-def _latents(task: Task) -> torch.Tensor:
-    model = task.model
+def _latents(step: TrainingStep) -> torch.Tensor:
+    model = step.model
     scale = model.pipe.vae_scale_factor
-    x = torch.zeros(task.batch, model.latent_channels, *(side // scale for side in task.size), device=model.device)
+    x = torch.zeros(step.batch, model.latent_channels, *(side // scale for side in step.size), device=model.device)
     return x.to(torch.promote_types(model.dtype, torch.float32))
 
 
-def _images(task: Task) -> torch.Tensor:
-    dtype = torch.promote_types(task.model.dtype, torch.float32)
-    return torch.zeros(task.batch, 3, *task.size, device=task.model.device, dtype=dtype)
+def _images(step: TrainingStep) -> torch.Tensor:
+    dtype = torch.promote_types(step.model.dtype, torch.float32)
+    return torch.zeros(step.batch, 3, *step.size, device=step.model.device, dtype=dtype)
 
 
-def _fixed(task: Task) -> dict[str, int]:
+def _fixed(step: TrainingStep) -> dict[str, int]:
     """Bytes that are there all through a training step, whatever the plan."""
-    trained = task.chain.parameters
-    device = task.model.device  # diffusers searches all modules for it
+    trained = step.chain.parameters
+    device = step.model.device  # diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
-    tensors = [t for module in task.resident for t in (*module.parameters(), *module.buffers())]
+    tensors = [t for module in step.resident for t in (*module.parameters(), *module.buffers())]
     tensors = [t for t in tensors if t.device.type == device.type]
-    conditioning = [t for t in vars(task.cond).values() if isinstance(t, torch.Tensor)]
+    conditioning = [t for t in vars(step.cond).values() if isinstance(t, torch.Tensor)]
     return {
         "weights": _bytes(tensors) - adapters_bytes,
         "adapters": adapters_bytes,
         # Those of bf16 adapters are in fp32 all the same (see `FlatParameters`).
-        "gradients": _bytes(trained, narrowest=4) if task.keeps_gradients else 0,
-        "optimizer": 8 * numbers if task.optimizer_bytes is None else task.optimizer_bytes,
-        "reward": task.reward_bytes,
+        "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
+        "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
+        "reward": step.reward_bytes,
         "conditioning": _bytes(conditioning),
     }
 
@@ -243,10 +260,10 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
-def _origin(task: Task) -> dict[str, str]:
+def _origin(step: TrainingStep) -> dict[str, str]:
     """What the numbers of a table depend on, beside the device."""
-    model = task.model
-    trained = [(tuple(p.shape), str(p.dtype)) for p in task.chain.receivers]
+    model = step.model
+    trained = [(tuple(p.shape), str(p.dtype)) for p in step.chain.receivers]
     # A quantised weight is a buffer.
     named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
     weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
@@ -257,13 +274,13 @@ def _origin(task: Task) -> dict[str, str]:
         "scheduler": model.scheduler_name,
         "weights": _hash(weights),
         "trained": f"{len(trained)} tensors, {_hash(trained)}",
-        "batch": str(task.batch),
-        "height": str(task.size[0]),
-        "width": str(task.size[1]),
-        "branches": str(task.cond.branches),
+        "batch": str(step.batch),
+        "height": str(step.size[0]),
+        "width": str(step.size[1]),
+        "branches": str(step.cond.branches),
         "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
         "autocast": str(autocast_dtype(model.device)),
-        "gradients": "all at once" if task.chain.sink is None else "one by one",
+        "gradients": "all at once" if step.chain.gradient_sink is None else "one by one",
         "alignprop_fast": f"{__version__}, code {_code()}",
         "torch": torch.__version__,
     }

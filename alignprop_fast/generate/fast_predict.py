@@ -1,8 +1,11 @@
-"""Evaluations of the denoiser faster than launched one by one: compiled, recorded as CUDA graphs, or both."""
+"""Predictions of the denoiser faster than launched one by one: compiled, recorded as CUDA graphs, or both.
+
+Experimental: tested on an emulated GPU, not yet measured on a real one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,54 +18,75 @@ Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
 class FastPredict:
-    """What a model's `predict` computes; compiled only where no gradient is wanted. Not tried on a real GPU yet.
+    """What a model's `predict` computes, faster. Compiled blocks run only where no gradient is wanted.
 
-    model: an adapter of `models`. graphs, compiled: what does it; None: not that.
+    Args:
+        model: an adapter of `models`.
+        graphs: records predictions as CUDA graphs; None: they are launched one by one.
+        compiled: runs the blocks through torch.compile; None: as they are. Its results differ by rounding.
     """
 
     def __init__(self, model: Any, graphs: GraphedCalls | None, compiled: CompiledBlocks | None):
         self.model, self.graphs, self.compiled = model, graphs, compiled
 
-    def for_chain(self) -> Predict:
-        """`predict` without gradient, for as long as no weight moves.
+    @classmethod
+    def wanted(cls, model: Any, cuda_graphs: bool, compiled: bool) -> FastPredict | None:
+        """For the options of a sampler; None where neither is on.
 
         Raises:
-            ValueError: graphs under autocast, whose casts of the weights a graph would not make again.
+            ValueError: one is, and the model is on the CPU.
         """
-        if self.graphs is None:
-            return self._once
-        graphs, state = self.graphs, self._state()
+        for name, on in (("cuda_graphs", cuda_graphs), ("compiled", compiled)):
+            if on and model.device.type == "cpu":
+                raise ValueError(f"{name} needs a GPU, and the model is on the CPU: leave it out")
+        if not cuda_graphs and not compiled:
+            return None
+        blocks = CompiledBlocks(model.step_groups()["transformers"]) if compiled else None
+        return cls(model, GraphedCalls() if cuda_graphs else None, blocks)
 
-        def predict(x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-            run, inputs, own = _as_function(self._once, x, timestep, cond)
-            return graphs(run, inputs, (state, own))
-
-        return predict
-
-    def for_replays(self, how: Hashable) -> Predict | None:
-        """`predict` with gradient, recorded forward and back, for as long as no weight moves; None without graphs.
-
-        how: what the blocks keep for the backward pass at the time of the call.
+    def state(self) -> Hashable:
+        """What a recording holds for: where the weights lie, and how the adapters are set. To be passed to both calls.
 
         Raises:
-            ValueError: as `for_chain`.
+            ValueError: graphs under autocast, which casts weights; a graph would not cast them again.
         """
         if self.graphs is None:
             return None
-        graphs, state, parameters = self.graphs, self._state(), self.model.trainable()
-
-        def predict(x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-            run, inputs, own = _as_function(self.model.predict, x, timestep, cond)
-            return graphs.with_gradient(run, inputs, parameters, (state, own), how)
-
-        return predict
-
-    def _state(self) -> Hashable:
         if torch.is_autocast_enabled("cuda"):
             raise ValueError("cuda_graphs does not go with autocast: train adapters on a bf16 model, or leave it out")
         return self.model.fingerprint()
 
-    def _once(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    def sample(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable) -> torch.Tensor:
+        """`predict` without gradient. The result holds until the next call."""
+        if self.graphs is None:
+            return self._compiled(x, timestep, cond)
+        run, inputs, own = _as_function(self._compiled, x, timestep, cond)
+        return self.graphs(run, inputs, (state, own))
+
+    def replay(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        cond: Conditioning,
+        state: Hashable,
+        parameters: Sequence[torch.Tensor],
+        kept: Hashable,
+    ) -> torch.Tensor:
+        """`predict` with gradient for x, if it requires one, and for the parameters; recorded forward and back.
+
+        kept: what the blocks keep for the backward pass at present; another value is another recording.
+        """
+        if self.graphs is None:
+            return self.model.predict(x, timestep, cond)
+        run, inputs, own = _as_function(self.model.predict, x, timestep, cond)
+        return self.graphs.with_gradient(run, inputs, parameters, (state, own), kept)
+
+    def forget_recordings(self) -> None:
+        """Free the memory that recordings reserve; they are made anew when they are needed."""
+        if self.graphs is not None:
+            self.graphs = GraphedCalls()
+
+    def _compiled(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         if self.compiled is None:
             return self.model.predict(x, timestep, cond)
         with self.compiled.in_place():

@@ -2,72 +2,31 @@
 
     prompts -> text embeddings -> T denoising steps -> decode -> images [0, 1] -> (your reward)
 
-Here the two halves of the package meet: `sampling` says what a step computes, `runtime` under a `planner` plan how it
-is carried to the backward pass.
+The text embeddings are made in `prompt_encoder`, the steps are those of `denoising`, and `planning` chooses what each
+step keeps for the backward pass.
 """
 
-import logging
-import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, replace
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import Task, blocks_of, estimated_table, measured_table
-from alignprop_fast.generate.fast_predict import FastPredict, Predict
+from alignprop_fast.generate.cost_table import TrainingStep
+from alignprop_fast.generate.denoising import DenoisingChain
+from alignprop_fast.generate.fast_predict import FastPredict
+from alignprop_fast.generate.guidance import Guidance, plain_number
+from alignprop_fast.generate.memory_budget import MemoryBudget
+from alignprop_fast.generate.planning import StepPlanner, gradient_steps
+from alignprop_fast.generate.prompt_encoder import PromptEncoder
+from alignprop_fast.generate.render import Renderer
 from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
-from alignprop_fast.models.text_cache import TextCache
-from alignprop_fast.planner import (
-    AUTO,
-    BudgetInfeasible,
-    CostTable,
-    Gpu,
-    Plan,
-    Solver,
-    budget_from_free,
-    leanest,
-    parse_budget,
-    parse_bytes,
-)
-from alignprop_fast.prompts.limits import CutTexts
-from alignprop_fast.runtime import (
-    Chain,
-    CompiledBlocks,
-    GraphedCalls,
-    HostPool,
-    Offloader,
-    autocast_dtype,
-    by_image,
-    device_memory,
-    driver_bytes,
-    in_chunks,
-    lockable_bytes,
-    run_penalised_chain,
-    unchanged,
-    unless_out_of_memory,
-    use_growing_segments,
-    version,
-    versions,
-)
-from alignprop_fast.sampling import (
-    Draws,
-    StepTable,
-    Truncation,
-    Update,
-    draw_gates,
-    draw_truncation,
-    make_table,
-    rescaled_guidance,
-    trl_gates,
-)
+from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
+from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
+from alignprop_fast.runtime import Chain, GradientSink, blocks_of, raise_if_changed, score_in_chunks
+from alignprop_fast.sampling import Draws, StepTable, Truncation, draw_gates, draw_truncation, make_table, trl_gates
 
 __all__ = ["DifferentiableSampler", "Draws", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
-
-logger = logging.getLogger(__name__)
 
 
 class DifferentiableSampler:
@@ -96,26 +55,24 @@ class DifferentiableSampler:
         height, width: pixels; the model's own size where None.
         draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
         reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
-        reward: (images [B, 3, H, W], prompts, metadata) -> (scores [B], info), to be planned for; call it by `score`.
-        reward_bytes: what the reward's weights take on the device.
+        reward: to be planned for; call it by `score`. A `Reward`, or a function (images [B, 3, H, W], prompts,
+            metadata) -> (scores [B], info).
+        reward_bytes: what the reward's weights take on the device; None: what the reward says itself.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
             together; None: half of what is free.
-        cuda_graphs: run evaluations without gradient as CUDA graphs, recorded at their first use; the memory that one
-            takes is then reserved for good, and the planner counts it. Without a budget replays are graphs, too, one
-            forward and one back. Tried on an emulated GPU only.
-        compiled: run the transformer blocks of evaluations without gradient through torch.compile. Results then differ
-            by rounding between a step without gradient and its replay. Not tried on a GPU yet.
+        cuda_graphs: experimental, not yet measured on a GPU: run evaluations without gradient as CUDA graphs, recorded
+            at their first use. A graph reserves its memory for good, and the planner counts it. Without a budget
+            replays are graphs, too, one forward and one back.
+        compiled: experimental, not yet measured on a GPU: run the transformer blocks of evaluations without gradient
+            through torch.compile. Results then differ by rounding between a step without gradient and its replay.
         cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between, and
             where they do not fit beside the model it waits there while they encode.
-        optimizer_bytes: what the optimizer's state takes; None: two fp32 numbers for each trainable parameter.
+        optimizer_bytes: what the optimizer's state takes, with a moving average of the weights if there is one; None:
+            two fp32 numbers for each trainable parameter.
         compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
             base model, adapters that learn switched off, over the gradient steps; differentiable, a regulariser to add
-            to the loss. Costs an evaluation without gradient per gradient step, and one with gradient more where the
-            gradient passes through the step's input.
-
-    The regulariser is that of DPOK (Fan et al. 2023) up to the weights of the steps: two Gaussian kernels of one step
-    with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence b^2 |y - y'|^2 / (2 sigma^2). As
-    there, the latents x of a step are constants in its term, and no second copy of the model is held.
+            to the loss (`DenoisingChain.penalty`). Costs an evaluation without gradient per gradient step, and one
+            with gradient more where the gradient passes through the step's input.
 
     Raises:
         ValueError: a pipeline, scheduler or option that is not supported; the message names the remedy.
@@ -135,8 +92,8 @@ class DifferentiableSampler:
         width: int | None = None,
         draw_unused_noise: bool = False,
         reserve: int | str = 0,
-        reward: Callable[..., tuple[torch.Tensor, Any]] | None = None,
-        reward_bytes: int = 0,
+        reward: Reward | RewardFunction | None = None,
+        reward_bytes: int | None = None,
         optimizer_bytes: int | None = None,
         host_memory: int | str | None = None,
         cache_text: bool = False,
@@ -145,50 +102,33 @@ class DifferentiableSampler:
         compiled: bool = False,
     ):
         self.model = adapt(pipe)
-        self._text = TextCache(self.model, self._room_bytes) if cache_text else None
-        readers = self.model.text_readers()
-        self._cut, self._cut_negative = CutTexts(readers, "prompts"), CutTexts(readers, "negative prompts")
-        self.example: tuple[str, Any] = ("", {})  # prompt and metadata that the reward gets where it is measured
         self.size = self.model.image_size(height, width)
-        self.table = make_table(self.model.schedule(num_inference_steps, self.size), _number("eta", eta))
-        self.guidance_scale = _scale(guidance_scale)
-        self.guidance_rescale = _number("guidance_rescale", guidance_rescale)
-        self.cfg_scale = _scale(true_cfg_scale) if self.model.embeds_guidance else self.guidance_scale
+        self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
-        self.set_budget(memory_budget)
+        self.guidance = Guidance.of(guidance_scale, true_cfg_scale, guidance_rescale, self.model.embeds_guidance)
+        self.budget = MemoryBudget(memory_budget, self.model.device)
+        self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
+        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host memory")
+        self.renderer = Renderer(self.model, locked_bytes)
+        self.planner = StepPlanner(self.model, self.budget, self.renderer, len(self.table))
         self.reserve_bytes = parse_bytes(reserve) if reserve else 0
-        self.reward, self.reward_bytes, self.optimizer_bytes = reward, reward_bytes, optimizer_bytes
+        self.reward = None if reward is None else as_reward(reward)
+        own_bytes = 0 if self.reward is None else self.reward.weight_bytes()
+        self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
+        self.optimizer_bytes = optimizer_bytes
+        self.example: tuple[str, Any] = ("", {})  # prompt and metadata that the reward gets where it is measured
         if compare_with_base and not self.model.has_learning_adapters():
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
-        for name, wanted in (("cuda_graphs", cuda_graphs), ("compiled", compiled)):
-            if wanted and self.model.device.type == "cpu":
-                raise ValueError(f"{name} needs a GPU, and the model is on the CPU: leave it out")
-        self._fast: FastPredict | None = None
-        if cuda_graphs or compiled:
-            blocks = CompiledBlocks(self.model.step_groups()["transformers"]) if compiled else None
-            self._fast = FastPredict(self.model, GraphedCalls() if cuda_graphs else None, blocks)
+        self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
+        self.gradient_sink: GradientSink | None = None
+        self.keeps_gradients = True  # whether those of earlier backward passes lie beside the chain
+        self.denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
         self.base_mse: torch.Tensor | None = None
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
-        self.gradient_sink: Callable[..., torch.Tensor | None] | None = None  # see `Chain.sink`
-        self.keeps_gradients = True  # whether those of earlier backward passes lie beside the chain
-        self._solvers: dict[tuple, Solver] = {}
         self._timesteps: dict[Any, torch.Tensor] = {}
-        self._denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
-        self._decoder_blocks = blocks_of(self.model.decoder, self.model.decoder_segments())
-        self.host_memory_bytes = None if host_memory is None else parse_bytes(host_memory, "host memory")
-        self._host_pool: HostPool | None = None
-
-    def set_budget(self, memory_budget: int | str | None) -> None:
-        """Another `memory_budget` from now on."""
-        budget = parse_budget(memory_budget)
-        self.budget_bytes = budget if isinstance(budget, int) else None  # with "auto" None until the first plan
-        self.budget_note = ""  # how the budget came about
-        self._takes_what_is_free, self._budget_is_settled = budget == AUTO, False
-        if budget is not None and self.model.device.type == "cuda":
-            use_growing_segments()
 
     def __call__(
         self,
@@ -233,16 +173,15 @@ class DifferentiableSampler:
             truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
         elif grad_steps is not None:
             raise ValueError("grad_steps and truncation both say which steps carry gradient: give one of them")
-        self._let_go()
         self.truncation, last = truncation, truncation.last_step
         table = self.table if last is None else self.table.ending_at(last)
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
         chain = self._chain(cond, generator, table, truncation.input_gradient)
-        task = self._task(chain, cond, prompts, metadata)
+        step = self._training_step(chain, cond, prompts, metadata)
         wants_gradient = latents is not None and latents.requires_grad
-        grad_steps = self._grad_steps(truncation.grad_steps, chain, wants_gradient)
-        self.plan = plan or self._make_plan(task, grad_steps, wants_gradient)
-        x = table.init_scale * self.model.initial_latents(len(prompts), self.size, generator, latents)
+        grad_steps = gradient_steps(chain, truncation.grad_steps, wants_gradient)
+        self.plan = plan or self.planner.plan(step, grad_steps, wants_gradient)
+        x = table.init_scale * self.model.initial_latents(step.batch, self.size, generator, latents)
         return self._run(chain, self.plan, x)
 
     def renoise(
@@ -264,61 +203,13 @@ class DifferentiableSampler:
             prompts, negative_prompts, generator, metadata, embeddings: as for the sampler itself; the generator gives
                 the noise.
         """
-        self._let_go()
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
-        self.plan = self._make_plan(self._task(chain, cond, prompts, metadata), self._grad_steps((0,), chain))
+        step = self._training_step(chain, cond, prompts, metadata)
+        self.plan = self.planner.plan(step, gradient_steps(chain, (0,)))
         signal, level = self.table.level[-1]
         x = latents.detach()
         return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
-
-    def _encode(
-        self, prompts: str | list[str], negative_prompts: str | list[str] | None, given: Embeddings | None
-    ) -> tuple[list[str], Conditioning]:
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check_prompts(prompts, negative_prompts)
-        given = given or {}
-        self.say_what_is_cut(  # of texts that are read, that is
-            () if "prompt_embeds" in given else prompts,
-            None if "negative_prompt_embeds" in given else negative_prompts,
-        )
-        if isinstance(negative_prompts, str):
-            negative_prompts = [negative_prompts] * len(prompts)
-        self.model.check_embeddings(given, len(prompts))
-        guided = self._guided(negative_prompts, given)
-        if self.model.reads_text(negative_prompts, given, guided):
-            self.model.check_text(may_be_away=self._text is not None)
-        encode = self.model.encode if self._text is None else self._text.encode
-        cond = encode(prompts, negative_prompts, guided, self.size, given)
-        return prompts, replace(cond.cast(self.model.dtype), embedded_guidance=self.guidance_scale)
-
-    def say_what_is_cut(self, prompts: Sequence[str], negative_prompts: str | list[str] | None = None) -> None:
-        """One line in the log where texts are longer than the text encoders read, of which each call tells as well.
-
-        To be called with all prompts of a run, which are then counted together.
-        """
-        self._cut.look_at(prompts)
-        if self._guided(negative_prompts):
-            self._cut_negative.look_at(text for text in _as_list(negative_prompts) if text)
-
-    def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
-        """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
-        if self._text is not None:
-            self._text.remember(list(prompts), negative_prompt, self._guided(negative_prompt), self.size)
-
-    def _room_bytes(self) -> float:
-        """What the device, or the budget, has left at the moment."""
-        device = self.model.device
-        if device.type != "cuda":
-            return math.inf
-        allocated = torch.cuda.memory_allocated(device)
-        free = driver_bytes(device) + torch.cuda.memory_reserved(device) - allocated
-        return free if self.budget_bytes is None else min(free, self.budget_bytes - allocated)
-
-    def _guided(self, negative_prompts: str | list[str] | None, given: Embeddings = MappingProxyType({})) -> bool:
-        """Whether the denoiser runs with and without the prompt; FLUX does where there is a negative prompt."""
-        has_negative = negative_prompts is not None or "negative_prompt_embeds" in given
-        return bool(self.cfg_scale > 1) and (has_negative or not self.model.embeds_guidance)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
@@ -326,9 +217,45 @@ class DifferentiableSampler:
         stage = "batch" if self.plan is None or self.plan.reward is None else self.plan.reward.name
         if stage == "batch":
             return self.reward(images, prompts, metadata)
-        scores, info = in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
-        own = [self.reward] if isinstance(self.reward, torch.nn.Module) else []
-        return unchanged(scores, getattr(self.reward, "state", partial(versions, own))), info
+        scores, info = score_in_chunks(self.reward, int(stage.partition(":")[2]), images, prompts, metadata)
+        return raise_if_changed(scores, self.reward.state), info
+
+    def say_what_is_cut(self, prompts: Sequence[str], negative_prompts: str | list[str] | None = None) -> None:
+        """One line in the log where texts are longer than the text encoders read, of which each call tells as well.
+
+        To be called with all prompts of a run, which are then counted together.
+        """
+        self.text.say_what_is_cut(prompts, negative_prompts)
+
+    def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+        """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
+        self.text.encode_ahead(prompts, negative_prompt)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The memory budget; None for none, and with "auto" until the first plan."""
+        return self.budget.size_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, size_bytes: int | None) -> None:
+        self.budget.size_bytes = size_bytes
+
+    @property
+    def budget_note(self) -> str:
+        """How the budget came about, in one line, once it is settled on a GPU."""
+        return self.budget.note
+
+    def set_budget(self, memory_budget: int | str | None) -> None:
+        """Another `memory_budget` from now on."""
+        self.budget = self.planner.budget = MemoryBudget(memory_budget, self.model.device)
+
+    def settled_budget(self, batch: int, negative_prompt: str | None = None) -> int | None:
+        """The memory budget in bytes, None for none. On a GPU everything has then been measured, and has run once."""
+        if not self.planner.has_budget:
+            return None
+        step = self._blank_step(batch, negative_prompt)
+        self.planner.solver(step, len(self.table))
+        return self.planner.settled_bytes(step)
 
     def plan_for(self, batch: int, num_grad_steps: int | None = None, negative_prompt: str | None = None) -> Plan:
         """The plan of a batch of this size with so many gradient steps; None: all of them, which needs the most memory.
@@ -338,10 +265,10 @@ class DifferentiableSampler:
         Raises:
             BudgetInfeasible: no plan keeps the memory budget.
         """
-        task = self._blank_task(batch, negative_prompt)
-        steps = task.chain.num_steps
+        step = self._blank_step(batch, negative_prompt)
+        steps = step.chain.num_steps
         count = steps if num_grad_steps is None else num_grad_steps
-        return self._make_plan(task, list(range(steps - count, steps)))
+        return self.planner.plan(step, list(range(steps - count, steps)))
 
     def solver(self, batch: int, negative_prompt: str | None = None) -> Solver:
         """What makes the plans of batches of this size within a memory budget; its `table` says what they cost.
@@ -349,23 +276,13 @@ class DifferentiableSampler:
         Costs are those under the autocast state at the time of the call: that of the sampler's own calls, if it is to
         serve them.
         """
-        return self._solver(self._blank_task(batch, negative_prompt), len(self.table))
+        return self.planner.solver(self._blank_step(batch, negative_prompt), len(self.table))
 
     def cost_table(self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None) -> CostTable:
         """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
         estimated for a GPU that need not be here.
         """
-        task = self._blank_task(batch, negative_prompt)
-        with torch.enable_grad():
-            return self._costs(task, gpu)
-
-    def settled_budget(self, batch: int, negative_prompt: str | None = None) -> int | None:
-        """The memory budget in bytes, None for none. On a GPU everything has then been measured, and has run once."""
-        if not self._has_budget():
-            return None
-        task = self._blank_task(batch, negative_prompt)
-        self._solver(task, len(self.table))
-        return self._settled_budget(task)
+        return self.planner.costs(self._blank_step(batch, negative_prompt), gpu)
 
     def tighten(self, factor: float = 0.9) -> int:
         """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
@@ -373,103 +290,48 @@ class DifferentiableSampler:
         Raises:
             BudgetInfeasible: there is no leaner plan.
         """
-        if self.model.device.type != "cuda" and not self._has_budget():
-            raise BudgetInfeasible(0, 0)
-        if self._fast is not None and self._fast.graphs is not None:
-            self._fast.graphs = GraphedCalls()  # those that were recorded keep their memory
-        if not self._has_budget():
-            taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
-        elif self.budget_bytes is None or not self._solvers:  # while the costs were measured, the leanest way first
-            raise BudgetInfeasible(self.budget_bytes or 0, self.budget_bytes or 0)
-        else:
-            peak_bytes = self.plan.peak_bytes if self.plan else 0
-            taken_bytes = min(self.budget_bytes, peak_bytes or self.budget_bytes)
-        budget_bytes = int(factor * taken_bytes)
-        for solver in self._solvers.values():
-            solver.plan(range(solver.num_steps), budget_bytes)
-        self.budget_bytes = budget_bytes
-        return budget_bytes
+        if self.fast is not None:
+            self.fast.forget_recordings()
+        return self.planner.tighten(factor, self.plan)
 
-    def _let_go(self) -> None:
-        """Drop what is left of the last call: it holds its whole chain where no backward pass went through it."""
+    def _room_bytes(self) -> float:
+        return self.budget.room_bytes(self.model.device)
+
+    def _encode(
+        self, prompts: str | list[str], negative_prompts: str | list[str] | None, embeddings: Embeddings | None
+    ) -> tuple[list[str], Conditioning]:
+        """The prompts of a new call and what the denoiser is told of them."""
+        # What is left of the last call holds its whole chain where no backward pass went through it.
         self.base_mse = self.latents = None
+        batch = self.text.batch(prompts, negative_prompts, embeddings)
+        return batch.prompts, self.text.encode(batch)
 
     def _run(self, chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-        images, x, penalty = self._images(chain, plan, x)
+        rendered = self.renderer.render(chain, plan, x)
         if self.compare_with_base:
-            self.base_mse = penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
-        self.latents = x
-        return images
+            self.base_mse = rendered.penalty / max(1, len(plan.resident_steps) + len(plan.replayed_steps))
+        self.latents = rendered.latents
+        return rendered.images
 
-    def _images(self, chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(images, latents, sum of the penalties) of a chain that starts at x."""
-        chain = replace(chain, offloader=self._offloader(plan), replay=self._replay(chain, plan))
-        x, penalty = run_penalised_chain(chain, plan, x)
-        model, decoder, blocks = self.model, plan.decoder, self._decoder_blocks
-        images = by_image(model.decode, x, decoder.name, decoder.options, blocks, model.decode_by_bands)
-        return unchanged(images, partial(versions, [model.decoder])), x, penalty
-
-    def _chain(self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool) -> Chain:
-        model, rescale = self.model, self.guidance_rescale
-        conditions = self._conditions(cond)
-        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
-        cond, scale = cond.exchanged(leaves), leaves.get(id(self.cfg_scale), self.cfg_scale)
-        timesteps = self._timesteps_of(table)
-        combined = isinstance(scale, torch.Tensor) or cond.branches == 1 or rescale > 0
-        update = Update(table, (1.0,) if isinstance(scale, torch.Tensor) or combined else (1 - scale, scale))
-
-        def network(i: int, state: torch.Tensor, predict: Predict = model.predict) -> torch.Tensor:
-            y = predict(update.model_input(i, state), timesteps[i], cond)
-            return rescaled_guidance(y, scale, rescale) if combined and cond.branches == 2 else y
-
-        def advance(i: int, state: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            noise = model.noise(update.latents(state), generator) if self.draw_noise else None
-            return update.advance(i, state, y, noise)
-
-        def off_base(i: int, state: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.inference_mode(), model.adapters_off():
-                base = network(i, state)
-            wide = torch.promote_types(y.dtype, torch.float32)
-            delta = update.blended(y.to(wide) - base.to(wide))
-            return delta.square().mean(), update.blended_adjoint(2 / delta.numel() * delta)
-
-        return Chain(
-            len(table),
-            network,
-            advance,
-            update.adjoint,
-            model.trainable(),
-            self._denoiser_blocks,
-            sink=self.gradient_sink,
-            start=update.start,
-            finish=update.latents,
+    def _chain(
+        self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool
+    ) -> DenoisingChain:
+        return DenoisingChain(
+            self.model,
+            self.denoiser_blocks,
+            table,
+            self._timesteps_of(table),
+            cond,
+            self.guidance,
+            generator,
+            draw_noise=self.draw_noise,
             input_gradient=input_gradient,
-            penalty=off_base if self.compare_with_base else None,
-            # What is recorded would hold the graph of the conditions.
-            sample=None if self._fast is None or conditions else partial(network, predict=self._fast.for_chain()),
-            conditions=conditions,
-            leaves=list(leaves.values()),
-            state=partial(self._state, [*cond.tensors(), *leaves.values()]),
+            compare_with_base=self.compare_with_base,
+            gradient_sink=self.gradient_sink,
+            fast=self.fast,
+            # Recorded replays reserve what they keep: a budget has better uses for that.
+            fast_replays=not self.planner.has_budget,
         )
-
-    def _conditions(self, cond: Conditioning) -> list[torch.Tensor]:
-        """What the network reads beside latents and its own parameters, as far as it wants a gradient.
-
-        Raises:
-            ValueError: there is some, and an option that knows the denoiser's parameters alone.
-        """
-        read = [*cond.tensors(), *([self.cfg_scale] if isinstance(self.cfg_scale, torch.Tensor) else ())]
-        found = list({id(tensor): tensor for tensor in read if tensor.requires_grad}.values())
-        if found and torch.is_grad_enabled() and (self.compare_with_base or self.gradient_sink is not None):
-            option = "compare_with_base" if self.compare_with_base else "an optimizer in the backward pass"
-            raise ValueError(
-                f"embeddings or guidance want a gradient, and {option} gives it to the denoiser's parameters alone: "
-                "leave one of the two out"
-            )
-        return found if torch.is_grad_enabled() else []
-
-    def _state(self, read: Sequence[torch.Tensor]) -> Hashable:
-        return versions([self.model.denoiser]), self.model.settings(), tuple(map(version, read))
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
         """The chain's timesteps on the device, copied there once: each copy would wait for the device."""
@@ -479,98 +341,23 @@ class DifferentiableSampler:
             self._timesteps[table.timesteps] = known
         return known
 
-    def _replay(self, chain: Chain, plan: Plan) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
-        """Recorded replays, which reserve what they keep: a budget has better uses for that."""
-        if self._fast is None or self._has_budget() or not plan.replayed_steps or chain.conditions:
-            return None
-        predict = self._fast.for_replays(tuple(sorted(plan.replay_options.items())))
-        network: Any = chain.network
-        return None if predict is None else partial(network, predict=predict)
-
-    def _offloader(self, plan: Plan) -> Offloader | None:
-        if torch.is_grad_enabled():
-            self._pool().begin_chain()
-        return Offloader(self.model.device, self._pool()) if plan.host_bytes else None
-
-    def _pool(self) -> HostPool:
-        if self._host_pool is None or self._host_pool.device != self.model.device:
-            self._host_pool = HostPool(self.model.device, lockable_bytes(self.host_memory_bytes))
-        return self._host_pool
-
-    def _grad_steps(self, grad_steps: Iterable[int], chain: Chain, wants_gradient: bool = False) -> list[int]:
-        """Ascending gradient steps; none where nothing could receive a gradient.
-
-        wants_gradient: the initial latents do.
-        """
-        steps = sorted(set(grad_steps))
-        if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
-            raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
-        return steps if torch.is_grad_enabled() and (chain.receivers or wants_gradient) else []
-
-    def _has_budget(self) -> bool:
-        return self.budget_bytes is not None or (self._takes_what_is_free and self.model.device.type == "cuda")
-
-    def _settled_budget(self, task: Task) -> int:
-        """The budget, on a GPU held to what is free there. That is looked at once, after the costs are known: kernels
-        are loaded then, and libraries have taken what they take."""
-        if not self._budget_is_settled and self.model.device.type == "cuda":
-            # One that runs out has loaded what it reached; the plan, which is leaner, decides what fits.
-            unless_out_of_memory(partial(self._warm_up, task))
-            wanted_bytes, memory = self.budget_bytes, device_memory(self.model.device)
-            self.budget_bytes, self.budget_note = budget_from_free(**asdict(memory), wanted_bytes=wanted_bytes)
-            is_less = wanted_bytes is not None and wanted_bytes > self.budget_bytes
-            logger.log(logging.WARNING if is_less else logging.INFO, self.budget_note)
-        self._budget_is_settled = True
-        assert self.budget_bytes is not None
-        return self.budget_bytes
-
-    def _warm_up(self, task: Task) -> None:
-        """One gradient step and its pictures, forward and back, as lean as can be; takes no random number."""
-        chain = replace(self._chain(task.cond, None, self.table.last_alone(), True), sink=None)
-        with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
-            x = self.model.initial_latents(task.batch, self.size, None, None).requires_grad_()
-            images, _, _ = self._images(chain, leanest(1, (0,)), x)
-            torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
-
-    def _make_plan(self, task: Task, grad_steps: list[int], wants_gradient: bool = False) -> Plan:
-        """wants_gradient: the initial latents do."""
-        # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
-        num_steps = 1 if task.chain.num_steps == 1 else len(self.table)
-        if not (self._has_budget() and torch.is_grad_enabled() and (grad_steps or wants_gradient)):
-            return leanest(num_steps, grad_steps)
-        solver = self._solver(task, num_steps)
-        return solver.plan(grad_steps, self._settled_budget(task))
-
-    def _solver(self, task: Task, num_steps: int) -> Solver:
-        cast = autocast_dtype(self.model.device)
-        embeds, receivers = task.cond.embeds, len(task.chain.receivers)
-        key = (num_steps, task.batch, embeds.shape, embeds.dtype, receivers, cast)
-        if key not in self._solvers:
-            self._solvers[key] = Solver(self._costs(task), num_steps, num_steps)
-        table, limit_bytes = self._solvers[key].table, self._pool().limit_bytes
-        if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver has refused more
-            self._solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
-        return self._solvers[key]
-
-    def _costs(self, task: Task, gpu: Gpu | None = None) -> CostTable:
-        table = measured_table(task) if gpu is None else estimated_table(task, gpu)
-        if self._fast is None or self._fast.graphs is None:
-            return table
-        return replace(table, fixed={**table.fixed, "graphs": table.sampling_bytes})
-
-    def _blank_task(self, batch: int, negative_prompt: str | None) -> Task:
-        cond = self.model.blank_conditioning(batch, self._guided(negative_prompt), self.size)
+    def _blank_step(self, batch: int, negative_prompt: str | None) -> TrainingStep:
+        """A training step without text, to be measured."""
+        cond = self.text.blank(batch, negative_prompt)
         prompt, metadata = self.example
-        return self._task(self._chain(cond, None, self.table, True), cond, [prompt] * batch, [metadata] * batch)
+        chain = self._chain(cond, None, self.table, True)
+        return self._training_step(chain, cond, [prompt] * batch, [metadata] * batch)
 
-    def _task(self, chain: Chain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None) -> Task:
-        return Task(
+    def _training_step(
+        self, chain: DenoisingChain, cond: Conditioning, prompts: list[str], metadata: Sequence[Any] | None
+    ) -> TrainingStep:
+        return TrainingStep(
             model=self.model,
             chain=chain,
             cond=cond,
             size=self.size,
-            decoder_blocks=self._decoder_blocks,
-            resident=self.model.modules(with_text=self._text is None or not self._text.away),
+            decoder_blocks=self.renderer.decoder_blocks,
+            resident=self.model.modules(with_text=self.text.encoders_stay),
             prompts=prompts,
             metadata=[{} for _ in prompts] if metadata is None else list(metadata),
             reward=self.reward,
@@ -578,44 +365,6 @@ class DifferentiableSampler:
             reserve_bytes=self.reserve_bytes,
             optimizer_bytes=self.optimizer_bytes,
             keeps_gradients=self.keeps_gradients,
-            host_limit_bytes=self._pool().limit_bytes or 0,
+            host_limit_bytes=self.renderer.host_pool.limit_bytes or 0,
+            records_graphs=self.fast is not None and self.fast.graphs is not None,
         )
-
-
-def _scale(scale: float | torch.Tensor) -> float | torch.Tensor:
-    """A number as it is, and of tensors those of one number that want a gradient.
-
-    Raises:
-        ValueError: a tensor of several numbers.
-    """
-    if not isinstance(scale, torch.Tensor):
-        return scale
-    if scale.numel() != 1:
-        raise ValueError(f"a guidance scale of shape {list(scale.shape)}: give one number for all prompts")
-    return scale if scale.requires_grad else scale.item()
-
-
-def _number(name: str, value: Any) -> float:
-    """Raises ValueError: a tensor that wants a gradient, which ends at numbers."""
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise ValueError(f"{name} is a tensor that requires a gradient, and gets none here: give a number")
-    return float(value)
-
-
-def _check_prompts(prompts: list[str], negative_prompts: str | list[str] | None) -> None:
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts must be one text or more, and nothing but texts")
-    if not all(isinstance(text, str | None) for text in _as_list(negative_prompts)):
-        raise ValueError("negative_prompts must be a text, or a list of them, one for each prompt")
-    try:
-        "".join(text for text in (*prompts, *_as_list(negative_prompts)) if text).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            "a prompt is no whole Unicode text, as from a terminal of another encoding: use UTF-8"
-        ) from error
-    if isinstance(negative_prompts, list) and len(negative_prompts) != len(prompts):
-        raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts: give one, or one each")
-
-
-def _as_list(negative_prompts: str | list[str] | None) -> list[str | None]:
-    return [*negative_prompts] if isinstance(negative_prompts, list) else [negative_prompts]

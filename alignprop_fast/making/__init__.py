@@ -1,1 +1,1 @@
-"""What only makes models: training of the bundled ones, and pipelines with random weights. No other part imports it."""
+"""Makes models: trains the bundled ones, and writes pipelines with random weights. No other part imports this one."""

@@ -29,7 +29,7 @@ class Settings:
     checkpoint_every: int = 100
 
     def as_it_stands(self) -> "Settings":
-        """No further steps: what the checkpoint holds is taken."""
+        """Settings without further steps, which use the checkpoint as it is."""
         return replace(self, steps=0)
 
     def learning_rate_at(self, step: int) -> float:
@@ -49,7 +49,7 @@ def fit(
     """Trains `modules` in place on `loss_at` and returns their exponential moving averages.
 
     All randomness of a step comes from a generator seeded with (seed, step), so a run resumed from `checkpoint`
-    takes the very steps of an uninterrupted one. `on_checkpoint(step, averages)` is called after each checkpoint.
+    takes the same steps as an uninterrupted one. `on_checkpoint(step, averages)` is called after each checkpoint.
     """
     parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]

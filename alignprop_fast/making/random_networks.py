@@ -40,7 +40,7 @@ def unet(
 def vae(
     widths: tuple[int, ...], norm_groups: int, scaling_factor: float, shift_factor: float | None = None
 ) -> torch.nn.Module:
-    """With a shift it is that of SD3 and FLUX: 16 channels, no convolutions around the latents."""
+    """A VAE; with a shift it is like that of SD3 and FLUX: 16 channels, no convolutions around the latents."""
     from diffusers import AutoencoderKL
 
     levels, is_flow = len(widths), shift_factor is not None

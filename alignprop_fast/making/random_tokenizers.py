@@ -11,7 +11,7 @@ _MERGES = ("t h", "th e</w>", "r e", "re d</w>", "c a", "ca t</w>", "d o", "do g
 
 
 def clip_vocabulary() -> dict[str, int]:
-    """Token to id in the order of CLIP's own vocabulary: bytes, bytes that end a word, merges, the two marks."""
+    """Token to id in the order of CLIP's vocabulary: bytes, bytes that end a word, merges, the two special tokens."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = len([byte for byte in range(256) if byte not in printable])
     letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(rest)]
@@ -55,7 +55,7 @@ def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
 
 
 def t5_vocabulary() -> list[tuple[str, float]]:
-    """Pieces of a Unigram model with their scores, in the order of T5's: the three marks, then pieces."""
+    """Pieces of a Unigram model with their scores, in T5's order: the three special tokens, then pieces."""
     words = ["▁" + word for word in ("the", "red", "cat", "dog", "and")]
     letters = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
     return [

@@ -1,8 +1,8 @@
 """Pipelines with random weights, written as folders in the real diffusers format.
 
-Tests and benchmarks need models of a chosen size without a download. The folders made here hold
-the same files under the same names as the published Stable Diffusion, SDXL, SD3.5 and FLUX models, so everything
-that reads those (diffusers, this package, trl) reads these.
+Tests and benchmarks need models of a chosen size without a download. These folders have the same files with the same
+names as the published Stable Diffusion, SDXL, SD3.5 and FLUX models, so everything that reads those (diffusers, this
+package, trl) reads these.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def make_sd_folder(
 ) -> Path:
     """Write a `StableDiffusionPipeline` with random fp32 weights and return its folder.
 
-    `unet_widths` are the channels of the UNet's levels, `latent_size` the side of its latents;
-    the VAE shrinks by 2 ** (len(vae_widths) - 1). Weights depend on `seed` alone; the global
-    random-number state is left as it was.
+    `unet_widths` are the channels of the UNet's levels, `latent_size` is the side of its latents. The VAE shrinks by
+    2 ** (len(vae_widths) - 1). Weights depend only on `seed`; the global random-number state does not change.
     """
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
@@ -67,8 +66,8 @@ def make_sdxl_folder(
 ) -> Path:
     """Write a `StableDiffusionXLPipeline` (two text encoders, size conditioning) with random weights.
 
-    Arguments as in `make_sd_folder`; the second text encoder has `second_text_width` channels (as many as the first
-    where None), and the cross-attention sees those of both.
+    Arguments as in `make_sd_folder`. The second text encoder has `second_text_width` channels (None: as many as the
+    first), and the cross-attention takes the channels of both.
     """
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -108,10 +107,10 @@ def make_sd3_folder(
     norm_groups: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Write a `StableDiffusion3Pipeline` as SD3.5-medium is (three text encoders, dual attention) with random weights.
+    """Write a `StableDiffusion3Pipeline` like SD3.5-medium (three text encoders, dual attention) with random weights.
 
-    Arguments as in `make_sd_folder`; the transformer has `heads` of `head_width` channels, and dual attention in all
-    layers but the last; T5 has twice `text_width` channels.
+    Arguments as in `make_sd_folder`. The transformer has `heads` heads of `head_width` channels, and dual attention in
+    all layers but the last. T5 has twice `text_width` channels.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
@@ -161,11 +160,11 @@ def make_flux_folder(
     guidance_embeds: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Write a `FluxPipeline` as FLUX.1-dev is (guidance embedding, dynamic shift) with random weights.
+    """Write a `FluxPipeline` like FLUX.1-dev (guidance embedding, dynamic shift) with random weights.
 
-    Without `guidance_embeds` it is FLUX.1-schnell (no guidance embedding, no shift). Others as in `make_sd3_folder`;
-    head_width is a multiple of 8. The pipeline's own picture size is 128 latents whatever the model: ask for a smaller
-    one.
+    Without `guidance_embeds` it is like FLUX.1-schnell (no guidance embedding, no shift). Other arguments as in
+    `make_sd3_folder`; head_width is a multiple of 8. The pipeline's default picture size is 128 latents for every
+    model, so ask for a smaller one.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
@@ -207,7 +206,7 @@ def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
             file.unlink()
         write_clip_tokenizer(folder / name, pad_token)
     index = folder / "model_index.json"
-    # The name that every published model has; transformers 5 merged the two classes under the slow one's.
+    # The class name in every published model; transformers 5 merged the two classes under the slow one's name.
     index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
     _restore_prefix(folder / "text_encoder" / "model.safetensors")
     return folder

@@ -1,4 +1,4 @@
-"""Composes captioned scenes of one to four things on plain backgrounds. Every scene is a function of its seed."""
+"""Composes captioned scenes of one to four things on plain backgrounds. A scene depends only on its seed."""
 
 import random
 import zlib

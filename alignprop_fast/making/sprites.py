@@ -15,7 +15,7 @@ Sprites = dict[Thing, Image.Image]
 
 
 def load_sprites(node_modules: Path) -> Sprites:
-    """Sprites by thing, cropped to what is drawn, longer side `SPRITE_PIXELS`.
+    """Sprites by thing, cropped to the drawing, longer side `SPRITE_PIXELS`.
 
     Raises:
         FileNotFoundError: the package is not in `node_modules`.

@@ -51,7 +51,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def load_pictures(data: Path, folder: Path, number: int, seed: int):
+def load_pictures(data: Path, folder: Path, number: int, seed: int) -> tuple[Tensor, list[str]]:
     """The pictures [N, 3, 64, 64] (uint8) and captions of this seed, as CLIP and the counter see them."""
     return kept(folder / f"pictures_{seed}.pt", lambda: make_pictures(load_sprites(data), number, seed))
 

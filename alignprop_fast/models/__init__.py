@@ -1,6 +1,6 @@
-"""Diffusers pipelines as chains; the only importers of diffusers, transformers and peft.
+"""Diffusers pipelines as chains. On the gradient's way only these modules import diffusers, transformers and peft.
 
-Heavy: import what you need from the submodules. `adapt` picks the adapter that fits a pipeline.
+The submodules are slow to import, so import only those you need. `adapt` picks the adapter that fits a pipeline.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ def adapt(pipe: Any) -> "PipelineAdapter":
     """The adapter for a diffusers pipeline.
 
     Raises:
-        ValueError: a pipeline that no adapter fits, or with something in it that the chain does not go with.
+        ValueError: no adapter fits the pipeline, or it contains something that the chain does not support.
     """
     from diffusers import (
         FluxPipeline,

@@ -1,15 +1,15 @@
-"""The published models without their weights: real architectures at full size, by name.
+"""The published models without their weights: the real architectures at full size, by name.
 
-    adapter = architecture("sdxl")                   # on the meta device: shapes and bytes only, a second, no memory
+    adapter = architecture("sdxl")                   # on the meta device: shapes and bytes only; takes a second
     cond = adapter.blank_conditioning(batch=1, guided=True, size=adapter.image_size(None, None))
     x = adapter.initial_latents(1, adapter.image_size(None, None), None, None)
     y = adapter.predict(x, torch.tensor(500.0, device=adapter.device), cond)
     images = adapter.decode(x)
     parameters(adapter)                # {"denoiser": ..., "adapters": ..., "vae": ..., "text": ...}
 
-`architecture` returns what `models.adapt` returns for a real pipeline of that kind: the same adapter class around the
-same pipeline class, with LoRA adapters in, tokenizers left out (so `encode` does not work, `blank_conditioning` stands
-for it) and text encoders present, since they count as weights. With `device="cuda"` the weights are random.
+`architecture` returns the same as `models.adapt` for a real pipeline of that kind: the same adapter class around the
+same pipeline class, with LoRA adapters. Text encoders are present, because they count as weights. Tokenizers are not,
+so use `blank_conditioning` instead of `encode`. With `device="cuda"` the weights are random.
 """
 
 from __future__ import annotations
@@ -45,22 +45,31 @@ def architecture(
     adapter_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "meta",
 ) -> Any:
-    """The sampler's view of a published model, with random or no weights.
+    """The sampler's view of a published model, with random weights or none.
 
     Args:
         name: one of NAMES.
         dtype: of the frozen weights.
         rank: of the LoRA adapters.
-        targets: the layers that have adapters, of `lora_targets.TARGETS`.
+        targets: the layers that have adapters, one of `lora.targets.TARGETS`.
         adapter_dtype: torch.float32 or torch.bfloat16.
-        device: "meta" has shapes and no storage; elsewhere weights are random.
+        device: "meta" has shapes and no storage; on other devices weights are random.
 
     Raises:
-        ValueError: an unknown name, or unknown targets.
+        ValueError: the name or the targets are unknown.
     """
     from alignprop_fast.models import adapt
     from alignprop_fast.models.lora.adapters import add_lora
 
+    pipe = published_pipeline(name, dtype, device)
+    with torch.device(device):
+        for parameter in add_lora(pipe, rank, rank, targets):
+            parameter.data = parameter.data.to(adapter_dtype)
+    return adapt(pipe)
+
+
+def published_pipeline(name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "meta") -> Any:
+    """The pipeline of a published model, frozen, with random or no weights. Arguments and errors: `architecture`."""
     if name not in NAMES:
         raise ValueError(f"unknown architecture {name!r}: use {', '.join(NAMES)}")
     with torch.device(device), _default_dtype(dtype):
@@ -68,13 +77,11 @@ def architecture(
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        for parameter in add_lora(pipe, rank, rank, targets):
-            parameter.data = parameter.data.to(adapter_dtype)
-    return adapt(pipe)
+    return pipe
 
 
 def parameters(adapter: Any) -> dict[str, int]:
-    """How many parameters: frozen in the denoiser, trained in its adapters, in the VAE and in the text encoders."""
+    """Numbers of parameters: frozen ones of the denoiser, its adapters', the VAE's and the text encoders'."""
     denoiser = list(adapter.denoiser.parameters())
     trained = _count(p for p in denoiser if p.requires_grad)
     vae = _count(adapter.pipe.vae.parameters())

@@ -1,10 +1,11 @@
-"""The pipeline class of trl's AlignProp scripts, for every model alike."""
+"""The pipeline class of trl's AlignProp scripts, for every supported model."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from alignprop_fast.models.lean.quantization import is_quantized, quantize_linears
-from alignprop_fast.models.load.pipeline import load_pipeline
+from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
 from alignprop_fast.models.lora.adapters import (
     DEFAULT,
     add_lora,
@@ -34,19 +35,20 @@ logger = logging.getLogger(__name__)
 
 
 class DefaultDDPOStableDiffusionPipeline:
-    """A diffusers pipeline with what a trainer needs: trainable parameters, and saving and loading them.
+    """A diffusers pipeline whose trainable parameters a trainer can get, save and load.
 
     Args:
-        pretrained_model_name: a folder in the diffusers format, a Hub id, or "demo". LoRA weights that lie in the
-            folder beside the model are loaded, and training goes on from them.
+        pretrained_model_name: a folder in the diffusers format, a Hub id, or "demo". If the folder also holds LoRA
+            weights, they are loaded and training continues from them.
         pretrained_model_revision: of a Hub model.
-        use_lora: train adapters; otherwise the whole denoiser. True in any case where the folder holds LoRA weights.
+        use_lora: train adapters; otherwise the whole denoiser. Always true if the folder holds LoRA weights.
         scheduler, model_config, allow_pickle: as in `load_pipeline`.
-        dtype: of the frozen weights as they are loaded. A denoiser that is trained whole, and adapters that lie beside
-            the model, are loaded in fp32 in any case.
-        adapter: name of the adapter that is trained and saved; needed where several require grad. A new one, and one
-            that lies beside the model, get this name. All other adapters stay as they are, and those that are active
-            take part; what the adapter has in text encoders stays frozen and is saved with it.
+        dtype: of the frozen weights when loaded. A whole denoiser to train, and adapters from the folder, are always
+            loaded in fp32.
+        adapter: name of the adapter to train and save; required if several require grad. A new adapter, and one from
+            the folder, get this name. Other adapters are not changed, and active ones stay active. The adapter's part
+            in text encoders stays frozen and is saved with it.
+        outline: build the model from its configuration files, on the meta device, as `load_outline` does: for a plan.
 
     The diffusers pipeline itself is the attribute `sd_pipeline`.
 
@@ -65,19 +67,20 @@ class DefaultDDPOStableDiffusionPipeline:
         allow_pickle: bool = False,
         dtype: torch.dtype = torch.float32,
         adapter: str | None = None,
+        outline: bool = False,
     ):
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora, self.adapter = use_lora, adapter
         folder = Path(pretrained_model_name).expanduser()
         in_fp32 = not use_lora or (folder / WEIGHTS_NAME).is_file()
-        self.sd_pipeline = load_pipeline(
+        load = load_outline if outline else partial(load_pipeline, allow_pickle=allow_pickle)
+        self.sd_pipeline = load(
             pretrained_model_name,
             torch.float32 if in_fp32 else dtype,
             revision=pretrained_model_revision,
             scheduler=scheduler,
             model_config=model_config,
-            allow_pickle=allow_pickle,
         )
         self.unet.requires_grad_(not use_lora)
         self._loaded: Lora = {}
@@ -86,7 +89,7 @@ class DefaultDDPOStableDiffusionPipeline:
             self._loaded = load_new(self.sd_pipeline, folder / WEIGHTS_NAME, self.adapter)
         own = self.sd_pipeline.scheduler
         if type(own).__name__ == "DDIMScheduler":
-            # trl's chain ends at the first training timestep, never at alpha = 1.
+            # As in trl, whose chain ends at the first training timestep and not at alpha = 1.
             self.sd_pipeline.scheduler = type(own).from_config(own.config, set_alpha_to_one=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,47 +121,48 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """Those of `sd_pipeline`, in its order."""
+        """The text encoders of `sd_pipeline`, in its order."""
         return text_encoders(self.sd_pipeline)
 
     @property
     def autocast(self) -> Callable[[], Any] | None:
-        """The context to train in; None asks the trainer for its mixed-precision autocast (full fine-tuning)."""
+        """The context for training; None asks the trainer for its mixed-precision autocast (full fine-tuning)."""
         return contextlib.nullcontext if self.use_lora else None
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def check_switches(self) -> None:
-        """Raises ValueError as `switches.check_switches`, of what a user has switched on in `sd_pipeline`."""
+        """Raises ValueError as `switches.check_switches` if the user switched on something unsupported."""
         check_switches(self.sd_pipeline)
 
     def quantize_base(self, kind: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Store the UNet's large linear layers as `kind`, on the device; see `quantization.quantize_linears`.
+        """Store the denoiser's large linear layers as `kind`, on the device; see `quantization.quantize_linears`.
 
         Raises:
-            ValueError: the whole UNet is to be trained, or as `quantize_linears`.
+            ValueError: the whole denoiser would be trained, or as `quantize_linears`.
         """
         if not self.use_lora:
             raise ValueError(
-                "a quantised base cannot be trained itself: use adapters (use_lora), or leave base_dtype out"
+                "a quantised base model cannot be trained: use adapters (use_lora), or leave base_dtype out"
             )
         self.unet.to(dtype)
         quantize_linears(self.unet, kind, device, dtype)
 
     def get_trainable_layers(self, rank: int = 4, alpha: float = 4, targets: str = "attention") -> Any:
-        """The denoiser, its trainable parameters in fp32: one adapter (a new one of that rank, or one that is there) or
-        all.
+        """The denoiser with its trainable parameters in fp32.
+
+        They are one adapter (an existing one, or a new one of that rank) or all parameters.
 
         Raises:
-            ValueError: as `add_lora` and `train_adapter`, or a denoiser with adapters that is to be trained whole.
+            ValueError: as `add_lora` and `train_adapter`, or a whole denoiser would be trained that has adapters.
         """
         pipe = self.sd_pipeline
         if not self.use_lora:
             if parts_with_adapters(pipe):
                 raise ValueError(
-                    "the whole denoiser is trained, and the pipeline has adapters: train those with use_lora=True, or "
-                    "call its fuse_lora() and unload_lora_weights() first"
+                    "the whole denoiser would be trained, but the pipeline has adapters: train those with "
+                    "use_lora=True, or call its fuse_lora() and unload_lora_weights() first"
                 )
             trainable_in_fp32(self.unet)
             return self.unet
@@ -166,24 +170,23 @@ class DefaultDDPOStableDiffusionPipeline:
         if not goes_on:
             add_lora(pipe, rank, alpha, targets, self.adapter or DEFAULT)
         self.adapter = train_adapter(pipe, self.adapter)
-        if self._loaded:  # which the model's own precision may have rounded meanwhile
+        if self._loaded:  # the model's precision may have rounded them since
             set_factors(pipe, self.adapter, self._loaded)
         self._loaded = {}
-        # Of new adapters alone there is nothing to decide; of others the wrong one may be trained.
+        # A warning if there were adapters before, because the wrong one could be trained.
         level = logging.WARNING if others else logging.INFO
-        begin = "training goes on from adapters that are there: " if goes_on else ""
+        begin = "training continues from existing adapters: " if goes_on else ""
         logger.log(level, "%s%s", begin, describe(pipe, self.adapter))
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Write the pipeline, and the trained adapter beside it as `pytorch_lora_weights.safetensors`.
 
-        The model in the folder is the one without adapters, so that `from_pretrained(folder)` followed by
-        `load_lora_weights(folder)` gives what was trained; and so does this class with that folder. Other adapters are
-        not in the folder.
+        The pipeline is written without adapters. `from_pretrained(folder)` followed by `load_lora_weights(folder)`
+        restores the trained model, and so does this class with that folder. Other adapters are not saved.
         """
         if is_quantized(self.unet):
-            raise ValueError("the base model is quantised: save its adapters, which fit the model as it was loaded")
+            raise ValueError("the base model is quantised: save only its adapters, which fit the model as loaded")
         pipe = self.sd_pipeline
         if not self.use_lora:
             pipe.save_pretrained(output_dir)
@@ -195,7 +198,7 @@ class DefaultDDPOStableDiffusionPipeline:
         type(pipe)(**{**settings, **pipe.components, **plain}).save_pretrained(output_dir)
 
     def save_checkpoint(self, models: list[nn.Module], weights: list[Any], output_dir: str | Path) -> None:
-        """Write the trained weights into a checkpoint folder: the adapter, or the denoiser under its name."""
+        """Write the trained weights into a checkpoint folder: the adapter, or the denoiser in a folder of its name."""
         self._check_models(models)
         if self.use_lora:
             save_lora(self.sd_pipeline, output_dir, adapter=self.adapter)
@@ -203,7 +206,7 @@ class DefaultDDPOStableDiffusionPipeline:
             self.unet.save_pretrained(Path(output_dir) / self._denoiser_name)
 
     def load_checkpoint(self, models: list[nn.Module], input_dir: str | Path) -> None:
-        """Read back what `save_checkpoint` wrote, into the parameters that are there.
+        """Read back what `save_checkpoint` wrote, into the existing parameters.
 
         Raises:
             FileNotFoundError, ValueError: as `load_lora`.
@@ -227,7 +230,7 @@ class DefaultDDPOStableDiffusionPipeline:
 def _without_adapters(model: Any) -> Any:
     """A network that shares the frozen weights of one with PEFT adapters and has no adapters itself."""
     with torch.device("meta"):
-        # diffusers' way for its networks, transformers' way for text encoders
+        # networks of diffusers first, then text encoders of transformers
         plain = type(model).from_config(model.config) if isinstance(model, ModelMixin) else type(model)(model.config)
     held = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
     plain.load_state_dict({name: held[name] for name in plain.state_dict()}, assign=True)

@@ -1,6 +1,5 @@
-"""FLUX.1 seen as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
+"""FLUX.1 as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
 
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, PromptBatch, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 
@@ -43,26 +42,18 @@ class FluxAdapter(PipelineAdapter):
         """Rows and columns of image tokens."""
         return size[0] // self.size_multiple, size[1] // self.size_multiple
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Conditioning:
-        if not isinstance(negative_prompts, list):
-            negative_prompts = [negative_prompts or ""] * len(prompts)
-        found = [self._embeddings(negative_prompts, given, "negative_")] if guided else []
-        found.append(self._embeddings(prompts, given, ""))
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        negative_prompts = batch.negative_prompts or [""] * len(batch.prompts)
+        found = [self._embeddings(negative_prompts, batch.embeddings, "negative_")] if batch.guided else []
+        found.append(self._embeddings(batch.prompts, batch.embeddings, ""))
         embeds, pooled = map(torch.cat, zip(*found, strict=True))
-        return self._conditioning(embeds, pooled, guided, size)
+        return self._conditioning(embeds, pooled, batch.guided, batch.size)
 
     def text_readers(self) -> list[TextReader]:
         return [*self._reader("CLIP", "tokenizer"), *self._reader("T5", "tokenizer_2", T5_TOKENS)]
 
     def _embeddings(self, texts: list[str], given: Embeddings, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeds, pooled) of the texts, or those that were given for that side."""
+        """(embeds, pooled) of the texts, or the embeddings given for that side."""
         known = {name: given.get(side + name) for name in self.embedding_names}
         embeds, pooled, _ = self.pipe.encode_prompt(
             texts, None, device=self.device, max_sequence_length=T5_TOKENS, **known
@@ -77,7 +68,7 @@ class FluxAdapter(PipelineAdapter):
     def _conditioning(
         self, embeds: torch.Tensor, pooled: torch.Tensor, guided: bool, size: tuple[int, int]
     ) -> Conditioning:
-        """With positions [tokens, 3]: text at the origin, image tokens by row and column."""
+        """The conditioning with positions [tokens, 3]: text at the origin, image tokens by row and column."""
         rows, columns = self._grid(size)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         image = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
@@ -103,7 +94,7 @@ class FluxAdapter(PipelineAdapter):
 
     @staticmethod
     def _guidance(cond: Conditioning, tokens_BNC: torch.Tensor) -> torch.Tensor:
-        """The scale, once for each row."""
+        """The guidance scale, once for each row."""
         scale, rows = cond.embedded_guidance, len(tokens_BNC)
         if isinstance(scale, torch.Tensor):
             return scale.to(tokens_BNC.device, torch.float32).expand(rows)

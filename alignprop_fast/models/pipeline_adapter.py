@@ -4,8 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +55,28 @@ class Conditioning:
         """In the denoiser's dtype: text encoders may have another."""
         added = self.added and {name: tensor.to(dtype) for name, tensor in self.added.items()}
         return replace(self, embeds=self.embeds.to(dtype), added=added)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What B pictures are to show.
+
+    prompts: B texts. negative_prompts: B texts, or None for none.
+    guided: whether the denoiser runs with and without the prompts, in two branches.
+    size: (height, width) of the pictures in pixels, which SDXL is conditioned by.
+    embeddings: in place of those of the texts, by the names of `PipelineAdapter.embedding_names`, B rows each.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str] | None
+    guided: bool
+    size: tuple[int, int]
+    embeddings: Embeddings = field(default_factory=dict)
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether there is a negative prompt, as a text or embedded."""
+        return self.negative_prompts is not None or "negative_prompt_embeds" in self.embeddings
 
 
 class PipelineAdapter(ABC):
@@ -130,19 +151,8 @@ class PipelineAdapter(ABC):
         return 8
 
     @abstractmethod
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Conditioning:
-        """Text embeddings of B prompts; two branches if guided, else one. `size` in pixels conditions SDXL alone.
-
-        given: embeddings in place of those of the texts, by the names of `embedding_names`. Gradients reach them, and
-        what learns in the text encoders.
-        """
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        """What the denoiser is told of a batch. Gradients reach given embeddings, and text encoders that learn."""
 
     @abstractmethod
     def text_readers(self) -> list[TextReader]:
@@ -219,9 +229,10 @@ class PipelineAdapter(ABC):
         parts = (self.pipe.vae, *text_encoders(self.pipe))
         return any(not p.requires_grad for part in parts for p in part.parameters() if p.is_floating_point())
 
-    def reads_text(self, negative_prompts: str | list[str] | None, given: Embeddings, guided: bool) -> bool:
+    def reads_text(self, batch: PromptBatch) -> bool:
         """Whether something is left to encode beside the embeddings that are given."""
-        return "prompt_embeds" not in given or (guided and "negative_prompt_embeds" not in given)
+        given = batch.embeddings
+        return "prompt_embeds" not in given or (batch.guided and "negative_prompt_embeds" not in given)
 
     def decoder_learns(self) -> bool:
         """Whether something in the VAE wants a gradient."""
@@ -338,7 +349,7 @@ class PipelineAdapter(ABC):
         config = self.pipe.vae.config
         return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
-    def decoder_segments(self) -> dict[str, list[nn.Module]]:
+    def decoder_groups(self) -> dict[str, list[nn.Module]]:
         """Modules of the decoder that can be recomputed by themselves, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
 

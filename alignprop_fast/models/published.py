@@ -1,4 +1,4 @@
-"""The networks of the published models: their configurations, and their layers without any weights."""
+"""The networks of the published models: their configurations, and their layers without weights."""
 
 from __future__ import annotations
 
@@ -171,13 +171,13 @@ _TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 @functools.cache
 def published_layers(name: str) -> Mapping[str, tuple[int, ...]]:
-    """`layers` of a published network: the denoiser of a model, or a text encoder. In a fraction of a second."""
+    """`layers` of a published network, a model's denoiser or a text encoder; takes a fraction of a second."""
     with torch.device("meta"):
         return layers(_TEXT_ENCODERS[name]() if name in _TEXT_ENCODERS else denoiser_network(name))
 
 
 def layers(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The linear layers and convolutions of a network, with PEFT's adapters or without: {path: shape of the weight}."""
+    """The linear layers and convolutions of a network, with or without PEFT's adapters: {path: shape of the weight}."""
     return {
         path.removeprefix("base_model.model.").removesuffix(".base_layer"): tuple(module.weight.shape)
         for path, module in network.named_modules()

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers, by name, and what `sampling`'s tables need to know of each: the one place that chooses."""
+"""diffusers' schedulers by name, and their settings in the form that `sampling`'s tables take."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FLOW = ("flow-euler",)
 
 
 def make_scheduler(name: str, config: Any) -> Any:
-    """The scheduler called `name` with the settings of another one's config that it knows.
+    """The scheduler called `name`, with those settings of another scheduler's config that it knows.
 
-    DDIM never clips: clipping is for pixels, and configurations of other schedulers say nothing about it.
+    DDIM never clips: clipping is for pixels, and configurations of other schedulers do not mention it.
     """
     import diffusers
 
@@ -28,19 +28,19 @@ def make_scheduler(name: str, config: Any) -> Any:
 
 
 def check_family(scheduler: Any, supported: Sequence[str]) -> None:
-    """Refuse the noise that a model was trained with where none of the supported schedulers has it.
+    """Refuse a model whose kind of noise none of the supported schedulers has.
 
-    `make_scheduler` would take from another family's settings what it knows, and leave the rest.
+    `make_scheduler` does not notice this: it takes the settings that it knows and ignores the others.
 
     Raises:
-        ValueError: flow matching where diffusion is supported, or the other way round.
+        ValueError: the model uses flow matching but only diffusion is supported, or the opposite.
     """
     config, name = scheduler.config, type(scheduler).__name__
     is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if bool(is_flow) != (tuple(supported) == FLOW):
         own, wanted = ("flow matching", "diffusion") if is_flow else ("diffusion", "flow matching")
         raise ValueError(
-            f"the model's own scheduler, {name}, is for {own}, and its class is supported with {wanted} alone: use "
+            f"the model's own scheduler, {name}, is for {own}, but its class is supported only with {wanted}: use "
             "another model, or put the scheduler that it was trained with into its folder scheduler/"
         )
 
@@ -49,7 +49,7 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
     """The name of a scheduler that the chain can reproduce.
 
     Raises:
-        ValueError: another class, or an option that makes its update not affine or stochastic in an unknown way.
+        ValueError: the class is not supported, or an option makes its update not affine or random in an unknown way.
     """
     known = {_CLASSES[name]: name for name in supported}
     name, config = known.get(type(scheduler).__name__), scheduler.config
@@ -59,10 +59,10 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
             f"{type(scheduler).__name__} is not supported here: use {', '.join(known)}, for example pipe.scheduler = "
             f"{first}.from_config(pipe.scheduler.config)"
         )
-    # A config may carry options of another class that this one does not know.
+    # A config can contain options of other classes.
     if config.get("sigma_data") is not None:
         raise ValueError(
-            "the model was trained with EDM noise (sigma_data in its scheduler's settings), as Playground v2.5 is, "
+            "the model was trained with EDM noise (sigma_data in its scheduler's settings), like Playground v2.5, "
             "which is not supported: use SDXL or another model with the noise of Stable Diffusion"
         )
     clips = {"ddim": ("clip_sample", "thresholding"), "dpm++2m": ("thresholding",)}
@@ -80,13 +80,13 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
         raise ValueError("DPM-Solver for flow matching is not supported: use FlowMatchEulerDiscreteScheduler")
     if name == "flow-euler" and (config.get("stochastic_sampling") or config.get("invert_sigmas")):
         raise ValueError(
-            "set stochastic_sampling=False and invert_sigmas=False in the scheduler: nothing else is known"
+            "set stochastic_sampling=False and invert_sigmas=False in the scheduler: other values are not supported"
         )
     return name
 
 
 def dynamic_shift(config: Any, tokens: int) -> dict[str, float]:
-    """The argument `mu` of `set_timesteps` where the schedule depends on the number of image tokens, else nothing."""
+    """The argument `mu` of `set_timesteps` if the schedule depends on the number of image tokens; else empty."""
     if not config.get("use_dynamic_shifting"):
         return {}
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
@@ -94,7 +94,7 @@ def dynamic_shift(config: Any, tokens: int) -> dict[str, float]:
 
 
 def schedule(name: str, scheduler: Any) -> dict[str, Any]:
-    """Keyword arguments of `sampling.make_table` from a scheduler of that name after its `set_timesteps`."""
+    """Keyword arguments for `sampling.make_table` from a scheduler of that name after its `set_timesteps`."""
     config, timesteps = scheduler.config, scheduler.timesteps.tolist()
     if name == "ddim":
         return {
@@ -124,7 +124,7 @@ def schedule(name: str, scheduler: Any) -> dict[str, Any]:
 
 
 def _second_order_steps(config: Any, num_steps: int) -> tuple[int, ...]:
-    """All but the first step, and where the image has no noise left (or few steps ask for it) all but the last."""
+    """All steps but the first. The last is also first order if it leaves no noise, or if there are few steps."""
     first_order_last = (
         config.get("euler_at_final")
         or (config.lower_order_final and num_steps < 15)

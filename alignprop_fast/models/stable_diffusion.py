@@ -1,7 +1,6 @@
-"""Stable Diffusion 1.x and 2.x seen as a chain: a UNet that predicts noise (or v) under one text encoder."""
+"""Stable Diffusion 1.x and 2.x as a chain: a UNet that predicts noise (or v), with one text encoder."""
 
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +8,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances, text_encoders
+from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances, text_encoders
 from alignprop_fast.models.schedules import DIFFUSION
 from alignprop_fast.prompts.limits import TextReader
 
@@ -25,16 +24,11 @@ class StableDiffusionAdapter(PipelineAdapter):
     def denoiser(self) -> nn.Module:
         return self.pipe.unet
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Conditioning:
-        cond, uncond = self.pipe.encode_prompt(prompts, self.device, 1, guided, negative_prompts, **given)
-        return Conditioning(torch.cat([uncond, cond]) if guided else cond, None, 1 + guided)
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        cond, uncond = self.pipe.encode_prompt(
+            batch.prompts, self.device, 1, batch.guided, batch.negative_prompts, **batch.embeddings
+        )
+        return Conditioning(torch.cat([uncond, cond]) if batch.guided else cond, None, 1 + batch.guided)
 
     def text_readers(self) -> list[TextReader]:
         return self._reader("CLIP", "tokenizer")
@@ -62,6 +56,6 @@ class StableDiffusionAdapter(PipelineAdapter):
 
 
 def text_width(config: Any) -> int:
-    """Channels of the text that a UNet takes."""
+    """Channels of the text embeddings that a UNet takes."""
     width = config.encoder_hid_dim or config.cross_attention_dim
     return width if isinstance(width, int) else width[0]

@@ -1,13 +1,12 @@
-"""Stable Diffusion 3 and 3.5 seen as a chain: a transformer over image and text tokens, flow matching, three texts."""
+"""Stable Diffusion 3 and 3.5 as a chain: flow matching, a transformer over image and text tokens, three encoders."""
 
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, instances
+from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 
@@ -32,30 +31,23 @@ class StableDiffusion3Adapter(PipelineAdapter):
         tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
         scheduler.set_timesteps(num_inference_steps, **dynamic_shift(scheduler.config, tokens))
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Conditioning:
+    def encode(self, batch: PromptBatch) -> Conditioning:
         cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
-            prompts,
+            batch.prompts,
             None,
             None,
             device=self.device,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negative_prompts,
+            do_classifier_free_guidance=batch.guided,
+            negative_prompt=batch.negative_prompts,
             max_sequence_length=T5_TOKENS,
-            **given,
+            **batch.embeddings,
         )
-        if guided:
+        if batch.guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
-        return Conditioning(cond, {"pooled_projections": pooled}, 1 + guided)
+        return Conditioning(cond, {"pooled_projections": pooled}, 1 + batch.guided)
 
     def text_readers(self) -> list[TextReader]:
-        clip = self.pipe.tokenizer_max_length  # for both, whatever the second one's own
+        clip = self.pipe.tokenizer_max_length  # used for both, even if the second tokenizer has another
         return [
             *self._reader("CLIP", "tokenizer", clip),
             *self._reader("CLIP", "tokenizer_2", clip),

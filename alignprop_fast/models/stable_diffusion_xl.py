@@ -1,11 +1,11 @@
-"""Stable Diffusion XL: two text encoders, pooled text and size conditioning, a decoder that fp16 overflows."""
+"""Stable Diffusion XL: two text encoders, conditioning on pooled text and sizes, a decoder that overflows in fp16."""
 
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter
+from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch
 from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
 from alignprop_fast.prompts.limits import TextReader
 
@@ -25,34 +25,31 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         second = pipe.text_encoder_2
         if second is not None and second.config.projection_dim != self._pooled_width(pipe.unet.config):
             raise ValueError(
-                "the UNet takes other numbers beside text and sizes, as SDXL's refiner does, which draws from a "
-                "picture: use SDXL's base model or a fine-tune of it"
+                "the UNet takes other numbers than text and sizes, like SDXL's refiner, which needs a picture: use "
+                "SDXL's base model or a fine-tune of it"
             )
         super().__init__(pipe)
 
     @staticmethod
     def _pooled_width(config: Any) -> int:
-        """Channels of the pooled text, which the UNet sees beside six embedded numbers."""
+        """Channels of the pooled text, which the UNet takes together with six embedded numbers."""
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
-    def reads_text(self, negative_prompts: str | list[str] | None, given: Embeddings, guided: bool) -> bool:
-        zeros = negative_prompts is None and self.pipe.config.force_zeros_for_empty_prompt
-        return super().reads_text(negative_prompts, given, guided and not zeros)
+    def reads_text(self, batch: PromptBatch) -> bool:
+        zeros = batch.negative_prompts is None and self.pipe.config.force_zeros_for_empty_prompt
+        return super().reads_text(replace(batch, guided=False) if zeros else batch)
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Conditioning:
+    def encode(self, batch: PromptBatch) -> Conditioning:
         cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=guided, negative_prompt=negative_prompts, **given
+            batch.prompts,
+            device=self.device,
+            do_classifier_free_guidance=batch.guided,
+            negative_prompt=batch.negative_prompts,
+            **batch.embeddings,
         )
-        if guided:
+        if batch.guided:
             cond, pooled = torch.cat([uncond, cond]), torch.cat([uncond_pooled, pooled])
-        return self._with_size(cond, pooled, guided, size)
+        return self._with_size(cond, pooled, batch.guided, batch.size)
 
     def text_readers(self) -> list[TextReader]:
         return [*self._reader("CLIP", "tokenizer"), *self._reader("CLIP", "tokenizer_2")]

@@ -1,9 +1,9 @@
-"""What can be switched on in a diffusers pipeline and the chain does not go with: seen at set-up, refused with the call
-that undoes it.
+"""Features of diffusers pipelines that the chain does not support: refused at set-up, with the call that undoes each.
 
-The chain runs blocks again, decodes by bands and replaces layers by ops. What changes how modules are called, or what
-they remember between calls, would be passed by or run twice. What is not in the list below works exactly: attention
-processors and slicing, FreeU, textual inversion, tied or unfrozen weights; a test compares each with autograd.
+The chain runs blocks again, decodes by bands and replaces layers by ops. A feature that changes how modules are called,
+or what they remember between calls, would be bypassed or run twice. Features that are not in the list below work
+exactly: attention processors and slicing, FreeU, textual inversion, tied or unfrozen weights. A test compares each with
+autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, M
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-_ANEW = "load the pipeline anew without it"
+_ANEW = "load the pipeline again without it"
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum", "quanto")
 _WITH_PICTURES = ("text_image", "image", "image_hint", "image_proj", "text_image_proj", "ip_image_proj")
 _METHODS = ("forward", "decode")
@@ -25,8 +25,10 @@ _VAES = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
 
 @dataclass(frozen=True)
 class Switch:
-    """name: what it is, as the user knows it. seen: whether a module of the denoiser or the VAE has it on. undo: what
-    takes it off; {part} stands for "unet", "transformer" or "vae", {path} for the module, such as "vae.decoder".
+    """A feature that can be switched on in a pipeline.
+
+    name: the user's word for it. seen: whether a module of the denoiser or the VAE has it on. undo: the call that
+    switches it off; {part} stands for "unet", "transformer" or "vae", {path} for the module, such as "vae.decoder".
     """
 
     name: str
@@ -39,7 +41,7 @@ def _is_on(flag: str) -> Callable[[Any], bool]:
 
 
 def _option(module: Any, name: str) -> Any:
-    """An entry of a network's configuration; None for a part of one."""
+    """An entry of a network's configuration; None for a submodule."""
     return module.config.get(name) if isinstance(module, ModelMixin) else None
 
 
@@ -59,7 +61,7 @@ def _has_torch_hooks(module: nn.Module) -> bool:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether the module has a method of its own in place of its class's; what removes a patch may leave the latter."""
+    """Whether a method is not its class's; removing a patch can leave the class's own method on the module."""
     own = [(name, vars(module)[name]) for name in _METHODS if name in vars(module)]
     return any(
         getattr(method, "__self__", None) is not module
@@ -69,7 +71,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """By the libraries that diffusers loads quantised weights with; by this package's own it may be."""
+    """Whether another library quantised the weights; this package's own quantisation is allowed."""
     classes = [type(module), *(type(parameter) for parameter in module.parameters(recurse=False))]
     return (
         bool(getattr(module, "is_quantized", False))
@@ -79,14 +81,14 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _is_fused(attn: Any) -> bool:
-    """Whether one product makes q, k and v; UNets keep the flag of attention after it is undone."""
+    """Whether one product computes q, k and v; in UNets the attention's flag stays on after undoing it."""
     is_attention = "Attention" in type(attn).__name__ and hasattr(attn, "processor")
     by_processor = is_attention and type(attn.processor).__name__.startswith("Fused")
     return by_processor or (hasattr(attn, "unfuse_projections") and attn.fused_projections)
 
 
 def _sees_pictures(module: nn.Module) -> bool:
-    """IP-Adapter, or a UNet that was made to see a picture beside the text."""
+    """Whether the module is an IP-Adapter, or a UNet that takes a picture beside the text."""
     if getattr(module, "image_proj", None) is not None:  # SD3's
         return True
     projection = getattr(module, "encoder_hid_proj", None)
@@ -95,7 +97,7 @@ def _sees_pictures(module: nn.Module) -> bool:
     return is_flux or any(kind in _WITH_PICTURES for kind in kinds)
 
 
-# In this order: who knows a switch by its name comes before who knows its traces.
+# The order matters: checks that know a feature by name come before checks for its traces.
 SWITCHES = (
     Switch(
         "torch.compile",
@@ -115,10 +117,10 @@ SWITCHES = (
     Switch(
         "gradient checkpointing",
         _is_on("gradient_checkpointing"),
-        "pipe.{part}.disable_gradient_checkpointing(); the sampler's plan says what is computed again",
+        "pipe.{part}.disable_gradient_checkpointing(); the sampler's plan decides what is computed again",
     ),
-    Switch("tiling", _is_on("use_tiling"), "pipe.vae.disable_tiling(); the sampler decodes by bands where it must"),
-    Switch("slicing", _is_on("use_slicing"), "pipe.vae.disable_slicing(); the sampler decodes by picture itself"),
+    Switch("tiling", _is_on("use_tiling"), "pipe.vae.disable_tiling(); the sampler decodes by bands if needed"),
+    Switch("slicing", _is_on("use_slicing"), "pipe.vae.disable_slicing(); the sampler decodes by picture if needed"),
     Switch("a fused product of q, k and v", _is_fused, "pipe.{part}.unfuse_qkv_projections()"),
     Switch(
         "fused LoRA",
@@ -141,11 +143,11 @@ SWITCHES = (
     Switch("a hook of diffusers", lambda module: bool(_diffusers_hooks(module)), _ANEW),
     Switch("token merging", lambda module: "_tome_info" in vars(module), "tomesd.remove_patch(pipe)"),
     Switch(
-        "a method that is not its class's (a patch, or torch.compile of it)",
+        "a replaced method (a patch, or torch.compile of it)",
         _is_patched,
-        f"take it off, or {_ANEW}",
+        f"remove it, or {_ANEW}",
     ),
-    Switch("hooks", _has_torch_hooks, "remove() what registered them; the sampler runs modules again, and in parts"),
+    Switch("hooks", _has_torch_hooks, "call remove() on their handles; the sampler runs modules again, and in parts"),
     Switch(
         "quantised weights of another library",
         _is_quantized,
@@ -162,24 +164,24 @@ SWITCHES = (
     Switch(
         "class conditioning",
         lambda module: getattr(module, "class_embedding", None) is not None,
-        "use a model that draws from text alone",
+        "use a model that draws only from text",
     ),
 )
 
 
 def check_pipeline(pipe: Any, pipeline_class: type) -> None:
-    """Look at a pipeline before anything is done to it.
+    """Check a pipeline before anything is done to it.
 
     Raises:
-        ValueError: a part is missing, of a kind that is not supported or on another device, the pipeline draws in a way
-            of its own and not as `pipeline_class` does, or one of `SWITCHES` is on; the message says what undoes it.
+        ValueError: a part is missing, is not supported or is on another device, the pipeline does not draw like
+            `pipeline_class`, or one of `SWITCHES` is on; the message says what undoes it.
     """
     for part in ("unet" if "unet" in pipe.components else "transformer", "vae", "scheduler"):
         if pipe.components[part] is None:
             raise ValueError(f"the pipeline has no {part}: load it with one")
     if type(pipe).__call__ is not pipeline_class.__call__:
         raise ValueError(
-            f"{type(pipe).__name__} draws in a way of its own: use {pipeline_class.__name__}(**pipe.components)"
+            f"{type(pipe).__name__} draws in its own way: use {pipeline_class.__name__}(**pipe.components)"
         )
     check_switches(pipe)
     if not isinstance(pipe.vae, _VAES):
@@ -190,20 +192,20 @@ def check_pipeline(pipe: Any, pipeline_class: type) -> None:
     devices = {part: module.device for part, path, module in _modules(pipe) if part == path}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"pipe.{part} on {device}" for part, device in devices.items())
-        raise ValueError(f"the pipeline lies on several devices ({where}): pipe.to(device)")
+        raise ValueError(f"the pipeline is on several devices ({where}): call pipe.to(device)")
 
 
 def check_switches(pipe: Any) -> None:
-    """Raises ValueError where one of `SWITCHES` is on; the message names it, where it is, and what undoes it."""
+    """Raises ValueError if one of `SWITCHES` is on; the message names it, its place, and what undoes it."""
     for part, path, module in _modules(pipe):
         for switch in SWITCHES:
             if switch.seen(module):
                 undo = switch.undo.format(part=part, path=path)
-                raise ValueError(f"pipe.{path} has {switch.name}, which the sampler does not go with: {undo}")
+                raise ValueError(f"pipe.{path} has {switch.name}, which the sampler does not support: {undo}")
 
 
 def _modules(pipe: Any) -> Iterator[tuple[str, str, nn.Module]]:
-    """(part, path, module) of everything in the denoiser and the VAE, which the chain runs in its own way."""
+    """(part, path, module) of every module in the denoiser and the VAE, which the chain runs in its own way."""
     for part in ("unet", "transformer", "vae"):
         root = pipe.components.get(part)
         if isinstance(root, nn.Module):

@@ -1,4 +1,4 @@
-"""Text embeddings remembered by prompt, so that the text encoders need not lie on the device while the chain runs."""
+"""Remembers text embeddings by prompt, so that the text encoders need not stay on the device while the chain runs."""
 
 from __future__ import annotations
 
@@ -8,78 +8,69 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Embeddings, text_encoders
+from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch, text_encoders
 
 logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 2 * 2**30
-_WITH_ACTIVATIONS = 1.1  # of what the text encoders weigh; they run one prompt at a time, without gradient
+_WITH_ACTIVATIONS = 1.1  # times the text encoders' weights; they run one prompt at a time, without gradient
 
 
 class TextCache:
     """`encode` of a pipeline's adapter, run once for each prompt.
 
-    Every prompt is encoded by itself, so that its embedding, to the last bit, does not hang on the prompts beside it.
-    Embeddings are kept in host memory, the least recently used going first, and copied to the device when asked for.
-    Between encodings the text encoders lie on the CPU: SDXL's take 1.5 GiB in bf16. Where there is no room for them
-    beside the model (T5 takes 9 GiB), the frozen weights of the model's blocks lie there meanwhile. Where the model
-    itself is on the CPU all stay, and what is saved is time.
+    Every prompt is encoded alone, so that the bits of its embedding do not depend on other prompts. Embeddings are kept
+    in host memory, and copied to the device when needed; the least recently used ones are dropped first. Between
+    encodings the text encoders are on the CPU (SDXL's take 1.5 GiB in bf16). If they do not fit beside the model (T5
+    takes 9 GiB), the frozen weights of the model's blocks move to the CPU while they encode. If the model itself is on
+    the CPU, nothing moves and the cache only saves time.
 
     Args:
         model: an adapter of `models.adapt`.
-        room_bytes: () -> bytes of the model's device that may be taken at the moment.
+        room_bytes: () -> bytes that may be allocated on the model's device at the moment.
         limit_bytes: host memory for embeddings; one pair of SDXL takes 0.6 MiB in bf16, of FLUX 4 MiB.
     """
 
     def __init__(self, model: Any, room_bytes: Callable[[], float] = lambda: math.inf, limit_bytes: int = LIMIT_BYTES):
         self._model, self._room_bytes, self._limit_bytes = model, room_bytes, limit_bytes
         self._told = False
-        self._kept: OrderedDict[tuple, Any] = OrderedDict()
+        self._kept: OrderedDict[tuple, Conditioning] = OrderedDict()
         self._kept_bytes = 0
         if self._moves:
             self._move_encoders("cpu")
 
     @property
     def away(self) -> bool:
-        """Whether the text encoders lie elsewhere while the chain runs."""
+        """Whether the text encoders leave the device while the chain runs."""
         return self._model.device.type != "cpu"
 
     @property
     def _moves(self) -> bool:
         return self.away and self._model.device.type != "meta"
 
-    def encode(
-        self,
-        prompts: list[str],
-        negative_prompts: str | list[str] | None,
-        guided: bool,
-        size: tuple[int, int],
-        given: Embeddings = MappingProxyType({}),
-    ) -> Any:
-        """What the adapter's `encode` gives: the `Conditioning` of B prompts, in the order of the branches.
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        """The result of the adapter's `encode`.
 
         Raises:
-            ValueError: something in the text encoders learns and is to get a gradient, which no memory can give it.
+            ValueError: a parameter of the text encoders learns, and would get no gradient from remembered embeddings.
         """
         learns = self._model.text_learns()
         if learns and torch.is_grad_enabled():
-            raise ValueError("cache_text remembers embeddings, and a text encoder learns: leave cache_text out")
-        if given or learns:  # what learns may have changed since
+            raise ValueError("cache_text remembers embeddings, but a text encoder learns: leave cache_text out")
+        if batch.embeddings or learns:  # weights that learn may have changed since
             with self._encoders_on_device():
-                return self._model.encode(prompts, negative_prompts, guided, size, given)
-        return _joined(self.remember(prompts, negative_prompts, guided, size), self._model.device)
+                return self._model.encode(batch)
+        return _joined(self.remember(batch), self._model.device)
 
-    def remember(
-        self, prompts: list[str], negative_prompts: str | list[str] | None, guided: bool, size: tuple[int, int]
-    ) -> list[Any]:
-        """Encode what is not known yet, in one visit of the text encoders; returns each prompt's own, on the host."""
-        negatives = negative_prompts if isinstance(negative_prompts, list) else [negative_prompts] * len(prompts)
-        keys = [(prompt, negative, guided, size) for prompt, negative in zip(prompts, negatives, strict=True)]
+    def remember(self, batch: PromptBatch) -> list[Conditioning]:
+        """Encode all new prompts in one visit of the text encoders; returns each prompt's embeddings, on the host."""
+        negatives: Sequence[str | None] = batch.negative_prompts or [None] * len(batch.prompts)
+        pairs = zip(batch.prompts, negatives, strict=True)
+        keys = [(prompt, negative, batch.guided, batch.size) for prompt, negative in pairs]
         entries = {key: self._kept[key] for key in keys if key in self._kept}
         missing = [key for key in dict.fromkeys(keys) if key not in entries]
         if missing:
@@ -89,12 +80,13 @@ class TextCache:
             self._keep(key, entries[key])
         return [entries[key] for key in keys]
 
-    def _encoded(self, prompt: str, negative: str | None, guided: bool, size: tuple[int, int]) -> Any:
-        entry = self._model.encode([prompt], None if negative is None else [negative], guided, size)
+    def _encoded(self, prompt: str, negative: str | None, guided: bool, size: tuple[int, int]) -> Conditioning:
+        negatives = None if negative is None else [negative]
+        entry = self._model.encode(PromptBatch([prompt], negatives, guided, size))
         added = None if entry.added is None else {name: _to_host(tensor) for name, tensor in entry.added.items()}
         return replace(entry, embeds=_to_host(entry.embeds), added=added)
 
-    def _keep(self, key: tuple, entry: Any) -> None:
+    def _keep(self, key: tuple, entry: Conditioning) -> None:
         if key not in self._kept:
             self._kept_bytes += _bytes(entry)
         self._kept[key] = entry
@@ -110,7 +102,7 @@ class TextCache:
         device = self._model.device
         aside = [] if _WITH_ACTIVATIONS * self._encoder_bytes() <= self._room_bytes() else self._block_weights()
         if aside and not self._told:
-            logger.warning("the text encoders do not fit beside the model: it waits in host memory while they encode")
+            logger.warning("the text encoders do not fit beside the model: it moves to host memory while they encode")
             self._told = True
         try:
             _move(aside, "cpu")
@@ -128,7 +120,7 @@ class TextCache:
             part.to(device)
 
     def _block_weights(self) -> list[torch.Tensor]:
-        """Nearly all that a frozen model weighs. Adapters stay: an optimizer may hold them as views of its own."""
+        """Nearly all weights of a frozen model. Adapters stay, because an optimizer may hold views of them."""
         blocks = [block for group in self._model.step_groups().values() for block in group]
         tensors = [t for block in blocks for t in (*block.parameters(), *block.buffers()) if not t.requires_grad]
         return list({id(t): t for t in tensors}.values())
@@ -139,8 +131,8 @@ def _move(tensors: Sequence[torch.Tensor], device: Any) -> None:
         tensor.data = tensor.data.to(device)
 
 
-def _joined(entries: Sequence[Any], device: torch.device) -> Any:
-    """One conditioning of entries of one prompt each; what has no row for each branch (positions) is common to all."""
+def _joined(entries: Sequence[Conditioning], device: torch.device) -> Conditioning:
+    """Join the conditionings of single prompts; tensors without a row for each branch (positions) are shared."""
     first = entries[0]
     branches = first.branches
 
@@ -149,7 +141,7 @@ def _joined(entries: Sequence[Any], device: torch.device) -> Any:
         joined = torch.stack(list(tensors), dim=1).flatten(0, 1) if rows else tensors[0]
         return joined.to(device, non_blocking=True)
 
-    added = first.added and {name: join([entry.added[name] for entry in entries]) for name in first.added}
+    added = first.added and {name: join([(entry.added or {})[name] for entry in entries]) for name in first.added}
     return replace(first, embeds=join([entry.embeds for entry in entries]), added=added)
 
 
@@ -157,5 +149,5 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _bytes(entry: Any) -> int:
+def _bytes(entry: Conditioning) -> int:
     return sum(t.numel() * t.element_size() for t in (entry.embeds, *(entry.added or {}).values()))

@@ -1,1 +1,1 @@
-"""One file per op: reference, backend choice and public function. Nothing here knows of diffusion models."""
+"""One file per op: reference, choice of the implementation, public function. Ops know nothing of diffusion models."""

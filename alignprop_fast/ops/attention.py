@@ -1,7 +1,7 @@
-"""attention: o = softmax(s q k^T) v, without mask (Vaswani et al. 2017, eq. 1), keeping q, k, v, o and the logsumexp.
+"""attention: o = softmax(s q k^T) v, without mask (Vaswani et al. 2017, eq. 1); keeps q, k, v, o and the logsumexp.
 
-A segment that runs again keeps o and the logsumexp (`ops.kept`), and the backward pass makes the probabilities again
-from them (Dao et al. 2022), so that the quadratic part of attention never runs twice in the forward direction.
+A recomputed segment reuses o and the logsumexp (`ops.reuse`). The backward pass computes the probabilities from them
+(Dao et al. 2022). So the quadratic part of attention never runs forward twice.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
 from alignprop_fast.ops.backend import attempt, is_traced
-from alignprop_fast.ops.kept import kept
+from alignprop_fast.ops.reuse import reuse_or_compute
 
 
 def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -21,7 +21,7 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
-    """(o, lse) by the implementation that is chosen, or plainly where it fails."""
+    """(o, lse) by the chosen implementation, or by plain PyTorch if it fails."""
     chosen, arguments = backends.choose("forward", q, k), (q, k, v, scale)
     if is_traced(q):
         return chosen.forward(*arguments)
@@ -37,7 +37,7 @@ def _backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv) by the implementation that is chosen, or plainly where it fails."""
+    """(dq, dk, dv) by the chosen implementation, or by plain PyTorch if it fails."""
     chosen, arguments = backends.choose("backward", q, k), (g, q, k, v, o, lse, scale)
     if is_traced(q):
         return chosen.backward(*arguments)
@@ -47,7 +47,7 @@ def _backward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        o, lse = kept("attention", lambda: _forward(q, k, v, scale))
+        o, lse = reuse_or_compute("attention", lambda: _forward(q, k, v, scale))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale = scale
         return o
@@ -64,7 +64,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
 
     Args:
         q: [B, H, M, D]; k, v: [B, H, N, D]; any strides with a contiguous last dimension.
-        scale: D ** -0.5 where None.
+        scale: None means D ** -0.5.
 
     Returns:
         [B, H, M, D] in q's dtype.

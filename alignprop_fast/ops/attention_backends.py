@@ -1,12 +1,13 @@
-"""The implementations that `attention` chooses from, each with one calling form.
+"""The implementations that `attention` chooses from, all with the same signatures.
 
     forward(q, k, v, scale) -> (o [B, H, M, D], lse [B, H, M]: natural logarithm, fp32 or wider)
     backward(g, q, k, v, o, lse, scale) -> (dq, dk, dv)
 
-One form of the logsumexp lets the backward pass of one follow the forward pass of another, so each direction takes what
-is fastest on this GPU at this shape: cuDNN and flash trade places by GPU, and for short keys neither fills the chip in
-the backward pass. What is chosen has shown right results on the shape before (`attention_trials`). Under torch's flag
-for deterministic algorithms flash and efficient have backward passes that are, and cuDNN's is not taken.
+All use the same form of the logsumexp, so the backward pass of one can follow the forward pass of another. Each
+direction uses the fastest on this GPU at this shape: whether cuDNN or flash wins depends on the GPU, and with few keys
+neither fills the chip in the backward pass. An implementation must first show correct results on the shape
+(`attention_trials`). Under torch's flag for deterministic algorithms, flash and efficient have deterministic backward
+passes, and cuDNN's is not used.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from functools import cache
 
 import torch
 
-from alignprop_fast.ops import attention_plain, attention_triton, choice, switched_off
+from alignprop_fast.ops import attention_plain, attention_triton, autotune, switched_off
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
+from alignprop_fast.ops.autotune import fastest
 from alignprop_fast.ops.backend import backend, is_traced, only_plain
-from alignprop_fast.ops.choice import fastest
 
 Tensor = torch.Tensor
 Tensors = tuple[torch.Tensor, ...]
@@ -58,7 +59,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
 
 
 def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
-    # A plan that was built for one layout of g and o may be taken for another (pytorch #191576, #171627).
+    # cuDNN may use a plan that was built for another layout of g and o (pytorch #191576, #171627).
     g, o = _laid_out_like(q, g), _laid_out_like(q, o)
     return aten._scaled_dot_product_cudnn_attention_backward(
         *(g, q, k, v, o, lse[..., None], *_no_dropout(q), None, None, None, q.shape[2], k.shape[2], 0.0, False),
@@ -67,13 +68,13 @@ def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: 
 
 
 def _laid_out_like(q: Tensor, t: Tensor) -> Tensor:
-    """t [B, H, M, D] with its dimensions in the order in which they lie in q's memory."""
+    """t [B, H, M, D] with the memory order of q's dimensions."""
     return t if t.stride() == q.stride() else torch.empty_like(q).copy_(t)
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
     o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
-    # Its rows are padded to a multiple of 32.
+    # The rows of its logsumexp are padded to a multiple of 32.
     return o, lse[..., : q.shape[2]].contiguous()
 
 
@@ -86,7 +87,7 @@ def _efficient_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, l
 
 
 def _no_dropout(q: Tensor) -> Tensors:
-    """The seed and offset that the fused kernels ask for and, without dropout, never read."""
+    """The seed and offset that the fused kernels require but, without dropout, never read."""
     return torch.zeros((), dtype=torch.int64, device=q.device), torch.zeros((), dtype=torch.int64, device=q.device)
 
 
@@ -105,7 +106,7 @@ def _cuda_backends() -> dict[str, Backend]:
 CPU = Backend("cpu", _cpu_forward, _cpu_backward)
 PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward)
 
-# PyTorch's own guards know of GPUs and library versions on which a kernel is not served, or is wrong.
+# PyTorch's own guards know GPUs and library versions on which a kernel is unavailable or wrong.
 _GUARDS = {
     "cudnn": torch.backends.cuda.can_use_cudnn_attention,
     "flash": torch.backends.cuda.can_use_flash_attention,
@@ -114,7 +115,7 @@ _GUARDS = {
 
 
 def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
-    """The implementation for q [B, H, M, D] and k [B, H, N, D]; on a GPU measured once per shape (`ops.choice`).
+    """The implementation for q [B, H, M, D] and k [B, H, N, D]; on a GPU measured once per shape (`ops.autotune`).
 
     direction: "forward" or "backward".
     """
@@ -124,24 +125,24 @@ def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
 
 
 def _choose_on_gpu(direction: str, q: Tensor, k: Tensor) -> Backend:
-    # Traced, not run: there is nothing to time.
+    # Traced code does not run, so nothing can be timed.
     name = _untimed(q) if is_traced(q) else fastest(_problem(direction, q, k), _Candidates(direction, q, k), q.device)
     return _cuda_backends()[name]
 
 
 def explain(direction: str, q: Tensor, k: Tensor) -> str:
-    """Which implementation serves this shape and direction, the times it was chosen by, and why others were not."""
+    """The implementation for this shape and direction, the measured times, and why others were not used."""
     name = choose(direction, q, k).name
     if name == PLAIN.name:
         return f"attention {direction} on {q.device}: plain PyTorch, slow, since no fused kernel is known to serve it"
     if not q.is_cuda:
         return f"attention {direction} on {q.device.type}: {name}, PyTorch's fused kernel"
     reasons = "".join(f", {name}: {reason}" for name, reason in _refused(direction, q, k).items())
-    return f"attention {direction}: {name}; {choice.explain(_problem(direction, q, k), q.device)}{reasons}"
+    return f"attention {direction}: {name}; {autotune.explain(_problem(direction, q, k), q.device)}{reasons}"
 
 
 def offered(direction: str, q: Tensor, k: Tensor) -> list[Backend]:
-    """The implementations that may serve this shape, plain PyTorch last: what is off or refused is not among them."""
+    """The implementations that may serve this shape, plain PyTorch last, without those that are off or refused."""
     if only_plain(q):
         return [PLAIN]
     if not q.is_cuda:
@@ -156,12 +157,12 @@ def _problem(direction: str, q: Tensor, k: Tensor) -> str:
 
 
 def _untimed(q: Tensor) -> str:
-    """One that serves this dtype and head size without a trial."""
+    """An implementation that serves this dtype and head size without a trial."""
     return "flash" if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 else "efficient"
 
 
 def _refused(direction: str, q: Tensor, k: Tensor) -> dict[str, str]:
-    """Implementations that are not even tried on this shape, with the reason."""
+    """Implementations that are not tried on this shape, with the reason."""
     wants_gradient = direction == "backward"
     query, key = (t.detach().requires_grad_(wants_gradient) for t in (q, k))
     params = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, False, False)
@@ -179,7 +180,7 @@ def _refused(direction: str, q: Tensor, k: Tensor) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Makes a trial of every implementation that may be tried on this shape."""
+    """Makes the trials of all implementations that may serve this shape."""
 
     direction: str
     q: Tensor

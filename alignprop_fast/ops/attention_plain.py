@@ -1,10 +1,10 @@
-"""attention in plain PyTorch, for devices without a fused kernel and for what fails in one; right, and slow.
+"""attention in plain PyTorch: correct and slow, for devices without a fused kernel and as the fallback.
 
     P = softmax(s q k^T)        o = P v        dv = P^T g
     dP = g v^T        dS = s P (dP - sum_j P dP)        dq = dS k        dk = dS^T q
 
-Some queries at a time, so that the logits of no more than `LOGITS_BYTES` are alive; sums are fp32 or wider, in a fixed
-order. The backward pass makes P again from q and k alone: it may follow the forward pass of any implementation.
+It takes some queries at a time, so that at most `LOGITS_BYTES` of logits are alive. Sums are fp32 or wider, in a fixed
+order. The backward pass computes P again from q and k, so it can follow the forward pass of any implementation.
 """
 
 from collections.abc import Iterator
@@ -46,13 +46,13 @@ def backward(
 
 
 def _pieces(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Ranges of queries whose logits take `LOGITS_BYTES` at most, or one query each."""
+    """Ranges of queries whose logits take at most `LOGITS_BYTES`, or of one query each."""
     b, h, m, _ = q.shape
     step = max(1, LOGITS_BYTES // max(1, 4 * b * h * k.shape[2]))
     return (slice(start, start + step) for start in range(0, m, step))
 
 
 def _like_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [B, H, M, D] with the memory of [B, M, H, D], as the projections around it read it."""
+    """Uninitialised [B, H, M, D] over [B, M, H, D] memory, the layout of the projections around it."""
     b, h, m, d = t.shape
     return t.new_empty((b, m, h, d), dtype=dtype).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""What a backend of attention shows on a shape before it may be chosen: right results, then its time.
+"""Trials of attention's implementations on a shape: first correct results, then the time.
 
-Two sets of tensors: random ones, and ones whose logits all lie near -110. With those the logsumexp is below -88.7, so
-that exp(-logsumexp) overflows in fp32: kernels that reckon a padded key in turned gradients into NaN there and on no
+Each trial has two sets of tensors: random ones, and ones whose logits are all near -110. There the logsumexp is below
+-88.7, so exp(-logsumexp) overflows in fp32. Kernels that include a padded key gave NaN gradients there, but not on
 random data (pytorch #196678, cudnn-frontend #628).
 """
 
@@ -12,13 +12,13 @@ from typing import Protocol
 
 import torch
 
-from alignprop_fast.ops.choice import difference
+from alignprop_fast.ops.autotune import difference
 
 Tensor = torch.Tensor
 Tensors = tuple[torch.Tensor, ...]
 
 _LOW = -110.0
-# Enough heads to see one that goes wrong, few enough for a second at most in float64; scores that are there at once.
+# Enough heads to detect a wrong one, few enough to take at most a second in float64; and the scores alive at once.
 _MOST_HEADS, _MOST_SCORES = 16, 2**23
 
 
@@ -33,16 +33,16 @@ class Backend(Protocol):
 
 
 class Case:
-    """q, g [B, H, M, D] and k, v [B, H, N, D] in the memory that projections leave, [B, M, H, D].
+    """q, g [B, H, M, D] and k, v [B, H, N, D] in the memory layout of projections, [B, M, H, D].
 
     Args:
         q, k: tensors of the shape, dtype and device in question; their values are not read.
-        low: whether all logits are to lie near -110.
+        low: whether all logits are near -110.
     """
 
     def __init__(self, q: Tensor, k: Tensor, low: bool):
         self.low, self.scale = low, q.shape[-1] ** -0.5
-        # A generator of its own: a choice that is made must not change what the program draws.
+        # A separate generator, because a trial must not change the program's random numbers.
         generator = torch.Generator(q.device).manual_seed(0)
         self.q, self.g, self.k, self.v = (
             torch.randn(t.transpose(1, 2).shape, generator=generator, dtype=t.dtype, device=t.device).transpose(1, 2)
@@ -54,21 +54,21 @@ class Case:
 
     @cached_property
     def expected(self) -> tuple[Tensors, Tensors]:
-        """(o, lse, dq, dk, dv) of some heads [P, ...] by the plain expression: in this dtype, and in float64."""
+        """(o, lse, dq, dk, dv) of some heads [P, ...] by the plain expression, in this dtype and in float64."""
         q, k, v, g = (self.some_heads(t) for t in (self.q, self.k, self.v, self.g))
         exact = plain(q.double(), k.double(), v.double(), g.double(), self.scale)
         return plain(q, k, v, g, self.scale), exact
 
     def some_heads(self, t: Tensor) -> Tensor:
-        """[P, ...] of [B, H, ...]: the first head, the last, and others evenly between."""
+        """[P, ...] of [B, H, ...]: the first head, the last, and others at even distances."""
         count = t.shape[0] * t.shape[1]
         index = torch.linspace(0, count - 1, min(count, _MOST_HEADS)).long().tolist()
         return torch.stack([t[i // t.shape[1], i % t.shape[1]] for i in index])
 
     def fault(self, found: Tensors, first: int) -> str | None:
-        """What is wrong with results, which are those of `expected` from number `first` on."""
+        """The fault of results, which correspond to `expected` from number `first` on; None if there is none."""
         inexact, exact = (tensors[first : first + len(found)] for tensors in self.expected)
-        # Roundings are judged on the random tensors: low logits enlarge those of any order of summation.
+        # The random tensors test rounding. Low logits enlarge the rounding of every order of summation.
         ratio = difference([self.some_heads(t) for t in found], inexact, exact, relative=0.01 if self.low else 0.0)
         if ratio <= 1:
             return None
@@ -76,9 +76,9 @@ class Case:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Tensors:
-    """(o, lse, dq, dk, dv) of softmax(scale q k^T) v, as autograd would make them, in the tensors' own dtype.
+    """(o, lse, dq, dk, dv) of softmax(scale q k^T) v, like autograd's, in the tensors' dtype.
 
-    q, g: [P, M, D]; k, v: [P, N, D]; lse: [P, M]. By heads and rows, so that few scores are there at once.
+    q, g: [P, M, D]; k, v: [P, N, D]; lse: [P, M]. It goes by heads and rows, so that few scores are alive at once.
     """
     return tuple(torch.stack(t) for t in zip(*map(_plain_head, q, k, v, g, [scale] * len(q)), strict=True))
 
@@ -100,7 +100,7 @@ def _plain_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Ten
 
 
 class Trials:
-    """What the trials of one shape share, made when the first of them asks.
+    """The data that the trials of one shape share, made on first use.
 
     Args:
         q, k: see `Case`.
@@ -122,7 +122,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class ForwardTrial:
-    """A candidate of `ops.choice`: the forward pass of one backend."""
+    """A candidate of `ops.autotune`: the forward pass of one backend."""
 
     backend: Backend
     trials: Trials
@@ -150,7 +150,7 @@ class BackwardTrial:
 
     def fault(self) -> str | None:
         for case, forward in zip(self.trials.cases, self.trials.forwards, strict=True):
-            # As the gradient comes from an output projection, and as it comes from a tensor of its own.
+            # The gradient in the layout of an output projection, and as a contiguous tensor.
             for g, memory in ((case.g, "[B, M, H, D]"), (case.g.contiguous(), "[B, H, M, D]")):
                 if fault := case.fault(self._of(case, forward, g), first=2):
                     return f"{fault}, with g in the memory of {memory}"

@@ -1,4 +1,4 @@
-"""The package's own attention kernels as custom operators, so that tracing and fake tensors see through them."""
+"""The package's attention kernels as custom operators, so that tracing and fake tensors work with them."""
 
 import torch
 
@@ -6,7 +6,7 @@ Tensor = torch.Tensor
 
 
 def _like_rows(t: Tensor) -> Tensor:
-    """Uninitialised [B, H, M, D] with the memory of [B, M, H, D]."""
+    """Uninitialised [B, H, M, D] over [B, M, H, D] memory."""
     b, h, m, d = t.shape
     return t.new_empty(b, m, h, d).transpose(1, 2)
 

@@ -1,8 +1,8 @@
-"""Which implementation serves a tensor, and the way back to plain PyTorch where one fails.
+"""Chooses the implementation for a tensor, and falls back to plain PyTorch if it fails.
 
-Triton compiles when a kernel is first started, with a C compiler and a driver that may be missing, for a GPU whose
-shared memory or registers may not do. None of that may end a run: what fails is switched off for this process, with one
-line, and its plain path goes on from there (`ops.switched_off`).
+Triton compiles a kernel at its first launch. It needs a C compiler and a driver, which may be missing, and a GPU with
+enough shared memory and registers. None of this may end a run: an implementation that fails is switched off for this
+process, with one line, and the plain path takes over (`ops.switched_off`).
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ _probed: set[torch.device] = set()
 
 
 def backend(x: torch.Tensor, op: str) -> str:
-    """ "triton" where the package's kernels of this op serve x, else "reference".
+    """ "triton" if the package's kernels of this op serve x, else "reference".
 
-    They serve fp32, fp16 and bf16 on NVIDIA's GPUs where Triton is installed and works: the first tensor on a device
-    tries it. Under torch.compile, with fake tensors and while a CUDA graph is captured nothing is tried.
+    They serve fp32, fp16 and bf16 on NVIDIA's GPUs if Triton is installed and works, which the first tensor on a device
+    tests. Nothing is tested under torch.compile, with fake tensors, or while a CUDA graph is captured.
     """
     if not (x.is_cuda and x.dtype in _DTYPES and _HAS_TRITON and x.numel() > 0) or only_plain(x):
         return "reference"
@@ -40,14 +40,14 @@ def backend(x: torch.Tensor, op: str) -> str:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether x stands for a tensor to come, so that there is nothing to run, to time or to fail."""
+    """Whether x is a placeholder for a later tensor, so that nothing can run, be timed or fail."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def only_plain(x: torch.Tensor) -> bool:
-    """Whether plain PyTorch alone serves x's device, and says so once: any but the CPU and NVIDIA's GPUs.
+    """Whether only plain PyTorch serves x's device, which holds for all but the CPU and NVIDIA's GPUs; says so once.
 
-    AMD's GPUs call themselves "cuda" too; the kernels here were neither written for them nor compiled for one.
+    AMD's GPUs are called "cuda" too, but these kernels were not written for them and never compiled for one.
     """
     if x.device.type in ("cpu", "meta") or (x.is_cuda and torch.version.hip is None):
         return False
@@ -64,22 +64,22 @@ def attempt(
     *arguments: Arguments.args,
     **keywords: Arguments.kwargs,
 ) -> Result:
-    """first(*arguments), and from its first failure in this process on plain(*arguments), which returns the same.
+    """first(*arguments); after its first failure in this process plain(*arguments), which returns the same.
 
-    Not for tensors that are traced. A full device is no failure of `first`, and is raised; so is what happens while a
-    CUDA graph is captured, which is lost. Where `plain` fails too the arguments are at fault.
+    Not for traced tensors. A full device is not a failure of `first` and is raised. An error while a CUDA graph is
+    captured is raised too, because the graph is lost. If `plain` also fails, the arguments are at fault.
 
-    name: what is switched off then.
+    name: the name that is switched off after a failure.
     """
     if switched_off.reason(name) is not None:
         return plain(*arguments, **keywords)
     try:
         return first(*arguments, **keywords)
-    except Exception as error:  # of compilers, drivers and libraries: there is no list of them
+    except Exception as error:  # compilers, drivers and libraries raise anything
         if is_out_of_memory(error) or _is_capturing():
             raise
         reason = f"{type(error).__name__}: {error}"
-    # Not in the handler, whose traceback would keep the tensors of what failed.
+    # Outside the handler, whose traceback would keep the failed call's tensors alive.
     result = plain(*arguments, **keywords)
     switched_off.switch_off(name, reason)
     return result
@@ -88,7 +88,7 @@ def attempt(
 def or_plain(
     op: str, plain: Callable[Arguments, Result]
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorator of a function that starts this op's kernels: `attempt` with the plain path behind it."""
+    """Decorator of a function that launches this op's kernels: `attempt` with the plain path as fallback."""
 
     def decorated(kernel: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @wraps(kernel)
@@ -106,7 +106,7 @@ def _is_capturing() -> bool:
 
 @torch.no_grad()
 def _probe(device: torch.device) -> None:
-    """Start a small kernel and compare; what is wrong with Triton on this device switches it off."""
+    """Launch a small kernel and compare the result; if Triton fails on this device, switch it off."""
     if _is_capturing():
         return
     try:
@@ -114,7 +114,7 @@ def _probe(device: torch.device) -> None:
 
         uv = torch.linspace(-2, 2, 512, device=device).view(2, 256)
         u, v = uv.chunk(2, dim=-1)
-        # Errors of fp32; a kernel that did not run, or ran elsewhere, is off by the values themselves.
+        # Allows fp32 rounding; a kernel that did not run, or ran elsewhere, is off by the values themselves.
         if not torch.allclose(geglu.geglu_forward(uv), u * F.gelu(v), rtol=1e-4, atol=1e-5):
             switched_off.switch_off("triton", f"a kernel gives wrong numbers on {device}")
     except Exception as error:  # as in `attempt`

@@ -1,19 +1,19 @@
-"""banded_conv: the frozen 3x3 convolutions of an image decoder by bands of rows, exactly those of the whole image.
+"""banded_conv: the frozen 3x3 convolutions of an image decoder by bands of rows, with the whole image's results.
 
     norm_conv:      y = conv(silu(norm(x)))
     upsample_conv:  y = conv(nearest(x, 2))
 
-Group norm looks at the whole image, so its statistics come first, in a pass that keeps nothing. SiLU and convolution
-then see a band of rows and one row more on either side (its halo), in both directions: no normalised, activated or
-upsampled image ever exists, only a band of it. norm_conv keeps x, mean and deviation; upsample_conv keeps nothing of x.
+Group norm needs the whole image, so its statistics come first, in a pass that keeps nothing. SiLU and convolution then
+take a band of rows and one more row on either side (its halo), in both directions. So a normalised, activated or
+upsampled image never exists as a whole. norm_conv keeps x, mean and deviation; upsample_conv does not keep x.
 
 Backward of norm_conv, by bands, with z = gamma xhat + beta and xhat = (x - mean) / deviation (Wu & He 2018):
 
     dz = silu'(z) conv_transpose(g)        dx = (gamma dz - S1 / n - xhat S2 / n) / deviation
     S1 = sum of gamma dz over the n elements of the group, S2 = sum of gamma dz xhat
 
-A pass writes dz where dx will be and sums it up, a pointwise pass turns it into dx. What is pointwise runs in fp32 (or
-wider) and is rounded once. Bytes beside input and output: about five bands in 16 bits, three in 32. It loses on small
+One pass writes dz into dx's memory and sums it; a pointwise pass turns it into dx. Pointwise work runs in fp32 (or
+wider) and is rounded once. Beside input and output it takes about five bands in 16 bits, three in 32. It loses on small
 images, whose bands do not fill a GPU.
 """
 
@@ -30,7 +30,7 @@ MIN_ROWS, BANDS = 16, 32
 
 
 class NormConv(NamedTuple):
-    """A frozen layer conv(silu(group_norm(x))), the convolution 3x3 with stride 1 and padding 1."""
+    """A frozen layer conv(silu(group_norm(x))) with a 3x3 convolution of stride 1 and padding 1."""
 
     groups: int
     gamma: torch.Tensor  # [C]
@@ -41,7 +41,7 @@ class NormConv(NamedTuple):
 
 
 def band_rows(rows: int | None, height: int) -> int:
-    """The height of a band, as asked for or, where None, chosen for an image of that height.
+    """The height of a band: as given, or chosen for the image's height if None.
 
     Raises:
         ValueError: fewer than one row.
@@ -72,10 +72,10 @@ def spans(height: int, rows: int) -> Iterator[slice]:
 def halo_bands(
     x: torch.Tensor, rows: int, prepare: Callable[[torch.Tensor], torch.Tensor] = lambda band: band
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Each band's rows in x [B, C, H, W], and a prepared copy of them with a row more on either side.
+    """Each band's rows in x [B, C, H, W], and a prepared copy of them with one more row on either side.
 
     `prepare` works on single pixels; beyond the border its result counts as zero. The caller may overwrite a band's
-    rows in x once it has the band: the next one's halo was copied before.
+    rows in x when it has the band, because the next band's halo is already copied.
     """
     above = x[:, :, :1]
     for span in spans(x.shape[2], rows):
@@ -95,7 +95,7 @@ def _zero_beyond(band: torch.Tensor, top: bool, bottom: bool) -> torch.Tensor:
 
 
 def conv_band(band: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The convolution's rows for a band that came with its halo."""
+    """The convolution's rows for a band that has its halo."""
     return F.conv2d(band, weight, bias, padding=(0, 1))
 
 
@@ -110,7 +110,7 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def empty_like_rows(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Room for a result [B, channels, H, W] in the dtype and memory format of x [B, C, H, W]."""
+    """An uninitialised result [B, channels, H, W] in the dtype and memory format of x [B, C, H, W]."""
     return _empty(x, (x.shape[0], channels, *x.shape[2:]), memory_format(x))
 
 
@@ -119,7 +119,7 @@ def _empty(x: torch.Tensor, shape: tuple[int, ...], format: torch.memory_format)
 
 
 class Normaliser:
-    """Group norm with SiLU at given mean and deviation, for any rows of the image that they are of."""
+    """Group norm with SiLU at a given mean and deviation, for any rows of their image."""
 
     def __init__(self, layer: NormConv, mean: torch.Tensor, rstd: torch.Tensor):
         """mean, rstd: [B, C, 1, 1], the same for all channels of a group."""
@@ -128,7 +128,7 @@ class Normaliser:
         self.shift = layer.beta[:, None, None] - mean * self.scale
 
     def normalised(self, band: torch.Tensor) -> torch.Tensor:
-        """In fp32 or wider, since the affine form rounds too much in 16 bits."""
+        """In fp32 or wider, because the affine form rounds too much in 16 bits."""
         return torch.addcmul(self.shift, band, self.scale)
 
     def activated(self, band: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def _group_mean(x_BC11: torch.Tensor, groups: int) -> torch.Tensor:
 def statistics(x: torch.Tensor, layer: NormConv, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and reciprocal deviation of each channel's group, both [B, C, 1, 1] in fp32 or wider.
 
-    By bands, each about its own mean, merged without cancellation (Chan, Golub & LeVeque 1983).
+    Computed by bands, each about its own mean, and merged without cancellation (Chan, Golub & LeVeque 1983).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     means, variances = [], []
@@ -155,7 +155,7 @@ def statistics(x: torch.Tensor, layer: NormConv, rows: int) -> tuple[torch.Tenso
         band = x[:, :, span].to(wide)
         means.append(band.mean((2, 3), keepdim=True))
         variances.append((band - means[-1]).square_().mean((2, 3), keepdim=True))
-        del band  # not alive beside the next one
+        del band  # must not be alive beside the next one
     mean = _over_bands(torch.stack(means), x.shape[2], rows)
     apart = torch.stack(means).sub_(mean).square_()
     variance = _over_bands(torch.stack(variances).add_(apart), x.shape[2], rows)
@@ -165,7 +165,7 @@ def statistics(x: torch.Tensor, layer: NormConv, rows: int) -> tuple[torch.Tenso
 
 
 def _over_bands(of_each: torch.Tensor, height: int, rows: int) -> torch.Tensor:
-    """The mean over an image's rows, from those over each band's [bands, ...], which are all alike but for the last."""
+    """The mean over an image's rows from the means over its bands [bands, ...]; only the last band may be shorter."""
     last = height - (len(of_each) - 1) * rows
     return (of_each[:-1].sum(0) * rows + of_each[-1] * last) / height
 
@@ -179,9 +179,10 @@ def norm_conv_backward(
     dx: torch.Tensor,
     add: Callable[[slice], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The gradient of conv(silu(norm(x))) at x for g, that of its result, written into dx; `add`: to be added, by rows.
+    """Write the gradient of conv(silu(norm(x))) for x into dx, given g, the gradient of its result.
 
-    dx may be g itself, or x itself. In the second case there is no place for dz, and its convolution runs twice.
+    add: rows to add. dx may be g itself, or x itself. In the second case dz has no place, and its convolution runs
+    twice.
     """
     flipped = transposed(weight)
 
@@ -196,7 +197,7 @@ def norm_conv_backward(
         sums_x = sums_x + (x[:, :, span] - norm.mean).mul_(dz).sum((2, 3), keepdim=True)
         if dx is not x:
             dx[:, :, span] = dz
-        del dz  # not alive beside the next band's
+        del dz  # must not be alive beside the next band's
     pixels = x.shape[2] * x.shape[3]
     # With the mean folded in, dx = scale dz + slope x + offset.
     slope = -norm.rstd.square() * norm.per_group(norm.scale * sums_x) / pixels
@@ -215,7 +216,7 @@ class _NormConv(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: NormConv, rows: int) -> torch.Tensor:
         mean, rstd = statistics(x, layer, rows)
         ctx.save_for_backward(x, mean, rstd)
-        # The layer is frozen: autograd has no business with its tensors.
+        # The layer is frozen, so autograd need not see its tensors.
         ctx.layer, ctx.rows = layer, rows
         y = empty_like_rows(x, layer.weight.shape[0])
         for span, band in halo_bands(x, rows, Normaliser(layer, mean, rstd).activated):
@@ -240,7 +241,7 @@ class _UpsampleConv(torch.autograd.Function):
         b, _, h, w = x.shape
         y = _empty(x, (b, weight.shape[0], 2 * h, 2 * w), ctx.format)
         for span, band in halo_bands(x, rows):
-            # The halo of one row became two, of which the convolution sees one.
+            # Upsampling made two rows of the halo's one; the convolution needs one.
             band = F.interpolate(band, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
             y[:, :, 2 * span.start : 2 * span.stop] = conv_band(band, weight, bias)
             del band
@@ -254,17 +255,17 @@ class _UpsampleConv(torch.autograd.Function):
         dx = _empty(g, ctx.shape, ctx.format)
         for span, band in halo_bands(g, 2 * ctx.rows):
             band = conv_band(band, flipped)
-            # The sum over the four pixels that one became.
+            # The sum over the four pixels that came from one.
             dx[:, :, span.start // 2 : span.stop // 2] = F.avg_pool2d(band, 2, divisor_override=1)
             del band
         return dx, None, None, None
 
 
 def norm_conv(x: torch.Tensor, layer: NormConv, rows: int | None = None) -> torch.Tensor:
-    """conv(silu(group_norm(x))) by bands of rows, differentiable in x alone; keeps x, mean and deviation.
+    """conv(silu(group_norm(x))) by bands of rows, differentiable only in x; keeps x, mean and deviation.
 
     Args:
-        x: [B, C, H, W], contiguous or channels_last, which the result follows.
+        x: [B, C, H, W], contiguous or channels_last, as the result will be.
         layer: frozen, of x's dtype.
         rows: height of a band; None: 1/32 of the height, at least 16.
 
@@ -279,10 +280,10 @@ def norm_conv(x: torch.Tensor, layer: NormConv, rows: int | None = None) -> torc
 def upsample_conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, rows: int | None = None
 ) -> torch.Tensor:
-    """conv(nearest(x, 2)) by bands of rows, differentiable in x alone; keeps nothing of x.
+    """conv(nearest(x, 2)) by bands of rows, differentiable only in x; does not keep x.
 
     Args:
-        x: [B, C, H, W], contiguous or channels_last, which the result follows.
+        x: [B, C, H, W], contiguous or channels_last, as the result will be.
         weight: [O, C, 3, 3]; bias: [O]; frozen, of x's dtype; stride 1, padding 1.
         rows: height of a band of the result; None: 1/32 of its height, at least 16.
 

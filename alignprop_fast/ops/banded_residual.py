@@ -1,12 +1,12 @@
-"""banded_residual: a frozen residual block by bands of rows, in the memory of its input, its output and a few bands.
+"""banded_residual: a frozen residual block by bands of rows, with memory for input, output and a few bands.
 
     h = conv1(silu(norm1(x)))        y = conv2(silu(norm2(h))) + shortcut(x)
 
-with the shortcut x itself or a 1x1 convolution. As one op it keeps x and four numbers per channel, and each direction
-makes one tensor of full size beside the gradient that arrives: forward, y is written over h, band by band; backward, h
-is computed again, its gradient dh is written over it, and dx over dh where they are of one size. Convolutions run: 2
-forward, and backward conv1 again, conv2's transpose twice (dh takes the place that it would be kept in) and conv1's
-once, which is what a block costs that is checkpointed by itself. For the bands see banded_conv.
+The shortcut is x itself or a 1x1 convolution. As one op it keeps x and four numbers per channel. Each direction makes
+one tensor of full size, beside the incoming gradient. Forward, y is written over h, band by band. Backward, h is
+computed again, its gradient dh is written over it, and dx over dh if they have one size. The forward pass runs 2
+convolutions. The backward pass runs conv1 again, conv2's transpose twice (dh overwrites the memory that would keep its
+result) and conv1's transpose once, as many as for a checkpointed block. For the bands see banded_conv.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ class _BandedResidual(torch.autograd.Function):
         y = h = _first(x, Normaliser(first, *statistics_x), first, rows)
         statistics_h = statistics(h, second, rows)
         ctx.save_for_backward(x, *statistics_x, *statistics_h)
-        # The layers are frozen: autograd has no business with their tensors.
+        # The layers are frozen, so autograd need not see their tensors.
         ctx.layers, ctx.rows = (first, second, shortcut), rows
         for span, band in halo_bands(h, rows, Normaliser(second, *statistics_h).activated):
             band = conv_band(band, second.weight, second.bias)
@@ -84,12 +84,12 @@ class _BandedResidual(torch.autograd.Function):
 def banded_residual(
     x: torch.Tensor, first: NormConv, second: NormConv, shortcut: Shortcut = None, rows: int | None = None
 ) -> torch.Tensor:
-    """The residual block by bands of rows, differentiable in x alone; keeps x and means and deviations.
+    """The residual block by bands of rows, differentiable only in x; keeps x, means and deviations.
 
     Args:
-        x: [B, C, H, W], contiguous or channels_last, which the result follows.
+        x: [B, C, H, W], contiguous or channels_last, as the result will be.
         first, second: C to O and O to O channels, frozen, of x's dtype.
-        shortcut: needed where C and O differ; frozen.
+        shortcut: required if C and O differ; frozen.
         rows: height of a band; None: 1/32 of the height, at least 16.
 
     Returns:

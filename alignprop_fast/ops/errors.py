@@ -1,4 +1,4 @@
-"""Whether an error says that the device's memory is full, and work that may run out of it."""
+"""One-line messages of errors, and work that may run out of device memory."""
 
 import gc
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-# What libraries say that take memory of their own and know no OutOfMemoryError.
+# Messages of libraries that allocate memory themselves and do not raise OutOfMemoryError.
 _SAID = (
     *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
@@ -19,9 +19,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """What work came to for which the device was too small. reason: what the device said, in one line."""
+    """The result of work that ran out of device memory. reason: the device's message in one line."""
 
     reason: str
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if the message is empty.
+
+    It has no full stop at its end, and no reference of transformers to a traceback that is not shown.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0].partition(" Please check out the root cause")[0].rstrip(".:;") if lines else ""
+    return line or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,10 +42,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def unless_out_of_memory(work: Callable[[], Result]) -> Result | OutOfMemory:
-    """work(), or `OutOfMemory`; by then everything that the failed run held is free for what is done instead.
+    """work(), or `OutOfMemory`. When this returns, everything that the failed run held is free for an alternative.
 
-    Not to be replaced by doing it instead inside `except`: there the error's traceback holds the failed run's frames,
-    and they hold its graph.
+    Do not run the alternative inside `except`: there the error's traceback holds the failed run's frames, and they hold
+    its graph.
     """
     try:
         return work()
@@ -43,8 +53,8 @@ def unless_out_of_memory(work: Callable[[], Result]) -> Result | OutOfMemory:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-        error.__traceback__ = None  # someone else may hold the error
+        error.__traceback__ = None  # other code may hold the error
     gc.collect()  # hooks and closures of the run refer to each other
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what is reserved lies in pieces of the failed run's sizes
+        torch.cuda.empty_cache()  # reserved memory is fragmented into pieces of the failed run's sizes
     return OutOfMemory(reason)

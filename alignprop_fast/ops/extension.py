@@ -1,10 +1,10 @@
 """Builds the C++ and CUDA kernels of csrc/ with ninja and loads them.
 
-The library uses PyTorch's stable ABI alone, so one build serves torch 2.10 and later. It is made when the package is
-installed if torch is at hand then; else for CUDA tensors on first use, for the GPUs of this machine alone, into torch's
-extension cache; or by `python -m alignprop_fast.ops.extension`. CPU tensors take what is there already and never start
-a build: a compiler run of ten seconds would cost a short run more than the kernels save. A missing compiler raises
-nothing: `missing` says what is lost.
+The library uses only PyTorch's stable ABI, so one build serves torch 2.10 and later. It is built when the package is
+installed, if torch can be imported then. Otherwise the first CUDA tensor builds it for the GPUs of this machine, into
+torch's extension cache; so does `python -m alignprop_fast.ops.extension`. CPU tensors use an existing library and never
+start a build, because ten seconds of compiling cost a short run more than the kernels save. A missing compiler raises
+no error: `missing` gives the reason.
 """
 
 import ctypes
@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-INSTALLED = Path(__file__).parent  # where setup.py leaves a library, if it builds one
+INSTALLED = Path(__file__).parent  # where setup.py puts a library, if it builds one
 TOOLKIT = Path("/usr/local/cuda")
-ARCHES = ("80", "86", "89", "90", "100", "120")  # of an installed library, as far as nvcc knows them
+ARCHES = ("80", "86", "89", "90", "100", "120")  # of an installed library, if nvcc knows them
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 # The oldest torch that the library must run under.
 ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
@@ -36,9 +36,9 @@ class BuildError(RuntimeError):
 
 
 def nvcc_command(nvcc: str, arches: Collection[str], source: Path | str, output: Path | str) -> list[str]:
-    """The command that compiles a CUDA file of csrc/ to an object file for sm_`arches`; it needs no torch headers.
+    """The command that compiles a CUDA file of csrc/ to an object file for sm_`arches`, without torch headers.
 
-    Of the newest of them it adds PTX, which the driver compiles for GPUs that are newer still.
+    It adds PTX for the newest of them, which the driver compiles for newer GPUs.
     """
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
     gencode += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(arches, key=int)[-1:]]
@@ -55,7 +55,7 @@ def find_nvcc() -> str | None:
 
 
 def present_arches() -> tuple[str, ...]:
-    """Compute capabilities of the GPUs at hand, ("89",) say; none for a CPU build of torch."""
+    """Compute capabilities of the GPUs present, such as ("89",); none for a CPU build of torch."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return ()
     devices = range(torch.cuda.device_count())
@@ -63,7 +63,7 @@ def present_arches() -> tuple[str, ...]:
 
 
 def known_arches() -> tuple[str, ...]:
-    """Those of `ARCHES` that the CUDA compiler at hand knows; none without one or for a CPU build of torch."""
+    """Those `ARCHES` that the CUDA compiler knows; none without a compiler or for a CPU build of torch."""
     nvcc = find_nvcc()
     if torch.version.cuda is None or nvcc is None:
         return ()
@@ -77,7 +77,7 @@ def _arches_of(nvcc: str) -> list[str]:
 
 
 def compiled_arches(arches: Collection[str], known: Collection[str]) -> tuple[str, ...]:
-    """What to compile for these GPUs: for one that is newer than all that nvcc knows, the newest that it knows."""
+    """The architectures to compile for these GPUs; for a GPU newer than nvcc knows, the newest that it knows."""
     newest = max(known, key=int, default="0")
     return tuple(sorted({newest if known and int(newest) < int(arch) else arch for arch in arches}, key=int))
 
@@ -90,7 +90,7 @@ def library_name(arches: Iterable[str]) -> str:
 def installed(arches: tuple[str, ...]) -> Path | None:
     """The library beside this file, if its code runs on all of `arches`.
 
-    It runs on later GPUs of the same major, and by its PTX (`nvcc_command`) on all that are newer than the newest.
+    It also runs on later GPUs of the same major version and, through PTX (`nvcc_command`), on all newer ones.
     """
     for library in sorted(INSTALLED.glob("compiled*.so")):
         built = [name.removeprefix("sm_") for name in library.stem.split("-")[1:]]
@@ -104,7 +104,7 @@ def installed(arches: tuple[str, ...]) -> Path | None:
 
 
 def library_path(arches: tuple[str, ...]) -> Path:
-    """Where the cache keeps the library of these sources for these GPUs (none: the CPU version alone)."""
+    """The library's path in the cache, for these sources and GPUs (none: only the CPU version)."""
     digest = hashlib.sha256(repr((CXX_FLAGS, ABI_FLAGS, nvcc_command("nvcc", arches, "", ""))).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -114,7 +114,7 @@ def library_path(arches: tuple[str, ...]) -> Path:
 
 
 def build(library: Path, arches: tuple[str, ...]) -> None:
-    """Compile csrc/ to `library`, for `arches` or, if there are none, the CPU version alone.
+    """Compile csrc/ to `library`, for `arches`; without any, only the CPU version.
 
     Processes that ask for the same library wait for the first. Raises BuildError.
     """
@@ -125,7 +125,7 @@ def build(library: Path, arches: tuple[str, ...]) -> None:
     try:
         folder = library.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
-        # A lock of the system: it goes with its process, however that ends.
+        # The system's lock ends with its process, however that ends.
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
@@ -139,7 +139,7 @@ def _run_ninja(folder: Path, arches: tuple[str, ...]) -> None:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     nvcc = find_nvcc() if arches else None
-    # The packages go by torch's own: pip leaves cuda-toolkit as torch brought it, from CUDA 13 on.
+    # These packages fit torch: from CUDA 13 on, pip keeps the version of cuda-toolkit that torch installed.
     toolkit = "nvcc (pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl]', or the CUDA toolkit)"
     wanted = {"ninja (pip install ninja)": ninja, "C++ compiler": cxx, toolkit: nvcc if arches else "unused"}
     if absent := [name for name, found in wanted.items() if not found]:
@@ -160,9 +160,9 @@ def _ninja_file(cxx: str, nvcc: str | None, arches: tuple[str, ...]) -> str:
     flags = [*CXX_FLAGS, *ABI_FLAGS, *(["-DUSE_CUDA"] if nvcc else []), f"-isystem {_escape(torch_dir / 'include')}"]
     libraries = [f"-L{_escape(torch_dir / 'lib')}", "-ltorch_cpu"]
     if nvcc:
-        # The packages of pip have CUDA's runtime in lib, where nvcc looks in lib64.
+        # pip's packages have CUDA's runtime in lib, but nvcc looks in lib64.
         libraries += ["-ltorch_cuda", f"-L{_escape(Path(nvcc).parents[1] / 'lib')}"]
-    # One C++ compiler for all: of itself nvcc takes the default one, whatever $CXX says.
+    # The same C++ compiler for all files, because nvcc by default ignores $CXX.
     host = "" if " " in cxx else f" -ccbin {cxx}"
     linker = f"{nvcc} -shared -cudart static{host}" if nvcc else f"{cxx} -shared"
     lines = [
@@ -181,9 +181,9 @@ def _escape(path: Path) -> str:
 
 @cache
 def missing(device_type: str) -> str | None:
-    """None if the compiled kernels serve tensors on "cpu" or "cuda", else why not, in one line.
+    """None if the compiled kernels serve tensors on "cpu" or "cuda", else the reason in one line.
 
-    On the first CUDA tensor it builds them where needed, which takes seconds; what could not be built is logged once.
+    The first CUDA tensor builds them if needed, which takes seconds. A failed build is logged once.
     """
     if device_type not in ("cpu", "cuda"):
         return f"no kernels for {device_type}"
@@ -204,7 +204,7 @@ def missing(device_type: str) -> str | None:
 
 
 def _load(library: Path, device_type: str) -> None:
-    """Raises BuildError if the driver does not take it: it must know the CUDA of the compiler."""
+    """Raises BuildError if the driver cannot run the library, because it is older than the compiler's CUDA."""
     torch.ops.load_library(str(library))
     if device_type == "cuda":
         ask = ctypes.CDLL(str(library)).alignprop_fast_cuda_error

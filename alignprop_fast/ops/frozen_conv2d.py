@@ -1,9 +1,9 @@
-"""frozen_conv2d: a convolution whose weights never learn, so that its backward pass needs the weights alone.
+"""frozen_conv2d: a convolution whose weights never learn, so that its backward pass needs only the weights.
 
     y = conv(x, W) + b        dx = conv_transpose(g, W)
 
-Stock PyTorch saves x as well, and so do torch.compile's partitioners, since `convolution_backward` takes the input even
-where only dx is asked for. Neither direction here touches or stands in for x.
+Stock PyTorch also saves x, and so do torch.compile's partitioners, because `convolution_backward` takes the input even
+if only dx is needed. Here the backward pass does not need x.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ class _FrozenConv2d(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        # Rows of x that a stride greater than one never reached; their gradient is zero.
+        # Rows of x that a stride above one skips have a gradient of zero.
         missing = tuple(
             ctx.size[d]
             - ((g.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1)
@@ -70,7 +70,7 @@ def frozen_conv2d(
     dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> torch.Tensor:
-    """2-d convolution that is differentiable in x alone and keeps nothing of x.
+    """2-d convolution that is differentiable only in x and does not keep x.
 
     x: [B, C, H, W]; weight: [O, C / groups, kh, kw] and bias: [O], both frozen; returns [B, O, H', W'].
     """

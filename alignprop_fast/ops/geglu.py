@@ -2,7 +2,7 @@
 
     du = g gelu(v)        dv = g u gelu'(v)
 
-Stock autograd keeps u, v and gelu(v); here gelu(v) is computed again, which costs one pass over v and saves a third.
+Stock autograd keeps u, v and gelu(v). Here gelu(v) is computed again, which costs one pass over v and saves a third.
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
 
 
 def backend(uv: torch.Tensor) -> str:
-    """Which implementation serves uv: "triton" or "reference"."""
+    """The implementation for uv: "triton" or "reference"."""
     return backends.backend(uv, "geglu")
 
 
 def _plain_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     u, v = uv.chunk(2, dim=-1)
     if torch.compiler.is_compiling():
-        # The tracer refuses an `out` that is strided; what it compiles writes in place by itself.
+        # The tracer refuses a strided `out`; compiled code writes in place anyway.
         return torch.cat([g * F.gelu(v), torch.ops.aten.gelu_backward(g * u, v)], dim=-1)
     duv = torch.empty_like(uv)
     du, dv = duv.chunk(2, dim=-1)
@@ -78,5 +78,5 @@ class _GEGLU(torch.autograd.Function):
 
 
 def geglu(uv: torch.Tensor) -> torch.Tensor:
-    """u * gelu(v) of uv = [u, v] with shape [..., 2 D] -> [..., D]; keeps uv alone for the backward pass."""
+    """u * gelu(v) of uv = [u, v], [..., 2 D] -> [..., D]; keeps only uv for the backward pass."""
     return geglu_reference(uv) if only_plain(uv) else _GEGLU.apply(uv)

@@ -1,8 +1,8 @@
 """group_norm_silu: y = silu(gamma * normalised(x + t) + beta) as one op; gamma and beta never learn.
 
-Keeps x, the small t and two numbers per group. Stock autograd keeps x + t and the norm's output (silu's input) as well;
-here both come back in one pass, since with mean and deviation at hand they are affine in x (Wu & He 2018; Ramachandran
-2017). channels_last tensors go through csrc/ where it is built, all others through PyTorch's own group norm.
+It keeps x, the small t and two numbers per group. Stock autograd also keeps x + t and the norm's output (silu's input).
+Here one pass computes both again, because they are affine in x for a given mean and deviation (Wu & He 2018;
+Ramachandran 2017). channels_last tensors use csrc/ if it is built; all others use PyTorch's own group norm.
 """
 
 from functools import cache
@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from alignprop_fast.ops import extension, switched_off
 from alignprop_fast.ops.backend import only_plain
 
-# Elements that one thread block or one task of a CPU thread takes, and the most pieces that an image is cut into.
+# Elements of one thread block or one task of a CPU thread, and the largest number of pieces of an image.
 CHUNK_ELEMENTS = {"cuda": 8192, "cpu": 65536}
 MAX_CHUNKS = 512
-# Of csrc/ on a GPU: channels in a vector where they divide into such, and vectors or channels of a thread block.
+# For csrc/ on a GPU: channels in a vector, if the channels are a multiple, and vectors or channels in a thread block.
 VECTOR, MAX_THREADS = 4, 1024
 COMPILED_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -41,7 +41,7 @@ def group_norm_silu_reference(
 
 
 class _GroupNormSiLU(torch.autograd.Function):
-    """PyTorch's own kernels, in every memory format, dtype and on every device."""
+    """PyTorch's own kernels, for every memory format, dtype and device."""
 
     @staticmethod
     def forward(
@@ -59,7 +59,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         y, mean, rstd = torch.native_group_norm(_add(x, t_BC), gamma, beta, b, c, h * w, groups, eps)
         ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        # Not in place in compiled code: torch 2.11 returned a gradient of zeros.
+        # Not in place in compiled code, where torch 2.11 returned a gradient of zeros.
         return F.silu(y, inplace=not torch.compiler.is_compiling()) if silu else y
 
     @staticmethod
@@ -68,7 +68,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, t_BC, gamma, beta, mean, rstd = ctx.saved_tensors
         b, c, h, w = x.shape
         u = _add(x, t_BC)
-        # native_group_norm_backward reads both tensors in the memory format of one, unchecked.
+        # native_group_norm_backward reads both tensors in the memory format of one, without a check.
         g = g.contiguous(memory_format=_aten_format(u))
         if ctx.silu:
             y = _normalised(u, gamma, beta, mean, rstd, ctx.groups, ctx.eps)
@@ -81,7 +81,7 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 class _CompiledGroupNormSiLU(torch.autograd.Function):
-    """The kernels of csrc/, for x in channels_last. Buffers are made here, where a memory meter sees them."""
+    """The kernels of csrc/, for x in channels_last. Buffers are allocated here, so that memory meters see them."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ def _normalised(
     groups: int,
     eps: float,
 ) -> torch.Tensor:
-    """The norm's output once more, by the faster of two ways; the affine one rounds too much in 16 bits."""
+    """The norm's output, computed again by the faster of two ways; the affine one rounds too much in 16 bits."""
     b, c, h, w = u.shape
     if not _is_channels_last(u) or u.element_size() == 2:
         return torch.native_group_norm(u, gamma, beta, b, c, h * w, groups, eps)[0]
@@ -139,25 +139,25 @@ def _add(x: torch.Tensor, t_BC: torch.Tensor | None) -> torch.Tensor:
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
-    """Whether channels lie closest together, in a view too; a tensor of one pixel or channel counts as contiguous."""
+    """Whether channels are innermost, also in a view; a tensor of one pixel or channel counts as contiguous."""
     return not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
 
 
 def _aten_format(x: torch.Tensor) -> torch.memory_format:
-    """The format that native_group_norm runs in: on CUDA it knows the contiguous one alone."""
+    """The memory format for native_group_norm, which on CUDA supports only the contiguous one."""
     return torch.channels_last if _is_channels_last(x) and not x.is_cuda else torch.contiguous_format
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    # A view that starts within a vector is copied. (Compiled code has no views of such offsets.)
+    # A view that starts inside a vector is copied. (Compiled code has no views with such offsets.)
     if not torch.compiler.is_compiling() and x.storage_offset() % VECTOR:
         return x.clone()
     return x
 
 
 def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Workspace for two numbers per image, group and chunk of rows; its shape tells the kernels how rows are cut."""
+    """Workspace for two numbers per image, group and chunk of rows; its shape tells the kernels how to cut the rows."""
     rows = x.shape[2] * x.shape[3]
     wanted = rows * x.shape[1] // CHUNK_ELEMENTS["cuda" if x.is_cuda else "cpu"]
     return x.new_empty((x.shape[0], groups, max(1, min(wanted, rows, MAX_CHUNKS)), 2), dtype=torch.float32)
@@ -165,7 +165,7 @@ def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 @torch.compiler.assume_constant_result
 def _extension_missing(device_type: str) -> str | None:
-    """`extension.missing`, and fakes for the ops on their first load: they write their outputs and return nothing."""
+    """`extension.missing`. When the ops are first loaded, it registers fakes for them, which return nothing."""
     reason = extension.missing(device_type)
     if reason is None:
         _register_fakes()
@@ -184,7 +184,7 @@ def _register_fakes() -> None:
 
 
 def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
-    """None if csrc/ serves x with gamma, beta and time embedding `small`, else why PyTorch's kernels do."""
+    """None if csrc/ serves x with gamma, beta and time embedding `small`, else the reason for PyTorch's kernels."""
     device, channels = x.device.type, x.shape[1]
     if x.dim() != 4 or not _is_channels_last(x) or x.numel() == 0:
         return "x is not channels_last"
@@ -198,7 +198,7 @@ def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
 
 
 def backend(x: torch.Tensor) -> str:
-    """Which implementation serves x: "csrc", or "aten: " and the reason. May build the kernels for a CUDA tensor."""
+    """The implementation for x: "csrc", or "aten: " and the reason. May build the kernels for a CUDA tensor."""
     reason = _why_aten(x)
     return "csrc" if reason is None else f"aten: {reason}"
 
@@ -213,10 +213,10 @@ def group_norm_silu(
     silu: bool = True,
     time_embedding_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """silu(group_norm(x + time_embedding)), differentiable in x and the time embedding; keeps x and mean and deviation.
+    """silu(group_norm(x + time_embedding)), differentiable in x and the time embedding; keeps x, mean and deviation.
 
     Args:
-        x: [B, C, H, W] in any memory format; channels_last stays channels_last (on CUDA: where csrc/ is built).
+        x: [B, C, H, W] in any memory format; channels_last stays channels_last (on CUDA: if csrc/ is built).
         groups: divides C.
         gamma, beta: [C], frozen: they get no gradient.
         eps: added to the variance.

@@ -1,8 +1,8 @@
 """guided_step: classifier-free guidance and the scheduler's affine update, out = a x + sum_k w_k y_k + sigma z.
 
 With two branches (unconditional u, conditional c) and guidance scale s, u + s (c - u) enters an update of weight b
-as w = (b (1 - s), b s) (Ho & Salimans 2022, eq. 6). The op is linear, so its adjoint needs the coefficients only:
-neither function here is recorded by autograd; the chain (`runtime/chain.py`) calls the adjoint itself.
+as w = (b (1 - s), b s) (Ho & Salimans 2022, eq. 6). The op is linear, so its adjoint needs only the coefficients.
+Autograd does not record these functions; the chain (`runtime/chain.py`) calls the adjoint itself.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import torch
 from alignprop_fast.ops import backend as backends
 from alignprop_fast.ops.backend import or_plain
 
-# Guided and unguided predictions: more branches than the kernels read.
+# Guided and unguided predictions; the kernels read no more branches.
 MAX_BRANCHES = 2
 
 
 def backend(x: torch.Tensor, branches: int = MAX_BRANCHES) -> str:
-    """Which implementation serves x: "triton" for up to two branches, or "reference"."""
+    """The implementation for x: "triton" for up to two branches, or "reference"."""
     return backends.backend(x, "guided_step") if branches <= MAX_BRANCHES else "reference"
 
 

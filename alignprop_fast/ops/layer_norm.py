@@ -1,7 +1,7 @@
 """layer_norm: normalisation over the last dimension with a frozen affine map, y = gamma xhat + beta (Ba et al. 2016).
 
-Keeps x and two numbers per token, as stock PyTorch does, but never makes gradients of gamma and beta. Of a residual
-branch it takes the addition into the same pass, forward and backward.
+It keeps x and two numbers per token, like stock PyTorch, but never computes gradients of gamma and beta. The addition
+of a residual branch runs in the same pass, forward and backward.
 """
 
 from typing import Any, overload
@@ -14,7 +14,7 @@ from alignprop_fast.ops import backend as backends
 from alignprop_fast.ops.backend import only_plain, or_plain
 
 Tensor = torch.Tensor
-# A row must fit into the registers of one thread block (kernels.layer_norm.MAX_WIDTH).
+# A row must fit the registers of one thread block (kernels.layer_norm.MAX_WIDTH).
 MAX_TRITON_WIDTH = 8192
 
 
@@ -24,21 +24,21 @@ def layer_norm_reference(x: Tensor, gamma: Tensor | None, beta: Tensor | None, e
 
 
 def backend(x: Tensor) -> str:
-    """Which implementation serves x: "triton" on a CUDA device up to 8192 channels, else "reference"."""
+    """The implementation for x: "triton" on a CUDA device up to 8192 channels, else "reference"."""
     return backends.backend(x, "layer_norm") if x.shape[-1] <= MAX_TRITON_WIDTH else "reference"
 
 
 def _plain_forward(
     x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernel returns: y, x + residual (without elements where there is none), and mean and rstd [T]."""
+    """The kernel's results: y, x + residual (empty without a residual), mean and rstd [T]."""
     s = x if residual is None else (x + residual).contiguous()
     y, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], gamma, beta, eps)
     return y, x.new_empty(0) if residual is None else s, mean.flatten(), rstd.flatten()
 
 
 def _plain_backward(g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient of x; mean and rstd may be those of the kernel."""
+    """The gradient of x; mean and rstd may come from the kernel."""
     statistics = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
     dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], *statistics, gamma, None, [True, False, False])[
         0

@@ -5,9 +5,9 @@ u_p = s_p g_p B_p:
 
     dx = sum_p g_p W_p + u_p A_p        dA_p = u_p^T x        dB_p = s_p g_p^T (x A_p^T)
 
-Saves x and the weights, once, in x's dtype: the adapters are cast, never x. (PEFT casts x for adapters in fp32, and
-saves the copy of each adapter.) x A^T is made again: it costs R / O of the forward pass. On a GPU the package's kernels
-or cuBLAS with small products beside it, whichever was measured faster (`ops.choice`).
+It saves x and the weights once, in x's dtype: the adapters are cast, not x. (PEFT casts x for adapters in fp32, and
+saves a copy for each adapter.) x A^T is computed again, which costs R / O of the forward pass. On a GPU it uses the
+package's kernels, or cuBLAS with additional small products, whichever measured faster (`ops.autotune`).
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import lora_linear_triton as fused
 from alignprop_fast.ops.backend import attempt
-from alignprop_fast.ops.kept import Kind, kept
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_trials import chosen
+from alignprop_fast.ops.reuse import Kind, reuse_or_compute
 
 Tensor = torch.Tensor
 
@@ -31,7 +31,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, scales: tuple[float, ...], keep: Kind | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         layers = _layers(tensors, scales)
-        # Without a learning adapter the gradient needs the weights alone.
+        # Without an adapter that learns, the gradient needs only the weights.
         learns = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if learns else None, *tensors)
         ctx.scales = scales
@@ -41,7 +41,7 @@ class _LoraLinear(torch.autograd.Function):
                 return plain_outputs(x, layers)
             return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
 
-        return kept(keep, compute)
+        return reuse_or_compute(keep, compute)
 
     @staticmethod
     @once_differentiable
@@ -67,8 +67,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], keep: Kind | None = None) -
 
     Args:
         x: [..., I], any strides.
-        layers: weights and biases frozen and in x's dtype; adapters in any floating dtype, or None for none.
-        keep: the kind of result that this is to a segment that runs again (`ops.kept`).
+        layers: weights and biases frozen and in x's dtype; adapters in any floating dtype, or None.
+        keep: the kind of this result, for a recomputed segment (`ops.reuse`).
 
     Returns:
         y [..., O] of each layer in x's dtype.

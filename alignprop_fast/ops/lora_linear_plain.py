@@ -1,4 +1,4 @@
-"""Frozen linear layers with low-rank adapters by PyTorch's own products: the formulas are in `lora_linear`."""
+"""Frozen linear layers with low-rank adapters, with PyTorch's products. `lora_linear` has the formulas."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None
 
 
 class Layer(NamedTuple):
-    """A frozen layer, weight [O, I] and bias [O], and its adapter, down [R, I] and up [O, R] with a scale; or none."""
+    """A frozen layer, weight [O, I] and bias [O], and its adapter, if any: down [R, I] and up [O, R] with a scale."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -28,19 +28,19 @@ def lora_linear_reference(
 
 
 def _merged(layer: Layer) -> Tensor:
-    """W + s B A: O I R multiplications once, instead of (O + I) R for every token and two more passes over y."""
+    """W + s B A. This costs O I R multiplications once, instead of (O + I) R per token and two more passes over y."""
     weight, _, down, up, scale = layer
     assert down is not None and up is not None
     return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scale)
 
 
 def _merges(x: Tensor) -> bool:
-    """Whether the adapter may be merged into W on the fly: half precision would round it away."""
+    """Whether the adapter may be merged into W for a product; half precision would round it away."""
     return x.dtype in (torch.float32, torch.float64)
 
 
 def forward_plain(x: Tensor, layer: Layer) -> Tensor:
-    """y of one layer by PyTorch's own products."""
+    """y of one layer with PyTorch's products."""
     weight, bias, down, up, scale = layer
     if down is None or up is None:
         return F.linear(x, weight, bias)
@@ -52,7 +52,7 @@ def forward_plain(x: Tensor, layer: Layer) -> Tensor:
 
 
 def backward_plain(g: Tensor, x: Tensor | None, layer: Layer, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """(dx, dA, dB) of one layer by PyTorch's own products, each where `wanted` asks for it."""
+    """(dx, dA, dB) of one layer with PyTorch's products, each only if `wanted`."""
     weight, _, down, up, scale = layer
     if down is None or up is None:
         return (g @ weight if wanted[0] else None), None, None
@@ -71,7 +71,7 @@ def backward_plain(g: Tensor, x: Tensor | None, layer: Layer, wanted: Sequence[b
 
 
 def plain_outputs(x: Tensor, layers: Iterable[Layer]) -> tuple[Tensor, ...]:
-    """y of each layer by PyTorch's own products."""
+    """y of each layer with PyTorch's products."""
     return tuple(forward_plain(x, layer) for layer in layers)
 
 
@@ -82,7 +82,7 @@ def plain_gradients(
     wants_gx: bool,
     learn: Sequence[tuple[bool, bool]] | None = None,
 ) -> Gradients:
-    """(dx, dA of each layer, dB of each layer) by PyTorch's own products; learn: which dA and dB, where not all."""
+    """(dx, dA of each layer, dB of each layer) with PyTorch's products. learn: the dA and dB to compute; None: all."""
     total: Tensor | None = None
     d_downs, d_ups = [], []
     for g, layer, (down, up) in zip(gs, layers, learn or [(True, True)] * len(gs), strict=True):

@@ -1,4 +1,4 @@
-"""The choice between the package's LoRA kernels and PyTorch's own products."""
+"""Chooses between the package's LoRA kernels and PyTorch's products."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.ops.autotune import Candidate, difference, fastest
 from alignprop_fast.ops.backend import backend, is_traced
-from alignprop_fast.ops.choice import Candidate, difference, fastest
 from alignprop_fast.ops.lora_linear_plain import plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_triton import run_backward, run_forward
 
@@ -17,9 +17,9 @@ MAX_LAYERS = 3
 
 
 def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """ "plain" or "triton" for these layers of x [..., I]; on a GPU measured once per shape (`ops.choice`).
+    """ "plain" or "triton" for these layers of x [..., I]; on a GPU measured once per shape (`ops.autotune`).
 
-    The kernels serve one to three layers that all have adapters of one dtype and of rank 128 at most.
+    The kernels serve one to three layers that all have adapters, of one dtype and of rank at most 128.
     """
     downs = [layer.down for layer in layers if layer.down is not None]
     serves = (
@@ -35,7 +35,7 @@ def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
 
 
 def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """The key under which `ops.choice` remembers these shapes."""
+    """The key under which `ops.autotune` remembers these shapes."""
     outs = "+".join(str(layer.weight.shape[0]) for layer in layers)
     ranks = "+".join(str(layer.down.shape[0]) for layer in layers)
     dtypes = f"{x.dtype} {layers[0].down.dtype}".replace("torch.", "")
@@ -48,14 +48,14 @@ def _candidates(direction: str, x: Tensor, layers: Sequence[Any]) -> dict[str, C
 
 
 class _Inputs:
-    """Random tensors for these layers, whose weights are their own, made when they are asked for first.
+    """Random tensors for layers of these shapes, made on first use.
 
-    Adapters are random too: those that have not learned yet are zero, and hide what is wrong.
+    Adapters are random too, because those of a new model are zero and hide errors.
     """
 
     def __init__(self, x: Tensor, layers: Sequence[Any]):
         self._x, self._layers = x, layers
-        # A generator of its own: a choice that is made must not change what the program draws.
+        # A separate generator, because a trial must not change the program's random numbers.
         self._generator = torch.Generator(x.device).manual_seed(0)
 
     @cached_property
@@ -79,7 +79,7 @@ class _Inputs:
 
 
 class _PlainTrial:
-    """A candidate of `ops.choice`: PyTorch's own products, which are the reference too."""
+    """A candidate of `ops.autotune`: PyTorch's products, which are also the reference."""
 
     name = "plain"
 
@@ -93,7 +93,7 @@ class _PlainTrial:
         return None
 
     def exact(self) -> Sequence[Tensor | None]:
-        """The results in float64; one layer's weights at a time."""
+        """The results in float64, with one layer's weights at a time."""
         layers = (layer._replace(**_in_float64(layer)) for layer in self.inputs.layers)
         return self._results(self.inputs.x.double(), [g.double() for g in self.inputs.gs], layers)
 
@@ -105,7 +105,7 @@ class _PlainTrial:
 
 
 class _TritonTrial:
-    """A candidate of `ops.choice`: the package's kernels."""
+    """A candidate of `ops.autotune`: the package's kernels."""
 
     name = "triton"
 

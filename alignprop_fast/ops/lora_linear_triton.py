@@ -68,7 +68,7 @@ def _backward(
     gx, d_downs, d_ups = lora_linear_backward.lora_linear_backward(
         *([*gs], x, low, [*weights], [*downs], [*ups], [*scales], wants_gx)
     )
-    # The kernels make all dA as one tensor, and an operator may not return views of one memory.
+    # The kernels write all dA into one tensor, but an operator must not return views of the same memory.
     return [*([] if gx is None else [gx]), *(d_down.clone() for d_down in d_downs), *d_ups]
 
 

@@ -1,8 +1,8 @@
-"""What is switched off in this process, and why: an implementation that failed here must not be tried again.
+"""Implementations that are switched off in this process after a failure, with the reason.
 
-Names go from the general to the special: "triton", "layer_norm.triton", "attention.cudnn.backward". Who chooses an
-implementation asks `reason`; who sees one fail (a launch, a check of `doctor`) calls `switch_off`. Nothing is written
-to disk: the next process tries again, perhaps with a compiler or a driver that was missing.
+Names go from general to special: "triton", "layer_norm.triton", "attention.cudnn.backward". Code that chooses an
+implementation calls `reason`. Code that sees one fail (a launch, a check of `doctor`) calls `switch_off`. Nothing is
+written to disk, so the next process tries again, perhaps with the compiler or driver that was missing.
 """
 
 import logging
@@ -13,7 +13,7 @@ _reasons: dict[str, str] = {}
 
 
 def switch_off(name: str, reason: str) -> None:
-    """Use the plain path from now on, and say so once, in one line."""
+    """Use the plain path from now on, and log one line, once."""
     if name not in _reasons:
         _reasons[name] = " ".join(reason.split())[:200]
         log.warning("%s is switched off: %s", name, _reasons[name])
@@ -25,10 +25,10 @@ def reason(name: str) -> str | None:
 
 
 def everything() -> dict[str, str]:
-    """The reason of each name that is off."""
+    """The reason for each name that is off."""
     return dict(_reasons)
 
 
 def forget() -> None:
-    """Switch all on again, for tests."""
+    """Switch everything on again, for tests."""
     _reasons.clear()

@@ -2,23 +2,26 @@
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-AUTO, NONE = "auto", "none"  # budgets in words: what is free on the device; the leanest way
+AUTO, NONE = "auto", "none"  # budgets in words: all memory that is free on the device; no budget
+Budget = int | Literal["auto"] | None  # parsed: bytes, what is free, or none
 
-# What CUDA itself takes of a GPU for a process, and libraries' handles, on a GPU that is not here.
+# Memory that CUDA and libraries' handles take per process, assumed for a GPU that is not here.
 CONTEXT_BYTES = 2**29
-# Of what a GPU that is here has for this process: left free, for what libraries take later and for memory in pieces.
+# Share of a present GPU's memory for this process that stays free, for later needs of libraries and for fragmentation.
 HEADROOM = 0.03
 # A card of "24 GB" has 22.0 to 23.6 GiB for programs.
 _BOX_FRACTION = 1.1
 
 
 class BudgetInfeasible(ValueError):
-    """No plan keeps the budget; `smallest_bytes` is the least that would do. The message names it and what lowers it.
+    """No plan keeps the budget. The message names the least budget that has a plan, and what would lower it.
 
-    remedies: what would lower the least budget, most effective first.
+    smallest_bytes: that least budget.
+    remedies: what would lower it, most effective first.
     """
 
     def __init__(self, budget_bytes: int, smallest_bytes: int, remedies: Sequence[str] = ()):
@@ -32,28 +35,28 @@ class BudgetInfeasible(ValueError):
         )
 
 
-def parse_budget(budget: int | str | None) -> int | str | None:
-    """A memory budget: bytes, "auto", or None, which "none" stands for, too.
+def parse_budget(budget: int | str | None) -> Budget:
+    """A memory budget: bytes, "auto", or None (also written "none").
 
     Raises:
-        ValueError: neither a positive size nor one of the words.
+        ValueError: the text is neither a positive size nor one of the words.
     """
-    if budget is None or budget in (AUTO, NONE):
-        return AUTO if budget == AUTO else None
-    return parse_bytes(budget)
+    if budget is None or budget == NONE:
+        return None
+    return "auto" if budget == AUTO else parse_bytes(budget)
 
 
 def parse_bytes(size: int | str, what: str = "memory budget") -> int:
     """Bytes from 25769803776, "24GiB", "512 MiB" or "24GB" (powers of ten without the i).
 
-    what: whose size it is, for the message.
+    what: the name of the size in the error message.
 
     Raises:
-        ValueError: not a positive size.
+        ValueError: the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{what} {size!r} is no size: write bytes or, for example, 24GiB or 512MiB")
+        raise ValueError(f"{what} {size!r} is not a size: write bytes or, for example, 24GiB or 512MiB")
     size_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
     if size_bytes <= 0:
         raise ValueError(f"{what} {size!r} must be more than zero, for example 24GiB")
@@ -63,13 +66,13 @@ def parse_bytes(size: int | str, what: str = "memory budget") -> int:
 def budget_on(
     device: str, memory_bytes: int, wanted_bytes: int | None, context_bytes: int = CONTEXT_BYTES
 ) -> tuple[int, str]:
-    """The memory budget on a device that is not here, and a note where it is less than was wanted.
+    """The memory budget on a device that is not here, and a note if it is smaller than the one asked for.
 
-    Without a wish it is all of the memory but what the context takes. Sizes on boxes are rounded up: a wish that is
-    over by no more than that is held to what there is.
+    If none is asked for, it is all memory except the context's. Sizes on boxes are rounded up; a budget that is too
+    large by no more than this rounding is reduced to the real size.
 
     Raises:
-        ValueError: more was wanted than the device has.
+        ValueError: the budget asked for is larger than that.
     """
     usable_bytes = memory_bytes - context_bytes
     if wanted_bytes is None or wanted_bytes <= usable_bytes:
@@ -82,18 +85,19 @@ def budget_on(
     context = f", of which CUDA itself takes about {format_bytes(context_bytes)}" if context_bytes else ""
     return usable_bytes, (
         f"{device} has {format_bytes(memory_bytes)}{context}: "
-        f"the budget of {format_bytes(wanted_bytes)} is held to {format_bytes(usable_bytes)}"
+        f"the budget of {format_bytes(wanted_bytes)} is reduced to {format_bytes(usable_bytes)}"
     )
 
 
 def budget_from_free(
     device: str, total_bytes: int, free_bytes: int, own_bytes: int, wanted_bytes: int | None
 ) -> tuple[int, str]:
-    """The memory budget on a GPU that is here, and where it comes from, in one line.
+    """The memory budget on a GPU that is here, and one line that explains it.
 
-    It is what the tensors of this process take now and what is free, less the headroom, or what is wanted, if less.
+    It is the memory of this process's tensors plus the free memory, less the headroom; or the budget asked for, if that
+    is smaller.
 
-    own_bytes: tensors of this process. free_bytes: what the driver would still hand out.
+    own_bytes: tensors of this process. free_bytes: memory that the driver still has.
     """
     usable_bytes = int((1 - HEADROOM) * (own_bytes + free_bytes))
     if wanted_bytes is not None and wanted_bytes <= usable_bytes:
@@ -101,17 +105,17 @@ def budget_from_free(
     taken_bytes = total_bytes - free_bytes - own_bytes
     why = (
         f"of {format_bytes(total_bytes)} on {device}, CUDA, its libraries and other programs have taken "
-        f"{format_bytes(taken_bytes)}, and {HEADROOM:.0%} of the rest stay free"
+        f"{format_bytes(taken_bytes)}, and {HEADROOM:.0%} of the rest stays free"
     )
     if wanted_bytes is None:
         return usable_bytes, f"memory budget {format_bytes(usable_bytes)}: {why}"
     return usable_bytes, (
-        f"the memory budget of {format_bytes(wanted_bytes)} is held to {format_bytes(usable_bytes)}: {why}"
+        f"the memory budget of {format_bytes(wanted_bytes)} is reduced to {format_bytes(usable_bytes)}: {why}"
     )
 
 
 def format_bytes(size_bytes: float, up: bool = False) -> str:
-    """ "1.50 GiB" or "12.3 MiB"; up rounds away from zero, so that the text read back is never less than size_bytes."""
+    """ "1.50 GiB" or "12.3 MiB". up: round up, so that reading the text back never gives less than size_bytes."""
     unit, name, digits = (2**30, "GiB", 2) if size_bytes >= 2**30 else (2**20, "MiB", 1)
     value = size_bytes / unit
     if up and float(f"{value:.{digits}f}") < value:

@@ -1,8 +1,8 @@
-"""How fast can a training step be in so many bytes, by the number of resident steps?
+"""How fast a training step can be in a given memory, for each number of resident steps.
 
-Resident steps, decoder and reward form one chain in time, so one frontier of (bytes, seconds) for each number of
-resident steps says all there is to know, for every budget; replays have a frontier of their own. Small tables are
-solved exactly: the frontier of all segments of all resident steps. In large ones a frontier of one step is repeated.
+Resident steps, decoder and reward form one chain in time. So one frontier of (bytes, seconds) for each number of
+resident steps answers every budget. Replays have their own frontier. Small tables are solved exactly, with the frontier
+of all segments of all resident steps. In large tables the frontier of one step is repeated.
 """
 
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
-from alignprop_fast.planner.plan import Plan
+from alignprop_fast.planner.plan import Options, Plan
 from alignprop_fast.planner.repeat import repeated
 from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier
 
-EXACT_SEGMENTS = 256  # of all resident steps together; with more, or with more labels, a step's frontier is repeated
+EXACT_SEGMENTS = 256  # of all resident steps together; above this, or with too many labels, one step is repeated
 EXACT_LABELS = 4096
 STEP_LABELS = 384
 REPLAY_LABELS = 1024
@@ -24,7 +24,7 @@ TAIL_LABELS = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """The best for one number of resident steps: rows of the two frontiers."""
+    """The fastest candidate for one number of resident steps, as rows of the two frontiers."""
 
     seconds: float
     need: int
@@ -34,26 +34,26 @@ class Candidate:
 
 
 class Curves:
-    """Frontiers of one table: by the number of resident steps, and of a replay."""
+    """Frontiers of one table: one for each number of resident steps, and one of a replay."""
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
         self.table, self.num_steps = table, num_steps
-        # Beside a step's own worst moment: the images, the sums of the gradients, and what offloading
-        # has on its way.
+        # Alive beside a step's own worst moment: the images, the sums of the gradients, and offloaded tensors in
+        # transfer.
         self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
         self.replay = chain(table.step, Frontier.start(), REPLAY_LABELS, self.above)
         self.tail = tail_frontier(table)
-        self.step: Frontier | None = None  # labels of one resident step, where its frontier is repeated
+        self.step: Frontier | None = None  # labels of one resident step, if its frontier is repeated
         resident = self._exact(most_grad_steps)
         self.resident = self._repeated(most_grad_steps) if resident is None else resident
 
     def _tails(self) -> tuple[Frontier, Frontier]:
-        """The tail with a step without gradient beside it, and without: only where every step is resident."""
+        """The tail beside a step without gradient, and the tail alone, for the case that every step is resident."""
         alone = self.tail.indexed()
         return alone.at_least(self.table.sampling_bytes), alone
 
     def _exact(self, most_grad_steps: int) -> list[Frontier] | None:
-        """By the number of resident steps: all their segments in one chain; None where there are too many labels."""
+        """For each number of resident steps, all segments in one chain; None if there are too many labels."""
         if most_grad_steps * len(self.table.step) > EXACT_SEGMENTS:
             return None
         with_sampling, alone = self._tails()
@@ -63,7 +63,7 @@ class Curves:
         return frontiers if len(frontiers) == most_grad_steps + 1 else None
 
     def _in_one_chain(self, tail: Frontier, most_resident: int) -> list[Frontier]:
-        """Frontiers with 0, 1, ... resident steps in front of the tail, as far as there are not too many labels."""
+        """Frontiers with 0, 1, ... resident steps in front of the tail; stops at too many labels."""
         frontiers = [tail][: most_resident + 1]
         for _ in range(most_resident):
             for segment in reversed(self.table.step):
@@ -74,10 +74,10 @@ class Curves:
         return frontiers
 
     def _repeated(self, most_grad_steps: int) -> list[Frontier]:
-        """The same from one step's frontier; decisions: lower and upper label of the hull, how often, free label, tail.
+        """The same from one step's frontier. Decisions: lower and upper label of the hull, how often, free label, tail.
 
-        How much a step adds to the need of what follows depends on that need where the step's own worst moment stands
-        out above it. Taken is the most that it can add, which is that to the leanest tail.
+        If a step's own worst moment exceeds the need of what follows, the bytes it adds depend on that need. The most
+        that it can add is assumed, which is what it adds to the leanest tail.
         """
         rest, alone = (tail.pareto(TAIL_LABELS) for tail in self._tails())
         least = int(min(rest.need[0], alone.need[0]))
@@ -98,7 +98,7 @@ class Curves:
         return np.flatnonzero(fits if limit is None else fits & (frontier.host <= limit))
 
     def candidates(self, grad_steps: int, room: int) -> list[Candidate]:
-        """The fastest for each number of resident steps; both frontiers descend in seconds, so it is the last row."""
+        """The fastest for each number of resident steps: the last row that fits, since seconds descend."""
         replays = self._allowed(self.replay, room)
         found = []
         for resident in range(grad_steps + 1):
@@ -117,7 +117,7 @@ class Curves:
         return found
 
     def least_need(self, grad_steps: int) -> int | None:
-        """The least room in which there is a candidate; None where the host limit leaves none."""
+        """The least room that has a candidate; None if the host limit excludes all."""
         replays = self._allowed(self.replay, np.inf)
         needs = []
         for resident in range(grad_steps + 1):
@@ -142,7 +142,7 @@ class Curves:
             exact=not (self.resident[candidate.resident].thinned or self.replay.thinned or self.step is not None),
         )
 
-    def _resident_options(self, resident: int, picks: np.ndarray) -> list[dict[str, str]]:
+    def _resident_options(self, resident: int, picks: np.ndarray) -> list[Options]:
         if self.step is None:
             width = len(self.table.step)
             return [self._options(picks[width * step : width * (step + 1)]) for step in range(resident)]
@@ -152,5 +152,5 @@ class Curves:
         rows = [lower] * (resident - 1 - times) + [upper] * times + [free]
         return [self._options(self.step.picks[row]) for row in rows]
 
-    def _options(self, picks: np.ndarray) -> dict[str, str]:
+    def _options(self, picks: np.ndarray) -> Options:
         return {s.name: s.options[pick].name for s, pick in zip(self.table.step, picks, strict=True)}

@@ -1,4 +1,4 @@
-"""Plans in words: options by kind of block, steps as ranges, bytes by the groups that people think in."""
+"""Plans in words: options by kind of block, steps as ranges, bytes in groups that people know."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _GROUP_OF = {
 
 
 def by_group(kinds: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by kind (`Moment.kinds`) as bytes by group: all of `GROUPS`, and "other" where a kind is in none."""
+    """Bytes by kind (`Moment.kinds`) as bytes by group: all `GROUPS`, and "other" for kinds in none of them."""
     groups = dict.fromkeys(GROUPS, 0)
     for name, size in kinds.items():
         group = _GROUP_OF.get(name, "other")
@@ -32,7 +32,7 @@ def by_group(kinds: Mapping[str, int]) -> dict[str, int]:
 
 
 def summary(options: Mapping[str, str]) -> str:
-    """ "attention x 60 (transformer blocks), keep x 17 (residual blocks)": options by count, and who takes them."""
+    """ "attention x 60 (transformer blocks), keep x 17 (residual blocks)": options by count, and their blocks."""
     if not options:
         return "no segments"
     if set(options) == {EVERY_SEGMENT}:
@@ -48,7 +48,7 @@ def summary(options: Mapping[str, str]) -> str:
 
 
 def _block(segment: str) -> str:
-    """The kind of a block by its path in the model: "transformer blocks" of "mid_block.0.transformer_blocks.3"."""
+    """The kind of a block by its path in the model: "transformer blocks" for "mid_block.0.transformer_blocks.3"."""
     words = [part for part in segment.split(".") if part and not part.isdecimal()]
     name = words[-1] if words else segment
     return _BLOCKS.get(name, name.replace("_", " "))

@@ -1,9 +1,9 @@
-"""Frontiers of (bytes needed, seconds): what is the fastest way to run a part of the training step in so many bytes?
+"""Frontiers of (bytes needed, seconds): the fastest way to run a part of the training step in a given memory.
 
-A part runs while another, called the rest, is still to come and keeps its bytes meanwhile. A segment in front of a
-rest that needs n bytes needs max(kept + spike, kept + n): its own worst moment, or the rest's with the segment's kept
-bytes alive. So every frontier is built from the last segment to the first, with two numbers to a label, whatever the
-memory budget will be; and a label is worth keeping only if no other needs less and is as fast (Pareto).
+A segment keeps its bytes while the following segments, called the rest, run. If the rest needs n bytes, both together
+need max(kept + transient, kept + n): the segment's own worst moment, or the rest's worst moment beside the segment's
+kept bytes. So a frontier is built from the last segment to the first, with two numbers per label, and serves every
+budget. A label is kept only if no other label needs as little and is as fast (Pareto).
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from alignprop_fast.planner.table import Segment
 
 @dataclass(frozen=True)
 class Frontier:
-    """Labels in ascending need and descending seconds; one row each.
+    """Labels in ascending need and descending seconds, one row each.
 
     need: bytes at the worst moment, int64.
     seconds: float64.
     host: bytes in host memory, int64.
-    picks: int16 matrix; a column for each decision, in order of time.
-    thinned: labels were left out because there were too many; what is left is still true, but may not be the best.
+    picks: int16 matrix with a column for each decision, in order of time.
+    thinned: some labels were dropped because there were too many; the others are correct but may not be the best.
     """
 
     need: np.ndarray
@@ -36,16 +36,16 @@ class Frontier:
 
     @classmethod
     def start(cls, need: int = 0) -> "Frontier":
-        """No segment yet: one label without decisions."""
+        """The frontier of no segments: one label without decisions."""
         zero = np.zeros(1, np.int64)
         return cls(zero + need, np.zeros(1), zero, np.zeros((1, 0), np.int16))
 
     def indexed(self) -> "Frontier":
-        """The same labels with one decision: which of them."""
+        """The same labels, each with one decision: its own row."""
         return replace(self, picks=np.arange(len(self), dtype=np.int16)[:, None])
 
     def padded(self, columns: int) -> "Frontier":
-        """The same labels with empty decisions in front, so many columns in all."""
+        """The same labels with empty decisions in front, up to the given number of columns."""
         empty = np.full((len(self), columns - self.picks.shape[1]), -1, np.int16)
         return replace(self, picks=np.hstack((empty, self.picks)))
 
@@ -53,24 +53,24 @@ class Frontier:
         return Frontier(self.need[rows], self.seconds[rows], self.host[rows], self.picks[rows], self.thinned or thinned)
 
     def at_least(self, need: int) -> "Frontier":
-        """With a moment beside it that needs so many bytes on its own."""
+        """The frontier with a further moment that needs the given bytes by itself."""
         return replace(self, need=np.maximum(self.need, need)).pareto(len(self))
 
     def pareto(self, most: int) -> "Frontier":
-        """Labels that no other beats, at most so many."""
+        """At most the given number of labels that no other beats."""
         return self.rows(*_best(self.need, self.seconds, most))
 
 
 def _best(need: np.ndarray, seconds: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
-    """Rows of the labels that no other beats, in ascending need, and whether some of them were left out.
+    """Rows of the labels that no other beats, in ascending need, and whether some of them were dropped.
 
-    Where more than `most` are left, evenly spaced ones along the frontier stay. Which ones does not depend on any
-    budget, so that more budget never gives a slower plan. The leanest and the fastest label always stay.
+    If there are more than `most`, labels at even distances along the frontier are kept. The choice does not depend on a
+    budget, so a larger budget never gives a slower plan. The leanest and the fastest label are always kept.
     """
     order = np.argsort(need)
     fastest = np.minimum.accumulate(seconds[order])
     rows = order[np.concatenate(([True], fastest[1:] < fastest[:-1]))]
-    rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # of equal needs the fastest stands last
+    rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # among equal needs the fastest is last
     if len(rows) <= most:
         return rows, False
     along = _fraction(need[rows]) + _fraction(-seconds[rows])
@@ -86,11 +86,11 @@ def _fraction(values: np.ndarray) -> np.ndarray:
 
 
 def in_front(segment: Segment, rest: Frontier, most: int, above: int = 0) -> Frontier:
-    """Frontier of a segment followed by the rest. above: bytes alive on top during the segment's own worst moment."""
+    """Frontier of a segment followed by the rest. above: further bytes alive during the segment's own worst moment."""
     options = segment.options
     kept = np.array([option.kept_bytes for option in options], np.int64)[:, None]
-    spike = np.array([option.spike_bytes + above for option in options], np.int64)[:, None]
-    need = (kept + np.maximum(spike, rest.need)).ravel()
+    transient = np.array([option.transient_bytes + above for option in options], np.int64)[:, None]
+    need = (kept + np.maximum(transient, rest.need)).ravel()
     seconds = (np.array([option.seconds for option in options])[:, None] + rest.seconds).ravel()
     host = (np.array([option.host_bytes for option in options], np.int64)[:, None] + rest.host).ravel()
     rows, thinned = _best(need, seconds, most)
@@ -107,7 +107,7 @@ def chain(segments: Sequence[Segment], rest: Frontier, most: int, above: int = 0
 
 
 def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> Frontier:
-    """Frontier of pairs of labels; `need` has a row for each label of the first and a column for each of the second."""
+    """Frontier of pairs of labels. `need`: rows for labels of the first frontier, columns for labels of the second."""
     need = need.ravel()
     seconds = (first.seconds[:, None] + second.seconds).ravel()
     host = (first.host[:, None] + second.host).ravel()
@@ -118,7 +118,7 @@ def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> 
 
 
 def either(frontiers: Sequence[Frontier], most: int) -> Frontier:
-    """Frontier of alternatives; the first decision says which, and the alternative's own decisions stand last."""
+    """Frontier of alternatives; the first decision is the alternative, its own decisions come last."""
     columns = max(frontier.picks.shape[1] for frontier in frontiers)
     wide = [frontier.padded(columns) for frontier in frontiers]
     which = np.repeat(np.arange(len(wide), dtype=np.int16), [len(frontier) for frontier in wide])

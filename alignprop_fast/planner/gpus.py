@@ -1,12 +1,13 @@
-"""Data sheets of GPUs, and how long work takes on one that is not here (roofline)."""
+"""Data sheets of GPUs, and an estimate (roofline) of how long work takes on a GPU that is not here."""
 
 import difflib
 import re
 from dataclasses import dataclass
 
 GIB = 2**30
-# No kernel reaches a data sheet. Large matrix products of vendor libraries reach about 0.7 of the tensor rate, copies
-# about 0.85 of the bandwidth, and a launch takes some microseconds. Assumed here for every GPU, not measured.
+# No kernel reaches the rates of a data sheet. Large matrix products of vendor libraries reach about 0.7 of the tensor
+# rate, copies about 0.85 of the bandwidth, and a launch takes some microseconds. These are assumptions for every GPU,
+# not measurements.
 MATMUL_FRACTION = 0.7
 BANDWIDTH_FRACTION = 0.85
 LAUNCH_SECONDS = 4e-6
@@ -16,12 +17,13 @@ LAUNCH_SECONDS = 4e-6
 class Gpu:
     """One GPU by its data sheet.
 
-    memory_bytes: what a CUDA program sees as total memory, less than on the box; its context takes some 0.5 GiB more.
+    memory_bytes: total memory that a CUDA program sees, which is less than on the box; the context takes about 0.5 GiB
+        of it.
     bf16_flops: dense tensor rate of bf16 and fp16 with fp32 accumulation, FLOP/s. GeForce cards accumulate in fp32 at
-        half the rate that is advertised for fp16.
+        half the rate advertised for fp16.
     fp32_flops: rate outside the tensor cores, FLOP/s.
     bandwidth: of its memory, bytes/s.
-    link: to and from host memory, one direction, bytes/s: what a x16 link carries with pinned memory.
+    link: to or from host memory, bytes/s in one direction, over an x16 link with pinned memory.
     arch: compute capability, 89 for 8.9.
     """
 
@@ -34,7 +36,7 @@ class Gpu:
     arch: int
 
 
-_PCIE_4, _PCIE_5 = 25e9, 50e9  # bytes/s of the 32 and 63 GB/s that the x16 link has on paper
+_PCIE_4, _PCIE_5 = 25e9, 50e9  # bytes/s; the x16 links have 32 and 63 GB/s on paper
 
 GPUS = tuple(
     Gpu(name, int(memory * GIB), bf16 * 1e12, fp32 * 1e12, bandwidth * 1e9, link, arch)
@@ -54,12 +56,12 @@ GPUS = tuple(
     )
 )
 
-# Words that tell no GPU of the table from another. "Laptop", "Ti", "Super" and "PCIe" do: other chips.
+# Words that do not distinguish the GPUs of the table. "Laptop", "Ti", "Super" and "PCIe" do: those are other chips.
 _NOISE = r"nvidia|geforce|tesla|rtx|\bgpu\b|sxm\d?|hbm\d?e?|tensor core|[\s_-]+"
 
 
 def _key(name: str) -> tuple[str, int | None]:
-    """Model and gigabytes: ("4090", None) of "NVIDIA GeForce RTX 4090", ("a100", 80) of "A100-SXM4-80GB"."""
+    """Model and gigabytes: ("4090", None) for "NVIDIA GeForce RTX 4090", ("a100", 80) for "A100-SXM4-80GB"."""
     text = name.lower().strip()
     memory = re.search(r"(?<!\d)(\d+)\s*gi?b\b|[\s_-](\d{2,3})$", text)
     if memory:
@@ -70,10 +72,10 @@ def _key(name: str) -> tuple[str, int | None]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name as people, or the driver, write it: "4090", "rtx4090", "NVIDIA A100-SXM4-80GB".
+    """The GPU of a name as people or the driver write it: "4090", "rtx4090", "NVIDIA A100-SXM4-80GB".
 
     Raises:
-        ValueError: unknown, or an A100 without its memory; lists the names and suggests the nearest.
+        ValueError: the name is unknown, or is an A100 without its memory. The message suggests the nearest names.
     """
     key, memory = _key(name)
     matches = [
@@ -92,18 +94,18 @@ def find_gpu(name: str) -> Gpu:
 
 
 def roofline_seconds(flops: float, num_bytes: float, gpu: Gpu, dtype: str, launches: int = 1) -> float:
-    """Seconds of an operation: the larger of arithmetic and memory traffic, and no less than its launches.
+    """Seconds of an operation: the largest of the times for arithmetic, memory traffic and launches.
 
-    Roofline model (Williams, Waterman and Patterson 2009) at the fractions of the data sheet named above.
+    Roofline model (Williams, Waterman and Patterson 2009) at the assumed fractions of the data sheet.
 
     Args:
         flops: multiplications and additions.
-        num_bytes: read and written.
+        num_bytes: bytes read and written.
         dtype: "bfloat16" and "float16" run on the tensor cores, "float32" outside them.
-        launches: kernels that do it.
+        launches: number of kernel launches.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: the dtype is another one.
     """
     rates = {"bfloat16": gpu.bf16_flops, "float16": gpu.bf16_flops, "float32": gpu.fp32_flops}
     if dtype not in rates:

@@ -4,44 +4,48 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from alignprop_fast.planner.block_option import BlockOption
 from alignprop_fast.planner.budget import format_bytes
 from alignprop_fast.planner.describe import EVERY_SEGMENT, by_group, ranges, summary
 
+Options = Mapping[str, BlockOption]  # by name of a segment; EVERY_SEGMENT stands for those without an entry
 
-def option_of(options: Mapping[str, str], segment: str, default: str = "keep") -> str:
-    """Name of the option that a segment takes: its own entry, else that of "*", which stands for every segment."""
-    return options.get(segment, options.get(EVERY_SEGMENT, default))
+
+def option_of(options: Options, segment: str) -> BlockOption:
+    """A segment's option: its own entry, or else the entry "*" for all segments, or else KEEP."""
+    return options.get(segment, options.get(EVERY_SEGMENT, BlockOption.KEEP))
 
 
 @dataclass(frozen=True)
 class StageChoice:
-    """Which stage the decoder or the reward takes, by name, and the option of each of its segments."""
+    """The stage of the decoder or the reward, by name, and the option of each of its segments."""
 
     name: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one training step runs. A plan changes time and memory, never the result.
 
-    resident_steps: keep their activations from the forward pass, under `resident_options` (one mapping from segment to
-        option for each resident step, in the same order).
-    replayed_steps: keep their input latents only and run again in the backward pass, under `replay_options`.
-    decoder, reward: stage and options; reward None where the table knows no reward.
-    peak_bytes, seconds, host_bytes: predicted; zero where nothing was measured (no budget given).
+    resident_steps: they keep their activations from the forward pass, under `resident_options` (one mapping from
+        segment to option for each resident step, in the same order).
+    replayed_steps: they keep only their input latents and run again in the backward pass, under `replay_options`.
+    decoder, reward: stage and options; reward is None if the table has no reward.
+    peak_bytes, seconds, host_bytes: predicted; zero if nothing was measured (no budget).
     phases: predicted bytes alive at the worst moment of each phase of the training step.
     kinds: predicted bytes at the peak by kind (fixed entries by name, latents, images, kept, transient); sums to it.
     budget_bytes: the budget that the plan was made for.
-    exact: no plan within the budget is faster by the table; False where large tables were solved to a fine grid.
+    exact: no plan within the budget is faster by the table. False if a large table was solved approximately, on a fine
+        grid.
     """
 
     num_steps: int
     resident_steps: tuple[int, ...]
     replayed_steps: tuple[int, ...]
-    resident_options: tuple[Mapping[str, str], ...] = ()
-    replay_options: Mapping[str, str] = field(default_factory=dict)
-    decoder: StageChoice = StageChoice("image", {EVERY_SEGMENT: "keep"})
+    resident_options: tuple[Options, ...] = ()
+    replay_options: Options = field(default_factory=dict)
+    decoder: StageChoice = StageChoice("image", {EVERY_SEGMENT: BlockOption.KEEP})
     reward: StageChoice | None = None
     peak_bytes: int = 0
     seconds: float = 0.0
@@ -56,8 +60,7 @@ class Plan:
             raise ValueError("a plan needs one mapping of options for each resident step")
 
     def explain(self) -> str:
-        """The plan in words: peak and budget, time, which steps are resident or replayed and how, peak by phase and by
-        kind of memory."""
+        """The plan in words: peak and budget, time, resident and replayed steps, peak by phase and kind of memory."""
         resident, replayed = len(self.resident_steps), len(self.replayed_steps)
         rest = self.num_steps - resident - replayed
         lines = [
@@ -66,7 +69,7 @@ class Plan:
             *self._option_lines(),
         ]
         if not self.phases:
-            return "\n".join([*lines, "no memory budget: nothing measured, the leanest way of running is taken"])
+            return "\n".join([*lines, "no memory budget: nothing was measured, the leanest way to run is used"])
         worst = max(self.phases, key=lambda phase: self.phases[phase])
         budget = "" if self.budget_bytes is None else f" of a budget of {format_bytes(self.budget_bytes)}"
         host = f", and {format_bytes(self.host_bytes)} of host memory" if self.host_bytes else ""
@@ -97,11 +100,13 @@ class Plan:
 
 
 def leanest(num_steps: int, grad_steps: Sequence[int]) -> Plan:
-    """The plan for no budget and no measurements: every gradient step replayed, the decoder one image at a time.
+    """The plan without budget and measurements: every gradient step replayed, the decoder one image at a time.
 
-    A replay keeps of its transformer blocks the attention outputs alone: a sixth of the bytes, and no attention twice.
+    A replay keeps only the attention outputs of its transformer blocks. That takes a sixth of the bytes, and no
+    attention is computed twice.
     """
-    return Plan(num_steps, (), tuple(grad_steps), replay_options={EVERY_SEGMENT: "attention"} if grad_steps else {})
+    options = {EVERY_SEGMENT: BlockOption.ATTENTION} if grad_steps else {}
+    return Plan(num_steps, (), tuple(grad_steps), replay_options=options)
 
 
 def _which(steps: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What would lower the least budget of a plan that needs too much."""
+"""Remedies that would lower the least budget of a plan that needs too much memory."""
 
 from alignprop_fast.planner.plan import Plan
 
@@ -12,11 +12,11 @@ _BY_PHASE = {
     "decoder": "a tiled decode, a smaller batch or resolution",
     "reward": "a chunked reward, a smaller batch",
 }
-_SHARE = 0.15  # of the peak; what takes less is not worth naming
+_SHARE = 0.15  # of the peak; smaller kinds of memory are not named
 
 
 def remedies(leanest: Plan) -> list[str]:
-    """What would lower the leanest plan's peak, by what is alive at its worst moment, the most effective first."""
+    """Remedies for what is alive at the worst moment of the leanest plan, the most effective first."""
     worst = max(leanest.phases, key=lambda phase: leanest.phases[phase])
     activations = _BY_PHASE.get(worst, "a smaller batch or resolution")
     if _in_pieces(leanest, worst):
@@ -34,7 +34,7 @@ def remedies(leanest: Plan) -> list[str]:
 
 
 def _in_pieces(leanest: Plan, phase: str) -> bool:
-    """Whether the plan tiles the decoder or chunks the reward already: no advice to do so then."""
+    """Whether the plan already tiles the decoder or chunks the reward, so that this is no remedy."""
     if phase == "decoder":
         return leanest.decoder.name == "bands"
     return phase == "reward" and leanest.reward is not None and leanest.reward.name.startswith("chunk")

@@ -1,8 +1,8 @@
-"""Many steps with one frontier each: which labels should R equal steps take?
+"""The best labels for R equal steps, each with the same frontier.
 
-With R copies of one frontier, the best sums lie next to the sums of vertices of its lower convex hull: all steps at one
-vertex, or some at the next. So R - 1 steps take two neighbouring vertices, and one free step any label near them, which
-fills what is left. The sums tried depend on the frontier alone, never on a budget.
+The best sums of R labels lie near sums of vertices of the frontier's lower convex hull: all steps at one vertex, or
+some at the next one. So R - 1 steps take two neighbouring vertices. One free step takes any label near them, to use the
+remaining bytes. The sums that are tried depend only on the frontier, not on a budget.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def hull(frontier: Frontier) -> np.ndarray:
 
 
 def repeated(step: Frontier, most_steps: int) -> Iterator[Frontier]:
-    """Frontiers of 1, 2, ... most_steps copies of a step whose need adds up.
+    """Frontiers of 1, 2, ... most_steps copies of a step; their needs add up.
 
     Decisions are rows of `step`: lower vertex, upper vertex, how many copies take the upper one, free label.
     """

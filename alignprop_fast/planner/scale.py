@@ -1,4 +1,4 @@
-"""The cost table at another batch size, and the largest batch that a budget holds."""
+"""The cost table at another batch size, and the largest batch within a budget."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ class _Line:
             Option(
                 one.name,
                 self.size(one.kept_bytes, two.kept_bytes),
-                self.size(one.spike_bytes, two.spike_bytes),
+                self.size(one.transient_bytes, two.transient_bytes),
                 self.seconds(one.seconds, two.seconds),
                 self.size(one.host_bytes, two.host_bytes),
             )
@@ -70,30 +70,30 @@ class _Line:
 def _in_both(
     what: str, first: Sequence[Alternative], second: Sequence[Alternative]
 ) -> list[tuple[Alternative, Alternative]]:
-    """Pairs of the same name: what does not fit at one batch size, or is no way to cut it, is in one table alone."""
+    """Pairs of the same name. Options that do not fit or do not apply at one batch size are in only one table."""
     named = {two.name: two for two in second}
     pairs = [(one, named[one.name]) for one in first if one.name in named]
     if not pairs and (first or second):
-        raise ValueError(f"two cost tables with no {what} in common have none between them: {_REMEDY}")
+        raise ValueError(f"two cost tables with no {what} in common cannot be interpolated: {_REMEDY}")
     return pairs
 
 
 def _require_equal(what: str, first: Sequence, second: Sequence) -> None:
     if first != second:
-        raise ValueError(f"two cost tables with different {what} have none between them: {_REMEDY}")
+        raise ValueError(f"two cost tables with different {what} cannot be interpolated: {_REMEDY}")
 
 
 def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, batch: int) -> CostTable:
-    """The cost table at another batch size: every byte and second on the line through those of two tables.
+    """The cost table at another batch size, on the line through two tables.
 
-    All costs are a constant and a share for each image, so two tables say all. Bytes are rounded up; nothing falls
-    below zero. Options and stages that only one of them has are left out.
+    Every cost is a constant plus a share per image, so two tables determine it. Bytes are rounded up, and nothing falls
+    below zero. Options and stages that are in only one table are left out.
 
     Raises:
         ValueError: the tables have different segments, no option or stage in common, or equal batch sizes.
     """
     if batch_1 == batch_2:
-        raise ValueError(f"two cost tables at batch size {batch_1} give no line: take a second one at another size")
+        raise ValueError(f"two cost tables at batch size {batch_1} give no line: take the second at another size")
     line = _Line((batch - batch_1) / (batch_2 - batch_1))
     one, two = table_1, table_2
     return replace(
@@ -116,10 +116,12 @@ def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, b
 def largest_batch(
     table_of_batch: Callable[[int], CostTable], num_steps: int, grad_steps: Sequence[int], budget_bytes: int
 ) -> tuple[int, Plan]:
-    """The largest batch size (at most 1024) with a plan within the budget, and that plan; by doubling and bisection.
+    """The largest batch size (at most 1024) that has a plan within the budget, and that plan.
+
+    The search doubles the size and then bisects.
 
     Args:
-        table_of_batch: the cost table at a batch size; bytes must not fall as the batch grows.
+        table_of_batch: the cost table at a batch size; its bytes must not fall as the batch grows.
 
     Raises:
         BudgetInfeasible: not even one image fits.

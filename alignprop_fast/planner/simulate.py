@@ -1,27 +1,27 @@
-"""A training step under a plan, moment by moment. Every figure that a plan predicts comes from here."""
+"""Simulates a training step under a plan, moment by moment. Every prediction of a plan comes from here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alignprop_fast.planner.plan import Plan, StageChoice, option_of
+from alignprop_fast.planner.plan import Options, Plan, StageChoice, option_of
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 PHASES = ("sampling", "decoder", "reward", "resident steps", "replayed steps")
-# Of a kept stage only the sum of forward and backward is known. A backward pass of matrix products without gradients
-# of weights costs about what the forward pass does; the share only places moments in time.
+# For a kept stage only the sum of forward and backward seconds is known. A backward pass of matrix products without
+# gradients of weights costs about as much as the forward pass. The share only places moments in time.
 FORWARD_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One part of the training step, as it runs.
+    """One part of the training step.
 
     phase: one of `PHASES`.
     label: "step 37 backward", "decoder", ...
     kinds: bytes at its worst moment by kind: fixed entries by name, latents, images, kept, transient.
-    resting_bytes: alive when it is over.
-    start_seconds: since the training step began.
-    seconds: how long it takes.
+    resting_bytes: bytes alive at its end.
+    start_seconds: seconds from the start of the training step.
+    seconds: its duration.
     """
 
     phase: str
@@ -33,37 +33,37 @@ class Moment:
 
     @property
     def bytes(self) -> int:
-        """Alive at its worst moment."""
+        """Bytes alive at its worst moment."""
         return sum(self.kinds.values())
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """The chosen options of a chain: kept bytes and spike where its peak lies, kept bytes in all, seconds, host."""
+    """The chosen options of a chain: kept and transient bytes at its peak, all kept bytes, seconds, host bytes."""
 
     kept_at_peak: int
-    spike: int
+    transient: int
     kept: int
     seconds: float
     host: int
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], options: Mapping[str, str]) -> "_Chain":
+    def of(cls, segments: Sequence[Segment], options: Options) -> "_Chain":
         chosen: list[Option] = [segment.option(option_of(options, segment.name)) for segment in segments]
         kept, worst = 0, (0, 0)
         for option in chosen:
             kept += option.kept_bytes
-            worst = max(worst, (kept, option.spike_bytes), key=sum)
+            worst = max(worst, (kept, option.transient_bytes), key=sum)
         return cls(*worst, kept, sum(o.seconds for o in chosen), sum(o.host_bytes for o in chosen))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The decoder or the reward: what its forward and backward pass take on top of what is alive before."""
+    """The decoder or the reward: the bytes that its forward and backward pass add."""
 
-    forward: tuple[int, int]  # kept bytes and spike at the worst moment
+    forward: tuple[int, int]  # kept and transient bytes at the worst moment
     backward: tuple[int, int]
-    kept: int  # from its forward to its backward pass
+    kept: int  # between its forward and its backward pass
     forward_seconds: float
     backward_seconds: float
     host: int
@@ -74,7 +74,7 @@ class _Part:
             return cls((0, reserve_bytes), (0, reserve_bytes), 0, 0.0, 0.0, 0)
         stage = find_stage(stages, choice.name)
         run = _Chain.of(stage.segments, choice.options)
-        peak = (run.kept_at_peak, run.spike)
+        peak = (run.kept_at_peak, run.transient)
         if stage.replayed:
             seconds = stage.runs * run.seconds
             return cls((0, stage.forward_bytes), peak, 0, stage.forward_seconds, seconds, run.host)
@@ -86,7 +86,7 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
     """The stage of this name.
 
     Raises:
-        ValueError: there is none; names those there are.
+        ValueError: there is no such stage; the message lists the names.
     """
     for stage in stages:
         if stage.name == name:
@@ -95,10 +95,10 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
 
 
 def simulate(table: CostTable, plan: Plan) -> list[Moment]:
-    """The training step under the plan in order of time: a moment for each part's forward and backward pass.
+    """The moments of a training step under the plan in order of time, one for each forward and each backward pass.
 
-    Only sums of forward and backward seconds are known: a step's forward is taken to last as long as one without
-    gradient.
+    Only sums of forward and backward seconds are known. A step's forward pass is assumed to take as long as a step
+    without gradient.
 
     Raises:
         ValueError: the plan names an option or a stage that the table lacks.
@@ -107,7 +107,7 @@ def simulate(table: CostTable, plan: Plan) -> list[Moment]:
 
 
 class _Walk:
-    """Walks through a training step; keeps what is alive and the time."""
+    """Walks through a training step and tracks the bytes alive and the time."""
 
     def __init__(self, table: CostTable, plan: Plan):
         self.table, self.plan = table, plan
@@ -126,7 +126,7 @@ class _Walk:
     def moment(
         self, phase: str, label: str, peak: tuple[int, int], seconds: float, kept_after: int, sums: int = 0
     ) -> Moment:
-        """peak: kept bytes and spike on top of what is alive before; kept_after: all kept bytes when it is over."""
+        """Add a moment. peak: the kept and transient bytes it adds. kept_after: all kept bytes at its end."""
         kinds = {
             **self.table.fixed,
             "gradients": self.table.fixed.get("gradients", 0) + sums,
@@ -158,7 +158,7 @@ class _Walk:
             if step in residents:
                 chain = residents[step]
                 seconds = min(self.table.sampling_seconds, chain.seconds)
-                peak = (chain.kept_at_peak, chain.spike + self.transfer)
+                peak = (chain.kept_at_peak, chain.transient + self.transfer)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
                 peak = (0, self.table.sampling_bytes)
@@ -168,21 +168,21 @@ class _Walk:
         for step, chain in zip(reversed(self.plan.resident_steps), reversed(self.residents), strict=True):
             self.kept -= chain.kept
             seconds = chain.seconds - min(self.table.sampling_seconds, chain.seconds)
-            peak = (chain.kept_at_peak, chain.spike + self.transfer)
+            peak = (chain.kept_at_peak, chain.transient + self.transfer)
             yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept, self.sums)
         for step in reversed(self.plan.replayed_steps):
-            peak = (self.replay.kept_at_peak, self.replay.spike + self.transfer)
+            peak = (self.replay.kept_at_peak, self.replay.transient + self.transfer)
             label = f"step {step} replayed"
             yield self.moment("replayed steps", label, peak, self.replay.seconds, self.kept, self.sums)
 
     def host_bytes(self) -> int:
-        """Most bytes in host memory at once: resident steps with decoder and reward, or one replayed step."""
+        """The most bytes in host memory at once: of resident steps, decoder and reward, or of one replayed step."""
         residents = sum(chain.host for chain in self.residents)
         return max(residents + self.decoder.host + self.reward.host, self.replay.host)
 
 
 def price(table: CostTable, plan: Plan) -> Plan:
-    """The same plan with what the table predicts for it: peak, seconds, host bytes, phases and kinds.
+    """The same plan with the table's predictions: peak, seconds, host bytes, phases and kinds.
 
     Raises:
         ValueError: the plan names an option or a stage that the table lacks.

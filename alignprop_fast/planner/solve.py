@@ -1,4 +1,4 @@
-"""The fastest plan within a memory budget, and the least budget that has a plan."""
+"""Finds the fastest plan within a memory budget, and the least budget that has a plan."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,38 +12,39 @@ from alignprop_fast.planner.table import CostTable, Segment, Stage
 
 
 def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
-    """The fastest plan whose predicted peak stays within the budget; of equally fast ones the leanest.
+    """The fastest plan whose predicted peak stays within the budget; among equally fast ones the leanest.
 
-    The plan holds for all gates with as many gradient steps, since they are drawn anew in each training step: it leaves
-    room for a step without graph after all resident ones, even where none comes there. (`peak_bytes` is that of these
-    gates.) More budget never gives a slower plan. Where the table limits host memory, plans that offload more are left
-    out, and plans that do not offload at all stand in for them. To solve for many budgets or gates, keep a `Solver`.
+    Each training step draws its gates again, so the plan holds for all gates with as many gradient steps: it leaves
+    room for a step without graph after all resident ones, even if these gates have none there. (`peak_bytes` is the
+    peak of these gates.) A larger budget never gives a slower plan. If the table limits host memory, plans that offload
+    more are excluded, and plans without offloading are considered instead. To solve for many budgets or gates, keep a
+    `Solver`.
 
     Args:
         table: costs at this batch size, resolution and dtype.
         num_steps: length of the chain.
         grad_steps: indices of the gradient steps, ascending.
-        budget_bytes: all that may be alive at any moment, weights included.
+        budget_bytes: the most bytes alive at any moment, weights included.
 
     Raises:
-        BudgetInfeasible: every plan needs more; names the least budget that would do, and what would lower it.
+        BudgetInfeasible: every plan needs more; the message names the least budget and what would lower it.
         ValueError: grad_steps are not ascending indices of steps.
     """
     return Solver(table, num_steps, len(grad_steps)).plan(grad_steps, budget_bytes)
 
 
 class Solver:
-    """Solves one table for any budget and any gates; what takes long is done once.
+    """Solves one table for any budget and any gates; the slow part runs once.
 
     Args:
         table: costs at this batch size, resolution and dtype.
         num_steps: length of the chain.
-        most_grad_steps: the most gradient steps that will be asked for.
+        most_grad_steps: the largest number of gradient steps that `solve` will get.
     """
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
         if not 0 <= most_grad_steps <= num_steps:
-            raise ValueError(f"{most_grad_steps} gradient steps of {num_steps}: there cannot be more than steps")
+            raise ValueError(f"{most_grad_steps} gradient steps of {num_steps}: use at most as many as there are steps")
         self.table, self.num_steps = table, num_steps
         self.most_grad_steps = most_grad_steps
         self._curves: dict[int, list[Curves]] = {}
@@ -54,7 +55,7 @@ class Solver:
         if list(steps) != sorted(set(steps)) or (steps and not 0 <= steps[0] <= steps[-1] < self.num_steps):
             raise ValueError(f"gradient steps must be ascending indices below {self.num_steps}, not {steps}")
         if len(steps) > self.most_grad_steps:
-            raise ValueError(f"{len(steps)} gradient steps: the solver was made for at most {self.most_grad_steps}")
+            raise ValueError(f"{len(steps)} gradient steps: this solver takes at most {self.most_grad_steps}")
         plan = self._fastest(steps, budget_bytes)
         if plan is None:
             smallest = self._smallest(steps)
@@ -62,9 +63,9 @@ class Solver:
         return replace(plan, budget_bytes=budget_bytes)
 
     def curves(self, grad_steps: int) -> list[Curves]:
-        """Frontiers that serve so many gradient steps: with offloading and, where that may cost too much, without.
+        """Frontiers for this number of gradient steps: with offloading and, if the host limit may exclude it, without.
 
-        A single gradient step has frontiers of its own, since it has no sums beside it.
+        A single gradient step has its own frontiers, because it has no sums of gradients beside it.
         """
         most = self.most_grad_steps if grad_steps > 1 else min(self.most_grad_steps, 1)
         if most not in self._curves:
@@ -100,7 +101,7 @@ class Solver:
 
 
 def _without_offload(table: CostTable) -> CostTable | None:
-    """The table without options that keep bytes in host memory; None where a segment or a part has no others."""
+    """The table without options that keep bytes in host memory; None if a segment or a part has no other option."""
 
     def plain(segments: Sequence[Segment]) -> tuple[Segment, ...] | None:
         options = [tuple(option for option in segment.options if not option.host_bytes) for segment in segments]

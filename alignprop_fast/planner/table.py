@@ -1,14 +1,16 @@
-"""The cost table: what each part of a training step keeps, needs for a moment, and takes, under each option.
+"""The cost table: the kept bytes, transient bytes and seconds of each part of a training step under each option.
 
-All bytes are of live tensors at one batch size, resolution and dtype, on one device. A training step runs the
-denoising steps, the decoder, the reward, and the backward pass through them in reverse. Every part is an ordered chain
-of segments; each takes one option. With P_j the kept bytes of the chosen options of segments 1 to j, a chain's peak
-over what was alive before is max_j (P_j + spike_j).
+All bytes are those of live tensors at one batch size, resolution and dtype, on one device. A training step runs the
+denoising steps, the decoder, the reward, and then the backward pass through them in reverse. Every part is an ordered
+chain of segments, and each segment takes one option. Let P_j be the kept bytes of the chosen options of segments 1 to
+j. Then the chain adds at most max_j (P_j + transient_j) bytes: the kept bytes so far plus the transient ones.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from alignprop_fast.planner.block_option import BlockOption
 
 
 def _require(holds: bool, what: str) -> None:
@@ -25,34 +27,34 @@ def _require_costs(owner: str, sizes: Sequence[int], seconds: Sequence[float]) -
 
 
 def _require_distinct(owner: str, names: Sequence[str]) -> None:
-    _require(len(set(names)) == len(names), f"{owner}: a name stands twice")
+    _require(len(set(names)) == len(names), f"{owner}: a name appears twice")
 
 
 @dataclass(frozen=True)
 class Option:
     """One way to carry a segment from its forward to its backward pass.
 
-    name: "keep" (all activations), "attention", "recompute", "offload", ...
-    kept_bytes: on the device from the segment's forward pass until its backward pass is done.
-    spike_bytes: alive on top of all kept bytes up to and including this segment's own, at the worst moment of its
-        forward or backward pass.
-    seconds: forward, backward, whatever runs again, and transfers that nothing hides.
+    name: which one it is.
+    kept_bytes: kept on the device from the segment's forward pass to the end of its backward pass.
+    transient_bytes: further bytes at the worst moment of its forward or backward pass, beside all kept bytes up to and
+        including its own.
+    seconds: forward, backward, recomputation, and transfers that no computation hides.
     host_bytes: kept in host memory instead (offload).
     """
 
-    name: str
+    name: BlockOption
     kept_bytes: int
-    spike_bytes: int
+    transient_bytes: int
     seconds: float
     host_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _require_costs(f"option {self.name}", (self.kept_bytes, self.spike_bytes, self.host_bytes), (self.seconds,))
+        _require_costs(f"option {self.name}", (self.kept_bytes, self.transient_bytes, self.host_bytes), (self.seconds,))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the network whose option can be chosen by itself."""
+    """A part of the network with an option of its own."""
 
     name: str
     options: tuple[Option, ...]
@@ -61,11 +63,11 @@ class Segment:
         _require(len(self.options) > 0, f"segment {self.name} has no option")
         _require_distinct(f"segment {self.name}", [option.name for option in self.options])
 
-    def option(self, name: str) -> Option:
+    def option(self, name: BlockOption) -> Option:
         """The option of this name.
 
         Raises:
-            ValueError: there is none; names those there are.
+            ValueError: there is no such option; the message lists the names.
         """
         for option in self.options:
             if option.name == name:
@@ -76,14 +78,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Stage:
-    """One way to run the decoder, or the reward: all of the batch at once, or piece by piece in the backward pass.
+    """One way to run the decoder or the reward: the whole batch at once, or piece by piece in the backward pass.
 
     name: "batch", "image", "chunk:2", ...
     segments: of one run.
-    runs: runs that make up the batch (images or chunks); one unless replayed.
-    replayed: the forward pass keeps no graph; the backward pass takes one run after another forward again and back.
-    forward_bytes: replayed only: spike of the forward pass without graph.
-    forward_seconds: replayed only: the forward passes of all runs without graph.
+    runs: number of runs for the batch (images or chunks); one unless replayed.
+    replayed: the forward pass keeps no graph; the backward pass runs each piece forward again and then backward.
+    forward_bytes: if replayed, transient bytes of the forward pass without graph.
+    forward_seconds: if replayed, seconds of all forward passes without graph.
     """
 
     name: str
@@ -106,19 +108,19 @@ class Stage:
 class CostTable:
     """Costs of one training step at one batch size, resolution and dtype, on one device.
 
-    fixed: bytes that are always there, by name: weights, adapters, gradients, optimizer, workspace.
-    latent_bytes: input latents of one gradient step; every gradient step keeps them, resident or not, and the running
-        state takes two more.
-    image_bytes: the images, alive from the decoder on until the end of the step.
+    fixed: bytes that are always alive, by name: weights, adapters, gradients, optimizer, workspace.
+    latent_bytes: input latents of one gradient step. Every gradient step keeps them, resident or not, and the running
+        state takes twice as many.
+    image_bytes: the images, alive from the decoder to the end of the step.
     step: segments of one denoising step that carries gradient.
-    sampling_bytes, sampling_seconds: one denoising step without gradient: spike, time.
-    sums_bytes: the sums of the gradients over the steps, alive in the steps' backward passes where several carry one.
-    transfer_bytes: what one block's tensors take on their way to host memory or back beside a neighbour's worst moment,
-        on top of every spike of a step under plans that offload.
-    decoders, rewards: alternatives; without rewards (no reward known), the reward's phase has a spike of reserve_bytes.
-    optimizer_seconds: one update.
-    host_limit_bytes: most that offloading may take of the host's memory; None for no limit.
-    origin: where the table is from: model, shapes, dtype, device, package version, source ("measured", "estimated").
+    sampling_bytes, sampling_seconds: transient bytes and seconds of one denoising step without gradient.
+    sums_bytes: the sums of the gradients over the steps, alive in the steps' backward passes if several carry gradient.
+    transfer_bytes: tensors of one block in transfer to or from host memory during a neighbour's worst moment, added to
+        a step's transient bytes in plans that offload.
+    decoders, rewards: alternatives. Without rewards (no reward known) the reward takes reserve_bytes for a moment.
+    optimizer_seconds: seconds of one update.
+    host_limit_bytes: the most host memory that offloading may take; None for no limit.
+    origin: model, shapes, dtype, device, package version and source ("measured", "estimated") of the table.
     """
 
     fixed: Mapping[str, int]
@@ -146,9 +148,9 @@ class CostTable:
         _require_distinct("rewards", [stage.name for stage in self.rewards])
 
     def sums_of(self, grad_steps: int) -> int:
-        """Bytes of the sums of so many steps' gradients; a single step's gradient is its own sum."""
+        """Bytes of the sums of this number of steps' gradients; zero for one step, whose gradient is its own sum."""
         return self.sums_bytes if grad_steps > 1 else 0
 
     def base_bytes(self, grad_steps: int) -> int:
-        """Bytes alive all through a training step with this many gradient steps."""
+        """Bytes alive during all of a training step with this number of gradient steps."""
         return sum(self.fixed.values()) + self.latent_bytes * (2 + grad_steps)

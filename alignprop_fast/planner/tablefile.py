@@ -6,14 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignprop_fast.planner.block_option import BlockOption
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 calls transient_bytes spike_bytes
 _REMEDY = "measure or estimate the table again"
 
 
 def save_table(table: CostTable, path: str | os.PathLike) -> None:
-    """Writes a cost table as JSON. The file is there whole or not at all; an older one is replaced."""
+    """Write a cost table as JSON, replacing an older file. A crash never leaves a partial file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps({"format_version": FORMAT_VERSION, "table": asdict(table)}, indent=1, allow_nan=False)
@@ -25,10 +27,10 @@ def save_table(table: CostTable, path: str | os.PathLike) -> None:
 
 
 def load_table(path: str | os.PathLike) -> CostTable:
-    """Reads what `save_table` wrote.
+    """Read a cost table that `save_table` wrote.
 
     Raises:
-        ValueError: no such file, damaged, of another format version, or not a cost table; one line with the remedy.
+        ValueError: the file is missing, damaged, of another format version, or not a cost table.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -37,9 +39,10 @@ def load_table(path: str | os.PathLike) -> CostTable:
     except ValueError as error:
         raise ValueError(f"the cost table {path} is damaged: {_REMEDY}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         found = "no format version" if version is None else f"format version {version}"
-        raise ValueError(f"the cost table {path} has {found}, this program reads {FORMAT_VERSION}: {_REMEDY}")
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"the cost table {path} has {found}, but this program reads {readable}: {_REMEDY}")
     try:
         return _table(content["table"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -48,8 +51,13 @@ def load_table(path: str | os.PathLike) -> CostTable:
         raise ValueError(f"the cost table {path} is wrong: {error}") from error
 
 
+def _option(entry: dict[str, Any]) -> Option:
+    known = {"transient_bytes" if name == "spike_bytes" else name: value for name, value in entry.items()}
+    return Option(**{**known, "name": BlockOption(known["name"])})
+
+
 def _segments(entries: list[dict[str, Any]]) -> tuple[Segment, ...]:
-    return tuple(Segment(**{**entry, "options": tuple(Option(**o) for o in entry["options"])}) for entry in entries)
+    return tuple(Segment(**{**entry, "options": tuple(map(_option, entry["options"]))}) for entry in entries)
 
 
 def _stages(entries: list[dict[str, Any]]) -> tuple[Stage, ...]:

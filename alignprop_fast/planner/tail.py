@@ -8,11 +8,11 @@ from alignprop_fast.planner.frontier import Frontier, chain, either, together
 from alignprop_fast.planner.plan import StageChoice
 from alignprop_fast.planner.table import CostTable, Stage
 
-PART_LABELS = 256  # of each stage; decoder and reward are a small share of a training step's seconds
+PART_LABELS = 256  # for each stage; decoder and reward take a small share of a training step's seconds
 
 
 def _replayed(stage: Stage) -> Frontier:
-    """A stage that keeps nothing: its forward pass without graph, and one run after another in the backward pass."""
+    """A stage that keeps nothing: its forward pass without graph, and its runs one by one in the backward pass."""
     run = chain(stage.segments, Frontier.start(), PART_LABELS)
     seconds = stage.forward_seconds + stage.runs * run.seconds
     return replace(run, seconds=seconds).at_least(stage.forward_bytes)
@@ -29,7 +29,7 @@ def _reward(table: CostTable) -> Frontier:
 
 
 def _decoder(stage: Stage, reward: Frontier) -> Frontier:
-    """A decoder stage and the reward after it. A kept decoder's bytes are alive during the reward."""
+    """A decoder stage followed by the reward. A kept decoder's bytes stay alive during the reward."""
     if not stage.replayed:
         return chain(stage.segments, reward, PART_LABELS)
     decoder = _replayed(stage)
@@ -37,14 +37,14 @@ def _decoder(stage: Stage, reward: Frontier) -> Frontier:
 
 
 def tail_frontier(table: CostTable) -> Frontier:
-    """Decoder and reward with the images: bytes on top of what the denoising steps keep, seconds."""
+    """Decoder and reward with the images: seconds, and bytes beside those that the denoising steps keep."""
     reward = _reward(table)
     tail = either([_decoder(stage, reward) for stage in table.decoders], PART_LABELS)
     return replace(tail, need=tail.need + table.image_bytes)
 
 
 def tail_choices(table: CostTable, picks: np.ndarray) -> tuple[StageChoice, StageChoice | None]:
-    """The stages and options that a row of the tail's decisions stands for."""
+    """The stages and options of a row of the tail's decisions."""
     width = max((len(stage.segments) for stage in table.rewards), default=-1) + 1
     end = len(picks) - width
     decoder = _stage_choice(table.decoders[picks[0]], picks[:end])

@@ -1,1 +1,1 @@
-"""Prompt sets, files of prompts, and how much of a prompt a text encoder reads."""
+"""Prompt sets, files of prompts, and the limits of text encoders."""

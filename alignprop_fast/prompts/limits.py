@@ -1,4 +1,4 @@
-"""What text encoders leave out: they read so many tokens of a text and no more."""
+"""Reports prompts that are longer than a text encoder reads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 40  # characters of a text that a line shows
+_SHOWN = 40  # characters of a text that a message shows
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """A text encoder's eyes.
+    """The tokenizer of a text encoder and its limit.
 
-    name: of the encoder. limit: tokens that it reads, the marks at the ends of a text among them. converted: the text
-    as the tokenizer is to see it, where a pipeline writes learned tokens into it.
+    name: of the encoder. limit: tokens that it reads, including the special tokens at the ends of a text. converted:
+    changes the text before tokenizing, if a pipeline writes learned tokens into it.
     """
 
     name: str
@@ -27,16 +27,16 @@ class TextReader:
     converted: Callable[[str, Any], str] | None = None
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """All tokens of each text, none cut off."""
+        """All tokens of each text, without truncation."""
         if self.converted is not None and self._has_learned():
             texts = [self.converted(text, self.tokenizer) for text in texts]
         return self.tokenizer(list(texts), truncation=False)["input_ids"]
 
     def unsure(self, texts: Sequence[str]) -> list[str]:
-        """Those of the texts that may be longer than the limit, told without tokenizing each.
+        """The texts that may be longer than the limit, found without tokenizing each.
 
-        A token has at least one character, but for the marks and for the space that T5 puts before a text. Of ASCII
-        alone: tokenizers normalise other characters, some to many (NFC makes three of U+1D160).
+        A token has at least one character, except the special tokens and the space that T5 puts before a text. This
+        holds for ASCII only, because tokenizers normalise other characters, some to many (NFC makes three of U+1D160).
         """
         if self._has_learned():
             return list(texts)
@@ -45,28 +45,28 @@ class TextReader:
         return [text for text in texts if len(text) > most or not text.isascii()]
 
     def _has_learned(self) -> bool:
-        """Whether someone has added tokens, of which a pipeline writes `token_1` and so on behind the first."""
+        """Whether tokens were added; a pipeline writes `token_1` and so on after the first."""
         special = set(self.tokenizer.all_special_tokens)
         return any(token not in special or token.endswith("_1") for token in self.tokenizer.added_tokens_encoder)
 
     def says(self, text: str) -> str:
-        """How much of the text is read."""
+        """Says how much of the text is read."""
         (tokens,) = self.tokens([text])
         if len(tokens) <= self.limit:
             return f"{self.name} reads all of its {len(tokens)} tokens"
-        left_out = self.tokenizer.decode(tokens[self.limit - 1 : -1])  # each of them ends in one mark, which stays
+        left_out = self.tokenizer.decode(tokens[self.limit - 1 : -1])  # without the special token at the end
         return f"{self.name} reads {self.limit} of its {len(tokens)} tokens, nothing from {_begin(left_out)} on"
 
 
 class CutTexts:
-    """Says in one line of the log how many texts are cut, and of the longest what.
+    """Logs one line that says how many texts are cut, and what is cut from the longest.
 
-    Texts that come one after the other are counted together. The line is said again when there are more that are cut,
-    up to `one_by_one`, and from then on when there are ten times as many.
+    Texts of several calls are counted together. The line is logged again when more are cut, up to `one_by_one`; after
+    that, when ten times as many are cut.
 
     Args:
-        readers: all see every text.
-        what: the texts are called, in the plural.
+        readers: each reads every text.
+        what: the word for the texts in the line, in the plural.
     """
 
     def __init__(self, readers: Sequence[TextReader], what: str, one_by_one: int = 10):
@@ -74,10 +74,10 @@ class CutTexts:
         self._seen: set[str] = set()
         self._cut = 0
         self._longest = (0, "")  # tokens, text
-        self._said_from = 1  # so many
+        self._said_from = 1  # log from this number on
 
     def look_at(self, texts: Iterable[str]) -> None:
-        """Count these texts in; one that is known already costs nothing."""
+        """Count these texts; known ones cost nothing."""
         new = [text for text in dict.fromkeys(texts) if text not in self._seen]
         if not new or not self._readers:
             return
@@ -106,6 +106,6 @@ class CutTexts:
 
 
 def _begin(text: str) -> str:
-    """The beginning of a text for a line: no line break, no control character."""
+    """The beginning of a text without line breaks and control characters."""
     text = " ".join(text.split())
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN].rstrip() + "\u2026")

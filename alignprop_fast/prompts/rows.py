@@ -1,4 +1,4 @@
-"""Prompts by name or from a file, each with what else its row says."""
+"""Prompts of a named set or from a file, each with the other fields of its row."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-MAX_PROMPT_LENGTH = 1000  # characters; text encoders read 77 tokens, so a longer line is some other kind of file
+T = TypeVar("T")
+
+MAX_PROMPT_LENGTH = 1000  # characters; text encoders read 77 tokens, so a longer line means another kind of file
 
 _PROMPTS = Path(__file__).parent
 _DEMO = _PROMPTS.parent / "demo"
@@ -24,11 +26,13 @@ _FILES = {
     "general": _PROMPTS / "general.txt",
 }
 PROMPT_SETS = tuple(_FILES)
-KINDS = "a .txt file with a prompt a line, or a .csv, .jsonl or .parquet file or datasets folder with a column 'prompt'"
+KINDS = (
+    "a .txt file with one prompt per line, or a .csv, .jsonl or .parquet file or datasets folder with a column 'prompt'"
+)
 _PROMPT = "prompt"
 _JSON = re.compile(r'[\[{][\[{\s]*("|$|])')  # how files of JSON begin
 _PROMPT_COLUMNS = {"prompt", "prompts"}
-_TEXT_COLUMNS = {"text", "texts", "caption", "captions"}  # words that tags, too, may hold
+_TEXT_COLUMNS = {"text", "texts", "caption", "captions"}  # words that can also be tags
 
 
 @dataclass(frozen=True)
@@ -42,35 +46,42 @@ class PromptRow:
 _Records = Iterator[tuple[str, Mapping[str, Any]]]  # where a record stands ("line 3"), and its fields
 
 
+def spread(items: Sequence[T], count: int, repeat: bool = False) -> list[T]:
+    """`count` items at even distances in the list. A shorter list is taken whole, or repeated if `repeat`."""
+    if len(items) >= count:
+        return [items[i * len(items) // count] for i in range(count)]
+    return [items[i % len(items)] for i in range(count if repeat else len(items))]
+
+
 def load_prompts(spec: str | Path) -> list[str]:
-    """The prompts of `load_rows`, without what else the rows say."""
+    """The prompts of `load_rows`, without the rows' other fields."""
     return [row.prompt for row in load_rows(spec)]
 
 
 def load_rows(spec: str | Path) -> list[PromptRow]:
-    """Prompts of a built-in set, of a file or of a folder, in its order; the other fields of a row are its metadata.
+    """Prompts of a built-in set, a file or a folder, in its order; the other fields of a row are its metadata.
 
     Sets: "demo" and "demo-heldout" (things the bundled model can draw), "animals" and "animals-heldout" (the 45 animals
     that DDPO and AlignProp train on, and the 6 that AlignProp holds out), "general" (62 scenes, objects, counts, places
     and styles of our own writing). No prompt is in a set and in its held-out set.
 
     Files, text in UTF-8 or (with its mark) UTF-16:
-        .txt: one prompt a line; blank lines and lines that begin with # are left out. A line ends where an editor shows
-            its end (\\n, \\r\\n, \\r) and nowhere else.
+        .txt: one prompt per line. Blank lines and lines that begin with # are skipped. A line ends only where an editor
+            shows its end (\\n, \\r\\n, \\r).
         .csv: commas, column names in the first line; texts with commas or line breaks in quotes. Fields are texts.
-        .jsonl: one object a line, {"prompt": "a cat", "target": 3}.
+        .jsonl: one object per line, such as {"prompt": "a cat", "target": 3}.
         .parquet, and a folder written by `save_to_disk` of `datasets` (one set): need that package.
 
     Raises:
-        FileNotFoundError: neither a set nor a file.
-        ValueError: a file of another kind, without prompts, or a row whose prompt is missing or no text.
+        FileNotFoundError: there is no such set or file.
+        ValueError: the file is of another kind or has no prompts, or the prompt of a row is missing or not a text.
     """
     path = _FILES[str(spec)] if spec in _FILES else Path(spec).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no prompts file {path}: give {KINDS}, or a set: {', '.join(PROMPT_SETS)}")
     read = _dataset if path.is_dir() else _READERS.get(path.suffix.lower())
     if read is None:
-        raise ValueError(f"{path} is no kind of file that prompts are read from: give {KINDS}")
+        raise ValueError(f"{path} is not a kind of file that can hold prompts: give {KINDS}")
     rows = [_row(f"{where} of {path}", fields) for where, fields in read(path)]
     if not rows:
         raise ValueError(f"{path} holds no prompts: write at least one (blank lines and # comments do not count)")
@@ -80,7 +91,7 @@ def load_rows(spec: str | Path) -> list[PromptRow]:
 def _row(where: str, fields: Mapping[str, Any]) -> PromptRow:
     prompt = fields[_PROMPT]
     if not isinstance(prompt, str):
-        raise ValueError(f"the prompt in {where} is {str(prompt)[:40]} and no text: put it in quotes, or leave it out")
+        raise ValueError(f"the prompt in {where} is {str(prompt)[:40]}, not text: put it in quotes, or leave it out")
     if not prompt.strip():
         raise ValueError(f"the prompt in {where} is empty: write one, or leave the row out")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -101,7 +112,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends. `str.splitlines` would also end one at U+2028, U+0085 or a form feed."""
+    """Numbered lines without line breaks. `str.splitlines` would also split at U+2028, U+0085 or a form feed."""
     return enumerate((line.rstrip("\n") for line in io.StringIO(_text(path), newline=None)), start=1)
 
 
@@ -118,7 +129,7 @@ def _text_records(path: Path) -> _Records:
             continue
         if first and (_JSON.match(prompt) or _is_header(prompt)):
             raise ValueError(
-                f"{path} begins with {prompt[:40]!r}, as a table or JSON does: give a .csv or .jsonl file with the "
+                f"{path} begins with {prompt[:40]!r}, like a table or JSON: give a .csv or .jsonl file with the "
                 f"texts as {_PROMPT!r}, or let another prompt be the first"
             )
         first = False
@@ -126,7 +137,7 @@ def _text_records(path: Path) -> _Records:
 
 
 def _is_header(line: str) -> bool:
-    """Whether it is the names of a table's columns."""
+    """Whether the line holds the names of a table's columns."""
     names = [cell.strip().strip('"').lower() for cell in re.split(r"[,;|\t]", line)]
     if not _PROMPT_COLUMNS.isdisjoint(names):
         return True
@@ -143,7 +154,7 @@ def _csv_records(path: Path) -> _Records:
                 continue
             if len(cells) != len(names):
                 raise ValueError(
-                    f"line {reader.line_num} of {path} has {len(cells)} fields and not {len(names)}: put texts with "
+                    f"line {reader.line_num} of {path} has {len(cells)} fields, not {len(names)}: put texts with "
                     "commas or line breaks in quotes"
                 )
             yield f"line {reader.line_num}", dict(zip(names, cells, strict=True))
@@ -155,7 +166,7 @@ def _csv_records(path: Path) -> _Records:
 
 
 def _json_records(path: Path) -> _Records:
-    form = 'write one object a line, such as {"prompt": "a cat"}'
+    form = 'write one object per line, such as {"prompt": "a cat"}'
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -171,7 +182,7 @@ def _json_records(path: Path) -> _Records:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("a name appears twice in an object")
     return fields
 
 
@@ -182,15 +193,15 @@ def _parquet_records(path: Path) -> _Records:
         raise _not_installed(path) from error
     try:
         table = ParquetFile(path).read()
-    except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
-        raise ValueError(f"{path} is no whole Parquet file: write it again") from error
+    except (ValueError, OSError) as error:  # pyarrow raises these
+        raise ValueError(f"{path} is not a complete Parquet file: write it again") from error
     _check_columns(path, table.column_names)
     return ((f"row {number}", fields) for number, fields in enumerate(table.to_pylist(), start=1))
 
 
 def _dataset(folder: Path) -> _Records:
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(f"{folder} is a folder that save_to_disk of datasets did not write: give {KINDS}")
+        raise ValueError(f"the folder {folder} was not written by save_to_disk of datasets: give {KINDS}")
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:
@@ -204,12 +215,12 @@ def _dataset(folder: Path) -> _Records:
             raise ValueError(f"{folder} holds the sets {', '.join(data)}: give the folder of one of them")
         (data,) = data.values()
     _check_columns(folder, data.column_names)
-    # As it is stored: the folder may ask for tensors, or for some of its columns.
+    # Plain values and all columns, because the folder may ask for tensors or only for some columns.
     return ((f"row {number}", fields) for number, fields in enumerate(data.with_format(None), start=1))
 
 
 def _not_installed(path: Path) -> ValueError:
-    return ValueError(f"{path} is read by the package datasets: pip install datasets, or give {KINDS}")
+    return ValueError(f"reading {path} needs the package datasets: pip install datasets, or give {KINDS}")
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:

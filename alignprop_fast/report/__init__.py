@@ -1,1 +1,1 @@
-"""What a run leaves to look at: pictures, curves, records, a model card."""
+"""Writes the results of a run: pictures, curves, records, a model card."""

@@ -1,4 +1,4 @@
-"""The curves of a run: rewards and their parts against steps."""
+"""Plots the curves of a run: rewards and their parts over the steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]] = ()) -> None:
-    """The reward over the optimizer steps as a PNG: every step, smoothed; each part, the distance to the base model and
-    what is watched, where there are such, in panels of their own.
+    """Plot the reward over the optimizer steps as a PNG, with every step and a smoothed curve.
 
-    records: lines of metrics.jsonl (step, reward_mean, reward_parts, base_mse). samples: step and reward_mean of the
-    pictures with fixed prompts and seeds, where training's own prompts and noise do not blur what was learned, and
-    "watch" (reward, diversity, parts).
+    Further panels show each part of the reward, the distance to the base model and the watched reward, if there are
+    any.
+
+    records: lines of metrics.jsonl (step, reward_mean, reward_parts, base_mse).
+    samples: step, reward_mean and "watch" (reward, diversity, parts) of pictures with fixed prompts and seeds. They
+        show progress without the noise of training's random prompts.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -49,7 +51,7 @@ def plot_rewards(path: str | Path, records: Sequence[dict[str, Any]], samples: S
     for panel, (title, where, values, color) in zip(panels[1:], curves, strict=True):
         if where is steps:
             _curve(panel, where, values, color, title)
-        else:  # the same pictures each time: nothing to smooth
+        else:  # the same pictures each time need no smoothing
             numbers = [math.nan if value is None else value for value in values]
             panel.plot(where, numbers, "D-", color=color, ms=4, lw=1.2)
             _style(panel)
@@ -62,7 +64,7 @@ _Curve = tuple[str, list[int], list[float | None], str]  # title, steps, values,
 
 
 def _part_curves(steps: list[int], records: Sequence[dict[str, Any]]) -> list[_Curve]:
-    """Each part of a reward that has several, and the distance to the base model where it was measured."""
+    """Each part of a reward with several parts, and the distance to the base model if it was measured."""
     names = list(dict.fromkeys(name for record in records for name in record.get("reward_parts", {})))
     curves: list[_Curve] = []
     for name in names if len(names) > 1 else []:
@@ -75,7 +77,7 @@ def _part_curves(steps: list[int], records: Sequence[dict[str, Any]]) -> list[_C
 
 
 def _watch_curves(samples: Sequence[dict[str, Any]]) -> list[_Curve]:
-    """The watched reward, its parts and the diversity, where something was watched."""
+    """The watched reward, its parts and the diversity; empty if nothing was watched."""
     watched = [(record["step"], record["watch"]) for record in samples if record.get("watch")]
     if not watched:
         return []
@@ -87,7 +89,7 @@ def _watch_curves(samples: Sequence[dict[str, Any]]) -> list[_Curve]:
 
 
 def smoothed(values: Sequence[float | None], share: float = 0.15) -> list[float]:
-    """Exponential moving average over about `share` of the curve, without bias to the first value."""
+    """Exponential moving average over about `share` of the curve, without bias towards the first value."""
     weight = math.exp(-1 / max(1.0, share * len(values) / 2))
     total = norm = 0.0
     result = []

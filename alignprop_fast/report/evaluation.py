@@ -1,4 +1,4 @@
-"""What an evaluation leaves to look at: pictures side by side, the reward against the adapters' scale, tables."""
+"""Writes the results of an evaluation: pictures side by side, the reward over the adapters' scale, tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLORS = (BLUE, ORANGE, GREEN, "#b0447d", "#7a5cc4", "#8a7a3c")
 
 @dataclass(frozen=True)
 class PathRow:
-    """A row of path.csv: a picture at place t between two adapters."""
+    """A row of path.csv: a picture at position t between two adapters."""
 
     t: float
     prompt: str
@@ -34,7 +34,7 @@ class PathRow:
 
 
 def save_table(path: Path, records: Sequence[Any]) -> None:
-    """Dataclass records of one kind as a CSV file with a header, written whole; numbers in full precision."""
+    """Write dataclass records of one kind as a whole CSV file with a header; numbers in full precision."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(records[0])], lineterminator="\n")
     writer.writeheader()
@@ -48,9 +48,9 @@ def save_comparison(
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]],
 ) -> None:
-    """A PNG with a row for each prompt and a column for each way of drawing it.
+    """Write a PNG with a row for each prompt and a column for each way of drawing it.
 
-    rows: prompt, one picture for each column, and a note to stand under each, such as its reward.
+    rows: the prompt, one picture for each column, and a note under each picture, such as its reward.
     """
     cells = [enlarged(images) for _, images, _ in rows]
     width, height = cells[0][0].size
@@ -73,7 +73,7 @@ def save_comparison(
 
 
 def _cut(text: str, width: int) -> str:
-    """The text, its beginning left out where it is wider than that: names of adapters differ at their ends."""
+    """The text, shortened at its start to fit the width, because names of adapters differ at their ends."""
     if font(14).getlength(text) <= width:
         return text
     while text and font(14).getlength("\u2026" + text) > width:
@@ -82,9 +82,9 @@ def _cut(text: str, width: int) -> str:
 
 
 def plot_by_scale(path: Path, summaries: Sequence[Summary]) -> None:
-    """A PNG with a panel for each part: its mean, with the standard error, against the scale of each adapter.
+    """Plot each part in a panel: its mean with the standard error, over the scale of each adapter.
 
-    Scale 0 is the base model. Prompt sets after the first are dashed.
+    Scale 0 is the base model. The first prompt set has a solid line, the others dashed ones.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -117,7 +117,7 @@ def plot_by_scale(path: Path, summaries: Sequence[Summary]) -> None:
 
 
 def _points(summaries: Iterable[Summary], part: str, prompt_set: str, adapter: str) -> list[tuple[float, float, float]]:
-    """Scale, mean and standard error, by scale."""
+    """(scale, mean, standard error), sorted by scale."""
     chosen = [s for s in summaries if (s.part, s.prompt_set) == (part, prompt_set) and s.adapter in ("base", adapter)]
     return sorted((s.scale, s.mean, s.standard_error) for s in chosen)
 

@@ -1,4 +1,4 @@
-"""Records line by line, in a file that a killed process leaves readable."""
+"""A file of records, one per line, that stays readable if the process is killed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 class JsonLines:
-    """A file of JSON records, one a line, each with its "step". A process killed while writing leaves a torn last line
-    at most, which reading leaves out, and a full disk none; numbers that are not finite are written as null."""
+    """A file of JSON records, one per line, each with its "step".
+
+    A process killed while writing leaves at most an incomplete last line, which reading skips; a full disk leaves none.
+    Numbers that are not finite are written as null.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record, on the disk when this returns."""
+        """Add a record. It is on the disk when this returns."""
         end = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", encoding="utf-8") as stream:
@@ -36,7 +39,7 @@ class JsonLines:
             raise
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records."""
+        """All complete records."""
         if not self.path.exists():
             return []
         records = []
@@ -50,7 +53,7 @@ class JsonLines:
         return records
 
     def keep_until(self, step: int) -> None:
-        """Drop the records of later steps, and what is torn: a resumed run writes them anew."""
+        """Drop incomplete records and those of later steps, which a resumed run writes again."""
         kept = [record for record in self.read() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_whole(self.path, text.encode())

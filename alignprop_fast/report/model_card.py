@@ -1,4 +1,4 @@
-"""The README.md of a trained model, in the form the Hugging Face Hub reads."""
+"""The README.md of a trained model, in the format of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ _KOHYA = """
 In ComfyUI, Forge and other programs: put `{kohya}` into the folder of LoRAs.
 """
 
-_RESULT = """{kohya}
+_AVERAGED = """
+`{averaged}/` holds the moving average of the adapters, in both forms. The numbers and pictures below are its own. The
+files beside this text are the adapters of the last step.
+"""
+
+_RESULT = """{kohya}{averaged}
 A strength below 1 takes a part of the effect. There are no trigger words.
 
 ## Result
@@ -60,16 +65,17 @@ Trained on `{base}` for the reward `{reward}`. Mean over {count} pictures of fix
 
 {number} prompts were trained on: {prompts}.
 """
-_PROMPTS = 20  # that are listed, at most
+_PROMPTS = 20  # the most that are listed
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has to show.
+    """The result of a run.
 
     base: the base model's name.
-    scores: (before, after) of the reward and of its parts. count: pictures that they are the means of. picture, kohya:
-    names of files beside the card.
+    scores: (before, after) of the reward and of its parts, each the mean of `count` pictures.
+    picture, kohya: names of files beside the card.
+    averaged: the folder of the averaged adapters, if there are any; the scores after are theirs.
     """
 
     base: str
@@ -79,6 +85,7 @@ class Result:
     prompts: Sequence[str]
     picture: str
     kohya: str
+    averaged: str = ""
 
     def to_text(self) -> str:
         listed = "; ".join(map(_one_line, self.prompts[:_PROMPTS])) + (
@@ -91,6 +98,7 @@ class Result:
             scores="\n".join(f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in self.scores.items()),
             picture=self.picture,
             kohya=_KOHYA.format(kohya=self.kohya),
+            averaged=_AVERAGED.format(averaged=self.averaged) if self.averaged else "",
             number=len(self.prompts),
             prompts=listed,
         )
@@ -109,23 +117,28 @@ def write_model_card(
     folder: str | Path,
     *,
     name: str,
-    base_model: str | None,
+    base_model: str,
     dataset_name: str | None,
     tags: Iterable[str],
     lora: bool,
     options: dict[str, object],
     result: Result | None = None,
 ) -> Path:
-    """Write `folder/README.md` and return its path. `base_model` is a Hub id, or None for a local folder."""
+    """Write `folder/README.md` and return its path. The card names `base_model` if it is a Hub id."""
     from huggingface_hub import ModelCardData
 
+    hub_id = None if base_model == "demo" or Path(base_model).expanduser().exists() else base_model
     data = ModelCardData(
-        base_model=base_model, datasets=dataset_name, library_name="diffusers", tags=sorted(tags), model_name=name
+        base_model=hub_id,
+        datasets=dataset_name,
+        library_name="diffusers",
+        tags=sorted(tags),
+        model_name=name,
     )
     text = _TEXT.format(
         header=data.to_yaml(),
         name=name,
-        base=f" from [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
+        base=f" from [{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "",
         usage=_LORA_USAGE if lora else "",
         result=result.to_text() if result else "",
         options="\n".join(f"| {key} | {_cell(value)} |" for key, value in options.items()),

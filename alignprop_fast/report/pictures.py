@@ -1,4 +1,4 @@
-"""What a run leaves to look at: pictures with captions, before and after, the reward curve, records line by line."""
+"""Grids of pictures with captions, also before and after training."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from alignprop_fast.report.style import GREY, INK, font
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CELL = 192  # pixels that a picture has in a grid, at least; small pictures are enlarged by a whole factor
+_CELL = 192  # the least pixels of a picture in a grid; smaller ones are enlarged by a whole factor
 _LARGEST_CELL = 512
 MARGIN, LINE = 12, 19
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures, each with its prompt and seed; rewards: one each, or none where they are not known; mean_parts:
-    the mean of each part of the reward."""
+    """Pictures, each with its prompt and seed.
+
+    rewards: one for each picture, or empty if unknown. mean_parts: the mean of each part of the reward.
+    """
 
     images: tuple[Image.Image, ...]
     prompts: tuple[str, ...]
@@ -35,7 +37,7 @@ class Pictures:
     mean_parts: dict[str, float] = field(default_factory=dict)
 
     def caption(self, index: int) -> str:
-        """`0.712` or, where no reward is known, `seed 3`."""
+        """`0.712`, or `seed 3` if the reward is unknown."""
         return f"{self.rewards[index]:.3f}" if self.rewards else f"seed {self.seeds[index]}"
 
     @property
@@ -44,26 +46,26 @@ class Pictures:
 
 
 def to_images(images_BCHW: Tensor) -> tuple[Image.Image, ...]:
-    """images_BCHW: [B, 3, H, W] in [0, 1] -> B pictures of 8 bits a channel."""
+    """images_BCHW: [B, 3, H, W] in [0, 1] -> B pictures with 8 bits per channel."""
     pixels_BHWC = (images_BCHW.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1).cpu().numpy()
     return tuple(Image.fromarray(pixels_HWC.astype(np.uint8)) for pixels_HWC in pixels_BHWC)
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Write a PNG whole."""
+    """Write a whole PNG."""
     with whole(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 def save_grid(path: str | Path, pictures: Pictures, title: str) -> None:
-    """A PNG with all pictures in rows, under each its prompt and its reward (or seed)."""
+    """Write a PNG with all pictures in rows, and under each its prompt and its reward (or seed)."""
     images = enlarged(pictures.images)
     cells = [_cell([image], pictures.prompts[i], pictures.caption(i)) for i, image in enumerate(images)]
     save_image(_page(title, cells, columns=_columns(len(cells))), path)
 
 
 def save_before_after(path: str | Path, before: Pictures, after: Pictures, title: str) -> None:
-    """A PNG of pairs: each prompt and seed before (above) and after (below), with both rewards."""
+    """Write a PNG of pairs: each prompt and seed before (above) and after (below), with both rewards."""
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise ValueError("before and after must show the same prompts and seeds")
     pairs = zip(enlarged(before.images), enlarged(after.images), strict=True)
@@ -72,7 +74,7 @@ def save_before_after(path: str | Path, before: Pictures, after: Pictures, title
 
 
 def enlarged(images: Iterable[Image.Image]) -> list[Image.Image]:
-    """Small pictures by a whole factor, pixel by pixel, so that they stay crisp; large ones shrunk."""
+    """Enlarge small pictures by a whole factor, so that they stay crisp; shrink large ones."""
     result = []
     for image in images:
         factor = -(-_CELL // max(image.size))
@@ -97,7 +99,7 @@ def _pair(first: Image.Image, second: Image.Image, before: Pictures, after: Pict
 
 
 def _cell(images: list[Image.Image], prompt: str, note: str) -> Image.Image:
-    """Pictures one above the other, then the prompt in at most two lines, then a note in grey."""
+    """Stacked pictures, then the prompt in at most two lines, then a note in grey."""
     width, gap = images[0].width, 4
     lines = _wrapped(prompt, width)
     pictures_height = sum(image.height for image in images) + gap * (len(images) - 1)

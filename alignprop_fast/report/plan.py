@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GIB = 2**30
-# Okabe and Ito 2008: apart for the colour-blind too; from dark to light, so that they are apart in grey as well.
+# Okabe and Ito 2008: colour-blind people can tell them apart. They go from dark to light, so that grey prints work too.
 _COLOURS = {
     "weights": "#44546a",
     "other": "#000000",
@@ -29,7 +29,7 @@ _BUDGET = "#c0392b"
 
 @dataclass(frozen=True)
 class _Phase:
-    """Moments of one kind in a row."""
+    """Consecutive moments of one kind."""
 
     name: str
     start: float
@@ -37,9 +37,9 @@ class _Phase:
 
 
 def plot_plan(path: str | Path, table: CostTable, plan: Plan, title: str) -> None:
-    """Memory over a training step under the plan as a PNG: GiB by kind over seconds, the budget as a line.
+    """Plot the memory over a training step under the plan: GiB by kind over seconds, the budget as a line.
 
-    Each part of the step (a denoising step, the decoder, the reward, forward or back) is drawn as at its worst moment.
+    Each part of the step (a denoising step, the decoder, the reward, forward or back) is drawn at its worst moment.
 
     Raises:
         ValueError: the plan names an option or a stage that the table lacks.
@@ -61,7 +61,7 @@ def plot_plan(path: str | Path, table: CostTable, plan: Plan, title: str) -> Non
 
 
 def _areas(axes: Axes, moments: Sequence[Moment]) -> None:
-    """Kinds of memory on top of one another, from moment to moment."""
+    """Draw stacked kinds of memory for each moment."""
     seconds = [time for m in moments for time in (m.start_seconds, m.start_seconds + m.seconds)]
     sizes = [by_group(moment.kinds) for moment in moments for _ in range(2)]
     floor = [0.0] * len(seconds)
@@ -90,7 +90,7 @@ def _budget(axes: Axes, plan: Plan) -> None:
 
 
 def _phases(moments: Sequence[Moment]) -> list[_Phase]:
-    """The phases in order of time, decoder and reward forward and back as one, which is short beside the others."""
+    """The phases in order of time. Decoder and reward, forward and back, are joined, because they are short."""
 
     def name(moment: Moment) -> str:
         if moment.phase in ("decoder", "reward"):
@@ -107,14 +107,16 @@ def _phases(moments: Sequence[Moment]) -> list[_Phase]:
 
 
 def _name_phases(axes: Axes, phases: Sequence[_Phase]) -> int:
-    """Names above the axes, lines between the phases; a name wider than its phase gets a pointer, and a row where it
-    meets no other. Returns the number of rows."""
+    """Draw names above the axes and lines between the phases; returns the number of rows of names.
+
+    A name wider than its phase gets a pointer, and a row in which it overlaps no other name.
+    """
     whole = phases[-1].end or 1.0
     ends: list[float] = []  # of the last name in each row
     for phase in phases:
         if phase.start > 0:
             axes.axvline(phase.start, color=INK, lw=0.6, ls=":")
-        width = (0.0085 * len(phase.name) + 0.01) * whole  # of the text
+        width = (0.0085 * len(phase.name) + 0.01) * whole  # width of the text
         middle = (phase.start + phase.end) / 2
         left = min(max(middle - width / 2, 0), max(whole - width, 0))
         row = next((k for k, end in enumerate(ends) if end <= left), len(ends))

@@ -1,4 +1,4 @@
-"""Colours, fonts and the saving of figures that all pictures of a report share."""
+"""Colours, fonts and saving of figures for all pictures of a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN = "#2f6fde", "#e07b27", "#2f9e62"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole. Dollar signs in its texts, which may be a user's, are no formulas."""
+    """Write a figure as a whole PNG. Dollar signs in its texts are not read as formulas, because users write them."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -32,6 +32,6 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font of all pictures with text."""
     from matplotlib import get_data_path
 
-    # matplotlib brings a font of its own, so that pictures look the same on every machine.
+    # matplotlib's own font, so that pictures look the same on every machine.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size)

@@ -1,4 +1,4 @@
-"""Pictures to accelerate's trackers, each of which takes them in a form of its own; numbers go through `log` alike."""
+"""Sends pictures to accelerate's trackers, each in the form that it takes. Numbers need only accelerate's `log`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def log_picture(trackers: Iterable[Any], name: str, picture: Image.Image, step: int) -> None:
-    """Send a picture to every tracker of TRACKERS among `trackers` (accelerate's); others are left out."""
+    """Send a picture to those of accelerate's `trackers` that are in TRACKERS."""
     for tracker in trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from alignprop_fast.rewards.clip import clip_folder, image_embeddings, load_clip
 from alignprop_fast.rewards.preprocess import Preprocess
-from alignprop_fast.rewards.weights import DEFAULT, Loading, filled, read_state, weights_file
+from alignprop_fast.rewards.weights import DEFAULT, RewardLoading, filled, read_state, weights_file
 
 # The last is the v2 head's name in repositories that hold it for use with transformers.
 _HEADS = ("sac+logos+ava1-l14-linearMSE", "sa_0_4_vit_l_14_linear", "aesthetic-model")
@@ -31,7 +31,7 @@ _HEADS = ("sac+logos+ava1-l14-linearMSE", "sa_0_4_vit_l_14_linear", "aesthetic-m
 class Aesthetic(nn.Module):
     """The mark of each image."""
 
-    def __init__(self, folder: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, folder: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """folder: a CLIP folder that also holds a head (v2 where both are there), or the head's file in such a folder.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.

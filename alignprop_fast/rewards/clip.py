@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from alignprop_fast.prompts.limits import CutTexts, TextReader
 from alignprop_fast.rewards.preprocess import Preprocess, at_least_fp32
-from alignprop_fast.rewards.weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
+from alignprop_fast.rewards.weights import DEFAULT, RewardLoading, load_model, load_tokenizer, model_folder, model_type
 
 _CACHED_PROMPTS = 10_000
 
@@ -67,7 +67,7 @@ class Similarity(nn.Module):
 class ClipScore(Similarity):
     """`Similarity` under any CLIP folder in the transformers format."""
 
-    def __init__(self, folder: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, folder: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """folder: a `CLIPModel` with its tokenizer and image processor, or its Hub id.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
@@ -84,7 +84,7 @@ def image_embeddings(model: Any, pixels_BCHW: Tensor) -> Tensor:
     return F.normalize(at_least_fp32(model.visual_projection(pooled_BC)), dim=-1)
 
 
-def clip_folder(model: str | Path, loading: Loading) -> Path:
+def clip_folder(model: str | Path, loading: RewardLoading) -> Path:
     """The local folder of a CLIP model. Raises as `ClipScore` does."""
     folder = model_folder(model, "CLIP model", loading)
     if (kind := model_type(folder)) != "clip":
@@ -92,7 +92,7 @@ def clip_folder(model: str | Path, loading: Loading) -> Path:
     return folder
 
 
-def load_clip(folder: Path, loading: Loading) -> Any:
+def load_clip(folder: Path, loading: RewardLoading) -> Any:
     """The frozen `CLIPModel` of a folder."""
     from transformers import CLIPModel
 

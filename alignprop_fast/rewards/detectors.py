@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from alignprop_fast.rewards.preprocess import Preprocess, at_least_fp32
 from alignprop_fast.rewards.preprocess_owlv2 import Owlv2Preprocess
 from alignprop_fast.rewards.user_function import is_function_name, user_function
-from alignprop_fast.rewards.weights import DEFAULT, Loading, load_model, load_tokenizer, model_folder, model_type
+from alignprop_fast.rewards.weights import DEFAULT, RewardLoading, load_model, load_tokenizer, model_folder, model_type
 
 _THRESHOLD = 0.1  # of the score at which transformers' post-processing reports a box
 _CANDIDATES = 256  # the best-scored ones; a picture with more things than that is not to be expected
 _SAME_OVERLAP, _OVERLAP_WIDTH = 0.5, 0.05  # intersection over union at which two boxes are one thing, and how softly
 
 
+@runtime_checkable
 class Detector(Protocol):
     """A detector of one kind of thing. As an `nn.Module` it is moved to the reward's device."""
 
@@ -35,7 +36,7 @@ class Detector(Protocol):
         ...
 
 
-def load_detector(model: str | Path | None, kind: str, loading: Loading = DEFAULT) -> nn.Module:
+def load_detector(model: str | Path | None, kind: str, loading: RewardLoading = DEFAULT) -> Detector:
     """The detector of `kind`, "apple" say, in a folder (or under a Hub id): OWL-ViT, OWLv2 or a counter like the
     bundled one, which None means. Or one of the user's, written `module:function`: function(kind) -> `Detector`.
 
@@ -47,7 +48,7 @@ def load_detector(model: str | Path | None, kind: str, loading: Loading = DEFAUL
         model = counter_path()
     if is_function_name(str(model)) and not Path(model).exists():
         detector = user_function(str(model), f"detector {str(model)!r}")(kind)
-        if not hasattr(detector, "candidates"):
+        if not isinstance(detector, Detector):
             raise ValueError(f"{model} gave a {type(detector).__name__}: let it return a detector with `candidates`")
         return detector
     folder = model_folder(model, "detector", loading)
@@ -62,7 +63,7 @@ def load_detector(model: str | Path | None, kind: str, loading: Loading = DEFAUL
 class OpenVocabulary(nn.Module):
     """OWL-ViT or OWLv2 asked for "a photo of a KIND" (Minderer et al., 2022 and 2023). Weights frozen."""
 
-    def __init__(self, folder: Path, found: str, kind: str, loading: Loading) -> None:
+    def __init__(self, folder: Path, found: str, kind: str, loading: RewardLoading) -> None:
         super().__init__()
         self.preprocess: Callable[[Tensor], Tensor]
         what = "detector"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from alignprop_fast.rewards.preprocess import Preprocess
-from alignprop_fast.rewards.weights import DEFAULT, Loading
+from alignprop_fast.rewards.weights import DEFAULT, RewardLoading
 
 
 class ImageEmbedder(nn.Module):
     """Normalised CLIP embeddings of pictures, weights frozen."""
 
-    def __init__(self, folder: str | Path | None = None, loading: Loading = DEFAULT) -> None:
+    def __init__(self, folder: str | Path | None = None, loading: RewardLoading = DEFAULT) -> None:
         """folder: a `CLIPModel` with its image processor, or its Hub id; None: the bundled one, which knows the
         bundled model's kind of pictures.
 

@@ -23,7 +23,7 @@ from alignprop_fast.rewards.open_clip_names import to_transformers
 from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from alignprop_fast.rewards.weights import (
     DEFAULT,
-    Loading,
+    RewardLoading,
     check_words,
     filled,
     load_tokenizer,
@@ -39,7 +39,7 @@ _VISION_HEAD, _TEXT_HEAD = 80, 64  # widths of one attention head in ViT-H/14
 class HpsV2(Similarity):
     """The similarity under HPS v2's network; which version is a matter of the weights."""
 
-    def __init__(self, path: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, path: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """path: the weights file, or its folder (v2.1 if both are there); the tokenizer lies beside it.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.

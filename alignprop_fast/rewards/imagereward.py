@@ -22,7 +22,7 @@ from alignprop_fast.rewards.aesthetic import FiveLayers
 from alignprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_fp32
 from alignprop_fast.rewards.weights import (
     DEFAULT,
-    Loading,
+    RewardLoading,
     check_words,
     filled,
     load_tokenizer,
@@ -52,7 +52,7 @@ _VISION_NAMES = {
 class ImageReward(nn.Module):
     """The published network, frozen."""
 
-    def __init__(self, path: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, path: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """path: the weights file, or its folder; the tokenizer lies beside it.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.

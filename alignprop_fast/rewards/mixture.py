@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# (images [B, 3, H, W] in [0, 1], B prompts, B metadata) -> (scores [B], info), the form of trl.
-Reward = Callable[[Tensor, Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
+from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 
 
 @dataclass(frozen=True)
 class Part:
-    """One reward of a mixture. `name` is the key of its scores in `info`.
+    """One reward of a mixture.
 
-    by_image: it scores each image by itself, so that a batch may be cut.
+    name: the key of its scores in `info`.
+    by_image: of a function or module, whether it scores each image by itself.
     """
 
     name: str
     weight: float
-    reward: Callable[..., Any]
+    reward: Reward | RewardFunction
     by_image: bool = False
 
 
-class WeightedSum:
+class WeightedSum(Reward):
     """score = sum over parts of weight * score of the part.
 
     info = {part name: its scores, unweighted and detached}, and what a part itself gives as info, under the same key
@@ -36,19 +36,14 @@ class WeightedSum:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
-        self.by_image = all(part.by_image for part in self.parts)
+        self._rewards = [as_reward(part.reward, part.by_image) for part in self.parts]
+        self.by_image = all(reward.by_image for reward in self._rewards)
 
     def weight_bytes(self) -> int:
-        """Bytes of the parts' weights."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        return sum(reward.weight_bytes() for reward in self._rewards)
 
     def state(self) -> Hashable:
-        """To compare: changes where a weight does."""
-        return tuple((id(tensor), tensor._version) for tensor in self._tensors() if not tensor.is_inference())
-
-    def _tensors(self) -> list[Tensor]:
-        modules = [part.reward for part in self.parts if isinstance(part.reward, nn.Module)]
-        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return tuple(reward.state() for reward in self._rewards)
 
     def __call__(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
@@ -64,8 +59,8 @@ class WeightedSum:
             raise ValueError(f"rewards take one prompt per image, not {len(prompts)} for {len(images_BCHW)}")
         total_B, own = None, {}
         info: dict[str, Any] = {}
-        for part in self.parts:
-            result = part.reward(images_BCHW, prompts, metadata)
+        for part, reward in zip(self.parts, self._rewards, strict=True):
+            result = reward(images_BCHW, prompts, metadata)
             scores_B = checked_scores(part.name, result, images_BCHW)
             info[part.name] = scores_B.detach()
             own[part.name] = _own_info(result)

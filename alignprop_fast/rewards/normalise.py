@@ -33,6 +33,8 @@ class NormalisedSum(WeightedSum):
     each batch to `observe`. A part whose scores have all been alike so far, such as a single one, is not scaled.
     """
 
+    observes = True
+
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(parts)
         self._moments: dict[str, _Moments] = {}

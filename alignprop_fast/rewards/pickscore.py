@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from alignprop_fast.rewards.clip import ClipScore
-from alignprop_fast.rewards.weights import DEFAULT, Loading
+from alignprop_fast.rewards.weights import DEFAULT, RewardLoading
 
 
 class PickScore(ClipScore):
     """The CLIP similarity times the model's own temperature."""
 
-    def __init__(self, folder: str | Path, loading: Loading = DEFAULT) -> None:
+    def __init__(self, folder: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """folder: as for `ClipScore`, with its errors."""
         # Weights first: half precision would round the temperature of 100 to 99.
         super().__init__(folder, replace(loading, dtype=torch.float32))

@@ -12,17 +12,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from alignprop_fast.rewards.mixture import Part, Reward, WeightedSum
+from alignprop_fast.rewards.mixture import Part, WeightedSum
+from alignprop_fast.rewards.reward import Reward, RewardFunction
 from alignprop_fast.rewards.user_function import user_function
-from alignprop_fast.rewards.weights import Loading
+from alignprop_fast.rewards.weights import RewardLoading
 
 
-def _clip(argument: str, model: str | None, loading: Loading) -> Reward:
+def _clip(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.clip import ClipScore
 
     if model is None:
@@ -32,55 +32,55 @@ def _clip(argument: str, model: str | None, loading: Loading) -> Reward:
     return ClipScore(model, loading)
 
 
-def _pickscore(argument: str, model: str | None, loading: Loading) -> Reward:
+def _pickscore(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.pickscore import PickScore
 
     return PickScore(_needed("pickscore", model), loading)
 
 
-def _hpsv2(argument: str, model: str | None, loading: Loading) -> Reward:
+def _hpsv2(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.hpsv2 import HpsV2
 
     return HpsV2(_needed("hpsv2", model), loading)
 
 
-def _imagereward(argument: str, model: str | None, loading: Loading) -> Reward:
+def _imagereward(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.imagereward import ImageReward
 
     return ImageReward(_needed("imagereward", model), loading)
 
 
-def _aesthetic(argument: str, model: str | None, loading: Loading) -> Reward:
+def _aesthetic(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.aesthetic import Aesthetic
 
     return Aesthetic(_needed("aesthetic", model), loading)
 
 
-def _count(argument: str, model: str | None, loading: Loading) -> Reward:
+def _count(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.count import Count
 
     return Count(argument, model, loading)
 
 
-def _remove(argument: str, model: str | None, loading: Loading) -> Reward:
+def _remove(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.count import Remove
 
     return Remove(argument, model, loading)
 
 
-def _colorfulness(argument: str, model: str | None, loading: Loading) -> Reward:
+def _colorfulness(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.colorfulness import Colorfulness
 
     return Colorfulness()
 
 
-def _compressibility(argument: str, model: str | None, loading: Loading) -> Reward:
+def _compressibility(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.compressibility import Compressibility
 
     return Compressibility()
 
 
-def _incompressibility(argument: str, model: str | None, loading: Loading) -> Reward:
+def _incompressibility(argument: str, model: str | None, loading: RewardLoading) -> nn.Module:
     from alignprop_fast.rewards.compressibility import Incompressibility
 
     return Incompressibility()
@@ -94,7 +94,7 @@ def _needed(name: str, model: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Entry:
-    build: Callable[[str, str | None, Loading], Reward]  # argument, model
+    build: Callable[[str, str | None, RewardLoading], nn.Module]  # argument, model
     argument: str | None = None  # how the argument is written, e.g. "CLASS=N"; None: there is none
     takes_model: bool = False
 
@@ -136,7 +136,7 @@ def get_reward(
     """
     given = [model] if isinstance(model, str | Path) else list(model or ())
     parsed, models = parsed_spec(spec, [str(value) for value in given])
-    loading = Loading(allow_pickle, dtype)
+    loading = RewardLoading(allow_pickle, dtype)
     # Every reward of this package scores each image by itself; of others nobody knows.
     return WeightedSum(
         [Part(name, weight, _build(name, models, loading, device), _head(name) in _REWARDS) for name, weight in parsed]
@@ -204,7 +204,9 @@ def _first_repeated(names: list[str]) -> str:
     return next(name for name in names if names.count(name) > 1)
 
 
-def _build(name: str, models: Mapping[str, str], loading: Loading, device: str | torch.device) -> Callable[..., Any]:
+def _build(
+    name: str, models: Mapping[str, str], loading: RewardLoading, device: str | torch.device
+) -> Reward | RewardFunction:
     head, colon, rest = name.partition(":")
     if head not in _REWARDS:
         if colon:
@@ -216,8 +218,7 @@ def _build(name: str, models: Mapping[str, str], loading: Loading, device: str |
     if bool(rest) != (entry.argument is not None) or (colon and not rest):
         form = f"{head}:{entry.argument}" if entry.argument else head
         raise ValueError(f"reward {name!r} must be written {form!r} (and :WEIGHT)")
-    reward = entry.build(rest, models.get(head), loading)
-    return reward.to(device) if isinstance(reward, nn.Module) else reward
+    return entry.build(rest, models.get(head), loading).to(device)
 
 
 def _known() -> str:

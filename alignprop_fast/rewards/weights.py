@@ -16,21 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignprop_fast.ops.errors import first_line
+
 PICKLES = (".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
-class Loading:
+class RewardLoading:
     """How weights are loaded. dtype: of the networks; the few numbers at their end (heads, scales) stay fp32."""
 
     allow_pickle: bool = False
     dtype: torch.dtype = torch.float32
 
 
-DEFAULT = Loading()
+DEFAULT = RewardLoading()
 
 
-def model_folder(model: str | Path, what: str, loading: Loading = DEFAULT) -> Path:
+def model_folder(model: str | Path, what: str, loading: RewardLoading = DEFAULT) -> Path:
     """The local folder of a transformers model: `model` itself, or what the Hub has under the id "owner/name".
 
     Raises FileNotFoundError, OSError: no such folder or id. `what`, "CLIP model" say, is for the message.
@@ -60,7 +62,7 @@ def model_type(folder: Path) -> str:
         raise ValueError(f"{folder / 'config.json'} is damaged ({error}); copy the model again") from error
 
 
-def load_model(model_class: Any, folder: Path, what: str, loading: Loading = DEFAULT) -> Any:
+def load_model(model_class: Any, folder: Path, what: str, loading: RewardLoading = DEFAULT) -> Any:
     """`model_class.from_pretrained(folder)`, frozen, in evaluation mode.
 
     Raises OSError or ValueError, one line each, also where transformers would fill missing weights with noise.
@@ -126,7 +128,7 @@ def weights_file(path: Path, names: Sequence[str], what: str) -> Path:
     )
 
 
-def read_state(file: Path, loading: Loading = DEFAULT) -> dict[str, Tensor]:
+def read_state(file: Path, loading: RewardLoading = DEFAULT) -> dict[str, Tensor]:
     """Names and tensors (on the CPU) of a weights file; a dictionary wrapped in {"state_dict": ...} is unwrapped.
 
     Raises ValueError for a pickled file that is not allowed or holds more than tensors, OSError for a damaged one.
@@ -174,11 +176,6 @@ def filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], file: Pa
                 assert name == "position_ids", name
                 part.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)
     return module.requires_grad_(False).eval()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _pickle_refused(file: Path) -> ValueError:

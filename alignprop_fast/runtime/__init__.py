@@ -1,8 +1,11 @@
 """Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
 
-from alignprop_fast.ops.choice import cache_folder, device_name
+from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import unless_out_of_memory
-from alignprop_fast.runtime.chain import Chain, autocast_dtype, run_chain, run_penalised_chain
+from alignprop_fast.ops.versions import version, versions
+from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
+from alignprop_fast.runtime.chain import Chain, GradientSink
+from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
@@ -10,19 +13,19 @@ from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate, only_new_garbage
 from alignprop_fast.runtime.offload import Offloader
-from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, by_image, in_chunks, kept_as
+from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
+from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
-from alignprop_fast.runtime.versions import unchanged, version, versions
 
 __all__ = [
     "DECODER_STAGES",
-    "OFFLOAD",
-    "STEP_OPTIONS",
+    "KEPT",
     "Block",
     "Chain",
     "CompiledBlocks",
+    "GradientSink",
     "GraphedCalls",
     "HostPool",
     "LiveBytes",
@@ -33,26 +36,28 @@ __all__ = [
     "Trace",
     "Work",
     "allocated_bytes",
+    "apply_options",
     "autocast_dtype",
-    "by_image",
+    "blocks_of",
     "cache_folder",
     "decoder_stages",
     "device_memory",
     "device_name",
     "driver_bytes",
-    "in_chunks",
-    "kept_as",
     "link_rate",
     "lockable_bytes",
+    "only_new_garbage",
     "operator_seconds",
+    "raise_if_changed",
     "reward_stages",
     "run_chain",
+    "run_decoder_stage",
     "run_penalised_chain",
+    "score_in_chunks",
     "segments",
     "step_costs",
     "trace",
     "transfer_bytes",
-    "unchanged",
     "unless_out_of_memory",
     "use_growing_segments",
     "version",

@@ -1,258 +1,135 @@
-"""The chain: T steps, each an expensive network and a cheap affine update, as ONE autograd function.
+"""What a chain of steps is: the methods that `run_chain` calls, without a word on what is kept for the backward pass.
 
-    y_i = network(i, x_i)        x_{i+1} = advance(i, x_i, y_i)
-
-Forward keeps the input latents of the gradient steps (and the graph of the resident ones); everything else is gone
-at once. Backward walks from the last step to the first: a step without gradient passes the gradient on by its affine
-path alone (Prabhudesai et al. 2023, randomised truncation), a gradient step adds the network's vector-Jacobian product,
-from its kept graph or by running the network again. So the memory is that of one network evaluation, whatever T.
+y_i = predict(i, x_i)        x_{i+1} = advance(i, x_i, y_i)        i = 0 (the noisiest) to T - 1
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from alignprop_fast.planner import Plan
-from alignprop_fast.runtime.offload import Offloader
-from alignprop_fast.runtime.segments import Block, kept_as
-from alignprop_fast.runtime.versions import CHANGED
+from alignprop_fast.runtime.blocks import Block
 
 
-@dataclass(frozen=True)
-class Chain:
-    """What runs, without a word on how it is kept.
+class GradientSink(Protocol):
+    """Takes the gradients of a chain's parameters step by step, in place of autograd."""
 
-    network: (i, x) -> y, deterministic: a replay must see what the forward pass saw.
-    advance: (i, x, y) -> next x. May draw random numbers: it is never replayed.
-    adjoint: (i, g, dtype of y) -> (gradient of x by the affine path, gradient of y), for the gradient g of the next x.
-    parameters: of the network, those that its gradient is wanted for.
-    blocks: the parts of the network that the plan has an option for.
-    offloader: moves what blocks keep to the host, where the plan asks for it.
-    sink: takes the parameters' gradients step by step, in place of autograd, to which the chain then gives none:
-        (x, y, gradient of y, whether this is the last gradient step to come) -> gradient of x, if x wants one.
-    start, finish: x -> the state that the steps above carry on instead of x where a method needs more than the latents,
-        and its last one -> the last latents. Both are recorded by autograd.
-    input_gradient: whether the gradient also passes through the network's input; if not, along the affine path alone.
-    penalty: (i, x, y) -> (a scalar, its gradient for y), of each gradient step; x counts as a constant in it, so that
-        it acts on the parameters through its own step alone. Called without gradient.
-    sample, replay: the network in faster forms, for steps without gradient and for replays.
-    conditions: what else a gradient is wanted for, such as embeddings of text; none with a sink.
-    leaves: what the network reads in the place of each condition: the same values without its graph. One condition may
-        have been made of another.
-    state: () -> what the network's results depend on beside (i, x), to compare: weights that were changed in place, or
-        replaced, give another one. A replay must find the state of the forward pass.
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, gy: torch.Tensor, last: bool) -> torch.Tensor | None:
+        """Run one gradient step back, from its output to the parameters.
+
+        Args:
+            x: the step's input state, a leaf of the step's graph.
+            y: the step's output, with its graph.
+            gy: the gradient of y, in its shape and dtype.
+            last: whether no gradient step of this chain is still to come (the backward pass ends with the earliest).
+
+        Returns:
+            the gradient of x, if x requires one, else None.
+        """
+        ...
+
+
+class Chain(ABC):
+    """T steps, each an expensive prediction by a network and a cheap affine update of the state.
+
+    The state x is what one step hands to the next: the latents [B, ...], or [2, B, ...] for a method with history.
+    Subclasses say what a step computes. `run_chain` says when, under autograd or not, once or twice.
+
+    Attributes:
+        num_steps: T.
+        parameters: of the network, those that a gradient is wanted for.
+        blocks: the parts of the network that a plan has an option for.
+        gradient_sink: takes the parameters' gradients; autograd then gets none. None: autograd gets them.
+        input_gradient: whether the gradient passes through `predict` to its x; if not, along the affine path alone.
+        has_penalty: whether gradient steps have a `penalty`.
+        conditions: other tensors that a gradient is wanted for, such as text embeddings. None beside a sink.
+        leaves: what `predict` reads in place of each condition: the same values, detached, as leaves of the step's
+            graph. One condition may have been computed from another.
     """
 
-    num_steps: int
-    network: Callable[[int, torch.Tensor], torch.Tensor]
-    advance: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-    adjoint: Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
-    parameters: Sequence[torch.Tensor]
-    blocks: Sequence[Block] = ()
-    offloader: Offloader | None = None
-    sink: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor | None] | None = None
-    start: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    input_gradient: bool = True
-    penalty: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
-    sample: Callable[[int, torch.Tensor], torch.Tensor] | None = None
-    replay: Callable[[int, torch.Tensor], torch.Tensor] | None = None
-    conditions: Sequence[torch.Tensor] = ()
-    leaves: Sequence[torch.Tensor] = ()
-    state: Callable[[], Hashable] = tuple
+    def __init__(
+        self,
+        num_steps: int,
+        parameters: Sequence[torch.Tensor],
+        blocks: Sequence[Block] = (),
+        *,
+        gradient_sink: GradientSink | None = None,
+        input_gradient: bool = True,
+        has_penalty: bool = False,
+        conditions: Sequence[torch.Tensor] = (),
+        leaves: Sequence[torch.Tensor] = (),
+    ):
+        self.num_steps, self.parameters, self.blocks = num_steps, parameters, blocks
+        self.gradient_sink, self.input_gradient, self.has_penalty = gradient_sink, input_gradient, has_penalty
+        self.conditions, self.leaves = conditions, leaves
 
     @property
     def receivers(self) -> list[torch.Tensor]:
-        """All tensors but x that one step has a gradient for."""
+        """All tensors but x that one step has a gradient for: the parameters, then the leaves."""
         return [*self.parameters, *self.leaves]
 
+    @abstractmethod
+    def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The network's output of step i at state x: y [K * B, ...], K branches of guidance.
 
-def run_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> torch.Tensor:
-    """Run the chain from x [B, ...] under the plan and return the last latents [B, ...].
-
-    Gradients reach parameters and conditions, and x if it asks for one. The graph can be used once: it frees itself as
-    it is used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
-    """
-    return run_penalised_chain(chain, plan, x)[0]
-
-
-def run_penalised_chain(chain: Chain, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `run_chain`, and the sum of the penalties of the gradient steps, a scalar: differentiable in the parameters.
-
-    Both may be used in one backward pass. A gradient step whose input has a gradient, too, runs once more for its
-    penalty, since that must not flow on into its input.
-    """
-    grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
-    x = chain.start(x)
-    if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
-        tape = _Tape(chain, plan, grad_steps, x.requires_grad)
-        x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
-        return chain.finish(x), penalty
-    with torch.no_grad():
-        x = _forward(_Tape(chain, plan, grad_steps, wants_gx=False), x)
-        return chain.finish(x), x.new_zeros(())
-
-
-class _Tape:
-    """What one run of the chain keeps for its backward pass."""
-
-    def __init__(self, chain: Chain, plan: Plan, grad_steps: set[int], wants_gx: bool):
-        self.chain, self.plan, self.grad_steps, self.wants_gx = chain, plan, grad_steps, wants_gx
-        # No earlier step is of use to the backward pass, unless the initial latents want a gradient.
-        self.first = 0 if wants_gx else min(grad_steps, default=chain.num_steps)
-        self.graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.penalty: torch.Tensor | None = None
-        self.pulls: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
-        self.state = chain.state() if grad_steps else ()
-        self.used = False
-
-    def input_gradient(self, i: int) -> bool:
-        """Whether step i has someone to pass a gradient of its network's input on to."""
-        return self.chain.input_gradient and (i > self.first or self.wants_gx)
-
-    def check_state(self) -> None:
-        """Autograd compares the versions of the tensors it saved; a replay reads tensors that were not saved.
-
-        Raises:
-            RuntimeError: they are not what the forward pass read.
+        Recorded by autograd in a gradient step, inside `apply_options`; run under inference mode in other steps.
+        It must compute the same bits each time: a replay repeats it. So it draws no random number, and it writes
+        neither to x nor to anything else that it reads.
         """
-        if self.grad_steps and self.chain.state() != self.state:
-            raise RuntimeError(CHANGED)
 
-    def penalise(self, i: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        if self.chain.penalty is not None:
-            value, self.pulls[i] = self.chain.penalty(i, x, y)
-            self.penalty = value if self.penalty is None else self.penalty + value
+    @abstractmethod
+    def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The state after step i, in the shape and dtype of x: affine in x and y.
 
+        Called once for each step, in their order, with gradients off; never replayed. The only method that may draw
+        random numbers.
+        """
 
-class _ChainFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
-        out = _forward(tape, x)
-        # As an output it will hold this node, which holds the tape: a cycle, if the tape held it.
-        penalty, tape.penalty = tape.penalty, None
-        return out, x.new_zeros(()) if penalty is None else penalty
+    @abstractmethod
+    def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transpose of `advance`: from the gradient g of the state after step i, in the state's shape, to
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tape: _Tape = ctx.tape
-        if tape.used:
-            raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
-        tape.used = True
-        tape.check_state()
-        with ctx.autocast():
-            gx, grads = _backward(tape, g, g_penalty)
-        return None, gx if tape.wants_gx else None, *grads
+        - the gradient of x along the affine path, in the shape and dtype of g, and
+        - the gradient of y, in the shape of y and in `y_dtype`.
 
+        Called in the backward pass, with gradients off.
+        """
 
-def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
-    chain = tape.chain
-    for i in range(chain.num_steps):
-        if i in tape.grad_steps and i in tape.plan.resident_steps:
-            tape.graphs[i] = _record(tape, i, x, tape.input_gradient(i))
-            y = tape.graphs[i][1].detach()
-        else:
-            if i in tape.grad_steps:
-                tape.inputs[i] = x
-            with torch.inference_mode():
-                y = (chain.sample or chain.network)(i, x)
-        if i in tape.grad_steps:
-            tape.penalise(i, x, y)
-        # Outside inference mode: a replay saves x for its backward pass, which inference tensors refuse.
-        x = chain.advance(i, x, y)
-        del y
-    return x
+    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """`predict` for a step without gradient, under inference mode; may be a faster form of it.
 
+        The result may be overwritten by the next call.
+        """
+        return self.predict(i, x)
 
-def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    chain = tape.chain
-    receivers = chain.receivers
-    sums: list[torch.Tensor | None] = [None] * len(receivers)
-    for i in range(chain.num_steps - 1, tape.first - 1, -1):
-        if i in tape.graphs:
-            x, y = tape.graphs.pop(i)
-        elif i in tape.inputs:
-            x, y = _record(tape, i, tape.inputs.pop(i), tape.input_gradient(i))
-        else:
-            g, _ = chain.adjoint(i, g, g.dtype)
-            continue
-        g, gy = chain.adjoint(i, g, y.dtype)
-        pull = (g_penalty * tape.pulls.pop(i)).to(y.dtype) if tape.pulls else None
-        if pull is not None and not x.requires_grad:
-            gy = gy + pull
-        if chain.sink is None:
-            gx = _network_backward(x, y, gy, receivers, sums)
-        else:
-            gx = chain.sink(x, y, gy, i == min(tape.grad_steps))
-        del y, gy
-        if gx is not None:
-            g = g + gx
-            if pull is not None:
-                x, y = _record(tape, i, x, False)
-                _network_backward(x, y, pull, receivers, sums)
-                del y
-        del x, gx
-    # As wide as they are: autograd rounds them to what a parameter's gradient is to be (its `grad_dtype`).
-    return g, sums
+    def replay(self, i: int, x: torch.Tensor, options: Mapping[str, str]) -> torch.Tensor:
+        """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.
 
+        options: what the blocks keep meanwhile, by name; in force already.
+        """
+        return self.predict(i, x)
 
-def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the network of step i with a graph. Returns its (input, output)."""
-    x = x.detach().requires_grad_(input_gradient)
-    chain = tape.chain
-    network = chain.network if chain.replay is None or i in tape.plan.resident_steps else chain.replay
-    with torch.enable_grad(), kept_as(_options(tape.plan, i), chain.blocks, chain.offloader):
-        y = network(i, x)
-    if chain.offloader is not None:
-        chain.offloader.settle()
-    return x, y
+    def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a scalar, its gradient for y in the shape of y) of gradient step i.
 
+        x counts as a constant in it, so a penalty acts on the parameters through its own step alone. Called with
+        gradients off, in the forward pass, and only where `has_penalty`.
+        """
+        raise NotImplementedError("a chain that has a penalty defines it")
 
-def _options(plan: Plan, i: int) -> Mapping[str, str]:
-    if i in plan.resident_steps:
-        return plan.resident_options[plan.resident_steps.index(i)]
-    return plan.replay_options
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        """The state before step 0, from the initial latents x [B, ...]. Recorded by autograd."""
+        return x
 
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """The final latents [B, ...] in the state after the last step. Recorded by autograd."""
+        return x
 
-def _network_backward(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gy: torch.Tensor,
-    receivers: Sequence[torch.Tensor],
-    sums: list[torch.Tensor | None],
-) -> torch.Tensor | None:
-    """Add the receivers' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
-    wanted = [*receivers, x] if x.requires_grad else list(receivers)
-    grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
-    found = [(k, grad) for k, grad in enumerate(grads[: len(receivers)]) if grad is not None]
-    added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
-    if added:  # in one launch
-        torch._foreach_add_(*map(list, zip(*added, strict=True)))
-    taken: set[int] = set()
-    for k, grad in found:
-        if sums[k] is None:
-            # Sums of many low-precision terms lose the small ones. Autograd may give one tensor for two parameters.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            sums[k] = grad.to(wide, copy=grad.data_ptr() in taken)
-            taken.add(grad.data_ptr())
-    return grads[-1] if x.requires_grad else None
+    def state(self) -> Hashable:
+        """What the results of `predict` depend on beside i and x, to be compared.
 
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on the device at present; None without it, and for meta tensors, which know none."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def _autocast_state(device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A factory of contexts that restore today's autocast state: the backward pass runs outside the caller's."""
-    dtype = autocast_dtype(device)
-    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
+        A weight that was changed in place or replaced gives another value. A replay must find the value of the forward
+        pass, or it would be the replay of another run.
+        """
+        return ()

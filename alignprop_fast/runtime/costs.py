@@ -13,9 +13,9 @@ import torch
 
 from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.planner import Segment, Stage
+from alignprop_fast.runtime.blocks import Block
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.measure import Workspaces
-from alignprop_fast.runtime.segments import Block
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,11 @@ DECODER_STAGES = ("batch", "image", "bands")
 
 @dataclass(frozen=True)
 class StepCosts:
-    """One denoising step: segments with gradient, spike and seconds without; what libraries hold on to from now on."""
+    """Costs of one denoising step.
+
+    segments: of a step with gradient. sampling_bytes, sampling_seconds: transient bytes and time of one without.
+    workspace_bytes: what libraries keep from now on.
+    """
 
     segments: tuple[Segment, ...]
     sampling_bytes: int
@@ -36,7 +40,7 @@ class StepCosts:
 def step_costs(
     chain: Chain, x: torch.Tensor, operator_seconds: Operator | None = None, link: float | None = None
 ) -> StepCosts:
-    """Costs of one step of the chain at latents x [B, ...]; runs the network of step 0 and draws no random number.
+    """Costs of one step of the chain at latents x [B, ...]; runs the prediction of step 0 and draws no random number.
 
     operator_seconds: estimates instead of timing (on meta tensors). link: bytes a second to host memory, for offload.
     """
@@ -45,13 +49,13 @@ def step_costs(
     wanted = [start, *chain.receivers]
 
     def backward(y: torch.Tensor) -> None:
-        if chain.sink is None:
+        if chain.gradient_sink is None:
             torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
         else:
             _one_by_one(y, start, chain.parameters)
 
     work = Work(
-        forward=lambda: chain.network(0, start),
+        forward=lambda: chain.predict(0, start),
         backward=backward,
         blocks=chain.blocks,
         device=x.device,
@@ -60,7 +64,7 @@ def step_costs(
 
     @torch.inference_mode()
     def sample() -> torch.Tensor:
-        return chain.network(0, x)
+        return chain.predict(0, x)
 
     with Workspaces(x.device) as held:
         sampling = trace(replace(work, forward=sample, backward=None), {})
@@ -69,7 +73,7 @@ def step_costs(
 
 
 def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-    """Backward pass into a `Chain.sink`: each parameter's gradient is gone as soon as it has been added, or stepped."""
+    """A backward pass into a `GradientSink`: each parameter's gradient is freed as soon as it was added, or stepped."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -122,7 +126,7 @@ def decoder_stages(
     def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
         forward = _without_graph(one)
         # While one image is decoded again the gradients of all others are there, and so are the images.
-        higher = tuple(raised(segment, image_bytes * (len(x) - 1) // len(x)) for segment in segments)
+        higher = tuple(_with_more_transient(segment, image_bytes * (len(x) - 1) // len(x)) for segment in segments)
         return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
 
     bands = work(banded, 1, ())
@@ -165,7 +169,7 @@ def reward_stages(
     def chunked(chunk: int) -> Stage:
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
-        found = tuple(raised(segment, image_bytes) for segment in segments(work(chunk)))
+        found = tuple(_with_more_transient(segment, image_bytes) for segment in segments(work(chunk)))
         return Stage(f"chunk:{chunk}", found, runs, True, forward.peak_bytes, runs * forward.seconds)
 
     image_bytes = images.numel() * images.element_size()
@@ -201,8 +205,9 @@ def _without_graph(work: Work) -> Trace:
     return trace(replace(work, forward=forward, backward=None), {})
 
 
-def raised(segment: Segment, by_bytes: int) -> Segment:
+def _with_more_transient(segment: Segment, by_bytes: int) -> Segment:
     """The segment with so many bytes more at the worst moment of each option."""
     return replace(
-        segment, options=tuple(replace(option, spike_bytes=option.spike_bytes + by_bytes) for option in segment.options)
+        segment,
+        options=tuple(replace(option, transient_bytes=option.transient_bytes + by_bytes) for option in segment.options),
     )

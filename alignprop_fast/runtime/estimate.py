@@ -5,6 +5,7 @@ save are counted: estimates err on the slow side there.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Op
     return seconds
 
 
+@cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

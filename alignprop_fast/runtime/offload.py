@@ -35,7 +35,7 @@ class Offloader:
     def offloaded(self, module: nn.Module, build: Callable[[Move], Callable[..., Any]]) -> Callable[..., Any]:
         """The forward of a block whose kept tensors wait on the host.
 
-        build: from the moves (away, back) for results that the block stores itself (`ops.kept`) to its forward.
+        build: from the moves (away, back) for results that the block stores itself (`ops.reuse`) to its forward.
         """
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -15,13 +15,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
-from alignprop_fast.planner import Option, Segment
+from alignprop_fast.planner import GRADES, BlockOption, Option, Options, Segment
+from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
 from alignprop_fast.runtime.offload import Offloader
-from alignprop_fast.runtime.segments import OFFLOAD, STEP_OPTIONS, Block, kept_as
 
-LEANEST = "recompute"
+LEANEST = BlockOption.RECOMPUTE
 Operator = Callable[[Any, Any, Any], float]
 
 
@@ -29,7 +29,8 @@ Operator = Callable[[Any, Any, Any], float]
 class Work:
     """A network to be measured.
 
-    forward: () -> output with its graph; runs inside `kept_as`. backward: consumes that output; None: forward alone.
+    forward: () -> output with its graph; runs inside `apply_options`.
+    backward: consumes that output; None: forward alone.
     operator_seconds: (function, arguments, result) -> seconds, where they are estimated; None: the device is timed.
     output_kept: whether the output counts as kept.
     """
@@ -45,27 +46,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Interval:
-    """Costs of one interval under one option; spikes are above all that is kept up to and including the interval.
+    """Costs of one interval under one option. Transient bytes lie on top of all kept ones, this interval's included.
 
-    host_bytes: what was moved to host memory. Above the spikes is what the block before has on its way there or back.
+    host_bytes: what was moved to host memory. What the block before has on its way there or back is not counted.
     """
 
     block: Block | None
     alike: Hashable
     kept_bytes: int
     host_bytes: int
-    forward_spike_bytes: int
-    backward_spike_bytes: int
+    forward_transient_bytes: int
+    backward_transient_bytes: int
     seconds: float
 
     def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
         """This interval changed as a like one was between two options."""
-        names = ("kept_bytes", "host_bytes", "forward_spike_bytes", "backward_spike_bytes", "seconds")
+        names = ("kept_bytes", "host_bytes", "forward_transient_bytes", "backward_transient_bytes", "seconds")
         return replace(self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names})
 
-    def option(self, name: str) -> Option:
-        spike_bytes = max(self.forward_spike_bytes, self.backward_spike_bytes)
-        return Option(name, self.kept_bytes, spike_bytes, max(self.seconds, 0.0), self.host_bytes)
+    def option(self, name: BlockOption) -> Option:
+        transient_bytes = max(self.forward_transient_bytes, self.backward_transient_bytes)
+        return Option(name, self.kept_bytes, transient_bytes, max(self.seconds, 0.0), self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Trace:
         kept, peak = 0, 0
         for interval in self.intervals:
             kept += interval.kept_bytes
-            peak = max(peak, kept + max(interval.forward_spike_bytes, interval.backward_spike_bytes))
+            peak = max(peak, kept + max(interval.forward_transient_bytes, interval.backward_transient_bytes))
         return peak
 
     @property
@@ -87,14 +88,14 @@ class Trace:
         return sum(interval.seconds for interval in self.intervals)
 
 
-def trace(work: Work, options: Mapping[str, str]) -> Trace:
+def trace(work: Work, options: Options) -> Trace:
     """Run the work under the options: a few times for its seconds where the device is timed, and once for its bytes.
 
     In this order: at the very first run kernels are compiled, and tried against each other in memory of their own.
     What is offloaded is not timed: on a run where all is, the copies wait for each other. Nor is it copied: its bytes
     are counted, no host memory is taken, and the backward pass gets zeros.
     """
-    offloads = any(option.endswith(OFFLOAD) for option in options.values())
+    offloads = any(option.offload for option in options.values())
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
     cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
     pool = CountedPool(work.device)
@@ -135,21 +136,21 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
         RuntimeError: out of memory (`ops.errors`): not even the leanest options can run.
     """
     lean = trace(work, {"*": LEANEST})
-    measured = {LEANEST: lean, **_traces(work, STEP_OPTIONS, lean)}
-    offloaded = {} if link is None else _traces(work, [grade + OFFLOAD for grade in STEP_OPTIONS], lean)
+    measured = {LEANEST: lean, **_traces(work, GRADES, lean)}
+    offloaded = {} if link is None else _traces(work, [grade.offloaded for grade in GRADES], lean)
     result = []
     for index, interval in enumerate(lean.intervals):
         if interval.block is None:
-            result.append(Segment("rest", (interval.option("keep"),)))
+            result.append(Segment("rest", (interval.option(BlockOption.KEEP),)))
             continue
         options: list[Option] = []
-        for name in interval.block.options():
+        for name in interval.block.grades():
             if name not in measured:
                 continue
             option = measured[name].intervals[index].option(name)
             options.append(option)
-            if link is not None and option.kept_bytes and name + OFFLOAD in offloaded:
-                there = offloaded[name + OFFLOAD].intervals[index].option(name + OFFLOAD)
+            if link is not None and option.kept_bytes and name.offloaded in offloaded:
+                there = offloaded[name.offloaded].intervals[index].option(name.offloaded)
                 options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
         result.append(Segment(interval.block.name, tuple(options)))
     return tuple(result)
@@ -160,14 +161,13 @@ def transfer_bytes(found: Sequence[Segment]) -> int:
     return max((option.host_bytes for segment in found for option in segment.options), default=0)
 
 
-def _traces(work: Work, names: Iterable[str], lean: Trace) -> dict[str, Trace]:
+def _traces(work: Work, wanted: Iterable[BlockOption], lean: Trace) -> dict[BlockOption, Trace]:
     """The trace of each option on all blocks that have its grade; of none that does not fit."""
-    found: dict[str, Trace] = {}
-    for name in names:
-        grade = name.removesuffix(OFFLOAD)
-        blocks = [i.block.name for i in lean.intervals if i.block is not None and grade in i.block.options()]
-        if name != LEANEST and blocks and (measured := _measured(work, name, blocks, lean)) is not None:
-            found[name] = measured
+    found: dict[BlockOption, Trace] = {}
+    for option in wanted:
+        blocks = [i.block.name for i in lean.intervals if i.block is not None and option.grade in i.block.grades()]
+        if option != LEANEST and blocks and (measured := _measured(work, option, blocks, lean)) is not None:
+            found[option] = measured
     return found
 
 
@@ -176,7 +176,7 @@ def _with_copies(seconds: float, copy_seconds: float) -> float:
     return seconds + max(copy_seconds - seconds / 3, 0) + max(copy_seconds - seconds * 2 / 3, 0)
 
 
-def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace | None:
+def _measured(work: Work, option: BlockOption, names: Sequence[str], lean: Trace) -> Trace | None:
     """The trace of the option on the blocks of these names; None where the device lacks the memory."""
     everywhere = {"*": LEANEST, **dict.fromkeys(names, option)}
     for attempt in (
@@ -189,7 +189,7 @@ def _measured(work: Work, option: str, names: Sequence[str], lean: Trace) -> Tra
     return None
 
 
-def measured_on_one_of_each_kind(work: Work, option: str, names: Sequence[str], lean: Trace) -> Trace:
+def measured_on_one_of_each_kind(work: Work, option: BlockOption, names: Sequence[str], lean: Trace) -> Trace:
     """The trace of the option on the blocks of these names, from a run on the first of each kind among them."""
     first: dict[Hashable, int] = {}
     for index, interval in enumerate(lean.intervals):
@@ -219,7 +219,7 @@ class _OperatorCost:
         self.seconds[self.label] = self.seconds.get(self.label, 0.0) + seconds
 
 
-def _timed(work: Work, options: Mapping[str, str]) -> dict[Hashable, float]:
+def _timed(work: Work, options: Options) -> dict[Hashable, float]:
     """Seconds of each part in the run of median length: not the first one, which warms up."""
     runs = []
     for _ in range(work.repeats):
@@ -231,7 +231,7 @@ def _timed(work: Work, options: Mapping[str, str]) -> dict[Hashable, float]:
 
 def _run(
     work: Work,
-    options: Mapping[str, str],
+    options: Options,
     enter: Callable[[Hashable], None],
     between: Callable[[torch.Tensor], None],
     pool: HostPool | None = None,
@@ -241,7 +241,7 @@ def _run(
     order: list[tuple[Block, Hashable]] = []
     with _at_ends(work.blocks, order, enter):
         enter(("forward", 0))
-        with kept_as(options, work.blocks, offloader):
+        with apply_options(options, work.blocks, offloader):
             out = work.forward()
         offloader.settle()
         between(out)
@@ -310,8 +310,8 @@ def _intervals(
                 alike=kind,
                 kept_bytes=kept.get(forward, 0),
                 host_bytes=moved.get(forward, 0),
-                forward_spike_bytes=max(peaks.get(forward, 0) - total_bytes - before_bytes, 0),
-                backward_spike_bytes=max(peaks.get(backward, 0) - total_bytes - before_bytes, 0),
+                forward_transient_bytes=max(peaks.get(forward, 0) - total_bytes - before_bytes, 0),
+                backward_transient_bytes=max(peaks.get(backward, 0) - total_bytes - before_bytes, 0),
                 seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
             )
         )

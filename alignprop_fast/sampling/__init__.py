@@ -1,12 +1,13 @@
 """Noise schedules as coefficient tables, guidance, and truncation rules. Knows nothing of plans or of models."""
 
 from alignprop_fast.ops.guided_step import guided_step, guided_step_adjoint
-from alignprop_fast.sampling.ddim import StepTable, ddim_table
+from alignprop_fast.sampling.ddim import ddim_table
 from alignprop_fast.sampling.dpm_solver import dpm_solver_table
 from alignprop_fast.sampling.euler import euler_table
 from alignprop_fast.sampling.gates import Draws, Truncation, draw_gates, draw_truncation, gate_count, trl_gates
 from alignprop_fast.sampling.guidance import rescaled_guidance
-from alignprop_fast.sampling.table import make_table
+from alignprop_fast.sampling.make_table import make_table
+from alignprop_fast.sampling.step_table import StepTable
 from alignprop_fast.sampling.update import Update
 
 __all__ = [

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from alignprop_fast.sampling.ddim import StepTable, _x0_eps
+from alignprop_fast.sampling.step_table import StepTable, x0_and_noise
 
 
 def dpm_solver_table(
@@ -38,7 +38,7 @@ def dpm_solver_table(
         raise ValueError(f"unknown solver type {solver_type!r}: use midpoint or heun")
     a, b, history, levels = [], [], [], []
     for i, (s, s_next) in enumerate(pairwise(sigmas)):
-        (p, q), _ = _x0_eps(prediction_type, 1 / (1 + s**2))
+        (p, q), _ = x0_and_noise(prediction_type, 1 / (1 + s**2))
         alpha, alpha_next = (1 + s**2) ** -0.5, (1 + s_next**2) ** -0.5
         gain, extra = alpha_next * (1 - s_next / s), 0.0
         if i in second_order_steps:

@@ -12,7 +12,7 @@ x = (1 - sigma) x0 + sigma noise, y = dx / dsigma) has epsilon prediction's upda
 from collections.abc import Sequence
 from itertools import pairwise
 
-from alignprop_fast.sampling.ddim import StepTable
+from alignprop_fast.sampling.step_table import StepTable
 
 
 def euler_table(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from alignprop_fast.ops.guided_step import guided_step, guided_step_adjoint
-from alignprop_fast.sampling.ddim import StepTable
+from alignprop_fast.sampling.step_table import StepTable
 
 
 class Update:

@@ -16,7 +16,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ MANIFEST = "checkpoint.json"
 _TEMPORARY = ".unfinished-"
 
 
-def write_checkpoint(
-    root: str | Path, number: int, state: dict[str, Any], fill: Callable[[Path], None], keep: int
-) -> Path:
-    """Write `root/checkpoint_<number>` whole and drop all but the `keep` newest.
+@contextmanager
+def new_checkpoint(root: str | Path, number: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
+    """The folder whose files the block writes; it is `root/checkpoint_<number>` once they are all on the disk.
 
-    `fill(folder)` writes the files; `state` (plain JSON) goes into the manifest. Checkpoints of the same or a higher
-    number go: they belong to a run that was given up when this one resumed before them.
+    Then all but the `keep` newest checkpoints go. `state` (plain JSON) goes into the manifest. Checkpoints of the same
+    or a higher number go: they belong to a run that was given up when this one resumed before them.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_checkpoint(
     folder = root / f"{_TEMPORARY}{number}"
     folder.mkdir()
     try:
-        fill(folder)
+        yield folder
         files = {str(file.relative_to(folder)): _fingerprint(file) for file in _files(folder)}
         (folder / MANIFEST).write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
         for path in [*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
@@ -51,11 +51,10 @@ def write_checkpoint(
         raise
     for later in [path for path in checkpoints(root) if (_number(path) or 0) >= number]:
         _remove(later)
-    final = folder.rename(root / f"checkpoint_{number}")
+    folder.rename(root / f"checkpoint_{number}")
     _flush(root)
     for old in checkpoints(root)[:-keep]:
         _remove(old)
-    return final
 
 
 def save_tensors(value: Any, path: Path) -> None:

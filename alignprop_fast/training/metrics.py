@@ -21,6 +21,7 @@ class StepMetrics:
     reward_parts: mean of each part that the reward reports in its info.
     loss: mean of the micro-batches' losses, the regulariser included.
     grad_norm: before clipping; 0 where there was no gradient.
+    learning_rate: what the optimizer stepped with, or would have.
     gradient_steps: denoising steps that carried gradient, summed over the micro-batches; alike in all processes.
     status: "ok"; "no_gradient": the random gates left no step open; "not_finite": the update was skipped.
     images_per_second: images of all processes over seconds.
@@ -36,6 +37,7 @@ class StepMetrics:
     reward_parts: dict[str, float]
     loss: float
     grad_norm: float
+    learning_rate: float
     gradient_steps: int
     status: str
     images_per_second: float
@@ -127,6 +129,16 @@ def reward_parts(info: Any) -> dict[str, float]:
         except (TypeError, ValueError, RuntimeError):
             continue
     return parts
+
+
+def image_scores(info: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The parts of a reward's info that have a score for each image, [B], on the host."""
+    return {name: part.detach().cpu() for name, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
+
+
+def joined_scores(shares: Sequence[BatchShare]) -> dict[str, torch.Tensor]:
+    """The scores of one micro-batch over all processes."""
+    return {name: torch.cat([share.scores[name] for share in shares]) for name in shares[0].scores}
 
 
 def reset_peak_bytes(device: torch.device) -> None:

@@ -39,6 +39,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         self._parameters = list(parameters)
         super().__init__(self._parameters, {})
         self._optimizers = {parameter: make([parameter]) for parameter in self._parameters}
+        self._share()
         self._max_norm, self._norms = max_norm, list[torch.Tensor]()
         self.final = self._closing = False
         for parameter in self._parameters:
@@ -69,6 +70,11 @@ class OptimizerInBackward(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self._optimizers.values(), state_dict["each"], strict=True):
             optimizer.load_state_dict(state)
+        self._share()
+
+    def _share(self) -> None:
+        """Options, such as the learning rate, are those of the inner optimizers."""
+        self.param_groups = [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
 
     def _arrived(self, parameter: torch.Tensor) -> None:
         if self._closing:

@@ -1,10 +1,10 @@
-"""Optimizers by name."""
+"""Optimizers and learning-rate schedules by name."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -62,6 +62,21 @@ def make_optimizer(
             raise ValueError("pagedadamw8bit needs an NVIDIA GPU, whose memory it pages: use adamw8bit")
         return _load("bitsandbytes", name).optim.PagedAdamW8bit(parameters, betas=betas, eps=epsilon, **common)
     raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
+
+
+def learning_rate_factor(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
+    """The schedule of that name, by diffusers: optimizer steps done -> factor on the learning rate of the next one.
+
+    constant, linear (down to 0) or cosine (half a period, down to 0) over `steps` steps, of which the first
+    `warmup_steps` rise from 0.
+    """
+    from diffusers.optimization import get_scheduler
+
+    if name == "constant" and warmup_steps:  # diffusers' "constant" leaves the warm-up out without a word
+        name = "constant_with_warmup"
+    # A factor depends on the number of steps alone, so it is asked for with a stand-in: no state to keep.
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return get_scheduler(name, stand_in, num_warmup_steps=warmup_steps, num_training_steps=steps).lr_lambdas[0]
 
 
 def _load(package: str, name: str) -> Any:

@@ -13,7 +13,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.launcher import checked_arguments, read_launcher
-from alignprop_fast.training.processes import MeetingAccelerator, start_processes
+from alignprop_fast.training.processes import start_processes
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
     state = start_processes(options["cpu"], options)
     if precision == "fp16" and state.device.type == "cpu":
         raise ValueError('mixed_precision="fp16" needs a GPU: use "no" (fp32) or "bf16"')
-    accelerator = MeetingAccelerator(
+    accelerator = Accelerator(
         log_with=config.log_with,
         mixed_precision=precision,
         project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **config.project_kwargs}),

@@ -1,7 +1,7 @@
 """From a loaded pipeline to one that trains: devices and dtypes, adapters, the sampler with all that a plan counts.
 
-`AlignPropTrainer` does this on a device, the command `plan` also on tensors without data: what lies on the device, in
-which precision and under which options is said here, for both.
+`AlignPropTrainer` does this on a device, the command `plan` also on the meta device, whose tensors have no data. What
+lies on the device, in which precision and under which options is decided here, once for both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
-from alignprop_fast.planner.optimizer_state import merges, optimizer_bytes
+from alignprop_fast.planner.optimizer_state import average_bytes, merges, optimizer_bytes
 from alignprop_fast.training.config import AlignPropConfig
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,6 +43,7 @@ def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) 
     if config.adapter_dtype == "bf16":
         for parameter in trained:
             parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.grad_dtype = torch.float32  # see `FlatParameters`
     return trained
 
 
@@ -57,6 +58,9 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         raise ValueError("cuda_graphs does not go with a whole UNet under autocast: train adapters, or leave it out")
     shapes = [p.shape for p in pipeline.unet.parameters() if p.requires_grad]
     merged = pipeline.use_lora and merges(config.optimizer)
+    update_bytes = optimizer_bytes(config.optimizer, shapes, merged)
+    if config.ema_decay:
+        update_bytes += average_bytes(shapes)
     sampler = DifferentiableSampler(
         pipeline.sd_pipeline,
         config.sample_num_steps,
@@ -69,9 +73,8 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         width=config.width,
         draw_unused_noise=True,
         reward=reward,
-        reward_bytes=reward.weight_bytes() if hasattr(reward, "weight_bytes") else 0,
         cache_text=config.cache_text,
-        optimizer_bytes=optimizer_bytes(config.optimizer, shapes, merged),
+        optimizer_bytes=update_bytes,
         host_memory=config.host_memory,
         compare_with_base=config.kl_weight > 0,
         cuda_graphs=config.cuda_graphs,
@@ -90,12 +93,14 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
 
     A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
     that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16. With `cache_text` the text encoders
-    stay on the CPU: they visit the device when there is something to encode.
+    stay on the CPU: they visit the device when there is something to encode. On the meta device nothing is encoded, and
+    they stay there.
     """
     dtype = compute_dtype(config)
+    encoders_device = torch.device("cpu") if config.cache_text and device.type != "meta" else device
     overflows = dtype is torch.float16 and pipeline.vae.config.get("force_upcast", False)
     for encoder in pipeline.text_encoders:
-        _move(encoder, torch.device("cpu") if config.cache_text else device, dtype)
+        _move(encoder, encoders_device, dtype)
     _move(pipeline.vae, device, torch.float32 if overflows else dtype)
     if config.base_dtype != "auto":
         pipeline.quantize_base(config.base_dtype, device, dtype)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -57,7 +57,7 @@ def start_processes(cpu: bool, options: dict[str, Any] | None = None) -> Partial
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
+def raise_if_process_lost() -> Iterator[None]:
     """Around what all processes do together.
 
     Raises:
@@ -75,25 +75,10 @@ def meeting() -> Iterator[None]:
         ) from error
 
 
-class MeetingAccelerator(Accelerator):
-    """An `Accelerator` whose processes notice who is gone (`ProcessLost`)."""
-
-    def gather(self, tensor: Any) -> Any:
-        with meeting():
-            return super().gather(tensor)
-
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        with meeting():
-            return super().reduce(tensor, reduction, scale)
-
-    def wait_for_everyone(self) -> None:
-        wait_for_all()
-
-
 def wait_for_all() -> None:
     """Returns in no process before all have come here."""
     if PartialState().num_processes > 1:
-        with meeting():
+        with raise_if_process_lost():
             torch.distributed.barrier(group=_by_hosts)
 
 
@@ -117,7 +102,7 @@ def largest(value: int) -> int:
     """The largest of the processes' values; all of them must ask."""
     if PartialState().num_processes == 1:
         return value
-    with meeting():
+    with raise_if_process_lost():
         found = torch.tensor(value, dtype=torch.int64)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_by_hosts)
     return int(found.item())
@@ -129,7 +114,7 @@ def of_all_processes(value: Any) -> list[Any]:
     if count == 1:
         return [value]
     found: list[Any] = [None] * count
-    with meeting():
+    with raise_if_process_lost():
         torch.distributed.all_gather_object(found, value, group=_by_hosts)
     return found
 
@@ -139,7 +124,7 @@ def sum_in_place(tensors: Sequence[torch.Tensor]) -> None:
     """Replace the tensors, in every process, by their sums over the processes. Takes a bucket more for a moment."""
     for bucket in buckets(tensors):
         flat = _flatten_dense_tensors(bucket)
-        with meeting():
+        with raise_if_process_lost():
             torch.distributed.all_reduce(flat)
         torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 
@@ -149,7 +134,7 @@ def copy_of_first(tensors: Sequence[torch.Tensor]) -> None:
     """Replace the tensors, in every process, by those of the first. Takes a bucket more for a moment."""
     for bucket in buckets(tensors):
         flat = _flatten_dense_tensors(bucket)
-        with meeting():
+        with raise_if_process_lost():
             torch.distributed.broadcast(flat, src=0)
         torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 

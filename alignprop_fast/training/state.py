@@ -14,19 +14,21 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import set_seed
 
+from alignprop_fast.evaluation.early_stopping import Stateful
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.training.checkpoint import (
     checkpoints,
     find_checkpoint,
+    new_checkpoint,
     read_checkpoint,
     rng_state,
     save_tensors,
     set_rng_state,
-    write_checkpoint,
 )
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.placement import checkpoint_root
-from alignprop_fast.training.processes import of_all_processes
+from alignprop_fast.training.processes import of_all_processes, wait_for_all
+from alignprop_fast.training.weight_update import WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,8 @@ class Resumable(Protocol):
     config: AlignPropConfig
     accelerator: Any  # accelerate.Accelerator, or one of its interface
     sd_pipeline: DefaultDDPOStableDiffusionPipeline
-    optimizer: torch.optim.Optimizer
-    stateful: dict[str, Any]  # objects with state_dict and load_state_dict, by their names in the checkpoint
+    update: WeightUpdate
+    stateful: dict[str, Stateful]  # by their names in the checkpoint
     steps_done: int
     global_step: int
     skipped_steps: int
@@ -73,20 +75,15 @@ def save_training(trainer: Resumable) -> Path:
     root, config = checkpoint_root(trainer.config), trainer.config
     if trainer.accelerator.is_main_process:
         state = {name: getattr(trainer, name) for name in _COUNTERS}
-        scaler = trainer.accelerator.scaler
-
-        def fill(folder: Path) -> None:
+        keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit
+        with new_checkpoint(root, trainer.steps_done, {**state, "versions": versions()}, keep) as folder:
             trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], [], folder)
-            moments = {"optimizer": trainer.optimizer.state_dict(), "scaler": scaler and scaler.state_dict()}
-            save_tensors(moments, folder / "optimizer.pt")
+            save_tensors(trainer.update.state_dict(), folder / "optimizer.pt")
             save_tensors(rng_states, folder / "rng.pt")
             save_tensors({name: owner.state_dict() for name, owner in trainer.stateful.items()}, folder / "stateful.pt")
             # What the dictionaries for accelerate and trackers hold may be any object.
             (folder / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str), encoding="utf-8")
-
-        keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit
-        write_checkpoint(root, trainer.steps_done, {**state, "versions": versions()}, fill, keep)
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all()
     return root / f"checkpoint_{trainer.steps_done}"
 
 
@@ -101,7 +98,7 @@ def restore_training(trainer: Resumable, folder: Path) -> None:
     state = read_checkpoint(folder)
     _check_same(trainer.config, json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
     try:
-        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        update = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         rng_states = torch.load(folder / "rng.pt", map_location="cpu", weights_only=True)
         owned = torch.load(folder / "stateful.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, pickle.UnpicklingError) as error:
@@ -109,9 +106,7 @@ def restore_training(trainer: Resumable, folder: Path) -> None:
             f"checkpoint {folder} cannot be read by this torch: resume with the one that wrote it"
         ) from error
     trainer.sd_pipeline.load_checkpoint([trainer.sd_pipeline.unet], folder)
-    trainer.optimizer.load_state_dict(moments["optimizer"])
-    if trainer.accelerator.scaler is not None and moments["scaler"]:
-        trainer.accelerator.scaler.load_state_dict(moments["scaler"])
+    trainer.update.load_state_dict(update)
     for name, owner in trainer.stateful.items():
         if name in owned:  # what an option of this run has added begins anew
             owner.load_state_dict(owned[name])

@@ -49,7 +49,7 @@ class RoundedOptimizer(torch.optim.Optimizer):
         self._wide = [nn.Parameter(parameter.detach().float()) for parameter in self._narrow]
         self._seed, self._steps = seed, 0
         self._inner = make(self._wide)
-        self.state = self._inner.state
+        self._share()
         self._release()
 
     @torch.no_grad()
@@ -74,7 +74,11 @@ class RoundedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._inner.load_state_dict(state_dict["inner"])
         self._steps = state_dict["steps"]
-        self.state = self._inner.state
+        self._share()
+
+    def _share(self) -> None:
+        """State and options, such as the learning rate, are those of the inner optimizer."""
+        self.state, self.param_groups = self._inner.state, self._inner.param_groups
 
     def _release(self) -> None:
         for wide in self._wide:

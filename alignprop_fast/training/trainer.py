@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,15 +22,19 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.evaluation.early_stopping import Stateful
-from alignprop_fast.generate.sampler import Draws, Truncation, draw_truncation, trl_gates
+from alignprop_fast.generate.sampler import Truncation
 from alignprop_fast.report.model_card import write_model_card
+from alignprop_fast.rewards.reward import as_reward
 from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.gates import gate_draws, truncation_of
 from alignprop_fast.training.metrics import (
     BatchMetrics,
     BatchShare,
     StepMetrics,
     averages,
+    image_scores,
     joined,
+    joined_scores,
     peak_bytes,
     reset_peak_bytes,
     reward_parts,
@@ -38,7 +42,7 @@ from alignprop_fast.training.metrics import (
 from alignprop_fast.training.out_of_memory import with_less_memory
 from alignprop_fast.training.placement import make_accelerator, output_folder
 from alignprop_fast.training.prepare import compute_dtype, make_sampler, prepare_model
-from alignprop_fast.training.processes import copy_of_first, largest, of_all_processes
+from alignprop_fast.training.processes import copy_of_first, largest, of_all_processes, wait_for_all
 from alignprop_fast.training.state import find_resume, restore_training, save_training
 from alignprop_fast.training.weight_update import WeightUpdate
 
@@ -81,7 +85,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.stateful = dict(stateful or {})
         config.check_packages()
         resume_from = find_resume(config)
-        self._truncation()  # one that cannot work is to fail here, before the model is placed
+        truncation_of(config)  # one that cannot work is to fail here, before the model is placed
         self.accelerator = make_accelerator(config)
         examine_once(self.accelerator.device, compute_dtype(config))
         set_seed(config.seed, device_specific=True)
@@ -90,6 +94,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
+        reward = as_reward(reward_function)
+        self._observer = reward if reward.observes else None
         # After the sampler, which lays convolutions out anew.
         self.update = WeightUpdate(config, self.accelerator, self.trainable_layers, sd_pipeline.use_lora)
         self.optimizer = self.update.optimizer
@@ -127,17 +133,9 @@ class AlignPropTrainer(PyTorchModelHubMixin):
 
         `self.metrics` then says what happened.
         """
-        begin, config = time.perf_counter(), self.config
+        config, learning_rate, begin = self.config, self.update.learning_rate, time.perf_counter()
         reset_peak_bytes(self.accelerator.device)
-        shares: list[BatchShare] = []
-        pairs: dict[str, Any] = {}
-        for k in range(config.train_gradient_accumulation_steps):
-            good = all(math.isfinite(earlier.loss) for earlier in shares)
-            self.update.begin_backward(last=good and k == config.train_gradient_accumulation_steps - 1)
-            self._micro_batch_index = k
-            share, pairs = self._micro_batch()
-            shares.append(share)
-        batches = self._join(shares)
+        batches, pairs = self._micro_batches()
         status, grad_norm = self._update(batches)
         self.steps_done += 1
         seconds = time.perf_counter() - begin
@@ -146,6 +144,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             step=self.steps_done,
             **averages(batches),
             grad_norm=grad_norm,
+            learning_rate=learning_rate,
             status=status,
             images_per_second=images / seconds,
             peak_bytes=largest(peak_bytes(self.accelerator.device)),
@@ -173,6 +172,18 @@ class AlignPropTrainer(PyTorchModelHubMixin):
     def _score(self, pairs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
 
+    def _micro_batches(self) -> tuple[list[BatchMetrics], dict[str, Any]]:
+        """All micro-batches of a step, over all processes; and the pairs of the last one here."""
+        count = self.config.train_gradient_accumulation_steps
+        shares: list[BatchShare] = []
+        pairs: dict[str, Any] = {}
+        for self._micro_batch_index in range(count):
+            good = all(math.isfinite(earlier.loss) for earlier in shares)
+            self.update.begin_backward(last=good and self._micro_batch_index == count - 1)
+            share, pairs = self._micro_batch()
+            shares.append(share)
+        return self._join(shares), pairs
+
     def _micro_batch(self) -> tuple[BatchShare, dict[str, Any]]:
         """Images, rewards and backward of one micro-batch: this process's share, and its pairs for the hook, detached.
 
@@ -191,7 +202,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             loss=loss.item(),
             gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
             base_mse=None if base_mse is None else base_mse.float().item(),
-            scores=self._scores(info),
+            scores={} if self._observer is None else image_scores(info),
         )
         if self.accelerator.num_processes == 1:  # several observe when they meet, after the step's last micro-batch
             self._observe([share])
@@ -205,17 +216,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
                 self._observe(of_batch)
         return [joined(of_batch) for of_batch in by_batch]
 
-    def _scores(self, info: Any) -> dict[str, torch.Tensor]:
-        """Parts with a score for each image, for a reward that observes them."""
-        if not hasattr(self.reward_fn, "observe"):
-            return {}
-        return {n: part.detach().cpu() for n, part in info.items() if isinstance(part, torch.Tensor) and part.ndim}
-
     def _observe(self, shares: Sequence[BatchShare]) -> None:
         """Show one micro-batch of all processes to a reward that observes its scores."""
-        if hasattr(self.reward_fn, "observe"):
-            names = shares[0].scores
-            self.reward_fn.observe({name: torch.cat([share.scores[name] for share in shares]) for name in names})
+        if self._observer is not None:
+            self._observer.observe(joined_scores(shares))
 
     def _repeatable(self, work: Callable[[], Any]) -> Any:
         if self.update.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
@@ -272,28 +276,10 @@ class AlignPropTrainer(PyTorchModelHubMixin):
                 "check the reward, or train in fp32"
             )
 
-    def _draws(self) -> Draws:
-        """What gates are drawn from: Python's `random`, where trl draws them.
-
-        Of several processes the one with the most gradient steps sets the pace, so all draw the same: from the seed,
-        the step and the micro-batch. So nothing is to be kept in a checkpoint, and a repetition draws them again.
-        """
-        if self.accelerator.num_processes == 1:
-            return random
-        return random.Random(f"gates {self.config.seed} {self.steps_done} {self._micro_batch_index}")
-
-    def _truncation(self, draws: Draws = random) -> Truncation:
-        config = self.config
-        if config.truncation is not None:
-            return draw_truncation(config.truncation, config.sample_num_steps, draws)
-        gates = trl_gates(
-            config.sample_num_steps,
-            config.truncated_backprop_rand,
-            config.truncated_backprop_timestep,
-            config.truncated_rand_backprop_minmax,
-            draws,
-        )
-        return Truncation(gates)
+    def _draw_truncation(self) -> Truncation:
+        processes = self.accelerator.num_processes
+        draws = gate_draws(self.config, processes, self.steps_done, self._micro_batch_index)
+        return truncation_of(self.config, draws)
 
     def _generate_samples(
         self, batch_size: int, with_grad: bool = True, prompts: list[str] | None = None
@@ -304,9 +290,16 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         else:
             drawn, metadata = tuple(prompts), tuple({} for _ in prompts)
         with torch.set_grad_enabled(with_grad):
-            truncation = self._truncation(self._draws()) if with_grad else Truncation(())
+            truncation = self._draw_truncation() if with_grad else Truncation(())
             images = self.sampler(list(drawn), self.config.negative_prompts, truncation=truncation, metadata=metadata)
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A block in which the model has the moving average of its weights, as `ema_decay` asks; else nothing changes.
+
+        For pictures, evaluation and `save_pretrained`; not for training steps and checkpoints.
+        """
+        return self.update.averaged()
 
     def save_checkpoint(self) -> Path:
         """Write everything a resume needs to `checkpoints/checkpoint_<steps done>`; every process must call it."""
@@ -316,8 +309,8 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         """Called by `save_pretrained` and `push_to_hub`: the pipeline, the LoRA file, and a model card."""
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(save_directory)
-            self._write_card(save_directory, None, None, None)
-        self.accelerator.wait_for_everyone()
+            self._write_card(save_directory)
+        wait_for_all()
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -327,13 +320,16 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             self._write_card(output_folder(self.config), model_name, dataset_name, tags)
 
     def _write_card(
-        self, folder: str | Path, name: str | None, dataset_name: str | None, tags: str | list[str] | None
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
     ) -> None:
-        base = self.sd_pipeline.pretrained_model
         write_model_card(
             folder,
             name=name or Path(folder).resolve().name,
-            base_model=None if base == "demo" or Path(base).expanduser().exists() else base,
+            base_model=self.sd_pipeline.pretrained_model,
             dataset_name=dataset_name,
             tags={*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
             lora=self.sd_pipeline.use_lora,

@@ -1,9 +1,11 @@
-"""From gradients to weights: which tensors the optimizer sees, averaging over processes, clipping, the step itself."""
+"""From gradients to weights: which tensors the optimizer sees, averaging over processes, clipping, the step itself, its
+learning rate, and the moving average of what it makes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignprop_fast.planner.optimizer_state import merges
+from alignprop_fast.training.averaged_weights import AveragedWeights
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.flat_parameters import FlatParameters
 from alignprop_fast.training.optimizer_in_backward import OptimizerInBackward
-from alignprop_fast.training.optimizers import make_optimizer
+from alignprop_fast.training.optimizers import learning_rate_factor, make_optimizer
 from alignprop_fast.training.processes import sum_in_place
 from alignprop_fast.training.stochastic_rounding import RoundedOptimizer
 
@@ -26,6 +29,8 @@ class WeightUpdate:
         weights: the trainable parameters, adapters merged into one flat tensor where the optimizer allows it.
         optimizer: prepared by accelerate.
         in_backward: the optimizer inside the backward pass, or None.
+        average: the moving average of the weights, or None.
+        updates: optimizer steps made. One that was skipped moves neither the learning rate nor the average.
 
     Args:
         parameters: trainable ones, in the layout that they keep.
@@ -50,9 +55,19 @@ class WeightUpdate:
         else:
             optimizer = self._make(self.weights.tensors)
         self.optimizer = accelerator.prepare(optimizer)
+        self.average = AveragedWeights(self.weights.tensors, config.ema_decay) if config.ema_decay else None
+        self.updates = 0
+        self._factor = learning_rate_factor(config.lr_scheduler, config.warmup_steps, config.num_epochs)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next optimizer step."""
+        return self.config.train_learning_rate * self._factor(self.updates)
 
     def begin_backward(self, last: bool) -> None:
         """To be told before each backward pass of a step whether it is the last, after which gradients are complete."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         if self.in_backward is not None:
             self.in_backward.final = last
 
@@ -67,18 +82,56 @@ class WeightUpdate:
 
     def step(self) -> float:
         """Step with the gradients that are there, unless they are not finite; returns their norm before clipping."""
-        if self.in_backward is not None:
-            return self.in_backward.finish()
+        norm, made = self._step() if self.in_backward is None else (self.in_backward.finish(), True)
+        if made:
+            self.updates += 1
+            if self.average is not None:
+                self.average.update()
+        return norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block in which the weights are their moving average; without one they stay as they are."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def restart_average(self) -> None:
+        """Begin the moving average anew, with the present weights."""
+        if self.average is not None:
+            self.average.restart()
+
+    def zero_grad(self) -> None:
+        self.weights.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights."""
+        scaler = self._accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "updates": self.updates,
+            "average": self.average and self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned, once the weights are back. What is new in this run begins anew."""
+        scaler = self._accelerator.scaler
+        self.optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        self.updates = state.get("updates", 0)
+        self.restart_average()
+        if self.average is not None and state.get("average"):
+            self.average.load_state_dict(state["average"])
+
+    def _step(self) -> tuple[float, bool]:
+        """The norm before clipping, and whether the optimizer has made its step."""
         self.weights.gather_gradients()
         self._average_gradients()
         norm = float(self._accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
         # With gradient scaling (fp16) the step is what lowers the scale; it leaves the weights alone by itself.
-        if math.isfinite(norm) or self._accelerator.scaler is not None:
+        wanted = math.isfinite(norm) or self._accelerator.scaler is not None
+        if wanted:
             self.optimizer.step()
-        return norm
-
-    def zero_grad(self) -> None:
-        self.weights.zero_grad()
+        return norm, wanted and not self.optimizer.step_was_skipped
 
     def _average_gradients(self) -> None:
         """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""

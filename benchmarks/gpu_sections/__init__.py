@@ -1,16 +1,16 @@
-"""What `gpu.py` runs, in the order of its value: a run that is cut off has the first.
+"""The sections that `gpu.py` runs, the most valuable first, so that a run that is cut off has those.
 
 facts.py      one JSON line per fact, on disk at once
 driver.py     each section under a deadline, in a worker process that may die; no torch in it
-preload.py    what workers share: imported once, then they are forked
-lab.py        what sections get: the device, one model at a time, where facts go
+preload.py    imports libraries once; workers are forked from that process
+lab.py        the tools of a section: the device, one model at a time, the file of facts
 timing.py     events and the host's clock, taken in turns; peaks
 machine.py, speed.py, training.py, apart.py, rest.py    the sections
 flop.py       FLOP of the models as constants, and the command that counts them
 report.py     the facts as a table to read, and README's figures
 """
 
-from gpu_sections.driver import Section
+from benchmarks.gpu_sections.driver import Section
 
 SECTIONS = (
     Section("build", 120, "machine:build", "compile csrc/ beside all the rest", background=True),

@@ -1,6 +1,6 @@
-"""What may poison the CUDA context: kernels that have never run, CUDA graphs, registered memory, torch.compile.
+"""Sections that may break the CUDA context: kernels that have never run, CUDA graphs, pinned memory, torch.compile.
 
-Each section runs in a process of its own, where that costs no other.
+Each runs in its own process, so that it cannot harm the others.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import graphs as graphs_bench
-import offload as offload_bench
 import torch
-from train_step_variants import Bench, prompts_of
 
-from alignprop_fast.planner import Plan, StageChoice
-from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, link_rate
-from gpu_sections.lab import Lab
-from gpu_sections.speed import compare, evaluations
-from gpu_sections.timing import Call
+from alignprop_fast.planner import BlockOption, Plan, StageChoice
+from alignprop_fast.runtime import link_rate
+from benchmarks import ROOT
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.gpu_sections.speed import compare, evaluations
+from benchmarks.gpu_sections.timing import Call
+from benchmarks.step import graphs as graphs_bench
+from benchmarks.step import offload as offload_bench
+from benchmarks.step.train_step_variants import Bench, prompts_of
 
-ROOT = Path(__file__).parents[2]
 TESTS = ("tests/training/test_gpu_memory.py", "tests/runtime/test_graphs.py", "tests/kernels", "tests/ops")
 DRY_TESTS = ("--noconftest", "tests/planner/test_gpus.py")
 
@@ -43,7 +42,7 @@ def _examine(lab: Lab, section: str, quick: bool) -> None:
     from alignprop_fast.doctor import examine
 
     def tell(what: str) -> None:
-        # What was begun last is what hangs, should it hang.
+        # If the examination hangs, the last fact names the part that hangs.
         lab.facts.write(section, "examines", what=what)
 
     report = examine(lab.device, quick=quick or lab.dry, dtypes=[torch.bfloat16], tell=tell)
@@ -58,7 +57,7 @@ def _examine(lab: Lab, section: str, quick: bool) -> None:
 
 
 def graphs(lab: Lab) -> None:
-    """A chain launched evaluation by evaluation, and recorded."""
+    """A chain launched evaluation by evaluation, and as recorded graphs."""
     for model in ("sd15", "sdxl"):
         rows = graphs_bench.measure(lab.bench(model), 1, 2 if lab.dry else 5)
         for row in rows:
@@ -69,20 +68,20 @@ def graphs(lab: Lab) -> None:
 
 
 def offload(lab: Lab) -> None:
-    """Share of the copies that is hidden, and the gradients of every option beside those of "keep"."""
+    """The hidden share of the copies, and the gradients of every option compared with those of "keep"."""
     bench, link = _one_step(lab), link_rate(lab.device)
-    for grade in ("keep", "geglu", "qkv"):
+    for grade in offload_bench.MEASURED:
         row = offload_bench.measure(bench, 1, grade, link, 2 if lab.dry else 5)
         lab.facts.write("offload", "hidden", link_bytes_per_second=link, **row)
     gradients = _Gradients(bench)
-    expected = gradients.of("keep")
-    # "keep" once more: what differs there is the device's own, as with kernels that are not deterministic.
-    for option in ("keep", *(name + end for name in STEP_OPTIONS for end in ("", OFFLOAD) if name + end != "keep")):
+    expected = gradients.of(BlockOption.KEEP)
+    # "keep" runs twice: if these differ, the cause is the device, such as kernels that are not deterministic.
+    for option in BlockOption:
         lab.facts.write("offload", "gradients", option=option, **_difference(expected, gradients.of(option)))
 
 
 def _one_step(lab: Lab) -> Bench:
-    """A model whose chain has one step; adapters that change something."""
+    """A model whose chain has one step, with adapters that are not zero."""
     bench = Bench("small" if lab.dry else "sdxl", lab.device, 1, "mean")
     torch.manual_seed(0)
     for parameter in bench.trained:
@@ -91,21 +90,21 @@ def _one_step(lab: Lab) -> Bench:
 
 
 class _Gradients:
-    """Gradients of one image through one step, the same random numbers each time."""
+    """Gradients of one image through one step, with the same random numbers each time."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
         bench.use_stock(False)
 
-    def of(self, option: str) -> list[torch.Tensor]:
+    def of(self, option: BlockOption) -> list[torch.Tensor]:
         plan = Plan(
             1,
             (0,),
             (),
             ({"*": option},),
             {},
-            decoder=StageChoice("image", {"*": "recompute"}),
-            host_bytes=int(option.endswith(OFFLOAD)),
+            decoder=StageChoice("image", {"*": BlockOption.RECOMPUTE}),
+            host_bytes=int(option.offload),
         )
         torch.manual_seed(1)
         images = self.bench.sampler(prompts_of(1), plan=plan)
@@ -124,7 +123,7 @@ def _difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict
 
 
 def compiled(lab: Lab) -> None:
-    """torch.compile of the stock model's transformer blocks, beside ours as it is."""
+    """torch.compile of the stock model's transformer blocks, beside ours uncompiled."""
     bench = lab.bench("sdxl")
     calls = {call.name: call for call in evaluations(bench, 1)}
     for name in ("stock forward", "stock both"):
@@ -135,7 +134,7 @@ def compiled(lab: Lab) -> None:
 
 
 class _Compiled:
-    """Before a call of the stock model: its compiled blocks in place."""
+    """Puts the compiled blocks in place before a call of the stock model."""
 
     on = True
 
@@ -152,9 +151,9 @@ class _Uncompiled(_Compiled):
 
 
 def tests(lab: Lab) -> None:
-    """pytest in a process of its own; each failure is a fact as it comes."""
+    """pytest in its own process; each failure becomes a fact at once."""
     names = DRY_TESTS if lab.dry else TESTS
-    # -P: the root must not be on the path, where the folder `kernels` would pass for a package.
+    # -P keeps the root off the path, because its folder `kernels` looks like a package of that name.
     command = [sys.executable, "-P", "-m", "pytest", "-vv", "--tb=line", "-p", "no:cacheprovider", *names]
     run = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True

@@ -1,8 +1,9 @@
-"""Runs sections one after the other, so that none costs another its facts. Standard library only: it cannot hang.
+"""Runs sections one after the other; if one fails, the others keep their facts.
 
-Sections run in worker processes. One worker serves all that share a model; those that may poison the CUDA context run
-alone, in workers of their own. At a section's deadline an exception ends it in its worker; where that does not help
-(code that never returns to Python) the worker is killed, and the next section gets a new one.
+It uses only the standard library, so that it cannot hang in CUDA. Sections run in worker processes. One worker serves
+all that share a model. Sections that may break the CUDA context get their own worker. At a section's deadline an
+exception ends it in its worker. If that does not help, because code never returns to Python, the worker is killed and
+the next section gets a new one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from gpu_sections.facts import Facts
+from benchmarks.gpu_sections.facts import Facts
 
-LEAST_SECONDS = 3.0  # nothing begins with less
+LEAST_SECONDS = 3.0  # no section begins with less time left
 START_SECONDS = 90.0  # imports and the start of CUDA
-FAULT_SECONDS = 5.0  # of a section with an injected fault, which may be to hang
+FAULT_SECONDS = 5.0  # limit of a section with an injected fault, which may hang
 CUT = "left out or cut off: no time"
 
 
@@ -32,7 +33,7 @@ CUT = "left out or cut off: no time"
 class Section:
     """A function "module:function" of this package that gets a `Lab`, and the seconds it may take.
 
-    alone: in a worker of its own. background: also alone, beside the sections after it.
+    alone: in its own worker. background: in its own worker, while later sections run.
     """
 
     name: str
@@ -44,17 +45,17 @@ class Section:
 
 
 class Lab(Protocol):
-    """What a worker keeps between its sections."""
+    """The state that a worker keeps between its sections."""
 
     facts: Facts
 
     def tidy(self) -> None:
-        """Free what a section left. Raises where the device can no longer be used."""
+        """Free what a section left behind. Raises if the device can no longer be used."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What workers are told. lab: "module:function" that makes a `Lab` of them; faults: what to inject, by section."""
+    """Settings of workers. lab: "module:function" that makes a `Lab` from them; faults: by section, what to inject."""
 
     facts: Facts
     dry: bool = False
@@ -66,12 +67,12 @@ class Settings:
 
 
 class OutOfTime(BaseException):
-    """A section's deadline. No `Exception`, so that no section takes it for its own failure."""
+    """A section's deadline. It is not an `Exception`, so that no section catches it as its own failure."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a section ended: "ok", or why not. usable: whether its worker can go on."""
+    """How a section ended: "ok", or the reason. usable: whether its worker can continue."""
 
     status: str
     usable: bool = True
@@ -79,15 +80,15 @@ class Outcome:
 
 def resolved(target: str) -> Callable[[Any], Any]:
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(f"gpu_sections.{module}"), name)
+    return getattr(importlib.import_module(f"benchmarks.gpu_sections.{module}"), name)
 
 
 # In the worker.
 
 
 def serve(pipe: Connection, settings: Settings) -> None:
-    """A worker: says what is common to its facts, or why it cannot start; then runs sections as they come."""
-    os.setsid()  # so that its own children end with it
+    """Run a worker: send what its facts have in common, or why it cannot start; then run the sections that arrive."""
+    os.setsid()  # its children can then be ended with it
     try:
         lab = resolved(settings.lab)(settings)
     except BaseException as error:
@@ -100,14 +101,14 @@ def serve(pipe: Connection, settings: Settings) -> None:
 
 
 def run_section(section: Section, seconds: float, lab: Lab, settings: Settings) -> Outcome:
-    """Run it until its deadline, whatever it raises."""
+    """Run a section until its deadline, and handle everything that it raises."""
     if section.name in settings.faults:
-        fault = importlib.import_module("gpu_sections.faults")
+        fault = importlib.import_module("benchmarks.gpu_sections.faults")
         lab.facts.after_next = fault.FAULTS[settings.faults[section.name]]
     signal.signal(signal.SIGALRM, _ring)
     try:
         try:
-            # Again and again: what rings inside a callback of C code is dropped.
+            # The timer repeats, because an exception inside a callback of C code is dropped.
             signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
             resolved(section.target)(lab)
             status = "ok"
@@ -139,7 +140,7 @@ class Worker:
     def __init__(self, settings: Settings):
         context: Any = multiprocessing.get_context(settings.method)
         if settings.method == "forkserver":
-            context.set_forkserver_preload(["gpu_sections.preload"])
+            context.set_forkserver_preload(["benchmarks.gpu_sections.preload"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, settings), daemon=True)
         self.process.start()
@@ -148,7 +149,7 @@ class Worker:
         self.began = self.ends = 0.0
 
     def hello(self, seconds: float) -> dict[str, Any]:
-        """What is common to its facts. Raises RuntimeError: it cannot start."""
+        """What its facts have in common. Raises RuntimeError if it cannot start."""
         said = self.pipe.recv() if self.pipe.poll(seconds) else "does not answer"
         if isinstance(said, str):
             raise RuntimeError(said)
@@ -157,11 +158,11 @@ class Worker:
     def begin(self, section: Section, seconds: float, grace: float) -> None:
         self.section, self.began = section, time.monotonic()
         self.ends = self.began + seconds + grace
-        with suppress(OSError):  # a worker that has died meanwhile is found by its silence
+        with suppress(OSError):  # a dead worker shows later, when it does not answer
             self.pipe.send((section, seconds))
 
     def outcome(self) -> Outcome:
-        """How its section ended, waiting for that until its deadline and the grace after it."""
+        """Wait for the end of its section, at most until the deadline plus grace, and say how it ended."""
         try:
             if self.pipe.poll(max(0.0, self.ends - time.monotonic())):
                 return self.pipe.recv()
@@ -172,7 +173,7 @@ class Worker:
             return Outcome(f"died: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}", usable=False)
 
     def kill(self) -> None:
-        """End it and its children. Does not wait: what hangs in the driver may outlive this."""
+        """Kill it and its children. Does not wait, because a process that hangs in the driver may live on."""
         for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
             try:
                 kill()
@@ -181,7 +182,7 @@ class Worker:
 
 
 class Driver:
-    """Runs sections within `total` seconds in all, each within its own times `patience`."""
+    """Runs sections within `total` seconds, each within its own seconds times `patience`."""
 
     def __init__(self, settings: Settings, total: float, patience: float = 1.0):
         self.settings, self.patience = settings, patience
@@ -190,7 +191,7 @@ class Driver:
         self.behind: list[Worker] = []
 
     def run(self, sections: Sequence[Section]) -> None:
-        """All of them; one line about each is written, whatever happens."""
+        """Run all of them and write one line about each, whatever happens."""
         waiting = list(sections)
         try:
             while waiting:
@@ -198,7 +199,7 @@ class Driver:
                 waiting.pop(0)
                 self._collect(wait=False)
             self._collect(wait=True)
-        finally:  # also where this process is told to end
+        finally:  # also if this process is told to end
             for worker in [*self.behind, *([self.shared] if self.shared else [])]:
                 worker.kill()
             for name in [w.section.name for w in self.behind if w.section] + [section.name for section in waiting]:
@@ -215,7 +216,7 @@ class Driver:
         if worker is None:
             self._say(section.name, "left out: no worker starts", 0.0)
             return
-        # A section that is stuck ends within the total, too.
+        # A stuck section must also end within the total.
         longest = max(1.0, self._left() - min(self.settings.grace, self._left() / 2))
         seconds = FAULT_SECONDS if section.name in self.settings.faults else section.seconds * self.patience
         worker.begin(section, min(seconds, longest), self.settings.grace)
@@ -234,7 +235,7 @@ class Driver:
         self._say(section.name, outcome.status, time.monotonic() - worker.began)
 
     def _collect(self, wait: bool) -> None:
-        """Those in the background that are done; or all, each until its deadline."""
+        """Collect background sections that are done; or wait for all, each until its deadline."""
         for worker in list(self.behind):
             if wait or worker.pipe.poll(0) or time.monotonic() > worker.ends:
                 worker.ends = min(worker.ends, self.ends)
@@ -242,11 +243,11 @@ class Driver:
                 self.behind.remove(worker)
 
     def _worker(self, section: Section) -> Worker | None:
-        """The shared worker, or one of its own; None where none starts."""
+        """The shared worker, or a separate one; None if none starts."""
         alone = section.alone or section.background
         if not alone and self.shared is not None:
             return self.shared
-        # If importing has started CUDA, no fork of that process can use it.
+        # The second method is for the case that importing has started CUDA, which a fork cannot use.
         for method in dict.fromkeys((self.settings.method, "spawn")):
             worker = Worker(Settings(**{**vars(self.settings), "method": method}))
             try:

@@ -1,20 +1,20 @@
-"""What a dry run makes smaller, where an emulated GPU would take minutes for what a GPU does at once."""
+"""Makes a dry run smaller, because an emulated GPU takes minutes for what a GPU does at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import harness
 import torch
 
 from alignprop_fast.generate import cost_table
 from alignprop_fast.ops import attention_backends, switched_off
 from alignprop_fast.runtime import link_rate
+from benchmarks.ops import harness
 
 
 def make_small() -> None:
-    """For this process: no Triton (its interpreter takes seconds for one kernel), no choice by time, small buffers."""
+    """In this process: no Triton (its interpreter takes seconds per kernel), no autotuning, small buffers."""
     switched_off.switch_off("triton", "a dry run")
     attention_backends.fastest = first
     harness.FLUSH_BYTES = 2**16
@@ -22,5 +22,5 @@ def make_small() -> None:
 
 
 def first(problem: str, candidates: Callable[[], Mapping[str, object]], device: torch.device) -> str:
-    """In place of the fastest."""
+    """Replaces the choice of the fastest."""
     return next(iter(candidates()))

@@ -1,4 +1,4 @@
-"""Facts as JSON lines in one file: each is on disk before the next thing is tried. Standard library only."""
+"""Facts as JSON lines in one file. Each is on disk before the next step is tried. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Fact = dict[str, Any]
 
 @dataclass
 class Facts:
-    """Adds facts to a file that several processes write. `common` goes into each: device, versions, commit."""
+    """Adds facts to a file that several processes write. Each gets the fields of `common`: device, versions, commit."""
 
     file: Path
     common: Fact = field(default_factory=dict)
     after_next: Callable[[], None] | None = None  # called once, after the next fact: an injected fault
 
     def write(self, section: str, fact: str, **values: Any) -> None:
-        """One line, flushed through to the disk."""
+        """Write one line and flush it to the disk."""
         line = {"section": section, "fact": fact, **values, **self.common, "at": round(time.time(), 1)}
         data = (json.dumps(line, default=str) + "\n").encode()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, data)  # one call: lines of two processes do not mix
+            os.write(handle, data)  # one call, so that lines of two processes do not mix
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -38,7 +38,7 @@ class Facts:
 
 
 def read(file: Path) -> list[Fact]:
-    """The facts of a file in their order; none where there is no file. A line that was cut off is left out."""
+    """The facts of a file in order; empty without a file. Incomplete lines are skipped."""
     found: list[Fact] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:

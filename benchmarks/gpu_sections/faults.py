@@ -1,4 +1,4 @@
-"""Faults for a dry run: what a section may do at its worst."""
+"""Faults for a dry run: the worst that a section can do."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def raise_exception() -> None:
 
 
 def hang() -> None:
-    """In Python: the section's own deadline ends it."""
+    """Hangs in Python, so the section's deadline ends it."""
     while True:
         time.sleep(0.05)
 
 
 def stuck() -> None:
-    """As in C: no Python runs, so that no deadline inside the process ends it."""
+    """Hangs as in C: no Python runs, so no deadline inside the process ends it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     hang()
 

@@ -1,15 +1,12 @@
-"""FLOP of the models, as constants: nothing is counted while a GPU waits.
+"""FLOP of the models, as constants, so that no GPU waits while they are counted.
 
-    python benchmarks/gpu_sections/flop.py          # counts them again, on tensors without data: about a minute of CPU
+    python -m benchmarks.gpu_sections.flop          # counts them again, on tensors without data: about a minute of CPU
 
-For one image at the model's own size, nothing repeated: "forward" a pair of evaluations under guidance, "both" with the
-way back into latents and adapters of rank 16, "decoder" and "reward" (HPS v2) both ways.
+For one image at the model's own size, without recomputation. "forward" is a pair of evaluations with guidance; "both"
+adds the backward pass into latents and adapters of rank 16; "decoder" and "reward" (HPS v2) are forward and backward.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 FLOP: dict[str, dict[str, float]] = {
     "sd15": {
@@ -24,20 +21,20 @@ FLOP: dict[str, dict[str, float]] = {
         "decoder": 21_765_418_909_696,
         "reward": 680_002_027_520,
     },
-    # Of a dry run.
+    # The model of a dry run.
     "small": {"forward": 92_700_672, "both": 197_580_800, "decoder": 44_257_280, "reward": 0},
 }
 
 
 def count(model: str) -> dict[str, float]:
     import torch
-    from train_step_variants import Bench
+
+    from benchmarks.step.train_step_variants import Bench
 
     small = model == "small"
     return Bench(model, torch.device("cpu" if small else "meta"), 1, "mean" if small else "hpsv2").flop()
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])
     for name in FLOP:
         print(name, {what: f"{flop:_.0f}" for what, flop in count(name).items()})

@@ -1,4 +1,4 @@
-"""What the sections work with: the device, one model at a time, the caps of a smaller card, where facts go."""
+"""The tools of the sections: the device, one model at a time, the memory limit of a smaller card, the facts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from train_step import gemm_rate, limit_memory
-from train_step_variants import Bench
 
-from gpu_sections.driver import Settings
-from gpu_sections.facts import read
+from benchmarks.gpu_sections.driver import Settings
+from benchmarks.gpu_sections.facts import read
+from benchmarks.step.train_step import gemm_rate, limit_memory
+from benchmarks.step.train_step_variants import Bench
 
 GIB = 2**30
 
@@ -23,14 +23,14 @@ GIB = 2**30
 def make(settings: Settings) -> Lab:
     """The lab of a worker."""
     if settings.dry:
-        from gpu_sections.dry import make_small
+        from benchmarks.gpu_sections.dry import make_small
 
         make_small()
     return Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """What every fact carries."""
+    """Fields of every fact."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -41,11 +41,11 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 class Lab:
-    """One worker's; `say` writes a fact of the section at hand."""
+    """The lab of one worker."""
 
     def __init__(self, settings: Settings, device: torch.device):
         if device.type == "cuda":
-            torch.zeros(1, device=device)  # fails here if it has to fail
+            torch.zeros(1, device=device)  # if the device fails, it should fail here
         self.device, self.dry, self.steps = device, settings.dry, settings.steps
         self.facts = settings.facts
         self.facts.common = {**versions(device), **self.facts.common}
@@ -61,13 +61,13 @@ class Lab:
 
     @property
     def cap_bytes(self) -> int:
-        """What a card of 24 GB has for everything; of the toy model's size in a dry run."""
+        """Memory of a 24 GB card; in a dry run, a limit for the toy model."""
         return 10 * 2**20 if self.dry else 24 * GIB
 
     def bench(self, model: str, compiled: str = "blocks") -> Bench:
         """The model on the device, built there in bf16, with adapters and a reward as large as HPS v2.
 
-        The last one asked for is kept; in a dry run all are the same small one.
+        Only the last model is kept. In a dry run every model is the same small one.
         """
         model = "small" if self.dry else model
         if self._bench is None or self._bench.model != model or self._bench.compiled != compiled:
@@ -82,12 +82,12 @@ class Lab:
         return self._bench
 
     def rate(self) -> float:
-        """FLOP a second of a large matrix product: as measured on this GPU before, or now."""
+        """FLOP/s of a large matrix product, measured on this GPU before or now."""
         known = [fact for fact in read(self.facts.file) if fact["fact"] == "matrix product"]
         for fact in reversed(known):
             if fact.get("gpu") == self.facts.common["gpu"]:
                 return fact["flops"]
-        # The emulated GPU would take minutes for the size that a GPU needs.
+        # An emulated GPU would take minutes for this size.
         flops = gemm_rate(torch.device("cpu") if self.dry else self.device, self.dtype)
         self.facts.write("machine", "matrix product", flops=flops, dtype=str(self.dtype))
         return flops
@@ -103,7 +103,7 @@ class Lab:
 
     @contextmanager
     def capped(self, limit_bytes: int | None) -> Iterator[None]:
-        """As on a card of this size: the allocator hands out no more."""
+        """Limit the allocator to the memory of a card of this size."""
         limit_memory(self.device, limit_bytes)
         try:
             yield
@@ -115,7 +115,7 @@ class Lab:
             torch.cuda.synchronize(self.device)
 
     def tidy(self) -> None:
-        """Free what a section left. Raises where the CUDA context is lost."""
+        """Free what a section left behind. Raises if the CUDA context is lost."""
         if self._bench is not None:
             self._bench.optimizer.zero_grad(set_to_none=True)
         gc.collect()

@@ -1,4 +1,4 @@
-"""What is here and how fast it is at its best; the compilation of csrc/ beside all the rest."""
+"""The machine and its highest rates, and the compilation of csrc/ in the background."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 from alignprop_fast.ops import extension
 from alignprop_fast.runtime import HostPool, link_rate
-from gpu_sections.lab import Lab, host_bytes
-from gpu_sections.timing import Call, in_turns
+from benchmarks.gpu_sections.lab import Lab, host_bytes
+from benchmarks.gpu_sections.timing import Call, in_turns
 
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers", "triton", "numpy")
 
 
 def build(lab: Lab) -> None:
-    """Compile csrc/ for this GPU. A dry run says with what, and compiles nothing."""
+    """Compile csrc/ for this GPU. A dry run only names the compilers."""
     arches = extension.present_arches()
     library = extension.library_path(arches)
     lab.facts.write("build", "compiler", nvcc=extension.find_nvcc(), cxx=shutil.which("c++"), arches=arches)
@@ -32,7 +32,7 @@ def build(lab: Lab) -> None:
 
 
 def machine(lab: Lab) -> None:
-    """Versions, memory, and what a matrix product, a copy and the host's link reach."""
+    """Versions, memory, and the rates of a matrix product, a copy and the host link."""
     device = lab.device
     lab.facts.write("machine", "versions", python=platform.python_version(), driver=_driver(), **_versions())
     lab.facts.write("machine", "host", bytes=host_bytes(), cores=os.cpu_count(), cpu=_cpu())
@@ -49,7 +49,7 @@ def machine(lab: Lab) -> None:
 
 
 def _copies(lab: Lab) -> None:
-    """Bytes a second of a copy on the device, read and written, and host microseconds to launch a small kernel."""
+    """Bytes/s of a copy on the device (read plus written), and host microseconds to launch a small kernel."""
     n = 2**20 if lab.dry else 2**30
     source, target = (torch.zeros(n, dtype=torch.uint8, device=lab.device) for _ in range(2))
     small = torch.zeros(64, device=lab.device)

@@ -1,6 +1,6 @@
-"""What every section needs, imported once: workers are forked from the process that imported this.
+"""Imports once what every section needs; workers are forked from the process that imported this.
 
-Nothing here may start CUDA, which does not outlive a fork. In a dry run without a GPU the emulated one is started.
+Nothing here may start CUDA, which does not survive a fork. A dry run without a GPU starts the emulated one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-EMULATED = Path(__file__).parents[2] / "tests" / "emulated_gpu"
+from benchmarks import ROOT
 
-
+EMULATED = ROOT / "tests" / "emulated_gpu"
 DRY_RUN = "ALIGNPROP_FAST_GPU_DRY_RUN"  # set in the environment of a dry run
 
 
 def emulate() -> None:
-    """Where torch was built without CUDA: a GPU in host memory, if there is a compiler to build it with."""
+    """If torch was built without CUDA, start a GPU emulated in host memory; building it needs a compiler."""
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None, "torch is not installed"
     if runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"] is not None:
@@ -44,12 +44,12 @@ def load() -> None:
 
     import alignprop_fast.generate.sampler
 
-    # Their lazy modules are loaded by name only.
+    # Naming them loads their lazy modules.
     _ = (diffusers.StableDiffusionXLPipeline, diffusers.DDIMScheduler, transformers.CLIPTextModelWithProjection)
     _ = (peft.LoraConfig, alignprop_fast.generate.sampler.DifferentiableSampler, torch.cuda)
 
 
 try:
     load()
-except Exception as error:  # each section then says so itself; the process that forks must live
+except Exception as error:  # this process must live, and each section reports the error itself
     print(f"not all could be imported: {type(error).__name__}: {error}", file=sys.stderr)

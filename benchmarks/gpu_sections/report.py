@@ -1,11 +1,11 @@
-"""The facts as a table to read, and README's figures. Standard library only."""
+"""Prints the facts as a table and writes README's figures. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_sections.facts import Fact
+from benchmarks.gpu_sections.facts import Fact
 
 BEGIN = "<!-- figures of a GPU: written by benchmarks/gpu.py --report -->"
 END = "<!-- end of the figures of a GPU -->"
@@ -17,7 +17,7 @@ ABOUT = ("section", "fact", "gpu", "torch", "triton", "cuda", "cudnn", "commit",
 
 
 def table(facts: Sequence[Fact]) -> str:
-    """How each section ended, then every fact in a line; of the doctor's checks those that found something."""
+    """How each section ended, then one line per fact; of the doctor's checks only those that found something."""
     lines = []
     for fact in sorted(facts, key=lambda fact: fact["fact"] != "section"):
         if fact["fact"] == "examines" or (fact["fact"] == "check" and not (fact["fault"] or fact["note"])):
@@ -36,7 +36,7 @@ def _short(name: str, value: object) -> str:
 
 
 def figures(facts: Sequence[Fact]) -> str:
-    """README's block, from what was measured last; no fact of a dry run is one of these."""
+    """README's block, from the latest measurements; facts of dry runs do not count."""
     real = [fact for fact in facts if not fact.get("dry")]
     rows: dict[str, str] = {}
     for fact in real:
@@ -69,7 +69,7 @@ def _card(cap_bytes: int | None) -> str:
 
 
 def write_readme(readme: Path, facts: Sequence[Fact]) -> None:
-    """Put the figures between the two marks. Raises ValueError: there are no marks."""
+    """Put the figures between the two marks. Raises ValueError if the marks are missing."""
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:

@@ -1,14 +1,13 @@
-"""What comes when there is time left: the decoder, and each op beside its peers."""
+"""Sections for the remaining time: the decoder, and each op beside its peers."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 
-import decoder_options
-import harness
-
-from gpu_sections.lab import Lab
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.ops import harness
+from benchmarks.step import decoder_options
 
 OPS = ("attention", "lora_linear", "group_norm_silu", "layer_norm", "geglu", "guided_step", "frozen_conv2d")
 
@@ -28,9 +27,9 @@ def decoder(lab: Lab) -> None:
 
 
 def ops(lab: Lab) -> None:
-    """Each op at its shapes, first the largest; what has been measured is on disk, should the time end."""
+    """Each op at its shapes. Results go to disk at once, because the time may end."""
     for name in OPS:
-        bench = importlib.import_module(name)
+        bench = importlib.import_module(f"benchmarks.ops.{name}")
         args = argparse.Namespace(
             device=str(lab.device),
             dtype=str(lab.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""One guided pair of UNet evaluations, forward and both ways, of this package and of diffusers with PEFT."""
+"""One guided pair of UNet evaluations, forward only and with backward, of this package and of diffusers with PEFT."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from train_step_variants import Bench, guided
 
-from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.ops import extension
-from alignprop_fast.runtime import kept_as
-from gpu_sections.flop import FLOP
-from gpu_sections.lab import Lab
-from gpu_sections.timing import Call, first_run, in_turns, ratio
+from alignprop_fast.planner import BlockOption
+from alignprop_fast.runtime import apply_options, blocks_of
+from benchmarks.gpu_sections.flop import FLOP
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.step.train_step_variants import Bench, guided
 
 PAIRS = (
     ("stock forward", "ours forward"),
@@ -21,12 +21,12 @@ PAIRS = (
     ("stock both checkpointed", "ours both attention"),
     ("stock both checkpointed", "ours both keep"),
 )
-"""(slower, faster), as hoped."""
+"""(slower, faster), as we expect."""
 
 
 def speed(lab: Lab) -> None:
     bench = lab.bench("sdxl")
-    # Waits for the build that goes on beside this.
+    # Waits for the build in the background.
     reason = extension.missing(lab.device.type)
     lab.facts.write("speed", "compiled kernels", missing=reason)
     for batch in (1, 4):
@@ -34,7 +34,7 @@ def speed(lab: Lab) -> None:
 
 
 def compare(lab: Lab, section: str, batch: int, calls: list[Call]) -> None:
-    """Peaks of each call, then all that fit in turns; ratios of `PAIRS` among them."""
+    """Measure the peak of each call, then time those that fit in turns; write the ratios of `PAIRS`."""
     running = []
     for call in calls:
         peaks = first_run(call, lab.device)
@@ -52,18 +52,18 @@ def compare(lab: Lab, section: str, batch: int, calls: list[Call]) -> None:
 
 
 def evaluations(bench: Bench, batch: int) -> list[Call]:
-    """The calls of `PAIRS`, ours first: between them the model is changed as a whole."""
+    """The calls of `PAIRS`, ours first, because switching between ours and stock changes the whole model."""
     flop = FLOP[bench.model]
     forward, both = batch * flop["forward"], batch * flop["both"]
     ours, stock = partial(bench.use_stock, False), partial(bench.use_stock, True)
     pair = _Pair(bench, batch)
     return [
         Call("ours forward", partial(pair.forward, pair.ours), ours, forward),
-        Call("ours both keep", partial(pair.both, pair.ours, "keep"), ours, both),
-        Call("ours both attention", partial(pair.both, pair.ours, "attention"), ours, both),
+        Call("ours both keep", partial(pair.both, pair.ours, BlockOption.KEEP), ours, both),
+        Call("ours both attention", partial(pair.both, pair.ours, BlockOption.ATTENTION), ours, both),
         Call("stock forward", partial(pair.forward, pair.stock), partial(stock, False), forward),
-        Call("stock both", partial(pair.both, pair.stock, "keep"), partial(stock, False), both),
-        Call("stock both checkpointed", partial(pair.both, pair.stock, "keep"), partial(stock, True), both),
+        Call("stock both", partial(pair.both, pair.stock, BlockOption.KEEP), partial(stock, False), both),
+        Call("stock both checkpointed", partial(pair.both, pair.stock, BlockOption.KEEP), partial(stock, True), both),
     ]
 
 
@@ -87,8 +87,8 @@ class _Pair:
     def forward(self, network: Callable[[], torch.Tensor]) -> None:
         network()
 
-    def both(self, network: Callable[[], torch.Tensor], option: str) -> None:
-        """Forward, the blocks kept under the option, and back into latents and adapters."""
-        with kept_as({"*": option}, self.blocks):
+    def both(self, network: Callable[[], torch.Tensor], option: BlockOption) -> None:
+        """Forward with the blocks under the option, and backward into latents and adapters."""
+        with apply_options({"*": option}, self.blocks):
             y = network()
         torch.autograd.grad(y, [self.x, *self.bench.trained], torch.ones_like(y), allow_unused=True)

@@ -1,4 +1,4 @@
-"""Calls timed in turns, by events and by the host's clock, and their peaks."""
+"""Times calls in turns, with events and the host's clock, and measures their peaks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignprop_fast.runtime import PeakMeter
 
 @dataclass
 class Call:
-    """Something to be timed. prepare: what must be so before it, untimed. flop: what it cannot avoid, or None."""
+    """A call to time. prepare: runs before it, untimed. flop: the FLOP that it cannot avoid, or None."""
 
     name: str
     run: Callable[[], object]
@@ -27,7 +27,7 @@ class Call:
     host_seconds: list[float] = field(default_factory=list)
 
     def once(self, device: torch.device) -> None:
-        """Run on an idle device. The host's seconds are those until all is launched, not until it is done."""
+        """Run on an idle device. The host's seconds end when everything is launched, not when it is done."""
         self.prepare()
         if device.type != "cuda":
             begin = time.perf_counter()
@@ -46,7 +46,7 @@ class Call:
         self.device_seconds.append(start.elapsed_time(end) / 1000)
 
     def figures(self, rate: float) -> dict[str, Any]:
-        """Median and spread of the seconds; the share of the rate of a matrix product; how far launches bound it.
+        """Median and spread of the seconds, the share of a matrix product's rate, and whether launches are the bound.
 
         launch_bound: the host's seconds over the device's; near 1 the device waits for the host.
         """
@@ -65,9 +65,9 @@ class Call:
 
 
 def first_run(call: Call, device: torch.device, warm: bool = True) -> dict[str, Any]:
-    """Once to warm up, once for the peaks, in bytes with what was there before; or why it cannot run.
+    """Run once to warm up and once for the peaks, in bytes including those alive before; or say why it cannot run.
 
-    warm: False where one run has to do, which then compiles and chooses within its peak.
+    warm: False for only one run, whose peak then includes compiling and autotuning.
     """
     reason = None
     try:
@@ -83,7 +83,7 @@ def first_run(call: Call, device: torch.device, warm: bool = True) -> dict[str, 
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0][:120]
-    if reason is not None:  # outside the handler, whose traceback keeps what the call had made
+    if reason is not None:  # outside the handler, because its traceback keeps the call's tensors alive
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -97,7 +97,7 @@ def first_run(call: Call, device: torch.device, warm: bool = True) -> dict[str, 
 
 
 def in_turns(calls: Sequence[Call], device: torch.device, rounds: int, seconds: float) -> None:
-    """Each once a round: two rounds at least, then as many as fit into the seconds, `rounds` at most."""
+    """Run each once per round: at least two rounds, then as many as fit into the seconds, at most `rounds`."""
     begin = time.monotonic()
     for done in range(rounds):
         if done >= 2 and time.monotonic() - begin > seconds:
@@ -107,7 +107,7 @@ def in_turns(calls: Sequence[Call], device: torch.device, rounds: int, seconds: 
 
 
 def ratio(slower: Call, faster: Call) -> dict[str, float]:
-    """How many times as fast, round by round: median, least, most."""
+    """The speed ratio of each round: median, least, most."""
     pairs = zip(slower.device_seconds, faster.device_seconds, strict=False)
     ratios = [one / two for one, two in pairs]
     return {

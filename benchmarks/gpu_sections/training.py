@@ -1,4 +1,4 @@
-"""Training steps of SDXL: the plan and what it said, and the same step as one would write it with diffusers."""
+"""Training steps of SDXL: the plan, its prediction and the measurement, and the same step written with diffusers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import time
 from functools import partial
 
 import torch
-from train_step_rows import prediction
-from train_step_variants import EAGER_WAYS, Bench, step_flop
 
 from alignprop_fast.planner import BudgetInfeasible
-from gpu_sections.flop import FLOP
-from gpu_sections.lab import Lab
-from gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.gpu_sections.flop import FLOP
+from benchmarks.gpu_sections.lab import Lab
+from benchmarks.gpu_sections.timing import Call, first_run, in_turns, ratio
+from benchmarks.step.train_step_rows import prediction
+from benchmarks.step.train_step_variants import EAGER_WAYS, Bench, step_flop
 
-HEADROOM = 0.04  # of a budget, left to fragmentation
+HEADROOM = 0.04  # share of a budget, left for fragmentation
 
 
 def plan(lab: Lab) -> None:
@@ -68,7 +68,7 @@ def _ours(lab: Lab, bench: Bench, batch: int, budget_bytes: int) -> Call:
 
 
 def eager(lab: Lab) -> None:
-    """The chain with diffusers, PEFT and checkpoints beside ours, with 24 GiB and with all there is."""
+    """The chain with diffusers, PEFT and checkpoints beside ours, with 24 GiB and with all memory."""
     bench = lab.bench("sdxl")
     total = torch.cuda.get_device_properties(lab.device).total_memory if lab.device.type == "cuda" else 2**40
     for cap_bytes in (lab.cap_bytes, None):
@@ -77,7 +77,7 @@ def eager(lab: Lab) -> None:
 
 
 def _beside(lab: Lab, bench: Bench, cap_bytes: int | None, budget_bytes: int) -> None:
-    """One run each for peaks, then two each in turns. A rival that does not fit is tried once more, leaner."""
+    """One run each for the peaks, then two each in turns. A rival that does not fit is tried again in a leaner way."""
     bench.use_stock(False)
     bench.sampler.set_budget(budget_bytes)
     ours = _ours(lab, bench, 1, bench.sampler.settled_budget(1) or budget_bytes)

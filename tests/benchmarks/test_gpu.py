@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_sections import report
+from benchmarks.gpu_sections.facts import read
+
 ROOT = Path(__file__).parents[2]
 
 # Each section in turn, under its own name and kind, with work of no size and every kind of fault. No torch in it.
@@ -16,9 +19,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-import gpu_sections
-from gpu_sections import driver, facts, faults
-gpu_sections.fakes = sys.modules["gpu_sections.fakes"] = SimpleNamespace()
+import benchmarks.gpu_sections as gpu_sections
+from benchmarks.gpu_sections import driver, facts, faults
+gpu_sections.fakes = sys.modules["benchmarks.gpu_sections.fakes"] = SimpleNamespace()
 gpu_sections.fakes.make = lambda settings: SimpleNamespace(facts=settings.facts, tidy=lambda: None)
 for section in gpu_sections.SECTIONS:
     def work(lab, name=section.name):
@@ -37,8 +40,10 @@ for index, section in enumerate(fakes):
 
 
 def started(arguments, folder, **variables):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "HOME": str(folder), **variables}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "HOME": str(folder), **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def facts_of(file):
@@ -59,17 +64,14 @@ def test_a_fault_in_any_section_costs_no_other_its_facts(tmp_path):
         assert set(ends) == names and {name for name, status in ends.items() if status != "ok"} == {file.name}
 
 
-def test_readme_says_what_the_committed_facts_say(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu_sections import report
-    from gpu_sections.facts import read
-
+def test_readme_says_what_the_committed_facts_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = readme.partition(report.BEGIN)[2].partition(report.END)[0]
     assert block.strip() == report.figures(read(ROOT / "benchmarks" / "results" / "gpu" / "facts.jsonl")).strip()
 
 
+@pytest.mark.parametrize("start", [["benchmarks/gpu.py"], ["-m", "benchmarks.gpu"]], ids=["file", "module"])
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--fail", "speed=signal"]])
-def test_what_cannot_be_run_is_refused(arguments, tmp_path):
-    run = started([str(ROOT / "benchmarks" / "gpu.py"), *arguments], tmp_path)
+def test_what_cannot_be_run_is_refused(start, arguments, tmp_path):
+    run = started([*start, *arguments], tmp_path)
     assert run.returncode == 2 and "error:" in run.stderr

@@ -179,8 +179,9 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
 @pytest.mark.parametrize("written", ["null", "none", "auto"])
 def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
     """null was what stood in config.yaml of every run without a budget, when that was the leanest way."""
-    from alignprop_fast.cli.options import ConfigCommand, TrainOptions
+    from alignprop_fast.cli.options import ConfigCommand
     from alignprop_fast.cli.train import train
+    from alignprop_fast.training.options import TrainOptions
 
     app = typer.Typer()
     app.command(cls=ConfigCommand)(train)
@@ -370,6 +371,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow("starts a process, and trains for as many steps as it did")
 def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
     out = tmp_path / "out"
     options = ("--model", str(tiny_sd_folder), "--reward", "colorfulness", *TINY, "--sample-every", "1000")
@@ -394,6 +396,7 @@ def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
     assert Path(out / "before_after.png").read_bytes() == (tmp_path / "whole" / "before_after.png").read_bytes()
 
 
+@pytest.mark.slow("draws all of the demo's pictures, before and after")
 def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
     """Whether it learns is measured elsewhere; here it has to run, compare and write."""
     code, out, err = command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")
@@ -414,6 +417,7 @@ def darkness(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow("trains five times, for up to 20 steps")
 def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
     command, tiny_sd, tiny_sd_folder, tmp_path, monkeypatch
 ):
@@ -463,3 +467,33 @@ def test_a_normalised_mixture_resumes_exactly(command, tiny_sd_folder, tmp_path)
         parts_mean["colorfulness"] + 2 * parts_mean["compressibility"], rel=1e-5
     )
     assert first["grad_norm"] != pytest.approx(records(plain)[0]["grad_norm"], rel=1e-2)
+
+
+def test_a_schedule_an_average_and_clipping_resume_exactly(command, tiny_sd_folder, tmp_path):
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--learning-rate", "1e-2", "--steps", 4)
+    options = (*options, "--lr-scheduler", "linear", "--warmup-steps", 1, "--ema-decay", 0.5, "--max-grad-norm", 1e-3)
+    out = tmp_path / "out"
+    code, printed, err = command("train", *options, "--save-every", 2, "--sample-every", 10, "--output-dir", out)
+    assert (code, err) == (0, "") and "averaged, which drew the pictures" in printed
+    names = (WEIGHTS, KOHYA, f"averaged/{WEIGHTS}", f"averaged/{KOHYA}", "samples/step_0004.png", "before_after.png")
+    first, rates = {name: (out / name).read_bytes() for name in names}, [0, 1e-2, 2e-2 / 3, 1e-2 / 3]
+    assert first[WEIGHTS] != first[f"averaged/{WEIGHTS}"]
+    assert [record["learning_rate"] for record in records(out)] == pytest.approx(rates)
+    before = without_times(out)
+    middle = ("--resume-from", out / "checkpoints" / "checkpoint_2")
+    assert command("train", *middle, "--output-dir", out)[0] == 0
+    assert {name: (out / name).read_bytes() for name in names} == first and without_times(out) == before
+    # The pictures are those of the average.
+    draw = ("sample", "--model", tiny_sd_folder, "--num-inference-steps", 2, "--batch-size", 3, "--device", "cpu")
+    assert command(*draw, "--lora", out / "averaged", "--output-dir", tmp_path / "s")[0] == 0
+    drawn = next((tmp_path / "s").glob("000_*_seed0.png"))
+    assert drawn.read_bytes() == (out / "samples" / "step_0004" / "00.png").read_bytes()
+
+
+@pytest.mark.parametrize("option", ["--cuda-graphs", "--compiled"])
+def test_what_needs_a_gpu_says_so(command, tiny_sd_folder, tmp_path, option):
+    code, _, err = command(
+        *("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, option),
+        *("--output-dir", tmp_path / "out"),
+    )
+    assert code == 2 and len(err.splitlines()) == 1 and "needs a GPU" in err and list(tmp_path.iterdir()) == []

@@ -10,7 +10,8 @@ import pytest
 from accelerate.tracking import TensorBoardTracker
 
 from alignprop_fast.cli.folder import LOCK, OutputFolder
-from alignprop_fast.cli.options import TrainOptions, make_config
+from alignprop_fast.cli.options import make_config
+from alignprop_fast.training.options import TrainOptions
 
 HOLDER = """
 import sys
@@ -135,6 +136,7 @@ def test_every_command_refuses_a_folder_in_use(command, tmp_path, arguments):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow("starts two processes, each of which imports everything")
 def test_two_runs_started_at_once(tmp_path, tiny_sd_folder):
     """The whole command, twice, into a folder whose name looks like markup."""
     out = tmp_path / "r [v2] x [/b] :cat:"

@@ -125,7 +125,7 @@ def test_samples_of_a_csv_file(command, tiny_sd_folder, tmp_path):
     [
         ("p.tsv", "prompt\n", ".csv"),
         ("p.csv", "caption\na cat\n", "no column 'prompt'"),
-        ("p.jsonl", '{"prompt": 3}\n', "no text"),
+        ("p.jsonl", '{"prompt": 3}\n', "not text"),
     ],
 )
 def test_a_refused_file_is_one_line_and_leaves_nothing(command, tiny_sd_folder, tmp_path, file, content, words):

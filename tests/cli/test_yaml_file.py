@@ -1,20 +1,30 @@
 """The options' file: a value is what is written, as on the command line, and never what YAML makes of it."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 import pytest
 import typer
 import yaml
 
-from alignprop_fast.cli.options import DEFAULTS, ConfigCommand, TrainOptions
-from alignprop_fast.cli.support import plain
-from alignprop_fast.cli.train import train
+from alignprop_fast.cli.options import ConfigCommand, command_line
+from alignprop_fast.cli.train import TrainCall
 from alignprop_fast.cli.yaml_file import read_yaml
+from alignprop_fast.training.declaration import Command, taken, values
+from alignprop_fast.training.options import TrainOptions
+
+DEFAULTS = TrainOptions()
+DECLARED = taken(DEFAULTS, Command.TRAIN)
 
 
 @pytest.fixture
 def options(tmp_path):
     """Options of `train` under a file's content, as the command gets them."""
+    got = []
+
+    @command_line(Command.TRAIN, TrainCall())
+    def train(ctx, options):
+        got.append(options.run())
+
     app = typer.Typer()
     app.command(cls=ConfigCommand)(train)
     app.callback()(lambda: None)
@@ -23,8 +33,8 @@ def options(tmp_path):
     def read(content):
         file = tmp_path / "run.yaml"
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        params = own.make_context("train", ["--config", str(file)]).params
-        return TrainOptions(**{field.name: plain(params[field.name]) for field in fields(TrainOptions)})
+        own.invoke(own.make_context("train", ["--config", str(file)]))
+        return got.pop()
 
     return read
 
@@ -143,17 +153,14 @@ TEXTS = (
 def test_the_file_that_a_run_writes_is_read_back_the_same(options):
     """Every option, in odd values: a run is resumed from its own config.yaml."""
     for text in TEXTS:
-        odd = {f.name: text for f in fields(TrainOptions) if f.type in ("str", "str | None") and not _is_choice(f.name)}
+        odd = {
+            f.name: text for f, o in DECLARED if f.type in ("str", "str | None", "int | str | None") and not o.choices
+        }
         wanted = replace(
             DEFAULTS, **odd, reward_model=(text, "x"), learning_rate=1e-05, lora_alpha=4.0, allow_pickle=True
         )
-        assert options(yaml.safe_dump(asdict(wanted), sort_keys=False)) == wanted
-    assert options(yaml.safe_dump(asdict(DEFAULTS), sort_keys=False)) == DEFAULTS
-
-
-def _is_choice(name):
-    choices = ("mixed_precision", "base_dtype", "adapter_dtype", "optimizer", "scheduler", "lora_targets", "log_with")
-    return name in choices
+        assert options(yaml.safe_dump(values(wanted, Command.TRAIN), sort_keys=False)) == wanted
+    assert options(yaml.safe_dump(values(DEFAULTS, Command.TRAIN), sort_keys=False)) == DEFAULTS
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""A whole UNet that trains under autocast is planned for as it runs: with casts of activations, and of weights."""
+"""The plan of a whole UNet that trains under autocast includes the casts of activations and weights."""
 
 import gc
 
@@ -41,7 +41,7 @@ def test_the_plan_is_that_of_the_chain_under_autocast(sampler):
         del images
     assert len(moments) == len(parameters) and sampler.plan.resident_steps
     plan, table = sampler.plan, sampler.solver(len(PROMPTS)).table
-    # Blocks differ in size here: a neighbour of the largest has less on its way to the host than is reckoned with.
+    # Blocks differ in size here, so a neighbour of the largest has less in transfer to the host than the plan assumes.
     slack = 0.1 * peak + (table.transfer_bytes if plan.host_bytes else 0)
     # What this check holds itself, the loss and timesteps, a number for each; and what some mixtures of options take
     # more than the sum of their blocks (tests/generate/test_cost_table.py).

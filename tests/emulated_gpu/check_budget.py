@@ -1,4 +1,4 @@
-"""The memory budget on the emulated GPU: what is free there, once everything has run; no gradient, no measuring."""
+"""The memory budget on the emulated GPU: the free memory after everything has run; without gradient, no measuring."""
 
 import logging
 
@@ -7,7 +7,8 @@ import torch
 from emulate import TOTAL_BYTES
 from peft import LoraConfig
 
-from alignprop_fast import DifferentiableSampler, cost_table
+from alignprop_fast import DifferentiableSampler
+from alignprop_fast.generate import cost_table
 from alignprop_fast.planner.budget import HEADROOM
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
@@ -35,7 +36,7 @@ def train(sampler):
 
 
 def test_auto_is_what_others_leave_free(pipe, emulated):
-    emulated.set_limit(14 * GIB)  # a desktop and CUDA have the other 10
+    emulated.set_limit(14 * GIB)  # a desktop and CUDA take the other 10
     sampler = train(DifferentiableSampler(pipe, STEPS))
     assert sampler.plan.budget_bytes == sampler.budget_bytes == int(SHARE * 14 * GIB)
     assert sampler.plan.resident_steps == (0, 1, 2), "who names nothing gets the fast way"
@@ -49,11 +50,13 @@ def test_a_wish_is_held_to_what_is_free(pipe, emulated, caplog, wish):
         sampler = train(train(DifferentiableSampler(pipe, STEPS, memory_budget=wish)))
     assert sampler.plan.budget_bytes == (2 * GIB if wish == "2GiB" else int(SHARE * 14 * GIB))
     lines = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]
-    assert len(lines) == (wish != "2GiB") and all("10.00 GiB" in line and "held to 13.58 GiB" in line for line in lines)
+    assert len(lines) == (wish != "2GiB") and all(
+        "10.00 GiB" in line and "reduced to 13.58 GiB" in line for line in lines
+    )
 
 
 def test_what_is_free_is_seen_after_everything_has_run(pipe, emulated, monkeypatch):
-    """Also where the costs are known already: libraries take memory at their first use."""
+    """The same if the costs are known already, because libraries take memory at their first use."""
     train(DifferentiableSampler(pipe, STEPS))
     sampler = DifferentiableSampler(pipe, STEPS)
     decode = sampler.model.decode
@@ -123,14 +126,14 @@ def test_a_driver_that_locks_less_than_planned_makes_the_next_plan_leaner(pipe, 
     assert floor >= 0
     plans = [solver.plan(range(STEPS), b) for b in range(*_range(solver))]
     offloading = next(plan for plan in plans if plan.host_bytes)
-    sampler.budget_bytes, sampler._budget_is_settled = offloading.budget_bytes, True
+    sampler.budget_bytes, sampler.budget.is_settled = offloading.budget_bytes, True
     monkeypatch.setattr(emulated, "lockable_bytes", offloading.host_bytes // 2)
     assert train(sampler).plan.host_bytes == offloading.host_bytes
-    limit_bytes = sampler._host_pool.limit_bytes
+    limit_bytes = sampler.renderer.host_pool.limit_bytes
     assert limit_bytes <= offloading.host_bytes // 2
     sampler.budget_bytes = 20 * GIB
     assert train(sampler).plan.host_bytes <= limit_bytes
-    assert next(iter(sampler._solvers.values())).table.host_limit_bytes == limit_bytes
+    assert next(iter(sampler.planner.solvers.values())).table.host_limit_bytes == limit_bytes
 
 
 def _range(solver):

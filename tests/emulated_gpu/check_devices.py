@@ -1,10 +1,10 @@
-"""A pipeline on a GPU that is not the current one: everything that is made, started or measured names its device."""
+"""A pipeline on a GPU that is not the current one: every allocation, launch and measurement must name its device."""
 
 import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.ops import choice, switched_off
+from alignprop_fast.ops import autotune, switched_off
 from alignprop_fast.ops.attention import attention, attention_reference
 from alignprop_fast.ops.layer_norm import backend, layer_norm, layer_norm_reference
 from alignprop_fast.runtime.offload import HostPool, Offloader
@@ -28,7 +28,7 @@ def test_the_emulated_gpu_refuses_what_names_no_device():
 
 
 def test_kernels_and_their_choice(monkeypatch):
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
     x = torch.linspace(-1, 1, 240, device="cuda:0").view(3, 80).requires_grad_()
     assert backend(x) == "triton"
     gamma = torch.ones(80, device="cuda:0")
@@ -41,7 +41,7 @@ def test_kernels_and_their_choice(monkeypatch):
     o = attention(q, q, q)
     assert torch.allclose(o.cpu(), attention_reference(*[q.detach().cpu()] * 3), atol=1e-5)
     torch.autograd.grad(o.sum(), q)
-    assert all("not named" not in str(times) for times in choice._table(choice.device_name(q.device)).values())
+    assert all("not named" not in str(times) for times in autotune._table(autotune.device_name(q.device)).values())
 
 
 def test_graphs(tiny_sd, plain_kernels):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alignprop_fast.doctor import attention, examine, first_time, op_cases
-from alignprop_fast.ops import attention_backends, choice, switched_off
+from alignprop_fast.ops import attention_backends, autotune, switched_off
 
 CUDA = torch.device("cuda", 0)
 BF16 = [torch.bfloat16]
@@ -20,8 +20,8 @@ SIZES = (attention.Sizes(1, 1, 32, 77, 32), attention.Sizes(1, 1, 32, 77, 32, lo
 
 @pytest.fixture(autouse=True)
 def fresh(emulated, monkeypatch):
-    """Nothing is off; the interpreter takes minutes for thousands of keys, and its speed says nothing."""
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    """Nothing is switched off. Sizes are small, because the interpreter takes minutes for thousands of keys."""
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
     monkeypatch.setattr("alignprop_fast.doctor.ceilings.MOST_SECONDS", 0.01)
     monkeypatch.setattr(
         attention, "SMALL", (attention.Sizes(1, 1, 32, 77, 32), attention.Sizes(1, 1, 32, 77, 32, True))
@@ -48,8 +48,9 @@ def rows(report, implementation):
     return [check for check in report.checks if check.implementation == implementation]
 
 
+@pytest.mark.slow("runs every kernel in Triton's interpreter, in two dtypes")
 def test_all_is_right_and_everything_is_in_the_report():
-    # The interpreter is slow in fp16, which is bf16's equal here.
+    # Without fp16, which behaves like bf16 here and is slow in the interpreter.
     report = examine(CUDA, dtypes=[torch.bfloat16, torch.float32])
     assert report.exit_code == 0 and not report.off and not report.wrong()
     assert not [check for check in report.checks if check.fault or check.note]
@@ -158,7 +159,7 @@ def test_a_lost_device_ends_the_examination_with_the_name_of_what_lost_it(replac
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
-    """Other processes have the emulated GPU as well, and what is appended to the file that is returned runs in them."""
+    """Gives other processes the emulated GPU too; they run what tests append to the returned file."""
     site = tmp_path / "sitecustomize.py"
     site.write_text(
         "import emulate; emulate.start()\n"
@@ -184,7 +185,7 @@ def test_before_the_first_step_a_failure_is_off_and_not_remembered(elsewhere, ca
         file.write("from alignprop_fast.kernels import geglu\ngeglu.geglu_forward = lambda uv: uv[..., ::2] * 0\n")
     state = torch.get_rng_state()
     first_time.examine_once(CUDA, torch.bfloat16)
-    # Triton's probe sees it first, by that very kernel.
+    # Triton's probe uses the same kernel and sees it first.
     assert set(switched_off.everything()) <= {"triton", "geglu.triton"} and switched_off.everything()
     assert "not right" in caplog.messages[-1] and torch.equal(state, torch.get_rng_state())
     assert not (first_time.cache_folder()).exists()

@@ -1,11 +1,11 @@
-"""A whole chain in bf16 through the package's own kernels on the emulated GPU, beside the same by plain operators."""
+"""A whole chain in bf16 through the package's kernels on the emulated GPU, against the same with plain operators."""
 
 import pytest
 import torch
 from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.ops import attention_backends, backend, choice, switched_off
+from alignprop_fast.ops import attention_backends, autotune, backend, switched_off
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.layer_norm import layer_norm
 
@@ -14,7 +14,7 @@ STEPS, PROMPTS = 2, ["a red cat"]
 
 @pytest.fixture
 def gradients(tiny_sd, emulated, monkeypatch):
-    """(images, gradients) with the kernels or without; counts what the kernels were launched for."""
+    """(images, gradients) with or without the kernels; counts their launches."""
     from alignprop_fast.kernels import geglu, guided_step, layer_norm
 
     launched = {}
@@ -26,7 +26,7 @@ def gradients(tiny_sd, emulated, monkeypatch):
             return kernel(*arguments)
 
         monkeypatch.setattr(module, name, counting)
-    monkeypatch.setattr(choice, "REPETITIONS", 1)
+    monkeypatch.setattr(autotune, "REPETITIONS", 1)
     torch.manual_seed(0)
     tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for parameter in tiny_sd.unet.parameters():
@@ -49,18 +49,19 @@ def gradients(tiny_sd, emulated, monkeypatch):
     return run
 
 
+@pytest.mark.slow("runs a whole chain in Triton's interpreter")
 def test_the_kernels_give_what_plain_operators_give(gradients):
     images, grads, launched = gradients(triton=True)
     plain_images, plain_grads, none = gradients(triton=False)
     assert len(launched) == 3 and not none
-    # bf16 has 8 bits, and a chain of networks adds its roundings up; a wrong kernel is off by the whole signal.
+    # bf16 has 8 bits, and a chain of networks accumulates rounding; a wrong kernel is off by the size of the signal.
     assert (images - plain_images).abs().max() <= 0.03
     assert torch.nn.functional.cosine_similarity(grads, plain_grads, dim=0) >= 0.99
 
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """A slim image: Triton finds no gcc when it is to start the first kernel."""
+    """As in a slim image, where Triton finds no gcc for the first kernel."""
     from triton.runtime.interpreter import GridExecutor
 
     def missing(*arguments, **keywords):

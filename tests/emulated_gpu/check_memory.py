@@ -16,7 +16,7 @@ from alignprop_fast.training.out_of_memory import with_less_memory
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
-STEPS, GRAD_STEPS, PROMPTS = 6, range(1, 6), ["a cat", "a dog"]
+STEPS, GRAD_STEPS, PROMPTS = 4, range(1, 4), ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_allocator_counts_what_the_plan_predicts(sampler):
         plan = solver.plan(GRAD_STEPS, budget)
         train_on(sampler, plan)
         peak = torch.cuda.max_memory_allocated()
-        # Blocks differ in size here, so that a neighbour of the largest has less on its way than is reckoned with.
+        # Blocks differ in size here, so a neighbour of the largest has less in transfer than the plan assumes.
         slack = 0.05 * peak + (solver.table.transfer_bytes if plan.host_bytes else 0)
         # The timesteps and the loss of this check, 512 bytes for each number of them.
         # And what some mixtures of options take more than the sum of their blocks (tests/generate/test_cost_table.py).
@@ -71,12 +71,12 @@ def test_a_plan_changes_no_bit(sampler):
     images, grads = train_on(sampler, solver.plan(GRAD_STEPS, most))
     again, again_grads = train_on(sampler, solver.plan(GRAD_STEPS, (least + most) // 2))
     assert torch.equal(images, again)
-    # Sums over the steps are made in another order where others are resident.
+    # With other resident steps the sums over the steps have another order.
     assert all(torch.allclose(a, b, rtol=0.02, atol=1e-6) for a, b in zip(grads, again_grads, strict=True))
 
 
 def test_a_device_with_less_than_it_should_have(emulated, sampler):
-    """Another program took memory: the step is done again within less, with the same pictures."""
+    """If another program took memory, the step runs again with less, with the same pictures."""
     _, most = range_of(sampler.solver(len(PROMPTS)))
     sampler.budget_bytes = most
     images, _ = train_on(sampler)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, kept_as, link_rate
+from alignprop_fast.planner import BlockOption
+from alignprop_fast.runtime import Block, HostPool, Offloader, apply_options, link_rate
 from alignprop_fast.runtime.host_pool import IDLE_CHAINS
 
 CUDA = torch.device("cuda")
@@ -23,8 +24,10 @@ def net(emulated):
 
 @pytest.fixture
 def unordered(emulated, monkeypatch):
-    """Copies to or from a host buffer that do not wait for the last one that touched it: to be empty. From here on
-    streams count their copies."""
+    """Copies that do not wait for the last use of their host buffer; the list must stay empty.
+
+    From here on streams count their copies.
+    """
     found, last = [], {}
     copy = torch.Tensor.copy_
 
@@ -57,7 +60,9 @@ class Dies(torch.autograd.Function):
 
 def forward(net, offloader):
     x = torch.randn(128, 64, requires_grad=True, device="cuda")
-    with kept_as({"*": "keep" + OFFLOAD}, [Block(str(k), m, "residuals") for k, m in enumerate(net)], offloader):
+    with apply_options(
+        {"*": BlockOption.KEEP_OFFLOADED}, [Block(str(k), m, "residuals") for k, m in enumerate(net)], offloader
+    ):
         y = net(x)
     offloader.settle()
     return x, y
@@ -68,7 +73,7 @@ def step(net, offloader, dies):
         x, y = forward(net, offloader)
         y.sum().backward()
         del x, y
-    gc.collect()  # the traceback holds the step
+    gc.collect()  # the traceback keeps the step alive
 
 
 @pytest.mark.parametrize("dies", [None, "forward", "backward"])
@@ -84,7 +89,7 @@ def test_a_buffer_waits_for_the_last_copy_that_touches_it(net, unordered, dies):
 
 @pytest.mark.parametrize("dies", ["forward", "backward"])
 def test_device_memory_is_not_handed_out_under_a_copy(net, unordered, dies):
-    """What a dead step leaves is free for the next one: its stream must have waited for the copies."""
+    """The next step may use the memory of a failed one, so its stream must have waited for the copies."""
     offloader = Offloader(CUDA, HostPool(CUDA), smallest_bytes=1)
     net[1][2].register_forward_hook(lambda module, args, out: Dies.apply(out, dies))
     step(net, offloader, dies)
@@ -134,4 +139,4 @@ def test_no_link_where_nothing_is_locked(emulated, monkeypatch):
     assert link_rate(CUDA) > 0
     monkeypatch.setattr(emulated, "lockable_bytes", 0)
     assert link_rate(CUDA) is None
-    torch.ones(2, device="cuda").sum()  # the driver's error is not taken for that of the next kernel
+    torch.ones(2, device="cuda").sum()  # the driver's error must not appear as the next kernel's

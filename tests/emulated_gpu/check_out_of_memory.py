@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
+from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, Work, decoder_stages, reward_stages, segments, trace
 
 GPU = torch.device("cuda")
@@ -18,7 +19,7 @@ MIB = 2**20
 
 
 class Layer(nn.Module):
-    """Keeps about four times its input, or the input alone."""
+    """Keeps about four times its input, or only the input."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +31,7 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def limited(emulated):
-    """Sets how much may be allocated beside what is there, for the length of a check."""
+    """Sets, for one check, how much may be allocated beside what is alive."""
     yield lambda size_bytes: emulated.set_limit(at_rest() + int(size_bytes))
     emulated.set_limit(24 * 2**30)
 
@@ -49,12 +50,12 @@ def work(emulated):
 
 
 def test_a_failed_run_is_gone_when_its_fallback_begins(emulated, limited, work, monkeypatch):
-    """Old code fell back inside `except`, with the failed run's graph beside it, and died at this limit."""
+    """Old code fell back inside `except`, where the failed run's graph is alive, and failed at this limit."""
     module = sys.modules[trace.__module__]
     begun, one_of_each = [], module.measured_on_one_of_each_kind
 
     def watched(*arguments):
-        begun.append(torch.cuda.memory_allocated())  # not collected first: whoever calls has to have done so
+        begun.append(torch.cuda.memory_allocated())  # without collecting, which the caller must have done
         return one_of_each(*arguments)
 
     monkeypatch.setattr(module, "measured_on_one_of_each_kind", watched)
@@ -68,7 +69,7 @@ def test_a_failed_run_is_gone_when_its_fallback_begins(emulated, limited, work, 
 
 
 def test_an_option_that_fits_nowhere_is_left_out(emulated, limited, work):
-    lean = trace(work, {"*": "recompute"}).peak_bytes
+    lean = trace(work, {"*": BlockOption.RECOMPUTE}).peak_bytes
     limited(lean + 0.1 * MIB)
     found = segments(work)
     assert {option.name for segment in found[:-1] for option in segment.options} == {"recompute"}
@@ -83,7 +84,7 @@ def decode(x_BN):
 
 
 def banded(x_BN):
-    """The same in less."""
+    """The same with less memory."""
     return (x_BN * 2)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Images and gradients of a chain on the emulated GPU are those of the CPU, for every architecture; no step waits."""
+"""Images and gradients of a chain on the emulated GPU equal those on the CPU, for every architecture; no step waits."""
 
 from copy import deepcopy
 
@@ -29,7 +29,7 @@ def run(pipe, budget):
     return images.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu(), sampler
 
 
-# A budget that keeps everything, one under which everything runs again, and none.
+# A budget that keeps everything, one that runs everything again, and no budget.
 @pytest.mark.parametrize("budget", ["10GiB", "least", None])
 def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
     on_cpu, on_gpu = pipes

@@ -1,4 +1,4 @@
-"""Text encoders that are remembered from never lie beside the model where a budget has no room for both."""
+"""With cached text, text encoders are never on the device beside the model if the budget has no room for both."""
 
 import gc
 
@@ -21,7 +21,7 @@ def size_of(*modules):
 
 
 class Nothing:
-    """A reward of no weight."""
+    """A reward without weights."""
 
     def __call__(self, images, prompts, metadata):
         return images.mean((1, 2, 3)), {}
@@ -29,14 +29,14 @@ class Nothing:
 
 @pytest.fixture(params=["tiny_sdxl_folder", "tiny_flux_folder"])
 def pipeline(request, emulated):
-    """Its text encoders are of real weight, and that is several times the model's."""
+    """Its text encoders are large: several times the model's size."""
     pipeline = DefaultDDPOStableDiffusionPipeline(str(request.getfixturevalue(request.param)))
     pipeline.text_encoder.register_parameter("ballast", torch.nn.Parameter(torch.zeros(2**22), requires_grad=False))
     return pipeline
 
 
 def size_of_blocks(sampler):
-    return sum(-(-t.numel() * t.element_size() // 512) * 512 for t in sampler._text._block_weights())
+    return sum(-(-t.numel() * t.element_size() // 512) * 512 for t in sampler.text.cache._block_weights())
 
 
 def embeddings_and_peak(sampler, prompt):
@@ -70,13 +70,13 @@ def test_set_up_and_new_prompts_keep_to_what_the_model_takes(emulated, pipeline,
     before = {name: t.clone() for name, t in pipeline.unet.state_dict().items()}
     there_bytes, blocks = torch.cuda.memory_allocated() - there, size_of_blocks(sampler)
     sampler.budget_bytes = there + there_bytes + encoders // 2
-    sampler._text._kept.clear()
+    sampler.text.cache._kept.clear()
     without, lower_peak = embeddings_and_peak(sampler, "a dog")
     assert lower_peak == peak + there_bytes - blocks and blocks > 64 * KIB
     assert all(torch.equal(a, b) for a, b in zip(with_room, without, strict=True))
     embeddings_and_peak(sampler, "another")
     assert warnings(caplog) == [
-        "the text encoders do not fit beside the model: it waits in host memory while they encode"
+        "the text encoders do not fit beside the model: it moves to host memory while they encode"
     ]
     after = pipeline.unet.state_dict()
     assert all(after[name].is_cuda and torch.equal(after[name], t) for name, t in before.items())

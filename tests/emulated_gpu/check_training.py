@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 def trained(command, tmp_path):
     out = tmp_path / "out"
     options = ("--num-inference-steps", 3, "--batch-size", 2, "--memory-budget", "18MiB")
+    options = (*options, "--lr-scheduler", "cosine", "--ema-decay", 0.9)  # the average is on the device too
     code, _, error = command("train", *options, "--steps", 2, "--output-dir", out)
     assert code == 0, error
     return out
@@ -40,7 +41,7 @@ def test_a_gpu_that_is_too_small_is_answered_in_one_line(command, tmp_path, emul
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """Leaves torch as it was."""
+    """Restores torch."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     yield
     torch.use_deterministic_algorithms(False)
@@ -83,12 +84,12 @@ def test_who_names_no_budget_gets_the_fast_way_and_is_told_which(command, tmp_pa
     options = ("--num-inference-steps", 3, "--batch-size", 2, "--truncation", "full", "--steps", 1)
     code, shown, error = command("train", *options, "--output-dir", out)
     assert code == 0, error
-    # 3 % of 24 GiB stay free; the emulated device has no context, and no desktop.
+    # 3 % of 24 GiB stays free; the emulated device has no context and no desktop.
     assert "memory budget 23.28 GiB: of 24.00 GiB on NVIDIA GeForce RTX 4090" in " ".join(shown.split())
     assert "3 (0-2)" in shown, "all steps are resident"
     config = (out / "config.yaml").read_text()
     assert "memory_budget: auto" in config
-    # A run of the time when no budget was the default goes on as it began.
+    # A run from the time when the default was no budget continues without one.
     (out / "config.yaml").write_text(config.replace("memory_budget: auto", "memory_budget: null"))
     code, shown, error = command("train", "--resume", "--steps", 2, "--output-dir", out)
     assert code == 0, error

@@ -1,4 +1,4 @@
-"""For the checks of this folder, which `tests/test_emulated_gpu.py` runs in a process that sees the emulated GPU."""
+"""Fixtures for the checks of this folder; `tests/test_emulated_gpu.py` runs them in processes with the emulated GPU."""
 
 import pytest
 
@@ -12,13 +12,13 @@ def emulated():
 
 @pytest.fixture(autouse=True)
 def examined_before(monkeypatch):
-    """Training would examine the GPU first in a process of its own, which has none; check_doctor does so."""
+    """Skips training's first examination, which runs in another process without the GPU; check_doctor tests it."""
     monkeypatch.setattr("alignprop_fast.training.trainer.examine_once", lambda device, dtype: None)
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
 def adapted(request, emulated):
-    """A pipeline of each architecture on the CPU, with adapters that change something."""
+    """A pipeline of each architecture on the CPU, with adapters that are not zero."""
     import torch
     from peft import LoraConfig
 
@@ -32,10 +32,12 @@ def adapted(request, emulated):
     return pipe
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain_kernels():
-    """Triton's interpreter takes seconds for what these checks run hundreds of times; its kernels have tests of their
-    own. Attention goes by the first of the GPU's fused kernels instead of by a measured choice."""
+    """Leaves Triton out: its interpreter takes seconds per op, and these checks run hundreds. Other tests cover it.
+
+    Attention uses the first of the GPU's fused kernels instead of autotuning.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignprop_fast.ops.backend._HAS_TRITON", False)
         patch.setattr(

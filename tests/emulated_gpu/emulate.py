@@ -1,4 +1,4 @@
-"""A process with a GPU that is not there: tensors on "cuda" lie in host memory and compute on the CPU (`device.cpp`).
+"""Emulates a GPU in this process: tensors on "cuda" are in host memory and compute on the CPU (`device.cpp`).
 
 `pytest -p emulate` starts it; so does `start()`, before torch is imported. What it shows: that everything meets on one
 device, that the code behind `is_cuda` runs and gives the same numbers, what the allocator would have counted, running
@@ -27,7 +27,7 @@ TOTAL_BYTES = 24 * 2**30
 
 
 def build() -> Path:
-    """The emulated device as a library; made once for a source and a torch. Raises FileNotFoundError: no compiler."""
+    """The emulated device as a library, built once per source and torch. Raises FileNotFoundError without compiler."""
     digest = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"emulated_gpu_{os.getuid()}_{digest}.so"
     if not library.exists():
@@ -45,11 +45,11 @@ def build() -> Path:
 
 
 class Emulated:
-    """What there is to ask of the device."""
+    """The state of the device and the questions that tests ask."""
 
     def __init__(self, library: ctypes.PyDLL):
         self.library = library
-        # What a fused attention is to return instead, by its name ("cudnn_backward"): (results, arguments) -> results.
+        # Changes the results of a fused attention, by its name ("cudnn_backward"): (results, arguments) -> results.
         self.faults = {}
         library.emulated_capture_begin.restype = ctypes.c_void_p
         library.emulated_is_capturing.restype = ctypes.c_bool
@@ -65,7 +65,7 @@ class Emulated:
         return self.library.emulated_peak()
 
     def waits(self) -> int:
-        """How often the host has waited for the device so far: `.item()`, copies to the host."""
+        """How often the host has waited for the device: `.item()`, copies to the host."""
         return self.library.emulated_waits()
 
     def on_wait(self, callback) -> None:
@@ -77,11 +77,11 @@ class Emulated:
         self.library.emulated_reset_peak()
 
     def set_limit(self, size_bytes: int) -> None:
-        """What this process can take; of the device's memory others have the rest."""
+        """Limit the memory of this process; other programs have the rest."""
         self.library.emulated_set_limit(ctypes.c_int64(size_bytes))
 
     def memory(self, device=None) -> tuple[int, int]:
-        """(free, in all)."""
+        """(free bytes, total bytes)."""
         return max(min(self.library.emulated_limit(), TOTAL_BYTES) - self.allocated(), 0), TOTAL_BYTES
 
     def register(self, address: int, size_bytes: int, flags: int) -> int:
@@ -115,7 +115,7 @@ def _attention_gradients(g, q, k, v, o, lse, scale):
 
 
 def _fused_attention():
-    """The fused attention of a GPU under its own names, shapes and argument lists. Returns what holds it in place."""
+    """Register a GPU's fused attention with its names, shapes and argument lists. Returns the object that keeps it."""
     import torch
 
     library = torch.library.Library("aten", "IMPL", "CUDA")
@@ -167,7 +167,7 @@ def _fused_attention():
 
 
 class Current:
-    """The current device. All tensors lie on device 0: what is made or measured on another one is a mistake."""
+    """The current device. All tensors are on device 0, so allocating or measuring on another one is an error."""
 
     def __init__(self):
         self.index = 0
@@ -193,7 +193,7 @@ current = Current()
 
 
 def _guards():
-    """PyTorch's own guards, which say no without a GPU."""
+    """Replaces PyTorch's guards, which refuse without a GPU."""
     import torch
 
     def halves_only(params, debug=False):
@@ -204,8 +204,10 @@ def _guards():
 
 
 class Stream:
-    """All work is done in the order in which it is asked for, whatever stream it is given to. What must have been done
-    before it on a GPU is in `seen`: by stream the count of what it was given."""
+    """A stream. All work runs in the order of the calls, on every stream.
+
+    `seen` tells what a GPU would have finished before this stream's next task: for each stream, a number of tasks.
+    """
 
     made = 0
     current: "Stream"
@@ -220,12 +222,12 @@ class Stream:
         self.seen = {self.number: 0}
 
     def work(self) -> tuple[int, int]:
-        """Something more for the stream to do; which and where."""
+        """Add a task to the stream; returns (stream, number of the task)."""
         self.seen[self.number] += 1
         return self.number, self.seen[self.number]
 
     def comes_after(self, work: tuple[int, int]) -> bool:
-        """Whether what the stream is given now waits for that."""
+        """Whether a task given to the stream now would wait for that one."""
         return self.seen.get(work[0], 0) >= work[1]
 
     def wait_stream(self, stream) -> None:
@@ -259,7 +261,7 @@ def on_stream(stream):
 class Event:
     def __init__(self, enable_timing=False, blocking=False, interprocess=False):
         self._seconds = 0.0
-        self.seen: dict[int, int] = {}  # nothing is waited for where it was never recorded
+        self.seen: dict[int, int] = {}  # an event that was never recorded waits for nothing
 
     def record(self, stream=None) -> None:
         import time
@@ -300,7 +302,7 @@ class CUDAGraph:
 
 
 def _checked_launches() -> None:
-    """A kernel that is started on another device than its tensors' reads what is not there."""
+    """A kernel launched on another device than its tensors' would read invalid memory."""
     from triton.runtime import interpreter
 
     execute = interpreter.GridExecutor.__call__

@@ -1,8 +1,8 @@
-"""bf16 in Triton's interpreter as a GPU has it."""
+"""Makes bf16 in Triton's interpreter behave as on a GPU."""
 
 
 def bf16_of_the_interpreter() -> None:
-    """Triton's interpreter cuts bf16 off where a GPU rounds, and multiplies the bits of bf16 matrices as integers."""
+    """Fixes two faults of the interpreter: it truncates bf16 instead of rounding, and multiplies bits as integers."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter

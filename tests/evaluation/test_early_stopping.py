@@ -93,14 +93,14 @@ def test_the_plan_knows_the_weights_of_what_is_watched(watched, tiny_sd_folder, 
     from rich.console import Console
 
     from alignprop_fast.cli.folder import OutputFolder
-    from alignprop_fast.cli.options import TrainOptions
-    from alignprop_fast.cli.session import Session
+    from alignprop_fast.cli.set_up import set_up
+    from alignprop_fast.training.options import TrainOptions
 
     options = {"model": str(tiny_sd_folder), "num_inference_steps": 1, "batch_size": 2, "watch_pictures": 2}
     output = {"output_dir": str(tmp_path / "run"), "device": "cpu"}
     chosen = TrainOptions(reward="clip", watch_reward=watched, watch_prompts="demo", **options, **output)
     with OutputFolder(chosen.output_dir) as folder:
-        session = Session(chosen, Console(quiet=True), folder)
+        session = set_up(chosen, Console(quiet=True), folder)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     clip_bytes = session.reward.weight_bytes()

@@ -11,9 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from alignprop_fast.generate.sampler import DifferentiableSampler, cost_table
+from alignprop_fast.generate import cost_table
+from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.making.random_weights import make_sd_folder
 from alignprop_fast.planner import BudgetInfeasible, Solver, find_gpu
+from alignprop_fast.rewards import FunctionReward
 from alignprop_fast.runtime import LiveBytes
 from alignprop_fast.training.flat_parameters import FlatParameters
 
@@ -34,11 +36,11 @@ def pipe(tmp_path_factory):
     return pipe
 
 
-def reward(images, prompts, metadata):
+def score(images, prompts, metadata):
     return (images.sin() * images.cos() * images).mean((1, 2, 3)), {}
 
 
-reward.by_image = True
+reward = FunctionReward(score, by_image=True)
 
 
 def step(sampler, plan):

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models.schedules import make_scheduler
-from alignprop_fast.planner import Plan
+from alignprop_fast.planner import BlockOption, Plan
 
 PROMPTS = ["red cat", "dog and cat"]
 NEGATIVE = ["dog", "cat"]
@@ -86,7 +86,13 @@ def gradients(pipe, images):
 
 def make_plan(grad_steps):
     """The first gradient step is replayed with its blocks recomputed, the others are resident and keep something."""
-    return Plan(STEPS, grad_steps[1:], grad_steps[:1], ({"*": "qkv"},) * (len(grad_steps) - 1), {"*": "recompute"})
+    return Plan(
+        STEPS,
+        grad_steps[1:],
+        grad_steps[:1],
+        ({"*": BlockOption.QKV},) * (len(grad_steps) - 1),
+        {"*": BlockOption.RECOMPUTE},
+    )
 
 
 def check(pipe, theirs, images):

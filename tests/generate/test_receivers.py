@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
-from alignprop_fast.planner import Plan, StageChoice
+from alignprop_fast.planner import BlockOption, Plan, StageChoice
 
 PROMPTS, STEPS, SCALE = ["red cat", "dog and cat"], 3, 4.0
 FLUX = {"true_cfg_scale": 2.0, "height": 32, "width": 48}  # its own size is the real one
@@ -76,9 +76,9 @@ def plan(kind):
         num_steps=STEPS,
         resident_steps=resident,
         replayed_steps=replayed,
-        resident_options=({"*": "keep"},) * len(resident),
-        replay_options={"*": "recompute"},
-        decoder=StageChoice(decoder, {"*": "keep"}),
+        resident_options=({"*": BlockOption.KEEP},) * len(resident),
+        replay_options={"*": BlockOption.RECOMPUTE},
+        decoder=StageChoice(decoder, {"*": BlockOption.KEEP}),
     )
 
 

@@ -18,15 +18,15 @@ from peft import LoraConfig, get_peft_model_state_dict
 from alignprop_fast.generate.sampler import DifferentiableSampler, Truncation
 from alignprop_fast.models.lean.surgery import take_ops_out
 from alignprop_fast.models.schedules import make_scheduler
-from alignprop_fast.planner import BudgetInfeasible, Plan, StageChoice
-from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS, HostPool, Offloader, PeakMeter
+from alignprop_fast.planner import GRADES, BlockOption, BudgetInfeasible, Plan, StageChoice
+from alignprop_fast.runtime import HostPool, Offloader, PeakMeter
 
 PROMPTS = ["red cat", "dog and cat"]
 STEPS = 4
 DECODERS = {
-    "resident": StageChoice("batch", {"*": "keep"}),
-    "replayed": StageChoice("image", {"*": "keep"}),
-    "mixed": StageChoice("image", {"*": "recompute"}),
+    "resident": StageChoice("batch", {"*": BlockOption.KEEP}),
+    "replayed": StageChoice("image", {"*": BlockOption.KEEP}),
+    "mixed": StageChoice("image", {"*": BlockOption.RECOMPUTE}),
 }
 
 
@@ -128,7 +128,7 @@ def assert_equal_gradients(ours, theirs, tolerance=1e-4):
 def make_plan(kind, grad_steps):
     """Resident, replayed, or mixed (the last step resident, the others replayed) with every block recomputed."""
     resident = {"resident": grad_steps, "replayed": (), "mixed": grad_steps[-1:]}[kind]
-    option = {"*": "recompute" if kind == "mixed" else "keep"}
+    option = {"*": BlockOption.RECOMPUTE if kind == "mixed" else BlockOption.KEEP}
     replayed = tuple(i for i in grad_steps if i not in resident)
     return Plan(STEPS, resident, replayed, (option,) * len(resident), option, DECODERS[kind])
 
@@ -311,11 +311,11 @@ def test_every_plan_gives_the_same_bits(pipe):
         assert_equal_gradients(grads, results[0][1], tolerance=1e-4)
 
 
-@pytest.mark.parametrize("option", [option for option in STEP_OPTIONS if option != "keep"])
+@pytest.mark.parametrize("option", [option for option in GRADES if option != "keep"])
 def test_every_option_of_a_step_gives_the_same_bits(pipe, option):
     sampler = DifferentiableSampler(pipe, STEPS)
     results = []
-    for name in ("keep", option):
+    for name in (BlockOption.KEEP, option):
         options = {"*": name}
         plan = Plan(STEPS, (2, 3), (1,), (options, options), options)
         results.append(gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan)))
@@ -329,8 +329,8 @@ def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
     monkeypatch.setattr(sampler, "_offloader", lambda plan: Offloader(device, HostPool(device), smallest_bytes=1))
 
     def mixture():
-        names = [option + end for option in STEP_OPTIONS for end in ("", OFFLOAD)]
-        return {block.name: rng.choice(names) for block in sampler._denoiser_blocks}
+        names = [*BlockOption]
+        return {block.name: rng.choice(names) for block in sampler.denoiser_blocks}
 
     plain = Plan(STEPS, (2, 3), (1,), ({}, {}), {})
     expected = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plain))

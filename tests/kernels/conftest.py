@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, in bf16 too."""
+"""Without a GPU the kernels run in Triton's interpreter, also in bf16."""
 
 import pytest
 import torch

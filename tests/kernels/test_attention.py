@@ -1,8 +1,8 @@
 """The attention kernels against float64: output, logsumexp and all three gradients.
 
 Tolerance: twice the error of plain PyTorch in the same dtype, plus 1e-6 (design rule for every op).
-The kernels for few keys are also run in fp32, which shows a mistake
-that half types would hide, though the choice between kernels sends fp32 the general way.
+The kernels for few keys also run in fp32 here, because fp32 shows mistakes that half types hide. In use, fp32 goes to
+the general kernels.
 """
 
 import math
@@ -17,14 +17,14 @@ short = pytest.importorskip("alignprop_fast.kernels.attention_short")
 tiles = pytest.importorskip("alignprop_fast.kernels.attention_tiles")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter multiplies fp16 without BLAS: what does not depend on the dtype is shown in fp32 there.
+# The interpreter multiplies fp16 without BLAS, which is slow. Tests that do not depend on the dtype use fp32 there.
 QUICK = torch.float16 if DEVICE == "cuda" else torch.float32
 HALF = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What a kernel does not write is NaN, not what happened to be there."""
+    """Memory that a kernel does not write is NaN instead of leftover numbers."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
 
@@ -54,7 +54,7 @@ def ours(module, q, k, v, g, scale):
 
 
 class Public:
-    """The two public functions under the names that the modules behind them use."""
+    """The two public functions, with the function names of the modules behind them."""
 
     forward = staticmethod(kernels.attention_forward)
     backward = staticmethod(kernels.attention_backward)
@@ -132,7 +132,7 @@ def test_strides_of_a_fused_projection(module):
 
 @pytest.mark.parametrize("module", [general, short])
 def test_odd_strides(module):
-    """Rows of an odd length, whose first elements are aligned to nothing."""
+    """Rows of an odd length, whose starts have no alignment."""
     odd = torch.randn(4, 1, 2, 35, 41, generator=torch.Generator().manual_seed(2)).to(DEVICE, QUICK)[..., 1:]
     assert_right(module, *odd)
 
@@ -144,7 +144,7 @@ def test_a_gradient_expanded_from_one_number():
 
 @pytest.mark.parametrize("n", [77, 140])
 def test_memory_of_the_results(n):
-    """Moving the heads back into the rows, which a projection does next, must copy nothing."""
+    """The next projection moves the heads back into the rows; this must not copy."""
     q, k, v, g = inputs(20, n, 32, torch.float16)
     o, lse, dq, dk, dv = ours(Public, q, k, v, g, 0.2)
     for t, like in ((o, q), (dq, q), (dk, k), (dv, v)):
@@ -155,7 +155,7 @@ def test_memory_of_the_results(n):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of rows beyond the last key, which are not stored
 @pytest.mark.parametrize("n", [77, 140])
 def test_large_logits_do_not_overflow(n):
-    """Logits of several thousand, all negative for one query: exp of either sign is past every format."""
+    """Logits of several thousand, all negative for one query: exp overflows or underflows in every format."""
     q, k, v, g = inputs(40, n, 32, torch.float16)
     k = k.abs()
     q[:, :, :20] = -q[:, :, :20].abs()

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def inputs(shape, dtype):
     generator = torch.Generator().manual_seed(sum(shape))
     uv, g = (torch.randn(*shape[:-1], shape[-1] * k, generator=generator) * 2 for k in (2, 1))
-    # Where gelu is nearly flat and where it is nearly the identity.
+    # Values where gelu is nearly flat, and where it is nearly the identity.
     uv.view(-1)[::5] *= 4
     return uv.to(DEVICE, dtype), g.to(DEVICE, dtype)
 

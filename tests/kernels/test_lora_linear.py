@@ -97,13 +97,13 @@ def test_high_ranks(dtype, rank):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_adapters_in_fp32(dtype):
-    """Cast where they are read; their gradients come back in fp32."""
+    """Adapters are cast when they are read; their gradients are fp32."""
     check(case(77, 40, (48, 33), (16, 4), dtype, torch.float32))
 
 
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_one_token_and_several_chunks(tokens):
-    """700 tokens are two chunks of the sum for dA and several row blocks, the last of each cut short."""
+    """700 tokens are two chunks of the sum for dA and several row blocks; the last of each is incomplete."""
     check(case(tokens, 16, (16, 5), (4, 3), torch.float32))
 
 

@@ -6,6 +6,7 @@ import torch
 from alignprop_fast.models import adapt
 from alignprop_fast.models.architectures import NAMES, architecture, parameters
 from alignprop_fast.models.load.pipeline import load_pipeline
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 # Frozen denoiser, VAE, text encoders: elements in the published weights.
 PUBLISHED = {
@@ -55,7 +56,7 @@ def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):
     adapter = adapt(request.getfixturevalue(model))
     size = adapter.image_size(None, None)
     blank = adapter.blank_conditioning(2, True, size)
-    real = adapter.encode(["red cat", "dog"], ["", ""], True, size)
+    real = adapter.encode(PromptBatch(["red cat", "dog"], ["", ""], True, size))
     assert blank.embeds.shape == real.embeds.shape and blank.branches == real.branches
     assert {k: v.shape for k, v in (blank.added or {}).items()} == {k: v.shape for k, v in (real.added or {}).items()}
 
@@ -63,7 +64,7 @@ def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):
 def test_blank_conditioning_of_the_bundled_model():
     """Its texts are shorter than CLIP's 77 tokens."""
     adapter = adapt(load_pipeline("demo"))
-    real = adapter.encode(["an apple"], None, True, (64, 64))
+    real = adapter.encode(PromptBatch(["an apple"], None, True, (64, 64)))
     assert adapter.blank_conditioning(1, True, (64, 64)).embeds.shape == real.embeds.shape
     adapter.pipe.register_modules(text_encoder=None)  # embeddings made beforehand, by an encoder that is gone
     assert adapter.blank_conditioning(1, True, (64, 64)).embeds.shape[1] == 77

@@ -1,4 +1,4 @@
-"""The pipeline class of trl's scripts: its attributes, what it trains, what it writes."""
+"""The pipeline class of trl's scripts: its attributes, training and files."""
 
 import contextlib
 import shutil
@@ -204,7 +204,7 @@ def test_the_trained_adapter_can_be_chosen_and_is_said(tiny_sd_folder, tmp_path,
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
     pipeline.sd_pipeline.set_adapters(["style", "reward"])
     pipeline.get_trainable_layers()
-    assert "'reward' of the unet, rank 2, is trained and saved; left as they are and not saved: 'style'" in caplog.text
+    assert "'reward' of the unet, rank 2, is trained and saved; neither trained nor saved: 'style'" in caplog.text
     other = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder)
     for name in ("style", "reward"):
         other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
@@ -217,7 +217,7 @@ def test_the_trained_adapter_can_be_chosen_and_is_said(tiny_sd_folder, tmp_path,
 def test_a_loaded_adapter_that_is_trained_is_said_where_nobody_has_asked_for_more(
     tiny_sd, tiny_sd_folder, tmp_path, caplog, where
 ):
-    """At logging's own level and on the command line, info is not heard."""
+    """At logging's default level and on the command line, info messages are not shown."""
     add_lora(tiny_sd, 3, 3)
     folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
     save_lora(tiny_sd, folder if where == "in the folder" else tmp_path)
@@ -228,7 +228,7 @@ def test_a_loaded_adapter_that_is_trained_is_said_where_nobody_has_asked_for_mor
     (line,) = [
         r.getMessage() for r in caplog.records if r.name.startswith("alignprop_fast") and r.levelname == "WARNING"
     ]
-    assert line.startswith("training goes on from adapters that are there: adapter 'style' of the unet, rank 3, is tr")
+    assert line.startswith("training continues from existing adapters: adapter 'style' of the unet, rank 3, is tr")
 
 
 def test_new_adapters_alone_are_no_warning(tiny_sd_folder, caplog):
@@ -246,7 +246,7 @@ def test_a_new_adapter_gets_the_chosen_name(tiny_sd_folder):
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_whole_denoiser_with_adapters_is_refused(tiny_sd_folder, part):
-    """Neither the denoiser nor the pipeline would be saved in a form that anyone loads."""
+    """Nobody could load the denoiser or the pipeline in the form that would be saved."""
     pipeline = DefaultDDPOStableDiffusionPipeline(tiny_sd_folder, use_lora=False)
     targets = ["to_q"] if part == "unet" else ["q_proj"]
     pipeline.sd_pipeline.components[part].add_adapter(LoraConfig(r=2, target_modules=targets))

@@ -1,4 +1,4 @@
-"""The kinds of models that people bring: fine-tunes for v, few steps, no T5; and those that are refused, by name.
+"""Kinds of models that people use (fine-tunes for v, few steps, no T5), and those that are refused by name.
 
 What works draws the pictures of diffusers' own pipeline with the model's own scheduler. Tolerance 1e-5 as in
 test_generate.py; at zero terminal SNR 1e-4, since diffusers' Euler starts from latents of 4096 there, in fp32.
@@ -15,6 +15,7 @@ from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.making.random_weights import make_flux_folder, make_sdxl_folder
 from alignprop_fast.models import adapt
 from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 SIZE = {"height": 16, "width": 16}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -105,7 +106,7 @@ def test_sd3_without_t5(tiny_sd3_folder, tmp_path):
         model = adapt(pipe)
         blank = model.blank_conditioning(2, True, (16, 16))
         if pipe.tokenizer is not None:
-            real = model.encode(["red cat", "dog"], None, True, (16, 16))
+            real = model.encode(PromptBatch(["red cat", "dog"], None, True, (16, 16)))
             assert blank.embeds.shape == real.embeds.shape
 
 
@@ -143,9 +144,9 @@ def test_a_transformer_that_sees_a_picture(request, kind, channels):
 
 
 def test_the_refiner_under_the_name_of_a_text_to_image_pipeline(edited):
-    """It sees five numbers beside the text, the last of them an aesthetic score."""
+    """It takes five numbers beside the text; the last is an aesthetic score."""
     folder = edited("sdxl", unet={"projection_class_embeddings_input_dim": 32 + 5 * 8})
-    with pytest.raises(ValueError, match=r"as SDXL's refiner does, .*use SDXL's base model"):
+    with pytest.raises(ValueError, match=r"like SDXL's refiner, .*use SDXL's base model"):
         adapt(load_pipeline(folder))
 
 
@@ -158,7 +159,7 @@ def test_playground_2_5(edited, name, scheduler):
 
 
 def test_edm_noise_under_another_scheduler(edited):
-    """Its settings stay in the config where a user puts a supported scheduler in by hand."""
+    """Its settings stay in the config if a user puts in a supported scheduler by hand."""
     import diffusers
 
     folder = edited("sdxl", {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5})

@@ -1,4 +1,4 @@
-"""Tables against diffusers' schedulers: the same latents after a chain of given predictions, for every option.
+"""Tables against diffusers' schedulers: the same latents after a chain with given predictions, for every option.
 
 Tolerance: the schedulers compute in fp32, with logarithms; measured up to 5e-7 of the largest latent, asserted at 1e-5.
 """
@@ -96,7 +96,7 @@ def test_what_cannot_be_reproduced_is_refused(scheduler, message):
 
 
 def test_an_option_of_another_class_is_no_option():
-    """diffusers keeps what it does not know in the config."""
+    """diffusers keeps unknown settings in the config."""
     config = diffusers.DDIMScheduler(clip_sample=True, thresholding=True).config
     assert check_scheduler(make_scheduler("euler", config), DIFFUSION) == "euler"
     assert check_scheduler(make_scheduler("ddim", config), DIFFUSION) == "ddim"
@@ -110,7 +110,7 @@ def test_stochastic_flow_is_refused():
 
 @pytest.mark.parametrize("name", [*DIFFUSION, "flow-euler"])
 def test_a_chain_may_end_in_the_clean_latents(name):
-    """At signal x0 + noise z the exact prediction gives x0; a chain that ends there goes the way of the whole one."""
+    """At signal x0 + noise z the exact prediction gives x0; a chain that ends early follows the whole one."""
     scheduler = make_scheduler(name, {} if name == "flow-euler" else BASE)
     scheduler.set_timesteps(6)
     table = make_table(schedule(name, scheduler), eta=0.5)

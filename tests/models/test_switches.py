@@ -1,4 +1,4 @@
-"""What a user may have switched on in a pipeline: exact against autograd through diffusers' own call, or refused."""
+"""Features switched on in a pipeline: exact against autograd through diffusers' own call, or refused."""
 
 import contextlib
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from torch import nn
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 from ..loadable import Format
 
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 class Case:
     format: Format
     on: Callable[[Any], Any]  # switches it on
-    off: Callable[[Any], Any] | None = None  # what the refusal names, where it is one call
+    off: Callable[[Any], Any] | None = None  # the call that the refusal names, if it is one call
     kind: str = "tiny_sd"
 
 
@@ -128,7 +129,7 @@ def no_hooks(pipe):
 
 
 PROJECTED = changed_unet(encoder_hid_dim=32, encoder_hid_dim_type="text_proj", cross_attention_dim=48)
-ANEW = "load the pipeline anew without it"
+ANEW = "load the pipeline again without it"
 refused(
     "gradient checkpointing",
     "pipe.unet.disable_gradient_checkpointing()",
@@ -137,11 +138,11 @@ refused(
 )
 refused("`torch.compile` of the denoiser", "pipe.unet = pipe.unet._orig_mod", compiled("unet"), undo_compile)
 refused("`torch.compile` of the VAE", "pipe.vae = pipe.vae._orig_mod", compiled("vae"))
-refused("`pipe.unet.compile()`", f"compile(), which the sampler does not go with: {ANEW}", lambda p: p.unet.compile())
+refused("`pipe.unet.compile()`", f"compile(), which the sampler does not support: {ANEW}", lambda p: p.unet.compile())
 refused("`compile_repeated_blocks()`", ANEW, lambda pipe: pipe.unet.compile_repeated_blocks())
 refused(
     "`pipe.vae.decode = torch.compile(pipe.vae.decode)`",
-    f"take it off, or {ANEW}",
+    f"remove it, or {ANEW}",
     lambda pipe: setattr(pipe.vae, "decode", torch.compile(pipe.vae.decode)),
     lambda pipe: delattr(pipe.vae, "decode"),
 )
@@ -184,7 +185,7 @@ refused(
 )
 refused(
     "group offload",
-    f"group offload, which the sampler does not go with: {ANEW}",
+    f"group offload, which the sampler does not support: {ANEW}",
     lambda pipe: pipe.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level"),
 )
 refused(
@@ -199,8 +200,8 @@ refused(
     lambda pipe: pipe.transformer.disable_cache(),
     "tiny_flux",
 )
-refused("forward hooks", "remove() what registered them", hook)
-refused("a patched forward (DeepCache, LyCORIS)", f"take it off, or {ANEW}", lambda pipe: patched(to_q(pipe)))
+refused("forward hooks", "call remove() on their handles", hook)
+refused("a patched forward (DeepCache, LyCORIS)", f"remove it, or {ANEW}", lambda pipe: patched(to_q(pipe)))
 refused("token merging (ToMe)", "tomesd.remove_patch(pipe)", lambda pipe: setattr(pipe.unet, "_tome_info", {}))
 refused(
     "`DataParallel`",
@@ -214,7 +215,7 @@ refused(
 )
 refused("weights of bitsandbytes, torchao, quanto or GGUF", 'base_dtype="nf4", "int8" or "fp8" quantises it', in_4_bit)
 refused("LCM's embedded guidance", "use the model that it was distilled from", changed_unet(time_cond_proj_dim=32))
-refused("a UNet of classes", "use a model that draws from text alone", changed_unet(num_class_embeds=4))
+refused("a UNet of classes", "use a model that draws only from text", changed_unet(num_class_embeds=4))
 refused("another VAE (consistency decoder)", "pipe.vae = AutoencoderKL.from_pretrained(...)", other_vae)
 refused("a part on another device", "pipe.to(device)", lambda pipe: pipe.vae.to("meta"))
 exact("attention slicing", lambda pipe: pipe.enable_attention_slicing(1))
@@ -268,7 +269,7 @@ PROMPTS, SETTINGS = ["a <red> cat", "dog"], {"num_inference_steps": 2, "guidance
 
 
 def diffusers_images(pipe, **settings):
-    """Those of the pipeline's own call, with autograd on, which its decorator switches off."""
+    """The gradients of the pipeline's own call with autograd on, which its decorator switches off."""
     call = type(pipe).__call__
     while hasattr(call, "__wrapped__"):
         call = call.__wrapped__
@@ -283,7 +284,7 @@ def our_images(pipe, **size):
 
 @pytest.mark.parametrize("case", named("read exactly"))
 def test_exact_against_autograd_through_diffusers(case, request):
-    """To 1e-4 of the largest gradient, which fp32 through a chain of two steps leaves room for."""
+    """Within 1e-4 of the largest gradient, which covers fp32 rounding through a chain of two steps."""
     pipe = request.getfixturevalue(case.kind)
     case.on(pipe)
     size = {"height": 16, "width": 16}
@@ -334,7 +335,7 @@ def test_a_text_encoder_on_another_device(tiny_sd):
 
 
 def test_text_encoders_of_another_dtype(tiny_sd):
-    """diffusers itself stops there; the embeddings are taken as they are, in the denoiser's dtype."""
+    """diffusers itself stops there; here the embeddings are used as given, in the denoiser's dtype."""
     tiny_sd.text_encoder.to(torch.bfloat16)
     with contextlib.suppress(RuntimeError):
         diffusers_images(tiny_sd)
@@ -354,8 +355,9 @@ def test_what_a_memory_budget_asks_of_a_tiny_vae_and_of_projected_text(tiny_sd):
     PROJECTED(tiny_sd)
     model = adapt(tiny_sd)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model.decode_by_bands(x), model.decode(x)) and not model.decoder_segments()["decoder"]
-    blank, cond = model.blank_conditioning(2, True, (16, 16)), model.encode(PROMPTS, None, True, (16, 16))
+    assert torch.equal(model.decode_by_bands(x), model.decode(x)) and not model.decoder_groups()["decoder"]
+    blank = model.blank_conditioning(2, True, (16, 16))
+    cond = model.encode(PromptBatch(PROMPTS, None, True, (16, 16)))
     assert blank.embeds.shape == cond.embeds.shape
 
 
@@ -364,5 +366,5 @@ def test_a_pipeline_that_draws_in_a_way_of_its_own(tiny_sd):
         def __call__(self, prompt):
             return None
 
-    with pytest.raises(ValueError, match=r"Mine draws in a way of its own: use StableDiffusionPipeline\(\*\*pipe\."):
+    with pytest.raises(ValueError, match=r"Mine draws in its own way: use StableDiffusionPipeline\(\*\*pipe\."):
         adapt(Mine(**tiny_sd.components, requires_safety_checker=False))

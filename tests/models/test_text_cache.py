@@ -1,25 +1,26 @@
-"""Embeddings by prompt: the encoder runs once for each, and pictures are the same bits from memory as at first."""
+"""The text cache: the encoder runs once per prompt, and cached embeddings give the same bits in pictures."""
 
 import pytest
 import torch
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models import adapt
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.models.text_cache import TextCache
 
 SIZE = (16, 16)
 
 
 class Counted:
-    """A model whose `encode` is counted, prompt by prompt."""
+    """A model that counts the prompts given to `encode`."""
 
     def __init__(self, model):
         self._model, self.pipe, self.device, self.prompts = model, model.pipe, model.device, []
         self.text_learns = model.text_learns
 
-    def encode(self, prompts, *rest):
-        self.prompts += prompts
-        return self._model.encode(prompts, *rest)
+    def encode(self, batch):
+        self.prompts += batch.prompts
+        return self._model.encode(batch)
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
@@ -36,14 +37,14 @@ def test_embeddings_are_those_of_each_prompt_alone(pipe, guided):
     model = adapt(pipe)
     cache = TextCache(model)
     prompts, negatives = ["a dog", "red", "a dog"], ["bad", "worse", "bad"]
-    found = cache.encode(prompts, negatives, guided, SIZE)
-    alone = [model.encode([p], [n], guided, SIZE) for p, n in zip(prompts, negatives, strict=True)]
+    found = cache.encode(PromptBatch(prompts, negatives, guided, SIZE))
+    alone = [model.encode(PromptBatch([p], [n], guided, SIZE)) for p, n in zip(prompts, negatives, strict=True)]
     assert found.branches == 1 + guided
     for k, tensor in enumerate(tensors(found)):
         rows = tensor.unflatten(0, (found.branches, len(prompts)))
         for i, entry in enumerate(alone):
             assert torch.equal(rows[:, i], tensors(entry)[k])
-    together = model.encode(prompts, negatives, guided, SIZE)
+    together = model.encode(PromptBatch(prompts, negatives, guided, SIZE))
     for mine, theirs in zip(tensors(found), tensors(together), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # other sums in a batch of three
 
@@ -52,9 +53,9 @@ def test_each_prompt_is_encoded_once(tiny_sd):
     model = Counted(adapt(tiny_sd))
     cache = TextCache(model)
     for prompts in (["red", "a dog"], ["a dog"], ["red", "red", "the cat"]):
-        cache.encode(prompts, None, True, SIZE)
+        cache.encode(PromptBatch(prompts, None, True, SIZE))
     assert model.prompts == ["red", "a dog", "the cat"]
-    cache.encode(["red"], "blurred", True, SIZE)  # another negative prompt, another pair
+    cache.encode(PromptBatch(["red"], ["blurred"], True, SIZE))  # another negative prompt, another pair
     assert model.prompts[3:] == ["red"]
 
 
@@ -63,12 +64,12 @@ def test_the_least_recently_used_goes_first(tiny_sd):
     entry_bytes = 2 * 77 * 32 * 4
     cache = TextCache(model, limit_bytes=2 * entry_bytes)
     for prompt in ("a", "b", "a", "c", "a", "b"):
-        cache.encode([prompt], None, True, SIZE)
+        cache.encode(PromptBatch([prompt], None, True, SIZE))
     assert model.prompts == ["a", "b", "c", "b"]
 
 
 def test_pictures_are_the_same_bits(pipe):
-    """From memory, and beside other prompts, as when encoded at the time."""
+    """Cached embeddings, also beside other prompts, equal those of encoding now."""
     sampler = DifferentiableSampler(pipe, num_inference_steps=2, cache_text=True)
 
     def picture():

@@ -7,7 +7,7 @@ from alignprop_fast.ops import extension
 
 @pytest.fixture(scope="session")
 def compiled_kernels():
-    """Builds csrc/ for this machine, once in torch's extension cache, where there is a compiler."""
+    """Builds csrc/ for this machine, once in torch's extension cache, if there is a compiler."""
     arches = extension.present_arches()
     if extension.installed(arches) is None:
         try:

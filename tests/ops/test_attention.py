@@ -1,4 +1,4 @@
-"""attention against plain PyTorch in float64, what it keeps, and what it answers about its choice.
+"""attention against plain PyTorch in float64, the tensors it keeps, and its report about autotuning.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
 """
@@ -84,7 +84,7 @@ def test_the_choice_is_explained():
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_compiles_whole_as_on_a_gpu(monkeypatch, with_gradient):
-    """Dynamo's tensors are not fake ones to the code that it traces; what is chosen there here runs on the CPU."""
+    """Code under Dynamo does not see its tensors as fake; here the chosen implementation runs on the CPU."""
     monkeypatch.setattr(backends, "choose", backends._choose_on_gpu)
     monkeypatch.setattr(backends, "_efficient_forward", backends._cpu_forward)
     monkeypatch.setattr(backends, "_efficient_backward", backends._cpu_backward)

@@ -1,4 +1,4 @@
-"""attention in plain PyTorch against float64, in one piece and in several, and on devices that have nothing else.
+"""attention in plain PyTorch against float64, in one piece and in several, and on devices with no other kernels.
 
 Tolerance: error against the float64 reference at most twice that of PyTorch's own in the same dtype, plus 1e-6.
 """
@@ -66,7 +66,7 @@ def test_no_query_and_no_key():
 
 @pytest.fixture
 def on_another_device(monkeypatch):
-    """What asks after a device is told of one that is neither NVIDIA's nor the CPU."""
+    """Code that asks for the device gets one that is neither NVIDIA's nor the CPU."""
 
     class Elsewhere(torch.Tensor):
         device = torch.device("mps")

@@ -1,6 +1,6 @@
-"""Whatever fails in a kernel, forward or backward, ends in one line and in what plain PyTorch gives.
+"""If a kernel fails, forward or backward, the user sees one line and gets plain PyTorch's result.
 
-The kernels fail by what is put in their place; on a GPU, and on the emulated one, the rest is as it is in use.
+Tests replace the kernels by functions that fail. On a GPU, and on the emulated one, everything else is real.
 """
 
 import logging
@@ -104,7 +104,7 @@ def all_on():
 
 @pytest.fixture
 def by_the_kernels(monkeypatch):
-    """Every op chooses its kernels, where nothing is off, on whatever device the tests run."""
+    """Every op chooses its kernels if nothing is switched off, on every device of the tests."""
 
     def serves(x, op):
         return "reference" if switched_off.reason(f"{op}.triton") else "triton"

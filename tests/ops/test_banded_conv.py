@@ -1,4 +1,4 @@
-"""norm_conv, upsample_conv and banded_residual: bands of rows give what the whole image gives, and keep less.
+"""norm_conv, upsample_conv and banded_residual: bands of rows give the whole image's results and keep less.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6; in
 float64 1e-10 of the largest element.
@@ -37,7 +37,7 @@ def layer(c, o, seed=0):
 
 
 def arguments(name, c):
-    """What the op takes beside x of c channels, in float64."""
+    """The op's inputs beside x, which has c channels, in float64."""
     if name == "norm_conv":
         return (layer(c, 5),)
     if name == "upsample_conv":
@@ -99,7 +99,7 @@ def test_strided(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_gradient_that_is_one_number_everywhere(name):
-    """A sum's gradient has strides of zero."""
+    """The gradient of a sum has strides of zero."""
     op, reference = OPS[name]
     others, x = arguments(name, 8), randn(1, 8, 7, 5)
     ours, exact = (value_and_gradient(lambda *v, f=f: f(*v).sum(), x, x.sum(), *others) for f in (op, reference))
@@ -149,7 +149,7 @@ def test_the_gradient_that_arrives_is_left_as_it_was(name):
 
 @pytest.mark.parametrize(("name", "numbers"), [("norm_conv", 2), ("upsample_conv", 0), ("residual_shortcut", 4)])
 def test_what_is_kept(name, numbers):
-    """x itself, where anything, and so many numbers in fp32 for each channel; beside weights, which are there."""
+    """Kept bytes: x if anything is kept, and the given fp32 numbers per channel; weights do not count."""
     op, others = OPS[name][0], cast(arguments(name, 8), torch.float32)
     x = randn(2, 8, 9, 7).float().requires_grad_()
     kept = {}

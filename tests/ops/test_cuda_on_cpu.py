@@ -1,4 +1,4 @@
-"""The stand-in for CUDA in cuda_on_cpu/: it must run a healthy kernel and notice every fault of a broken one."""
+"""The stand-in for CUDA in cuda_on_cpu/ must run a correct kernel and detect every fault of a broken one."""
 
 import ctypes
 import re
@@ -20,7 +20,7 @@ def library(request):
 
 
 def run(library, kernel, order):
-    """What went wrong at launch or None, and the 128 results of two blocks."""
+    """The error at launch or None, and the 128 results of two blocks."""
     library.set_order(order)
     memory = Memory(at_end=True)
     out = memory.place(torch.full((128,), torch.nan))
@@ -30,7 +30,7 @@ def run(library, kernel, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_healthy_kernel(library, order):
-    """Each thread ends with the sum of the other warp's numbers, which all lanes of its own warp hold."""
+    """Each thread ends with the sum of the other warp's numbers, the same in all lanes of a warp."""
     failure, out = run(library, "healthy", order)
     assert failure is None
     expected = torch.tensor([sum(range(32, 64)), sum(range(32))] * 2).repeat_interleave(32)

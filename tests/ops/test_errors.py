@@ -1,4 +1,4 @@
-"""Each way in which a full device answers is known for what it is."""
+"""Every error of a device without free memory is recognised."""
 
 import pytest
 import torch

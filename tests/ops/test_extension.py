@@ -137,7 +137,7 @@ def test_a_library_that_the_driver_refuses_is_left_alone(cache, monkeypatch, tmp
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are built on Linux only")
 def test_two_at_once_build_once(cache, monkeypatch, tmp_path):
-    """Threads stand for processes: the lock is held by an open file, of which each has its own."""
+    """Threads stand for processes: an open file holds the lock, and each thread has its own."""
     monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", COMPILER.format(log=tmp_path / "log")))
     library = extension.library_path(())
     with ThreadPoolExecutor(2) as pool:
@@ -159,7 +159,7 @@ def test_another_source_is_another_library(cache, monkeypatch, tmp_path):
     ("built", "present", "serves"),
     [
         *((("80", "90"), ("86",), True), (("86",), ("80",), False), ((), (), True), ((), ("89",), False)),
-        # Newer than the newest: by its PTX. A major in between has neither code nor PTX.
+        # A GPU newer than all runs the PTX. A major version in between has neither code nor PTX.
         *((("80",), ("80", "90"), True), (("80", "90", "120"), ("130",), True), (("80", "90", "120"), ("100",), False)),
     ],
 )

@@ -1,4 +1,4 @@
-"""frozen_conv2d: values and gradients against plain PyTorch, and that it keeps nothing of its input.
+"""frozen_conv2d: values and gradients against plain PyTorch; it must not keep its input.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
 """

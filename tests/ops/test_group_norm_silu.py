@@ -1,4 +1,4 @@
-"""group_norm_silu, by csrc/ and by PyTorch's kernels: values, gradients, what it keeps, and that compilers see through.
+"""group_norm_silu with csrc/ and with PyTorch's kernels: values, gradients, kept tensors, and tracing by compilers.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
 """
@@ -124,7 +124,7 @@ def test_not_a_number_stays_one(compiled_kernels):
 
 
 def test_saturated_silu(compiled_kernels):
-    """Far out silu is 0 or z, and its gradient finite: exp must neither overflow nor stop short."""
+    """For large |z| silu is 0 or z and its gradient is finite: exp must not overflow or lose range."""
     x = randn(1, 8, 3, 3).float().to(memory_format=torch.channels_last)
     gamma, beta = torch.ones(8, device=DEVICE), torch.tensor([-200.0, -90, -87, -30, 30, 88, 90, 200], device=DEVICE)
     inputs = x.requires_grad_()

@@ -1,7 +1,7 @@
-"""csrc/group_norm_silu_cuda.cu without a GPU: the very source, compiled for the CPU against cuda_on_cpu/.
+"""csrc/group_norm_silu_cuda.cu without a GPU: the same source, compiled for the CPU against cuda_on_cpu/.
 
-Every case runs with blocks and threads forwards, backwards and shuffled and must give the same bits; buffers end or
-begin where memory does. That cuda_on_cpu/ notices what it must is tested with kernels that are broken on purpose.
+Every case runs with blocks and threads forwards, backwards and shuffled, and must give the same bits. Buffers end or
+begin at protected pages. Tests with broken kernels show that cuda_on_cpu/ detects faults.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
 """
@@ -39,7 +39,7 @@ def library(request):
 
 
 def tensors(dtype, shape, with_time=False, centre=1.0):
-    """x [B, H, W, C], t [B, C] or None, gamma and beta [C], and g like x: each from numbers of its own."""
+    """x [B, H, W, C], t [B, C] or None, gamma and beta [C], and g like x, each from different random numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -93,7 +93,7 @@ def check(library, dtype, shape, groups, chunks, silu=True, with_time=False, cen
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [128, 256, 320, 512, 640, 960, 1280, 1920, 2560])
 def test_widths_of_the_models(library, dtype, channels):
-    """Unequal chunks and a last step with rows missing; both kinds of block: resnet (time, SiLU) and attention."""
+    """Unequal chunks and an incomplete last step, for both kinds of block: resnet (time, SiLU) and attention."""
     rows = max(5, 9000 // channels)
     check(library, dtype, (1, 1, rows, channels), 32, 3, silu=True, with_time=True)
     check(library, dtype, (2, 1, 5, channels), 32, 2, silu=False)
@@ -121,7 +121,7 @@ def test_odd_shapes(library, dtype, silu, with_time, shape, groups, chunks):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_that_begin_anywhere(library, dtype):
-    """No vectors then, and no row wider than a block."""
+    """Then there are no vectors, and no row may be wider than a block."""
     check(library, dtype, (2, 1, 11, 320), 32, 3, with_time=True, alignment=dtype.itemsize)
 
 
@@ -137,7 +137,7 @@ def test_a_large_mean_cancels_nothing(library, spread, chunks):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saturated_silu(library, dtype):
-    """z far beyond where exp overflows; __fdividef gives 0 there."""
+    """z is far beyond the overflow of exp, where __fdividef gives 0."""
     x, _, gamma, _, g = tensors(dtype, (1, 3, 5, 32))
     inputs = (x, None, gamma * 100, torch.linspace(-200, 200, 32).to(dtype), g)
     results = run(library, inputs, 8, 2, True, 0)
@@ -162,7 +162,7 @@ def test_what_cannot_be_launched_is_said(library):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_time", [False, True])
 def test_op_bindings_and_kernels_together(library, monkeypatch, dtype, with_time):
-    """The op as on a GPU, but for the key that its tensors are dispatched by."""
+    """The op as on a GPU, except for the dispatch key of its tensors."""
     monkeypatch.setattr(torch.ops, "alignprop_fast", torch.ops.alignprop_fast_cuda_on_cpu)
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", module.CHUNK_ELEMENTS["cuda"] // 8)
     x, t, gamma, beta, g = tensors(dtype, (2, 5, 7, 320), with_time)

@@ -1,4 +1,4 @@
-"""layer_norm: values and gradients against plain PyTorch, and what it keeps.
+"""layer_norm: values and gradients against plain PyTorch, and the tensors it keeps.
 
 Tolerance: error against the float64 reference at most twice that of plain PyTorch in the same dtype, plus 1e-6.
 """

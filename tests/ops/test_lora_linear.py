@@ -98,8 +98,8 @@ def test_compiles_whole_and_runs_on_meta_tensors():
 
 
 def test_compiles_whole_as_on_a_gpu(monkeypatch):
-    """With kernels that could serve: Dynamo's tensors are not fake ones to the code that it traces."""
-    monkeypatch.setattr("alignprop_fast.ops.lora_linear_triton.backend", lambda *arguments: "triton")
+    """With kernels that could serve, because code under Dynamo does not see its tensors as fake."""
+    monkeypatch.setattr("alignprop_fast.ops.lora_linear_trials.backend", lambda *arguments: "triton")
     x, weight, bias, down, up = (t.float() for t in tensors((2, 7), 12, 10, 4))
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch.no_grad():

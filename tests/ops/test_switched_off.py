@@ -1,4 +1,4 @@
-"""What is off stays off in this process, is said once, and is forgotten by the next."""
+"""An implementation that is switched off stays off in this process, is reported once, and is on in the next process."""
 
 import pytest
 import torch

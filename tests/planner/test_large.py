@@ -1,4 +1,4 @@
-"""Tables of the size of real ones: near a lower bound, monotone, within the budget, in under a second."""
+"""Tables of real size: plans are near a lower bound, monotone and within the budget, and take under a second."""
 
 import random
 import time
@@ -12,7 +12,7 @@ from alignprop_fast.planner import BudgetInfeasible, CostTable, Option, Segment,
 
 MIB = 2**20
 NUM_STEPS = 50
-# Name, kept and spike as shares of what "keep" keeps, seconds as a multiple of those of "keep".
+# Name, kept and transient as shares of what "keep" keeps, seconds as a multiple of those of "keep".
 GRADES = (
     ("keep", 1.0, 0.1, 1.0),
     ("norms", 0.9, 0.15, 1.01),
@@ -27,7 +27,7 @@ GRADES = (
 
 @cache
 def large_table(noise):
-    """100 segments of 8 options; noise is the relative spread of every figure, as in measured tables."""
+    """100 segments with 8 options each; noise is the relative spread of every number, as in measured tables."""
     rng = random.Random(0)
 
     def near(value):
@@ -35,8 +35,8 @@ def large_table(noise):
 
     def segment(name, size, seconds):
         grades = [
-            Option(grade, int(near(size * kept)), int(near(size * spike)), near(seconds * more))
-            for grade, kept, spike, more in GRADES
+            Option(grade, int(near(size * kept)), int(near(size * transient)), near(seconds * more))
+            for grade, kept, transient, more in GRADES
         ]
         return Segment(name, tuple(grades))
 
@@ -52,11 +52,11 @@ def large_table(noise):
 
 
 def tails(table):
-    """(need, seconds) of each way to decode and score, on top of what the steps keep; both of one segment."""
+    """(need, seconds) of each way to decode and score, beside the steps' kept bytes; both have one segment."""
     for stage in table.decoders:
         for option in stage.segments[0].options:
             for reward in table.rewards[0].segments[0].options:
-                own, after = option.kept_bytes + option.spike_bytes, reward.kept_bytes + reward.spike_bytes
+                own, after = option.kept_bytes + option.transient_bytes, reward.kept_bytes + reward.transient_bytes
                 if stage.replayed:
                     need, seconds = max(own, after), stage.forward_seconds + stage.runs * option.seconds
                 else:
@@ -74,14 +74,14 @@ def fastest_replay(table, room, slots=8192):
         for option in segment.options:
             shift = min(int(option.kept_bytes / width), slots)
             after = np.concatenate((best[shift:], np.full(shift, np.inf)))
-            own = before + option.kept_bytes + option.spike_bytes
+            own = before + option.kept_bytes + option.transient_bytes
             ways.append(np.where(own <= room, option.seconds + after, np.inf))
         best = np.min(ways, axis=0)
     return best[0]
 
 
 def lower_bound(table, grad_steps, budget):
-    """No plan within the budget is faster (Lagrangian bound: a price for each byte kept, spikes of steps left out)."""
+    """No plan within the budget is faster (Lagrangian bound: a price for each kept byte, transient ones left out)."""
     room = budget - table.base_bytes(grad_steps)
     kept = np.array([[option.kept_bytes for option in segment.options] for segment in table.step])
     seconds = np.array([[option.seconds for option in segment.options] for segment in table.step])

@@ -1,10 +1,11 @@
-"""Plans: prices by hand, explanations, options by name, remedies, and sizes as people write them."""
+"""Plans: costs computed by hand, explanations, options by name, remedies, and sizes as people write them."""
 
 from dataclasses import replace
 
 import pytest
 
 from alignprop_fast.planner import (
+    BlockOption,
     BudgetInfeasible,
     CostTable,
     Option,
@@ -41,9 +42,16 @@ def simple_table():
 def test_plans_made_by_hand_are_priced():
     plan = price(
         simple_table(),
-        Plan(4, (3,), (1,), ({"*": "recompute", "block.0": "keep"},), {"*": "recompute"}, StageChoice("batch")),
+        Plan(
+            4,
+            (3,),
+            (1,),
+            ({"*": BlockOption.RECOMPUTE, "block.0": BlockOption.KEEP},),
+            {"*": BlockOption.RECOMPUTE},
+            StageChoice("batch"),
+        ),
     )
-    # Resident: 100 + 3 * 10 kept. Peak: the decoder with its 300 kept and a spike of 50, images and latents beside it.
+    # Resident: 100 + 3 * 10 kept. Peak: the decoder with its 300 kept and 50 transient, images and latents beside it.
     assert plan.peak_bytes == 1010 + 4 + 130 + 5 + 350
     assert plan.seconds == 3 * 0.5 + (1.0 + 3 * 1.5) + 4 * 1.5 + 1.0
     assert plan.phases["replayed steps"] == 1010 + 4 + 5 + 40 + 100
@@ -65,14 +73,14 @@ def test_leanest_plans_are_priced_where_the_table_has_their_options():
 
 
 def test_options_by_name():
-    assert option_of({"a": "keep", "*": "attention"}, "a") == "keep"
-    assert option_of({"a": "keep", "*": "attention"}, "b") == "attention"
+    assert option_of({"a": BlockOption.KEEP, "*": BlockOption.ATTENTION}, "a") == BlockOption.KEEP
+    assert option_of({"a": BlockOption.KEEP, "*": BlockOption.ATTENTION}, "b") == BlockOption.ATTENTION
     assert option_of({}, "b") == "keep"
 
 
 def test_a_plan_has_options_for_each_resident_step():
     with pytest.raises(ValueError, match="each resident step"):
-        Plan(4, (2, 3), (), ({"*": "keep"},))
+        Plan(4, (2, 3), (), ({"*": BlockOption.KEEP},))
 
 
 def test_plans_explain_themselves():
@@ -94,7 +102,7 @@ def test_blocks_are_named_by_their_kind():
     assert summary(options) == (
         "attention x 6 (transformer blocks), keep x 6 (residual blocks, attentions, the rest), recompute x 1 (7)"
     )
-    assert summary({"*": "keep"}) == "keep everywhere" and summary({}) == "no segments"
+    assert summary({"*": BlockOption.KEEP}) == "keep everywhere" and summary({}) == "no segments"
     assert ranges((9, 3, 4, 5)) == "3-5, 9" and ranges(()) == ""
 
 
@@ -112,9 +120,9 @@ def test_budgets_are_held_to_the_device():
     gib = 2**30
     assert budget_on("card", 24 * gib, None) == (24 * gib - gib // 2, "")
     assert budget_on("card", 24 * gib, 20 * gib) == (20 * gib, "")
-    # What is written on the box is met half way, and said.
+    # A budget with the size on the box is reduced, and a note says so.
     size, note = budget_on("card", 22 * gib, 24 * gib)
-    assert size == 22 * gib - gib // 2 and "card has 22.00 GiB" in note and "held to 21.50 GiB" in note
+    assert size == 22 * gib - gib // 2 and "card has 22.00 GiB" in note and "reduced to 21.50 GiB" in note
     with pytest.raises(ValueError, match=r"more than card has \(22.00 GiB\): use at most 21.50 GiB"):
         budget_on("card", 22 * gib, 25 * gib)
     assert budget_on("computer", gib, None, context_bytes=0) == (gib, "")
@@ -125,11 +133,11 @@ def test_a_budget_on_a_gpu_that_is_here_is_what_is_free():
     card = {"device": "card", "total_bytes": 100 * gib, "free_bytes": 60 * gib, "own_bytes": 30 * gib}
     size, note = budget_from_free(**card, wanted_bytes=None)
     assert size == int(0.97 * 90 * gib) and note.startswith("memory budget 87.30 GiB")
-    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% of the rest stay free" in note
+    assert "100.00 GiB on card" in note and "taken 10.00 GiB" in note and "3% of the rest stays free" in note
     size, note = budget_from_free(**card, wanted_bytes=90 * gib)
-    assert size == int(0.97 * 90 * gib) and "90.00 GiB is held to 87.30 GiB" in note and "taken 10.00 GiB" in note
+    assert size == int(0.97 * 90 * gib) and "90.00 GiB is reduced to 87.30 GiB" in note and "taken 10.00 GiB" in note
     assert budget_from_free(**card, wanted_bytes=87 * gib)[0] == 87 * gib
-    # On a card that others have filled there is little left, but never less than nothing.
+    # On a card that other programs have filled the budget is small but never negative.
     assert budget_from_free("card", 100 * gib, gib, gib, None)[0] == int(0.97 * 2 * gib)
 
 
@@ -138,7 +146,7 @@ def test_budgets_in_words():
     for text in ("Auto", "much", 0, ""):
         with pytest.raises(ValueError, match="24GiB"):
             parse_budget(text)
-    with pytest.raises(ValueError, match="host memory 'much' is no size"):
+    with pytest.raises(ValueError, match="host memory 'much' is not a size"):
         parse_bytes("much", "host memory")
 
 

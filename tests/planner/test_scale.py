@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from alignprop_fast.planner import (
+    BlockOption,
     BudgetInfeasible,
     CostTable,
     Option,
@@ -20,13 +21,13 @@ from alignprop_fast.planner import (
 
 
 def table_of_batch(batch):
-    """Costs with a constant and a share for each image."""
+    """Costs of a constant plus a share per image."""
 
     def options(size):
         return (
-            Option("keep", 10 + size * batch, 5 * batch, 0.5 + 0.25 * batch),
-            Option("recompute", 3 + 2 * batch, size * batch, 0.75 + 0.5 * batch),
-            Option("offload", 1, 7 * batch, 0.5 + 0.375 * batch, host_bytes=size * batch),
+            Option(BlockOption.KEEP, 10 + size * batch, 5 * batch, 0.5 + 0.25 * batch),
+            Option(BlockOption.RECOMPUTE, 3 + 2 * batch, size * batch, 0.75 + 0.5 * batch),
+            Option(BlockOption.RECOMPUTE_OFFLOADED, 1, 7 * batch, 0.5 + 0.375 * batch, host_bytes=size * batch),
         )
 
     step = tuple(Segment(f"block.{k}", options(20 + k)) for k in range(3))
@@ -74,16 +75,16 @@ def test_tables_of_different_models_have_none_between_them():
 
 
 def test_what_fits_at_one_batch_size_alone_is_left_out():
-    """The decoder's whole batch and an option of a step: measured at batch size 1, too large at 4."""
+    """The decoder with the whole batch, and an option of a step, are measured at batch size 1 and too large at 4."""
     small, large = table_of_batch(1), table_of_batch(4)
     step = tuple(replace(segment, options=segment.options[1:]) for segment in large.step)
     large = replace(large, decoders=large.decoders[1:], step=step)
     table = scaled(small, large, 1, 4, 2)
     assert [stage.name for stage in table.decoders] == ["image"]
-    assert {option.name for segment in table.step for option in segment.options} == {"recompute", "offload"}
+    assert {option.name for segment in table.step for option in segment.options} == {"recompute", "recompute+offload"}
     expected = table_of_batch(2)
     assert table.decoders[0] == expected.decoders[1] and table.step[0].options == expected.step[0].options[1:]
-    for one in (table, large):  # and the planner does without
+    for one in (table, large):  # the planner works without them
         plan = solve(one, 6, (3, 4, 5), 10**6)
         assert plan.decoder.name == "image" and plan.peak_bytes > 0 and "image" in plan.explain()
 
@@ -109,6 +110,19 @@ def test_tables_survive_a_file(tmp_path):
     assert load_table(path) == table_of_batch(3) and list(tmp_path.iterdir()) == [path]
 
 
+def test_tables_of_the_first_format_are_read(tmp_path):
+    path = tmp_path / "table.json"
+    save_table(table_of_batch(3), path)
+    text = (
+        path.read_text()
+        .replace('"transient_bytes"', '"spike_bytes"')
+        .replace('"format_version": 2', '"format_version": 1')
+    )
+    assert '"spike_bytes"' in text and '"format_version": 1' in text
+    path.write_text(text)
+    assert load_table(path) == table_of_batch(3)
+
+
 def damaged(change):
     def write(path):
         save_table(table_of_batch(1), path)
@@ -126,7 +140,7 @@ def damaged(change):
         (lambda path: path.write_text('{"format_version": 1, "tab'), "damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "damaged"),
         (lambda path: path.write_text("[]"), "no format version"),
-        (damaged(lambda content: content.update(format_version=2)), "format version 2"),
+        (damaged(lambda content: content.update(format_version=3)), "format version 3, but this program reads 1 and 2"),
         (damaged(lambda content: content.pop("table")), "missing or unknown"),
         (damaged(lambda content: content["table"].pop("step")), "missing or unknown"),
         (damaged(lambda content: content["table"].update(spare=1)), "missing or unknown"),

@@ -1,4 +1,4 @@
-"""The solver against brute force that walks through the training step, its monotony, and its host limit."""
+"""The solver against brute force through the training step, its monotonicity, and its host limit."""
 
 import random
 from dataclasses import replace
@@ -12,10 +12,10 @@ from alignprop_fast.planner import BudgetInfeasible, CostTable, Option, Segment,
 
 def random_segments(rng, prefix, count):
     def option(name):
-        spike = rng.choice([0, rng.randint(0, 30), rng.randint(30, 90)])
+        transient = rng.choice([0, rng.randint(0, 30), rng.randint(30, 90)])
         return Option(
-            name, rng.randint(0, 40), spike, rng.randint(1, 24) / 8
-        )  # sums of eighths are exact: ties are ties
+            name, rng.randint(0, 40), transient, rng.randint(1, 24) / 8
+        )  # sums of eighths are exact, so that ties are exact
 
     names = ["save", "qkv", "recompute"][: rng.choice([2, 2, 3])]
     return tuple(Segment(f"{prefix}.{k}", tuple(option(name) for name in names)) for k in range(count))
@@ -50,14 +50,14 @@ def random_table(rng):
 
 
 def run(choice):
-    """(kept, peak, seconds) of a chain on its own: forward segment after segment, then backward."""
+    """(kept, peak, seconds) of a chain alone: forward through all segments, then backward."""
     alive, worst = 0, 0
     for option in choice:
         alive += option.kept_bytes
-        worst = max(worst, alive + option.spike_bytes)
+        worst = max(worst, alive + option.transient_bytes)
     kept = alive
     for option in reversed(choice):
-        worst = max(worst, alive + option.spike_bytes)
+        worst = max(worst, alive + option.transient_bytes)
         alive -= option.kept_bytes
     assert alive == 0
     return kept, worst, sum(option.seconds for option in choice)
@@ -68,7 +68,7 @@ def runs(segments):
 
 
 def tails(table):
-    """(peak, seconds) of every way to decode and score, on top of what the steps keep."""
+    """(peak, seconds) of every way to decode and score, beside the steps' kept bytes."""
     rewards = [] if table.rewards else [(table.reserve_bytes, 0.0)]
     for stage in table.rewards:
         for _, peak, seconds in runs(stage.segments):
@@ -150,7 +150,7 @@ def walked(table, plan):
 
 
 def test_solver_equals_brute_force():
-    """Of all plans that keep the budget whatever the gates; what a plan predicts is the peak under its own."""
+    """The best of all plans that keep the budget for any gates. A plan's prediction is the peak under its own gates."""
     rng = random.Random(0)
     for _ in range(2000):
         table = random_table(rng)
@@ -175,7 +175,7 @@ def test_solver_equals_brute_force():
 
 
 def test_a_single_gradient_step_has_no_sums_beside_it():
-    """Also where the solver was made for several: the least budget that it names for one is one in which it plans."""
+    """The least budget that the solver names for one gradient step has a plan, also if it was made for several."""
     rng, fewer = random.Random(3), 0
     for _ in range(200):
         table = replace(random_table(rng), sums_bytes=40)
@@ -189,7 +189,7 @@ def test_a_single_gradient_step_has_no_sums_beside_it():
 
 
 def test_repeated_frontiers_come_close_to_brute_force(monkeypatch):
-    """The way large tables are solved, on small ones: never over budget, never far from the fastest plan."""
+    """The method for large tables, on small ones: never over budget, never far from the fastest plan."""
     monkeypatch.setattr("alignprop_fast.planner.curves.EXACT_SEGMENTS", 0)
     rng = random.Random(1)
     ratios = []
@@ -251,14 +251,17 @@ def test_host_memory_is_kept_to_its_limit():
 
 
 def test_offloading_makes_room_for_what_is_on_its_way():
-    """Plans that offload carry one block's transfer beside every worst moment of a step; plans that do not, do not."""
+    """Plans that offload add one block's transfer to every worst moment of a step; other plans do not."""
     rng, offloads, does_not = random.Random(4), 0, 0
     for _ in range(300):
         plain = random_table(rng)
         table = replace(offloading(plain, None), transfer_bytes=rng.randint(1, 60))
-        # The same peaks without a word on transfers: as if they were images that only the steps find.
+        # The same peaks without transfer_bytes: as if these bytes were images that exist only during the steps.
         step = tuple(
-            replace(s, options=tuple(replace(o, spike_bytes=o.spike_bytes + table.transfer_bytes) for o in s.options))
+            replace(
+                s,
+                options=tuple(replace(o, transient_bytes=o.transient_bytes + table.transfer_bytes) for o in s.options),
+            )
             for s in table.step
         )
         plans = np.concatenate([every_plan(plain, 3, 2), every_plan(replace(table, step=step), 3, 2)])

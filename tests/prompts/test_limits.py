@@ -8,6 +8,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
+from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.prompts.limits import CutTexts, TextReader
 
 WORDS = ("the", "red", "cat", "dog", "and")  # a token each, for the tiny CLIP and the tiny T5 alike
@@ -23,7 +24,7 @@ def other(word):
 
 
 def encoded(model, texts):
-    cond = model.encode([" ".join(texts)], None, False, (16, 16))
+    cond = model.encode(PromptBatch([" ".join(texts)], None, False, (16, 16)))
     return [cond.embeds, *(cond.added or {}).values()]
 
 

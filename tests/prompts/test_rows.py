@@ -50,5 +50,5 @@ def test_refused_files(tmp_path, content, match):
 def test_a_missing_file_names_the_sets(tmp_path):
     with pytest.raises(FileNotFoundError, match="animals-heldout"):
         load_prompts(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match=r"the folder .* was not written by save_to_disk"):
         load_prompts(tmp_path)

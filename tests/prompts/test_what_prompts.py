@@ -13,7 +13,7 @@ import pytest
 
 from alignprop_fast.prompts.rows import PromptRow, load_rows
 
-from .loadable import Format
+from ..loadable import Format
 
 ROWS = [PromptRow("a red cat, on a mat", {"target": 3, "tags": ["x"]}), PromptRow('a "big"\ndog', {"target": 5})]
 TEXTS = [PromptRow(row.prompt, {"target": str(row.metadata["target"])}) for row in ROWS]
@@ -69,10 +69,10 @@ JSON_LINES = """{"prompt": "a red cat, on a mat", "target": 3, "tags": ["x"]}
 PLAIN = "# mine\n\n  a café at night\r\na cat # really\ra\u2028b\x85c\x0bd\x0ce\x1cf\n"
 LINES = [PromptRow("a café at night"), PromptRow("a cat # really"), PromptRow("a\u2028b\x85c\x0bd\x0ce\x1cf")]
 
-OTHER = "is no kind of file that prompts are read from: give a .txt file with a prompt a line"
-TABLE = "as a table or JSON does: give a .csv or .jsonl file with the texts as 'prompt'"
+OTHER = "is not a kind of file that can hold prompts: give a .txt file with one prompt per line"
+TABLE = "like a table or JSON: give a .csv or .jsonl file with the texts as 'prompt'"
 NO_COLUMN, QUOTES = "has no column 'prompt'", "put texts with commas or line breaks in quotes"
-FORM = 'write one object a line, such as {"prompt": "a cat"}'
+FORM = 'write one object per line, such as {"prompt": "a cat"}'
 
 CASES = [
     read("prompts as text, one a line", "p.txt", PLAIN, LINES),
@@ -91,14 +91,14 @@ CASES = [
     refused("a datasets folder without a column prompt", "p.saved", partial(save, name="text"), NO_COLUMN),
     refused("a datasets folder with nothing in it", "p.saved", partial(save, rows=[]), "is empty, damaged or"),
     refused("a Parquet file without a column prompt", "p.parquet", partial(save, name="text"), NO_COLUMN),
-    refused("a Parquet file that is cut short", "p.parquet", b"PAR1\0\0", "is no whole Parquet file: write it again"),
+    refused("a Parquet file that is cut short", "p.parquet", b"PAR1\0\0", "is not a complete Parquet file: write it"),
     refused("prompts as JSON", "p.json", '["a cat"]', OTHER),
     refused("prompts as TSV", "p.tsv", "prompt\ta cat\n", OTHER),
     refused("prompts as YAML", "p.yaml", "- a cat\n", OTHER),
     refused("a spreadsheet of prompts", "p.xlsx", b"PK\3\4", OTHER),
     refused("a PDF of prompts", "p.pdf", b"%PDF-1.7", OTHER),
     refused("a picture for prompts", "p.png", b"\x89PNG\r\n\x1a\n", OTHER),
-    refused("a folder of pictures and captions", "pictures", Path.mkdir, "that save_to_disk of datasets did not write"),
+    refused("a folder of pictures and captions", "pictures", Path.mkdir, "was not written by save_to_disk of datasets"),
     refused("prompts with NUL bytes", "p.txt", b"a cat\0a dog\n", "is a binary file"),
     refused("prompts as text in another encoding", "p.txt", "caf\u00e9".encode("latin-1"), "save it as UTF-8"),
     refused("a CSV file that is called .txt", "p.txt", CSV, TABLE),
@@ -109,7 +109,7 @@ CASES = [
     refused("a CSV file with semicolons", "p.csv", "prompt;target\na cat;3\n", NO_COLUMN),
     refused("a CSV file with a column twice", "p.csv", "prompt,prompt\na,b\n", "has a column twice"),
     refused("a CSV prompt with a comma and no quotes", "p.csv", "prompt,n\na red cat, on a mat,3\n", QUOTES),
-    refused("a CSV row that is too short", "p.csv", "prompt,n\na cat\n", "has 1 fields and not 2"),
+    refused("a CSV row that is too short", "p.csv", "prompt,n\na cat\n", "has 1 fields, not 2"),
     refused("a CSV text whose quotes do not end", "p.csv", 'prompt\n"a cat\n', QUOTES),
     refused("a CSV row without a prompt", "p.csv", "prompt,n\n ,3\n", "is empty: write one, or leave the row out"),
     refused("a CSV file with a header alone", "p.csv", "prompt,target\n", "holds no prompts: write at least one"),
@@ -118,10 +118,10 @@ CASES = [
     refused("JSON over several lines", "p.jsonl", '{\n"prompt": "a cat"\n}\n', FORM),
     refused("JSON Lines of texts alone", "p.jsonl", '"a cat"\n', FORM),
     refused("JSON Lines without prompts", "p.jsonl", '{"text": "a cat"}\n', FORM),
-    refused("JSON Lines with a name twice", "p.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a name stands twice"),
-    refused("a number as a prompt", "p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', "is 5 and no text: put it in"),
-    refused("null as a prompt", "p.jsonl", '{"prompt": null}\n', "is None and no text"),
-    refused("NaN as a prompt", "p.jsonl", '{"prompt": NaN}\n', "is nan and no text"),
+    refused("JSON Lines with a name twice", "p.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a name appears twice"),
+    refused("a number as a prompt", "p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', "is 5, not text: put it in"),
+    refused("null as a prompt", "p.jsonl", '{"prompt": null}\n', "is None, not text"),
+    refused("NaN as a prompt", "p.jsonl", '{"prompt": NaN}\n', "is nan, not text"),
     refused("half a character in a prompt", "p.jsonl", '{"prompt": "\\ud83d"}\n', "holds half a character"),
 ]
 TOO_LONG = Format("a prompt longer than the text encoder reads", "read with a note", "nothing from 'the red cat the")

@@ -145,7 +145,7 @@ def test_what_is_watched_and_the_distance_to_the_base_model_have_panels(tmp_path
 
 def test_no_global_state_of_matplotlib_is_touched(tmp_path):
     code = (
-        "import sys; from alignprop_fast.report.pictures import plot_rewards;"
+        "import sys; from alignprop_fast.report.curves import plot_rewards;"
         f"plot_rewards({str(tmp_path / 'x.png')!r}, [{{'step': 1, 'reward_mean': 0.0}}]);"
         "print([name for name in ('matplotlib.pyplot', 'torch') if name in sys.modules])"
     )

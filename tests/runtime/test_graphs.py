@@ -1,7 +1,5 @@
 """Recorded evaluations and waits for the device: on the CPU their bookkeeping, on a GPU themselves."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.models.lora.adapters import add_lora
-from alignprop_fast.planner import Plan
+from alignprop_fast.planner import BlockOption, Plan
 from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, run_chain
 
 STEPS, PROMPTS = 4, ["red cat", "dog"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-PLAN = Plan(STEPS, (3,), (2,), ({"*": "norms"},), {"*": "attention"})
+PLAN = Plan(STEPS, (3,), (2,), ({"*": BlockOption.NORMS},), {"*": BlockOption.ATTENTION})
 
 
 class Recorded(GraphedCalls):
@@ -97,7 +95,7 @@ def test_recorded_steps_give_the_same_bits(request, name):
     pipe = pipe_of(request, name)
     plain, graphed = (DifferentiableSampler(pipe, STEPS, guidance_rescale=0.3) for _ in range(2))
     graphs = Recorded()
-    graphed._fast = FastPredict(graphed.model, graphs, None)
+    graphed.fast = FastPredict(graphed.model, graphs, None)
     assert_same(gradients(plain), gradients(graphed))
     # Other prompts and weights changed in place need no new recording; another batch size, or weights elsewhere, do.
     with torch.no_grad():
@@ -116,7 +114,7 @@ def test_recorded_steps_give_the_same_bits(request, name):
 def test_the_base_model_is_not_run_by_a_recording_with_adapters(request):
     pipe = pipe_of(request, "tiny_sd")
     plain, graphed = (DifferentiableSampler(pipe, STEPS, compare_with_base=True) for _ in range(2))
-    graphed._fast = FastPredict(graphed.model, Recorded(), None)
+    graphed.fast = FastPredict(graphed.model, Recorded(), None)
     assert_same(gradients(plain), gradients(graphed))
     assert plain.base_mse > 0 and torch.equal(plain.base_mse, graphed.base_mse)
 
@@ -126,7 +124,7 @@ def test_graphs_need_a_gpu_and_count_in_the_plan(request):
     with pytest.raises(ValueError, match="needs a GPU"):
         DifferentiableSampler(pipe, STEPS, cuda_graphs=True)
     plain, graphed = (DifferentiableSampler(pipe, STEPS) for _ in range(2))
-    graphed._fast = FastPredict(graphed.model, Recorded(), None)
+    graphed.fast = FastPredict(graphed.model, Recorded(), None)
     table = plain.cost_table(1)
     assert graphed.cost_table(1).base_bytes(0) == table.base_bytes(0) + table.sampling_bytes
 
@@ -145,7 +143,7 @@ def test_compiled_blocks_give_the_same_numbers_and_leave_no_trace(request, recor
         return run
 
     blocks = CompiledBlocks(compiled.model.step_groups()["transformers"], backend)
-    compiled._fast = FastPredict(compiled.model, Recorded() if recorded else None, blocks)
+    compiled.fast = FastPredict(compiled.model, Recorded() if recorded else None, blocks)
     torch._dynamo.reset()
     (image, grads), (compiled_image, compiled_grads) = gradients(plain), gradients(compiled)
     assert seen and not any(seen), "without gradient alone"
@@ -178,6 +176,6 @@ def test_a_chain_never_waits_on_a_gpu(request, cuda_graphs):
     for mode in ("default", "error"):  # the first run compiles and chooses kernels, and records graphs
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            run_chain(replace(chain), PLAN, x).sum().backward()
+            run_chain(chain, PLAN, x).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

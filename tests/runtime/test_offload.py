@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from alignprop_fast.models.lean.quantization import QuantizedLinear, quantize_linears
-from alignprop_fast.runtime import OFFLOAD, Block, HostPool, Offloader, PeakMeter, kept_as
+from alignprop_fast.planner import BlockOption
+from alignprop_fast.runtime import Block, HostPool, Offloader, PeakMeter, apply_options
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def make_blocks(width=64):
 
 def run(net, blocks, x, option, offloader):
     with PeakMeter(CPU) as meter:
-        with kept_as({"*": option}, blocks, offloader):
+        with apply_options({"*": option}, blocks, offloader):
             y = net(x)
         offloader.settle()
         kept_bytes = meter.live_bytes() - y.numel() * y.element_size()
@@ -27,13 +28,13 @@ def run(net, blocks, x, option, offloader):
     return kept_bytes, grad
 
 
-@pytest.mark.parametrize("grade", ["keep", "recompute"])
+@pytest.mark.parametrize("grade", [BlockOption.KEEP, BlockOption.RECOMPUTE])
 def test_bits_stay_and_the_device_is_freed(grade):
     net, blocks = make_blocks()
     offloader = Offloader(CPU, smallest_bytes=1)
     x = torch.randn(128, 64, requires_grad=True)
     kept_bytes, grad = run(net, blocks, x, grade, offloader)
-    moved_bytes, moved = run(net, blocks, x, grade + OFFLOAD, offloader)
+    moved_bytes, moved = run(net, blocks, x, grade.offloaded, offloader)
     assert torch.equal(grad, moved)
     assert kept_bytes > 0 and moved_bytes == 0
     assert offloader.pool.size_bytes > 0
@@ -45,7 +46,7 @@ def test_host_buffers_are_used_again():
     x = torch.randn(128, 64, requires_grad=True)
     sizes = []
     for _ in range(3):
-        run(net, blocks, x, "keep" + OFFLOAD, offloader)
+        run(net, blocks, x, BlockOption.KEEP_OFFLOADED, offloader)
         sizes.append(offloader.pool.size_bytes)
     assert len(set(sizes)) == 1
     # Of every block the input of tanh's backward (its output) and nothing of the frozen linear layers.
@@ -57,7 +58,7 @@ def test_a_graph_that_is_dropped_gives_its_buffers_back():
     offloader = Offloader(CPU, smallest_bytes=1)
     x = torch.randn(128, 64, requires_grad=True)
     for _ in range(3):
-        with kept_as({"*": "keep" + OFFLOAD}, blocks, offloader):
+        with apply_options({"*": BlockOption.KEEP_OFFLOADED}, blocks, offloader):
             net(x)
     assert offloader.pool.size_bytes == 4 * 128 * 64 * 4
 
@@ -66,7 +67,7 @@ def test_small_tensors_and_weights_stay():
     net, blocks = make_blocks()
     offloader = Offloader(CPU)
     x = torch.randn(8, 64, requires_grad=True)
-    run(net, blocks, x, "keep" + OFFLOAD, offloader)
+    run(net, blocks, x, BlockOption.KEEP_OFFLOADED, offloader)
     assert offloader.pool.size_bytes == 0
 
 
@@ -79,7 +80,7 @@ def test_a_packed_weight_stays():
             assert len(quantize_linears(net, kind, CPU, torch.float32)) == 8
             assert isinstance(net[0][0], QuantizedLinear)
         offloader = Offloader(CPU, smallest_bytes=1)
-        run(net, blocks, torch.randn(128, 64, requires_grad=True), "keep" + OFFLOAD, offloader)
+        run(net, blocks, torch.randn(128, 64, requires_grad=True), BlockOption.KEEP_OFFLOADED, offloader)
         moved.append(offloader.pool.size_bytes)
     assert moved[0] == moved[1] > 0
 
@@ -108,7 +109,7 @@ def test_memory_order_survives():
 
     module = Module()
     offloader = Offloader(CPU, pool, smallest_bytes=1)
-    with kept_as({"m": "keep" + OFFLOAD}, [Block("m", module, "residuals")], offloader):
+    with apply_options({"m": BlockOption.KEEP_OFFLOADED}, [Block("m", module, "residuals")], offloader):
         y = module(torch.randn(2, 4, 6, 6, requires_grad=True))
     offloader.settle()
     y.backward()

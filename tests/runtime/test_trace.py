@@ -13,14 +13,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from alignprop_fast.models.lean.surgery import put_ops_in
-from alignprop_fast.planner import option_of
+from alignprop_fast.planner import GRADES, BlockOption, option_of
 from alignprop_fast.runtime import (
-    STEP_OPTIONS,
     Block,
     LiveBytes,
     Offloader,
     Work,
-    kept_as,
+    apply_options,
     operator_seconds,
     segments,
     trace,
@@ -75,14 +74,14 @@ def predicted(found, options):
     for segment in found:
         option = segment.option(option_of(options, segment.name))
         kept += option.kept_bytes
-        peak = max(peak, kept + option.spike_bytes)
+        peak = max(peak, kept + option.transient_bytes)
     return kept, peak
 
 
 def counted(work, options):
     offloader = Offloader(CPU)
     with LiveBytes() as live:
-        with kept_as(options, work.blocks, offloader):
+        with apply_options(options, work.blocks, offloader):
             y = work.forward()
         offloader.settle()
         kept = live.live_bytes
@@ -103,10 +102,10 @@ def test_costs_of_mixtures_are_sums(memory, monkeypatch):
         monkeypatch.setattr(sys.modules[trace.__module__], "trace", scarce)
     found = segments(work)
     assert [segment.name for segment in found] == [block.name for block in work.blocks] + ["rest"]
-    mixtures = [{"*": option} for option in STEP_OPTIONS]
-    mixtures += [{block.name: rng.choice([*STEP_OPTIONS]) for block in work.blocks} for _ in range(8)]
+    mixtures = [{"*": option} for option in GRADES]
+    mixtures += [{block.name: rng.choice([*GRADES]) for block in work.blocks} for _ in range(8)]
     for options in mixtures:
-        options = {**options, "rest": "keep"}
+        options = {**options, "rest": BlockOption.KEEP}
         for ours, real in zip(predicted(found, options), counted(work, options), strict=True):
             assert ours == pytest.approx(real, rel=1e-3)
 
@@ -141,7 +140,7 @@ def test_meta_tensors_count_the_same_bytes():
     for one, two in zip(real, meta, strict=True):
         for option in one.options:
             other = two.option(option.name)
-            assert (option.kept_bytes, option.spike_bytes) == (other.kept_bytes, other.spike_bytes)
+            assert (option.kept_bytes, option.transient_bytes) == (other.kept_bytes, other.transient_bytes)
             assert option.host_bytes == other.host_bytes
             assert other.seconds > 0
 
@@ -156,7 +155,7 @@ def test_estimates_count_products_forward_and_back():
     attention = 2 * 2 * 2 * 48 * 48 * 16  # one product of one self-attention of the first kind
     assert flop.count(2 * attention) == 3 and flop.count(5 * attention) == 3
     flop.clear()
-    trace(work, {"*": "recompute"})
+    trace(work, {"*": BlockOption.RECOMPUTE})
     assert flop.count(2 * attention) == 6
 
 

@@ -14,21 +14,21 @@ import torch
 from alignprop_fast.training.checkpoint import (
     checkpoints,
     find_checkpoint,
+    new_checkpoint,
     read_checkpoint,
     rng_state,
     save_tensors,
     set_rng_state,
-    write_checkpoint,
 )
 
 
 def _write(root, number, keep=5, size=1000):
-    def fill(folder):
+    with new_checkpoint(root, number, {"step": number}, keep) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").write_bytes(random.Random(number).randbytes(size))
         (folder / "optimizer").write_bytes(b"x" * number)
 
-    return write_checkpoint(root, number, {"step": number}, fill, keep)
+    return root / f"checkpoint_{number}"
 
 
 def test_round_trip_and_limit(tmp_path):
@@ -85,13 +85,9 @@ def test_no_good_one_before(tmp_path):
 
 def test_a_failed_write_leaves_the_old_ones(tmp_path):
     _write(tmp_path, 1)
-
-    def fill(folder):
+    with pytest.raises(OSError, match="disk full"), new_checkpoint(tmp_path, 2, {}, 5) as folder:
         (folder / "weights").write_bytes(b"half")
         raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_checkpoint(tmp_path, 2, {}, fill, 5)
     assert find_checkpoint(tmp_path).name == "checkpoint_1"
     _write(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1", "checkpoint_2"]
@@ -100,23 +96,19 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path):
 def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(files_up_to, tmp_path):
     """A limit on the size of files: torch's writer alone would speak of positions in the file."""
     _write(tmp_path, 1)
-
-    def fill(folder):
-        save_tensors({"moments": torch.zeros(10_000)}, folder / "optimizer.pt")
-
-    with files_up_to(10_000), pytest.raises(OSError, match="File too large"):
-        write_checkpoint(tmp_path, 2, {}, fill, 5)
+    with files_up_to(10_000), pytest.raises(OSError, match="File too large"):  # noqa: SIM117
+        with new_checkpoint(tmp_path, 2, {}, 5) as folder:
+            save_tensors({"moments": torch.zeros(10_000)}, folder / "optimizer.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
 WRITER = """
 import itertools, pathlib, random, sys
-from alignprop_fast.training.checkpoint import write_checkpoint
-def fill(folder):
-    for name in "abcd":
-        (folder / name).write_bytes(random.randbytes(200_000))
+from alignprop_fast.training.checkpoint import new_checkpoint
 for number in itertools.count(1):
-    write_checkpoint(sys.argv[1], number, {"step": number}, fill, 2)
+    with new_checkpoint(sys.argv[1], number, {"step": number}, 2) as folder:
+        for name in "abcd":
+            (folder / name).write_bytes(random.randbytes(200_000))
 """
 
 

@@ -1,6 +1,7 @@
 """The options: trl's fields and defaults, and one line for every value that cannot work."""
 
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from alignprop_fast.planner import parse_budget
 from alignprop_fast.training.config import AlignPropConfig
 
 TRL_FIELDS = {
@@ -94,6 +96,11 @@ def test_a_list_from_a_file_becomes_a_tuple():
         ("train_adam_beta1", 1.0),
         ("train_adam_weight_decay", -1.0),
         ("optimizer", "sgdd"),
+        ("lr_scheduler", "cosinus"),
+        ("warmup_steps", -1),
+        ("warmup_steps", 100),
+        ("ema_decay", 1.0),
+        ("ema_decay", float("nan")),
         ("base_dtype", "fp4"),
         ("adapter_dtype", "fp16"),
         ("mixed_precision", "fp8"),
@@ -156,7 +163,7 @@ def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
         ("seed: 1.5", "seed is 1.5: use a whole number"),
         ("lora_rank: '4'", "lora_rank is '4': use a whole number"),
         ("height: 1.0e+2", "height is 100.0: use a whole number or None"),
-        ("memory_budget: no", "memory budget False is no size"),
+        ("memory_budget: no", "memory budget False is not a size"),
         ("tracker_kwargs: []", "use a dictionary"),
         ("truncated_rand_backprop_minmax: [0, 2.5]", "use two whole numbers"),
         ("truncated_rand_backprop_minmax: 5", "use two whole numbers"),
@@ -190,3 +197,18 @@ def test_paths_and_numpy_numbers_become_what_json_knows():
     expected |= {"memory_budget": 2**30, "allow_tf32": False, "truncated_rand_backprop_minmax": [0, 4]}
     for options in (asdict(config), config.to_dict()):
         assert json.loads(json.dumps(options)).items() >= expected.items()
+
+
+def test_scripts_can_read_it_from_their_command_line():
+    """As trl's examples do."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(AlignPropConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--lora_rank", "8", "--num_epochs", "3", "--memory_budget", "4GiB"])
+    assert (config.lora_rank, config.num_epochs) == (8, 3) and parse_budget(config.memory_budget) == 4 * 2**30
+    assert "Rank of the LoRA adapters" in parser.format_help()
+
+
+def test_help_lists_every_field():
+    text = AlignPropConfig.__doc__
+    assert all(re.search(rf"\b{field.name}\b", text) for field in fields(AlignPropConfig))

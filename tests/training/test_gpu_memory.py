@@ -12,8 +12,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models.architectures import architecture
-from alignprop_fast.planner import BudgetInfeasible, Plan, StageChoice
-from alignprop_fast.runtime import OFFLOAD, STEP_OPTIONS
+from alignprop_fast.planner import BlockOption, BudgetInfeasible, Plan, StageChoice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -32,7 +31,7 @@ def measured():
     sampler = DifferentiableSampler(pipe, STEPS, eta=0.0, memory_budget=2**50)
     blank = sampler.model.blank_conditioning(BATCH, True, sampler.size)
     cond = replace(blank, embeds=torch.randn_like(blank.embeds))
-    vars(sampler.model)["encode"] = lambda *_: cond
+    vars(sampler.model)["encode"] = lambda batch: cond
     for parameter in sampler.model.trainable():
         torch.nn.init.normal_(parameter, std=0.02)
     return sampler, before_bytes
@@ -73,21 +72,21 @@ def test_the_peak_is_the_predicted_one(measured, which):
     assert taken_bytes >= 0.99 * plan.peak_bytes, plan.explain()
 
 
-@pytest.mark.parametrize("option", [name + end for name in STEP_OPTIONS for end in ("", OFFLOAD)])
+@pytest.mark.parametrize("option", [*BlockOption])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_every_option_gives_the_same_gradients(measured, option, deterministic, monkeypatch):
     """The same bits where torch is asked for them."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sampler, _ = measured
-    decoder = StageChoice("image", {"*": "recompute"})
+    decoder = StageChoice("image", {"*": BlockOption.RECOMPUTE})
 
     def plan(name):
         options = {"*": name}
-        return Plan(STEPS, (5,), (3,), (options,), options, decoder=decoder, host_bytes=OFFLOAD in name)
+        return Plan(STEPS, (5,), (3,), (options,), options, decoder=decoder, host_bytes=name.offload)
 
     torch.use_deterministic_algorithms(deterministic)
     try:
-        expected, found = gradients(sampler, plan("keep")), gradients(sampler, plan(option))
+        expected, found = gradients(sampler, plan(BlockOption.KEEP)), gradients(sampler, plan(option))
     finally:
         torch.use_deterministic_algorithms(False)
     assert any(grad.abs().max() > 0 for grad in expected)

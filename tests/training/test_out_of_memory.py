@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from alignprop_fast import cli, out_of_memory
+from alignprop_fast.cli import app as command_line
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.planner import Plan, StageChoice
+from alignprop_fast.training import out_of_memory
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -55,8 +56,8 @@ def test_the_command_line_ends_in_one_line(monkeypatch, capsys, error):
     def app(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(command_line, "app", app)
     with pytest.raises(SystemExit) as end:
-        cli.main(["train"])
+        command_line.main(["train"])
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 1 and "use a smaller --batch-size" in lines[0]

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.training.config import AlignPropConfig
+from alignprop_fast.training.optimizers import state_bytes
 from alignprop_fast.training.prepare import make_sampler, place_model, prepare_model
+from alignprop_fast.training.weight_update import WeightUpdate
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
@@ -73,3 +76,17 @@ def test_what_learns_beside_the_denoiser_is_refused(tiny_sd_folder):
     pipeline.text_encoder.get_input_embeddings().weight.requires_grad_()
     with pytest.raises(ValueError, match="trains the denoiser alone, and a text encoder or the VAE requires grad"):
         make_sampler(pipeline, config, None)
+
+
+def test_the_plan_counts_optimizer_and_moving_average(tiny_sd_folder, fresh_process):
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))
+    config = AlignPropConfig(mixed_precision="bf16", adapter_dtype="bf16", sample_num_steps=2, ema_decay=0.9)
+    trained = prepare_model(pipeline, torch.device("cpu"), config)
+    sampler = make_sampler(pipeline, config, None)
+    update = WeightUpdate(config, Accelerator(cpu=True, mixed_precision="no"), trained, use_lora=True)
+    for parameter in trained:
+        parameter.grad = torch.ones(parameter.shape)
+    update.step()
+    average_bytes = sum(tensor.nbytes for tensor in update.average.state_dict()["weights"])
+    assert average_bytes == 4 * sum(parameter.numel() for parameter in trained)
+    assert sampler.optimizer_bytes == state_bytes(update.optimizer) + average_bytes

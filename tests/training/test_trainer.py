@@ -264,7 +264,7 @@ def test_tensorboard_takes_the_options_and_the_numbers(tiny_sd_folder, tmp_path)
     assert [tracker.name for tracker in trackers] == ["tensorboard"] * 2
     events = EventAccumulator(str(tmp_path / "logs" / "trl")).Reload()
     assert [event.step for event in events.Scalars("reward_mean")] == [0, 1]
-    assert {"loss", "reward_std", "grad_norm", "reward/left"} <= set(events.Tags()["scalars"])
+    assert {"loss", "reward_std", "grad_norm", "learning_rate", "reward/left"} <= set(events.Tags()["scalars"])
 
 
 def test_no_open_gate_is_counted_not_a_crash(tiny_sd_folder, tmp_path):
@@ -292,7 +292,8 @@ class Broken:
 
 @pytest.mark.parametrize("defect", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped(tiny_sd_folder, tmp_path, defect):
-    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, truncation="full"), Broken(defect, {1}))
+    config = make_config(tmp_path, truncation="full", lr_scheduler="linear")
+    trainer = make_trainer(tiny_sd_folder, config, Broken(defect, {1}))
     trainer.step(0, 0)
     before = weights(trainer)
     trainer.step(1, 1)
@@ -300,6 +301,7 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_sd_folder, tmp_path, defect):
     assert same(before, weights(trainer))
     trainer.step(2, 2)
     assert trainer.metrics.status == "ok" and trainer.skipped_steps == 1
+    assert trainer.metrics.learning_rate == pytest.approx(1e-3 * 2 / 3)
     assert not same(before, weights(trainer))
     assert all(torch.isfinite(weight).all() for weight in weights(trainer))
 
@@ -441,14 +443,19 @@ class FailsOnce:
 
 
 def test_out_of_memory_repeats_the_step_with_a_leaner_plan(tiny_sd_folder, tmp_path, caplog):
-    """The same prompts, noise and weights as a run that never failed; the budget is lower from then on."""
-    trainers = []
+    """The same prompts, noise and weights as a run that never failed; the budget is lower from then on. Learning rate
+    and average move once a step."""
+    trainers, rates = [], []
     for name, times in (("never", 0), ("once", 1)):
-        config = make_config(tmp_path / name, memory_budget="8GiB")
+        config = make_config(tmp_path / name, memory_budget="8GiB", lr_scheduler="linear", ema_decay=0.5)
         trainer = make_trainer(tiny_sd_folder, config, FailsOnce(times))
-        trainer.train()
+        rates.append([metrics.learning_rate for metrics in trainer.steps()])
         trainers.append(trainer)
     never, once = trainers
+    assert rates[0] == rates[1] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    averages = [trainer.update.average.state_dict() for trainer in trainers]
+    assert averages[0]["updates"] == averages[1]["updates"] == 3
+    torch.testing.assert_close(averages[0]["weights"], averages[1]["weights"], rtol=0, atol=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(never), weights(once), strict=True))
     assert once.reward_fn.seen == never.reward_fn.seen
     assert once.sampler.budget_bytes < never.sampler.budget_bytes == 8 * 2**30
@@ -482,7 +489,7 @@ def test_lora_on_a_quantised_base(tmp_path, base):
     before = weights(trainer)
     trainer.train()
     assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
-    with pytest.raises(ValueError, match="quantised: save its adapters"):
+    with pytest.raises(ValueError, match="quantised: save only its adapters"):
         trainer.save_pretrained(tmp_path / "saved")
 
 

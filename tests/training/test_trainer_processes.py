@@ -85,6 +85,11 @@ def train(name, epochs, **options):
     mine = torch.cat([parameter.detach().flatten() for parameter in trainer.trainable_layers])
     both = trainer.accelerator.gather(mine[None])
     assert torch.equal(both[0], both[1]), "the processes have drifted apart"
+    if trainer.update.average is not None:
+        [average] = trainer.update.average.state_dict()["weights"]
+        assert not torch.equal(average, mine)
+        both = trainer.accelerator.gather(average[None])
+        assert torch.equal(both[0], both[1]), "the averages have drifted apart"
     noises = trainer.accelerator.gather(torch.tensor([random.random(), torch.rand(()).item()]))
     assert noises.unique().numel() == 4, "prompts and noise must differ from process to process"
     gates = of_all_processes(drawn)
@@ -94,9 +99,10 @@ def train(name, epochs, **options):
     return trainer
 
 rule = {"truncated_rand_backprop_minmax": (0, 4), "seed": 3}
-assert train("whole", 3).accelerator.num_processes == 2
-train("parts", 2)
-train("parts", 3, resume_from=f"{root}/parts")
+scheduled = {"lr_scheduler": "linear", "num_epochs": 3, "ema_decay": 0.5}
+assert train("whole", 3, **scheduled).accelerator.num_processes == 2
+train("parts", 2, **scheduled)
+train("parts", 3, resume_from=f"{root}/parts", **scheduled)
 train("narrow", 6, optimizer="adafactor", adapter_dtype="bf16", truncation="gaussian")  # separate tensors
 trainer = make_trainer(folder, f"{root}/gradient")
 rank = trainer.accelerator.process_index
@@ -131,6 +137,7 @@ def wait_for_both(processes, timeout=400):
     return [process.returncode for process in processes], [out for out, _ in found], [err for _, err in found]
 
 
+@pytest.mark.slow("starts pairs of processes, each of which imports everything")
 def test_training_saving_resuming_the_gradient_and_a_kill(tiny_sd_folder, tmp_path, request):
     codes, _, errors = wait_for_both(start_both("-c", WORKER, request.path.parent, tiny_sd_folder, tmp_path))
     # At last one of them is killed, and the other ends at once, with a word.
@@ -139,6 +146,10 @@ def test_training_saving_resuming_the_gradient_and_a_kill(tiny_sd_folder, tmp_pa
     whole, parts = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts"))
     assert read_checkpoint(whole)["steps_done"] == read_checkpoint(parts)["steps_done"] == 3
     assert (whole / NAME).read_bytes() == (parts / NAME).read_bytes()
+    [[whole_average], [parts_average]] = [
+        torch.load(folder / "optimizer.pt")["average"]["weights"] for folder in (whole, parts)
+    ]
+    assert torch.equal(whole_average, parts_average)
     before = load_file(whole.with_name("checkpoint_1") / NAME)
     assert any((tensor != before[key]).any() for key, tensor in load_file(whole / NAME).items())
     # Two processes of one picture each have the gradient of one process with both pictures.
@@ -163,6 +174,7 @@ def wait_until(condition, processes, seconds=240):
         time.sleep(0.02)
 
 
+@pytest.mark.slow("starts pairs of processes, each of which imports everything")
 def test_the_command_writes_once_stops_together_and_goes_on_alone(tiny_sd_folder, tmp_path, command):
     """Ctrl-C reaches one process: both stop after the same step. Then one process goes on where two left off."""
     out = tmp_path / "out"

@@ -58,6 +58,15 @@ def make_trainer(folder, output_dir, use_lora=True, **options):
     return AlignPropTrainer(config, ramp_reward, draw_prompt, pipeline)
 
 
+# With which each step's learning rate is another, and the average differs from the weights.
+SCHEDULED = {"lr_scheduler": "cosine", "warmup_steps": 1, "ema_decay": 0.5, "train_learning_rate": 1e-2}
+
+
+def average(folder):
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    return torch.cat([tensor.flatten() for tensor in state["average"]["weights"]])
+
+
 def adapter_bytes(folder):
     return (folder / "pytorch_lora_weights.safetensors").read_bytes()
 
@@ -75,7 +84,7 @@ if find_spec("prodigyopt"):
 
 @pytest.mark.parametrize(("optimizer", "dtype"), [*((name, "fp32") for name in OPTIMIZERS), (OPTIMIZERS[-1], "bf16")])
 def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtype):
-    options = {"optimizer": optimizer, "adapter_dtype": dtype, "train_gradient_accumulation_steps": 2}
+    options = {"optimizer": optimizer, "adapter_dtype": dtype, "train_gradient_accumulation_steps": 2, **SCHEDULED}
     make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train()
     parts = {**options, "save_freq": 2}
     make_trainer(tiny_sd_folder, tmp_path / "parts", **parts).train(2)
@@ -92,6 +101,7 @@ def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtyp
     assert adapter_bytes(newest(tmp_path / "whole")) != adapter_bytes(
         newest(tmp_path / "whole").with_name("checkpoint_4")
     )
+    assert torch.equal(average(newest(tmp_path / "parts")), average(newest(tmp_path / "whole")))
 
 
 @pytest.mark.parametrize("base", ["int8", *(["nf4"] if find_spec("bitsandbytes") else [])])
@@ -121,12 +131,14 @@ def test_resuming_on_a_quantised_base(tiny_sd_folder, tmp_path, base):
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path, in_backward):
-    options = {"use_lora": False, "optimizer_in_backward": in_backward}
+    options = {"use_lora": False, "optimizer_in_backward": in_backward, **(SCHEDULED if in_backward else {})}
     make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train(2)
     make_trainer(tiny_sd_folder, tmp_path / "parts", **options).train(1)
     make_trainer(tiny_sd_folder, tmp_path / "parts", **options, resume_from=str(tmp_path / "parts")).train(2)
     file = "unet/diffusion_pytorch_model.safetensors"
     assert (newest(tmp_path / "parts") / file).read_bytes() == (newest(tmp_path / "whole") / file).read_bytes()
+    if in_backward:
+        assert torch.equal(average(newest(tmp_path / "parts")), average(newest(tmp_path / "whole")))
 
 
 def test_a_frozen_style_beside_the_trained_adapter(tiny_sd_folder, tmp_path):
@@ -234,7 +246,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)  # no threads before the forks
 from pathlib import Path
-from test_trainer_resume import checkpoints, make_trainer
+from test_trainer_resume import SCHEDULED, checkpoints, make_trainer
 folder, output, steps = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 
 def start():
@@ -242,7 +254,7 @@ def start():
     if child:
         return child
     resume = {"resume_from": str(output)} if checkpoints(output / "checkpoints") else {}
-    make_trainer(folder, output, num_checkpoint_limit=2, **resume).train(steps)
+    make_trainer(folder, output, num_checkpoint_limit=2, num_epochs=steps, **SCHEDULED, **resume).train()
     os._exit(0)
 
 for kill in range(3):
@@ -258,16 +270,18 @@ assert os.waitpid(start(), 0)[1] == 0
 """
 
 
+@pytest.mark.slow("kills and resumes a run many times")
 def test_sigkill_at_any_moment_loses_nothing(tiny_sd_folder, tmp_path, request):
     """A run in processes that are killed three times, at random moments after they have saved something new."""
     steps, output = 24, tmp_path / "killed"
-    make_trainer(tiny_sd_folder, tmp_path / "whole", save_freq=1000).train(steps)
+    make_trainer(tiny_sd_folder, tmp_path / "whole", save_freq=1000, num_epochs=steps, **SCHEDULED).train()
     here = str(request.path.parent)
     arguments = [here, str(tiny_sd_folder), str(output), str(steps)]
     run = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert newest(output).name == newest(tmp_path / "whole").name == f"checkpoint_{steps}"
     assert adapter_bytes(newest(output)) == adapter_bytes(newest(tmp_path / "whole"))
+    assert torch.equal(average(newest(output)), average(newest(tmp_path / "whole")))
 
 
 def test_a_checkpoint_of_options_that_are_objects(tiny_sd_folder, tmp_path):

@@ -1,1 +1,1 @@
-"""The package's ops and lean layers put into the networks of diffusers."""
+"""Replaces layers in diffusers' networks by this package's ops and lean layers."""

@@ -1,7 +1,7 @@
-"""Attention of diffusers' transformer blocks on the package's ops: one processor for each kind of block.
+"""Attention of diffusers' transformer blocks with this package's ops: one processor for each kind of block.
 
-Queries, keys and values that read the same tokens are projected at once, and the attention keeps q, k, v, o and the
-logsumexp. Norms of q and k and rotary positions are diffusers' own.
+Queries, keys and values that read the same tokens are projected at once. The attention keeps q, k, v, o and the
+logsumexp for the backward pass. Norms of q and k and rotary positions are diffusers' own.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from alignprop_fast.ops.attention import attention
-from alignprop_fast.ops.kept import Kind
 from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.reuse import Kind
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether x meets autocast, which would cast inside an op's forward but not inside its backward."""
+    """Whether autocast would apply to x; it casts inside an op's forward but not inside its backward."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 class LeanAttnProcessor(AttnProcessor2_0):
-    """`diffusers` attention of a transformer block, keeping q, k, v, o and the logsumexp."""
+    """`diffusers` attention of a transformer block; keeps q, k, v, o and the logsumexp."""
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ class LeanAttnProcessor(AttnProcessor2_0):
 
 
 class LeanImageAttnProcessor(AttnProcessor2_0):
-    """`diffusers` attention over the pixels of an image, as decoders have it, keeping q, k, v, o and the logsumexp."""
+    """`diffusers` attention over the pixels of an image, as in decoders; keeps q, k, v, o and the logsumexp."""
 
     def __call__(
         self,
@@ -66,7 +66,7 @@ class LeanImageAttnProcessor(AttnProcessor2_0):
 
 
 class LeanJointAttnProcessor(JointAttnProcessor2_0):
-    """`diffusers` attention of SD3: image tokens, and where there are any text tokens behind them, in one attention."""
+    """`diffusers` attention of SD3: image tokens, followed by text tokens if there are any, in one attention."""
 
     def __call__(
         self,
@@ -92,7 +92,7 @@ class LeanJointAttnProcessor(JointAttnProcessor2_0):
 
 
 class LeanFluxAttnProcessor(FluxAttnProcessor):
-    """`diffusers` attention of FLUX: text tokens, then image tokens, with rotary positions; or both in one stream."""
+    """`diffusers` attention of FLUX with rotary positions: text tokens, then image tokens; or both in one stream."""
 
     def __call__(
         self,
@@ -126,7 +126,7 @@ def _normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
 
 
 def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Each layer's result on x, all at once where all are adapters that the op serves."""
+    """Each layer's result on x; computed together if all layers are adapters that the op serves."""
     as_layer: list[Any] = [getattr(linear, "as_layer", None) for linear in linears]
     layers = [None if method is None else method(x) for method in as_layer]
     found = [layer for layer in layers if layer is not None]
@@ -140,7 +140,7 @@ def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def is_plain(attn: nn.Module) -> bool:
-    """Attention as transformer blocks have it: nothing before the projections, nothing after them."""
+    """Whether this is a transformer block's attention, with nothing before or after its projections."""
     if isinstance(attn, FluxAttention):
         return isinstance(attn.processor, FluxAttnProcessor) and attn.processor._attention_backend is None
     if not isinstance(attn, Attention):
@@ -152,18 +152,18 @@ def is_plain(attn: nn.Module) -> bool:
 
 
 def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
-    """The linear layers of a plain attention whose results a block that runs again may keep, with their kind."""
+    """The linear layers of a plain attention whose results a recomputed block may keep, with their kind."""
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
         if getattr(attn, name, None) is not None:
             yield getattr(attn, name), "qkv"
-    if getattr(attn, "to_out", None) is not None:  # FLUX's single-stream blocks have none: theirs is the block's
+    if getattr(attn, "to_out", None) is not None:  # in FLUX's single-stream blocks it belongs to the block
         yield attn.to_out[0], "out"
     if getattr(attn, "to_add_out", None) is not None:
         yield attn.to_add_out, "out"
 
 
 def is_over_an_image(attn: nn.Module) -> bool:
-    """Attention with a group norm before it, its input added to its result, and nothing else."""
+    """Whether this is attention with a group norm before it and its input added to its result, and nothing else."""
     return (
         isinstance(attn, Attention)
         and isinstance(attn.group_norm, nn.GroupNorm)
@@ -183,7 +183,7 @@ _STOCK = {lean: stock for stock, lean in (*_LEAN.items(), *_LEAN_OVER_AN_IMAGE.i
 
 
 def put_processors_in(root: nn.Module) -> None:
-    """Give every attention below root that a processor here serves that processor."""
+    """Give every attention below root its processor from this module, if there is one."""
     modules: list[Any] = list(root.modules())
     for attn in modules:
         lean = _LEAN if is_plain(attn) else _LEAN_OVER_AN_IMAGE if is_over_an_image(attn) else {}

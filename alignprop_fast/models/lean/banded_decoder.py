@@ -1,7 +1,7 @@
-"""Runs the blocks of a diffusers image decoder by bands of rows, for the length of a `with` block.
+"""Runs the blocks of a diffusers image decoder by bands of rows, inside a `with` block.
 
-A residual block becomes one op that keeps its input and computes itself again in its backward pass, so it is not to be
-checkpointed as well; an upsampler keeps nothing. Values and gradients are those of the whole image (see
+A residual block becomes one op that keeps its input and computes itself again in its backward pass, so checkpointing it
+too would be a waste. An upsampler keeps nothing. Values and gradients equal those of the whole image (see
 ops.banded_conv).
 """
 
@@ -24,24 +24,24 @@ Forward = Callable[..., torch.Tensor]
 
 
 def bandable(decoder: nn.Module) -> list[nn.Module]:
-    """What `banded` takes of a decoder: its residual blocks and upsamplers, and the decoder itself."""
+    """The modules of a decoder that `banded` takes: its residual blocks and upsamplers, and the decoder itself."""
     return [module for module in decoder.modules() if isinstance(module, ResnetBlock2D | Upsample2D | Decoder)]
 
 
 @contextmanager
 def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[None]:
-    """Inside the block each of the modules runs by bands of rows: `ResnetBlock2D`, `Upsample2D`, or a `Decoder`, of
-    which that means its last norm, SiLU and convolution.
+    """Inside the `with` block each of the modules runs by bands of rows.
 
-    One that learns, runs under autocast or has an option that the ops do not cover stays as it is. Names, parameters
-    and hooks are not touched. A forward pass in the block may have its backward pass outside, but what is run again for
-    it needs the block again, as `banded_stages` sees to.
+    A module is a `ResnetBlock2D`, an `Upsample2D` or a `Decoder`, whose last norm, SiLU and convolution then run by
+    bands. A module that learns, runs under autocast or has an option that the ops do not cover is left unchanged.
+    Names, parameters and hooks are not touched. The backward pass may run outside the `with` block; a forward pass
+    that is repeated for it must run inside one again, as in `banded_stages`.
 
     Args:
         rows: height of a band in a block's output; None: 1/32 of its height, at least 16.
 
     Raises:
-        TypeError: a module of another kind.
+        TypeError: a module is of another kind.
     """
     with _with_forwards([pair for module in modules for pair in _forwards(module, rows)]):
         yield
@@ -49,9 +49,10 @@ def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[No
 
 @contextmanager
 def banded_stages(decoder: Decoder, rows: int | None = None) -> Iterator[None]:
-    """`banded`, and the middle and each up block of the decoder keep their input alone and run again when needed.
+    """`banded`, with the middle block and each up block of the decoder checkpointed as a stage.
 
-    For one forward pass more, the backward pass holds the blocks of one stage at a time. It may lie outside the block.
+    This costs one more forward pass, and the backward pass holds the blocks of one stage at a time. The backward pass
+    may run outside the `with` block.
     """
     modules, stages = bandable(decoder), [decoder.mid_block, *decoder.up_blocks]
 
@@ -79,18 +80,18 @@ def _with_forwards(changed: Sequence[tuple[nn.Module, Forward]]) -> Iterator[Non
 
 
 def _forwards(module: nn.Module, rows: int | None) -> list[tuple[nn.Module, Forward]]:
-    """The modules to change for this one, each with the forward that it gets."""
+    """The modules to change for this one, each with its new forward."""
     if isinstance(module, ResnetBlock2D):
         return [(module, partial(_residual, module, module.forward, rows))] if _is_plain_residual(module) else []
     if isinstance(module, Upsample2D):
         return [(module, partial(_upsample, module, module.forward, rows))] if _is_plain_upsampler(module) else []
     if not isinstance(module, Decoder):
-        raise TypeError(f"{type(module).__name__} does not run by bands: leave it out")
+        raise TypeError(f"{type(module).__name__} cannot run by bands: leave it out")
     norm, act, conv = module.conv_norm_out, module.conv_act, module.conv_out
     if not _is_plain_norm_conv(norm, act, conv):
         return []
     layer = _norm_conv(norm, conv)
-    # The convolution does all three, so the others pass on what they get.
+    # The convolution does all three steps, so the other two modules return their input.
     return [(norm, _pass_on), (act, _pass_on), (conv, lambda x: norm_conv(x, layer, rows))]
 
 
@@ -169,7 +170,7 @@ def _is_plain_conv(conv: nn.Module | None) -> bool:
 
 
 def _learns(module: nn.Module) -> bool:
-    """Weights that learn, or autocast, which would cast inside an op's forward but not inside its backward."""
+    """Whether weights learn or autocast applies, which casts inside an op's forward but not inside its backward."""
     device_type = next(module.parameters()).device.type
     autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return autocasts or any(p.requires_grad for p in module.parameters())

@@ -1,9 +1,9 @@
-"""Frozen linear weights in 8 or 4 bits: stored packed, dequantised for each product and forgotten again.
+"""Frozen linear weights in 8 or 4 bits: stored packed, and dequantised for each product.
 
-Arithmetic stays what it is, in the model's dtype and with the quantised weights' own values; so outputs and gradients
-are those of a dense model with these values, and every path works on it: the ops, PEFT's layers, stock PyTorch.
-Of each product one dense weight is alive at a time. bitsandbytes' own modules would quantise the activations too (int8)
-and pass the ops by; diffusers' layerwise casting to fp8 has no scales.
+Products are computed in the model's dtype with the dequantised values. So outputs and gradients equal those of a dense
+model with these values, and every path works: the ops, PEFT's layers, stock PyTorch. Only one dense weight is alive at
+a time. bitsandbytes' own modules would also quantise the activations (int8) and bypass the ops; diffusers' layerwise
+casting to fp8 has no scales.
 
     fp8    e4m3, a scale for each output channel                         8 bits     error of normal weights 2.6 %
     int8   symmetric, a scale for each output channel                    8 bits                     0.4 to 0.8 %
@@ -25,22 +25,23 @@ BASE_DTYPES = ("fp8", "int8", "nf4")
 
 _LARGEST_FP8 = 448.0
 _NF4_BLOCK = 64
-# Embeddings of time, text and size and what modulates norms: small, and the model is sensitive to them. Adapters learn.
+# Embeddings of time, text and size, and layers that modulate norms, are small and the model is sensitive to them.
+# Adapters learn.
 _SKIPPED = ("emb", "norm", "lora_")
 
 
 class QuantizedWeight(torch.Tensor):
-    """A packed weight [O, I] that passes for the dense one: whatever reads it gets the dequantised values.
+    """A packed weight [O, I] that behaves like the dense one: reading it gives the dequantised values.
 
-    Autograd saves it as it is, packed. It is made anew at each access, so that a change in place would be lost without
-    a sound: it raises ValueError, naming the remedy.
+    Autograd saves the packed form. The object is created at each access, so a change in place would be lost silently;
+    it raises ValueError with the remedy instead.
     """
 
     @staticmethod
     def __new__(
         cls, kind: str, packed: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype
     ) -> Any:
-        # It has no memory of its own, and who counts memory is not to see any.
+        # Report no storage, so that memory counters ignore this wrapper.
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device, storage_size=0)
 
     def __init__(
@@ -87,13 +88,13 @@ class QuantizedWeight(torch.Tensor):
 
 def _fixed() -> ValueError:
     return ValueError(
-        "the base model is quantised, and its weights cannot be changed (fuse_lora, merge): leave the adapters as they "
+        "the base model is quantised, so its weights cannot be changed (fuse_lora, merge): leave the adapters as they "
         "are, or load the model without base_dtype and fuse there"
     )
 
 
 class QuantizedLinear(LeanLinear):
-    """`nn.Linear` whose frozen weight lies in two buffers, `packed` and `scale`, and is made on demand."""
+    """`nn.Linear` whose frozen weight is stored in two buffers, `packed` and `scale`, and dequantised on demand."""
 
     kind: str
     dense_dtype: torch.dtype
@@ -109,17 +110,18 @@ class QuantizedLinear(LeanLinear):
 def quantize_linears(
     root: nn.Module, kind: str, device: torch.device, dtype: torch.dtype, smallest: int = 2**12
 ) -> list[str]:
-    """Quantise the large linear layers below root, in place, one after another on the device; returns their names.
+    """Quantise the large linear layers below root in place, one after another on the device; returns their names.
 
-    Those of attention and feed-forward; not convolutions, norms, embeddings, adapters or what has fewer than `smallest`
-    weights. Once the other weights have their dtype: a cast would round the scales.
+    These are the layers of attention and feed-forward. Convolutions, norms, embeddings, adapters and layers with fewer
+    than `smallest` weights stay dense. Call it after the other weights have their dtype, because a later cast would
+    round the scales.
 
     Args:
         kind: "fp8", "int8" or "nf4".
-        dtype: in which the layers compute.
+        dtype: of the layers' arithmetic.
 
     Raises:
-        ValueError: unknown kind, or bitsandbytes missing for nf4.
+        ValueError: the kind is unknown, or nf4 is asked for without bitsandbytes.
     """
     if kind not in BASE_DTYPES:
         raise ValueError(f"base_dtype is {kind!r}: use {', '.join(BASE_DTYPES)}")
@@ -138,7 +140,7 @@ def quantize_linears(
 
 
 def is_quantized(root: nn.Module) -> bool:
-    """Whether `quantize_linears` was here."""
+    """Whether `quantize_linears` has changed a layer below root."""
     return any(isinstance(module, QuantizedLinear) for module in root.modules())
 
 
@@ -155,13 +157,13 @@ def _quantize(module: nn.Linear, kind: str, device: torch.device, dtype: torch.d
 
 
 def _scale(weight: torch.Tensor, largest: float) -> torch.Tensor:
-    """[O, 1] in fp32, so that the largest weight of each output channel becomes `largest`."""
+    """Scales [O, 1] in fp32 that map the largest weight of each output channel to `largest`."""
     return (weight.float().abs().amax(dim=1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = _scale(weight, _LARGEST_FP8)
-    # Bytes, which no cast of the module's floating-point tensors touches.
+    # Stored as bytes, because a cast of the module changes all floating-point tensors.
     return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
@@ -174,7 +176,7 @@ def _to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight, blocksize=_NF4_BLOCK, quant_type="nf4")
-    # Half the bytes of the scales, for an error of 0.2 % beside 9 %.
+    # This halves the bytes of the scales and adds an error of 0.2 % to one of 9 %.
     return packed, state.absmax.to(torch.bfloat16)
 
 

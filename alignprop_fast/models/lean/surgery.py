@@ -1,8 +1,8 @@
-"""Puts the frozen-aware ops into a diffusers model, and takes them out again.
+"""Puts the ops for frozen weights into a diffusers model, and takes them out again.
 
-A module changes its class for a subclass with the same parameters and another forward: names, state dict, adapters,
-isinstance checks and copies stay what they were. Where an op does not apply (weights that learn, autocast, an unusual
-option) the module's own forward runs. Attention changes its processor, which is diffusers' own way.
+The class of a module is replaced by a subclass with the same parameters and another forward. So names, state dict,
+adapters, isinstance checks and copies do not change. If an op does not apply (weights that learn, autocast, an unusual
+option), the module's original forward runs. Attention gets another processor, as diffusers provides.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,20 +24,20 @@ from alignprop_fast.models.lean.attention import (
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
-from alignprop_fast.ops.kept import Kind
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linear, lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer
+from alignprop_fast.ops.reuse import Kind
 
 
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
-    """Frozen weights and no autocast, which would cast inside the op's forward but not inside its backward."""
+    """Whether weights are frozen and autocast is off; it casts inside an op's forward but not inside its backward."""
     learning = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
     return not learning and not autocasts(x)
 
 
 class FrozenConv2d(nn.Conv2d):
-    """`nn.Conv2d` that keeps nothing of its input while its weights are frozen."""
+    """`nn.Conv2d` that does not keep its input while its weights are frozen."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _applies(input, self):
@@ -54,27 +54,27 @@ class FrozenConv2d(nn.Conv2d):
 
 
 class LeanLinear(nn.Linear):
-    """`nn.Linear` whose result a segment that runs again may keep, while its weights are frozen."""
+    """`nn.Linear` whose result a recomputed segment may keep while its weights are frozen."""
 
-    kept_as: Kind | None = None
+    reused_as: Kind | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _applies(input, self):
             return super().forward(input)
-        return lora_linear(input, self.weight, self.bias, keep=self.kept_as)
+        return lora_linear(input, self.weight, self.bias, keep=self.reused_as)
 
 
 class LeanLoraLinear(LoraLinear):
-    """PEFT's LoRA layer as one op that keeps x once and casts the adapters instead of x."""
+    """PEFT's LoRA layer as one op that keeps x only once and casts the adapters instead of x."""
 
-    kept_as: Kind | None = None
+    reused_as: Kind | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.as_layer(x)
-        return super().forward(x) if layer is None else lora_linears(x, [layer], self.kept_as)[0]
+        return super().forward(x) if layer is None else lora_linears(x, [layer], self.reused_as)[0]
 
     def as_layer(self, x: torch.Tensor) -> Layer | None:
-        """What the op computes for x, or None where PEFT's own path has to."""
+        """The op's result for x, or None if PEFT's own path must run."""
         base = self.base_layer
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not names or not _applies(x, base) or not self._plain(names):
@@ -83,12 +83,12 @@ class LeanLoraLinear(LoraLinear):
         ups = [self.lora_B[name].weight for name in names]
         if len(names) == 1:
             return Layer(base.weight, base.bias, downs[0], ups[0], self.scaling[names[0]])
-        # Several adapters are one of the summed rank.
+        # Several adapters together form one whose rank is the sum.
         up = torch.cat([up * self.scaling[name] for name, up in zip(names, ups, strict=True)], dim=1)
         return Layer(base.weight, base.bias, torch.cat(downs), up)
 
     def _plain(self, names: list[str]) -> bool:
-        """Low-rank adapters of a dense layer and nothing else: PEFT's own path serves DoRA, dropout and the like."""
+        """Whether there are only low-rank adapters on a dense layer; PEFT's path serves DoRA, dropout and the like."""
         return (
             not self.disable_adapters
             and not self.merged
@@ -103,7 +103,7 @@ def _rate(dropout: nn.Module) -> float:
 
 
 class LeanGEGLU(GEGLU):
-    """`diffusers` GEGLU that keeps its projection alone."""
+    """`diffusers` GEGLU that keeps only its projection."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if autocasts(hidden_states):
@@ -112,10 +112,10 @@ class LeanGEGLU(GEGLU):
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
-    """`diffusers` ResnetBlock2D with norm and SiLU as one op, in whatever memory format its input has."""
+    """`diffusers` ResnetBlock2D with norm and SiLU as one op, in the memory format of its input."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
-        # Decoders name their norm "group", which is the default without a time embedding.
+        # "group" in decoders means the default norm without a time embedding.
         kind = "default" if self.time_embedding_norm == "group" and temb is None else self.time_embedding_norm
         if (
             kind != "default"
@@ -138,7 +138,7 @@ def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, time_embedding_BC: torch.Ten
 
 
 class LeanGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that leaves channels_last as it is, while its weights are frozen."""
+    """`nn.GroupNorm` that preserves channels_last while its weights are frozen."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.ndim != 4 or not self.affine or not _applies(input, self):
@@ -167,13 +167,13 @@ _STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear
 
 
 def put_ops_in(root: nn.Module) -> None:
-    """Give every module below root that has a frozen-aware op that op. Doing it twice changes nothing."""
+    """Put the ops into every module below root that has one. A second call changes nothing."""
     _swap(root, _LEAN.get)
     for linear, kind in _kept_linears(root):
         if type(linear) is nn.Linear:
             linear.__class__ = LeanLinear
         if isinstance(linear, LeanLinear | LeanLoraLinear):
-            linear.kept_as = kind
+            linear.reused_as = kind
     put_processors_in(root)
 
 
@@ -181,13 +181,13 @@ def take_ops_out(root: nn.Module) -> None:
     """Undo `put_ops_in`."""
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
-            vars(module).pop("kept_as", None)
+            vars(module).pop("reused_as", None)
     take_processors_out(root)
     _swap(root, _STOCK.get)
 
 
 def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
-    """The linear layers whose results a transformer block that runs again may keep, with their kind."""
+    """The linear layers whose results a recomputed transformer block may keep, with their kind."""
     for module in root.modules():
         if is_plain(module):
             yield from kept_linears(module)
@@ -200,6 +200,6 @@ def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
 
 def _swap(root: nn.Module, other: Callable[[type[nn.Module]], type[nn.Module] | None]) -> None:
     for module in root.modules():
-        # The exact class: a subclass with a forward of its own is not ours to replace.
+        # The exact class, because a subclass may have a forward of its own.
         if (swapped := other(type(module))) is not None:
             module.__class__ = swapped

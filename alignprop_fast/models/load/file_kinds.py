@@ -1,4 +1,4 @@
-"""What a file is that somebody takes for a model: by its first bytes, and by the names of its tensors."""
+"""Recognise files that are not a trainable model, by their first bytes and by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 Shapes = Mapping[str, list[int]]
 
 _AGAIN = "copy or download it again"
-# First bytes, what such a file is, and what to do. A safetensors file begins with the length of its header, then "{".
+# First bytes, kind of file, remedy. A safetensors file begins with the length of its header, then "{".
 _FIRST_BYTES: tuple[tuple[bytes, str, str], ...] = (
     (b"GGUF", "a GGUF, whose quantised weights cannot be trained on", "give the model in fp16 or bf16 (.safetensors)"),
     (b"PK\x03\x04", "a pickle or another archive, which could run code when it is loaded", "give a .safetensors file"),
     (b"\x80", "a pickle, which could run code when it is loaded", "give a .safetensors file"),
     (
         b"version https://git-lfs",
-        "a pointer of Git LFS and not the file",
-        "fetch it by git lfs pull, or download it",
+        "a Git LFS pointer instead of the file",
+        "fetch the file with git lfs pull, or download it",
     ),
-    (b"<", "a web page", "download the file itself; gated models want hf auth login first"),
-    (b"[ZoneTransfer]", "a note of Windows about a download", "give the file beside it"),
+    (b"<", "a web page", "download the file itself; gated models need hf auth login first"),
+    (b"[ZoneTransfer]", "Windows' note about a download", "give the file beside it"),
     (b"\x08", "an ONNX model, which cannot be trained", "give the model in the diffusers format"),
 )
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -32,23 +32,23 @@ _VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "loss.", "mod
 
 
 def check_bytes(file: Path) -> None:
-    """Raises ValueError where a file begins as one of another kind than safetensors does."""
+    """Raises ValueError if the first bytes of a file belong to another kind than safetensors."""
     with file.open("rb") as stream:
         first = stream.read(64)
     if not first:
         raise ValueError(f"{file} is empty (0 bytes), damaged: {_AGAIN}")
-    if len(first) <= 8 or first[8:9] == b"{":  # too short for anything: damaged, as who opens it says
+    if len(first) <= 8 or first[8:9] == b"{":  # a file this short is damaged, which opening it reports
         return
     for begin, what, remedy in _FIRST_BYTES:
         if first.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(begin):
             raise ValueError(f"{file} is {what}: {remedy}")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in first):
-        raise ValueError(f"{file} is a text and no .safetensors file: give one, or the folder with model_index.json")
+        raise ValueError(f"{file} is text, not a .safetensors file: give one, or the folder with model_index.json")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A file that is no model, or not one that can be trained. seen: by the names and shapes of its tensors."""
+    """A kind of file that is not a trainable model. seen: recognises it by the names and shapes of its tensors."""
 
     name: str
     seen: Callable[[Shapes], bool]
@@ -56,7 +56,7 @@ class Kind:
 
 
 def _any(*marks: str) -> Callable[[Shapes], bool]:
-    """Whether some name has one of these in it; those with ^ begin with it."""
+    """Whether a name contains one of these, or begins with one marked ^."""
     found = re.compile("|".join(("^" if mark[0] == "^" else "") + re.escape(mark.lstrip("^")) for mark in marks))
     return lambda shapes: any(found.search(name) for name in shapes)
 
@@ -72,7 +72,7 @@ def _is_vae(shapes: Shapes) -> bool:
     return all(name.startswith(_VAE) for name in inner)
 
 
-# In this order: a LoRA of a text encoder has the text encoder's names, T5 begins as a VAE does.
+# The order matters: a LoRA of a text encoder has the text encoder's names, and T5's first names are a VAE's.
 KINDS = (
     Kind(
         "bitsandbytes' 4-bit weights",
@@ -85,24 +85,24 @@ KINDS = (
         "give the file in fp16 or bf16 (--base-dtype fp8 stores them in fp8)",
     ),
     Kind(
-        "a LoRA and no model",
+        "a LoRA, not a model",
         lambda shapes: any(_LORA.search(name) for name in shapes),
-        "give the model that it was trained on; sample takes the LoRA by --lora, merge by itself",
+        "give the model that it was trained on; sample takes the LoRA with --lora, merge takes it directly",
     ),
-    Kind("an IP-Adapter and no model", _any("^ip_adapter.", "^image_proj."), "give the text-to-image model itself"),
+    Kind("an IP-Adapter, not a model", _any("^ip_adapter.", "^image_proj."), "give the text-to-image model itself"),
     Kind(
-        "a ControlNet or T2I-Adapter and no model",
+        "a ControlNet or T2I-Adapter, not a model",
         _any(
             "^control_model.", "controlnet_", "input_hint_block.", "^zero_convs.", "^adapter.body.", "^body.0.resnets."
         ),
         "give the text-to-image model itself",
     ),
-    Kind("an embedding (textual inversion) and no model", _is_embedding, "give the text-to-image model itself"),
+    Kind("an embedding (textual inversion), not a model", _is_embedding, "give the text-to-image model itself"),
     Kind(
         "an upscaler", _any("^conv_first.", "^model.1.sub.", "^params_ema.", "^params."), "give a text-to-image model"
     ),
     Kind(
-        "SDXL's refiner, which draws from a picture beside the prompt",
+        "SDXL's refiner, which needs a picture beside the prompt",
         _any("^conditioner.embedders.0.model."),
         "give SDXL itself or a fine-tune",
     ),
@@ -118,7 +118,7 @@ _ALONE = (
         "give the model with its denoiser",
     ),
     Kind("an image encoder (CLIP)", _any("vision_model.", "^visual."), "give a text-to-image model"),
-    Kind("a VAE and no model", _is_vae, "give the model with its denoiser"),
+    Kind("a VAE, not a model", _is_vae, "give the model with its denoiser"),
 )
 _DENOISERS = {
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
@@ -128,7 +128,7 @@ _DENOISERS = {
 
 
 def check_kind(file: Path, shapes: Shapes) -> str:
-    """The class of pipeline whose denoiser a file holds (StableDiffusionPipeline stands for every UNet).
+    """The class of pipeline whose denoiser a file holds; StableDiffusionPipeline for every UNet.
 
     Raises:
         ValueError: the file is of another kind.
@@ -138,13 +138,13 @@ def check_kind(file: Path, shapes: Shapes) -> str:
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     found = [name for name, seen in _DENOISERS.items() if seen(shapes)]
     if found:
-        # FLUX in diffusers' names has what SD3 has, and single blocks.
+        # In diffusers' names FLUX has everything that SD3 has, and single blocks.
         return "FluxPipeline" if "FluxPipeline" in found else found[0]
     for kind in _ALONE:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
-    raise ValueError(f"{file} holds no denoiser that is known (but {names}): give an SD, SDXL, SD3 or FLUX.1 model")
+    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3 or FLUX.1 model")
 
 
 def has_text_encoders(shapes: Shapes) -> bool:
@@ -152,6 +152,6 @@ def has_text_encoders(shapes: Shapes) -> bool:
 
 
 def denoiser_names(shapes: Shapes) -> dict[str, str]:
-    """Of the denoiser in a file: name in the file -> name without what some programs put before it."""
+    """The denoiser's tensors: name in the file -> name without the prefix that some programs add."""
     prefix = next((one for one in _PREFIXES if any(name.startswith(one) for name in shapes)), "")
     return {name: name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}

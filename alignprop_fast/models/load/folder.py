@@ -1,4 +1,4 @@
-"""The folder of a pipeline in the diffusers format: what it holds, which of its weights are taken, and loading it."""
+"""A pipeline's folder in the diffusers format: check it, choose its weights, load it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.load.file_kinds import check_bytes
+from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
 SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 
-_BY_PICTURE = "draws from a picture beside the prompt"
+_BY_PICTURE = "needs a picture beside the prompt"
 _OTHER_KINDS = {
     "StableDiffusionXLImg2ImgPipeline": "refines a picture, as SDXL's refiner does",
     "LatentConsistencyModelPipeline": "is distilled to few steps by its own rule (LCM)",
@@ -34,7 +35,7 @@ _OTHER_KINDS = {
     **{f"Flux{name}Pipeline": _BY_PICTURE for name in ("Fill", "Kontext", "Control", "Img2Img", "Inpaint")},
 }
 
-# Parts whose weights the chain has no use for; the others are tokenizers and schedulers, which have none.
+# Parts whose weights the chain does not use. The other parts are tokenizers and schedulers, which have no weights.
 _UNUSED = ("safety_checker", "feature_extractor")
 _STEM = "(?:diffusion_pytorch_model|pytorch_model|model)"
 _WHOLE = re.compile(rf"{_STEM}(?:\.([A-Za-z]\w*))?\.safetensors")
@@ -43,8 +44,8 @@ _PICKLE = re.compile(rf"{_STEM}.*\.bin")
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How weights are loaded: in which dtype, and whether .bin files may be read (by torch's restricted unpickler)."""
+class PipelineLoading:
+    """How to load weights: the dtype, and whether .bin files may be read (by torch's restricted unpickler)."""
 
     dtype: torch.dtype
     allow_pickle: bool
@@ -52,10 +53,11 @@ class Loading:
 
 @dataclass(frozen=True)
 class Weights:
-    """What of a model's files is to be read.
+    """The files of a model to read.
 
-    variant: as in `from_pretrained`, such as "fp16"; None: the files without one. names: of the safetensors files, or
-    of the indices of those in several files, with their folder. pickles: parts of the pipeline that are in .bin files.
+    variant: as in `from_pretrained`, such as "fp16"; None: files without a variant.
+    names: paths of the safetensors files within the model; for weights in several files, that of their index.
+    pickles: parts of the pipeline that are in .bin files.
     """
 
     variant: str | None
@@ -67,8 +69,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json of a folder with a pipeline of a supported class.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or names a class that is not supported.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or names a class that is not supported.
     """
     file = folder / "model_index.json"
     if not file.is_file():
@@ -77,11 +79,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path) -> str:
-    """What to give in place of a folder that is no pipeline's."""
+    """The remedy for a folder that is not a pipeline's."""
     inner = sorted([*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")])
     files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt", ".gguf"))
     if inner:
-        return f"give the folder within, {inner[0].parent}"
+        return f"give the folder inside it, {inner[0].parent}"
     if (folder / "adapter_config.json").is_file():
         return "it holds a PEFT adapter; give the model that it was trained on"
     if "pytorch_lora_weights.safetensors" in files:
@@ -91,17 +93,17 @@ def _instead(folder: Path) -> str:
     if [*folder.glob("*.onnx"), *folder.glob("*/*.onnx")]:
         return "it holds an ONNX model, which cannot be trained; give a model in the diffusers format"
     if files:
-        return f"it holds files; give one of them, such as {folder / files[0]}, with --model-config"
-    return "give the top folder of a pipeline saved by save_pretrained"
+        return f"it holds single files; give one of them, such as {folder / files[0]}, with --model-config"
+    return "give the top folder of a pipeline that save_pretrained wrote"
 
 
 def check_index(file: Path, where: str) -> dict[str, Any]:
-    """`file`, the model_index.json of the model `where`. Raises ValueError as `read_index`."""
+    """The content of `file`, the model_index.json of the model `where`. Raises ValueError as `read_index`."""
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: copy or save the model anew") from error
+        raise ValueError(f"{file} is damaged: copy or save the model again") from error
     if name in _OTHER_KINDS:
         raise ValueError(
             f"{where} holds a {name}, which {_OTHER_KINDS[name]}: use the text-to-image model that it was made from"
@@ -112,7 +114,7 @@ def check_index(file: Path, where: str) -> dict[str, Any]:
 
 
 def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
-    """Names of the parts of a pipeline that are networks, as far as the chain needs them."""
+    """Names of the networks of a pipeline that the chain uses."""
     return [
         name
         for name, entry in index.items()
@@ -123,13 +125,12 @@ def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
 
 
 def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow_pickle: bool) -> Weights:
-    """Of a model's files ("unet/config.json") those that its user would expect: full weights, before a variant of
-    them, before pickles.
+    """Choose from a model's files ("unet/config.json"): full weights first, then a variant of them, then pickles.
 
-    Says in one line of the log what it takes, where that is not the obvious. `where`: the model, for messages.
+    Logs one line if the choice is not obvious. `where`: the model, for messages.
 
     Raises:
-        ValueError: a part without weights, or with pickles alone and those not allowed.
+        ValueError: a part has no weights, or only pickles and those are not allowed.
     """
     found: dict[str, dict[str | None, str]] = {}
     pickles = {}
@@ -147,11 +148,9 @@ def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow
     names = [variants.get(variant) or variants[None] for part, variants in found.items() if part not in pickles]
     others = sorted({str(one) for variants in found.values() for one in variants if one not in (None, variant)})
     if variant is None and others:
-        logger.warning(
-            "%s holds the full weights and a variant (%s): the full ones are taken", where, ", ".join(others)
-        )
+        logger.warning("%s holds the full weights and a variant (%s): using the full ones", where, ", ".join(others))
     if pickles:
-        logger.warning("%s: the pickles %s are read, tensors only", where, ", ".join(pickles.values()))
+        logger.warning("%s: reading the pickles %s, tensors only", where, ", ".join(pickles.values()))
     return Weights(variant, tuple(names), tuple(pickles))
 
 
@@ -170,24 +169,24 @@ def _pickle(part: str, names: Sequence[str], where: str, allow_pickle: bool) -> 
 
 
 def _variant(found: Mapping[str, set[str | None]], where: str) -> str | None:
-    """The variant to load where some part has no full weights: one that all of these have, "fp16" before others."""
+    """The variant to load if some parts lack full weights: one that all these parts have, "fp16" before others."""
     lacking = {part: variants for part, variants in found.items() if None not in variants}
     if not lacking:
         return None
     common = set.intersection(*lacking.values())
     if not common:
         held = "; ".join(f"{part}: {', '.join(sorted(map(str, one)))}" for part, one in lacking.items())
-        raise ValueError(f"{where} has neither full weights nor one variant of all ({held}): download it whole")
+        raise ValueError(f"{where} has neither full weights nor one variant of all parts ({held}): download it whole")
     variant = min(common, key=lambda one: (one != "fp16", str(one)))
-    logger.warning("%s holds no full weights of %s: the %s variant is taken", where, ", ".join(lacking), variant)
+    logger.warning("%s holds no full weights of %s: using the %s variant", where, ", ".join(lacking), variant)
     return variant
 
 
 def check_weights(folder: Path, weights: Weights) -> None:
-    """Look at the files before anything large is read.
+    """Check the files before anything large is read.
 
     Raises:
-        ValueError: one is damaged, or missing from those that make up a whole.
+        ValueError: a file is damaged, or one of several that belong together is missing.
     """
     for name in weights.names:
         file = folder / name
@@ -208,7 +207,7 @@ def check_safetensors(file: Path) -> None:
     """Compare a safetensors file's length with its header.
 
     Raises:
-        ValueError: the file is damaged, for example cut off, or no safetensors file at all.
+        ValueError: the file is damaged, for example cut off, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -221,7 +220,7 @@ def check_safetensors(file: Path) -> None:
 
 
 def local_weights(folder: Path, parts: Iterable[str], allow_pickle: bool) -> Weights:
-    """`choose_weights` of a folder, and `check_weights`."""
+    """Choose the weights of a folder with `choose_weights` and check them."""
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     weights = choose_weights(files, parts, str(folder), allow_pickle)
     check_weights(folder, weights)
@@ -229,7 +228,7 @@ def local_weights(folder: Path, parts: Iterable[str], allow_pickle: bool) -> Wei
 
 
 def check_dense(folder: Path, parts: Iterable[str]) -> None:
-    """Raises ValueError where the denoiser or the VAE was saved quantised by another library."""
+    """Raises ValueError if another library saved the denoiser or the VAE quantised."""
     for part in parts:
         file = folder / part / "config.json"
         if part.startswith("text_encoder") or not file.is_file():
@@ -237,7 +236,7 @@ def check_dense(folder: Path, parts: Iterable[str]) -> None:
         try:
             settings = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
         except (ValueError, AttributeError):
-            continue  # who reads it says what is wrong with it
+            continue  # reading it later reports the error
         if settings:
             raise ValueError(
                 f"the {part} of {folder} is quantised ({settings.get('quant_method', 'by another library')}): give the "
@@ -255,22 +254,22 @@ def load_folder(
     """The pipeline in a folder, without its safety checker.
 
     Args:
-        index, weights: of `read_index` and `local_weights`.
+        index, weights: results of `read_index` and `local_weights`.
         given: parts that are not read from the folder.
 
     Raises:
-        ValueError: files that do not make up the pipeline, or weights that are quantised.
+        ValueError: the files do not form the pipeline, or its weights are quantised.
     """
     from diffusers import DiffusionPipeline
 
     check_dense(folder, [part for part in parts_with_weights(index) if part not in given])
-    # What was left out when the folder was saved (T5, say) diffusers wants to hear again.
+    # diffusers must be told again which parts (such as T5) were left out when the folder was saved.
     absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         with warnings.catch_warnings():
-            # Renamed to `dtype` in later versions of diffusers, which still take the old name.
+            # Later versions of diffusers call it `dtype` but still accept the old name.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             return DiffusionPipeline.from_pretrained(
                 str(folder),
@@ -288,15 +287,8 @@ def load_folder(
 
 
 def _unpickled(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:
-    """A part from its .bin files, which both libraries read by torch's restricted unpickler."""
+    """A part from its .bin files; both libraries read them with torch's restricted unpickler."""
     library, class_name = entry
     return getattr(import_module(library), class_name).from_pretrained(
         str(folder), torch_dtype=dtype, use_safetensors=False, local_files_only=True
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error of these libraries says, without its pointer to a trace that is not shown."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line.partition(" Please check out the root cause")[0] for line in lines]
-    return lines[0].rstrip(".:;") if lines else type(error).__name__

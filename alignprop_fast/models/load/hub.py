@@ -1,21 +1,22 @@
-"""Models of the Hugging Face Hub: what is needed of their files, in the local cache."""
+"""Models of the Hugging Face Hub: the files that are needed, in the local cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.models.load.folder import Weights, check_index, choose_weights, first_line, parts_with_weights
+from alignprop_fast.models.load.folder import Weights, check_index, choose_weights, parts_with_weights
+from alignprop_fast.ops.errors import first_line
 
 
 def fetch(model: str, revision: str, allow_pickle: bool) -> tuple[Path, dict[str, Any], Weights]:
-    """The local folder of a model "owner/name", its index and its weights, as `load_folder` wants them.
+    """The local folder of a model "owner/name", its index and its weights, as `load_folder` takes them.
 
-    A class that is not supported is refused before anything large is downloaded. Without network what was downloaded
-    before is taken.
+    An unsupported class is refused before anything large is downloaded. Without a network, files downloaded earlier are
+    used.
 
     Raises:
-        OSError: the Hub cannot be reached, or has no such model.
+        OSError: the Hub cannot be reached or has no such model.
         ValueError: as `check_index` and `choose_weights`.
     """
     from diffusers import DiffusionPipeline
@@ -24,7 +25,7 @@ def fetch(model: str, revision: str, allow_pickle: bool) -> tuple[Path, dict[str
     files, offline = None, None
     try:
         files = [sibling.rfilename for sibling in HfApi().model_info(model, revision=revision).siblings or ()]
-    except Exception as error:  # of many kinds, network and Hub alike
+    except Exception as error:  # network and Hub raise many kinds
         offline = error
     try:
         file = Path(hf_hub_download(model, "model_index.json", revision=revision, local_files_only=files is None))

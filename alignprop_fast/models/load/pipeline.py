@@ -1,4 +1,4 @@
-"""Pipelines from a folder, a single file, the Hub or the package itself, with errors that say what to do."""
+"""Load pipelines from a folder, a single file, the Hub or the package itself, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.models.architectures import NAMES, published_pipeline
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
-    Loading,
-    first_line,
+    PipelineLoading,
     load_folder,
     local_weights,
     parts_with_weights,
@@ -21,6 +21,7 @@ from alignprop_fast.models.load.folder import (
 from alignprop_fast.models.load.hub import fetch, fetch_configs
 from alignprop_fast.models.load.single_file import load_single_file
 from alignprop_fast.models.schedules import DIFFUSION, FLOW, check_family, check_scheduler, make_scheduler
+from alignprop_fast.ops.errors import first_line
 
 SCHEDULERS = ("auto", *DIFFUSION, *FLOW)
 
@@ -36,30 +37,30 @@ def load_pipeline(
 ) -> Any:
     """A pipeline of one of the classes in SUPPORTED, ready for `DifferentiableSampler`.
 
-    The safety checker goes, every weight is frozen, and the modules are in evaluation mode.
+    It has no safety checker. Every weight is frozen and the modules are in evaluation mode.
 
     Args:
         model: a folder in the diffusers format, a single .safetensors file, a Hub id "owner/name", or "demo" for the
             bundled model.
         revision: of a Hub model.
-        scheduler: of SCHEDULERS, with the settings of the model's own as far as it knows them; auto: DDIM without
-            clipping, and flow-euler for models of flow matching.
-        model_config: for a single file: the folder of a model of the same architecture, which gives configurations
-            and tokenizers; for a denoiser alone, as files of SD3 and FLUX mostly are, also everything else, for a whole
-            file of SD or SDXL a VAE that it lacks.
-        allow_pickle: read weights that there are in .bin files alone, by torch's restricted unpickler.
+        scheduler: one of SCHEDULERS, with those settings of the model's own scheduler that it knows. auto: DDIM without
+            clipping, or flow-euler for models of flow matching.
+        model_config: for a single file, the folder of a model of the same architecture. Configurations and tokenizers
+            come from there. If the file holds only the denoiser, as most files of SD3 and FLUX do, everything else
+            comes from there too. If a whole file of SD or SDXL lacks the VAE, the VAE comes from there.
+        allow_pickle: also read .bin files if there is no other file, with torch's restricted unpickler.
 
     Raises:
-        FileNotFoundError: no such folder, or a folder without `model_index.json`.
-        ValueError: a file of another kind, an unsupported pipeline class or scheduler, or files that are damaged, not
-            allowed or do not fit.
-        OSError: a Hub model that cannot be reached.
+        FileNotFoundError: there is no such folder, or it has no `model_index.json`.
+        ValueError: the file is of another kind, the pipeline class or scheduler is not supported, or files are damaged,
+            not allowed or do not fit.
+        OSError: a Hub model cannot be reached.
     """
-    source, loading = _resolve(model), Loading(dtype, allow_pickle)
+    source, loading = _resolve(model), PipelineLoading(dtype, allow_pickle)
     if isinstance(source, Path) and source.is_file():
         pipe = load_single_file(source, model_config, loading)
     elif model_config is not None:
-        raise ValueError(f"a model config is for a single .safetensors file: leave it out for {model}")
+        raise _needless_config(model)
     elif isinstance(source, Path):
         index = read_index(source)
         pipe = load_folder(source, index, local_weights(source, parts_with_weights(index), allow_pickle), dtype)
@@ -73,29 +74,62 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def load_outline(model: str | Path, dtype: torch.dtype = torch.bfloat16, revision: str = "main") -> Any:
-    """The pipeline that `load_pipeline` gives, on the meta device: from its configuration files, without weights.
+def load_outline(
+    model: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    revision: str = "main",
+    scheduler: str = "auto",
+    model_config: str | Path | None = None,
+) -> Any:
+    """The pipeline of `load_pipeline` on the meta device, built from configuration files without weights.
 
-    Tokenizers are left out, so that it cannot encode prompts.
+    It has no tokenizers, so it cannot encode prompts. Of a single file, whose names of parts are its author's
+    own, the outline is that of the model config.
+
+    Args:
+        model: as in `load_pipeline`, or the name of a published architecture (`architectures.NAMES`).
+        revision, scheduler, model_config: as in `load_pipeline`.
 
     Raises:
-        As `load_pipeline`.
+        As `load_pipeline`; ValueError: a single file without a model config.
     """
-    source = _resolve(model)
-    folder = source if isinstance(source, Path) else fetch_configs(source, revision)
-    index = read_index(folder)
-    try:
-        pipe = _outline(folder, index)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"cannot read the configuration in {folder}: {first_line(error)}; copy it again") from error
-    pipe.scheduler = pick_scheduler(pipe, "auto")
+    pipe = published_pipeline(model, dtype) if isinstance(model, str) and model in NAMES else None
+    if pipe is None:
+        folder = _config_folder(model, revision, model_config)
+        index = read_index(folder)
+        try:
+            pipe = _outline(folder, index)
+        except LOADING_ERRORS as error:
+            raise ValueError(
+                f"cannot read the configuration in {folder}: {first_line(error)}; copy it again"
+            ) from error
+    pipe.scheduler = pick_scheduler(pipe, scheduler)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-            # diffusers warns of every cast, also where there is nothing to cast.
+            # diffusers warns about every cast, even if there is nothing to cast.
             if any(parameter.dtype != dtype for parameter in module.parameters()):
                 module.to(dtype)
     return pipe
+
+
+def _config_folder(model: str | Path, revision: str, model_config: str | Path | None) -> Path:
+    """Where the configuration files of a model lie."""
+    try:
+        source = _resolve(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; of {', '.join(NAMES)} the name is enough") from error
+    if isinstance(source, Path) and source.is_file():
+        if model_config is None:
+            raise ValueError(f"{model} holds weights alone: give the folder of its configurations as the model config")
+        return Path(model_config).expanduser()
+    if model_config is not None:
+        raise _needless_config(model)
+    return source if isinstance(source, Path) else fetch_configs(source, revision)
+
+
+def _needless_config(model: str | Path) -> ValueError:
+    return ValueError(f"a model config is for a single .safetensors file: leave it out for {model}")
 
 
 def _outline(folder: Path, index: dict[str, Any]) -> Any:
@@ -111,7 +145,7 @@ def _outline(folder: Path, index: dict[str, Any]) -> Any:
 
 
 def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> Any:
-    """One component from its configuration; None for what the chain does not use."""
+    """One component from its configuration; None if the chain does not use it."""
     library, class_name = entry or (None, None)
     if library not in ("diffusers", "transformers") or name.startswith(("tokenizer", "safety_checker", "feature_ext")):
         return None
@@ -119,7 +153,7 @@ def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> An
     part_class = getattr(module, str(class_name))
     with torch.device("meta"):
         if library == "transformers":
-            if not (folder / name / "config.json").is_file():  # transformers would make do with defaults
+            if not (folder / name / "config.json").is_file():  # without it transformers would use defaults
                 raise OSError(f"no config.json in {folder / name}")
             return part_class(part_class.config_class.from_pretrained(folder / name, local_files_only=True))
         return part_class.from_config(part_class.load_config(folder / name, local_files_only=True))
@@ -154,10 +188,12 @@ def _resolve(model: str | Path) -> Path | str:
 
 
 def _check_complete(pipe: Any, model: str | Path) -> None:
-    """diffusers leaves weights that a file lacks on the meta device, and a tokenizer without its files knows no words.
+    """Check that no weights and no vocabulary are missing.
+
+    diffusers leaves missing weights on the meta device, and a tokenizer without its files has no vocabulary.
 
     Raises:
-        ValueError: one of the two.
+        ValueError: weights, a part or a vocabulary are missing.
     """
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
@@ -166,6 +202,6 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
                 "the model config of its own architecture"
             )
         if name.startswith(("text_encoder", "tokenizer")) and part is None and not name.endswith("_3"):  # SD3's T5
-            raise ValueError(f"{model} has no {name}, which prompts are encoded by: give a model that is whole")
+            raise ValueError(f"{model} has no {name}, which encodes the prompts: give a complete model")
         if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
             raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")

@@ -1,13 +1,14 @@
-"""The adapters of a pipeline: which there are, which one is trained and saved, and what it adds to the weights.
+"""The adapters of a pipeline: which ones exist, which one is trained and saved, and what it adds to the weights.
 
-An adapter is a LoRA under one name, in the denoiser and, where its file had factors for them, in text encoders. To a
-weight it adds scale * up @ down, in memory and in a file alike. One that does anything else fits no LoRA file and is
-refused by name, when training is set up and when it is saved.
+An adapter is a LoRA with one name. It has factors in the denoiser and, if its file had some for them, in text encoders.
+It adds scale * up @ down to a weight, in memory as in a file. An adapter that does anything else does not fit a LoRA
+file: setting up training and saving both refuse it, and the message names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -23,8 +24,8 @@ from alignprop_fast.models.lora.factors import LEAVES_THE_BASE, Factors, Lora
 from alignprop_fast.models.lora.keys import listed
 from alignprop_fast.models.lora.targets import denoiser, denoiser_name, target_modules
 
-# What says where factors are, how they began or how strong they are: the file has the modules and the factors
-# themselves, and the scale of each module as it is. Any other field that is set changes what an adapter computes.
+# Fields that say where the factors are, how they started or how strong they are. A file does not need them, because it
+# holds the factors and the scale of every module. Any other field that is set changes what the adapter computes.
 _IN_THE_FACTORS = frozenset(
     {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
@@ -42,7 +43,7 @@ def has_lora(pipe: Any) -> bool:
 
 
 def parts_with_adapters(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of the pipeline that carry adapters, by the names of its components, without PEFT's own wrapper."""
+    """The networks of the pipeline that carry adapters, by component name, without PEFT's wrapper."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return {name: _unwrapped(part) for name, part in parts.items() if _configs(part)}
 
@@ -51,7 +52,7 @@ def the_adapter(pipe: Any, name: str | None = None) -> str:
     """Name of the adapter that is trained and saved: the given one, the one that requires grad, or the only one.
 
     Raises:
-        ValueError: no adapters in the denoiser, none of that name, or several to choose from.
+        ValueError: the denoiser has no adapters, none of that name, or several and no name was given.
     """
     names = list(_configs(denoiser(pipe)))
     if not names:
@@ -62,7 +63,7 @@ def the_adapter(pipe: Any, name: str | None = None) -> str:
         return name
     found = [name for name in names if requires_grad(pipe, name)] or names
     if len(found) > 1:
-        whose = "require grad" if requires_grad(pipe, found[0]) else "are there and none requires grad"
+        whose = "require grad" if requires_grad(pipe, found[0]) else "exist and none requires grad"
         raise ValueError(
             f"the adapters {listed(map(repr, found))} {whose}: choose one, for example adapter={found[-1]!r}"
         )
@@ -70,7 +71,7 @@ def the_adapter(pipe: Any, name: str | None = None) -> str:
 
 
 def requires_grad(pipe: Any, name: str) -> bool:
-    """Whether any parameter of that adapter in the denoiser does."""
+    """Whether any parameter of that adapter in the denoiser requires grad."""
     return any(learns(layer, name) for _, layer in _layers(denoiser(pipe), name))
 
 
@@ -87,8 +88,10 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 
 def adapter_factors(pipe: Any, name: str) -> Lora:
-    """The factors of an adapter in every part of the pipeline, by their names in LoRA files: the very parameters,
-    detached, and the scale in effect, whatever alpha, rsLoRA, patterns or `set_adapters` made it.
+    """The factors of an adapter in every part of the pipeline, by their names in LoRA files.
+
+    They are the parameters themselves, detached, with the scale in effect: the result of alpha, rsLoRA, patterns and
+    `set_adapters`.
 
     Raises:
         ValueError: as `check_fits_a_file`.
@@ -104,11 +107,11 @@ def adapter_factors(pipe: Any, name: str) -> Lora:
 
 
 def check_fits_a_file(pipe: Any, name: str) -> None:
-    """Refuse an adapter of which diffusers would not get the same back from a LoRA file.
+    """Refuse an adapter that diffusers could not restore exactly from a LoRA file.
 
     Raises:
-        ValueError: another kind of adapter, an option of PEFT's that leaves more than factors, an initialisation that
-            changes the base model, adapters in a part that diffusers loads none into, or fused ones.
+        ValueError: another kind of adapter, an option of PEFT that needs more than factors, an initialisation that
+            changes the base model, adapters in a part that diffusers does not load any into, or fused ones.
     """
     for part, model in parts_with_adapters(pipe).items():
         _check_not_fused(part, model)
@@ -117,21 +120,20 @@ def check_fits_a_file(pipe: Any, name: str) -> None:
             if getattr(config, "init_lora_weights", True) not in LEAVES_THE_BASE:
                 raise ValueError(
                     f"adapter {other!r} has init_lora_weights={config.init_lora_weights!r}, which changes the base "
-                    'model, so that its file would fit a model that nobody has: use init_lora_weights="gaussian"'
+                    'model, so its file would not fit the model as published: use init_lora_weights="gaussian"'
                 )
         if name in configs:
             if part not in pipe._lora_loadable_modules:
-                raise ValueError(f"adapter {name!r} is in {part}, where diffusers loads none: delete it there")
+                raise ValueError(f"adapter {name!r} is in {part}, where diffusers loads no adapters: delete it there")
             _check_config(name, configs[name])
             _check_layers(name, model)
 
 
 def check_trains(pipe: Any, name: str) -> None:
-    """Refuse an adapter that what the pipeline draws does not depend on, as a whole or in one of its parts.
+    """Refuse an adapter that has no effect on the pictures, as a whole or in one of its parts.
 
     Raises:
-        ValueError: adapters that are switched off, that one not among the active ones or of weight 0, or attention
-            that goes past its projections.
+        ValueError: adapters are switched off, this one is not active or has weight 0, or fused attention bypasses it.
     """
     for part, model in parts_with_adapters(pipe).items():
         layers = [layer for _, layer in _layers(model, name)]
@@ -141,21 +143,21 @@ def check_trains(pipe: Any, name: str) -> None:
             raise ValueError(f"adapter {name!r} is not active: call the pipeline's set_adapters([{name!r}, ...]) first")
     model = _unwrapped(denoiser(pipe))
     if all(layer.scaling[name] == 0 for _, layer in _layers(model, name)):
-        raise ValueError(f"adapter {name!r} has weight 0: give it another one by the pipeline's set_adapters")
+        raise ValueError(f"adapter {name!r} has weight 0: give it another with the pipeline's set_adapters")
     if any(isinstance(m, Attention | AttentionModuleMixin) and m.fused_projections for m in model.modules()):
-        raise ValueError("the projections of attention are fused, past adapters: call unfuse_qkv_projections() first")
+        raise ValueError("fused attention projections bypass the adapters: call unfuse_qkv_projections() first")
 
 
 def describe(pipe: Any, name: str) -> str:
-    """Where that adapter is, and which others there are, in a line."""
+    """One line: where that adapter is, and which others exist."""
     where = {part: list(_configs(model)) for part, model in parts_with_adapters(pipe).items()}
     mine = [part for part, names in where.items() if name in names and part != denoiser_name(pipe)]
     others = sorted({other for names in where.values() for other in names if other != name})
     rank = _configs(denoiser(pipe))[name].r
     line = f"adapter {name!r} of the {denoiser_name(pipe)}, rank {rank}, is trained and saved"
     if mine:
-        line += f"; its part in {', '.join(mine)} stays as it is and is saved with it"
-    return line + (f"; left as they are and not saved: {listed(map(repr, others))}" if others else "")
+        line += f"; its part in {', '.join(mine)} is not trained but saved with it"
+    return line + (f"; neither trained nor saved: {listed(map(repr, others))}" if others else "")
 
 
 def _unwrapped(model: Any) -> Any:
@@ -167,19 +169,19 @@ def _configs(model: nn.Module) -> Mapping[str, PeftConfig]:
 
 
 def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-    """The layers that hold something of that adapter, by their paths."""
+    """The layers with parameters of that adapter, by path."""
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and _held(layer, name):
             yield path, layer
 
 
 def _held(layer: BaseTunerLayer, name: str) -> set[str]:
-    """Which of a layer's containers of parameters have an entry of that adapter."""
+    """The containers of parameters of a layer that have an entry for that adapter."""
     return {kind for kind in layer.adapter_layer_names if name in getattr(layer, kind, ())}
 
 
 def _name_in_files(part: str, model: nn.Module, path: str) -> str:
-    # Files have the names of CLIP before transformers 5 left `text_model` out; diffusers' loader asks the same.
+    # Files use CLIP's names with `text_model`, which transformers 5 dropped; diffusers' loader expects them too.
     return f"text_model.{path}" if part.startswith("text_encoder") and not hasattr(model, "text_model") else path
 
 
@@ -194,12 +196,12 @@ def _check_not_fused(part: str, model: nn.Module) -> None:
 def _check_config(name: str, config: PeftConfig) -> None:
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise ValueError(f"adapter {name!r} is of PEFT's kind {kind}, which no LoRA file holds: make a peft.LoraConfig")
+        raise ValueError(f"adapter {name!r} has PEFT's type {kind}, which LoRA files cannot hold: use peft.LoraConfig")
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in _IN_THE_FACTORS and value and value != field.default:
             raise ValueError(
-                f"adapter {name!r} has {field.name} in its LoraConfig, which LoRA files do not carry: make it without"
+                f"adapter {name!r} has {field.name} in its LoraConfig, which LoRA files cannot hold: make it without"
             )
 
 
@@ -209,11 +211,11 @@ def _check_layers(name: str, model: nn.Module) -> None:
         if strange or layer.lora_B[name].bias is not None:
             what = min(strange) if strange else "a bias"
             raise ValueError(
-                f"adapter {name!r} has {what} in {path}, which LoRA files do not carry: leave {path} out of its targets"
+                f"adapter {name!r} has {what} in {path}, which LoRA files cannot hold: leave {path} out of its targets"
             )
 
 
-DEFAULT = "default"  # PEFT's own name for an adapter that has none
+DEFAULT = "default"  # PEFT's name for an adapter without a name
 
 
 def add_lora(
@@ -221,11 +223,11 @@ def add_lora(
 ) -> list[torch.nn.Parameter]:
     """Freeze the denoiser and give it trainable fp32 adapters; returns their parameters.
 
-    y = W x + (alpha / rank) B A x on every layer that `targets` (of `lora_targets.TARGETS`) names, A drawn from
-    N(0, 1 / rank^2) with the global generator and B zero, so that at first nothing changes.
+    y = W x + (alpha / rank) B A x on every layer that `targets` (one of `targets.TARGETS`) names. A is drawn from
+    N(0, 1 / rank^2) with the global generator. B starts as zero, so the output does not change at first.
 
     Raises:
-        ValueError: a rank below 1, unknown targets, or a denoiser that already has adapters.
+        ValueError: the rank is below 1, the targets are unknown, or the denoiser already has adapters.
     """
     from peft import LoraConfig
 
@@ -237,19 +239,21 @@ def add_lora(
     names = target_modules(model, targets)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
-    model.add_adapter(config, name)
+    # PEFT makes adapters of a model on the meta device on the CPU.
+    with model.device if model.device.type == "meta" else nullcontext():
+        model.add_adapter(config, name)
     return trainable_in_fp32(model)
 
 
 def train_adapter(pipe: Any, name: str | None = None) -> str:
-    """Make one adapter of the denoiser trainable and all else in it frozen; returns the adapter's name.
+    """Make one adapter of the denoiser trainable, freeze everything else in it, and return the adapter's name.
 
-    Its factors get fp32 storage, those in text encoders too, which stay frozen. Other adapters stay as they are: the
-    active ones go on taking part.
+    Its factors get fp32 storage, also those in text encoders, which stay frozen. Other adapters are not changed, and
+    active ones stay active.
 
     Raises:
-        ValueError: none that requires grad and none named, several to choose from, one that fits no LoRA file, or one
-            that the denoiser's output does not depend on.
+        ValueError: no adapter requires grad or was named, there are several to choose from, the adapter does not fit a
+            LoRA file, or it has no effect on the denoiser's output.
     """
     chosen = the_adapter(pipe, name)
     if name is None and not requires_grad(pipe, chosen):
@@ -267,7 +271,7 @@ def train_adapter(pipe: Any, name: str | None = None) -> str:
 
 
 def trainable_in_fp32(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Give the trainable parameters fp32 storage, whatever the frozen ones have, and return them."""
+    """Give the trainable parameters fp32 storage and return them; frozen ones keep their dtype."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.to(torch.float32)

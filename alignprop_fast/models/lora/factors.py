@@ -1,4 +1,4 @@
-"""What a LoRA file says of one module: two factors and a scale."""
+"""The LoRA of one module: two factors and a scale."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # of PEFT's init_lora_weights: others change it
+# Values of PEFT's init_lora_weights that leave the base model as it is.
+LEAVES_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's delta = scale * up @ down. down: [rank, in] or [rank, in, kh, kw]; up: [out, rank] or
-    [out, rank, 1, 1]; scale: alpha / rank, or what stands for it."""
+    """One module's delta = scale * up @ down.
+
+    down: [rank, in] or [rank, in, kh, kw]; up: [out, rank] or [out, rank, 1, 1]; scale: alpha / rank, or alpha /
+    sqrt(rank) of rank-stabilised LoRA.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
@@ -24,11 +28,11 @@ class Factors:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """What deltas of one module have in common: [out, in] or [out, in, kh, kw]."""
+        """The shape of the delta: [out, in] or [out, in, kh, kw]."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def scaled_up(self) -> torch.Tensor:
-        """`up` with the scale in it."""
+        """scale * up."""
         return self.up if self.scale == 1 else self.scale * self.up
 
     def delta(self) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The keys of a LoRA file, whoever wrote it: which factor of which layer each tensor is.
+"""The keys of a LoRA file in any naming: each tensor's layer and factor.
 
 unet.mid_block. ... .attn1.processor.to_q_lora.down.weight                  diffusers' `attn_procs`
-text_encoder. ... .q_proj.lora_linear_layer.down.weight                     diffusers, of a text encoder
+text_encoder. ... .q_proj.lora_linear_layer.down.weight                     diffusers, for a text encoder
 base_model.model.mid_block. ... .to_q.lora_A.default.weight                 PEFT
 lora_unet_mid_block_ ... _to_q.lora_down.weight, .alpha                     kohya's scripts
 diffusion_model.middle_block. ... .to_q.lora_A.weight                       ComfyUI
@@ -22,7 +22,7 @@ _FACTOR = re.compile(
 )
 _ALPHA = re.compile(r"(?P<layer>.+?)(?:[._]lora)?\.alpha")
 
-_DELTAS = "whose deltas are of another form: give plain LoRA files"
+_DELTAS = "whose deltas have another form: give plain LoRA files"
 _OTHER_KINDS = {
     "dora_scale": f"a DoRA, {_DELTAS}",
     "magnitude_vector": f"a DoRA, {_DELTAS}",
@@ -35,14 +35,14 @@ _OTHER_KINDS = {
     ".on_input": f"an IA3, {_DELTAS}",
     ".ia3_l": f"an IA3, {_DELTAS}",
     "vera_lambda": f"a VeRA, {_DELTAS}",
-    "query_norm.scale": "a control LoRA, which draws from a picture beside the prompt: give a plain LoRA file",
-    "lora_controlnet": "a control LoRA, which draws from a picture beside the prompt: give a plain LoRA file",
-    "bundle_emb": "a LoRA with learned words in it, which its file alone cannot carry on: save it without them",
+    "query_norm.scale": "a control LoRA, which needs a picture beside the prompt: give a plain LoRA file",
+    "lora_controlnet": "a control LoRA, which needs a picture beside the prompt: give a plain LoRA file",
+    "bundle_emb": "a LoRA with learned words, which cannot be kept here: save it without them",
     "emb_params": "a textual inversion (a learned word), which has no adapters: give a LoRA file",
     "string_to_param": "a textual inversion (a learned word), which has no adapters: give a LoRA file",
 }
 _WORDS = {"clip_l", "clip_g", "t5xxl"}  # the keys of a learned word, by text encoder
-_NO_EFFECT = (".diff", ".diff_b", ".bias")  # added to weights: nothing where they are zero
+_NO_EFFECT = (".diff", ".diff_b", ".bias")  # added to weights, so they have no effect when they are zero
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Pair:
 
 
 def check_kind(keys: Collection[str], file: Path) -> None:
-    """Raises ValueError where the keys are those of something else than LoRA factors."""
+    """Raises ValueError if the keys belong to something other than LoRA factors."""
     for word, kind in _OTHER_KINDS.items():
         if any(word in key for key in keys):
             raise ValueError(f"{file} is {kind}")
@@ -67,8 +67,8 @@ def check_kind(keys: Collection[str], file: Path) -> None:
     if any(key.endswith((".diff", ".diff_b")) for key in keys):
         raise ValueError(f"{file} holds whole differences of weights and no LoRA factor: give plain LoRA files")
     raise ValueError(
-        f"{file} holds {min(keys)!r} and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming, as a model "
-        "does: give the file of a LoRA"
+        f"{file} holds {min(keys)!r} and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming: if it is a "
+        "model, give the file of a LoRA"
     )
 
 
@@ -76,7 +76,7 @@ def pairs(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Pair]:
     """{the layer's name in the file: its factors}.
 
     Raises:
-        ValueError: a factor that is there twice, or without the other one, or a tensor that is no factor.
+        ValueError: a factor appears twice or lacks its partner, or a tensor is not a factor.
     """
     found: dict[str, Pair] = {}
     alphas: dict[str, torch.Tensor] = {}
@@ -99,14 +99,14 @@ def pairs(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Pair]:
             strange.append(f"{layer}.alpha")
     if strange:
         raise ValueError(
-            f"{file} has {listed(strange)}, which is no name of kohya's files or others for a LoRA factor: give plain "
+            f"{file} has {listed(strange)}, which names no LoRA factor in kohya's files or others: give plain "
             "LoRA files"
         )
     return found
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first of these names for a message of one line, and how many more there are."""
+    """The first names, and how many more there are, for a message of one line."""
     distinct = sorted(set(names))
     shown, more = distinct[:4], len(distinct[4:])
     return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""The adapters once more in kohya's naming, which ComfyUI, Forge and others read, with kohya's metadata."""
+"""Write adapters in kohya's naming and with kohya's metadata, for ComfyUI, Forge and others."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.pipeline_adapter import native_size
 
 KOHYA_NAME = "kohya_lora_weights.safetensors"
-_TAGS = 100  # prompts that are listed in the metadata, at most
+_TAGS = 100  # the most prompts that the metadata lists
 
 
 def save_kohya_lora(
     pipe: Any, folder: str | Path, metadata: Mapping[str, str] | None = None, adapter: str | None = None
 ) -> Path:
-    """Write what `save_lora` writes to `folder/kohya_lora_weights.safetensors`, whole, with `metadata` in the header.
+    """Write the adapter that `save_lora` writes, as a whole file, to `folder/kohya_lora_weights.safetensors`.
+
+    metadata: for the header.
 
     Raises:
-        ValueError: as `save_lora`, or a module that kohya's files have no name for.
+        ValueError: as `save_lora`, or kohya's files have no name for a module.
     """
     content = kohya_content(adapter_factors(pipe, the_adapter(pipe, adapter)), metadata, pipe)
     folder = Path(folder)
@@ -51,7 +53,7 @@ def save_kohya_lora(
 
 
 def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None, pipe: Any = None) -> bytes:
-    """The content of a `kohya_lora_weights.safetensors`. `pipe`, and errors, as in `to_kohya`."""
+    """The content of a `kohya_lora_weights.safetensors`. `pipe` and errors as in `to_kohya`."""
     from safetensors.torch import save
 
     lora = _of_one_alpha(lora)
@@ -72,7 +74,7 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None, pipe: A
 
 
 def _of_one_alpha(lora: Lora) -> Lora:
-    """The same deltas with one alpha, the commonest: diffusers takes that one for every module of such a file."""
+    """The same deltas, all with the most frequent alpha: diffusers uses one alpha for all modules of such a file."""
     alpha = Counter(factors.scale * factors.rank for factors in lora.values()).most_common(1)[0][0] or 1.0
     one = {}
     for module, factors in lora.items():
@@ -85,11 +87,12 @@ def _of_one_alpha(lora: Lora) -> Lora:
 def kohya_metadata(
     pipe: Any, *, base_model: str, title: str, comment: str, prompts: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What model managers show, in the keys of kohya's scripts (ss_*) and of Stability's model specification.
+    """Metadata that model managers show, with the keys of kohya's scripts (ss_*) and of Stability's specification.
 
-    base_model, title: names, not paths. comment: how it was trained, in a line. prompts: those that were trained on; as
-    there are no trigger words, they stand in their place. options: of those called steps, seed, learning_rate,
-    optimizer and mixed_precision, what there is.
+    base_model, title: names, not paths.
+    comment: how it was trained, in one line.
+    prompts: the training prompts. They take the place of trigger words, of which there are none.
+    options: any of steps, seed, learning_rate, optimizer and mixed_precision.
     """
     config = denoiser(pipe).config
     size = native_size(pipe)
@@ -113,8 +116,10 @@ def kohya_metadata(
 
 
 def _version_names(class_name: str, config: Any, has_second_text: bool) -> dict[str, str]:
-    """The base model's family, by the width of its text conditioning or of its blocks; nothing for one of no family
-    that these keys have a name for."""
+    """The base model's family, found by the width of its text conditioning or of its blocks.
+
+    Empty if these keys have no name for the family.
+    """
     if class_name == "FluxTransformer2DModel":
         version, architecture = "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
     elif class_name == "SD3Transformer2DModel":
@@ -133,10 +138,10 @@ def _version_names(class_name: str, config: Any, has_second_text: bool) -> dict[
 
 
 def to_kohya(lora: Lora, pipe: Any = None) -> dict[str, torch.Tensor]:
-    """The tensors of a file in kohya's naming. `pipe`: the pipeline that the adapters are of, as in `is_flux`.
+    """The tensors of a file in kohya's naming. `pipe`: the pipeline of the adapters, as in `is_flux`.
 
     Raises:
-        ValueError: a module that these names have no place for, or whose name would stand for another one.
+        ValueError: a module has no name in this naming, or its name would mean another module.
     """
     whole: Lora = {}
     modules = dict(lora)
@@ -167,7 +172,7 @@ def _reads_back(module: str) -> bool:
 
 
 def _original(modules: Lora, pipe: Any) -> tuple[Lora, Lora]:
-    """(a transformer's modules under the names of its original release, what is left over)."""
+    """(a transformer's modules under the names of its original release, the remaining modules)."""
     from alignprop_fast.models.lora.names import is_flux
 
     whole: Lora = {}
@@ -187,7 +192,7 @@ def _original(modules: Lora, pipe: Any) -> tuple[Lora, Lora]:
 
 
 def _joined(parts: tuple[str, ...], held: list[Factors | None]) -> Factors:
-    """The factors of the matrix that is made up of the parts' rows."""
+    """The factors of the matrix that stacks the rows of its parts."""
     present = [factors for factors in held if factors is not None]
     if len(parts) == 1:
         return present[0]

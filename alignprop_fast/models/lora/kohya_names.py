@@ -5,13 +5,15 @@
     transformer.transformer_blocks.3.attn.{to_q,to_k,to_v}  ->  lora_unet_joint_blocks_3_x_block_attn_qkv   (SD3)
 
 with the suffixes .lora_down.weight, .lora_up.weight and .alpha (scale = alpha / rank). UNets keep diffusers' block
-names, which all readers know; SGM's names, as kohya's scripts write SDXL, are read too. The transformers have the
-names of their original releases, where several projections are one matrix: of factors (A_i, B_i) of its parts
+names, which all readers know. SGM's names, which kohya's scripts write for SDXL, are read too. The transformers have
+the names of their original releases, which join several projections into one matrix. With factors (A_i, B_i) of the
+parts,
 
     down = [A_1; A_2; ...]     up = diag(B_1, B_2, ...)
 
-is the same delta, and a part that has no factors keeps zeros. Back, each part takes its rows of `up` and of these the
-columns that are not all zero: of a block-diagonal file the very factors that went in, of another one `down` whole.
+gives the same delta; a part without factors is zero. In the other direction, each part takes its rows of `up`, and of
+these the columns that are not all zero. From a block-diagonal file this returns the original factors; from any other
+file every part gets all of `down`.
 """
 
 from __future__ import annotations
@@ -77,9 +79,9 @@ FLUX_BLOCKS = {
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
 }
 MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
-MLP_RATIO = 4  # of FLUX's single-stream blocks, everywhere
+MLP_RATIO = 4  # of every FLUX single-stream block
 _OLD_BLOCKS = {**FLUX_BLOCKS, **MMDIT_BLOCKS}
-_XLABS = {  # the names of XLabs' trainer, of FLUX
+_XLABS = {  # the names of XLabs' trainer for FLUX
     "double_blocks": {
         "qkv1": _FLUX_DOUBLE["img_attn_qkv"],
         "qkv2": _FLUX_DOUBLE["txt_attn_qkv"],
@@ -107,7 +109,9 @@ _SGM_RESIDUAL = {
 
 
 def original_paths(name: str, unet_layers: int) -> tuple[str, ...]:
-    """What a layer of an original release is in diffusers, where a matrix may be several; any other name as it is.
+    """The modules in diffusers of a layer of an original release; one matrix can be several modules.
+
+    Any other name is returned unchanged.
 
     name: with underscores for dots, such as double_blocks_3_img_attn_qkv. unet_layers: residual layers of a block.
     """
@@ -122,7 +126,7 @@ def original_paths(name: str, unet_layers: int) -> tuple[str, ...]:
 
 
 def _of_sgm(where: str, number: int, kind: str | None, leaf: str, per_block: int) -> str:
-    """SGM and CompVis count through all blocks; an up- or downsampler is a layer of its own or the end of one."""
+    """SGM and CompVis number all blocks in one sequence; a sampler is a layer of its own or the end of one."""
     block, layer = divmod(number - (where == "input"), per_block)
     is_last = layer == per_block - 1
     group = {"0": "resnets", "1": "attentions"}.get(kind or "", "")
@@ -137,19 +141,19 @@ def _of_sgm(where: str, number: int, kind: str | None, leaf: str, per_block: int
 
 
 def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> Lora:
-    """One layer's factors as those of the modules that it is in diffusers, each with its rows of `up`.
+    """The factors of one layer, split into those of its modules in diffusers, each with its rows of `up`.
 
-    name: in the file, which is for messages.
+    name: in the file. name and file are for messages.
 
     Raises:
-        ValueError: a number of rows that these modules cannot have.
+        ValueError: the number of rows does not fit these modules.
     """
     if len(modules) == 1:
         return {modules[0]: swapped(name.replace(".", "_"), factors)}
     width, rows = factors.down.shape[1], factors.up.shape[0]
     sizes = [width] * 3 + [rows - 3 * width] * (len(modules) - 3)
     if sum(sizes) != rows or min(sizes) <= 0:
-        raise ValueError(f"{name} in {file} has {rows} rows for an input of {width}: it is of another model")
+        raise ValueError(f"{name} in {file} has {rows} rows for an input of {width}: load the model it was made for")
     found = {}
     for module, up in zip(modules, factors.up.split(sizes), strict=True):
         used = up.abs().sum(0) != 0
@@ -160,7 +164,7 @@ def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> 
 
 
 def swapped(leaf: str, factors: Factors) -> Factors:
-    """Where a norm has shift and scale alone, the original release has them the other way round."""
+    """If a norm has only shift and scale, the original release stores them in the opposite order."""
     is_last = "final_layer" in leaf or factors.up.shape[0] == 2 * factors.down.shape[1]
     if not leaf.endswith("adaLN_modulation_1") or not is_last:
         return factors

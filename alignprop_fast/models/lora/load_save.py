@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021) in a diffusers pipeline, over PEFT: new ones, trained ones, and their files."""
+"""Save LoRA adapters (Hu et al. 2021) of a diffusers pipeline, and load them with PEFT."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def save_lora(
 ) -> Path:
     """Write an adapter to `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
-    It is the one of that name, or the one that `the_adapter` finds: with what it adds in the denoiser and in text
-    encoders, at the strength that it has in the pipeline. The file is read back before it gets its name, and is there
-    whole or not at all. `metadata` goes into its header, beside the adapter's own configuration.
+    The adapter is the one of that name, or the one that `the_adapter` finds. The file holds its factors in the denoiser
+    and in text encoders, with the strength that it has in the pipeline. The file is read back before it gets its final
+    name, so it is either complete or absent. `metadata` goes into its header, beside the adapter's configuration.
 
     Raises:
-        ValueError: a denoiser without adapters, several to choose from, or one that fits no LoRA file.
+        ValueError: the denoiser has no adapters, there are several to choose from, or the adapter does not fit a LoRA
+            file.
     """
     lora = adapter_factors(pipe, the_adapter(pipe, adapter))
     folder = Path(folder)
@@ -38,12 +39,12 @@ def save_lora(
     with whole(folder / WEIGHTS_NAME) as temporary:
         temporary.write_bytes(lora_content(lora, metadata))
         if not _equal(read_lora(temporary, pipe), lora):
-            raise ValueError(f"{temporary} does not read back as it was written: save into another folder")
+            raise ValueError(f"{temporary} reads back differently from what was written: save into another folder")
     return folder / WEIGHTS_NAME
 
 
 def _equal(one: Lora, two: Lora) -> bool:
-    """Whether two adapters are the same, factors to the bit."""
+    """Whether two adapters are the same; factors are compared to the bit."""
     return _fits(one, two) and all(
         torch.equal(one[module].down, two[module].down.float().cpu())
         and torch.equal(one[module].up, two[module].up.float().cpu())
@@ -52,7 +53,7 @@ def _equal(one: Lora, two: Lora) -> bool:
 
 
 def _fits(one: Lora, two: Lora) -> bool:
-    """Whether two adapters have the same places, ranks and scales; alpha / rank is one more rounding."""
+    """Whether two adapters have the same modules, ranks and scales (up to the rounding of alpha / rank)."""
     return one.keys() == two.keys() and all(
         (one[module].down.shape, one[module].up.shape) == (two[module].down.shape, two[module].up.shape)
         and math.isclose(one[module].scale, two[module].scale)
@@ -63,33 +64,34 @@ def _fits(one: Lora, two: Lora) -> bool:
 def load_lora(pipe: Any, path: str | Path, adapter: str | None = None) -> None:
     """Put the adapters of a LoRA file, or of `path/pytorch_lora_weights.safetensors`, into the pipeline.
 
-    Where the denoiser has adapters already, the values of one are overwritten in place, so that an optimizer keeps its
-    hold on them: of that name, or the one that `the_adapter` finds. Otherwise this is `pipe.load_lora_weights`.
+    If the denoiser already has adapters, the values of one are overwritten in place, so that an optimizer keeps its
+    parameters. It is the adapter of that name, or the one that `the_adapter` finds. Otherwise this does the same as
+    `pipe.load_lora_weights`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file, or adapters of another kind, shape or scale, or in other places.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or its adapters have another kind, shape, scale or other modules.
     """
     file = lora_file(path)
     if not has_lora(pipe):
         load_new(pipe, file, adapter)
     elif is_kohya(file):
-        raise ValueError(f"{file} is in kohya's naming, and the denoiser has adapters already: give {WEIGHTS_NAME}")
+        raise ValueError(f"{file} is in kohya's naming, but the denoiser already has adapters: give {WEIGHTS_NAME}")
     else:
         _overwrite(pipe, file, the_adapter(pipe, adapter))
 
 
 def load_new(pipe: Any, file: Path, name: str | None = None) -> Lora:
-    """Give the pipeline the adapters of a LoRA file, in any naming that `read_lora` knows; returns them.
+    """Add the adapters of a LoRA file, in any naming that `read_lora` knows, to the pipeline; returns them.
 
-    name: of the adapter in the pipeline; None: one that is free, of diffusers' choice.
+    name: of the adapter in the pipeline. None: diffusers chooses one that is free.
 
     Raises:
         ValueError: as `load_lora`.
     """
     lora = read_lora(file, pipe)
     try:
-        # As we write it: of others diffusers reads a part, and a header may ask for what changes the base model.
+        # In our own naming: diffusers reads only a part of other files, and their header may change the base model.
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / WEIGHTS_NAME).write_bytes(lora_content(lora))
             pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
@@ -97,14 +99,14 @@ def load_new(pipe: Any, file: Path, name: str | None = None) -> Lora:
         raise _misfit(file) from error
     lost = [module for module in lora if not _has(pipe, module, name)]
     if lost:
-        raise ValueError(f"diffusers loads no adapters of {listed(lost)}: give a file without them in place of {file}")
+        raise ValueError(f"diffusers loads no adapters for {listed(lost)}: replace {file} by a file without them")
     return lora
 
 
 def _has(pipe: Any, module: str, name: str | None) -> bool:
     """Whether that adapter (or any) is in the module, such as unet.mid_block.attentions.0....to_q."""
     part, _, inner = module.partition(".")
-    # transformers 5 has no `text_model` in one of its text encoders.
+    # One text encoder of transformers 5 has no `text_model`.
     for path in (inner, inner.removeprefix("text_model.")):
         try:
             held = pipe.components[part].get_submodule(path).lora_A
@@ -122,14 +124,13 @@ def _overwrite(pipe: Any, file: Path, name: str) -> None:
     mine, theirs = adapter_factors(pipe, name), read_lora(file, pipe)
     if not _fits(mine, theirs):
         raise ValueError(
-            f"the adapters in {file} have another rank, scale or other places: use the LoRA rank and alpha they have"
+            f"the adapters in {file} have another rank, scale or other modules: use their LoRA rank, alpha and targets"
         )
     set_factors(pipe, name, theirs)
 
 
 def set_factors(pipe: Any, name: str, lora: Lora) -> None:
-    """Give modules of an adapter that is there these values, in place: PEFT's own loader puts new parameters in, which
-    an optimizer would not know."""
+    """Overwrite the values of an adapter in place; PEFT's loader would create parameters unknown to an optimizer."""
     mine = adapter_factors(pipe, name)
     for module, pair in lora.items():
         mine[module].down.copy_(pair.down)

@@ -1,13 +1,13 @@
-"""LoRA files mixed linearly in the weight delta: of the files alone, no model is loaded.
+"""Mix LoRA files linearly in the weight delta, without loading a model.
 
-    delta = sum_i w_i s_i B_i A_i        s_i = alpha_i / rank_i of the file, w_i the weight asked for
+    delta = sum_i w_i s_i B_i A_i        s_i = alpha_i / rank_i of file i, w_i its weight in the mixture
 
-Exact by stacking: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...], whose rank is the sum of the ranks. Or
-re-factored to a given rank by truncated SVD, the best there is in the Frobenius norm (Eckart and Young 1936): with
-B = Q_b R_b and A^T = Q_a R_a only the small R_b R_a^T is decomposed, and delta is never formed.
+Stacking is exact: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...]. The rank is then the sum of the ranks. A
+truncated SVD reduces it to a given rank with the smallest possible error in the Frobenius norm (Eckart and Young 1936).
+With B = Q_b R_b and A^T = Q_a R_a, only the small matrix R_b R_a^T is decomposed and delta is never formed.
 
-PEFT's `add_weighted_adapter` does the same between adapters that a model carries: it needs the base model, decomposes
-the full delta, pads every module to one rank and reports no error.
+PEFT's `add_weighted_adapter` mixes adapters that a model carries. It needs the base model, decomposes the full delta,
+pads every module to one rank and reports no error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alignprop_fast.models.lora.factors import Factors, Lora
 
 @dataclass(frozen=True)
 class Merged:
-    """A mixture and what it lost: ||delta - kept|| / ||delta|| (Frobenius) of each module and of all together."""
+    """A mixture and its error ||delta - kept|| / ||delta|| (Frobenius), for each module and for all together."""
 
     factors: Lora
     errors: dict[str, float]
@@ -31,16 +31,16 @@ class Merged:
 
 
 def merge_loras(loras: Sequence[tuple[Lora, float]], rank: int | None = None) -> Merged:
-    """sum_i weight_i delta_i, exact, or at most of that rank. A module that an adapter lacks counts as zero there.
+    """sum_i weight_i delta_i, exact or with at most the given rank. A module that an adapter lacks counts as zero.
 
     Raises:
-        ValueError: weights that are not finite or all zero, a rank below 1, adapters without a module in common or
-            with one of different shapes.
+        ValueError: weights are not finite or all zero, the rank is below 1, or the adapters have no module in common or
+            one with different shapes.
     """
     _check(loras, rank)
     used = [(lora, weight) for lora, weight in loras if weight != 0]
     factors: Lora = {}
-    kept_squared: dict[str, tuple[float, float]] = {}  # lost and whole squared norm of each module
+    kept_squared: dict[str, tuple[float, float]] = {}  # squared norms of each module: lost, whole
     for module in sorted({name for lora, _ in used for name in lora}):
         stacked = _stacked([(lora[module], weight) for lora, weight in used if module in lora])
         factors[module], kept_squared[module] = (stacked, (0.0, 1.0)) if rank is None else _truncated(stacked, rank)
@@ -54,7 +54,7 @@ def _check(loras: Sequence[tuple[Lora, float]], rank: int | None) -> None:
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"the weights {weights} are not all finite: use numbers such as 0.5")
     if not any(weights):
-        raise ValueError("every weight is 0, which is the base model: give one that is not")
+        raise ValueError("every weight is 0, which gives the base model: set at least one other weight")
     if rank is not None and rank < 1:
         raise ValueError(f"the rank is {rank}: use at least 1")
     if not set.intersection(*(set(lora) for lora, _ in loras)):
@@ -76,8 +76,8 @@ def _stacked(parts: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def _truncated(factors: Factors, rank: int) -> tuple[Factors, tuple[float, float]]:
-    """The nearest delta of that rank, and the squared Frobenius norms of what is lost and of the whole."""
-    # In float64: the error of a rank that suffices is a difference of nearly equal numbers.
+    """The nearest delta of that rank, and the squared Frobenius norms of the lost part and of the whole."""
+    # In float64, because the error of a sufficient rank is a difference of nearly equal numbers.
     q_up, r_up = torch.linalg.qr(factors.scaled_up().flatten(1).double())
     q_down, r_down = torch.linalg.qr(factors.down.flatten(1).double().T)
     u, s, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)

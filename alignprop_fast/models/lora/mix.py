@@ -1,4 +1,4 @@
-"""Several LoRA files in one pipeline, each with a weight that can be changed between pictures."""
+"""Several LoRA files in one pipeline, each with a weight that can change between pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def load_loras(pipe: Any, paths: Sequence[str | Path]) -> list[str]:
     """Put LoRA files (or folders with one) into the pipeline, switched off; returns their names there.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file, or adapters for another model.
+        FileNotFoundError: there is no such file.
+        ValueError: a file is damaged, or its adapters are for another model.
     """
     names = [f"lora_{i}" for i in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
@@ -25,7 +25,7 @@ def load_loras(pipe: Any, paths: Sequence[str | Path]) -> list[str]:
 
 
 def set_lora_weights(pipe: Any, weights: Mapping[str, float]) -> None:
-    """Let the pipeline be W + sum over `weights` of weight * (alpha / rank) B A; with none it is the base model."""
+    """Set the weights to W + sum over `weights` of weight * (alpha / rank) B A; without any, to the base model's."""
     if not pipe.get_list_adapters():
         return
     if not weights:

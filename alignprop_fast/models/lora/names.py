@@ -1,9 +1,10 @@
 """From the names in LoRA files to modules, as paths in diffusers: unet.mid_block.attentions.0. ... .to_q.
 
-A name is a prefix for the part of the pipeline and, with dots or underscores between its words, the path of a layer in
-diffusers or in the model's original release. It is looked up among the layers of the pipeline in hand; without one,
-among those of the published models (SD 1.x to 3.5, SDXL, FLUX.1 and their text encoders) with any number of blocks, as
-models of other sizes have it, and where the shapes say which published model it is, among its layers alone.
+A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
+original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
+Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL, FLUX.1 and their text
+encoders). Block numbers are then free, because models of other sizes have other numbers. If the shapes tell which
+published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from alignprop_fast.models.lora.kohya_names import original_paths
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import layers, published_layers
 
-_DENOISER, _T5 = "denoiser", "t5"  # parts whose names differ between pipelines
+_DENOISER, _T5 = "denoiser", "t5"  # placeholders for parts whose names differ between pipelines
 _PREFIXES = {
     "lora_unet_": _DENOISER,
     "lora_transformer_": _DENOISER,
@@ -44,7 +45,7 @@ _PREFIXES = {
     "text_encoders.t5xxl.transformer.": _T5,
 }
 _CLIPS = ("clip-l", "clip-g")
-_PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # by family and part: the networks that it may be
+_PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks of each family and part
     "unet": {"unet": ("sd15", "sdxl"), "text_encoder": _CLIPS, "text_encoder_2": _CLIPS},
     "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
     "sd3": {
@@ -63,7 +64,7 @@ _IN_DIFFUSERS = re.compile(r"(?:unet|transformer|text_encoder(?:_[23])?)\.(?!.*\
 class Names:
     """The layers of a pipeline's parts, by their names with underscores: {part: {name: path}}.
 
-    With `any_block`, # stands for the number of a block.
+    With `any_block`, # replaces the number of a block.
     """
 
     paths: Mapping[str, Mapping[str, str]]
@@ -71,9 +72,11 @@ class Names:
     unet_layers: int = _UNET_LAYERS
 
     def modules(self, name: str) -> tuple[str, ...]:
-        """The modules of a layer in a file, with their part: none where there is no such layer, several where the
-        original release has one matrix for them."""
-        name = re.sub(r"^(module\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.", "", name)  # also of wrapped models
+        """The modules of a layer in a file, with their part.
+
+        None if there is no such layer; several if the original release joins them in one matrix.
+        """
+        name = re.sub(r"^(module\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.", "", name)  # prefixes of wrapped models
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
         flat = name.removeprefix(prefix).replace(".", "_").replace("_processor_", "_")
         for kind in [_PREFIXES[prefix]] if prefix else [_DENOISER, "text_encoder", _T5]:
@@ -86,7 +89,7 @@ class Names:
 
     @property
     def is_flux(self) -> bool:
-        """Whether the denoiser is FLUX's, whose blocks have modules in common with SD3's."""
+        """Whether the denoiser is FLUX's; its blocks share module names with SD3's."""
         return "x_embedder" in self.paths[self._part(_DENOISER)]
 
     def _part(self, kind: str) -> str:
@@ -115,7 +118,7 @@ class Names:
 
 @functools.cache
 def published_names(family: str) -> Names:
-    """Of the published models of a family: unet, flux or sd3."""
+    """The layers of a family of published models: unet, flux or sd3."""
     paths = {
         part: {_BLOCK.sub(r"\1#", path) for network in networks for path in published_layers(network)}
         for part, networks in _PUBLISHED[family].items()
@@ -124,7 +127,7 @@ def published_names(family: str) -> Names:
 
 
 def names_of(pipe: Any) -> Names:
-    """Of the very pipeline."""
+    """The layers of a given pipeline."""
     paths = {part: _by_name(those) for part, those in _layers_of(pipe).items()}
     per_block = denoiser(pipe).config.get("layers_per_block", _UNET_LAYERS)
     return Names(paths, any_block=False, unet_layers=per_block if isinstance(per_block, int) else per_block[0])
@@ -133,14 +136,14 @@ def names_of(pipe: Any) -> Names:
 def is_flux(lora: Lora, pipe: Any = None) -> bool:
     """Whether the adapters of a transformer are FLUX's and not SD3's.
 
-    The pipeline says so or, without one, the published models: those that have more of the modules by name and, of as
-    many, in the same shapes. What fits both alike, of a width of neither, is taken for SD3's.
+    The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more of
+    the shapes. If both fit equally, the answer is SD3.
     """
     return names_of(pipe).is_flux if pipe is not None else _fit(lora, "flux") > _fit(lora, "sd3")
 
 
 def _fit(lora: Lora, family: str) -> tuple[int, int]:
-    """How many of the modules a published family has, and how many of these shapes one of its transformers has."""
+    """How many of the modules a published family has, and how many of the shapes one of its transformers has."""
     known = sum(bool(published_names(family).modules(module)) for module in lora)
     places = {module.removeprefix("transformer."): factors.places for module, factors in lora.items()}
     return known, max(_alike(published_layers(network), places) for network in _PUBLISHED[family]["transformer"])
@@ -151,8 +154,10 @@ def _alike(known: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int,
 
 
 def _layers_of(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{part: {path: shape of the weight}}, in the text encoders with the `text_model` that files keep and transformers
-    5 has done away with in one of its classes."""
+    """{part: {path: shape of the weight}}.
+
+    Paths in text encoders contain `text_model`, as in files, though one class of transformers 5 dropped it.
+    """
     return {
         part: {
             re.sub(r"^encoder\.layers\.", r"text_model.\g<0>", path): shape for path, shape in layers(network).items()
@@ -167,19 +172,19 @@ def _by_name(paths: Iterable[str]) -> dict[str, str]:
 
 
 def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[str, tuple[str, ...]]:
-    """{a layer's name in the file: the modules that it stands for}, of the pipeline or of a published family.
+    """{a layer's name in the file: its modules}, of the pipeline or of a published family.
 
     Raises:
-        ValueError: names that stand for none, or for different modules in two families.
+        ValueError: a name matches no module, or different modules in two families.
     """
     families = [names_of(pipe)] if pipe is not None else [published_names(family) for family in _PUBLISHED]
     readings = [{name: family.modules(name) for name in names} for family in families]
     found = min(readings, key=lambda modules: sum(not those for those in modules.values()))
     if any(all(modules.values()) and modules != found for modules in readings):
-        raise ValueError(f"{file} has names of T5, which FLUX and SD3 have in different places: load it with its model")
+        raise ValueError(f"{file} has names of T5, which differs between FLUX and SD3: load it together with its model")
     unknown = [name for name, modules in found.items() if not modules]
     if pipe is None:
-        # Names in diffusers' own writing need no guess: without a model they are taken as they are.
+        # Names in diffusers' naming need no model to look them up.
         unknown = [name for name in unknown if not _IN_DIFFUSERS.fullmatch(name)]
     if unknown:
         raise _unknown(unknown, file, pipe)
@@ -187,20 +192,22 @@ def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[s
 
 
 def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
-    """Raises ValueError where factors are for another shape than the pipeline's layer has. (For some diffusers would
-    make FLUX's first layer wider.)"""
+    """Raises ValueError if factors have another shape than the pipeline's layer.
+
+    Without this check diffusers would widen FLUX's first layer to fit some files.
+    """
     layers_of = _layers_of(pipe)
     shapes = {module: layers_of[part][path] for module in lora for part, _, path in [module.partition(".")]}
     wrong = [module for module, factors in lora.items() if factors.places != shapes[module]]
     if wrong:
         raise ValueError(
-            f"the adapters in {file} do not fit this model, whose shape of {listed(wrong)} is another: load the model "
+            f"the adapters in {file} do not fit this model, which has {listed(wrong)} in another shape: load the model "
             "they were made for"
         )
 
 
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
-    """Where most of the modules of a part have the shapes of a published network, all must be among its layers.
+    """If most modules of a part have the shapes of a published network, all modules must be among its layers.
 
     names: of the modules in the file. Raises ValueError as `find_modules`.
     """
@@ -227,5 +234,5 @@ def _unknown(names: Collection[str], file: Path, pipe: Any) -> ValueError:
         )
     return ValueError(
         f"{file} has {listed(names)}, no name of kohya's files, diffusers' or others for a layer of this model: give a "
-        "LoRA for Stable Diffusion, SDXL, SD3 or FLUX, as its trainer saved it"
+        "LoRA for Stable Diffusion, SDXL, SD3 or FLUX as its trainer saved it"
     )

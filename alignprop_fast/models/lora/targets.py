@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 TARGETS = ("attention", "attention+ff", "all")
-"""attention: projections to queries, keys, values and output; attention+ff: the feed-forward layers as well; all: a
-UNet's convolutions as well (a transformer has none)."""
+"""attention: projections to queries, keys, values and output; attention+ff: also the feed-forward layers; all: also a
+UNet's convolutions (a transformer has none)."""
 
 _ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 _JOINT = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 _JOINT_FEED_FORWARD = (*_FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
 # Residual blocks, up- and downsamplers ("conv"), and the projections around the transformer blocks, which are
-# convolutions in some UNets; not the first and last layer.
+# convolutions in some UNets. The first and last layer are left out.
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
 _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "UNet2DConditionModel": (_ATTENTION, _FEED_FORWARD, _CONVOLUTIONS),
     "SD3Transformer2DModel": ((*_ATTENTION, *_JOINT), _JOINT_FEED_FORWARD, ()),
-    # proj_out of a single-stream block is the output of its attention and its feed-forward part.
+    # proj_out of a single-stream block takes the outputs of both its attention and its feed-forward part.
     "FluxTransformer2DModel": ((*_ATTENTION, *_JOINT), (*_JOINT_FEED_FORWARD, "proj_mlp", "proj_out"), ()),
 }
 
 
 def denoiser_name(pipe: Any) -> str:
-    """ "unet" or "transformer": the denoiser's attribute of the pipeline, and its prefix in LoRA files."""
+    """ "unet" or "transformer": the pipeline's attribute of the denoiser, and its prefix in LoRA files."""
     return "unet" if "unet" in pipe.components else "transformer"
 
 
@@ -37,7 +37,7 @@ def target_modules(model: Any, targets: str) -> list[str]:
     """Names for `LoraConfig.target_modules` of a denoiser.
 
     Raises:
-        ValueError: unknown targets.
+        ValueError: the targets are unknown.
     """
     if targets not in TARGETS:
         raise ValueError(f"unknown LoRA targets {targets!r}: use {', '.join(TARGETS)}")

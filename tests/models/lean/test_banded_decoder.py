@@ -1,4 +1,4 @@
-"""A decoder by bands of rows: the same image and gradient, less memory, and left as it was found.
+"""A decoder by bands of rows gives the same image and gradient with less memory, and is restored afterwards.
 
 Tolerance: float64 rounding through a whole decoder; measured 1e-14 of the largest element, asserted at 1e-10.
 """
@@ -13,7 +13,8 @@ from diffusers.models.upsampling import Upsample2D
 from alignprop_fast.models.lean import banded_decoder
 from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
-from alignprop_fast.runtime import Block, PeakMeter, by_image, kept_as
+from alignprop_fast.planner import BlockOption
+from alignprop_fast.runtime import Block, PeakMeter, apply_options, run_decoder_stage
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_image_and_gradient_stay(decoder, rows, memory_format):
 
 
 def test_every_block_goes_by_bands(decoder, monkeypatch):
-    """No convolution sees more than one band and its halo, of residual blocks, upsamplers and the last one."""
+    """Every convolution of residual blocks and upsamplers, and the last one, sees at most one band and its halo."""
     sizes = []
     conv2d = torch.nn.functional.conv2d
     monkeypatch.setattr(
@@ -103,10 +104,10 @@ def test_run_again_in_the_backward_pass(decoder):
     whole = image_and_gradient(decoder, x)
 
     def by_bands(x):
-        with banded(bandable(decoder), 3), kept_as({"*": "recompute"}, blocks(decoder, Attention)):
+        with banded(bandable(decoder), 3), apply_options({"*": BlockOption.RECOMPUTE}, blocks(decoder, Attention)):
             return decoder(x)
 
-    assert_same(image_and_gradient(lambda x: by_image(by_bands, x, "image", {}), x), whole)
+    assert_same(image_and_gradient(lambda x: run_decoder_stage(by_bands, x, "image", {}), x), whole)
     before = [dict(vars(module)) for module in decoder.modules()]
 
     def by_stages(x):
@@ -114,12 +115,12 @@ def test_run_again_in_the_backward_pass(decoder):
             return decoder(x)
 
     assert_same(image_and_gradient(by_stages, x), whole)
-    assert_same(image_and_gradient(lambda x: by_image(by_stages, x, "image", {}), x), whole)
+    assert_same(image_and_gradient(lambda x: run_decoder_stage(by_stages, x, "image", {}), x), whole)
     assert [dict(vars(module)) for module in decoder.modules()] == before
 
 
 def test_peak_at_the_published_widths():
-    """512 x 512 in bf16, counted without data: at most 0.7 of a checkpoint per block, and less yet per stage."""
+    """512 x 512 in bf16, counted without data: at most 0.7 of a checkpoint per block, and even less per stage."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -130,10 +131,10 @@ def test_peak_at_the_published_widths():
         decoder = vae.decoder.requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
         x = torch.empty(1, 4, 64, 64, dtype=torch.bfloat16)
     put_ops_in(decoder)
-    whole, kinds = {"*": "recompute"}, ResnetBlock2D | Upsample2D | Attention
+    whole, kinds = {"*": BlockOption.RECOMPUTE}, ResnetBlock2D | Upsample2D | Attention
 
     def by_bands(x):
-        with banded(bandable(decoder), 32), kept_as(whole, blocks(decoder, Attention)):
+        with banded(bandable(decoder), 32), apply_options(whole, blocks(decoder, Attention)):
             return decoder(x)
 
     def by_stages(x):
@@ -141,8 +142,8 @@ def test_peak_at_the_published_widths():
             return decoder(x)
 
     ways = {
-        "block": lambda x: by_image(decoder, x, "image", whole, blocks(decoder, kinds)),
-        "bands": lambda x: by_image(by_bands, x, "image", {}),
+        "block": lambda x: run_decoder_stage(decoder, x, "image", whole, blocks(decoder, kinds)),
+        "bands": lambda x: run_decoder_stage(by_bands, x, "image", {}),
         "stages": by_stages,
     }
     # Bands of 32 rows: more would make a slow test.

@@ -110,7 +110,7 @@ LOADERS = {
 @pytest.mark.parametrize("how", LOADERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_from_a_file_on_a_quantised_base(tiny_sd, lora_folder, kind, how, first):
-    """In whichever order: the pictures of the dense model with the quantised values and the same adapters."""
+    """In either order, the pictures equal those of the dense model with the quantised values and the same adapters."""
     steps = [lambda: LOADERS[how](tiny_sd, lora_folder)]
     steps.insert(first == "lora", lambda: quantize_linears(tiny_sd.unet, kind, CPU, torch.float32, smallest=0))
     for step in steps:
@@ -125,7 +125,7 @@ def test_adapters_from_a_file_on_a_quantised_base(tiny_sd, lora_folder, kind, ho
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fusing_into_a_quantised_base_is_refused(tiny_sd, lora_folder, kind, safe):
-    """PEFT would change a weight that is thrown away, switch the adapters off, and draw the base model."""
+    """Without the error PEFT would change a temporary weight, switch the adapters off, and draw the base model."""
     quantize_linears(tiny_sd.unet, kind, CPU, torch.float32, smallest=0)
     load_lora(tiny_sd, lora_folder)
     before = drawn(tiny_sd)
@@ -146,7 +146,7 @@ def test_a_quantised_weight_is_not_changed_in_place():
     with pytest.raises(ValueError, match="is quantised"):
         weight.data = before
     other = before.clone()
-    other.add_(weight)  # it may be read, also by what changes another
+    other.add_(weight)  # reading it is allowed, also to change another tensor
     torch.testing.assert_close(other, 2 * before)
     assert type(weight.data) is QuantizedWeight and torch.equal(weight + 0, before)
 

@@ -1,4 +1,4 @@
-"""The frozen-aware ops in a diffusers UNet and decoder: same values, same names, less kept, and out again.
+"""The ops for frozen weights in a diffusers UNet and decoder: same values and names, less kept, and removable.
 
 Tolerance: fp32 rounding through a whole network; measured 1e-5 of the largest element, asserted at 1e-4.
 """
@@ -13,7 +13,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.lean.surgery import (
@@ -27,7 +26,9 @@ from alignprop_fast.models.lean.surgery import (
     put_ops_in,
     take_ops_out,
 )
-from alignprop_fast.runtime import STEP_OPTIONS, Block, PeakMeter, kept_as
+from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.planner import GRADES, BlockOption
+from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 
@@ -64,14 +65,14 @@ def test_values_and_gradients_of_transformers_stay(model, processor, request):
     targets = ["to_q", "to_v", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "net.0.proj"]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)
-    cond = adapter.encode(["red cat"], None, True, (16, 24))
+    cond = adapter.encode(PromptBatch(["red cat"], None, True, (16, 24)))
     x = torch.randn(1, 16, 8, 12, requires_grad=True)
     wanted = [x, *adapter.trainable()]
     results = []
-    for swap, option in ((take_ops_out, "keep"), *((put_ops_in, option) for option in STEP_OPTIONS)):
+    for swap, option in ((take_ops_out, BlockOption.KEEP), *((put_ops_in, option) for option in GRADES)):
         swap(pipe.transformer)
         assert (processor in {type(p) for p in pipe.transformer.attn_processors.values()}) == (swap is put_ops_in)
-        with kept_as({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
+        with apply_options({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
             y = adapter.predict(x, torch.tensor(300.0), cond)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
     for lean in results[1:]:
@@ -91,7 +92,7 @@ def test_decoder_values_stay(tiny_sd):
 
 
 def test_all_of_a_decoder_is_lean(tiny_sd, monkeypatch):
-    """Its blocks call their norm "group"; its attention is over an image. Neither takes the stock path."""
+    """Its blocks call their norm "group" and its attention is over an image; neither may take the stock path."""
     put_ops_in(tiny_sd.vae)
     for stock in (ResnetBlock2D, nn.GroupNorm):
         monkeypatch.setattr(stock, "forward", None)
@@ -113,7 +114,7 @@ def test_names_state_and_copies_stay(unet):
     take_ops_out(unet)
     assert [type(module) for module in unet.modules()] == types
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
-    assert not any("kept_as" in vars(module) for module in unet.modules())
+    assert not any("reused_as" in vars(module) for module in unet.modules())
     assert any(isinstance(module, FrozenConv2d) for module in twin.modules())
 
 
@@ -144,7 +145,7 @@ def test_learning_weights_and_autocast_take_the_stock_path(unet):
 
 @pytest.mark.parametrize(
     ("option", "per_token"),
-    [("keep", 19), ("norms", 17), ("geglu", 9), ("qkv", 5), ("attention", 3), ("recompute", 1)],
+    [*zip(GRADES, (19, 17, 9, 5, 3, 1), strict=True)],
 )
 def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
     """Elements per token of a block of width C, in units of C; within 3 %."""
@@ -155,7 +156,7 @@ def test_a_transformer_block_keeps_what_its_option_says(option, per_token):
     put_ops_in(root)
     x = torch.randn(batch, tokens, width, requires_grad=True)
     words = torch.randn(batch, text, 64)
-    with PeakMeter(torch.device("cpu")) as meter, kept_as({"*": option}, [Block("b", block, "transformers")]):
+    with PeakMeter(torch.device("cpu")) as meter, apply_options({"*": option}, [Block("b", block, "transformers")]):
         # The clone is the block's input, made inside so that it counts.
         y = block(x.clone(), encoder_hidden_states=words)
         kept_bytes = meter.live_bytes() - y.numel() * y.element_size()

@@ -1,4 +1,4 @@
-"""Weights of diffusers folders under the original releases' names: CompVis' and SGM's UNets, MMDiT, BFL's FLUX.
+"""Weights of diffusers folders with the original releases' names: CompVis' and SGM's UNets, MMDiT, BFL's FLUX.
 
 The way back from what `from_single_file` converts, for the small models of the tests; and one file in that layout.
 """
@@ -26,7 +26,7 @@ UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-# Which parts of the original's fused layers lie where, and what else is called otherwise.
+# The places of the parts in the original's fused layers, and other names.
 MMDIT_FUSED = {
     "attn.{to_q,to_k,to_v}": "x_block.attn.qkv",
     "attn.{add_q_proj,add_k_proj,add_v_proj}": "context_block.attn.qkv",
@@ -115,7 +115,7 @@ def weights(folder):
 
 
 def unet_blocks(levels, layers):
-    """Names of a UNet's blocks; of its levels the last has no attention, as in Stable Diffusion 1.x."""
+    """Names of a UNet's blocks; the last level has no attention, as in Stable Diffusion 1.x."""
     names, n = {}, 1
     for level in range(levels):
         for layer in range(layers):
@@ -216,7 +216,7 @@ def _renamed(state, blocks, ends):
 
 
 def _with_name(name, names):
-    """The name with the one of `names` that stands in it, between dots, replaced."""
+    """The name, with the part between dots that is in `names` replaced."""
     for theirs, old in names.items():
         if f".{theirs}." in f".{name}.":
             return f".{name}.".replace(f".{theirs}.", f".{old}.")[1:-1]
@@ -224,7 +224,7 @@ def _with_name(name, names):
 
 
 def _fuse(state, groups):
-    """(what lies in one tensor in the original, the rest); groups: "a.{b,c}" -> name of the whole."""
+    """(tensors that the original joins into one, the rest). groups: "a.{b,c}" -> name of the whole."""
     fused, rest = {}, dict(state)
     for pattern, whole in groups.items():
         before, inner = pattern.rstrip("}").split("{")
@@ -236,7 +236,7 @@ def _fuse(state, groups):
 
 
 def _swapped(tensor):
-    """Shift and scale change places."""
+    """Swap shift and scale."""
     return torch.cat(tensor.chunk(2)[::-1])
 
 

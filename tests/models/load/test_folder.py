@@ -1,4 +1,4 @@
-"""The files of a folder: full weights, variants, weights in several files, pickles, and what each of them says."""
+"""The files of a folder: full weights, variants, weights in several files, pickles, and the messages for each."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def networks(pipe):
 
 
 def assert_weights(pipe, folder, dtype):
-    """Those of the folder that all was made from, rounded to `dtype` on the way."""
+    """The original folder's weights, rounded to `dtype`."""
     expected = networks(DiffusionPipeline.from_pretrained(folder, local_files_only=True))
     found = networks(pipe)
     assert found.keys() == expected.keys()
@@ -59,19 +59,19 @@ def test_the_fp16_variant_where_there_is_nothing_else(kind, shards, saved, reque
     assert_weights(pipe, request.getfixturevalue(f"tiny_{kind}_folder"), torch.float16)
     notes = [record.getMessage() for record in caplog.records if record.name.startswith("alignprop_fast")]
     assert len(notes) == 1 and notes[0].startswith(f"{folder} holds no full weights of ")
-    assert notes[0].endswith(": the fp16 variant is taken") and "vae" in notes[0]
+    assert notes[0].endswith(": using the fp16 variant") and "vae" in notes[0]
 
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
 def test_of_both_the_full_weights(kind, shards, saved, request, caplog):
     folder = saved(kind, fp16=True, shards=shards)
-    # What is not taken may be damaged.
+    # Unused files may be damaged.
     next((folder / "vae").glob("*fp16*.safetensors")).write_bytes(b"")
     pipe = load_pipeline(folder)
     assert_weights(pipe, request.getfixturevalue(f"tiny_{kind}_folder"), torch.float32)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("alignprop_fast")] == [
-        f"{folder} holds the full weights and a variant (fp16): the full ones are taken"
+        f"{folder} holds the full weights and a variant (fp16): using the full ones"
     ]
 
 
@@ -81,7 +81,7 @@ def test_a_part_alone_in_fp16(saved, request, caplog):
     pipe = load_pipeline(folder)
     original = networks(DiffusionPipeline.from_pretrained(request.getfixturevalue("tiny_sd_folder")))
     assert all(torch.equal(t, original[n].half().float()) for n, t in networks(pipe).items() if n.startswith("unet."))
-    assert "holds no full weights of unet: the fp16 variant is taken" in caplog.text
+    assert "holds no full weights of unet: using the fp16 variant" in caplog.text
 
 
 def test_weights_in_several_files(saved, request):
@@ -119,7 +119,7 @@ def test_pickles_are_read_where_they_are_allowed(saved, request, caplog, shards)
 
 
 def test_a_pickle_runs_nothing(saved, tmp_path):
-    """With --allow-pickle too: the unpickler knows tensors alone."""
+    """Also with --allow-pickle, because the unpickler accepts only tensors."""
     folder = saved("sd")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
 
@@ -195,5 +195,5 @@ def test_refusals(names, message):
 
 def test_two_parts_with_nothing_in_common():
     names = ("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bf16.safetensors")
-    with pytest.raises(ValueError, match=r"neither full weights nor one variant of all \(unet: fp16; vae: bf16\)"):
+    with pytest.raises(ValueError, match=r"nor one variant of all parts \(unet: fp16; vae: bf16\)"):
         choose(*names)

@@ -1,4 +1,4 @@
-"""Loading pipelines, and every way in which it goes wrong in one line."""
+"""Loading pipelines, and the one-line error for everything that can go wrong."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_missing_folder(tmp_path):
 def test_a_file_of_another_kind(copied):
     with pytest.raises(ValueError) as error:
         load_pipeline(copied / "model_index.json")
-    assert "no .safetensors file" in _one_line(error)
+    assert "not a .safetensors file" in _one_line(error)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -142,7 +142,7 @@ def test_an_outline_of_damaged_configurations(copied, part):
 
 
 class Hub:
-    """Stands in for the Hub's three questions: what a model has, its index, and the download, from a local folder."""
+    """Replaces the three calls to the Hub (list of files, index, download) by a local folder."""
 
     def __init__(self, monkeypatch, folder, online=True):
         self.folder, self.online, self.asked = folder, online, []
@@ -192,6 +192,6 @@ def test_an_unsupported_hub_model_is_not_downloaded(monkeypatch, copied):
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxKontextPipeline"}))
     hub = Hub(monkeypatch, copied)
-    with pytest.raises(ValueError, match="owner/name holds a FluxKontextPipeline, which draws from a picture"):
+    with pytest.raises(ValueError, match="owner/name holds a FluxKontextPipeline, which needs a picture"):
         load_pipeline("owner/name")
     assert not hub.asked

@@ -1,4 +1,4 @@
-"""One .safetensors file in the layouts that are passed around, with another model's folder for the configurations."""
+"""One .safetensors file in the usual layouts, with another model's folder for the configurations."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def configuration(tiny_sd_folder, tmp_path):
 
 
 def assert_same(pipe, folder, dtype=torch.float32):
-    """Every weight and a picture are those of the folder; in transformers, CLIP's names depend on the version."""
+    """Every weight and a picture equal the folder's; CLIP's names depend on the version of transformers."""
     other = type(pipe).from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
     for name, part in other.components.items():
         if isinstance(part, torch.nn.Module):
@@ -51,7 +51,7 @@ def test_stable_diffusion_in_the_original_layout(tiny_sd_folder, configuration, 
 
 
 def test_sdxl_in_the_original_layout(tmp_path):
-    """Of two text encoders of one width diffusers could not tell which is which; SDXL's have 768 and 1280."""
+    """diffusers tells SDXL's text encoders apart by their widths, 768 and 1280."""
     folder = make_sdxl_folder(tmp_path / "sdxl", second_text_width=32)
     file = whole_file(folder, tmp_path / "model.safetensors")
     assert_same(load_pipeline(file, model_config=without_weights(folder, tmp_path / "config")), folder)
@@ -126,7 +126,7 @@ def test_files_of_other_kinds(tiny_sd_folder, tmp_path, changes, message):
 
 
 def test_a_width_of_text_for_each_block_is_no_other_width(tiny_sd_folder, configuration, tmp_path):
-    """UNets may say it so, and diffusers reads them."""
+    """UNets may write it this way, and diffusers reads them."""
     file = whole_file(tiny_sd_folder, tmp_path / "model.safetensors")
     settings = configuration / "unet" / "config.json"
     content = json.loads(settings.read_text())

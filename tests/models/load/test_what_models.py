@@ -1,4 +1,4 @@
-"""Everything that people give as a model: what is read, and what is refused in one line that says what to do."""
+"""Everything that people give as a model: it is read, or refused in one line that names the remedy."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from alignprop_fast.making.random_weights import make_sd_folder, make_sdxl_folder
 from alignprop_fast.models.load.pipeline import load_pipeline
 
-from ..loadable import Format
+from ...loadable import Format
 from . import original_layout
 from .original_layout import UNET_PREFIX, weights, whole_file
 
@@ -75,7 +75,7 @@ def only(*names: str) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(8, 8) for name in names}
 
 
-ALONE = "the rest is that of"
+ALONE = "the rest comes from"
 
 
 @read("folder of SD 1 or 2 as `save_pretrained` writes it", "sd")
@@ -156,7 +156,7 @@ def _(shelf):
 
 @refused(
     "SDXL's file without its second text encoder",
-    "lacks the second text encoder of SDXL: give a whole file, or one of its UNet alone",
+    "lacks SDXL's second text encoder: give a whole file, or one with only the UNet",
 )
 def _(shelf):
     folder = make_sdxl_folder(shelf.here / "sdxl", second_text_width=32)
@@ -187,24 +187,24 @@ def _(shelf):
 NO_MODEL = {
     "LoRA in diffusers' names": (
         only("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"),
-        "holds a LoRA and no model: give the model that it was trained on",
+        "holds a LoRA, not a model: give the model that it was trained on",
     ),
     "LoRA in kohya's names": (
         only("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"),
-        "holds a LoRA and no model",
+        "holds a LoRA, not a model",
     ),
     "LoRA in PEFT's or ComfyUI's names": (
         only("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"),
-        "holds a LoRA and no model",
+        "holds a LoRA, not a model",
     ),
-    "LyCORIS (LoHa, LoKr)": (only("lora_unet_mid_block.hada_w1_a"), "holds a LoRA and no model"),
+    "LyCORIS (LoHa, LoKr)": (only("lora_unet_mid_block.hada_w1_a"), "holds a LoRA, not a model"),
     "VAE alone": (
         only(
             "first_stage_model.encoder.conv_in.weight",
             "first_stage_model.decoder.conv_in.weight",
             "first_stage_model.quant_conv.weight",
         ),
-        "holds a VAE and no model: give the model with its denoiser",
+        "holds a VAE, not a model: give the model with its denoiser",
     ),
     "ControlNet": (
         only(
@@ -212,15 +212,15 @@ NO_MODEL = {
             "control_model.zero_convs.0.0.weight",
             "control_model.middle_block_out.0.bias",
         ),
-        "holds a ControlNet or T2I-Adapter and no model",
+        "holds a ControlNet or T2I-Adapter, not a model",
     ),
     "ControlNet in diffusers' names": (
         only("controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"),
-        "holds a ControlNet or T2I-Adapter and no model",
+        "holds a ControlNet or T2I-Adapter, not a model",
     ),
     "IP-Adapter": (
         only("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"),
-        "holds an IP-Adapter and no model: give the text-to-image model itself",
+        "holds an IP-Adapter, not a model: give the text-to-image model itself",
     ),
     "upscaler (ESRGAN)": (
         only("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_last.weight"),
@@ -228,9 +228,9 @@ NO_MODEL = {
     ),
     "embedding (textual inversion)": (
         only("emb_params"),
-        "holds an embedding (textual inversion) and no model: give the text-to-image model itself",
+        "holds an embedding (textual inversion), not a model: give the text-to-image model itself",
     ),
-    "embedding of SDXL": (only("clip_l", "clip_g"), "holds an embedding (textual inversion) and no model"),
+    "embedding of SDXL": (only("clip_l", "clip_g"), "holds an embedding (textual inversion), not a model"),
     "CLIP text encoder alone": (
         only("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight", "text_model.x"),
         "holds a text encoder alone: give the model with its denoiser",
@@ -245,7 +245,7 @@ NO_MODEL = {
     ),
     "SDXL's refiner": (
         only("conditioner.embedders.0.model.ln_final.bias", UNET_PREFIX + "input_blocks.0.0.weight", "x"),
-        "holds SDXL's refiner, which draws from a picture",
+        "holds SDXL's refiner, which needs a picture",
     ),
     "fp8 weights with scales": (
         only(UNET_PREFIX + "input_blocks.0.0.weight", UNET_PREFIX + "out.2.scale_weight", "scaled_fp8"),
@@ -279,21 +279,21 @@ BYTES = {
     ),
     "web page saved in place of the file": (
         b"<!DOCTYPE html><html><title>Access denied",
-        "is a web page: download the file itself; gated models want hf auth login first",
+        "is a web page: download the file itself; gated models need hf auth login first",
     ),
     "error message saved in place of the file": (
         b'{"error": "Repository not found"}',
-        "is a text and no .safetensors file: give one",
+        "is text, not a .safetensors file: give one",
     ),
     "pointer of Git LFS": (
         b"version https://git-lfs.github.com/spec/v1\noid",
-        "is a pointer of Git LFS and not the file: fetch it by git lfs pull, or download it",
+        "is a Git LFS pointer instead of the file: fetch the file with git lfs pull, or download it",
     ),
     "empty file": (b"", "is empty (0 bytes), damaged: copy or download it again"),
     "file cut off on the way": (struct.pack("<Q", 999) + b'{"a":', "copy or download it again"),
     "Windows' `:Zone.Identifier` note": (
         b"[ZoneTransfer]\r\nZoneId=3",
-        "is a note of Windows about a download: give the file beside it",
+        "is Windows' note about a download: give the file beside it",
     ),
 }
 
@@ -308,12 +308,12 @@ for _name, (_content, _words) in {**NO_MODEL, **BYTES}.items():
     _files(_name, _content, _words)
 
 
-@refused("safetensors file under another name", "is a safetensors file of another name: rename it to model.safetensors")
+@refused("safetensors file under another name", "is a safetensors file with another ending: rename to model")
 def _(shelf):
     return shelf.write(weights(shelf.sd / "unet")).rename(shelf.here / "model.ckpt"), shelf.sd
 
 
-@refused("folder with a Git LFS pointer in it", "unet/diffusion_pytorch_model.safetensors is a pointer of Git LFS")
+@refused("folder with a Git LFS pointer in it", "unet/diffusion_pytorch_model.safetensors is a Git LFS pointer")
 def _(shelf):
     folder = shelf.copy(shelf.sd)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(BYTES["pointer of Git LFS"][0])
@@ -332,9 +332,7 @@ def _(shelf):
     return folder, None
 
 
-@refused(
-    "folder without a text encoder", "has no text_encoder, which prompts are encoded by: give a model that is whole"
-)
+@refused("folder without a text encoder", "has no text_encoder, which encodes the prompts: give a complete model")
 def _(shelf):
     pipe = DiffusionPipeline.from_pretrained(shelf.sd, text_encoder=None)
     pipe.save_pretrained(shelf.here / "model")
@@ -342,7 +340,7 @@ def _(shelf):
     return shelf.here / "model", None
 
 
-@refused("folder within which the model is", "has no model_index.json: give the folder within, ")
+@refused("folder within which the model is", "has no model_index.json: give the folder inside it, ")
 def _(shelf):
     shutil.copytree(shelf.sd, shelf.here / "models--owner--name" / "snapshots" / "main")
     return shelf.here / "models--owner--name", None
@@ -368,7 +366,7 @@ def _(shelf):
     return shelf.sd / "unet", None
 
 
-@refused("folder of single files", "it holds files; give one of them, such as ")
+@refused("folder of single files", "it holds single files; give one of them, such as ")
 def _(shelf):
     return shelf.bytes(b"").parent, None
 
@@ -424,7 +422,7 @@ def test_refused_in_one_line(case, shelf):
 
 @pytest.mark.parametrize("case", _named(False))
 def test_read(case, shelf, caplog):
-    """Every weight is that of the folder which the file was made of."""
+    """Every weight equals that of the folder from which the file was made."""
     model, config = case.make(shelf)
     if config is not None and "alone" in case.format.name:  # the folder's own denoiser is not what is read
         config = shutil.copytree(config, shelf.here / "config", ignore=_without_denoiser)

@@ -1,4 +1,4 @@
-"""Adapters of every make: what PEFT adds in memory is what diffusers' loader makes of the file, or it is refused."""
+"""Adapters of every kind: diffusers' loader restores from the file what PEFT adds in memory, or saving is refused."""
 
 import copy
 
@@ -23,7 +23,7 @@ def lora(**options):
 
 
 def add(pipe, config, name="default"):
-    """An adapter in the denoiser whose factors are all drawn."""
+    """An adapter in the denoiser with random factors."""
     denoiser(pipe).add_adapter(config, name)
     draw_factors(denoiser(pipe))
 
@@ -65,7 +65,7 @@ def loaded(tiny_sd_folder):
 
 
 def fresh(pipe):
-    """The same pipeline anew, in a fraction of the time that loading takes."""
+    """The same pipeline again, in a fraction of the time of loading."""
     networks = {
         name: copy.deepcopy(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
     }
@@ -190,7 +190,7 @@ def test_of_other_models_too(model, request, tmp_path):
 
 
 def test_a_module_whose_name_ends_others(tiny_flux, tmp_path):
-    """FLUX has a proj_out of its own beside one in each block."""
+    """FLUX has its own proj_out besides the one in each block."""
     other = fresh(tiny_flux)
     add(tiny_flux, lora(r=3, lora_alpha=7, target_modules="proj_out"))
     save_lora(tiny_flux, tmp_path)
@@ -236,12 +236,12 @@ REFUSED = {
     "modules to save": (lambda pipe: add(pipe, lora(modules_to_save=["conv_out"])), "modules_to_save in its"),
     "parameters": (lambda pipe: add(pipe, lora(target_parameters=["linear_1.weight"])), "target_parameters in its"),
     "tokens": (with_tokens, "trainable_token_indices in its LoraConfig"),
-    "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "kind LOHA.*make a peft.LoraConfig"),
-    "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "kind LOKR"),
-    "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "kind ADALORA"),
+    "loha": (lambda pipe: add(pipe, LoHaConfig(target_modules=["to_q"])), "type LOHA.*use peft.LoraConfig"),
+    "lokr": (lambda pipe: add(pipe, LoKrConfig(target_modules=["to_q"])), "type LOKR"),
+    "adalora": (lambda pipe: add(pipe, AdaLoraConfig(target_modules=["to_q"], total_step=9)), "type ADALORA"),
     "fused": (fused, r"fused into the weights of unet \('default'\): call unfuse_lora"),
     "an embedding": (in_an_embedding, "lora_embedding_A in .*token_embedding"),
-    "a part that diffusers does not load": (in_another_part, "is in vae, where diffusers loads none"),
+    "a part that diffusers does not load": (in_another_part, "is in vae, where diffusers loads no adapters"),
 }
 
 
@@ -298,7 +298,7 @@ def test_one_of_several_is_chosen_by_gradient_or_by_name(tiny_sd, tmp_path):
     with pytest.raises(ValueError, match=r"'reward', 'style' require grad: choose one"):
         save_lora(tiny_sd, tmp_path)
     tiny_sd.unet.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'reward', 'style' are there and none requires grad: choose one"):
+    with pytest.raises(ValueError, match=r"'reward', 'style' exist and none requires grad: choose one"):
         the_adapter(tiny_sd)
     train_adapter(tiny_sd, "reward")
     learning = {n for n, p in tiny_sd.unet.named_parameters() if p.requires_grad}
@@ -310,7 +310,7 @@ def test_one_of_another_kind_is_found_and_refused(tiny_sd):
     add(tiny_sd, lora(target_modules=["to_q"]), "style")
     tiny_sd.unet.requires_grad_(False)
     tiny_sd.unet.add_adapter(LoHaConfig(target_modules=["to_k"]), "reward")
-    with pytest.raises(ValueError, match="'reward' is of PEFT's kind LOHA"):
+    with pytest.raises(ValueError, match="'reward' has PEFT's type LOHA"):
         train_adapter(tiny_sd)
 
 
@@ -323,7 +323,7 @@ def test_a_frozen_adapter_alone_is_not_trained(tiny_sd):
 
 
 def test_values_are_overwritten_in_place_and_nothing_else(tiny_sd, tmp_path):
-    """A checkpoint's file into the adapter that is trained; a file of another scale fits nowhere."""
+    """A checkpoint's file loads into the trained adapter; a file with another scale fits no adapter."""
     style_and_reward(tiny_sd)
     save_lora(tiny_sd, tmp_path)
     expected = {name: p.detach().clone() for name, p in tiny_sd.unet.named_parameters()}
@@ -334,5 +334,5 @@ def test_values_are_overwritten_in_place_and_nothing_else(tiny_sd, tmp_path):
     load_lora(tiny_sd, tmp_path)
     assert all(torch.equal(p, expected[name]) for name, p in tiny_sd.unet.named_parameters())
     tiny_sd.set_adapters(["style", "reward"], [1.0, 1.0001])
-    with pytest.raises(ValueError, match="another rank, scale or other places"):
+    with pytest.raises(ValueError, match="another rank, scale or other modules"):
         load_lora(tiny_sd, tmp_path, "reward")

@@ -1,4 +1,4 @@
-"""Adapters under kohya's names: the names, alpha, metadata, and the same pictures through diffusers' own loader."""
+"""Adapters with kohya's names: names, alpha, metadata, and the same pictures through diffusers' own loader."""
 
 import json
 import re

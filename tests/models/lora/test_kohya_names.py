@@ -1,4 +1,4 @@
-"""Adapters in kohya's naming: the same effect on the weights in their original layout, and through every reader."""
+"""Adapters in kohya's naming have the same effect on weights in the original layout, and through every reader."""
 
 import re
 
@@ -19,7 +19,7 @@ from alignprop_fast.models.lora.names import is_flux
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import published_layers
 
-from . import original_layout
+from ..load import original_layout
 
 WIDTH = 3072  # of FLUX, at which alone diffusers converts its files
 FLUX_ATTENTION = {
@@ -53,7 +53,7 @@ def made(shapes, rank=2, scale=1.5, part="transformer"):
 
 
 def assert_same_deltas(state, lora):
-    """Of a state dict in PEFT's names, to fp32's rounding; modules that `lora` lacks may be there with zeros."""
+    """A state dict in PEFT's names has these deltas up to fp32 rounding; further modules must be zero."""
     modules = {key.removesuffix(DOWN) for key in state if key.endswith(DOWN)}
     assert modules >= set(lora)
     for module in modules:
@@ -69,7 +69,7 @@ def test_diffusers_reads_flux(shapes):
 
 
 def _of_blocks(state, lora):
-    """diffusers forgets the prefix of what is outside of the blocks."""
+    """diffusers drops the prefix of modules outside the blocks."""
     modules = {module.removeprefix("transformer."): module for module in lora}
     return {_with_prefix(key, modules): tensor for key, tensor in state.items()}
 
@@ -122,7 +122,7 @@ FLUX = {
 
 @pytest.mark.parametrize(("kind", "shapes"), [("sd3", SD3), ("flux", FLUX)])
 def test_the_effect_on_weights_in_the_original_layout(request, kind, shapes):
-    """What ComfyUI, Forge and kohya's scripts do: W += alpha / rank * up @ down at the names of the original."""
+    """As ComfyUI, Forge and kohya's scripts do: W += alpha / rank * up @ down at the original's names."""
     pipe, layout = request.getfixturevalue(f"tiny_{kind}"), {"sd3": original_layout.mmdit, "flux": original_layout.flux}
     lora = made(shapes)
     before = pipe.transformer.state_dict()
@@ -167,7 +167,7 @@ def test_flux_without_single_stream_blocks_is_known_by_its_shapes(network, layer
 @pytest.mark.parametrize("layer", ["attn.to_q", "attn.add_q_proj", "ff.net.2"])
 @pytest.mark.parametrize(("kind", "blocks"), [("flux", "double_blocks"), ("sd3", "joint_blocks")])
 def test_a_pipeline_says_whose_its_adapters_are(request, tmp_path, kind, blocks, layer):
-    """Of a width that no published model has, and of layers that both models have."""
+    """With a width that no published model has, and layers that both models have."""
     pipe = request.getfixturevalue(f"tiny_{kind}")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=rf"transformer_blocks\.\d+\.{re.escape(layer)}"))
     train_a_little(parameter for name, parameter in pipe.transformer.named_parameters() if ".lora_" in name)
@@ -220,7 +220,7 @@ def test_the_file_that_training_writes_loads_here(request, tmp_path, kind, targe
     torch.testing.assert_close(drawn(other), drawn(pipe), rtol=0, atol=1e-5)
     mine, theirs = ({n for n, _ in denoiser(one).named_parameters() if ".lora_A." in n} for one in (pipe, other))
     assert {name.replace(".default_0.", ".default.") for name in theirs} == mine
-    with pytest.raises(ValueError, match="kohya's naming, and the denoiser has adapters already"):
+    with pytest.raises(ValueError, match="kohya's naming, but the denoiser already has adapters"):
         load_lora(other, file)
 
 
@@ -247,7 +247,7 @@ def test_a_file_in_sgm_names(tmp_path):
 
 
 def test_text_encoders_in_a_foreign_file(tiny_sdxl, tiny_sdxl_folder, tmp_path):
-    """What kohya's scripts train beside the UNet stays with it; diffusers itself reads the file alike."""
+    """Text encoders that kohya's scripts train beside the UNet are kept; diffusers reads the file in the same way."""
     ends = ("self_attn_q_proj", "self_attn_out_proj", "mlp_fc1")
     modules = [f"lora_{part}_text_model_encoder_layers_1_{end}" for part in ("te1", "te2") for end in ends]
     modules.append("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q")
@@ -284,7 +284,7 @@ PAIR = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)
         ({"x.lora_down.weight": torch.ones(2, 8), "x.lora_up.weight": torch.ones(8, 2)}, "no name of kohya's"),
         (
             {**{f"lora_unet_a.{k}": t for k, t in PAIR.items()}, "lora_unet_a.diff_b": torch.ones(8)},
-            "no name of kohya's",
+            "names no LoRA factor in kohya's files",
         ),
         ({**{f"lora_unet_a.{k}": t for k, t in PAIR.items()}, "lora_unet_a.dora_scale": torch.ones(8)}, "is a DoRA"),
         ({"lora_unet_a.hada_w1_a": torch.ones(8, 8)}, "is a LoHa"),

@@ -108,9 +108,9 @@ def test_dora_is_refused(tiny_sd, tmp_path):
 
 
 def test_a_file_for_another_base_model_is_refused(tiny_sd, tmp_path):
-    """As diffusers writes it where it is given the configuration: of PiSSA the base model is the rest, W - B A."""
+    """As diffusers writes it if given the configuration; with PiSSA the base model becomes W - B A."""
     file = write_with_settings(tiny_sd, tmp_path, {"init_lora_weights": "pissa"})
-    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', which changed the base model: save it anew"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', which changed the base model: save it again"):
         load_lora(tiny_sd, file)
 
 
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tiny_sd, tmp_pat
 
 
 def test_equal_adapters_make_equal_files(tiny_sd, tmp_path):
-    """safetensors alone writes its metadata in an order that changes from call to call."""
+    """safetensors by itself writes metadata in an order that changes from call to call."""
     _train_a_little(add_lora(tiny_sd))
     files = {save_lora(tiny_sd, tmp_path, {name: "x" for name in "abcdef"}).read_bytes() for _ in range(8)}
     assert len(files) == 1

@@ -1,4 +1,4 @@
-"""LoRA files mixed: the same function as the weights mixed by hand, the reported error against the direct one."""
+"""Mixed LoRA files: the same function as weights mixed by hand, and the reported error against the direct one."""
 
 import json
 
@@ -16,7 +16,7 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 def made(folder, pipe_folder, seed, rank, alpha, targets=ATTENTION):
-    """A LoRA folder with random factors: as `train` writes it, or, with places of our choice, as PEFT names things."""
+    """A LoRA folder with random factors: as `train` writes it or, with places of our choice, in PEFT's naming."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -41,7 +41,7 @@ def made(folder, pipe_folder, seed, rank, alpha, targets=ATTENTION):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_sd_folder):
-    """Two adapters of different rank, scale and places: convolutions in the second alone, `to_q` in the first alone."""
+    """Two adapters with different ranks, scales and places: only the second has convolutions, only the first `to_q`."""
     folder = tmp_path_factory.mktemp("adapters")
     first = made(folder / "first", tiny_sd_folder, 1, 4, 8)
     second = made(folder / "second", tiny_sd_folder, 2, 3, 3, ("to_k", "to_v", "to_out.0", "conv1", "proj_in"))
@@ -115,7 +115,7 @@ def test_one_adapter_is_scaled_toward_the_base_model(adapters, tiny_sd, tmp_path
 
 
 def test_weights_in_one_pipeline_are_the_merged_file(adapters, tiny_sd, tiny_sd_folder, tmp_path):
-    """What the pictures along a path are drawn with: both adapters at once, places that one lacks included."""
+    """Pictures along a path are drawn with both adapters at once, also at places that one lacks."""
     from diffusers import StableDiffusionPipeline
 
     merge(tmp_path / "merged", [(adapters[0], 0.25), (adapters[1], 0.75)])
@@ -200,7 +200,7 @@ def test_refused_mixtures(loras, rank, match):
     ("tensors", "config", "match"),
     [
         ({"unet.conv.weight": torch.ones(2, 2)}, "{}", "no LoRA factor"),
-        ({"a.lora_A.weight": torch.ones(2, 2), "a.alpha": torch.ones(1)}, "{}", "no LoRA factor"),
+        ({"a.lora_A.weight": torch.ones(2, 2), "a.alpha": torch.ones(1)}, "{}", "the LoRA factor up is missing"),
         ({"a.lora_A.weight": torch.ones(2, 3)}, "{}", "do not fit each other"),
         ({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 4)}, "{}", "do not fit each other"),
         ({"a.lora_A.weight": torch.ones(2, 3) / 0, "a.lora_B.weight": torch.ones(3, 2)}, "{}", "not finite"),
@@ -227,7 +227,7 @@ def test_missing_damaged_and_foreign_files(adapters, tiny_sd, tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             read(tmp_path)
     place = "unet.mid_block.attentions.0.proj_in"
-    for name in (place, "unet.mid_block.attentions.7.proj_in", "x"):  # another shape, another depth, another world
+    for name in (place, "unet.mid_block.attentions.7.proj_in", "x"):  # another shape, another depth, no layer
         tensors = {f"{name}.lora_A.weight": torch.ones(2, 3), f"{name}.lora_B.weight": torch.ones(3, 2)}
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match="do not fit this model"):

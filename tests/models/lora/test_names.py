@@ -1,11 +1,11 @@
-"""Names in LoRA files are looked up among layers: each stands for one, whatever spelling it comes in."""
+"""Names in LoRA files are looked up among the layers; each means one layer, in every spelling."""
 
 import pytest
 
 from alignprop_fast.models.lora.names import find_modules, names_of, published_names
 from alignprop_fast.models.published import published_layers
 
-from . import original_layout
+from ..load import original_layout
 
 
 @pytest.mark.parametrize(("network", "levels"), [("sd15", 4), ("sdxl", 3)])
@@ -17,7 +17,7 @@ def test_every_layer_of_a_published_unet_in_three_spellings(network, levels):
         **{f"base_model.model.{path}": path for path in paths},
         **{f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": path for name, path in old.items()},
     }
-    assert len(spellings) == 3 * len(paths)  # none is the same in two
+    assert len(spellings) == 3 * len(paths)  # all are different
     assert all(names.modules(name) == (f"unet.{path}",) for name, path in spellings.items())
 
 
@@ -74,7 +74,7 @@ def test_a_pipeline_has_its_own_layers_alone(tiny_sd, tiny_sdxl):
 
 def test_t5_alone_is_of_two_models(tiny_sd3, tiny_flux):
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
-    with pytest.raises(ValueError, match="which FLUX and SD3 have in different places: load it with its model"):
+    with pytest.raises(ValueError, match="which differs between FLUX and SD3: load it together with its model"):
         find_modules([name], "file")
     path = "encoder.block.0.layer.0.SelfAttention.q"
     for pipe, part, other in (

@@ -1,5 +1,4 @@
-"""LoRA files as people bring them: each is read to the deltas that diffusers', PEFT's or plain arithmetic gives, or
-refused in one line."""
+"""LoRA files of every kind: read to the deltas of diffusers, PEFT or plain arithmetic, or refused in one line."""
 
 import json
 import re
@@ -19,8 +18,8 @@ from alignprop_fast.models.lora.load_save import load_lora
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import layers, published_layers
 
-from ..loadable import Format
-from . import original_layout
+from ...loadable import Format
+from ..load import original_layout
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 UNET = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"]
@@ -92,7 +91,7 @@ def diffusers_names(pipe, path):
 
 
 def saved_by_diffusers(pipe, path):
-    """As diffusers' training scripts do it: factors of UNet and text encoder, and their settings in the header."""
+    """As in diffusers' training scripts: factors of UNet and text encoder, and their settings in the header."""
     parts = {}
     for part, targets in ((pipe.unet, ["to_q", "to_out.0", "conv1"]), (pipe.text_encoder, ["q_proj", "fc1"])):
         config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=True, alpha_pattern={targets[0]: 5})
@@ -173,12 +172,12 @@ def deltas(pipe):
 
 
 def with_prefix(path):
-    """transformers 5 has done away with `text_model` in one of its classes."""
+    """One class of transformers 5 has no `text_model`."""
     return f"text_model.{path}" if path.startswith("encoder.") else path
 
 
 def assert_same(found, expected):
-    """To fp32's rounding of products of two or three terms, at sizes of one to ten."""
+    """Up to fp32 rounding of products of two or three terms of size one to ten."""
     assert found.keys() == expected.keys()
     for module, delta in expected.items():
         torch.testing.assert_close(found[module].reshape(delta.shape), delta, rtol=1e-5, atol=1e-5)
@@ -257,7 +256,7 @@ ORIGINAL = {
 
 @pytest.mark.parametrize("row", ORIGINAL, ids=lambda row: row.name)
 def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
-    """W += alpha / rank * up @ down on the weights in the original layout, which the tests know from elsewhere."""
+    """W += alpha / rank * up @ down on the weights in the original layout, which other tests check."""
     kind, prefix = ORIGINAL[row]
     is_flat = prefix.endswith("_")
     pipe = request.getfixturevalue(f"tiny_{kind}")
@@ -320,11 +319,11 @@ def pair(name, down=DOWN, up=UP, dtype=torch.float32):
 
 
 def kohya_with(**more):
-    """And further tensors of the layer."""
+    """The pair and further tensors of the layer."""
     return {**pair(KOHYA, *ENDS), **{f"{KOHYA}.{key}": tensor for key, tensor in more.items()}}
 
 
-# What is read, and the number that stands everywhere in the delta of the one layer.
+# Formats that are read, and the value of every element in the delta of their only layer.
 NUMBERS = {
     Format("a LoRA without alpha: the scale is 1", "read exactly"): (kohya_with(), 2),
     Format("alpha of shape [1], in bf16", "read exactly"): (kohya_with(alpha=torch.ones(1, dtype=torch.bfloat16)), 1),
@@ -332,7 +331,9 @@ NUMBERS = {
     Format("alpha 0", "read with a note", "alpha 0 for some layers"): (kohya_with(alpha=torch.tensor(0.0)), 0),
     Format("factors in fp8", "read exactly"): (pair(KOHYA, *ENDS, dtype=torch.float8_e4m3fn), 2),
     Format("differences of biases (`.diff_b`) that are zero", "read exactly"): (kohya_with(diff_b=torch.zeros(64)), 2),
-    Format("PEFT's state with the adapter's name (`.lora_A.default.weight`)", "read with a note", "to be its rank"): (
+    Format(
+        "PEFT's state with the adapter's name (`.lora_A.default.weight`)", "read with a note", "to equal the rank"
+    ): (
         pair(PEFT, ".lora_A.default.weight", ".lora_B.default.weight"),
         2,
     ),
@@ -358,8 +359,8 @@ def test_numbers(tiny_sd, tmp_path, caplog, row):
 
 
 ONE = torch.ones(1)
-FORM = "whose deltas are of another form: give plain LoRA files"
-MODEL = "and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming, as a model does"
+FORM = "whose deltas have another form: give plain LoRA files"
+MODEL = "and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming: if it is a model"
 REFUSED = {
     Format("DoRA (`dora_scale`)", "refused", f"is a DoRA, {FORM}"): kohya_with(dora_scale=ONE),
     Format("DoRA (`lora_magnitude_vector`)", "refused", f"is a DoRA, {FORM}"): {
@@ -377,22 +378,22 @@ REFUSED = {
     Format("IA3 of LyCORIS", "refused", f"is an IA3, {FORM}"): {f"{KOHYA}.on_input": ONE},
     Format("IA3 of PEFT", "refused", f"is an IA3, {FORM}"): {f"{PEFT}.ia3_l": ONE},
     Format("VeRA", "refused", f"is a VeRA, {FORM}"): {f"{PEFT}.vera_lambda_b": ONE},
-    Format("AdaLoRA", "refused", ".lora_E, which is no name"): {
+    Format("AdaLoRA", "refused", ".lora_E, which names no LoRA factor"): {
         **pair(PEFT, ".lora_A", ".lora_B"),
         f"{PEFT}.lora_E": ONE,
     },
-    Format("a LoRA with biases (`lora_bias=True`)", "refused", ".lora_B.bias, which is no name"): {
+    Format("a LoRA with biases (`lora_bias=True`)", "refused", ".lora_B.bias, which names no LoRA factor"): {
         **pair(PLAIN),
         f"{PLAIN}.lora_B.bias": ONE,
     },
-    Format("a LoRA with differences of biases or norms", "refused", ".diff_b, which is no name"): kohya_with(
+    Format("a LoRA with differences of biases or norms", "refused", ".diff_b, which names no LoRA factor"): kohya_with(
         diff_b=ONE
     ),
     Format("whole differences of weights (`.diff`)", "refused", "holds whole differences"): {f"{KOHYA}.diff": ONE},
     Format("a control LoRA of FLUX", "refused", "is a control LoRA"): {
         "double_blocks.0.img_attn.norm.query_norm.scale": ONE
     },
-    Format("a LoRA with learned words (`bundle_emb`)", "refused", "is a LoRA with learned words in it"): {
+    Format("a LoRA with learned words (`bundle_emb`)", "refused", "is a LoRA with learned words"): {
         "bundle_emb.cat.string_to_param.*": ONE
     },
     Format("a textual inversion", "refused", "is a textual inversion (a learned word)"): {"emb_params": ONE},
@@ -407,27 +408,27 @@ REFUSED = {
         **pair(PEFT, ".lora_A.one.weight", ".lora_B.one.weight"),
         **pair(PEFT, ".lora_A.two.weight", ".lora_B.two.weight"),
     },
-    Format("two names for one layer", "refused", f"has {KOHYA!r} and {MIDDLE!r}, both for {PLAIN}"): {
+    Format("two names for one layer", "refused", f"has both {KOHYA!r} and {MIDDLE!r} for {PLAIN}"): {
         **kohya_with(),
         **pair(MIDDLE, *ENDS),
     },
     Format("a name of no layer", "refused", "has lora_unet_mid_block_attn_q, no name of kohya's"): pair(
         "lora_unet_mid_block_attn_q", *ENDS
     ),
-    Format("alpha that is no number", "refused", "is no finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
-    Format("alpha of several numbers", "refused", "is no finite number"): kohya_with(alpha=torch.ones(2)),
-    Format("alpha of a layer without factors", "refused", "x.alpha, which is no name"): {
+    Format("alpha that is no number", "refused", "is not a finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
+    Format("alpha of several numbers", "refused", "is not a finite number"): kohya_with(alpha=torch.ones(2)),
+    Format("alpha of a layer without factors", "refused", "x.alpha, which names no LoRA factor"): {
         **kohya_with(),
         "x.alpha": ONE,
     },
-    Format("a layer with one factor", "refused", "there is no LoRA factor up"): {
+    Format("a layer with one factor", "refused", "the LoRA factor up is missing"): {
         f"{KOHYA}.lora_down.weight": torch.ones(2, 64)
     },
     Format(
         "a pickle (.bin, .pt, .ckpt)", "refused", "which could run code when it is loaded: give a .safetensors file"
     ): None,
     Format("a GGUF file", "refused", "is a GGUF"): b"GGUF\x03\x00\x00\x00" + bytes(64),
-    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch it by git lfs pull"): (
+    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch the file with git lfs pull"): (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ),
     Format("a web page saved in place of the file", "refused", "is a web page"): b"<html>not found</html>",
@@ -454,7 +455,7 @@ SETTINGS = {
     Format(
         "PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)",
         "refused",
-        "='pissa', which changed the base model: save it anew",
+        "='pissa', which changed the base model: save it again",
     ): {"init_lora_weights": "pissa"},
     Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
     Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
@@ -489,7 +490,7 @@ def test_refused_by_the_settings(tmp_path, row, beside):
 )
 @pytest.mark.parametrize("is_published", [True, False])
 def test_a_block_that_the_published_model_lacks(prefix, shape, name, beyond, is_published):
-    """The shapes say which model a file is for; one of no published shapes may have any number of blocks."""
+    """The shapes tell which model a file is for; a file without published shapes may have any number of blocks."""
     rows, width, *kernel = shape if is_published else (3 * 40, 40, *shape[2:])
     tensors = {}
     for i in (0, 1, beyond):
@@ -503,17 +504,17 @@ def test_a_block_that_the_published_model_lacks(prefix, shape, name, beyond, is_
 
 
 def test_diffusers_does_not_widen_flux_for_a_file(tiny_flux, tmp_path):
-    """As it does for FLUX's control LoRAs, whose first layer sees a picture as well."""
+    """As for FLUX's control LoRAs, whose first layer also takes a picture."""
     before = tiny_flux.transformer.x_embedder.weight.shape
     wide = {f"transformer.x_embedder{DOWN}": torch.ones(2, 128), f"transformer.x_embedder{UP}": torch.ones(32, 2)}
     save_file(wide, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"do not fit this model, whose shape of transformer\.x_embedder is another"):
+    with pytest.raises(ValueError, match=r"do not fit this model, which has transformer\.x_embedder in another shape"):
         load_lora(tiny_flux, tmp_path / "x.safetensors")
     assert tiny_flux.transformer.x_embedder.weight.shape == before
 
 
 def test_text_encoders_of_every_prefix(tiny_sd3, tmp_path):
-    """What diffusers loads none of is refused with the pipeline, and kept in the files without."""
+    """Adapters that diffusers cannot load are refused with a pipeline, and kept in files without one."""
     clip = "text_model.encoder.layers.0.mlp.fc1"
     names = {
         **{f"lora_te{i}_{clip.replace('.', '_')}": f"text_encoder{end}.{clip}" for i, end in ((1, ""), (2, "_2"))},
@@ -529,7 +530,7 @@ def test_text_encoders_of_every_prefix(tiny_sd3, tmp_path):
     assert lora_of(to_kohya(lora), "file").keys() == lora.keys()
     name = next(name for name in names if "te3" in name)
     save_file({f"{name}{DOWN}": torch.ones(1, 32), f"{name}{UP}": torch.ones(32, 1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"diffusers loads no adapters of text_encoder_3\.encoder"):
+    with pytest.raises(ValueError, match=r"diffusers loads no adapters for text_encoder_3\.encoder"):
         load_lora(tiny_sd3, tmp_path / "x.safetensors")
 
 

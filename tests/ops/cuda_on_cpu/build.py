@@ -1,4 +1,4 @@
-"""Compiles CUDA sources for the CPU, and gives them memory that shows where they go beyond it."""
+"""Compiles CUDA sources for the CPU, and gives them memory that detects accesses beyond its ends."""
 
 import ctypes
 import hashlib
@@ -17,14 +17,14 @@ import torch
 from alignprop_fast.ops.extension import ABI_FLAGS, SOURCES
 
 STAND_IN = Path(__file__).parent
-# What a GPU would fault at or what would differ between compilers must not pass here: misaligned vectors, overflow,
-# local arrays read beyond their ends or before they are set.
+# Detect what a GPU would reject or what compilers handle differently: misaligned vectors, overflow, local arrays read
+# beyond their ends or before they are set.
 CHECKS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-ftrivial-auto-var-init=pattern")
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w", *CHECKS)
 
 
 def for_the_cpu(source: str) -> str:
-    """CUDA source with nothing changed but what no C++ compiler can read: launches, and shared memory set at launch."""
+    """CUDA source in which only the parts are changed that C++ compilers cannot read: launches and shared memory."""
     bounds = {kernel: bound for bound, kernel in re.findall(r"__launch_bounds__\((\w+)[^)]*\) (\w+)\(", source)}
 
     def launch(match: re.Match[str]) -> str:
@@ -37,7 +37,7 @@ def for_the_cpu(source: str) -> str:
 
 
 def for_cpu_tensors(bindings: str) -> str:
-    """bindings.cpp with the CUDA version in the CPU version's place, under a name that leaves the real library room."""
+    """bindings.cpp with the CUDA version instead of the CPU version, and with a name of its own."""
     return (
         bindings.replace("_FRAGMENT(alignprop_fast,", "_FRAGMENT(alignprop_fast_cuda_on_cpu,")
         .replace("_IMPL(alignprop_fast, CPU,", "_IMPL(alignprop_fast_cuda_on_cpu, XPU,")
@@ -46,11 +46,11 @@ def for_cpu_tensors(bindings: str) -> str:
 
 
 def build(cache: pytest.Cache, name: str, sources: dict[str, str], with_torch: bool) -> Path:
-    """A shared library of `sources` (text by name), kept in pytest's cache; skips the test where there is no g++."""
+    """A shared library of `sources` (text by name), kept in pytest's cache; skips the test without g++."""
     compiler = shutil.which("g++")
     if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("no g++" if compiler is None else "fibers and traps are those of Linux")
-    # -Bsymbolic: the stand-ins in entry.cpp are meant, not torch's functions of that name.
+        pytest.skip("no g++" if compiler is None else "fibers and traps need Linux")
+    # -Bsymbolic selects the stand-ins in entry.cpp instead of torch's functions of the same name.
     flags = [*FLAGS, "-shared", "-Wl,-Bsymbolic", f"-I{STAND_IN}", f"-I{SOURCES}"]
     libraries = []
     if with_torch:
@@ -80,14 +80,14 @@ def build(cache: pytest.Cache, name: str, sources: dict[str, str], with_torch: b
 
 
 class Memory:
-    """Tensors between pages that cannot be touched: they end where memory does, or begin there."""
+    """Tensors between protected pages: they end or begin exactly at a page's edge."""
 
     def __init__(self, at_end: bool) -> None:
         self.at_end = at_end
         self.around: list[torch.Tensor] = []
 
     def place(self, values: torch.Tensor, alignment: int = 16) -> torch.Tensor:
-        """A copy of `values` at a multiple of `alignment` bytes and of nothing larger; NaN in the rest of the pages."""
+        """A copy of `values` aligned to exactly `alignment` bytes; the rest of the pages is NaN."""
         page = mmap.PAGESIZE
         size = values.numel() * values.element_size()
         inner = (size + alignment + page - 1) // page * page

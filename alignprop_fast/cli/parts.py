@@ -1,0 +1,143 @@
+"""The parts of a run, from its options: `train` runs them, `plan` counts them. On the meta device they have no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows, spread
+from alignprop_fast.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from alignprop_fast.evaluation.early_stopping import EarlyStopping
+    from alignprop_fast.evaluation.watch import Watch
+    from alignprop_fast.generate.sampler import DifferentiableSampler
+    from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+    from alignprop_fast.rewards.mixture import WeightedSum
+    from alignprop_fast.rewards.normalise import NormalisedSum
+
+T = TypeVar("T", bound=TrainOptions)
+_WATCH_SEED = 1_000_000  # beyond the seeds of the sample pictures
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What scores the pictures of a run.
+
+    reward: what is trained for. normalised: the same with its parts normalised, if asked for. watch: what is watched.
+    """
+
+    reward: WeightedSum
+    normalised: NormalisedSum | None
+    watch: Watch | None
+
+    @property
+    def trained(self) -> WeightedSum:
+        """What the gradient comes from."""
+        return self.normalised or self.reward
+
+
+def resolved(options: T, precision: str) -> T:
+    """The options with what `auto` and None stand for, as far as the trainer's config needs it."""
+    alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
+    return replace(options, mixed_precision=precision, lora_alpha=alpha)
+
+
+def open_rewards(options: TrainOptions, device: str) -> Rewards:
+    """The rewards on the device. On the meta device no published weights are needed.
+
+    Raises:
+        ValueError, OSError: an unknown reward, weights that cannot be loaded, or nothing to watch.
+    """
+    from alignprop_fast.rewards.normalise import NormalisedSum
+
+    reward = _reward(options.reward, options.reward_model, options, device)
+    normalised = NormalisedSum(reward.parts) if options.normalise_rewards else None
+    return Rewards(reward, normalised, _watch(options, reward, device))
+
+
+def open_model(options: TrainOptions, device: str) -> DefaultDDPOStableDiffusionPipeline:
+    """The pipeline with its weights, on the CPU, or its outline on the meta device.
+
+    Raises:
+        ValueError, OSError: a model that cannot be loaded.
+    """
+    import torch
+
+    from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+
+    return DefaultDDPOStableDiffusionPipeline(
+        options.model,
+        scheduler=options.scheduler,
+        model_config=options.model_config,
+        allow_pickle=options.allow_pickle,
+        # Beside fp16 a VAE may have to stay in fp32, which only loading in fp32 keeps.
+        dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
+        outline=device == "meta",
+    )
+
+
+def make_stopping(options: TrainOptions) -> EarlyStopping | None:
+    """None without --patience. Raises ValueError for values that cannot work."""
+    from alignprop_fast.evaluation.early_stopping import EarlyStopping
+
+    return None if options.patience is None else EarlyStopping(options.patience, options.max_drop)
+
+
+def tell_sampler(sampler: DifferentiableSampler, rewards: Rewards, first: PromptRow) -> None:
+    """What a plan counts beside the model and the trained reward: the weights of what is watched. first: of the rows of
+    the prompts, which the reward gets where it is measured."""
+    if rewards.watch is not None:
+        sampler.reward_bytes += rewards.watch.weight_bytes(rewards.reward)
+    sampler.example = (first.prompt, dict(first.metadata))
+
+
+def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | None:
+    """What is watched under these options; `trained`: the reward of the training."""
+    if options.watch_reward is None and options.watch_prompts is None:
+        for name in ("patience", "watch_reward_model", "diversity_model"):
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} needs something to watch: add --watch-reward clip")
+        return None
+    from alignprop_fast.evaluation.watch import IMAGES_PER_PROMPT, Watch
+    from alignprop_fast.rewards.diversity import ImageEmbedder
+    from alignprop_fast.rewards.weights import RewardLoading
+
+    heldout = f"{options.prompts}-heldout"
+    rows = load_rows(options.watch_prompts or (heldout if heldout in PROMPT_SETS else options.prompts))
+    reward = trained
+    if options.watch_reward is not None:
+        reward = _reward(options.watch_reward, options.watch_reward_model, options, device)
+    return Watch(
+        reward,
+        spread(rows, options.watch_pictures // IMAGES_PER_PROMPT),
+        ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device),
+        seed=_WATCH_SEED,
+        batch_size=options.batch_size,
+        negative_prompt=options.negative_prompt,
+    )
+
+
+def _reward(spec: str, models: Sequence[str], options: TrainOptions, device: str) -> WeightedSum:
+    import torch
+
+    from alignprop_fast.rewards import get_reward
+
+    # fp16 has too small a range for the gradient of an unscaled score.
+    dtype = torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32
+    build = _outline if device == "meta" else get_reward
+    return build(spec, device=device, dtype=dtype, model=list(models), allow_pickle=options.allow_pickle)
+
+
+def _outline(spec: str, *, model: list[str], **how: Any) -> WeightedSum:
+    """The networks of `get_reward` on the meta device: published ones need no weights, and `clip` is the bundled one
+    where no other is given."""
+    from alignprop_fast.demo import clip_path
+    from alignprop_fast.rewards.architectures import architecture_reward
+    from alignprop_fast.rewards.registry import parsed_spec
+
+    parsed, given = parsed_spec(spec, model)
+    if "clip" in dict(parsed) and "clip" not in given:
+        model = [*model, f"clip={clip_path()}"]
+    return architecture_reward(spec, model=model, **how)

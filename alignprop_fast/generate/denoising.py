@@ -1,0 +1,167 @@
+"""Denoising as a chain: what one step of a diffusion model computes, forward, back and without gradient.
+
+Here the two halves of the package meet. `sampling` knows the updates and no network, `runtime` knows what is kept for
+the backward pass and no diffusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from alignprop_fast.generate.fast_predict import FastPredict
+from alignprop_fast.generate.guidance import Guidance
+from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
+from alignprop_fast.sampling import StepTable, Update, rescaled_guidance
+
+
+class DenoisingChain(Chain):
+    """The denoising steps of a table, for one batch of conditioned prompts. See `Chain` for what each method owes.
+
+    Args:
+        model: an adapter of `models`.
+        blocks: of its denoiser.
+        table: coefficients of the steps.
+        timesteps: [T] of the table, on the model's device.
+        cond: what the denoiser sees beside latents and time.
+        guidance: how its branches are combined.
+        generator: of the noise of each step; None: the global one.
+        draw_noise: whether noise is drawn at each step.
+        input_gradient, gradient_sink: as of `Chain`.
+        compare_with_base: whether gradient steps have a penalty: the distance to the base model.
+        fast: faster predictions for steps without gradient (experimental); None: there are none.
+        fast_replays: whether replays use it, too.
+
+    Raises:
+        ValueError: something that asks for a gradient and cannot get one, dropout in the denoiser, or DoRA adapters.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        blocks: Sequence[Block],
+        table: StepTable,
+        timesteps: torch.Tensor,
+        cond: Conditioning,
+        guidance: Guidance,
+        generator: Generator,
+        *,
+        draw_noise: bool,
+        input_gradient: bool,
+        compare_with_base: bool = False,
+        gradient_sink: GradientSink | None = None,
+        fast: FastPredict | None = None,
+        fast_replays: bool = False,
+    ):
+        conditions = _conditions(cond, guidance)
+        if conditions and (compare_with_base or gradient_sink is not None):
+            option = "compare_with_base" if compare_with_base else "an optimizer in the backward pass"
+            raise ValueError(
+                f"embeddings or guidance want a gradient, and {option} gives it to the denoiser's parameters alone: "
+                "leave one of the two out"
+            )
+        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
+        super().__init__(
+            len(table),
+            model.trainable(),
+            blocks,
+            gradient_sink=gradient_sink,
+            input_gradient=input_gradient,
+            has_penalty=compare_with_base,
+            conditions=conditions,
+            leaves=list(leaves.values()),
+        )
+        self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
+        self.guidance, self.given_cond = guidance, cond
+        self.cond = cond.exchanged(leaves)
+        self.scale, self.rescale = leaves.get(id(guidance.cfg_scale), guidance.cfg_scale), guidance.rescale
+        # Either the update blends the two branches of a prediction, or `predict` does: where guidance is not linear in
+        # them, or its scale learns.
+        if isinstance(self.scale, torch.Tensor) or cond.branches == 1 or self.rescale > 0:
+            self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
+        else:
+            self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
+        # A recording would hold the graph of the conditions.
+        self.fast = None if conditions else fast
+        self.fast_replays = fast_replays
+        self.fast_state = None if self.fast is None else self.fast.state()
+
+    def last_alone(self) -> DenoisingChain:
+        """The last step as a chain of its own: it predicts the clean latents. Gradients reach autograd, not a sink."""
+        return DenoisingChain(
+            self.model,
+            self.blocks,
+            self.update.table.last_alone(),
+            self.timesteps[-1:],
+            self.given_cond,
+            self.guidance,
+            None,
+            draw_noise=self.draw_noise,
+            input_gradient=True,
+            compare_with_base=self.has_penalty,
+            fast=self.fast,
+            fast_replays=self.fast_replays,
+        )
+
+    def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The denoiser's output: [K * B, C, h, w], unconditional branch first, or guided already: [B, C, h, w]."""
+        y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
+        return self._guided(y)
+
+    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        if self.fast is None:
+            return self.predict(i, x)
+        y = self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, self.fast_state)
+        return self._guided(y)
+
+    def replay(self, i: int, x: torch.Tensor, options: Mapping[str, str]) -> torch.Tensor:
+        if self.fast is None or not self.fast_replays:
+            return self.predict(i, x)
+        kept = tuple(sorted(options.items()))
+        seen, timestep = self.update.model_input(i, x), self.timesteps[i]
+        return self._guided(self.fast.replay(seen, timestep, self.cond, self.fast_state, self.parameters, kept))
+
+    def _guided(self, y: torch.Tensor) -> torch.Tensor:
+        return rescaled_guidance(y, self.scale, self.rescale) if self.combines else y
+
+    def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The scheduler's update, with noise in the shape of the latents where the chain draws any."""
+        noise = self.model.noise(self.update.latents(x), self.generator) if self.draw_noise else None
+        return self.update.advance(i, x, y, noise)
+
+    def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.update.adjoint(i, g, y_dtype)
+
+    def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean squared difference of the guided prediction to that of the base model: adapters that learn are off.
+
+        Source: the regulariser of DPOK (Fan et al. 2023), up to the weights of the steps. Two Gaussian kernels of one
+        step with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence
+        b^2 |y - y'|^2 / (2 sigma^2). No second copy of the model is held.
+        """
+        with torch.inference_mode(), self.model.adapters_off():
+            base = self.predict(i, x)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        delta = self.update.blended(y.to(wide) - base.to(wide))
+        return delta.square().mean(), self.update.blended_adjoint(2 / delta.numel() * delta)
+
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        return self.update.start(x)
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        return self.update.latents(x)
+
+    def state(self) -> Hashable:
+        read = [*self.cond.tensors(), *self.leaves]
+        return versions([self.model.denoiser]), self.model.settings(), tuple(map(version, read))
+
+
+def _conditions(cond: Conditioning, guidance: Guidance) -> list[torch.Tensor]:
+    """What the denoiser reads beside latents and its own parameters, as far as it requires a gradient."""
+    scale = guidance.cfg_scale
+    read = [*cond.tensors(), *([scale] if isinstance(scale, torch.Tensor) else ())]
+    found = {id(tensor): tensor for tensor in read if tensor.requires_grad}.values()
+    return list(found) if torch.is_grad_enabled() else []

@@ -1,0 +1,63 @@
+"""Guidance of a sampler's chains: how strong, by which way, and for which prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Scale = float | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How predictions are guided towards the prompt.
+
+    cfg_scale: of classifier-free guidance, which needs predictions with and without the prompt; off at 1 or less.
+    embedded_scale: what a denoiser with distilled guidance (FLUX) is told.
+    rescale: phi of Lin et al. 2023; 0 turns it off.
+    needs_negative: classifier-free guidance is for prompts with a negative one alone, as FLUX has it.
+
+    A scale is a number, or a tensor of one number that requires a gradient.
+    """
+
+    cfg_scale: Scale
+    embedded_scale: Scale
+    rescale: float
+    needs_negative: bool
+
+    @classmethod
+    def of(cls, scale: Scale, true_cfg_scale: Scale, rescale: Any, embeds_guidance: bool) -> Guidance:
+        """From a sampler's arguments. embeds_guidance: whether guidance is distilled into the denoiser.
+
+        Raises:
+            ValueError: a tensor of several numbers, or one that requires a gradient where a number is wanted.
+        """
+        scale, true_cfg_scale = _one_number(scale), _one_number(true_cfg_scale)
+        cfg_scale = true_cfg_scale if embeds_guidance else scale
+        return cls(cfg_scale, scale, plain_number("guidance_rescale", rescale), embeds_guidance)
+
+    def is_on(self, has_negative: bool) -> bool:
+        """Whether the denoiser runs with and without the prompt. has_negative: there is a negative prompt."""
+        return bool(self.cfg_scale > 1) and (has_negative or not self.needs_negative)
+
+
+def plain_number(name: str, value: Any) -> float:
+    """Raises ValueError: a tensor that requires a gradient, which would end here."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a tensor that requires a gradient, and gets none here: give a number")
+    return float(value)
+
+
+def _one_number(scale: Scale) -> Scale:
+    """A number as it is; of a tensor its number, or the tensor itself if it requires a gradient.
+
+    Raises:
+        ValueError: a tensor of several numbers.
+    """
+    if not isinstance(scale, torch.Tensor):
+        return scale
+    if scale.numel() != 1:
+        raise ValueError(f"a guidance scale of shape {list(scale.shape)}: give one number for all prompts")
+    return scale if scale.requires_grad else scale.item()

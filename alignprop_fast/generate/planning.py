@@ -1,0 +1,115 @@
+"""Plans of a sampler's calls: costs are measured once for each shape of a training step, and solvers are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from alignprop_fast.generate.cost_table import TrainingStep, estimated_table, measured_table
+from alignprop_fast.generate.memory_budget import MemoryBudget
+from alignprop_fast.generate.render import Renderer
+from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, Plan, Solver, leanest
+from alignprop_fast.runtime import Chain, autocast_dtype
+
+
+def gradient_steps(chain: Chain, wanted: Iterable[int], wants_gradient: bool = False) -> list[int]:
+    """The wanted steps in ascending order; none where nothing could receive a gradient.
+
+    wants_gradient: the initial latents do.
+
+    Raises:
+        ValueError: a step outside the chain.
+    """
+    steps = sorted(set(wanted))
+    if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
+        raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
+    return steps if torch.is_grad_enabled() and (chain.receivers or wants_gradient) else []
+
+
+class StepPlanner:
+    """Makes the plan of a training step within a memory budget.
+
+    Args:
+        model: an adapter of `models`.
+        budget: the memory budget.
+        renderer: runs the chains; it knows how much host memory there is.
+        num_steps: of a whole chain.
+    """
+
+    def __init__(self, model: Any, budget: MemoryBudget, renderer: Renderer, num_steps: int):
+        self.model, self.budget, self.renderer, self.num_steps = model, budget, renderer, num_steps
+        self.solvers: dict[tuple, Solver] = {}
+
+    @property
+    def has_budget(self) -> bool:
+        return self.budget.exists(self.model.device)
+
+    def plan(self, step: TrainingStep, grad_steps: Sequence[int], wants_gradient: bool = False) -> Plan:
+        """The fastest plan that keeps the budget; without one, or without gradient, the leanest.
+
+        wants_gradient: the initial latents do.
+
+        Raises:
+            BudgetInfeasible: no plan keeps the budget.
+        """
+        # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
+        num_steps = 1 if step.chain.num_steps == 1 else self.num_steps
+        if not (self.has_budget and torch.is_grad_enabled() and (grad_steps or wants_gradient)):
+            return leanest(num_steps, grad_steps)
+        solver = self.solver(step, num_steps)
+        return solver.plan(grad_steps, self.settled_bytes(step))
+
+    def solver(self, step: TrainingStep, num_steps: int) -> Solver:
+        """What makes the plans of steps of this shape, under the autocast state at the time of the call."""
+        embeds, receivers = step.cond.embeds, len(step.chain.receivers)
+        cast = autocast_dtype(self.model.device)
+        key = (num_steps, step.batch, embeds.shape, embeds.dtype, receivers, cast)
+        if key not in self.solvers:
+            self.solvers[key] = Solver(measured_table(step), num_steps, num_steps)
+        table, limit_bytes = self.solvers[key].table, self.renderer.host_pool.limit_bytes
+        if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver has refused more
+            self.solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
+        return self.solvers[key]
+
+    def costs(self, step: TrainingStep, gpu: Gpu | None) -> CostTable:
+        """Costs of a step like this one: measured, or estimated for a GPU that need not be here."""
+        with torch.enable_grad():
+            return measured_table(step) if gpu is None else estimated_table(step, gpu)
+
+    def settled_bytes(self, step: TrainingStep) -> int:
+        """The budget in bytes, on a GPU held to what is free there once a step like this one has run."""
+        return self.budget.settle(self.model.device, partial(self._warm_up, step))
+
+    def _warm_up(self, step: TrainingStep) -> None:
+        """One gradient step and its pictures, forward and back, as lean as can be; takes no random number."""
+        chain = step.chain.last_alone()
+        with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
+            x = self.model.initial_latents(step.batch, step.size, None, None).requires_grad_()
+            images = self.renderer.render(chain, leanest(1, (0,)), x).images
+            torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
+
+    def tighten(self, factor: float, last: Plan | None) -> int:
+        """Plan with less than the last plan took from now on; returns the new budget in bytes.
+
+        Raises:
+            BudgetInfeasible: there is no leaner plan.
+        """
+        size_bytes = self.budget.size_bytes
+        if self.model.device.type != "cuda" and not self.has_budget:
+            raise BudgetInfeasible(0, 0)
+        if not self.has_budget:
+            taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
+        elif size_bytes is None or not self.solvers:  # while the costs were measured, the leanest way first
+            raise BudgetInfeasible(size_bytes or 0, size_bytes or 0)
+        else:
+            peak_bytes = last.peak_bytes if last else 0
+            taken_bytes = min(size_bytes, peak_bytes or size_bytes)
+        budget_bytes = int(factor * taken_bytes)
+        for solver in self.solvers.values():
+            solver.plan(range(solver.num_steps), budget_bytes)
+        self.budget.size_bytes = budget_bytes
+        return budget_bytes

@@ -1,0 +1,214 @@
+"""A chain under a plan, as ONE autograd function.
+
+The forward pass keeps the input state of each gradient step, and the graph of the resident ones; everything else is
+freed at once. The backward pass walks from the last step to the first. A step without gradient passes the gradient on
+by its affine path alone (Prabhudesai et al. 2023, randomised truncation). A gradient step adds the network's
+vector-Jacobian product: from its kept graph (resident), or by running the network again (replayed). So a replayed chain
+takes the memory of one network evaluation, whatever T.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from alignprop_fast.planner import Options, Plan
+from alignprop_fast.runtime.blocks import apply_options
+from alignprop_fast.runtime.chain import Chain
+from alignprop_fast.runtime.changed import CHANGED
+from alignprop_fast.runtime.offload import Offloader
+
+
+def run_chain(chain: Chain, plan: Plan, x: torch.Tensor, offloader: Offloader | None = None) -> torch.Tensor:
+    """Run the chain from x [B, ...] under the plan and return the last latents [B, ...].
+
+    Gradients reach parameters and conditions, and x if it requires one. The graph can be used once: it frees itself as
+    it is used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
+
+    offloader: moves what blocks keep to host memory, for a plan that asks for it. One for each run.
+    """
+    return run_penalised_chain(chain, plan, x, offloader)[0]
+
+
+def run_penalised_chain(
+    chain: Chain, plan: Plan, x: torch.Tensor, offloader: Offloader | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `run_chain`, and the sum of the penalties of the gradient steps, a scalar: differentiable in the parameters.
+
+    Both may be used in one backward pass. A gradient step whose input also has a gradient runs once more for its
+    penalty, which must not flow on into its input.
+    """
+    grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
+    x = chain.start(x)
+    if grad_steps or (torch.is_grad_enabled() and x.requires_grad):
+        tape = _Tape(chain, plan, offloader, grad_steps, x.requires_grad)
+        x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
+        return chain.finish(x), penalty
+    with torch.no_grad():
+        x = _forward(_Tape(chain, plan, offloader, grad_steps, wants_gx=False), x)
+        return chain.finish(x), x.new_zeros(())
+
+
+class _Tape:
+    """What one run of the chain keeps for its backward pass."""
+
+    def __init__(self, chain: Chain, plan: Plan, offloader: Offloader | None, grad_steps: set[int], wants_gx: bool):
+        self.chain, self.plan, self.offloader = chain, plan, offloader
+        self.grad_steps, self.wants_gx = grad_steps, wants_gx
+        # No earlier step is of use to the backward pass, unless the initial latents want a gradient.
+        self.first = 0 if wants_gx else min(grad_steps, default=chain.num_steps)
+        self.graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.penalty: torch.Tensor | None = None
+        self.penalty_gradients: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
+        self.state = chain.state() if grad_steps else ()
+        self.used = False
+
+    def input_gradient(self, i: int) -> bool:
+        """Whether step i has someone to pass a gradient of its network's input on to."""
+        return self.chain.input_gradient and (i > self.first or self.wants_gx)
+
+    def check_state(self) -> None:
+        """Autograd compares the versions of the tensors it saved; a replay reads tensors that were not saved.
+
+        Raises:
+            RuntimeError: they are not what the forward pass read.
+        """
+        if self.grad_steps and self.chain.state() != self.state:
+            raise RuntimeError(CHANGED)
+
+    def penalise(self, i: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        if self.chain.has_penalty:
+            value, self.penalty_gradients[i] = self.chain.penalty(i, x, y)
+            self.penalty = value if self.penalty is None else self.penalty + value
+
+
+class _ChainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
+        out = _forward(tape, x)
+        # As an output it will hold this node, which holds the tape: a cycle, if the tape held it.
+        penalty, tape.penalty = tape.penalty, None
+        return out, x.new_zeros(()) if penalty is None else penalty
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tape: _Tape = ctx.tape
+        if tape.used:
+            raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
+        tape.used = True
+        tape.check_state()
+        with ctx.autocast():
+            gx, grads = _backward(tape, g, g_penalty)
+        return None, gx if tape.wants_gx else None, *grads
+
+
+def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
+    chain = tape.chain
+    for i in range(chain.num_steps):
+        if i in tape.grad_steps and i in tape.plan.resident_steps:
+            tape.graphs[i] = _record(tape, i, x, tape.input_gradient(i))
+            y = tape.graphs[i][1].detach()
+        else:
+            if i in tape.grad_steps:
+                tape.inputs[i] = x
+            with torch.inference_mode():
+                y = chain.sample(i, x)
+        if i in tape.grad_steps:
+            tape.penalise(i, x, y)
+        # Outside inference mode: a replay saves x for its backward pass, which inference tensors refuse.
+        x = chain.advance(i, x, y)
+        del y
+    return x
+
+
+def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    chain = tape.chain
+    receivers = chain.receivers
+    sums: list[torch.Tensor | None] = [None] * len(receivers)
+    for i in range(chain.num_steps - 1, tape.first - 1, -1):
+        if i in tape.graphs:
+            x, y = tape.graphs.pop(i)
+        elif i in tape.inputs:
+            x, y = _record(tape, i, tape.inputs.pop(i), tape.input_gradient(i))
+        else:
+            g, _ = chain.adjoint(i, g, g.dtype)
+            continue
+        g, gy = chain.adjoint(i, g, y.dtype)
+        penalty_gradient = (g_penalty * tape.penalty_gradients.pop(i)).to(y.dtype) if tape.penalty_gradients else None
+        if penalty_gradient is not None and not x.requires_grad:
+            gy = gy + penalty_gradient
+        if chain.gradient_sink is None:
+            gx = _network_backward(x, y, gy, receivers, sums)
+        else:
+            gx = chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
+        del y, gy
+        if gx is not None:
+            g = g + gx
+            if penalty_gradient is not None:
+                x, y = _record(tape, i, x, False)
+                _network_backward(x, y, penalty_gradient, receivers, sums)
+                del y
+        del x, gx
+    # As wide as they are: autograd rounds them to what a parameter's gradient is to be (its `grad_dtype`).
+    return g, sums
+
+
+def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the network of step i with a graph. Returns its (input, output)."""
+    x = x.detach().requires_grad_(input_gradient)
+    chain, resident = tape.chain, i in tape.plan.resident_steps
+    options = _options(tape.plan, i)
+    with torch.enable_grad(), apply_options(options, chain.blocks, tape.offloader):
+        y = chain.predict(i, x) if resident else chain.replay(i, x, options)
+    if tape.offloader is not None:
+        tape.offloader.settle()
+    return x, y
+
+
+def _options(plan: Plan, i: int) -> Options:
+    """Option by block of gradient step i."""
+    if i in plan.resident_steps:
+        return plan.resident_options[plan.resident_steps.index(i)]
+    return plan.replay_options
+
+
+def _network_backward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gy: torch.Tensor,
+    receivers: Sequence[torch.Tensor],
+    sums: list[torch.Tensor | None],
+) -> torch.Tensor | None:
+    """Add the receivers' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
+    wanted = [*receivers, x] if x.requires_grad else list(receivers)
+    grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    found = [(k, grad) for k, grad in enumerate(grads[: len(receivers)]) if grad is not None]
+    added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
+    if added:  # in one launch
+        torch._foreach_add_(*map(list, zip(*added, strict=True)))
+    taken: set[int] = set()
+    for k, grad in found:
+        if sums[k] is None:
+            # Sums of many low-precision terms lose the small ones. Autograd may give one tensor for two parameters.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            sums[k] = grad.to(wide, copy=grad.data_ptr() in taken)
+            taken.add(grad.data_ptr())
+    return grads[-1] if x.requires_grad else None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on the device at present; None without it, and for meta tensors, which know none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _autocast_state(device: torch.device) -> Callable[[], AbstractContextManager]:
+    """A factory of contexts that restore today's autocast state: the backward pass runs outside the caller's."""
+    dtype = autocast_dtype(device)
+    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)

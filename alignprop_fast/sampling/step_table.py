@@ -1,0 +1,88 @@
+"""The coefficients of a chain's steps, and what a prediction says of the clean latents and the noise."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Coefficients of T steps, index 0 the noisiest: x_next = a x + b y + sigma z at model time `timesteps`."""
+
+    timesteps: tuple[float, ...]
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+    sigma: tuple[float, ...]
+    noisy: bool
+    """Whether noise is drawn at every step (also where sigma happens to be zero), as diffusers does for eta > 0."""
+    input_scale: tuple[float, ...] = ()
+    """Per step the factor of the network's input: y = network(input_scale x). Empty: 1."""
+    init_scale: float = 1.0
+    """The chain starts from this times unit noise."""
+    history: tuple[tuple[float, float, float], ...] = ()
+    """Per step (c, p, q) of a two-step method: x_next = a x + b y + c h + sigma z and h_next = p x + q y, from h = 0.
+    Empty: a one-step method."""
+    x0: tuple[tuple[float, float], ...] = ()
+    """Per step (c, d): the clean latents that it predicts are c x + d y. Empty where the update is of another form."""
+    level: tuple[tuple[float, float], ...] = ()
+    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise. Empty as for x0."""
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def ending_at(self, step: int) -> "StepTable":
+        """The steps before `step`, which then predicts the clean latents at once: x_next = x0, and the chain is over.
+
+        Raises:
+            ValueError: a table that does not know x0.
+        """
+        c, d = self._of_every_step(self.x0)[step]
+        table = self._rows(0, step + 1)
+        return replace(
+            table,
+            a=(*table.a[:-1], c),
+            b=(*table.b[:-1], d),
+            sigma=(*table.sigma[:-1], 0.0),
+            # Of the step before the image does not depend any more.
+            history=tuple((0.0 if i == step else c, p, q) for i, (c, p, q) in enumerate(table.history)),
+        )
+
+    def last_alone(self) -> "StepTable":
+        """A chain of one step: the last one, predicting the clean latents. Raises ValueError as `ending_at`."""
+        last = len(self) - 1
+        return self.ending_at(last)._rows(last, last + 1)
+
+    def _rows(self, first: int, end: int) -> "StepTable":
+        """The steps first to end - 1 as they are."""
+        return replace(
+            self,
+            timesteps=self.timesteps[first:end],
+            a=self.a[first:end],
+            b=self.b[first:end],
+            sigma=self.sigma[first:end],
+            input_scale=self.input_scale[first:end],
+            history=self.history[first:end],
+            x0=self.x0[first:end],
+            level=self.level[first:end],
+        )
+
+    def last_level(self) -> tuple[float, float]:
+        """(signal, noise) of the last step's x. Raises ValueError as `ending_at`."""
+        return self._of_every_step(self.level)[-1]
+
+    def _of_every_step(self, entries: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        if len(entries) != len(self):
+            raise ValueError("this scheduler has no closed form of x0: use a truncation that runs the chain to its end")
+        return entries
+
+
+def x0_and_noise(prediction_type: str, alpha: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((x0 per x, x0 per y), (eps per x, eps per y)) at signal level alpha."""
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    if prediction_type == "epsilon":
+        if alpha == 0:
+            raise ValueError("a zero-terminal-SNR schedule cannot predict epsilon: use a v_prediction model")
+        return (1 / signal, -noise / signal), (0.0, 1.0)
+    if prediction_type == "v_prediction":
+        return (signal, -noise), (noise, signal)
+    if prediction_type == "sample":
+        return (0.0, 1.0), (1 / noise, -signal / noise)
+    raise ValueError(f"unknown prediction type {prediction_type!r}: use epsilon, v_prediction or sample")

@@ -1,0 +1,183 @@
+"""The fields of `AlignPropConfig` that are not trl's, each declared once. See `declaration` and `options`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from alignprop_fast.training.declaration import Command, Panel, option
+
+TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
+
+_SIDE: dict[str, Any] = {
+    "help": "Pixels, a multiple of 8 (SD3 and FLUX: of 16).",
+    "panel": Panel.SAMPLING,
+    "commands": TRAIN | PICTURES,
+    "shown": "the model's own",
+    "at_least": 8,
+    "unit": "pixels",
+    "remedy": "a multiple of 8 of at least 8, or leave it out",
+    "changes_plan": True,
+}
+
+
+@dataclass
+class TrainerOptions:
+    """The fields of `AlignPropConfig` that trl's has not. Those without commands are for Python alone."""
+
+    output_dir: str | None = option(
+        None,
+        "Folder to write to; made if it is not there, never overwritten.",
+        Panel.OUTPUT,
+        commands=TRAIN | PICTURES | Command.DEMO | Command.PLAN,
+    )
+    memory_budget: int | str | None = option(
+        "auto",
+        "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
+        "of being computed again. auto: what is free on the GPU (none on the CPU); none: the leanest way, slower.",
+        Panel.DEVICE,
+        changes_plan=True,
+    )
+    host_memory: int | str | None = option(
+        None,
+        "What offloading may lock of the computer's memory, by all processes together, such as 16GiB.",
+        Panel.DEVICE,
+        shown="half of what is free here",
+        changes_plan=True,
+    )
+    truncation: str | None = option(
+        None,
+        "Denoising steps that carry gradient. uniform: about half of them, drawn anew each time (AlignProp). "
+        "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
+        "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
+        "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
+        Panel.TRAINING,
+        changes_plan=True,
+    )
+    kl_weight: float = option(
+        0.0,
+        "Weight of a regulariser: the mean squared difference of the model's output to the base model's. Higher keeps "
+        "pictures closer to it; costs up to twice the time of a gradient step. A cheaper remedy after training: scale "
+        "the adapters down by alignprop-fast merge RUN:0.7.",
+        Panel.CONTROL,
+        at_least=0,
+        remedy="0 (off) or more",
+        changes_plan=True,
+    )
+    lora_rank: int = option(
+        4, "Rank of the LoRA adapters; their size grows with it.", Panel.MODEL, at_least=1, changes_plan=True
+    )
+    lora_alpha: float | None = option(
+        None, "Adapters are scaled by alpha / rank.", Panel.MODEL, shown="the rank", above=0
+    )
+    base_dtype: str = option(
+        "auto",
+        "How the denoiser's large linear layers are stored: auto (as --mixed-precision says), fp8 or int8 (half of "
+        "bf16), nf4 (a quarter; needs bitsandbytes). They are made whole for each product, which costs some time.",
+        Panel.MODEL,
+        choices=("auto", "fp8", "int8", "nf4"),
+        changes_plan=True,
+    )
+    adapter_dtype: str = option(
+        "fp32",
+        "Precision of the adapters; bf16 halves their bytes and rounds at random, so that it learns too.",
+        Panel.MODEL,
+        choices=("fp32", "bf16"),
+        changes_plan=True,
+    )
+    optimizer: str = option(
+        "adamw",
+        "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor 4 / rank; prodigy 16 (from prodigyopt, wants learning "
+        "rate 1).",
+        Panel.TRAINING,
+        choices=("adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit", "adafactor", "prodigy"),
+        changes_plan=True,
+    )
+    optimizer_in_backward: bool = option(
+        False,
+        "Full fine-tuning only: step each parameter in the backward pass as soon as its gradient is complete, and free "
+        "it. train_max_grad_norm then clips each tensor's gradient by itself.",
+        commands=Command.NONE,
+    )
+    lr_scheduler: str = option(
+        "constant",
+        "How the learning rate goes on after the warm-up: constant, or down to 0 at the last step, linear or cosine.",
+        Panel.TRAINING,
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = option(
+        0,
+        "Optimizer steps over which the learning rate rises from 0 to its full value.",
+        Panel.TRAINING,
+        at_least=0,
+        remedy="0 (off) or more",
+    )
+    ema_decay: float = option(
+        0.0,
+        "Keep an exponential moving average of the adapters with this decay, such as 0.99: sample pictures are drawn "
+        "with it, and it is written to the folder ema in --output-dir. 0 turns it off.",
+        Panel.TRAINING,
+        at_least=0,
+        below=1,
+        remedy="0 (off) or more, and below 1",
+        changes_plan=True,
+    )
+    cache_text: bool = option(
+        True,
+        "Encode each prompt once, at the start; the text encoders then leave the GPU.",
+        Panel.DEVICE,
+        changes_plan=True,
+    )
+    max_bad_steps: int = option(
+        10,
+        "Stop after so many optimizer steps in a row with a loss or gradient that is not finite.",
+        at_least=1,
+        commands=Command.NONE,
+    )
+    height: int | None = option(None, **_SIDE)
+    width: int | None = option(None, **_SIDE)
+    guidance_rescale: float = option(
+        0.0,
+        "phi of Lin et al. 2023; 0 turns it off.",
+        at_least=0,
+        at_most=1,
+        remedy="0 (off) to 1",
+        commands=Command.NONE,
+    )
+    lora_targets: str = option(
+        "attention",
+        "Layers with adapters: attention (projections to queries, keys, values, output), attention+ff (feed-forward "
+        "layers too) or all (a UNet's convolutions too).",
+        Panel.MODEL,
+        choices=("attention", "attention+ff", "all"),
+        changes_plan=True,
+    )
+    true_cfg_scale: float = option(
+        1.0,
+        "FLUX: classifier-free guidance against the negative prompt, beside --guidance-scale, which FLUX's network is "
+        "told; 1 or less turns it off.",
+        Panel.SAMPLING,
+        commands=TRAIN | PICTURES,
+        at_least=0,
+        at_most=100,
+        changes_plan=True,
+    )
+    cuda_graphs: bool = option(
+        False,
+        "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU; no speed is measured yet.",
+        Panel.DEVICE,
+        changes_plan=True,
+    )
+    compiled: bool = option(
+        False,
+        "Experimental: run the transformer blocks of evaluations without gradient through torch.compile. Needs a GPU; "
+        "no speed is measured yet.",
+        Panel.DEVICE,
+    )
+    deterministic: bool = option(
+        False,
+        "The same bits from run to run on a GPU too, as on the CPU always; costs some speed.",
+        Panel.DEVICE,
+        commands=TRAIN | Command.DOCTOR,
+    )

@@ -1,0 +1,1 @@
+"""Compares each op with its peers: time, memory, and correctness at the timed shape."""

@@ -1,0 +1,1 @@
+"""Training steps and their parts: seconds and bytes, measured and planned."""

@@ -1,0 +1,1 @@
+"""Comparison with trl, whose AlignPropTrainer this package replaces."""

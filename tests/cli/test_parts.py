@@ -1,0 +1,205 @@
+"""`train` and `plan` make a run of the same parts: for the same options they count the same bytes and find the same
+plan, on the device and on tensors without data."""
+
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from rich.console import Console
+
+from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.plan_options import PlanOptions
+from alignprop_fast.cli.plan_question import from_model
+from alignprop_fast.cli.set_up import Start, open_session
+from alignprop_fast.demo import clip_path
+from alignprop_fast.generate import cost_table
+from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.models.lora.load_save import save_lora
+from alignprop_fast.planner import CostTable, Option, Segment, Stage
+from alignprop_fast.training.declaration import Command, declared, taken
+from alignprop_fast.training.options import TrainOptions
+
+QUIET = Console(quiet=True)
+REWARD = "reward_of_this_test:score"
+GUIDED_FLUX = {"model": "{flux}", "true_cfg_scale": 2.0, "negative_prompt": "red", "height": 16, "width": 16}
+
+# Every option of `train` that changes a plan: another value than usual and, where it needs some, options beside it.
+CHANGES = {
+    "model": ("{sdxl}", {}),
+    "lora_rank": (8, {}),
+    "lora_targets": ("all", {}),
+    "base_dtype": ("int8", {}),
+    "adapter_dtype": ("bf16", {}),
+    "reward": ("clip", {}),
+    "reward_model": (("{clip}",), {"reward": "clip"}),
+    "prompts": ("{prompts}", {"reward": REWARD}),
+    "negative_prompt": (None, GUIDED_FLUX),
+    "num_inference_steps": (3, {}),
+    "guidance_scale": (1.0, {}),
+    "true_cfg_scale": (1.0, GUIDED_FLUX),
+    "scheduler": ("euler", {}),
+    "height": (24, {}),
+    "width": (24, {}),
+    "batch_size": (2, {}),
+    "optimizer": ("adafactor", {}),
+    "ema_decay": (0.9, {}),
+    "truncation": ("last:1", {}),
+    "kl_weight": (0.1, {}),
+    "watch_reward": ("clip", {}),
+    "watch_reward_model": (("{clip}",), {"watch_reward": "clip"}),
+    "watch_prompts": ("demo-heldout", {}),
+    "diversity_model": ("{clip}", {"watch_prompts": "demo"}),
+    "mixed_precision": ("bf16", {}),
+    "memory_budget": ("1GiB", {}),
+    "host_memory": ("2GiB", {}),
+}
+# Those that change it where a GPU is, or that let a model be read at all.
+ELSEWHERE = {"cache_text", "cuda_graphs", "model_config"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_sd_folder, tiny_sdxl_folder, tiny_flux_folder):
+    """Names in braces, and the files that they stand for. clip: half as deep as the bundled one."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("parts")
+    config = CLIPConfig.from_pretrained(clip_path())
+    config.vision_config.num_hidden_layers = 1
+    CLIPModel(config).save_pretrained(shutil.copytree(clip_path(), folder / "clip"))
+    (folder / "prompts.txt").write_text("a prompt of many letters\n")
+    (folder / "reward_of_this_test.py").write_text(
+        "def score(images, prompts, metadata):\n"
+        "    return images.repeat(1, len(prompts[0]), 1, 1).square().mean((1, 2, 3)), {}\n"
+    )
+    models = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "flux": tiny_flux_folder}
+    return {"": folder, "clip": folder / "clip", "prompts": folder / "prompts.txt", **models}
+
+
+@pytest.fixture
+def options(places, monkeypatch, fresh_process):
+    """TrainOptions of a short run on the CPU, with others beside them."""
+    monkeypatch.syspath_prepend(places[""])
+
+    def filled(value):
+        if isinstance(value, tuple):
+            return tuple(map(filled, value))
+        return value.format_map(places) if isinstance(value, str) else value
+
+    def make(chosen):
+        base = {"model": "{sd}", "reward": "colorfulness", "num_inference_steps": 2, "batch_size": 1}
+        base |= {"mixed_precision": "no", "cache_text": False, "memory_budget": "2GiB", "host_memory": "1GiB"}
+        base |= {"device": "cpu", "output_dir": str(places[""] / "run"), "prompts": "demo"}
+        return TrainOptions(**{name: filled(value) for name, value in {**base, **chosen}.items()})
+
+    return make
+
+
+@pytest.fixture
+def no_runs(monkeypatch):
+    """No step or decoder is run or counted: their costs are drawn from what a table is remembered by, which is all that
+    they may hang on."""
+    described = {"source", "device", "data_sheet", "offload"}
+
+    def costs(task, origin, formula, link):
+        known = {name: value for name, value in origin.items() if name not in described}
+        size_bytes = int(cost_table._hash(sorted(known.items())), 16) % 2**20
+        segment = Segment("rest", (Option("keep", size_bytes, size_bytes, 1.0),))
+        decoders = (Stage("batch", (segment,)),)
+        return CostTable({}, size_bytes, size_bytes, (segment,), size_bytes, 1.0, decoders, origin=origin)
+
+    monkeypatch.setattr(cost_table, "_costs", costs)
+    monkeypatch.setattr(cost_table, "_remembered", lambda origin, measure: measure())
+
+
+def trained(options):
+    """What `train` predicts when it is set up."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    with OutputFolder(options.output_dir) as folder:
+        session = open_session(options, QUIET, folder, Start())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return session.prediction
+
+
+def planned(options, **how):
+    """What `plan` predicts."""
+    known = {each.name: getattr(options, each.name) for each, option in taken(options, Command.TRAIN)}
+    question = from_model(QUIET, PlanOptions(**known, **how))
+    return replace(question.predict(), largest=None)
+
+
+def without_seconds(value):
+    """A prediction, a table or a part of one as plain data: bytes and choices, and no time or place."""
+    if isinstance(value, dict):
+        drop = ("seconds", "source", "device", "data_sheet", "offload", "workspace", "peak_bytes", "phases")
+        return {k: without_seconds(v) for k, v in value.items() if not k.endswith(drop)}
+    return [without_seconds(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What was predicted for options before."""
+    return {}
+
+
+def predicted(found, options):
+    """By `train`, by `plan` on this device, and by `plan` for a GPU."""
+    name = repr(options)
+    if name not in found:
+        found[name] = trained(options), planned(options, measure=True), planned(options, gpu="4090")
+    return found[name]
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)]
+    return [value]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_train_and_plan_count_the_same(name, options, found, no_runs, steady_clock):
+    """Exactly, since the same code counts. An estimate has other seconds and, for the GPU's libraries, a workspace that
+    is a number of ours. What a reward's attention keeps differs by up to an eighth: it is torch's own, and its kernel
+    for the CPU keeps no probabilities."""
+    value, beside = CHANGES[name]
+    before, after = predicted(found, options(beside)), predicted(found, options({**beside, name: value}))
+    for run, measured, estimated in (before, after):
+        assert run == measured
+        tables = [without_seconds(asdict(prediction.table)) for prediction in (run, estimated)]
+        here, there = (leaves(table.pop("rewards")) for table in tables)
+        assert tables[0] == tables[1]
+        assert there == [leaf if isinstance(leaf, str) else pytest.approx(leaf, rel=1 / 8) for leaf in here]
+        assert run.worst.budget_bytes == estimated.worst.budget_bytes
+    for one, two in zip(before, after, strict=True):
+        assert one != two, f"--{name} changes no plan: it belongs to another list"
+
+
+def test_text_encoders_that_leave_the_gpu_are_not_counted(options, no_runs):
+    """On the CPU they have nowhere else to go."""
+    cached, kept = (planned(options({"cache_text": cache}), gpu="4090").table.fixed for cache in (True, False))
+    encoder = StableDiffusionPipeline.from_pretrained(options({}).model).text_encoder
+    encoder_bytes = sum(t.numel() * t.element_size() for t in (*encoder.parameters(), *encoder.buffers()))
+    assert kept["weights"] - cached["weights"] == encoder_bytes
+
+
+def test_training_goes_on_from_a_lora_beside_the_model_and_a_plan_too(options, places, tmp_path, no_runs):
+    """Of its rank, whatever --lora-rank says."""
+    pipeline = DefaultDDPOStableDiffusionPipeline(places["sd"])
+    pipeline.get_trainable_layers(rank=2)
+    folder = shutil.copytree(places["sd"], tmp_path / "model")
+    save_lora(pipeline.sd_pipeline, folder)
+    found = [planned(options({"model": str(model)}), gpu="4090").table for model in (folder, places["sd"])]
+    assert found[0].fixed["adapters"] == found[1].fixed["adapters"] // 2
+
+
+def test_cuda_graphs_keep_the_memory_of_a_step(options, no_runs):
+    tables = [planned(options({"cuda_graphs": graphs}), gpu="4090").table for graphs in (False, True)]
+    assert sum(tables[1].fixed.values()) - sum(tables[0].fixed.values()) == tables[0].sampling_bytes > 0
+
+
+def test_the_options_that_change_a_plan_are_those_that_say_so():
+    said = {each.name for each, option in declared(TrainOptions) if option.changes_plan}
+    assert said == set(CHANGES) | ELSEWHERE
+    assert said <= {each.name for each, _ in taken(PlanOptions, Command.PLAN)}
