@@ -24,7 +24,7 @@ from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.evaluation.early_stopping import Stateful
 from alignprop_fast.generate.sampler import Truncation
 from alignprop_fast.report.model_card import write_model_card
-from alignprop_fast.rewards.reward import as_reward
+from alignprop_fast.rewards.reward import as_reward, check_gradient
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.gates import gate_draws, truncation_of
 from alignprop_fast.training.metrics import (
@@ -170,7 +170,9 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return 10.0 - rewards.mean()
 
     def _score(self, pairs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
+        rewards, info = self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
+        check_gradient(getattr(self.reward_fn, "__name__", type(self.reward_fn).__name__), rewards, pairs["images"])
+        return rewards, info
 
     def _micro_batches(self) -> tuple[list[BatchMetrics], dict[str, Any]]:
         """All micro-batches of a step, over all processes; and the pairs of the last one here."""
