@@ -87,12 +87,6 @@ class TrainingStep:
         return len(self.prompts)
 
 
-def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
-    """The modules of each group as blocks, named as in root."""
-    names = {module: name for name, module in root.named_modules()}
-    return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
-
-
 def measured_table(step: TrainingStep) -> CostTable:
     """Run each part of the step on its device under each option, or read what was measured before.
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.planner import Plan
 from alignprop_fast.runtime import (
     Chain,
     HostPool,
     Offloader,
+    blocks_of,
     lockable_bytes,
     raise_if_changed,
     run_decoder_stage,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import TrainingStep, blocks_of
+from alignprop_fast.generate.cost_table import TrainingStep
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance, plain_number
@@ -23,7 +23,7 @@ from alignprop_fast.models import adapt
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
-from alignprop_fast.runtime import Chain, GradientSink, raise_if_changed, score_in_chunks
+from alignprop_fast.runtime import Chain, GradientSink, blocks_of, raise_if_changed, score_in_chunks
 from alignprop_fast.sampling import Draws, StepTable, Truncation, draw_gates, draw_truncation, make_table, trl_gates
 
 __all__ = ["DifferentiableSampler", "Draws", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]

@@ -86,6 +86,7 @@ def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: S
     torch.manual_seed(seed)
     modules = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
     modules["unet"].set_attn_processor(AttnProcessor())  # on the CPU the fused attention has a slow backward
+    modules["unet"].to(memory_format=torch.channels_last)  # a quarter less time per step
     scheduler = build_scheduler()
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     size = settings.batch_size
@@ -105,6 +106,7 @@ def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: S
             draw(build_pipeline(averages, vae, tokenizer), list(PREVIEW_PROMPTS), folder / "unet.png")
 
     averages = fit(modules, loss_at, settings, folder / "unet.pt", seed, on_checkpoint)
+    averages["unet"].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return build_pipeline(averages, vae, tokenizer)
 
 

@@ -21,12 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alignprop_fast.rewards.detectors import Detector, load_detector
+from alignprop_fast.rewards.detectors import load_detector
 from alignprop_fast.rewards.weights import DEFAULT, RewardLoading
 
 _TEMPERATURE = 0.5
@@ -52,7 +52,7 @@ class Count(nn.Module):
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts play no part. Returns scores <= 0, fp32, [B], and soft_count."""
-        log_count_B = log_soft_count(*cast(Detector, self.detector).candidates(images_BCHW))
+        log_count_B = log_soft_count(*self.detector.candidates(images_BCHW))
         count_B, wanted = log_count_B.exp(), self.number
         log_ratio_B = log_count_B - math.log(wanted) if wanted else 0.0
         return wanted * log_ratio_B + wanted - count_B, {"soft_count": count_B.detach()}
@@ -70,7 +70,7 @@ class Remove(nn.Module):
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts play no part. Returns scores <= 0, fp32, [B], and soft_count."""
-        margins_BQ, log_same_BQQ = cast(Detector, self.detector).candidates(images_BCHW)
+        margins_BQ, log_same_BQQ = self.detector.candidates(images_BCHW)
         count_B = log_soft_count(margins_BQ.detach(), log_same_BQQ).exp()
         return -F.softplus(margins_BQ.logsumexp(1)), {"soft_count": count_B}
 

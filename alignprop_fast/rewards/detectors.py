@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ _CANDIDATES = 256  # the best-scored ones; a picture with more things than that 
 _SAME_OVERLAP, _OVERLAP_WIDTH = 0.5, 0.05  # intersection over union at which two boxes are one thing, and how softly
 
 
+@runtime_checkable
 class Detector(Protocol):
     """A detector of one kind of thing. As an `nn.Module` it is moved to the reward's device."""
 
@@ -35,7 +36,7 @@ class Detector(Protocol):
         ...
 
 
-def load_detector(model: str | Path | None, kind: str, loading: RewardLoading = DEFAULT) -> nn.Module:
+def load_detector(model: str | Path | None, kind: str, loading: RewardLoading = DEFAULT) -> Detector:
     """The detector of `kind`, "apple" say, in a folder (or under a Hub id): OWL-ViT, OWLv2 or a counter like the
     bundled one, which None means. Or one of the user's, written `module:function`: function(kind) -> `Detector`.
 
@@ -47,7 +48,7 @@ def load_detector(model: str | Path | None, kind: str, loading: RewardLoading = 
         model = counter_path()
     if is_function_name(str(model)) and not Path(model).exists():
         detector = user_function(str(model), f"detector {str(model)!r}")(kind)
-        if not hasattr(detector, "candidates"):
+        if not isinstance(detector, Detector):
             raise ValueError(f"{model} gave a {type(detector).__name__}: let it return a detector with `candidates`")
         return detector
     folder = model_folder(model, "detector", loading)

@@ -3,7 +3,7 @@
 from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
-from alignprop_fast.runtime.blocks import KEPT, Block, apply_options
+from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
 from alignprop_fast.runtime.chain import Chain, GradientSink
 from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
@@ -38,6 +38,7 @@ __all__ = [
     "allocated_bytes",
     "apply_options",
     "autocast_dtype",
+    "blocks_of",
     "cache_folder",
     "decoder_stages",
     "device_memory",

@@ -43,6 +43,12 @@ class Block:
         return [grade for grade in GRADES if grade is BlockOption.KEEP or self.group in KEPT[grade]][::-1]
 
 
+def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
+    """The modules of each group as blocks, named as in root."""
+    names = {module: name for name, module in root.named_modules()}
+    return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
+
+
 @contextmanager
 def apply_options(options: Options, blocks: Sequence[Block], offloader: Offloader | None = None) -> Iterator[None]:
     """Inside the block each of `blocks` keeps what its option says; one without an option keeps everything.

@@ -1,7 +1,7 @@
 """Blocks compiled by region: torch.compile of each block by itself, for evaluations without gradient alone.
 
-With gradient the compiler's partitioner would decide what is kept, and not the plan. Blocks of one class and shape
-share their code, so a model of 70 equal blocks is compiled a few times, not 70. Not tried on a GPU yet.
+Experimental: not yet tried on a GPU. With gradient the compiler's partitioner would decide what is kept, and not the
+plan. Blocks of one class and shape share their code, so a model of 70 equal blocks is compiled a few times, not 70.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A function of tensors recorded once as CUDA graphs and replayed, so that no step waits for Python to launch it.
 
-Tried on an emulated GPU, not on a real one yet. Source: torch.cuda.CUDAGraph.
+Experimental: tested on an emulated GPU, not yet measured on a real one. Source: torch.cuda.CUDAGraph.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ from functools import partial
 
 import torch
 
-from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.ops import extension
 from alignprop_fast.planner import BlockOption
-from alignprop_fast.runtime import apply_options
+from alignprop_fast.runtime import apply_options, blocks_of
 from benchmarks.gpu_sections.flop import FLOP
 from benchmarks.gpu_sections.lab import Lab
 from benchmarks.gpu_sections.timing import Call, first_run, in_turns, ratio

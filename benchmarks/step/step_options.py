@@ -23,12 +23,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 
-from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.models.lean.attention import LeanAttnProcessor
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import UNETS
 from alignprop_fast.planner import GRADES, BlockOption
-from alignprop_fast.runtime import Block, PeakMeter, apply_options
+from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
 from benchmarks.step.chain import provenance
 
 SMALL: dict[str, Any] = {

@@ -116,7 +116,7 @@ def test_a_table_from_which_something_was_left_out_is_not_remembered(pipe, monke
             raise torch.AcceleratorError("CUDA error: out of memory", 2)
         return decode(images)
 
-    sampler = DifferentiableSampler(pipe, STEPS, height=48, width=48)
+    sampler = DifferentiableSampler(pipe, STEPS, height=24, width=24)
     decode = sampler.model.decode
     monkeypatch.setattr(sampler.model, "decode", too_large)
     assert [stage.name for stage in sampler.cost_table(2).decoders] == ["image", "bands"]
@@ -125,7 +125,7 @@ def test_a_table_from_which_something_was_left_out_is_not_remembered(pipe, monke
 
 
 def test_a_table_is_that_of_the_autocast_state_it_was_measured_in(pipe):
-    sampler = DifferentiableSampler(pipe, STEPS, height=48, width=48, memory_budget="8GiB")
+    sampler = DifferentiableSampler(pipe, STEPS, height=16, width=16, memory_budget="8GiB")
     plain = sampler.solver(1)
     with torch.autocast("cpu", torch.bfloat16):
         cast = sampler.solver(1)

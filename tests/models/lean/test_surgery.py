@@ -13,7 +13,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from alignprop_fast.generate.cost_table import blocks_of
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.lean.surgery import (
@@ -29,7 +28,7 @@ from alignprop_fast.models.lean.surgery import (
 )
 from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.planner import GRADES, BlockOption
-from alignprop_fast.runtime import Block, PeakMeter, apply_options
+from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
 
 LEAN_MODULES = {FrozenConv2d, LeanGEGLU, LeanGroupNorm, LeanLayerNorm, LeanLinear, LeanLoraLinear, LeanResnetBlock2D}
 

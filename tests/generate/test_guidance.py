@@ -1,0 +1,35 @@
+"""Guidance from a sampler's arguments."""
+
+import pytest
+import torch
+
+from alignprop_fast.generate.guidance import Guidance
+
+
+@pytest.mark.parametrize(
+    ("embeds", "scale", "true_scale", "negative", "on"),
+    [
+        (False, 5.0, 1.0, False, True),
+        (False, 1.0, 1.0, True, False),
+        (True, 5.0, 2.0, True, True),
+        (True, 5.0, 2.0, False, False),
+        (True, 5.0, 1.0, True, False),
+    ],
+)
+def test_who_runs_two_branches(embeds, scale, true_scale, negative, on):
+    """FLUX needs a negative prompt and a true scale; the others a scale above 1."""
+    guidance = Guidance.of(scale, true_scale, 0.0, embeds)
+    assert guidance.is_on(negative) is on and guidance.embedded_scale == scale
+    assert guidance.cfg_scale == (true_scale if embeds else scale)
+
+
+def test_a_tensor_stays_one_where_it_learns():
+    learns = torch.tensor(3.0, requires_grad=True)
+    assert Guidance.of(learns, 1.0, 0.0, False).cfg_scale is learns
+    assert Guidance.of(torch.tensor(3.0), 1.0, 0.0, False).cfg_scale == 3.0
+
+
+@pytest.mark.parametrize("arguments", [(torch.ones(2), 1.0, 0.0), (1.0, 1.0, torch.tensor(0.1, requires_grad=True))])
+def test_what_cannot_serve_is_refused(arguments):
+    with pytest.raises(ValueError, match="give"):
+        Guidance.of(*arguments, False)
