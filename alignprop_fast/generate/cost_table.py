@@ -278,6 +278,8 @@ def _origin(step: TrainingStep) -> dict[str, str]:
         "height": str(step.size[0]),
         "width": str(step.size[1]),
         "branches": str(step.cond.branches),
+        "guidance": "in the network" if step.chain.combines else "in the update",
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
         "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
         "autocast": str(autocast_dtype(model.device)),
         "gradients": "all at once" if step.chain.gradient_sink is None else "one by one",

@@ -158,7 +158,11 @@ def leaves(value):
     return [value]
 
 
-@pytest.mark.parametrize("name", CHANGES)
+QUICK = ("lora_rank", "guidance_scale", "ema_decay", "watch_reward")
+SLOW = pytest.mark.slow("makes the parts of six runs for each option")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CHANGES])
 def test_train_and_plan_count_the_same(name, options, found, no_runs, steady_clock):
     """Exactly, since the same code counts. An estimate has other seconds and, for the GPU's libraries, a workspace that
     is a number of ours. What a reward's attention keeps differs by up to an eighth: it is torch's own, and its kernel

@@ -138,6 +138,20 @@ def test_a_table_is_that_of_the_autocast_state_it_was_measured_in(pipe):
     assert kept[0] != kept[1]
 
 
+def test_a_table_is_that_of_how_guidance_is_combined_and_of_the_kernels_allowed(pipe):
+    def origin(**options):
+        sampler = DifferentiableSampler(pipe, STEPS, 5.0, **options)
+        return cost_table._origin(sampler._blank_step(1, None))
+
+    plain, rescaled = origin(), origin(guidance_rescale=0.7)
+    torch.use_deterministic_algorithms(True)
+    try:
+        deterministic = origin()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert plain == origin() and plain != rescaled and plain != deterministic
+
+
 def test_a_damaged_table_is_measured_again(pipe):
     sampler = DifferentiableSampler(pipe, STEPS, height=32, width=32)
     first = sampler.cost_table(1)
