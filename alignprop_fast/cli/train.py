@@ -12,6 +12,7 @@ from rich.table import Table
 
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.options import command_line
+from alignprop_fast.cli.results import AVERAGED
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import go_on_by, process_count, quiet_libraries, run_errors, setup_errors
 from alignprop_fast.training.declaration import Command, Panel, option
@@ -72,8 +73,8 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
-        if options.ema_decay:
-            console.print(f"average:  {session.folder / 'averaged'}, which drew the pictures", soft_wrap=True)
+        if (session.folder / AVERAGED).is_dir():
+            console.print(f"average:  {session.folder / AVERAGED}, which drew the pictures", soft_wrap=True)
         _print_peak(console, session)
 
 
