@@ -12,7 +12,6 @@ from rich.table import Table
 
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.options import command_line
-from alignprop_fast.cli.results import AVERAGED
 from alignprop_fast.cli.screen import make_console
 from alignprop_fast.cli.support import go_on_by, process_count, quiet_libraries, run_errors, setup_errors
 from alignprop_fast.training.declaration import Command, Panel, option
@@ -62,6 +61,7 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         if process_count() == 1:  # several are to meet first, and then say it once
             folder.check()
         quiet_libraries(console)
+        from alignprop_fast.cli.results import AVERAGED
         from alignprop_fast.cli.set_up import Start, set_up
 
         session = set_up(options.run(), console, folder, Start(options.resume, options.resume_from))
