@@ -168,7 +168,7 @@ class TwinTraining:
 
     def fit(self, modules: Modules, loss_at: Any, settings: Settings, stage: str) -> Any:
         averages = fit(modules, loss_at, settings, self.folder / f"{stage}.pt", self.seed, self.preview)
-        return averages["unet"].to(memory_format=torch.contiguous_format)
+        return averages["unet"].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def preview(self, step: int, averages: Modules) -> None:
         twin = with_parts(self.pipe, unet=averages["unet"])

@@ -106,7 +106,7 @@ def train_unet(latents: Tensor, captions: list[str], vae, tokenizer, settings: S
             draw(build_pipeline(averages, vae, tokenizer), list(PREVIEW_PROMPTS), folder / "unet.png")
 
     averages = fit(modules, loss_at, settings, folder / "unet.pt", seed, on_checkpoint)
-    averages["unet"].to(memory_format=torch.contiguous_format)
+    averages["unet"].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return build_pipeline(averages, vae, tokenizer)
 
 
