@@ -474,10 +474,10 @@ def test_a_schedule_an_average_and_clipping_resume_exactly(command, tiny_sd_fold
     options = (*options, "--lr-scheduler", "linear", "--warmup-steps", 1, "--ema-decay", 0.5, "--max-grad-norm", 1e-3)
     out = tmp_path / "out"
     code, printed, err = command("train", *options, "--save-every", 2, "--sample-every", 10, "--output-dir", out)
-    assert (code, err) == (0, "") and "averaged, which drew the pictures" in printed
-    names = (WEIGHTS, KOHYA, f"averaged/{WEIGHTS}", f"averaged/{KOHYA}", "samples/step_0004.png", "before_after.png")
+    assert (code, err) == (0, "") and "ema, which drew the pictures" in printed
+    names = (WEIGHTS, KOHYA, f"ema/{WEIGHTS}", f"ema/{KOHYA}", "samples/step_0004.png", "before_after.png")
     first, rates = {name: (out / name).read_bytes() for name in names}, [0, 1e-2, 2e-2 / 3, 1e-2 / 3]
-    assert first[WEIGHTS] != first[f"averaged/{WEIGHTS}"]
+    assert first[WEIGHTS] != first[f"ema/{WEIGHTS}"]
     assert [record["learning_rate"] for record in records(out)] == pytest.approx(rates)
     before = without_times(out)
     middle = ("--resume-from", out / "checkpoints" / "checkpoint_2")
@@ -485,7 +485,7 @@ def test_a_schedule_an_average_and_clipping_resume_exactly(command, tiny_sd_fold
     assert {name: (out / name).read_bytes() for name in names} == first and without_times(out) == before
     # The pictures are those of the average.
     draw = ("sample", "--model", tiny_sd_folder, "--num-inference-steps", 2, "--batch-size", 3, "--device", "cpu")
-    assert command(*draw, "--lora", out / "averaged", "--output-dir", tmp_path / "s")[0] == 0
+    assert command(*draw, "--lora", out / "ema", "--output-dir", tmp_path / "s")[0] == 0
     drawn = next((tmp_path / "s").glob("000_*_seed0.png"))
     assert drawn.read_bytes() == (out / "samples" / "step_0004" / "00.png").read_bytes()
 
