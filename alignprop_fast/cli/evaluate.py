@@ -85,49 +85,24 @@ def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
     console, folder = make_console(), ctx.with_resource(OutputFolder(options.output_dir))
     with setup_errors():
         quiet_libraries(console)
-        from alignprop_fast.evaluation.evaluate import Evaluation, tasks_of
-        from alignprop_fast.models.lora.mix import load_loras
-        from alignprop_fast.prompts.rows import load_rows
-        from alignprop_fast.rewards.diversity import ImageEmbedder
-        from alignprop_fast.rewards.weights import RewardLoading
-
         folder.check_new()
-        _check(options.lora, options.scale)
-        heldout = {_HELDOUT: options.heldout_prompts} if options.heldout_prompts else {}
-        tasks = [
-            task
-            for name, prompts in ({_TRAINING: options.prompts} | heldout).items()
-            for task in tasks_of(name, load_rows(prompts), options.images_per_prompt, options.seed)
-        ]
-        device = pick_device(options.device)
-        pipe = open_pipeline(options, device)
-        variants = _variants(_labels(options.lora), load_loras(pipe, options.lora), options.scale or [1.0])
-        scored = open_reward(options.reward, pipe, options.reward_model, options.allow_pickle)
-        parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
-        embed = None
-        if options.images_per_prompt > 1:
-            embed = ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device)
-        elif options.diversity_model is not None:
-            raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
-        sampler = open_sampler(options, pipe)
-        run = _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
-        sampler.say_what_is_cut([task.prompt for task in tasks], options.negative_prompt)
+        _check(options)
+        run = _open_run(options)
         # The first batch is drawn before anything is said or written: what can go wrong has gone wrong by then.
         batches = run.batches(options.batch_size, options.negative_prompt)
         first = next(batches)
-    console.print(
-        f"{len(tasks)} pictures of {options.model} under {options.reward}, drawn {len(variants)} times", soft_wrap=True
-    )
+    pictures, times = len(run.tasks), len(run.variants)
+    console.print(f"{pictures} pictures of {options.model} under {options.reward}, drawn {times} times", soft_wrap=True)
     folder.begin()
     with run_errors(folder.path, START_ANEW):
-        with PictureProgress(console, len(tasks) * len(variants)) as progress:
+        with PictureProgress(console, pictures * times) as progress:
             for count in chain([first], batches):
                 progress.advance(count)
         summaries = run.evaluation.summaries()
         _write(folder.path, run, summaries, f"{Path(options.model).name} under {options.reward}")
         _write_settings(folder.path, options)
     _print(console, summaries)
-    if embed is None:
+    if run.evaluation.embed is None:
         console.print("no diversity: it takes --images-per-prompt 2 or more")
     path = folder.path
     console.print(f"pictures: {path / 'grid.png'}\nnumbers:  {path / 'summary.csv'}", soft_wrap=True)
@@ -169,6 +144,35 @@ class _Run:
                 yield len(batch)
 
 
+def _open_run(options: EvaluateOptions) -> _Run:
+    """The model with all adapters, the scorers, and what is drawn with them."""
+    from alignprop_fast.evaluation.evaluate import Evaluation, tasks_of
+    from alignprop_fast.models.lora.mix import load_loras
+    from alignprop_fast.prompts.rows import load_rows
+    from alignprop_fast.rewards.diversity import ImageEmbedder
+    from alignprop_fast.rewards.weights import RewardLoading
+
+    heldout = {_HELDOUT: options.heldout_prompts} if options.heldout_prompts else {}
+    tasks = [
+        task
+        for name, prompts in ({_TRAINING: options.prompts} | heldout).items()
+        for task in tasks_of(name, load_rows(prompts), options.images_per_prompt, options.seed)
+    ]
+    device = pick_device(options.device)
+    pipe = open_pipeline(options, device)
+    variants = _variants(_labels(options.lora), load_loras(pipe, options.lora), options.scale or [1.0])
+    scored = open_reward(options.reward, pipe, options.reward_model, options.allow_pickle)
+    parts = [part.name for part in scored.parts] if len(scored.parts) > 1 else []
+    embed = None
+    if options.images_per_prompt > 1:
+        embed = ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device)
+    elif options.diversity_model is not None:
+        raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
+    sampler = open_sampler(options, pipe)
+    sampler.say_what_is_cut([task.prompt for task in tasks], options.negative_prompt)
+    return _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
+
+
 def _variants(labels: Sequence[str], names: Sequence[str], scales: Sequence[float]) -> dict[Variant, dict[str, float]]:
     """What is compared, and the weights of the loaded adapters for it. Scale 0 is the base model, drawn once."""
     from alignprop_fast.evaluation.evaluate import BASE, Variant
@@ -177,7 +181,8 @@ def _variants(labels: Sequence[str], names: Sequence[str], scales: Sequence[floa
     return {BASE: {}, **{Variant(label, scale): {name: scale} for label, name, scale in pairs}}
 
 
-def _check(lora: Sequence[str], scale: Sequence[float]) -> None:
+def _check(options: EvaluateOptions) -> None:
+    lora, scale = options.lora, options.scale
     if scale and not lora:
         raise ValueError("--scale is the strength of adapters: give some with --lora")
     if not all(map(math.isfinite, scale)):
