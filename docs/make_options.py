@@ -1,53 +1,58 @@
-"""Writes docs/options.md from the command line itself.
+"""Writes docs/options.md from the declarations of the options.
 
 python -P docs/make_options.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from enum import Enum
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, fields
+from math import isfinite
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import typer
 
-from alignprop_fast.cli.app import app
+from alignprop_fast.cli import app as cli
+from alignprop_fast.training.config import AlignPropConfig, TrlFields, config_field
+from alignprop_fast.training.declaration import Command, Option, Panel, declared, flag, taken
+from alignprop_fast.training.options import TrainOptions
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Options of the command line
 
-Written by `python -P docs/make_options.py` from the commands themselves: change those, not this page.
+Written by `python -P docs/make_options.py` from the options' declarations: change those, not this page.
 
 In a YAML file for `train --config` an option has the same name with underscores and no dashes: `--batch-size 4` is
 `batch_size: 4`. The command line beats the file; with `--resume` both beat the options that the run began with. In
-Python the options of training are the fields of [`AlignPropConfig`](api.md#training).
+Python the options of training are the fields of `AlignPropConfig`: see [below](#in-python).
+"""
+IN_PYTHON = """## In Python
+
+[`AlignPropConfig`](api.md#training) has the 33 fields of trl 0.23.1, with trl's defaults. These stand for an option of
+another name: {renamed}. Then come fields of our own:
 """
 
 
 def page() -> str:
-    """The page in Markdown: all of train, then of each command what train has not, or has otherwise."""
-    commands: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    train = {option.name: option for option in _options(commands["train"])}
-    parts = [HEAD, f"## train\n\n{_about(commands['train'])}\n\n{_tables(train.values())}"]
-    for name, command in commands.items():
-        if name == "train":
-            continue
-        options = list(_options(command))
-        shared = [o for o in options if o.name in train and _row(o) == _row(train[o.name])]
-        parts.append(f"## {name}\n\n{_about(command)}")
+    """The page in Markdown: all of train, then of each command what train has not, or has otherwise; then Python."""
+    commands: Mapping[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    train = _rows("train")
+    parts = [HEAD, f"## train\n\n{_about(commands['train'])}", *_tables(train.values())]
+    for name in (name for name in commands if name != "train"):
+        rows = _rows(name)
+        shared = [each for each in sorted(rows) if each in train and rows[each][1] == train[each][1]]
+        parts.append(f"## {name}\n\n{_about(commands[name])}")
         if shared:
-            names = ", ".join(f"`{option.opts[0]}`" for option in sorted(shared, key=lambda o: o.opts[0]))
-            parts.append(f"As in `train`: {names}.")
-        own = [option for option in options if option not in shared]
-        if own:
-            parts.append(_tables(own))
+            parts.append(f"As in `train`: {', '.join(f'`{flag(each)}`' for each in shared)}.")
+        parts += _tables(row for each, row in rows.items() if each not in shared)
+    options = {each.name: option for each, option in declared(TrainOptions)}
+    trl = {field.name for field in fields(TrlFields)}
+    renamed = {config_field(name, option): name for name, option in options.items() if option.field in trl}
+    parts.append(IN_PYTHON.format(renamed=", ".join(f"`{field}` (`{flag(name)}`)" for field, name in renamed.items())))
+    own = [pair for pair in declared(AlignPropConfig) if pair[0].name not in trl]
+    parts.append(_table("field", (_row(f"`{each.name}`", AlignPropConfig, each, option) for each, option in own)))
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def _options(command: Any) -> Iterator[Any]:
-    """Options and arguments of a command, without --help."""
-    return (parameter for parameter in command.params if parameter.name != "help")
 
 
 def _about(command: Any) -> str:
@@ -55,51 +60,62 @@ def _about(command: Any) -> str:
     return " ".join(command.help.split("\n\n")[0].split())
 
 
-def _tables(options: Any) -> str:
-    by_panel: dict[str, list[str]] = {}
-    for option in options:
-        by_panel.setdefault(option.rich_help_panel or "Arguments and options", []).append(_row(option))
-    return "\n\n".join(
-        "\n".join([f"**{panel}**", "", "| option | values | default | meaning |", "|---|---|---|---|", *rows])
-        for panel, rows in by_panel.items()
-    )
+def _rows(command: str) -> dict[str, tuple[Panel | None, str]]:
+    """Panel and row of each option of a command, by name."""
+    defaults, rows = getattr(cli, command).defaults, {}
+    for each, option in taken(defaults, Command[command.upper()]):
+        name = f"`{option.argument or flag(each.name)}`"
+        if each.default is True:
+            name += f" / `{flag('no_' + each.name)}`"
+        rows[each.name] = (option.panel, _row(name, defaults, each, option))
+    return rows
 
 
-def _row(option: Any) -> str:
-    names = (*option.opts, *option.secondary_opts) if option.opts[0].startswith("-") else (option.metavar,)
-    cells = (
-        " / ".join(f"`{name}`" for name in names),
-        _values(option),
-        _default(option),
-        " ".join(option.help.split()),
-    )
+def _tables(rows: Iterable[tuple[Panel | None, str]]) -> list[str]:
+    by_panel: dict[Panel | None, list[str]] = {}
+    for panel, row in rows:
+        by_panel.setdefault(panel, []).append(row)
+    return [f"**{panel or 'Arguments and options'}**\n\n{_table('option', rows)}" for panel, rows in by_panel.items()]
+
+
+def _table(what: str, rows: Iterable[str]) -> str:
+    return "\n".join([f"| {what} | values | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _row(name: str, owner: Any, field: Field[Any], option: Option) -> str:
+    hints = get_type_hints(owner if isinstance(owner, type) else type(owner))
+    default = field.default if isinstance(owner, type) else getattr(owner, field.name)
+    cells = (name, _values(option, hints[field.name]), _default(option, default), " ".join(option.help.split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _values(option: Any) -> str:
-    """What an option takes, in words. Reads the annotation as the pinned typer holds it."""
-    annotation = option.type_descriptor.annotation
-    (kind, *_) = [part for part in (get_args(annotation) or [annotation]) if part is not type(None)]
-    if kind is bool:
+def _values(option: Option, hint: Any) -> str:
+    """What an option takes, in words."""
+    if option.choices:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    if kinds == [bool]:
         return ""
-    repeated = ", repeatable" if option.multiple or option.nargs == -1 else ""
-    if issubclass(kind, Enum):
-        return ", ".join(f"`{choice.value}`" for choice in kind) + repeated
-    low, high = option.min, option.max
-    limits = "" if low is None else f", {low} or more" if high is None else f", {low} to {high}"
-    return {int: "whole number", float: "number"}.get(kind, "text") + limits + repeated
+    words = {(int,): "whole number", (float,): "number", (int, str): "size"}
+    repeated = ", repeatable" if ... in kinds else ""
+    kind = words.get(tuple(each for each in kinds if each is not ...), "text")
+    return kind + _bounds(option) + repeated
 
 
-def _default(option: Any) -> str:
-    shown, default = option.show_default, option.default
-    if option.required:
+def _bounds(option: Option) -> str:
+    if isfinite(option.at_least) and isfinite(option.at_most):
+        return f", {option.at_least} to {option.at_most}"
+    bounds = {"{} or more": option.at_least, "above {}": option.above, "{} or less": option.at_most}
+    bounds["below {}"] = option.below
+    return "".join(f", {words.format(bound)}" for words, bound in bounds.items() if isfinite(bound))
+
+
+def _default(option: Option, default: Any) -> str:
+    if option.argument:
         return "must be given"
-    if isinstance(shown, str):
-        return shown
     if isinstance(default, bool):
         return "on" if default else "off"
-    default = getattr(default, "value", default)
-    return "" if default is None or default in ((), []) else f"`{default}`"
+    return option.shown if default in (None, (), "") else f"`{default}`"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ FOLDER = Path(__file__).with_name("emulated_gpu")
 
 # What shares a process, so that several can run at once and few import everything anew.
 GROUPS = {
-    "training": ("autocast", "budget", "devices", "memory", "training"),
-    "chains": ("graphs", "offload", "out_of_memory", "results", "text_encoders"),
+    "training": ("autocast", "budget", "devices", "graphs", "training"),
+    "chains": ("memory", "offload", "out_of_memory", "results", "text_encoders"),
     "kernels": ("attention_autotune", "doctor", "kernels", "lora_autotune"),
 }
 

@@ -48,6 +48,7 @@ def command_line(command: Command, defaults: T) -> Callable[[Callable[[typer.Con
         ]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        run.defaults = defaults  # type: ignore[attr-defined]  # for the docs
         run.__annotations__ = {each.name: each.annotation for each in (context, *parameters)}
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         return run

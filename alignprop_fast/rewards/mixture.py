@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
+from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward, check_gradient
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:
             f"reward {name!r} must return a float tensor of shape [{batch}], one score per image, or (scores, info); "
             f"it returned {_describe(scores_B)}"
         )
-    if torch.is_grad_enabled() and images_BCHW.requires_grad and not scores_B.requires_grad:
-        raise ValueError(
-            f"reward {name!r} returned scores without gradient; compute them from the images by differentiable torch "
-            "operations, without detach(), no_grad(), numpy or PIL"
-        )
+    check_gradient(name, scores_B, images_BCHW)
     return scores_B.to(images_BCHW.device, torch.promote_types(scores_B.dtype, torch.float32))
 
 

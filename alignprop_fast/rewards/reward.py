@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignprop_fast.ops.versions import versions
@@ -93,6 +94,15 @@ class FunctionReward(Reward):
 
     def state(self) -> Hashable:
         return versions(self._modules)
+
+
+def check_gradient(name: str, scores_B: Tensor, images_BCHW: Tensor) -> None:
+    """Raises ValueError, naming the reward, for scores that have lost the images' gradient: nothing would learn."""
+    if torch.is_grad_enabled() and images_BCHW.requires_grad and not scores_B.requires_grad:
+        raise ValueError(
+            f"reward {name!r} returned scores without gradient; compute them from the images by differentiable torch "
+            "operations, without detach(), no_grad(), numpy or PIL"
+        )
 
 
 def as_reward(reward: Reward | RewardFunction, by_image: bool = False) -> Reward:

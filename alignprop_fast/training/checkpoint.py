@@ -30,7 +30,7 @@ _TEMPORARY = ".unfinished-"
 
 @contextmanager
 def new_checkpoint(root: str | Path, number: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
-    """The folder whose files the block writes; it is `root/checkpoint_<number>` once they are all on the disk.
+    """A block that writes the files of a checkpoint; once they are on the disk it is `root/checkpoint_<number>`.
 
     Then all but the `keep` newest checkpoints go. `state` (plain JSON) goes into the manifest. Checkpoints of the same
     or a higher number go: they belong to a run that was given up when this one resumed before them.
@@ -58,7 +58,7 @@ def new_checkpoint(root: str | Path, number: int, state: dict[str, Any], keep: i
 
 
 def save_tensors(value: Any, path: Path) -> None:
-    """torch.save, but a full disk is an OSError, not what its writer says when it closes a file that was cut short."""
+    """torch.save that raises OSError on a full disk, where torch's writer complains about positions in the file."""
     try:
         with open(path, "wb") as stream:
             torch.save(value, stream)
@@ -131,7 +131,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` returned.
 
     Raises:
-        ValueError: the states come from a machine with a GPU and this one has none, or the other way round.
+        ValueError: one of the two machines has a GPU, and the other has none.
     """
     if bool(state["cuda"]) != torch.cuda.is_available():
         where = "with" if state["cuda"] else "without"

@@ -19,9 +19,9 @@ from torch import nn
 class FlatParameters:
     """Trainable parameters, laid end to end in one flat parameter for each dtype and device.
 
-    To their modules the parameters stay what they are: the same objects, names, shapes and strides, whose data are now
-    views. Their gradients, in fp32 or wider, come and go as ever; `gather_gradients` moves them into the flat ones for
-    the optimizer. That is one copy a step, at a moment when nothing else is alive; gradient buffers that live all the
+    Nothing changes for their modules: the parameters are the same objects, with the same names, shapes and strides, and
+    their data are now views. Their gradients, in fp32 or wider, stay apart until `gather_gradients` moves them into the
+    flat ones for the optimizer. That is one copy a step, when nothing else is alive; gradient buffers that live all the
     time would lie beside the chain's own sums at the peak.
 
     Attributes:
@@ -31,7 +31,7 @@ class FlatParameters:
 
     Args:
         parameters: dense tensors (any memory format).
-        merge: lay them together. Not worth it for a whole model: it takes the parameters twice for a moment.
+        merge: lay them together. Not worth it for a whole model, which it would hold twice for a moment.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], merge: bool = True):

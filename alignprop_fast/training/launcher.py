@@ -1,6 +1,6 @@
 """What accelerate takes from the environment, where `accelerate launch`, its configuration file or a shell put it.
 
-It is looked at here alone, before accelerate does, and compared with the options:
+Only this file reads these variables, before accelerate does. It compares them with the options:
 
     ACCELERATE_USE_FSDP, _DEEPSPEED, ...    refused: each process holds the whole model here
     ACCELERATE_DYNAMO_BACKEND               refused
@@ -8,8 +8,8 @@ It is looked at here alone, before accelerate does, and compared with the option
     ACCELERATE_MIXED_PRECISION              followed where the option is "auto"; else the option holds
     ACCELERATE_GRADIENT_ACCUMULATION_STEPS  the option holds
 
-What is followed, and what an option overrides, is said in one line. The other variables concern models and data loaders
-that accelerate prepares, and none is prepared here; or the number of processes and the GPU of each, which are followed.
+One line says what is followed and what an option overrides. Of accelerate's other variables, those of the processes and
+their GPUs are followed. The rest concerns models and data loaders that accelerate prepares; it prepares none here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ENGINES = {
 _OTHER_FLAGS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")  # harmless, if they are flags
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")  # as accelerate reads them
 
-# Where a launcher puts the processes of a run and this one's place, in accelerate's order: `accelerate launch` and
-# torchrun, then MPI's.
+# The number of processes and this one's index, in the order in which accelerate looks: as `accelerate launch` and
+# torchrun set them, then as MPI does.
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 INDEX = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _PLACE = (
@@ -75,7 +75,7 @@ class Launcher:
     gradient_accumulation_steps: int | None = None
 
     def choose_device(self, wanted: str) -> tuple[str, str]:
-        """The device for an option, and what to say where the environment has chosen: for "auto", and for "cuda" which.
+        """The device for an option, and a line to print where the environment chose it ("auto", or which "cuda").
 
         Raises:
             ValueError: it names another device than the option.
@@ -89,9 +89,9 @@ class Launcher:
         return self.device, f"device {self.device}, as {self.device_variable} says"
 
     def choose_precision(self, wanted: str, default: str) -> tuple[str, str]:
-        """The precision for an option, and what to say; "auto" follows the environment, or is `default`.
+        """The precision for an option, and a line to print; "auto" follows the environment, or is `default`.
 
-        `accelerate launch` says "no" of itself: there `default` holds.
+        `accelerate launch` sets "no" where the user said nothing, so "no" means `default`.
         """
         asked = self.mixed_precision
         if wanted == "auto" and asked not in (None, "no"):
@@ -102,7 +102,7 @@ class Launcher:
         return chosen, f"mixed precision {chosen}: the option holds, not {PRECISION}={asked}"
 
     def compare_accumulation(self, steps: int) -> str:
-        """What to say of micro-batches per optimizer step, which are those of the option."""
+        """A line to print where the environment asks for another number of micro-batches; the option's number holds."""
         if self.gradient_accumulation_steps in (None, steps):
             return ""
         asked = self.gradient_accumulation_steps
@@ -113,7 +113,7 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     """What the environment asks of accelerate.
 
     Raises:
-        ValueError: something that cannot be followed here, or a value that means nothing; one line names it.
+        ValueError: a variable that cannot be followed here, or whose value means nothing; one line names it.
     """
     for name, engine in ENGINES.items():
         if _flag(environment, name):
@@ -144,7 +144,7 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
 
 
 def first_number(names: tuple[str, ...], default: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Of the first variable that holds one; below 0, as empty, means unset.
+    """The number in the first variable that is set; a negative one means unset, as an empty one does.
 
     Raises:
         ValueError: a variable that holds something else; one line names it.
@@ -161,7 +161,7 @@ def first_number(names: tuple[str, ...], default: int, environment: Mapping[str,
 
 
 def drop_empty_places(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Unset what says nothing of this process's place: accelerate and torch would take it for a number.
+    """Unset empty variables of this process's place, which accelerate and torch would read as numbers.
 
     Raises:
         ValueError: as `first_number`.
@@ -173,7 +173,7 @@ def drop_empty_places(environment: MutableMapping[str, str] = os.environ) -> Non
 
 
 def checked_arguments(arguments: Mapping[str, Any], accumulation_steps: int) -> dict[str, Any]:
-    """The arguments that the user gives `Accelerator`, without those that ask for nothing.
+    """The user's arguments for `Accelerator`, without those that change nothing.
 
     Raises:
         ValueError: one that the config has a field for, or that cannot be followed here.
@@ -188,7 +188,7 @@ def checked_arguments(arguments: Mapping[str, Any], accumulation_steps: int) -> 
 
 
 def _asks_nothing(name: str, value: Any, accumulation_steps: int) -> bool:
-    """Whether an argument is what holds without it."""
+    """Whether an argument has the value that holds without it."""
     if name == "gradient_accumulation_plugin" and value is not None:  # the rest of it concerns data loaders
         return bool(value.num_steps == accumulation_steps)
     if name in ("dynamo_backend", "dynamo_plugin"):

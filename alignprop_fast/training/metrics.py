@@ -121,7 +121,7 @@ def averages(batches: Sequence[BatchMetrics]) -> dict[str, Any]:
 
 
 def reward_parts(info: Any) -> dict[str, float]:
-    """Mean of every numeric entry of a reward's info; anything else in it is the user's own business."""
+    """Mean of every numeric entry of a reward's info; other entries are left out."""
     parts = {}
     for name, value in info.items() if isinstance(info, Mapping) else ():
         try:
@@ -142,7 +142,7 @@ def joined_scores(shares: Sequence[BatchShare]) -> dict[str, torch.Tensor]:
 
 
 def reset_peak_bytes(device: torch.device) -> None:
-    """Begin a new peak where the device can."""
+    """Begin a new peak, on a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -6,7 +6,7 @@ its own is complete, and its gradient freed. Of the parameters' size P in fp32 t
 several steps carry gradient (2 P without this: the sums, and the last term of all parameters), and almost nothing
 where one does (P without).
 
-The norm of all gradients together is known when all of them are gone: what is clipped is each tensor's own.
+The norm of all gradients together is known only when all of them are gone, so each tensor is clipped by its own norm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         max_norm: each tensor's gradient is clipped to it; one that is not finite becomes zero.
 
     Attributes:
-        final: to be set before the backward pass after which the sums are complete, and cleared before others.
+        final: set it before the backward pass that completes the sums, and clear it before others.
     """
 
     def __init__(
@@ -37,9 +37,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
         max_norm: float,
     ):
         self._parameters = list(parameters)
-        super().__init__(self._parameters, {})
         self._optimizers = {parameter: make([parameter]) for parameter in self._parameters}
-        self._share()
+        super().__init__(self._parameters, {"lr": self._optimizers[self._parameters[0]].param_groups[0]["lr"]})
         self._max_norm, self._norms = max_norm, list[torch.Tensor]()
         self.final = self._closing = False
         for parameter in self._parameters:
@@ -70,11 +69,6 @@ class OptimizerInBackward(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self._optimizers.values(), state_dict["each"], strict=True):
             optimizer.load_state_dict(state)
-        self._share()
-
-    def _share(self) -> None:
-        """Options, such as the learning rate, are those of the inner optimizers."""
-        self.param_groups = [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
 
     def _arrived(self, parameter: torch.Tensor) -> None:
         if self._closing:
@@ -86,8 +80,10 @@ class OptimizerInBackward(torch.optim.Optimizer):
         assert grad is not None
         norm = grad.norm()
         self._norms.append(norm)
-        # All on the device: a question to it for each of a thousand tensors would hold up the backward pass.
+        # All on the device: to wait for it at each of a thousand tensors would hold up the backward pass.
         scale = torch.where(norm.isfinite(), (self._max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
         grad.nan_to_num_(0.0, 0.0, 0.0).mul_(scale)
-        self._optimizers[parameter].step()  # type: ignore[index]
+        optimizer = self._optimizers[parameter]  # type: ignore[index]
+        optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        optimizer.step()
         parameter.grad = None

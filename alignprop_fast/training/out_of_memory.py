@@ -1,4 +1,4 @@
-"""When the device runs out of memory all the same: the plan is tightened, and the work done once more."""
+"""When the device runs out of memory in spite of a plan: make the plan leaner, and repeat the work."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 def with_less_memory(sampler: DifferentiableSampler, work: Callable[[], Result]) -> Result:
     """work(), again with the same random numbers and a leaner plan each time that it runs out of memory.
 
-    For work that adds to gradients at its very end, so that what fails has added nothing: a chain does. Another process
-    may have taken memory, or it is in pieces; the sampler keeps the leaner plan from then on.
+    For work that adds to gradients at its very end, as a chain does: what failed has added nothing. The sampler keeps
+    the leaner plan, since the cause may last: memory in pieces, or taken by another process.
 
     Raises:
         torch.OutOfMemoryError: there is no leaner plan; the message names what to change.

@@ -30,7 +30,7 @@ def output_folder(config: AlignPropConfig) -> Path:
 
 
 def make_accelerator(config: AlignPropConfig) -> Accelerator:
-    """An Accelerator after the config, its tracker started. What it would take from the environment: `launcher`.
+    """An Accelerator as the config says, with its tracker started. See `launcher` for what the environment may say.
 
     Raises:
         ValueError: fp16 without a GPU, or an environment or accelerator_kwargs that cannot be followed.
@@ -38,7 +38,7 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
     precision, steps = config.mixed_precision.replace("none", "no"), config.train_gradient_accumulation_steps
     options, launcher = checked_arguments(config.accelerator_kwargs, steps), read_launcher()
     device, of_device = launcher.choose_device("cpu" if "cpu" in options else "auto")
-    if "cpu" in config.accelerator_kwargs and device != "cpu":  # the command line, which has said so
+    if "cpu" in config.accelerator_kwargs and device != "cpu":  # by the command line, which has printed why
         of_device = ""
     options["cpu"] = device == "cpu"
     if config.deterministic and torch.cuda.is_available() and not options["cpu"]:
@@ -50,7 +50,7 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
         log_with=config.log_with,
         mixed_precision=precision,
         project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **config.project_kwargs}),
-        # Steps given as a number the environment overrides.
+        # The environment would override a plain number of steps.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         **options,
     )
@@ -65,10 +65,10 @@ def make_accelerator(config: AlignPropConfig) -> Accelerator:
 
 
 def make_deterministic() -> None:
-    """Let this process compute the same bits from run to run on a GPU; to be called before anything runs there.
+    """Let this process compute the same bits from run to run on a GPU. Call it before anything runs there.
 
     Raises:
-        ValueError: cuBLAS has started without the workspaces that this takes, or the environment gives it others.
+        ValueError: cuBLAS has started without the workspaces that it needs for this, or the environment sets others.
     """
     workspaces = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     if workspaces is not None and workspaces not in _CUBLAS_WORKSPACES:

@@ -1,8 +1,8 @@
-"""Several processes of one run, as `accelerate launch` and torchrun start them: they meet, and notice who is gone.
+"""Several processes of one run, as `accelerate launch` and torchrun start them, and how they notice that one is lost.
 
-On GPUs numbers and objects go by the hosts (gloo), where a process that ends closes its connections and the others fail
-at once. NCCL, which carries weights and gradients alone, notices nobody's end: it waits for TIMEOUT. So the processes
-meet by the hosts right before they reduce gradients.
+On GPUs NCCL carries weights and gradients, and nothing else. It does not notice that a process has ended: it waits for
+TIMEOUT. Numbers and objects go through gloo, from host to host: there a process that ends closes its connections, and
+the others fail at once. So the processes exchange something through gloo right before they reduce gradients.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from alignprop_fast.ops.errors import is_out_of_memory
 from alignprop_fast.training.launcher import drop_empty_places
 
-# Longer than what one process does while the others wait for it (sample pictures, a checkpoint), and no longer: it is
-# how late a process that hangs is noticed. One that ends is noticed at once on the CPU.
+# Longer than what one process does while the others wait for it (sample pictures, a checkpoint). Not much longer: a
+# process that hangs is noticed this late.
 TIMEOUT = timedelta(minutes=10)
 BUCKET_BYTES = 64 * 2**20  # of tensors that are sent as one: far beyond what a call costs, far below a model
 
@@ -34,12 +34,12 @@ class ProcessLost(RuntimeError):
 
 
 def start_processes(cpu: bool, options: dict[str, Any] | None = None) -> PartialState:
-    """This process's place among those of the run, which wait for each other here; on a GPU its own becomes current.
+    """Join the processes of the run, which wait for each other here; on a GPU, make this process's the current one.
 
     `options` are those of `Accelerator`: an `InitProcessGroupKwargs` among their handlers sets another timeout.
 
-    With NCCL a wait that is in vain is to raise here. By default its watchdog, a thread, ends the process by SIGABRT;
-    with TORCH_NCCL_BLOCKING_WAIT there is no watchdog, and the waiting thread itself raises (torch's
+    If NCCL waits in vain, the waiting thread should raise. By default a watchdog thread ends the process by SIGABRT
+    instead. TORCH_NCCL_BLOCKING_WAIT turns the watchdog off and lets the waiting thread raise (torch's
     ProcessGroupNCCL.cpp, the constructor and WorkNCCL::synchronizeInternal). A value that is set already stays.
 
     Raises:
@@ -58,10 +58,10 @@ def start_processes(cpu: bool, options: dict[str, Any] | None = None) -> Partial
 
 @contextmanager
 def raise_if_process_lost() -> Iterator[None]:
-    """Around what all processes do together.
+    """Put around what all processes do together.
 
     Raises:
-        ProcessLost: one of them did not come.
+        ProcessLost: one of them did not take part.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def raise_if_process_lost() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Returns in no process before all have come here."""
+    """Wait until all processes have come here."""
     if PartialState().num_processes > 1:
         with raise_if_process_lost():
             torch.distributed.barrier(group=_by_hosts)
@@ -94,12 +94,12 @@ def main_process_first() -> Iterator[None]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them must ask."""
+    """Whether the flag is set in any process; all of them must call this."""
     return largest(int(flag)) > 0
 
 
 def largest(value: int) -> int:
-    """The largest of the processes' values; all of them must ask."""
+    """The largest of the processes' values; all of them must call this."""
     if PartialState().num_processes == 1:
         return value
     with raise_if_process_lost():

@@ -1,4 +1,4 @@
-"""A trainer's state to and from checkpoints: what goes in, so that a resumed run equals an uninterrupted one."""
+"""A trainer's state to and from checkpoints: all that makes a resumed run equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def save_training(trainer: Resumable) -> Path:
 def restore_training(trainer: Resumable, folder: Path) -> None:
     """Put weights, optimizer, random-number states and counters back, in place. Random states last of all.
 
-    With another number of processes the run goes on with new random numbers: which images they share out has changed.
+    With another number of processes the run goes on with new random numbers, since each draws other images.
 
     Raises:
         ValueError: the checkpoint was made with another rank, optimizer or kind of device.
@@ -108,7 +108,7 @@ def restore_training(trainer: Resumable, folder: Path) -> None:
     trainer.sd_pipeline.load_checkpoint([trainer.sd_pipeline.unet], folder)
     trainer.update.load_state_dict(update)
     for name, owner in trainer.stateful.items():
-        if name in owned:  # what an option of this run has added begins anew
+        if name in owned:  # what is new in this run begins anew
             owner.load_state_dict(owned[name])
     for name in _COUNTERS:
         setattr(trainer, name, state[name])
@@ -117,7 +117,7 @@ def restore_training(trainer: Resumable, folder: Path) -> None:
     if len(rng_states) == processes:
         set_rng_state(rng_states[trainer.accelerator.process_index])
     else:
-        # Neither the numbers that the run began with, nor those of another process: seeds add the process's index.
+        # Random numbers that no process has had: the step is in the seed, and set_seed adds the process's index.
         set_seed((trainer.config.seed + 1000003 * trainer.steps_done) % 2**32, device_specific=True)
         logger.warning(
             "the checkpoint was made by %d processes and %d go on: with new random numbers", len(rng_states), processes
@@ -126,9 +126,9 @@ def restore_training(trainer: Resumable, folder: Path) -> None:
 
 
 def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) -> None:
-    """What the saved tensors cannot be read into without; other options may change between runs.
+    """Raise ValueError if an option differs that decides the shapes of saved tensors. Others may change between runs.
 
-    An option that a checkpoint is older than had its default.
+    A checkpoint that lacks an option is older than the option, and was made with its default.
     """
     saved = {**asdict(AlignPropConfig()), **saved}
     for name in ("optimizer", "optimizer_in_backward", "adapter_dtype", "lora_rank", "lora_alpha"):

@@ -1,7 +1,7 @@
 """Adapters in bf16 that still learn: the step is made in fp32 and rounded back at random, right on average.
 
-A bf16 number has 8 bits; rounded to the nearest, an update under 1/512 of a weight is lost, and again each time.
-Rounded up with the probability of what lies above (Gupta et al. 2015), the expected weight is the exact one.
+A bf16 number has 8 bits; rounded to the nearest, an update under 1/512 of a weight is lost, and again each time. Here
+the probability to round up is the part of the gap that lies below (Gupta et al. 2015): the expected weight is exact.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 def stochastic_round(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """x (fp32, finite) in bf16: one of its two neighbours, so that the mean over the generator's draws is x.
 
-    A bf16 number is the upper half of an fp32 one, so a uniform number of 16 bits is added to the lower half and what
-    overflows from there decides.
+    A bf16 number is the upper half of an fp32 one. A uniform number of 16 bits is added to the lower half: the carry
+    decides.
     """
     bits = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits += x.view(torch.int32)
@@ -30,7 +30,7 @@ class RoundedOptimizer(torch.optim.Optimizer):
 
     Gradients may be in fp32, as `FlatParameters` has them, or bf16. fp32 copies live in `step` alone, when no
     activations do: 4 bytes per parameter for a moment, and as many for a bf16 gradient. Random numbers come from the
-    seed and the number of steps: the same in every process and after a resume, and not those of training.
+    seed and the number of steps: the same in every process and after a resume, and independent of training's.
 
     Args:
         make: makes the optimizer that steps the fp32 copies.
@@ -45,11 +45,11 @@ class RoundedOptimizer(torch.optim.Optimizer):
         seed: int,
     ):
         self._narrow = list(parameters)
-        super().__init__(self._narrow, {})
         self._wide = [nn.Parameter(parameter.detach().float()) for parameter in self._narrow]
         self._seed, self._steps = seed, 0
         self._inner = make(self._wide)
-        self._share()
+        super().__init__(self._narrow, {"lr": self._inner.param_groups[0]["lr"]})
+        self.state = self._inner.state
         self._release()
 
     @torch.no_grad()
@@ -60,6 +60,7 @@ class RoundedOptimizer(torch.optim.Optimizer):
         for wide, narrow, grad in learning:
             wide.data = narrow.detach().float()
             wide.grad = grad.float()
+        self._inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._inner.step()
         generator = torch.Generator(self._narrow[0].device)
         generator.manual_seed((self._seed * 2**31 + self._steps) % 2**63)
@@ -74,11 +75,7 @@ class RoundedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._inner.load_state_dict(state_dict["inner"])
         self._steps = state_dict["steps"]
-        self._share()
-
-    def _share(self) -> None:
-        """State and options, such as the learning rate, are those of the inner optimizer."""
-        self.state, self.param_groups = self._inner.state, self._inner.param_groups
+        self.state = self._inner.state
 
     def _release(self) -> None:
         for wide in self._wide:

@@ -24,7 +24,7 @@ from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.evaluation.early_stopping import Stateful
 from alignprop_fast.generate.sampler import Truncation
 from alignprop_fast.report.model_card import write_model_card
-from alignprop_fast.rewards.reward import as_reward
+from alignprop_fast.rewards.reward import as_reward, check_gradient
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.gates import gate_draws, truncation_of
 from alignprop_fast.training.metrics import (
@@ -85,18 +85,18 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.stateful = dict(stateful or {})
         config.check_packages()
         resume_from = find_resume(config)
-        truncation_of(config)  # one that cannot work is to fail here, before the model is placed
+        truncation_of(config)  # a rule that cannot work must fail here, before the model is placed
         self.accelerator = make_accelerator(config)
         examine_once(self.accelerator.device, compute_dtype(config))
         set_seed(config.seed, device_specific=True)
         self.trainable_layers = prepare_model(sd_pipeline, self.accelerator.device, config)
-        if self.accelerator.num_processes > 1:  # each process has drawn adapters of its own: the first one's count
+        if self.accelerator.num_processes > 1:  # each process drew adapters of its own: take the first one's
             copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
         reward = as_reward(reward_function)
         self._observer = reward if reward.observes else None
-        # After the sampler, which lays convolutions out anew.
+        # After the sampler, which changes the memory layout of convolutions.
         self.update = WeightUpdate(config, self.accelerator, self.trainable_layers, sd_pipeline.use_lora)
         self.optimizer = self.update.optimizer
         if self.update.in_backward is not None:
@@ -170,7 +170,9 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return 10.0 - rewards.mean()
 
     def _score(self, pairs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        return self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
+        rewards, info = self.sampler.score(pairs["images"], pairs["prompts"], pairs["prompt_metadata"])
+        check_gradient(getattr(self.reward_fn, "__name__", type(self.reward_fn).__name__), rewards, pairs["images"])
+        return rewards, info
 
     def _micro_batches(self) -> tuple[list[BatchMetrics], dict[str, Any]]:
         """All micro-batches of a step, over all processes; and the pairs of the last one here."""
@@ -187,12 +189,12 @@ class AlignPropTrainer(PyTorchModelHubMixin):
     def _micro_batch(self) -> tuple[BatchShare, dict[str, Any]]:
         """Images, rewards and backward of one micro-batch: this process's share, and its pairs for the hook, detached.
 
-        Each backward pass is a piece of work of its own: one that runs out of memory is repeated alone.
+        A backward pass that runs out of memory is repeated alone.
         """
         pairs, info, loss = self._repeatable(self._first_term)
         plan, truncation, latents = self.sampler.plan, self.sampler.truncation, self.sampler.latents
         assert plan is not None and truncation is not None and latents is not None
-        # Detached: without a backward pass, of a loss that is not finite, the term holds its whole chain.
+        # Detached: a loss that is not finite gets no backward pass, and the term would hold its whole chain.
         base_mse = None if self.sampler.base_mse is None else self.sampler.base_mse.detach()
         for _ in range(truncation.renoisings):
             loss += self._repeatable(partial(self._renoised_term, pairs, latents))
@@ -204,12 +206,12 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             base_mse=None if base_mse is None else base_mse.float().item(),
             scores={} if self._observer is None else image_scores(info),
         )
-        if self.accelerator.num_processes == 1:  # several observe when they meet, after the step's last micro-batch
+        if self.accelerator.num_processes == 1:  # several observe in `_join`
             self._observe([share])
         return share, pairs
 
     def _join(self, shares: list[BatchShare]) -> list[BatchMetrics]:
-        """The step's micro-batches over all processes, which meet here: once a step, before they reduce gradients."""
+        """The step's micro-batches over all processes, which exchange them once, before they reduce gradients."""
         by_batch = list(zip(*of_all_processes(shares), strict=True))
         if self.accelerator.num_processes > 1:
             for of_batch in by_batch:
@@ -222,7 +224,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             self._observer.observe(joined_scores(shares))
 
     def _repeatable(self, work: Callable[[], Any]) -> Any:
-        if self.update.in_backward is not None:  # what has been added to sums, or stepped, cannot be done once more
+        if self.update.in_backward is not None:  # steps that are made cannot be repeated
             return work()
         return with_less_memory(self.sampler, work)
 
@@ -295,7 +297,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         return {"images": images, "prompts": drawn, "prompt_metadata": metadata}
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """A block in which the model has the moving average of its weights, as `ema_decay` asks; else nothing changes.
+        """A block in which the model has the moving average of its weights (`ema_decay`); without one nothing changes.
 
         For pictures, evaluation and `save_pretrained`; not for training steps and checkpoints.
         """

@@ -65,7 +65,7 @@ class WeightUpdate:
         return self.config.train_learning_rate * self._factor(self.updates)
 
     def begin_backward(self, last: bool) -> None:
-        """To be told before each backward pass of a step whether it is the last, after which gradients are complete."""
+        """Call before each backward pass of a step. last: with this one the gradients are complete."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.in_backward is not None:
@@ -74,14 +74,14 @@ class WeightUpdate:
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a micro-batch's loss, as its share of the step's.
 
-        Not by `Accelerator.backward`: what it divides by is shared with every other Accelerator of the process.
+        Not by `Accelerator.backward`: all Accelerators of a process share the number that it divides by.
         """
         share = loss / self.config.train_gradient_accumulation_steps
         scaler = self._accelerator.scaler
         (share if scaler is None else scaler.scale(share)).backward()
 
     def step(self) -> float:
-        """Step with the gradients that are there, unless they are not finite; returns their norm before clipping."""
+        """Step with the gradients, unless they are not finite; returns their norm before clipping."""
         norm, made = self._step() if self.in_backward is None else (self.in_backward.finish(), True)
         if made:
             self.updates += 1
@@ -127,14 +127,14 @@ class WeightUpdate:
         self.weights.gather_gradients()
         self._average_gradients()
         norm = float(self._accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
-        # With gradient scaling (fp16) the step is what lowers the scale; it leaves the weights alone by itself.
+        # With gradient scaling (fp16) the step lowers the scale, and leaves the weights alone by itself.
         wanted = math.isfinite(norm) or self._accelerator.scaler is not None
         if wanted:
             self.optimizer.step()
         return norm, wanted and not self.optimizer.step_was_skipped
 
     def _average_gradients(self) -> None:
-        """Mean of the gradients over the processes; the chain's backward goes past the hooks that DDP relies on."""
+        """Replace the gradients by their mean over the processes. Not by DDP: the chain's backward skips its hooks."""
         if self._accelerator.num_processes == 1:
             return
         gradients = []

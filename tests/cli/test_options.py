@@ -9,12 +9,8 @@ import typer
 import yaml
 
 from alignprop_fast.cli import app as commands
-from alignprop_fast.cli.doctor import DoctorOptions
-from alignprop_fast.cli.evaluate import EvaluateOptions
-from alignprop_fast.cli.merge import MergeOptions
 from alignprop_fast.cli.options import ConfigCommand, command_line, make_config
 from alignprop_fast.cli.plan_options import PlanOptions
-from alignprop_fast.cli.sample import SampleOptions
 from alignprop_fast.cli.train import TrainCall
 from alignprop_fast.models.lora.targets import TARGETS
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
@@ -24,15 +20,6 @@ from alignprop_fast.training.options import TrainOptions
 from alignprop_fast.training.trainer_options import TrainerOptions
 
 DEFAULTS = TrainOptions()
-OPTIONS = {
-    Command.TRAIN: TrainCall(),
-    Command.DEMO: DEFAULTS,
-    Command.PLAN: PlanOptions(),
-    Command.SAMPLE: SampleOptions(),
-    Command.EVALUATE: EvaluateOptions(),
-    Command.MERGE: MergeOptions(),
-    Command.DOCTOR: DoctorOptions(),
-}
 SHARED = sorted(values(DEFAULTS, Command.TRAIN).keys() & {field.name for field in fields(AlignPropConfig)})
 OTHER = {
     "adapter_dtype": "bf16",
@@ -85,13 +72,13 @@ def train():
 
 def test_every_option_is_in_the_help_of_exactly_its_commands(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    for one, options in OPTIONS.items():
-        code, out, err = command(one.name.lower(), "--help")
+    for name in typer.main.get_command(commands.app).commands:
+        code, out, err = command(name, "--help")
         assert (code, err) == (0, "")
         shown = {line.split()[1] for line in out.splitlines() if line.startswith("│ --")}
-        own = {flag(each.name) for each, declaration in taken(options, one) if not declaration.argument}
-        assert shown == {"--help", *own}, one
-    assert {one.name.lower() for one in OPTIONS} == typer.main.get_command(commands.app).commands.keys()
+        options = taken(getattr(commands, name).defaults, Command[name.upper()])
+        own = {flag(each.name) for each, declaration in options if not declaration.argument}
+        assert shown == {"--help", *own}, name
 
 
 @pytest.mark.parametrize("name", [name for name in SHARED if name not in ("output_dir", "lora_alpha")])

@@ -46,7 +46,7 @@ def test_auto_is_what_others_leave_free(pipe, emulated):
 @pytest.mark.parametrize("wish", ["24GiB", "13.9GiB", "2GiB"])
 def test_a_wish_is_held_to_what_is_free(pipe, emulated, caplog, wish):
     emulated.set_limit(14 * GIB)
-    with caplog.at_level(logging.WARNING, "alignprop_fast.generate.sampler"):
+    with caplog.at_level(logging.WARNING, "alignprop_fast.generate.memory_budget"):
         sampler = train(train(DifferentiableSampler(pipe, STEPS, memory_budget=wish)))
     assert sampler.plan.budget_bytes == (2 * GIB if wish == "2GiB" else int(SHARE * 14 * GIB))
     lines = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]

@@ -50,7 +50,7 @@ def test_graphs_give_the_same_bits(pipe, rescale):
             for parameter in plain.model.trainable():
                 parameter.mul_(1.1)
     # Of a batch size: without gradient, with, and with but for the step's input, which a single step does not want.
-    assert len(graphed._fast.graphs._graphs) == 3 + 2
+    assert len(graphed.fast.graphs._graphs) == 3 + 2
 
 
 def test_python_does_not_run_again(pipe, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignprop_fast.ops import autotune, lora_linear_triton, switched_off
+from alignprop_fast.ops import autotune, lora_linear_trials, switched_off
 from alignprop_fast.ops.lora_linear_plain import Layer
 
 
@@ -35,19 +35,19 @@ def problem():
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_kernels_are_taken_where_they_are_right(direction):
-    assert lora_linear_triton.chosen(direction, *problem()) == "triton"
+    assert lora_linear_trials.chosen(direction, *problem()) == "triton"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_without_the_adapters_do_not_win(direction, monkeypatch):
-    kernel = getattr(lora_linear_triton, f"run_{direction}")
+    kernel = getattr(lora_linear_trials, f"run_{direction}")
 
     def wrong(*arguments):
         layers = [layer._replace(up=0 * layer.up) for layer in arguments[-1 if direction == "forward" else 2]]
         return kernel(arguments[0], layers) if direction == "forward" else kernel(*arguments[:2], layers, True)
 
-    monkeypatch.setattr(lora_linear_triton, f"run_{direction}", wrong)
+    monkeypatch.setattr(lora_linear_trials, f"run_{direction}", wrong)
     x, layers = problem()
-    assert lora_linear_triton.chosen(direction, x, layers) == "plain"
-    told = autotune.explain(lora_linear_triton.problem(direction, x, layers), x.device)
+    assert lora_linear_trials.chosen(direction, x, layers) == "plain"
+    told = autotune.explain(lora_linear_trials.problem(direction, x, layers), x.device)
     assert "triton: errors are" in told

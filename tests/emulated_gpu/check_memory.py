@@ -14,7 +14,10 @@ from alignprop_fast import DifferentiableSampler, demo
 from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.training.out_of_memory import with_less_memory
 
-pytestmark = pytest.mark.usefixtures("plain_kernels")
+pytestmark = [
+    pytest.mark.usefixtures("plain_kernels"),
+    pytest.mark.slow("measures the bundled model and trains it under ten plans"),
+]
 
 STEPS, GRAD_STEPS, PROMPTS = 4, range(1, 4), ["a cat", "a dog"]
 

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 
+from alignprop_fast.demo import clip_path
+
 pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
+
+
+@pytest.fixture
+def tiny(tiny_sd_folder):
+    """Options for a model that is smaller than the bundled one, with the same reward."""
+    return "--model", tiny_sd_folder, "--reward", "clip", "--reward-model", clip_path()
 
 
 @pytest.fixture
@@ -18,6 +26,7 @@ def trained(command, tmp_path):
     return out
 
 
+@pytest.mark.slow("measures the bundled model")
 def test_trains_within_the_budget_and_resumes(trained, command):
     out = trained
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -48,8 +57,8 @@ def deterministic(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def test_deterministic_turns_torch_s_mode_on_and_gives_the_same_bytes(command, tmp_path, deterministic):
-    options = ("--num-inference-steps", 3, "--batch-size", 1, "--steps", 2, "--memory-budget", "none")
+def test_deterministic_turns_torch_s_mode_on_and_gives_the_same_bytes(command, tmp_path, tiny, deterministic):
+    options = (*tiny, "--num-inference-steps", 3, "--batch-size", 1, "--steps", 2, "--memory-budget", "none")
     files = []
     for name in ("one", "two"):
         code, _, error = command("train", *options, "--deterministic", "--output-dir", tmp_path / name)
@@ -79,9 +88,9 @@ def test_the_deterministic_resize_is_the_same(emulated, deterministic, mode, siz
     assert (ours - plain).abs().max() <= 1e-5 and not torch.equal(ours, plain)
 
 
-def test_who_names_no_budget_gets_the_fast_way_and_is_told_which(command, tmp_path):
+def test_who_names_no_budget_gets_the_fast_way_and_is_told_which(command, tmp_path, tiny):
     out = tmp_path / "out"
-    options = ("--num-inference-steps", 3, "--batch-size", 2, "--truncation", "full", "--steps", 1)
+    options = (*tiny, "--num-inference-steps", 3, "--batch-size", 2, "--truncation", "full", "--steps", 1)
     code, shown, error = command("train", *options, "--output-dir", out)
     assert code == 0, error
     # 3 % of 24 GiB stays free; the emulated device has no context and no desktop.

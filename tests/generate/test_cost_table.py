@@ -54,7 +54,10 @@ def state_bytes(optimizer):
     return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
 
 
-@pytest.mark.parametrize("penalised", [False, True])
+EIGHT_PLANS = pytest.mark.slow("trains under eight plans, and counts each operator")
+
+
+@pytest.mark.parametrize("penalised", [pytest.param(False, marks=EIGHT_PLANS), True])
 def test_predicted_peaks_are_the_real_ones(pipe, penalised, steady_clock):
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget="8GiB", reward=reward, compare_with_base=penalised)
     table = sampler.cost_table(len(PROMPTS))
@@ -116,7 +119,7 @@ def test_a_table_from_which_something_was_left_out_is_not_remembered(pipe, monke
             raise torch.AcceleratorError("CUDA error: out of memory", 2)
         return decode(images)
 
-    sampler = DifferentiableSampler(pipe, STEPS, height=48, width=48)
+    sampler = DifferentiableSampler(pipe, STEPS, height=24, width=24)
     decode = sampler.model.decode
     monkeypatch.setattr(sampler.model, "decode", too_large)
     assert [stage.name for stage in sampler.cost_table(2).decoders] == ["image", "bands"]
@@ -125,7 +128,7 @@ def test_a_table_from_which_something_was_left_out_is_not_remembered(pipe, monke
 
 
 def test_a_table_is_that_of_the_autocast_state_it_was_measured_in(pipe):
-    sampler = DifferentiableSampler(pipe, STEPS, height=48, width=48, memory_budget="8GiB")
+    sampler = DifferentiableSampler(pipe, STEPS, height=16, width=16, memory_budget="8GiB")
     plain = sampler.solver(1)
     with torch.autocast("cpu", torch.bfloat16):
         cast = sampler.solver(1)

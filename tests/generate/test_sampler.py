@@ -326,7 +326,9 @@ def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
     """Every block of every step takes an option of its own, on the host or not."""
     sampler, rng = DifferentiableSampler(pipe, STEPS), random.Random(0)
     device = torch.device("cpu")
-    monkeypatch.setattr(sampler, "_offloader", lambda plan: Offloader(device, HostPool(device), smallest_bytes=1))
+    monkeypatch.setattr(
+        sampler.renderer, "_offloader", lambda plan: Offloader(device, HostPool(device), smallest_bytes=1)
+    )
 
     def mixture():
         names = [*BlockOption]

@@ -18,7 +18,7 @@ from alignprop_fast.kernels import guided_step as guided_step_kernels
 from alignprop_fast.kernels import layer_norm as layer_norm_kernels
 from alignprop_fast.kernels import lora_linear as lora_kernels
 from alignprop_fast.kernels import lora_linear_backward as backward_of_lora
-from alignprop_fast.ops import attention_backends, attention_triton, backend, lora_linear_triton, switched_off
+from alignprop_fast.ops import attention_backends, attention_triton, backend, switched_off
 from alignprop_fast.ops import geglu as geglu_op
 from alignprop_fast.ops import guided_step as guided_step_op
 from alignprop_fast.ops import layer_norm as layer_norm_op
@@ -110,7 +110,7 @@ def by_the_kernels(monkeypatch):
         return "reference" if switched_off.reason(f"{op}.triton") else "triton"
 
     monkeypatch.setattr(backend, "backend", serves)
-    monkeypatch.setattr(lora_linear_triton, "chosen", lambda direction, x, layers: "triton")
+    monkeypatch.setattr("alignprop_fast.ops.lora_linear.chosen", lambda direction, x, layers: "triton")
     chosen = attention_backends.Backend("triton", attention_triton.forward, attention_triton.backward)
     monkeypatch.setattr(attention_backends, "choose", lambda direction, q, k: chosen)
 

@@ -267,6 +267,15 @@ def test_tensorboard_takes_the_options_and_the_numbers(tiny_sd_folder, tmp_path)
     assert {"loss", "reward_std", "grad_norm", "learning_rate", "reward/left"} <= set(events.Tags()["scalars"])
 
 
+def test_a_reward_without_gradient_is_refused(tiny_sd_folder, tmp_path):
+    def cut(images, prompts, metadata):
+        return images.detach().mean((1, 2, 3)), {}
+
+    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, truncation="full"), cut)
+    with pytest.raises(ValueError, match="reward 'cut' returned scores without gradient"):
+        trainer.step(0, 0)
+
+
 def test_no_open_gate_is_counted_not_a_crash(tiny_sd_folder, tmp_path):
     config = make_config(tmp_path, truncated_rand_backprop_minmax=(2, 10**9))
     trainer = make_trainer(tiny_sd_folder, config)

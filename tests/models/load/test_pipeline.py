@@ -141,6 +141,20 @@ def test_an_outline_of_damaged_configurations(copied, part):
         load_outline(copied)
 
 
+def test_the_outline_of_a_single_file_is_that_of_its_model_config(tiny_sd_folder, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    shapes = [
+        {name: weight.shape for name, weight in pipe.unet.state_dict().items()}
+        for pipe in (load_outline(file, model_config=tiny_sd_folder), load_outline(tiny_sd_folder))
+    ]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(ValueError, match="holds weights alone: give the folder of its configurations"):
+        load_outline(file)
+    with pytest.raises(ValueError, match=r"for a single \.safetensors file: leave it out"):
+        load_outline(tiny_sd_folder, model_config=tiny_sd_folder)
+
+
 class Hub:
     """Replaces the three calls to the Hub (list of files, index, download) by a local folder."""
 
