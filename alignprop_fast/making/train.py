@@ -130,9 +130,10 @@ class Run:
     @cached_property
     def unet(self) -> Any:
         """The pipeline with the UNet and its text encoder."""
-        latents = kept(self.folder / "latents.pt", lambda: train_vae.encode(self.vae, self.scenes[0]))
-        captions, settings = self.scenes[1], self.settings("unet")
-        return train_unet.train_unet(latents, captions, self.vae, self.tokenizer, settings, self.folder, SEED)
+        latents, settings = torch.empty(0), self.settings("unet")
+        if settings.steps:  # else nobody reads them, and those of a half-trained autoencoder must not be kept
+            latents = kept(self.folder / "latents.pt", lambda: train_vae.encode(self.vae, self.scenes[0]))
+        return train_unet.train_unet(latents, self.scenes[1], self.vae, self.tokenizer, settings, self.folder, SEED)
 
     @cached_property
     def twin_training(self) -> TwinTraining:
