@@ -279,7 +279,7 @@ BAD = {
     "names that kohya's files would lose": (["merge", "{loras}/foreign.safetensors"], "has no name in kohya's files"),
     "two meanings": (["merge", "{loras}/first:2"], "first:2:1 for the first"),
     "no weight": (["merge", "{loras}/first:"], "'' in '"),
-    "another word than a weight": (["merge", "{loras}/first:half"], "is no weight"),
+    "another word than a weight": (["merge", "{loras}/first:half"], "is not a weight"),
     "other shapes": (["merge", "{loras}/first", "{loras}/wide.safetensors"], "merge adapters of the same model"),
     "weight zero": (["merge", "{loras}/first:0"], "every weight is 0"),
     "weight of no size": (["merge", "{loras}/first:inf"], "not all finite"),
