@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it writes, how it goes on, and one line for everything it refuses."""
+"""The command line as a user sees it: the files it writes, resuming, and one line for all bad input."""
 
 import json
 import signal
@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_pat
         metadata = file.metadata()
     assert metadata["ss_network_dim"] == "4" and metadata["ss_steps"] == metadata["alignprop_steps"] == "3"
     assert metadata["alignprop_base_model"] == tiny_sd_folder.name and str(tmp_path) not in str(metadata)
-    # `sample` with those adapters draws the very pictures of the last step.
+    # `sample` with those adapters draws exactly the pictures of the last step.
     code, _, err = command(
         *("sample", "--model", tiny_sd_folder, "--lora", out, "--prompts", "demo", "--output-dir", tmp_path / "s"),
         *("--batch-size", 3, "--num-inference-steps", 2, "--device", "cpu"),
@@ -119,7 +119,7 @@ def test_resuming_gives_the_same_files_and_a_used_folder_is_refused(command, tin
     code, _, err = command(*common, "--steps", 4, "--output-dir", parts)
     assert code == 2 and "train --resume" in err and len(err.splitlines()) == 1
     assert snapshot(parts) == before
-    # As after a kill in the middle of a step that was logged already: a line too many, and a torn one.
+    # As after a kill in the middle of a step that was already logged: an extra line, and an incomplete one.
     with open(parts / "metrics.jsonl", "a") as stream:
         stream.write(json.dumps({**records(parts)[-1], "step": 3}) + '\n{"step": 4, "rew')
     code, _, err = command("train", "--resume", "--steps", 4, "--output-dir", parts)
@@ -134,7 +134,7 @@ def test_a_run_killed_at_its_very_start_begins_anew(command, tiny_sd_folder, tmp
     common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, "--steps", 1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command(*common, "--output-dir", whole)[0] == 0
-    (killed / ".metrics.jsonl.tmp").mkdir(parents=True)  # which stops it where it begins to write records
+    (killed / ".metrics.jsonl.tmp").mkdir(parents=True)  # stops it when it starts to write records
     code, _, err = command(*common, "--output-dir", killed)
     assert code == 1 and len(err.splitlines()) == 1 and "Is a directory" in err
     (killed / ".metrics.jsonl.tmp").rmdir()
@@ -178,7 +178,7 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
 
 @pytest.mark.parametrize("written", ["null", "none", "auto"])
 def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
-    """null was what stood in config.yaml of every run without a budget, when that was the leanest way."""
+    """Old runs without a budget have null in config.yaml, which then meant none."""
     from alignprop_fast.cli.options import ConfigCommand
     from alignprop_fast.cli.train import train
     from alignprop_fast.training.options import TrainOptions
@@ -195,7 +195,7 @@ def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
 
 
 def test_several_reward_models_and_what_a_reward_tells(command, tiny_sd_folder, tmp_path):
-    """From the command line and from YAML, as a list or one alone, and through --resume from another folder."""
+    """From the command line and from YAML, as a list or a single value, and through --resume from another folder."""
     from alignprop_fast.demo import clip_path, counter_path
 
     common = ("train", "--model", tiny_sd_folder, "--reward", "count:apple=2,clip:0.5", *TINY, "--steps", 1)
@@ -270,7 +270,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory, tiny_sd_folder):
-    """A folder of things that are wrong in one way each."""
+    """A folder of files that are each wrong in one way."""
     import shutil
 
     folder = tmp_path_factory.mktemp("bad")
@@ -398,7 +398,7 @@ def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
 
 @pytest.mark.slow("draws all of the demo's pictures, before and after")
 def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
-    """Whether it learns is measured elsewhere; here it has to run, compare and write."""
+    """Other tests measure whether it learns; this one checks that it runs, compares and writes."""
     code, out, err = command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")
     assert (code, err) == (0, "")
     table = " ".join(out.split())
@@ -438,12 +438,12 @@ def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
     kept = samples[-3]["step"]
     assert f"stopped after step {ended}: the adapters of step {kept} are kept" in printed
     assert 0 < kept < ended < 20
-    # The LoRA that is written is that of a run of so many steps which nobody watched.
+    # The written LoRA equals that of an unwatched run of this many steps.
     unwatched = options[: options.index("--watch-reward")]
     assert command("train", *unwatched, "--steps", kept, "--output-dir", plain)[0] == 0
     written, expected = load_file(whole / WEIGHTS), load_file(plain / WEIGHTS)
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    # Interrupted in between and resumed, and resumed once more when it has stopped already.
+    # Interrupted in between and resumed, and resumed again after it has stopped.
     assert command("train", *options, "--max-drop", 0.01, "--steps", 3, "--output-dir", parts)[0] == 0
     for _ in range(2):
         assert command("train", "--resume", "--steps", 20, "--output-dir", parts)[0] == 0
@@ -483,7 +483,7 @@ def test_a_schedule_an_average_and_clipping_resume_exactly(command, tiny_sd_fold
     middle = ("--resume-from", out / "checkpoints" / "checkpoint_2")
     assert command("train", *middle, "--output-dir", out)[0] == 0
     assert {name: (out / name).read_bytes() for name in names} == first and without_times(out) == before
-    # The pictures are those of the average.
+    # The pictures were drawn with the average.
     draw = ("sample", "--model", tiny_sd_folder, "--num-inference-steps", 2, "--batch-size", 3, "--device", "cpu")
     assert command(*draw, "--lora", out / "ema", "--output-dir", tmp_path / "s")[0] == 0
     drawn = next((tmp_path / "s").glob("000_*_seed0.png"))

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def doctor(command, tmp_path, monkeypatch):
-    """Runs `doctor` in a folder of its own; returns exit code, stdout and stderr."""
+    """Runs `doctor` in its own folder; returns exit code, stdout and stderr."""
     monkeypatch.setattr("alignprop_fast.doctor.ceilings.MOST_SECONDS", 0.01)
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.chdir(tmp_path)

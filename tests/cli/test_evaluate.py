@@ -1,4 +1,4 @@
-"""`evaluate` and `merge` as a user meets them: what they write, and one line for everything they refuse."""
+"""`evaluate` and `merge` as a user sees them: the files they write, and one line for all bad input."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ TINY = ("--num-inference-steps", "2", "--batch-size", "3", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory, tiny_sd_folder):
-    """Two adapters as train writes them, beside files that are wrong in one way each."""
+    """Two adapters written by train, and files that are each wrong in one way."""
     from diffusers import StableDiffusionPipeline
 
     folder = tmp_path_factory.mktemp("loras")
@@ -103,7 +103,7 @@ def test_evaluate_compares_adapters_at_several_scales(command, tiny_sd_folder, l
     ]
     assert list(dict.fromkeys((row["adapter"], row["scale"]) for row in rows)) == variants
     assert len(rows) == 5 * (4 + 2) * 3
-    # Each picture of a prompt has a seed of its own, and both sets count from --seed.
+    # Each picture of a prompt has its own seed, and both sets count from --seed.
     base = [row for row in rows if row["adapter"] == "base" and row["part"] == "reward"]
     assert [(row["prompt"], row["seed"]) for row in base] == [
         *(("a cat", "7"), ("a cat", "8"), ("a dog", "9"), ("a dog", "10"), ("a fish", "7"), ("a fish", "8"))
@@ -113,7 +113,7 @@ def test_evaluate_compares_adapters_at_several_scales(command, tiny_sd_folder, l
         if part == "reward":
             parts = [values[*where, name] for name in ("colorfulness", "compressibility")]
             assert value == pytest.approx(2 * parts[0] + parts[1], rel=1e-5)
-    # Scales are told apart, and a second run with other batches says the same.
+    # Scales give different rewards, and a second run with other batches gives the same ones.
     by_variant = [[values[*variant, "a cat", "7", part] for part in ("reward",)] for variant in variants]
     assert len({f"{value:.4f}" for (value,) in by_variant}) == 5
     code, _, err = command(*(*common, *reward, "--output-dir", tmp_path / "again", "--seed", 7, "--batch-size", 1))
@@ -131,7 +131,7 @@ def test_evaluate_on_the_bundled_model(command, tmp_path):
     (row,) = table(tmp_path / "out" / "summary.csv")
     assert (row["part"], row["count"], row["adapter"]) == ("reward", "2", "base")
     assert 0.2 < float(row["mean"]) <= 1, "the bundled CLIP knows what the bundled model draws"
-    # `sample` draws the very pictures that were scored.
+    # `sample` draws exactly the pictures that were scored.
     code, _, _ = command("sample", *arguments, "--output-dir", tmp_path / "samples")
     assert code == 0 and (tmp_path / "samples" / "001_a-cat_seed1.png").is_file()
 
@@ -148,7 +148,7 @@ def test_merge_writes_a_file_that_diffusers_loads(command, tiny_sd, loras, tmp_p
     record = json.loads((out / "merge.json").read_text())
     assert [adapter["weight"] for adapter in record["adapters"]] == [0.5, -0.25]
     assert record["relative_error"] == 0 and set(record["modules"]) == set(both)
-    # One alone, and to a lower rank with its error.
+    # A single adapter, and a lower rank with its error.
     assert command("merge", f"{out}:0.7", "--output-dir", tmp_path / "scaled")[0] == 0
     module = next(iter(both))
     torch.testing.assert_close(read_lora(tmp_path / "scaled")[module].delta(), 0.7 * both[module].delta())
@@ -160,7 +160,7 @@ def test_merge_writes_a_file_that_diffusers_loads(command, tiny_sd, loras, tmp_p
 
 
 def test_merge_reads_and_writes_kohya_files(command, tiny_sd_folder, loras, tmp_path):
-    """Inputs in either naming, the same mixture in both outputs, and pictures of each."""
+    """Inputs under either naming, the same mixture in both outputs, and pictures of each."""
     assert command("merge", loras / "first", "--output-dir", tmp_path / "one")[0] == 0
     kohya = tmp_path / "one" / KOHYA_NAME
     code, printed, err = command("merge", f"{kohya}:0.5", f"{loras / 'second'}:0.5", "--output-dir", tmp_path / "k")
@@ -208,7 +208,7 @@ def test_the_path_that_is_there_wins_over_a_weight(tmp_path, monkeypatch, made, 
 
 
 def test_merge_writes_all_files_or_none(tmp_path):
-    (tmp_path / ".second.tmp").mkdir()  # stands for a disk that is full by then
+    (tmp_path / ".second.tmp").mkdir()  # acts like a full disk
     with pytest.raises(OSError):
         _write(tmp_path, {"first": b"1", "second": b"2"})
     assert [path.name for path in tmp_path.iterdir()] == [".second.tmp"]

@@ -1,4 +1,4 @@
-"""A folder belongs to one run: taken at once, for as long as the process lives, and left as it was by what fails."""
+"""A run locks its folder at once, until its process ends; a failed set-up leaves the folder unchanged."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def start(code, *arguments):
 
 def test_of_processes_that_race_for_a_folder_one_gets_it(tmp_path):
     processes = [start(HOLDER, tmp_path / "a" / "b") for _ in range(4)]
-    # Whoever has it holds it until its input ends; the others leave by themselves.
+    # The owner holds it until its input ends; the others exit at once.
     deadline = time.monotonic() + 60
     while len(there := [process for process in processes if process.poll() is None]) > 1:
         assert time.monotonic() < deadline, "several have it"

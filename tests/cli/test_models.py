@@ -58,7 +58,7 @@ def test_a_single_file_asks_for_the_model_config(command, tiny_sd_folder, tmp_pa
 
 
 def test_adapters_without_a_name_in_one_of_the_files_are_refused_before_the_run(command, tiny_sd, tmp_path):
-    """At the end of a run it would be too late. No published model has such blocks."""
+    """After a run it would be too late. No published model has such blocks."""
     kinds = ["AttnDownBlock2D", *tiny_sd.unet.config.down_block_types[1:]]
     tiny_sd.register_modules(unet=UNet2DConditionModel.from_config(tiny_sd.unet.config, down_block_types=kinds))
     folder = tmp_path / "model"

@@ -1,4 +1,4 @@
-"""One declaration for each option: what comes of it on the command line, in YAML and in the trainer's config."""
+"""One declaration per option: its effect on the command line, in YAML and in the trainer's config."""
 
 import inspect
 from dataclasses import MISSING, fields, replace
@@ -34,7 +34,7 @@ OTHER = {
     "optimizer": "adafactor",
     "truncation": "full",
 }
-# Every bound of an option of train, and the value nearest to it that is outside.
+# Every bound of train's options, with the nearest value outside it.
 BOUNDS = {
     (each.name, word): value
     for each, option in taken(DEFAULTS, Command.TRAIN)
@@ -51,7 +51,7 @@ CHOICES = {(each.name, "choice"): "sgdd" for each, option in taken(DEFAULTS, Com
 
 @pytest.fixture
 def train():
-    """What the command line of `train` makes of its arguments, or the one line of its refusal."""
+    """The options that the command line of `train` parses from the arguments, or its one-line message."""
     got = []
 
     @command_line(Command.TRAIN, TrainCall())
@@ -146,7 +146,7 @@ def test_every_command_reads_every_type(train):
 
 
 def test_a_new_option_needs_its_declaration_alone(tmp_path):
-    """As in `TrainOptions`: from there it has its flag, bound, default and place in the help."""
+    """As in `TrainOptions`, from which it gets its flag, bound, default and place in the help."""
     from dataclasses import dataclass
 
     @dataclass
@@ -192,7 +192,7 @@ def test_the_config_has_trls_fields_and_then_those_that_are_declared():
 
 
 def test_the_files_of_earlier_runs_are_read(train, tmp_path):
-    """config.yaml as version 0.1 wrote it, with names and order of that time."""
+    """config.yaml of version 0.1, with its names and order."""
     old = {"output_dir": "o", "model": "demo", "model_config": None, "reward": "clip", "reward_model": ["a"]}
     old |= {"allow_pickle": False, "normalise_rewards": False, "prompts": "demo", "steps": 7, "num_inference_steps": 50}
     old |= {"guidance_scale": 5.0, "true_cfg_scale": 1.0, "scheduler": "auto", "eta": 1.0, "batch_size": 4}

@@ -1,4 +1,4 @@
-"""`train` and `plan` make a run of the same parts: for the same options they count the same bytes and find the same
+"""`train` and `plan` make a run from the same parts. With the same options they count the same bytes and find the same
 plan, on the device and on tensors without data."""
 
 import shutil
@@ -24,7 +24,7 @@ QUIET = Console(quiet=True)
 REWARD = "reward_of_this_test:score"
 GUIDED_FLUX = {"model": "{flux}", "true_cfg_scale": 2.0, "negative_prompt": "red", "height": 16, "width": 16}
 
-# Every option of `train` that changes a plan: another value than usual and, where it needs some, options beside it.
+# Every option of `train` that changes a plan, with a value other than the default and the other options that it needs.
 CHANGES = {
     "model": ("{sdxl}", {}),
     "lora_rank": (8, {}),
@@ -54,13 +54,13 @@ CHANGES = {
     "memory_budget": ("1GiB", {}),
     "host_memory": ("2GiB", {}),
 }
-# Those that change it where a GPU is, or that let a model be read at all.
+# Options that change a plan only on a GPU, or that only allow a model to be read.
 ELSEWHERE = {"cache_text", "cuda_graphs", "model_config"}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, tiny_sd_folder, tiny_sdxl_folder, tiny_flux_folder):
-    """Names in braces, and the files that they stand for. clip: half as deep as the bundled one."""
+    """The files for the names in braces. clip: half as deep as the bundled one."""
     from transformers import CLIPConfig, CLIPModel
 
     folder = tmp_path_factory.mktemp("parts")
@@ -78,7 +78,7 @@ def places(tmp_path_factory, tiny_sd_folder, tiny_sdxl_folder, tiny_flux_folder)
 
 @pytest.fixture
 def options(places, monkeypatch, fresh_process):
-    """TrainOptions of a short run on the CPU, with others beside them."""
+    """TrainOptions of a short run on the CPU, with the given ones."""
     monkeypatch.syspath_prepend(places[""])
 
     def filled(value):
@@ -97,8 +97,8 @@ def options(places, monkeypatch, fresh_process):
 
 @pytest.fixture
 def no_runs(monkeypatch):
-    """No step or decoder is run or counted: their costs are drawn from what a table is remembered by, which is all that
-    they may hang on."""
+    """No step or decoder is run or counted. Costs are drawn at random from the table's cache key, because they may
+    depend on nothing else."""
     described = {"source", "device", "data_sheet", "offload"}
 
     def costs(task, origin, formula, link):
@@ -113,7 +113,7 @@ def no_runs(monkeypatch):
 
 
 def trained(options):
-    """What `train` predicts when it is set up."""
+    """The prediction of `train` in its set-up."""
     from accelerate.state import AcceleratorState, GradientState
 
     with OutputFolder(options.output_dir) as folder:
@@ -124,14 +124,14 @@ def trained(options):
 
 
 def planned(options, **how):
-    """What `plan` predicts."""
+    """The prediction of `plan`."""
     known = {each.name: getattr(options, each.name) for each, option in taken(options, Command.TRAIN)}
     question = from_model(QUIET, PlanOptions(**known, **how))
     return replace(question.predict(), largest=None)
 
 
 def without_seconds(value):
-    """A prediction, a table or a part of one as plain data: bytes and choices, and no time or place."""
+    """A prediction, a table or a part of one as plain data: bytes and choices, without times and places."""
     if isinstance(value, dict):
         drop = ("seconds", "source", "device", "data_sheet", "offload", "workspace", "peak_bytes", "phases")
         return {k: without_seconds(v) for k, v in value.items() if not k.endswith(drop)}
@@ -140,12 +140,12 @@ def without_seconds(value):
 
 @pytest.fixture(scope="module")
 def found():
-    """What was predicted for options before."""
+    """The remembered predictions, by options."""
     return {}
 
 
 def predicted(found, options):
-    """By `train`, by `plan` on this device, and by `plan` for a GPU."""
+    """The predictions of `train`, of `plan` on this device, and of `plan` for a GPU."""
     name = repr(options)
     if name not in found:
         found[name] = trained(options), planned(options, measure=True), planned(options, gpu="4090")
@@ -164,9 +164,9 @@ SLOW = pytest.mark.slow("makes the parts of six runs for each option")
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CHANGES])
 def test_train_and_plan_count_the_same(name, options, found, no_runs, steady_clock):
-    """Exactly, since the same code counts. An estimate has other seconds and, for the GPU's libraries, a workspace that
-    is a number of ours. What a reward's attention keeps differs by up to an eighth: it is torch's own, and its kernel
-    for the CPU keeps no probabilities."""
+    """Exactly equal, because the same code counts. An estimate has other seconds and an assumed workspace for the GPU's
+    libraries. The kept bytes of a reward's attention differ by up to an eighth, because torch's kernel for the CPU
+    keeps no probabilities."""
     value, beside = CHANGES[name]
     before, after = predicted(found, options(beside)), predicted(found, options({**beside, name: value}))
     for run, measured, estimated in (before, after):
@@ -189,7 +189,7 @@ def test_text_encoders_that_leave_the_gpu_are_not_counted(options, no_runs):
 
 
 def test_training_goes_on_from_a_lora_beside_the_model_and_a_plan_too(options, places, tmp_path, no_runs):
-    """Of its rank, whatever --lora-rank says."""
+    """It has the file's rank, for every --lora-rank."""
     pipeline = DefaultDDPOStableDiffusionPipeline(places["sd"])
     pipeline.get_trainable_layers(rank=2)
     folder = shutil.copytree(places["sd"], tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The command `plan`: what it answers, without weights and on GPUs that are not here, and what it refuses."""
+"""The command `plan`: its predictions, without weights and for GPUs that are not here, and its errors."""
 
 import json
 import re
@@ -18,13 +18,13 @@ SHORT = ("--num-inference-steps", "4", "--batch-size", "2")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where tables are remembered, empty at first and for this file alone."""
+    """A cache of tables for this file only, empty at first."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture
 def plan(command, tmp_path, monkeypatch, home):
-    """Runs `plan` in a folder of its own; returns exit code, stdout and stderr."""
+    """Runs `plan` in its own folder; returns exit code, stdout and stderr."""
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def test_it_answers_without_weights(plan, configs, tmp_path):
     facts = json.loads((tmp_path / "plan.json").read_text())
     assert facts["peak_bytes"] == sum(facts["kinds"].values()) == max(facts["phases"].values())
     assert facts["peak_bytes"] <= facts["budget_bytes"] == find_gpu("4090").memory_bytes - GIB // 2
-    # Two of four steps carry gradient on average, and any number of them at worst.
+    # Two of four steps carry gradient on average, all four in the worst case.
     assert sorted(facts["resident_steps"] + facts["replayed_steps"]) == [0, 1, 2, 3] and facts["gradient_steps"] == 4
     assert facts["expected"]["gradient_steps"] == 2
     assert facts["expected"]["seconds_per_step"] < facts["seconds_per_step"]
@@ -225,7 +225,7 @@ def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypat
 
 
 def test_a_quantised_base_and_narrow_adapters_are_counted(plan, configs):
-    """Fixed bytes fall by what is packed. A product that unpacks its whole weight needs transient bytes on top."""
+    """Packing saves fixed bytes. A product unpacks its whole weight, which adds transient bytes."""
 
     def fixed(*more):
         arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT)

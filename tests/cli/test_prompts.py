@@ -1,4 +1,4 @@
-"""Prompts with metadata through the commands: each reward gets the row of its prompt; what is cut is said once."""
+"""Prompts with metadata in the commands: rewards get the row of each prompt, and cut texts are logged once."""
 
 import json
 import sys
@@ -105,7 +105,7 @@ def test_evaluating_and_mixing_with_metadata(command, tiny_sd, tiny_sd_folder, r
 
 
 def test_samples_of_a_csv_file(command, tiny_sd_folder, tmp_path):
-    """Header and quotes are no prompts, and negative prompts are cut, too."""
+    """Header and quotes are not prompts, and negative prompts are cut too."""
     (tmp_path / "p.csv").write_text('prompt,target\n"a ""red"" cat, on a mat",1\n"a dog\nasleep",2\n')
     code, printed, err = command(
         *("sample", "--model", tiny_sd_folder, "--prompts", tmp_path / "p.csv", "--output-dir", tmp_path / "s", *TINY),
@@ -139,7 +139,7 @@ def test_a_refused_file_is_one_line_and_leaves_nothing(command, tiny_sd_folder, 
 
 
 def test_the_draws_of_prompts_are_those_of_texts_alone(tmp_path):
-    """Rows take the same random numbers as texts did: a run of before this is resumed to the same end."""
+    """Rows use the same random numbers as texts did, so an older run is resumed to the same end."""
     import random
 
     from alignprop_fast.prompts.rows import load_prompts, load_rows

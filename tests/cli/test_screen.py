@@ -1,4 +1,4 @@
-"""What the commands show is what the user wrote, on any terminal, and nothing of it ends a run."""
+"""The commands print the user's texts unchanged on any terminal, and a failing output never ends a run."""
 
 import io
 import os
@@ -51,7 +51,7 @@ def test_the_work_goes_on_when_nobody_can_read(monkeypatch, stream):
 
 
 def test_a_bar_in_a_terminal(monkeypatch):
-    """While a bar is shown rich puts itself in the place of stdout."""
+    """While it shows a bar, rich replaces stdout."""
     from alignprop_fast.cli.pipeline import PictureProgress
 
     reader, writer = os.openpty()

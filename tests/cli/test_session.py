@@ -1,4 +1,4 @@
-"""A run with a moving average: what is drawn, watched, kept and written is the average, beside the last adapters."""
+"""A run with a moving average draws, watches, keeps and writes the average, and also writes the last adapters."""
 
 import json
 
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 TINY = ("--num-inference-steps", 2, "--batch-size", 2, "--device", "cpu")
-# So fast that the pictures of the average and of the last adapters differ.
+# High enough that the pictures of the average and of the last adapters differ.
 AVERAGED = ("--learning-rate", "5e-2", "--lr-scheduler", "cosine", "--ema-decay", 0.5, "--sample-every", 2)
 
 WATCHED = """
@@ -61,7 +61,7 @@ def test_early_stopping_keeps_the_average(command, picture, prompts, tiny_sd_fol
     out = tmp_path / "out"
     options = ("--model", tiny_sd_folder, "--prompts", prompts, "--reward", "colorfulness", *TINY, *AVERAGED)
     watch = ("--watch-reward", "watched_average:brightness", "--watch-prompts", prompts, "--watch-pictures", 2)
-    keep = ("--patience", 1, "--max-drop", 9)  # a drop that no brightness has: what was watched last is kept
+    keep = ("--patience", 1, "--max-drop", 9)  # larger than any drop of brightness, so the last adapters are kept
     code, printed, err = command("train", *options, *watch, *keep, "--steps", 3, "--output-dir", out)
     assert (code, err) == (0, "") and "done after step 3: the adapters of step 2 are kept" in printed
     assert not (out / "ema").exists()

@@ -1,4 +1,4 @@
-"""Signals: a run stops after the step at hand with a checkpoint, everything else at once, leaving nothing half done."""
+"""Signals: a run stops after its current step with a checkpoint; other commands stop at once and clean up."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from alignprop_fast.training.checkpoint import checkpoints, read_checkpoint
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def number(request):
-    """A signal that this process hears, though it may have been started by nohup."""
+    """Makes this process receive the signal, even if it was started by nohup."""
     before = signal.signal(request.param, signal.default_int_handler)
     yield request.param
     signal.signal(request.param, before)
@@ -24,7 +24,7 @@ def number(request):
 
 def test_a_signal_asks_once(capsys, number):
     with Interrupt(make_console()) as interrupt:
-        for _ in range(2):  # launchers pass on what all have had already
+        for _ in range(2):  # launchers repeat a signal that all processes have received
             os.kill(os.getpid(), number)
         assert interrupt.number == number
         interrupt._since -= 2
@@ -37,7 +37,7 @@ def test_a_signal_asks_once(capsys, number):
 
 
 def test_what_a_process_was_started_to_ignore_stays_ignored():
-    """As nohup does it with SIGHUP, and a shell with the SIGINT of what runs in the background."""
+    """As nohup does with SIGHUP, and a shell with SIGINT for background processes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stopped_by_signals(), Interrupt(make_console()) as interrupt:
@@ -55,7 +55,7 @@ def start(folder, out, *more):
 
 
 def hear_all():
-    """Whatever this process was started to ignore."""
+    """Even if this process was started to ignore them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -33,7 +33,7 @@ def test_what_the_device_says(capsys, tmp_path):
     assert leaving.value.exit_code == 1 and len(err.splitlines()) == 1
     assert "CUDA error: device-side assert triggered" in err and str(tmp_path / "alignprop-fast-error.txt") in err
     assert "Traceback" in (tmp_path / "alignprop-fast-error.txt").read_text()
-    with pytest.raises(torch.OutOfMemoryError), run_errors(tmp_path, "start again"):  # which has a remedy of its own
+    with pytest.raises(torch.OutOfMemoryError), run_errors(tmp_path, "start again"):  # it has its own remedy
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     with pytest.raises(typer.Exit) as leaving, run_errors(tmp_path, "start again"):
         raise typer.Exit(143)
@@ -91,7 +91,7 @@ def test_an_empty_launchers_variable_is_unset(command, monkeypatch, tiny_sd_fold
 
 
 def test_processes_that_accelerate_does_not_see(command, monkeypatch, tmp_path):
-    """As mpirun's on GPUs, where accelerate looks for LOCAL_RANK alone: each would be a run, in one folder."""
+    """As with mpirun on GPUs, where accelerate reads only LOCAL_RANK: each process would be a run in the same folder."""
     PartialState(cpu=True)  # one process
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     code, _, err = command("train", "--reward", "colorfulness", "--device", "cpu", "--output-dir", tmp_path / "out")

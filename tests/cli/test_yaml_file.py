@@ -1,4 +1,4 @@
-"""The options' file: a value is what is written, as on the command line, and never what YAML makes of it."""
+"""The file of options: a value is the text as written, as on the command line, and not YAML's interpretation."""
 
 from dataclasses import replace
 
@@ -151,7 +151,7 @@ TEXTS = (
 
 
 def test_the_file_that_a_run_writes_is_read_back_the_same(options):
-    """Every option, in odd values: a run is resumed from its own config.yaml."""
+    """Every option with an unusual value, because a run is resumed from its own config.yaml."""
     for text in TEXTS:
         odd = {
             f.name: text for f, o in DECLARED if f.type in ("str", "str | None", "int | str | None") and not o.choices

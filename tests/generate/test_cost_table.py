@@ -1,6 +1,6 @@
-"""Tables of a sampler's training step: what a plan predicts against what its step takes, in live tensor bytes.
+"""Cost tables of a sampler's training step: a plan's predicted bytes against its step's live tensor bytes.
 
-Measured here over budgets, gates and rewards: 0 to 1 % above what was taken, never below. Asserted: 0 to 3 %.
+Measured over budgets, gates and rewards: predictions are 0 to 1 % above, never below. Asserted: 0 to 3 %.
 """
 
 import random
@@ -79,9 +79,9 @@ def test_predicted_peaks_are_the_real_ones(pipe, penalised, steady_clock):
             step(sampler, plan)
         optimizer.zero_grad()
         real_bytes = there_bytes + live.peak_bytes
-        # A replay is taken to compare with the base model once more, which counts where a plan is as lean as can be.
-        # Which mixture of options is chosen hangs on measured seconds, and a few take more than the sum of what their
-        # blocks took under pure options: 0.23 % at most of those seen.
+        # A plan assumes that a replay compares with the base model again, which matters for the leanest plans.
+        # The chosen mixture of options depends on measured seconds. A few mixtures take more bytes than the sum over
+        # their blocks with one option each: 0.23 % at most of those seen.
         assert 0.997 * real_bytes <= plan.peak_bytes <= (1.12 if penalised else 1.03) * real_bytes, plan.explain()
         assert plan.peak_bytes <= budget
         residents.add(len(plan.resident_steps))
@@ -112,7 +112,7 @@ def test_measured_tables_are_remembered(pipe, monkeypatch):
 
 
 def test_a_table_from_which_something_was_left_out_is_not_remembered(pipe, monkeypatch):
-    """The next process may have the memory for it."""
+    """The next process may have more memory."""
 
     def too_large(images):
         if len(images) > 1:
@@ -172,7 +172,7 @@ def test_measuring_draws_no_random_numbers(pipe):
 
 
 def test_estimates_need_neither_weights_nor_the_gpu(tiny_sd):
-    """On tensors without data: a faster GPU is faster, the bytes are the same."""
+    """On tensors without data: a faster GPU takes fewer seconds and the same bytes."""
     tiny_sd.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     weight_bytes = sum(
         t.numel() * t.element_size()
@@ -181,7 +181,7 @@ def test_estimates_need_neither_weights_nor_the_gpu(tiny_sd):
     )
     sampler = DifferentiableSampler(tiny_sd.to("meta"), STEPS)
     gpu = find_gpu("RTX 3060")
-    crawling = replace(gpu, fp32_flops=1e9, bandwidth=1e9)  # a tiny model shows no launch-bound GPU from another
+    crawling = replace(gpu, fp32_flops=1e9, bandwidth=1e9)  # else a tiny model is launch-bound on every GPU
     slow, fast = (sampler.cost_table(1, which) for which in (crawling, gpu))
     assert slow.fixed == fast.fixed and slow.fixed["weights"] + slow.fixed["adapters"] == weight_bytes
     assert slow.sampling_seconds > fast.sampling_seconds > 0

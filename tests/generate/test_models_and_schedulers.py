@@ -1,7 +1,7 @@
-"""Every model under every scheduler that fits it, in fp32: images and gradients of diffusers' own pipeline.
+"""Every model with every scheduler that fits it, in fp32: images and gradients equal those of diffusers' pipeline.
 
-The reference is the pipeline's own `__call__`, outside its `no_grad`, with the predictions of the steps without
-gradient detached: plain autograd through diffusers. Tolerances as in test_generate.py: 1e-5 and 1e-4.
+The reference is plain autograd through diffusers: the pipeline's `__call__` without its `no_grad`, with detached
+predictions in steps without gradient. Tolerances as in test_sampler.py: 1e-5 and 1e-4.
 """
 
 import pytest
@@ -32,7 +32,7 @@ def denoiser_of(pipe):
 
 
 def add_adapters(pipe, targets=UNET_TARGETS):
-    """LoRA with both factors random: with B = 0, as PEFT starts, A would get no gradient to compare."""
+    """LoRA with both factors random. With B = 0, as PEFT starts, A would get no gradient to compare."""
     denoiser_of(pipe).add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in denoiser_of(pipe).named_parameters():
@@ -85,7 +85,7 @@ def gradients(pipe, images):
 
 
 def make_plan(grad_steps):
-    """The first gradient step is replayed with its blocks recomputed, the others are resident and keep something."""
+    """The first gradient step is replayed with its blocks recomputed; the others are resident and keep something."""
     return Plan(
         STEPS,
         grad_steps[1:],
@@ -100,7 +100,7 @@ def check(pipe, theirs, images):
     assert (images - theirs).abs().max() < 1e-5
     ours_grads, theirs_grads = gradients(pipe, images), gradients(pipe, theirs)
     assert ours_grads.keys() == theirs_grads.keys()
-    # Of SD3's last block the text is not used, so its adapters get zeros.
+    # SD3's last block does not use its text, so its adapters there get zeros.
     assert sum(bool(grad.abs().max() > 0) for grad in theirs_grads.values()) > 0.9 * len(theirs_grads) > 0
     for name, grad in theirs_grads.items():
         assert (ours_grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name

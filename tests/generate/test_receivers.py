@@ -1,6 +1,6 @@
-"""Who asks for a gradient beside the denoiser's adapters gets that of plain autograd through diffusers' own pipeline.
+"""Tensors other than the denoiser's adapters get the gradient of plain autograd through diffusers' pipeline.
 
-The reference is the pipeline's `__call__` without its `no_grad`. Tolerances as in `test_generate.py`: measured 1e-6 to
+The reference is the pipeline's `__call__` without its `no_grad`. Tolerances as in `test_sampler.py`: measured 1e-6 to
 1e-5 of the largest element, asserted at 1e-4.
 """
 
@@ -88,9 +88,9 @@ def assert_equal(ours, reference):
 
 
 def encoded(pipe):
-    """Embeddings of the prompts and of negative ones, by the names of the pipeline's call; leaves that want a gradient.
+    """Embeddings of prompts and negative prompts, by the names of the pipeline's call; leaves that require a gradient.
 
-    Of T5's hundreds of tokens the first few: they are most of the time."""
+    Only the first few of T5's hundreds of tokens, which take most of the time."""
     if "Flux" in type(pipe).__name__:
         found = {}
         for side, texts in (("", PROMPTS), ("negative_", ["", ""])):
@@ -148,7 +148,7 @@ def test_embeddings_that_are_given(pipe, kind):
 
 
 def test_learned_tokens_and_adapters_at_once(pipe):
-    """What a text encoder learns, chosen before set-up, and a parameter of the denoiser."""
+    """Learning parameters of a text encoder, chosen before set-up, and one parameter of the denoiser."""
     block = next(iter(denoiser(pipe).parameters()))
     tokens = pipe.text_encoder.get_input_embeddings().weight
     for parameter in (block, tokens):
@@ -165,7 +165,7 @@ def test_learned_tokens_and_adapters_at_once(pipe):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_scale(pipe, kind):
-    """FLUX: of its second branch."""
+    """For FLUX, the scale of its second branch."""
     name = "true_cfg_scale" if "Flux" in type(pipe).__name__ else "guidance_scale"
     ours, reference = (torch.tensor(SCALE, requires_grad=True) for _ in range(2))
     sampler = sampler_of(pipe, **{name: ours})
@@ -179,10 +179,10 @@ def test_guidance_scale(pipe, kind):
 
 
 def test_distilled_guidance(tiny_flux):
-    """The pipeline takes a number there: differences of its rewards, in float64.
+    """The pipeline takes a number there, so the reference is a difference of its rewards, in float64.
 
-    What the model is told are cosines of 1000 times the guidance, computed in fp32: 2^-13 to each side is 0.12 of a
-    radian, which makes the difference's error 0.3 %, and what fp32 keeps of 4000 radians 0.1 %.
+    The model's input is cosines of 1000 times the guidance, in fp32. A step of 2^-13 to each side is 0.12 radian, so
+    the difference's error is 0.3 %; fp32's rounding of 4000 radians adds 0.1 %.
     """
     pipe, step = tiny_flux.to(torch.float64), 2.0**-13
     ours = torch.tensor(SCALE, requires_grad=True)
@@ -260,7 +260,7 @@ def test_embeddings_that_do_not_fit(tiny_sdxl, change, message):
 
 
 def test_conditions_that_are_made_of_each_other(tiny_sd3):
-    """Pooled embeddings and a guidance scale from the very tensor that the embeddings come from."""
+    """Pooled embeddings and a guidance scale computed from the same tensor as the embeddings."""
     sampler = sampler_of(tiny_sd3)
     latents = seeded(latent_shape(sampler))
     grads = []
@@ -311,7 +311,7 @@ def test_a_pipeline_as_it_is_loaded_learns_in_its_denoiser_alone(tiny_sd):
 
 
 def test_embeddings_need_no_text_encoder(tiny_sdxl):
-    """The negative ones are zeros, as SDXL's pipeline has them."""
+    """The negative ones are zeros, as in SDXL's pipeline."""
     texts = {name: t for name, t in constant(tiny_sdxl).items() if "negative" not in name}
     tiny_sdxl.register_modules(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     tiny_sdxl.register_to_config(force_zeros_for_empty_prompt=True)

@@ -1,7 +1,7 @@
 """The sampler against diffusers' own pipeline (images) and against plain autograd (gradients), in fp32.
 
-Tolerances: images and gradients of fp32 chains differ by rounding alone. Measured here: 1e-6 (images), 1e-5 (gradients,
-relative to the largest element of the tensor); asserted at 1e-5 and 1e-4, ten times that. The contract is 1e-3.
+Tolerances: images and gradients of fp32 chains differ only by rounding. Measured: 1e-6 (images), 1e-5 (gradients,
+relative to the largest element of the tensor). Asserted: ten times that, 1e-5 and 1e-4. The contract is 1e-3.
 """
 
 import copy
@@ -31,7 +31,7 @@ DECODERS = {
 
 
 def add_adapters(pipe):
-    """LoRA with both factors random: with B = 0, as PEFT starts, A would get no gradient to compare."""
+    """LoRA with both factors random. With B = 0, as PEFT starts, A would get no gradient to compare."""
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
     pipe.unet.add_adapter(config)
     generator = torch.Generator().manual_seed(3)
@@ -65,11 +65,11 @@ def plain_chain(
     last=None,
     again=0,
 ):
-    """Images by the same chain, written with diffusers' scheduler and plain autograd.
+    """Images of the same chain, written with diffusers' scheduler and plain autograd.
 
-    stop_input: nothing flows through the network's input. last: a step that predicts x0, where the chain ends.
-    again: images of so many noisings of the final latents, denoised by the last step, too (in a list, after the
-    chain's).
+    stop_input: no gradient passes through the network's input. last: the step at which the chain ends by predicting x0.
+    again: also return the images of this many noisings of the final latents, denoised by the last step (in a list,
+    after the chain's).
     """
     with torch.no_grad():
         if hasattr(pipe, "text_encoder_2"):
@@ -182,9 +182,9 @@ def test_gradients_equal_plain_autograd(pipe, grad_steps, kind, eta, scale, resc
     ("truncation", "eta"),
     [
         (Truncation((1, 3), input_gradient=False), 0.5),
-        (Truncation((0, 2), input_gradient=False, last_step=2), 1.0),  # as drtune draws
-        (Truncation((0, 1), input_gradient=False, last_step=2), 0.0),  # the end is a step without gradient
-        (Truncation((3,), last_step=3), 0.0),  # as refl draws
+        (Truncation((0, 2), input_gradient=False, last_step=2), 1.0),  # like drtune
+        (Truncation((0, 1), input_gradient=False, last_step=2), 0.0),  # the last step has no gradient
+        (Truncation((3,), last_step=3), 0.0),  # like refl
         (Truncation((2,), last_step=2), 1.0),
     ],
 )
@@ -218,7 +218,7 @@ def test_renoised_pictures_equal_plain_autograd(tiny_sd):
 @pytest.mark.parametrize("stock", [False, True], ids=["ops in", "ops out"])
 @pytest.mark.parametrize("kind", ["resident", "replayed", "mixed"])
 def test_distance_to_the_base_model_equals_plain_autograd(tiny_sd, kind, stock):
-    """Value and gradient of reward and regulariser together; the reference never runs with adapters switched off."""
+    """Value and gradient of reward plus regulariser; the reference never switches adapters off."""
     base = copy.deepcopy(tiny_sd.unet)
     add_adapters(tiny_sd)
     sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.5, compare_with_base=True)
@@ -256,7 +256,7 @@ def test_adapters_that_change_nothing_are_no_distance_away(tiny_sd):
 
 
 def test_a_frozen_adapter_is_part_of_what_the_distance_is_to(tiny_sd):
-    """A style that stays: the adapter trained beside it changes nothing yet, so there is no distance."""
+    """A style stays on. The adapter trained beside it changes nothing yet, so the distance is zero."""
     tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
     tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]), "reward")
     tiny_sd.set_adapters(["style", "reward"])
@@ -281,7 +281,7 @@ def test_a_comparison_with_the_base_model_needs_adapters(tiny_sd):
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpm++2m"])
 def test_the_last_step_of_other_schedulers_predicts_the_clean_latents(tiny_sd, scheduler):
-    """Their chains end at noise level zero, so that ending at the last step by its clean latents changes nothing."""
+    """Their chains end at noise level zero, so ending with the last step's clean latents changes nothing."""
     add_adapters(tiny_sd)
     tiny_sd.scheduler = make_scheduler(scheduler, tiny_sd.scheduler.config)
     sampler, results = DifferentiableSampler(tiny_sd, STEPS), []
@@ -323,7 +323,7 @@ def test_every_option_of_a_step_gives_the_same_bits(pipe, option):
 
 
 def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
-    """Every block of every step takes an option of its own, on the host or not."""
+    """Every block of every step gets its own option, offloaded or not."""
     sampler, rng = DifferentiableSampler(pipe, STEPS), random.Random(0)
     device = torch.device("cpu")
     monkeypatch.setattr(
@@ -380,7 +380,7 @@ def test_budget_error_comes_before_any_random_number_is_drawn(tiny_sd):
 
 
 def test_memory_is_that_of_one_step_whatever_the_length(tiny_sd):
-    """Replayed: from 3 to 12 gradient steps the peak may grow by the kept latents alone."""
+    """Replayed: from 3 to 12 gradient steps the peak grows at most by the kept latents."""
     add_adapters(tiny_sd)
     peaks = []
     for steps in (3, 12):
@@ -403,7 +403,7 @@ def test_no_gradient_without_steps_or_under_no_grad(tiny_sd):
 
 
 def test_unused_noise_is_drawn_on_request(tiny_sd):
-    """trl draws step noise also at eta = 0: the same images, another state of the random numbers."""
+    """trl draws step noise also at eta = 0: the images are the same, the random state is not."""
     states, images = [], []
     for draw in (False, True):
         generator = torch.Generator().manual_seed(1)

@@ -1,6 +1,6 @@
-"""Published networks in plain torch, straight from the names of their files, and random weights under those names.
+"""Published networks in plain torch, built from the weight names in their files, and random weights under those names.
 
-What the rewards are compared with where the libraries they come from are not installed.
+The rewards are compared with them, because the original libraries are not installed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _random(shapes: dict[str, Sequence[int]], seed: int) -> State:
 
 
 def write_preprocessor(folder: Path, **changes: object) -> None:
-    """`preprocessor_config.json` as OpenAI published it, but for `changes`."""
+    """`preprocessor_config.json` as OpenAI published it, with `changes`."""
     published = {
         "crop_size": 224,
         "do_center_crop": True,

@@ -1,4 +1,4 @@
-"""Rewards without weights: as many parameters as published, and forward and backward passes of shapes alone."""
+"""Rewards without weights: as many parameters as published, and forward and backward passes on shapes only."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.architectures import architecture_reward
 from alignprop_fast.rewards.clip import ClipScore
 
-# Elements in the published weights, without buffers: CLIP ViT-H/14 whole, ViT-L/14 whole, its picture tower with the
-# five-layer head, ImageReward without what it does not use.
+# Elements in the published weights, without buffers: all of CLIP ViT-H/14, all of ViT-L/14, its picture tower with the
+# five-layer head, ImageReward without unused weights.
 VIT_H, VIT_L = 986_109_441, 427_616_513
 VIT_L_VISION, FIVE_LAYERS = 303_179_776 + 1024 * 768, 930_000
 PUBLISHED = {"hpsv2": VIT_H, "pickscore": VIT_H, "clip": VIT_L}

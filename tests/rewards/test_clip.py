@@ -48,8 +48,8 @@ def test_pixels_after_resizing_equal_the_processors(pictures, tmp_path, shape, r
     found, expected = Preprocess.from_folder(tmp_path)(images), reference_pixels(tmp_path, images)
     std = torch.tensor(Preprocess.from_folder(tmp_path).std)[:, None, None]
     difference = (found - expected) * std  # back to [0, 1]
-    # The processor rounds to 8 bits after each of its two passes: errors of up to half a level, the first passed on
-    # with a gain of up to 1.3 by bicubic's negative lobes, and no bias. Without rounding see the next test.
+    # The processor rounds to 8 bits after each of its two passes, with errors of up to half a level and no bias.
+    # Bicubic's negative lobes amplify the first error by up to 1.3. The next test compares without rounding.
     assert difference.abs().max() <= (0.5 + 0.5 * 1.3) / 255 + 1e-5
     assert difference.mean().abs() < 1e-3
 
@@ -200,7 +200,7 @@ def test_bad_folders_are_named_in_one_line(clip_folder, tmp_path, damage, error,
 
 
 def test_a_hub_id_is_taken_from_the_cache(clip_folder, tmp_path):
-    """In a process of its own, as the Hub library reads its settings when it is imported. No network is asked."""
+    """In its own process, because the Hub library reads its settings when imported. No network is used."""
     cached = tmp_path / "hub" / "models--owner--clip"
     shutil.copytree(clip_folder, cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""Counting and removing: the formula, the bundled counter, and OWL-ViT and OWLv2 against transformers' own pipeline."""
+"""Counting and removing: the formula, the bundled counter, and OWL-ViT and OWLv2 against transformers' pipeline."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_each_thing_counts_once_however_many_boxes_it_has():
     assert count_of_boxes([sure] * 3, [left, near, left]) == pytest.approx(1, abs=1e-2)
     assert count_of_boxes([sure] * 4, [left, near, left, right]) == pytest.approx(2, abs=1e-2)
     assert count_of_boxes([absent] * 4, [left, near, left, right]) == pytest.approx(0, abs=1e-2)
-    # 250 faint boxes on top of a thing take nothing away from it and add nothing to it.
+    # 250 faint boxes on top of an object do not change its count.
     assert count_of_boxes([sure] + [-4.0] * 250, [left] * 251) == pytest.approx(1, abs=1e-2)
-    # Half sure is half a thing, whatever the number of boxes.
+    # A probability of one half counts as half an object, for every number of boxes.
     assert count_of_boxes([0.0], [left]) == pytest.approx(0.5, abs=1e-6)
     assert count_of_boxes([0.0] * 5, [left] * 5) == pytest.approx(0.5, abs=1e-3)
 
@@ -90,8 +90,8 @@ def test_scores_of_the_bundled_counter(pictures):
 
 @pytest.mark.parametrize(("spec", "wanted"), [("count:apple=3", 3), ("count:house=2", 2), ("remove:{own}", 0)])
 def test_the_gradient_leads_to_the_count(pictures, spec, wanted):
-    """From pictures with none, or with some, along the gradient's sign, by half the step after each that was too long:
-    then the end depends neither on the first step's length nor on rounding. And no weight gets a gradient."""
+    """Ascent along the gradient's sign, from pictures with and without objects. The step is halved whenever it was too
+    long, so the end depends neither on its first length nor on rounding. No weight gets a gradient."""
     captions = list(json.loads((pictures_path() / "captions.json").read_text(encoding="utf-8")).values())
     for index in (0, 2):
         reward = get_reward(spec.format(own=next(iter(_things(captions[index])))))
@@ -112,11 +112,11 @@ def test_the_gradient_leads_to_the_count(pictures, spec, wanted):
 
 @pytest.mark.parametrize("spec", ["count:apple=3", "count:house=2", "remove:car"])
 def test_the_counters_gradient_is_that_of_finite_differences_and_bf16_keeps_its_direction(pictures, spec):
-    # A car, away from black and white, beyond which the preprocessing clamps.
+    # A car, away from black and white, where the preprocessing clamps.
     image = 0.05 + 0.9 * F.interpolate(pictures("demo", 64)[:1], size=96, mode="bilinear").double()
     exact, half = (get_reward(spec, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
     score, gradient, _ = _score_and_gradient(exact, image)
-    # Not along the gradient: there a part that is missing from it does not show.
+    # Not along the gradient, where a missing part of it would not show.
     direction = torch.nn.init.normal_(torch.empty_like(image), generator=torch.Generator().manual_seed(0))
     direction /= direction.norm()
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_margins_are_the_librarys_logits(detector_folder, pictures):
     with torch.no_grad():
         output = model(**tokens, pixel_values=detector.preprocess(images))
     logits, order = output.logits.squeeze(-1).sort(1, descending=True)
-    # A score of 0.1, the library's threshold, is a margin of nothing.
+    # A score of 0.1, the library's threshold, is a margin of zero.
     torch.testing.assert_close(torch.sigmoid(margins - np.log(9)), torch.sigmoid(logits), rtol=0, atol=1e-5)
     boxes = torch.gather(output.pred_boxes, 1, order[..., None].expand(-1, -1, 4))
     torch.testing.assert_close(log_same, log_same_boxes(boxes), rtol=1e-3, atol=1e-3)
@@ -188,7 +188,7 @@ def test_gradient_reaches_the_images_through_a_detector(detector_folder, picture
     module(images, *arguments)[0].sum().backward()
     assert all(parameter.grad is None for parameter in module.parameters())
     direction = images.grad / images.grad.norm()
-    # The boxes move too when the pixels do, and their part is left out of the gradient on purpose: hold them still.
+    # The boxes also move with the pixels, but the gradient leaves them out on purpose, so hold them fixed.
     margins = lambda x: module.detector.candidates(x)[0]  # noqa: E731
     same = module.detector.candidates(images.detach())[1]
     value = lambda x: 2 * (n := log_soft_count(margins(x), same)) - n.exp()  # noqa: E731

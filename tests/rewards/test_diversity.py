@@ -1,4 +1,4 @@
-"""The diversity figure: its value on vectors of known angles, and of pictures under the bundled CLIP."""
+"""The diversity figure: its value for vectors of known angles, and for pictures under the bundled CLIP."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ def test_ranks_and_sizes_of_real_pictures(pictures, name, size):
     images = pictures(name, size)
     assert len(images) >= 7
     estimate, truth = JpegSize()(images), true_kb(images)
-    # 0.9 is what the reward promises; 0.97 to 1.0 was measured. The largest error measured is 5 %.
+    # The reward promises 0.9; 0.97 to 1.0 was measured. The largest measured error is 5 %.
     assert rank_correlation(estimate, truth) >= 0.9
     torch.testing.assert_close(estimate, truth, rtol=0.1, atol=0)
 
@@ -53,8 +53,8 @@ def frequency_basis() -> Tensor:
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (33, 16), (50, 70)])
 def test_any_size(pictures, shape):
     images = pictures("photos", 256)[:, :, : shape[0], : shape[1]]
-    # Sizes that are no multiple of 16 are overestimated, by up to 10 % measured: the encoder writes blocks that lie
-    # wholly outside the picture as empty, the estimate counts the repeated border in them.
+    # If a size is not a multiple of 16, the estimate is too high, measured up to 10 %: the encoder writes blocks
+    # outside the picture as empty, but the estimate counts the repeated border in them.
     torch.testing.assert_close(JpegSize()(images), true_kb(images), rtol=0.12, atol=0)
 
 

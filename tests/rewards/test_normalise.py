@@ -1,4 +1,4 @@
-"""Running normalisation: the gradient is that of the formula, written out; values and looks without gradient stay."""
+"""Running normalisation: the gradient equals the formula's; values do not change, nor do calls without gradient."""
 
 import math
 

@@ -26,7 +26,7 @@ WORDS += [*"abcdefghijklmnopqrstuvwxyz,", *(f"##{letter}" for letter in "abcdefg
 
 @dataclass(frozen=True)
 class Case:
-    """A published scorer in a folder: its name, the weights file (None: all of the folder), and what it must give."""
+    """A published reward in a folder: its name, the weights file (None: the whole folder), and its expected scores."""
 
     name: str
     folder: Path

@@ -1,4 +1,4 @@
-"""Specifications, weighted sums, users' own functions, and what is said when they are wrong."""
+"""Specifications, weighted sums, users' own functions, and the messages about errors in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reward may be: a function, a module, or a `Reward` that says more about itself."""
+"""Kinds of rewards: a function, a module, or a `Reward` that declares more."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""What is run again in the backward pass, and has changed meanwhile, is an error, as what autograd saved is.
+"""Changes between sampling and the backward pass are an error for replays too, as they are for tensors autograd saved.
 
-The changes are made between sampling and backward. Without the check most of them are no error: autograd sees those of
-tensors that it saved, which a step that is to run again has none of.
+Without the check most changes would pass unnoticed: autograd only checks tensors that it saved, and a replayed step has
+saved none.
 """
 
 import pytest
@@ -91,7 +91,7 @@ def test_a_replay_finds_what_was_sampled_with(pipe, change, resident):
     scale = torch.tensor(4.0, requires_grad=True)
     images = DifferentiableSampler(pipe, STEPS, scale)(PROMPTS, plan=plan(resident=resident))
     change(pipe, scale)
-    # The second is autograd's own, of what was kept.
+    # The second message is autograd's own, for kept tensors.
     with pytest.raises(RuntimeError, match=r"or sample again|modified by an inplace operation"):
         images.sum().backward()
 
@@ -109,7 +109,7 @@ def test_a_decoder_that_changes_behind_a_chain_without_gradient_steps(pipe, stag
 
 
 def test_embeddings_that_are_not_copied(tiny_sd3):
-    """Those of SD3 reach the denoiser as they are given, where there is one branch."""
+    """SD3's embeddings reach the denoiser unchanged if there is one branch."""
     embeds, _, pooled, _ = tiny_sd3.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
     texts = {"prompt_embeds": embeds[:, :8], "pooled_prompt_embeds": pooled}
     tiny_sd3.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
@@ -120,7 +120,7 @@ def test_embeddings_that_are_not_copied(tiny_sd3):
 
 
 def test_two_chains_wait_for_their_backward_passes(pipe):
-    """As when gradients are accumulated; the text encoder runs in between."""
+    """As with gradient accumulation; the text encoder runs in between."""
     sampler = DifferentiableSampler(pipe, STEPS, eta=0.0)
     trained = sampler.model.trainable()
     noise = torch.randn(2, 4, *[side // pipe.vae_scale_factor for side in sampler.size])

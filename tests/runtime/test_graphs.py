@@ -1,4 +1,4 @@
-"""Recorded evaluations and waits for the device: on the CPU their bookkeeping, on a GPU themselves."""
+"""Recorded evaluations and waits for the device: their bookkeeping on the CPU, and the real graphs on a GPU."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ PLAN = Plan(STEPS, (3,), (2,), ({"*": BlockOption.NORMS},), {"*": BlockOption.AT
 
 
 class Recorded(GraphedCalls):
-    """As on a GPU, but that a replay runs the function again on the static buffers. Gradients are left to the emulated
-    GPU, which records in earnest."""
+    """As on a GPU, but a replay runs the function again on the static buffers. Gradients are tested on the emulated
+    GPU, which really records."""
 
     captures = 0
 
@@ -34,7 +34,7 @@ class Recorded(GraphedCalls):
 
 
 class Waits(TorchDispatchMode):
-    """Operators for which the host would wait on a GPU: a number read, a shape that depends on data, data made of
+    """Operators for which the host would wait on a GPU: reading a number, a shape that depends on data, data from
     Python numbers."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal")
@@ -97,7 +97,7 @@ def test_recorded_steps_give_the_same_bits(request, name):
     graphs = Recorded()
     graphed.fast = FastPredict(graphed.model, graphs, None)
     assert_same(gradients(plain), gradients(graphed))
-    # Other prompts and weights changed in place need no new recording; another batch size, or weights elsewhere, do.
+    # Other prompts and weights changed in place need no new recording; another batch size or moved weights do.
     with torch.no_grad():
         for parameter in graphed.model.trainable():
             parameter.add_(0.05)

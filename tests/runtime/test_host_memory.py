@@ -1,4 +1,4 @@
-"""How much host memory may be locked: the least of what the computer and its control groups have free, shared."""
+"""How much host memory may be locked: a share of the least that the computer and its control groups have free."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_without_groups_it_is_what_the_computer_has_available(computer):
         ("0::/slice/job\n", {**group_v2("slice", 8 * GIB, GIB), **group_v2("slice/job", "max", GIB)}, 7 * GIB),
         ("0::/\n", group_v2("", 8 * GIB, 9 * GIB), 0),
         ("5:cpu:/\n4:memory:/job\n0::/\n", group_v1("job", 16 * GIB, 6 * GIB, inactive=GIB), 11 * GIB),
-        # A container that sees the host's path, and its own group as the topmost.
+        # A container that sees the host's path, and its own group as the root.
         ("4:hugetlb,memory:/docker/7\n", group_v1("", 12 * GIB, 2 * GIB), 10 * GIB),
         ("4:memory:/\n", group_v1("", NO_LIMIT_V1, GIB), 64 * GIB),
         ("5:cpu:/job\n", group_v1("job", GIB, 0), 64 * GIB),

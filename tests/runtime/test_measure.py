@@ -32,5 +32,5 @@ def test_stopwatch_tells_parts_apart():
         watch.enter(label)
         time.sleep(0.01 * naps)
     seconds = watch.seconds()
-    # Sleeping takes no less than asked for; how much more is the machine's affair.
+    # Sleeping takes at least the time asked for; how much longer depends on the machine.
     assert seconds["a"] >= 0.02 and seconds["b"] >= 0.04 and set(seconds) == {"a", "b"}

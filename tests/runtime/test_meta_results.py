@@ -1,4 +1,4 @@
-"""A remembered result is what the operator itself gives: the same layouts, in new storages; views are run each time."""
+"""A remembered result equals the operator's: the same layouts, in new storages. Views are run each time."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Offloaded blocks: the same bits, the device free of what they keep, host buffers handed out again."""
+"""Offloaded blocks: the same bits, kept tensors gone from the device, host buffers reused."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_host_buffers_are_used_again():
         run(net, blocks, x, BlockOption.KEEP_OFFLOADED, offloader)
         sizes.append(offloader.pool.size_bytes)
     assert len(set(sizes)) == 1
-    # Of every block the input of tanh's backward (its output) and nothing of the frozen linear layers.
+    # Every block keeps the input of tanh's backward (its output) and nothing of the frozen linear layers.
     assert sizes[0] == 4 * 128 * 64 * 4
 
 
@@ -72,7 +72,7 @@ def test_small_tensors_and_weights_stay():
 
 
 def test_a_packed_weight_stays():
-    """It passes for a dense one, so that moving it made it dense and took its bytes from the host, for nothing."""
+    """It behaves like a dense tensor, so moving it would unpack it and take host memory without freeing any."""
     moved = []
     for kind in (None, "int8"):
         net, blocks = make_blocks()

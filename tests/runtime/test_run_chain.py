@@ -1,6 +1,6 @@
 """A chain as one autograd function against plain autograd through the same steps.
 
-Tolerance: float64, so results that differ by the order of sums alone agree to 1e-10.
+Tolerance: float64, so results that differ only by the order of sums agree to 1e-10.
 """
 
 import pytest
@@ -43,7 +43,7 @@ class Steps(Chain):
 
 
 class Penalised(Steps):
-    """With the squared distance of y to a target as penalty."""
+    """With the squared distance from y to a target as penalty."""
 
     def __init__(self, net, target, input_gradient):
         super().__init__(net, input_gradient=input_gradient, has_penalty=True)
@@ -104,7 +104,7 @@ def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, through_i
 
 
 def test_chain_keeps_nothing_it_does_not_need():
-    """No gradient of the input wanted: steps before the first gradient step leave nothing behind."""
+    """If the input needs no gradient, steps before the first gradient step keep nothing."""
     chain, x0 = Steps(make_net()), torch.randn(3, 6, dtype=torch.float64)
     with PeakMeter(CPU) as meter:
         out = run_chain(chain, Plan(5, (), (4,)), x0)
@@ -122,7 +122,7 @@ def test_autocast_of_the_forward_pass_holds_in_the_backward_pass():
 
 
 class Weighted(Chain):
-    """x_next = x + y with y = a weight times a number of the step's own."""
+    """x_next = x + y with y = a weight times a number that belongs to the step."""
 
     def __init__(self, weight, factors):
         super().__init__(len(factors), [weight])
@@ -163,7 +163,7 @@ class Faster(Steps):
 
 
 def test_faster_forms_serve_steps_without_gradient_and_replays():
-    """A resident step keeps its graph: it is run by `predict`, once. A replayed one is sampled first."""
+    """A resident step keeps its graph, so `predict` runs once. A replayed step is sampled first."""
     chain = Faster(make_net())
     plan = Plan(5, (4,), (2,), ({"*": BlockOption.KEEP},), {"*": BlockOption.RECOMPUTE})
     run_chain(chain, plan, torch.randn(3, 6, dtype=torch.float64)).sum().backward()

@@ -1,6 +1,6 @@
-"""Decoder and reward in pieces give what they give at once.
+"""Decoder and reward in pieces give the same results as at once.
 
-Tolerance: float64, so results that differ by the order of sums alone agree to 1e-12.
+Tolerance: float64, so results that differ only by the order of sums agree to 1e-12.
 """
 
 import pytest

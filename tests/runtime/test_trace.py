@@ -1,7 +1,7 @@
-"""Costs by interval: exact sums over mixtures of options, the same from one block of a kind as from all, estimates.
+"""Costs by interval: exact for mixed options, equal from one block of a kind and from all, and estimates.
 
-Bytes are counted, so what is predicted is what is counted when the mixture runs; tolerance 0.1 %, for the few bytes
-that blocks share.
+Bytes are counted, so predictions equal the count when the mixture runs. Tolerance: 0.1 %, for the few bytes that blocks
+share.
 """
 
 import random
@@ -122,7 +122,7 @@ def test_offloaded_options_say_what_stays_and_what_is_exposed():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mixtures_with_offloading_never_take_more_than_predicted(seed):
-    """And less by no more than what a block may have on its way, since a neighbour's may be smaller."""
+    """And lower by at most one block's bytes in transfer, because a neighbour may have fewer."""
     work, rng = make_work(), random.Random(seed)
     found = segments(work, link=1e9)
     for _ in range(5):
@@ -146,7 +146,7 @@ def test_meta_tensors_count_the_same_bytes():
 
 
 def test_estimates_count_products_forward_and_back():
-    """FLOP of the middle layer and of an attention, from their shapes; what is computed again counts again."""
+    """FLOP of the middle layer and of an attention, from their shapes; recomputation counts again."""
     flop = []
     work = make_work("meta", operator_seconds(lambda count, size_bytes, dtype: flop.append(count) or 1.0))
     trace(work, {})
@@ -160,7 +160,7 @@ def test_estimates_count_products_forward_and_back():
 
 
 def test_times_are_those_of_the_parts():
-    """A block that sleeps is the block that takes the time."""
+    """Time is charged to the block that sleeps."""
     import time
 
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

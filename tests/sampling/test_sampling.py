@@ -157,7 +157,7 @@ def test_drtune_trains_equally_spaced_steps_before_a_drawn_end(rule, steps, coun
         assert len(grad_steps) == min(count, end + 1) and grad_steps[0] >= 0 and grad_steps[-1] <= end
         assert len({b - a for a, b in pairwise(grad_steps)}) <= 1
         assert not cut.input_gradient
-    assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step has its turn
+    assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step is drawn
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def every_table():
 
 @pytest.mark.parametrize(("kind", "table"), every_table())
 def test_every_step_knows_its_level_and_its_clean_latents(kind, table):
-    """Of latents at a step's level, under a perfect network, the clean latents are found again."""
+    """A perfect network recovers the clean latents from latents at a step's level."""
     clean, z = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for (signal, noise), (d, e) in zip(table.level, table.x0, strict=True):
         alpha = signal**2 / (signal**2 + noise**2)

@@ -1,4 +1,4 @@
-"""The moving average is the one of a plain loop, takes the weights' place for a block, and goes on exactly."""
+"""The moving average equals that of a plain loop, replaces the weights inside a block, and resumes exactly."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, whatever happens while they are written."""
+"""Checkpoints are complete or absent, even if writing them fails."""
 
 import json
 import random
@@ -94,7 +94,7 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path):
 
 
 def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(files_up_to, tmp_path):
-    """A limit on the size of files: torch's writer alone would speak of positions in the file."""
+    """A limit on the size of files, about which torch's own message would only name positions in the file."""
     _write(tmp_path, 1)
     with files_up_to(10_000), pytest.raises(OSError, match="File too large"):  # noqa: SIM117
         with new_checkpoint(tmp_path, 2, {}, 5) as folder:
@@ -113,7 +113,7 @@ for number in itertools.count(1):
 
 
 def test_kill_while_writing_leaves_whole_checkpoints(tmp_path):
-    """SIGKILL at random moments of a process that does nothing but write and prune: all that bears the name is good."""
+    """SIGKILL at random moments of a process that only writes and prunes: every folder with the name is good."""
     roots = [tmp_path / str(kill) for kill in range(3)]
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(root)]) for root in roots]
     try:

@@ -128,7 +128,7 @@ def test_truncation_without_any_gradient_is_refused():
     with pytest.raises(ValueError, match="at most 9"):
         AlignPropConfig(sample_num_steps=10, truncated_rand_backprop_minmax=(10, 50))
     AlignPropConfig(sample_num_steps=10, truncated_backprop_rand=False, truncated_backprop_timestep=9)
-    # trl's defaults draw from 0..50 whatever the number of steps: rarely, but some step is open
+    # trl's defaults draw from 0..50 for every number of steps, so a step rarely has gradient, but some can
     AlignPropConfig(sample_num_steps=10)
 
 

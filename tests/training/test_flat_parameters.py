@@ -1,4 +1,4 @@
-"""One flat parameter: names, files and gradients are as they were, and the optimizer's step reaches every adapter."""
+"""One flat parameter: names, files and gradients do not change, and the optimizer's step reaches every adapter."""
 
 import copy
 
@@ -32,7 +32,7 @@ def test_parameters_are_the_same_objects_with_the_same_values(tiny_sd):
 
 
 def test_a_step_equals_that_of_separate_parameters(tiny_sd):
-    """AdamW treats each element alike: the same bits, whether tensors are laid together or not."""
+    """AdamW treats each element alike, so merged tensors give the same bits as separate ones."""
     mine = add_lora(tiny_sd, rank=4)
     theirs = copy.deepcopy(mine)
     flat = FlatParameters(mine)
@@ -69,7 +69,7 @@ def test_strides_and_dtypes_are_kept():
 
 
 class Wide(torch.autograd.Function):
-    """A chain's gradient of bf16 parameters: a sum in fp32."""
+    """A chain's gradient of bf16 parameters, a sum in fp32."""
 
     @staticmethod
     def forward(ctx, parameter, grad):
@@ -83,7 +83,7 @@ class Wide(torch.autograd.Function):
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_micro_batches_add_up_in_fp32(merge):
-    """Of 16 gradients of one sign a bf16 sum loses up to 16 roundings of 1/512; here there is none but fp32's."""
+    """A bf16 sum of 16 gradients of one sign loses up to 16 roundings of 1/512; here only fp32 rounds."""
     generator = torch.Generator().manual_seed(0)
     grads = [1 + torch.rand(4096, generator=generator) for _ in range(16)]
     parameters = [torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16)) for _ in range(2)]
@@ -103,7 +103,7 @@ def test_micro_batches_add_up_in_fp32(merge):
 
 
 def test_micro_batches_of_a_chain_in_bf16(tiny_sd):
-    """Four backward passes through the chain: their sum is that of the fp32 gradients that each gives by itself."""
+    """Four backward passes through the chain give the sum of the fp32 gradients of each."""
     tiny_sd.to(torch.bfloat16)
     parameters = add_lora(tiny_sd, rank=4)
     generator = torch.Generator().manual_seed(0)

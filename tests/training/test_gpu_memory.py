@@ -1,7 +1,7 @@
-"""On a GPU: the allocator's peak is the plan's, within 1 % and never above; every option and offloading give the same
-bits in deterministic mode. Skipped without one; has not run on a GPU yet.
+"""On a GPU: the allocator's peak is at most the plan's and within 1 %; every option and offloading give the same bits
+in deterministic mode. Skipped without a GPU; it has not run on one yet.
 
-SD1.5's own architecture at 512 x 512, random weights in bf16: so large that the libraries' workspaces are under 1 %.
+SD1.5's architecture at 512 x 512 with random weights in bf16 is so large that the libraries' workspaces are under 1 %.
 """
 
 import gc
@@ -66,7 +66,7 @@ def test_the_peak_is_the_predicted_one(measured, which):
     sampler(PROMPTS, plan=plan).mean().backward()
     taken_bytes = torch.cuda.max_memory_allocated() - before_bytes
     sampler.model.denoiser.zero_grad()
-    # No optimizer runs here, so its state is not there.
+    # No optimizer runs here, so there is no state.
     taken_bytes += sampler.solver(BATCH).table.fixed["optimizer"]
     assert taken_bytes <= plan.peak_bytes <= budget_bytes, plan.explain()
     assert taken_bytes >= 0.99 * plan.peak_bytes, plan.explain()
@@ -75,7 +75,7 @@ def test_the_peak_is_the_predicted_one(measured, which):
 @pytest.mark.parametrize("option", [*BlockOption])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_every_option_gives_the_same_gradients(measured, option, deterministic, monkeypatch):
-    """The same bits where torch is asked for them."""
+    """The same bits in torch's deterministic mode."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sampler, _ = measured
     decoder = StageChoice("image", {"*": BlockOption.RECOMPUTE})
@@ -91,5 +91,5 @@ def test_every_option_gives_the_same_gradients(measured, option, deterministic, 
         torch.use_deterministic_algorithms(False)
     assert any(grad.abs().max() > 0 for grad in expected)
     for a, b in zip(expected, found, strict=True):
-        # Attention's backward pass adds in any order otherwise: of bf16's 8 bits, a few roundings.
+        # Otherwise attention's backward pass adds in any order, which costs a few roundings of bf16's 8 bits.
         assert torch.equal(a, b) if deterministic else (a - b).norm() <= 0.02 * a.norm()

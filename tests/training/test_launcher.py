@@ -1,4 +1,4 @@
-"""What the environment asks of accelerate: refused, or followed or overridden with a line; never in silence."""
+"""Settings of accelerate in the environment are refused, or followed or overridden with a printed line."""
 
 import random
 
@@ -28,7 +28,7 @@ def score(images_BCHW, prompts, metadata):
 
 
 def gradient(folder, output_dir, reward=score, micro_batches=1):
-    """What the optimizer sees in the first step."""
+    """The gradient that the optimizer gets in the first step."""
     config = AlignPropConfig(
         mixed_precision="no",
         sample_num_steps=2,
@@ -142,7 +142,7 @@ def test_arguments_of_accelerate_that_the_config_has_fields_for(name, value, fie
 
 
 def test_arguments_that_ask_for_nothing_else(monkeypatch, fresh_process, caplog, tmp_path):
-    """accelerate's defaults, what the config says too, and a folder that only accelerate's own files go to."""
+    """accelerate's defaults, values that the config has too, and a folder only for accelerate's own files."""
     options = {
         "cpu": False,
         "project_dir": str(tmp_path / "own"),
@@ -188,7 +188,7 @@ def test_the_command_refuses_and_follows(command, monkeypatch, tiny_sd_folder, t
 
 @pytest.mark.parametrize("number", range(len(COUNT)))
 def test_places_are_those_that_accelerate_reads(monkeypatch, number):
-    """The variables of several launchers at once, each with another place."""
+    """The variables of several launchers at once, each with another index."""
     for name in (*COUNT, *INDEX):
         monkeypatch.delenv(name, raising=False)
     for k in range(number, len(COUNT)):

@@ -1,4 +1,4 @@
-"""The optimizer's step inside the backward pass: the same weights, fewer gradients alive, and what it refuses."""
+"""The optimizer's step inside the backward pass: the same weights, fewer gradients alive, and its errors."""
 
 import random
 
@@ -22,7 +22,7 @@ def fresh_accelerate():
 
 
 class Reward:
-    """Distance to a ramp, not finite in the calls named."""
+    """Distance to a ramp, not finite in the given calls."""
 
     def __init__(self, broken=()):
         self.broken, self.calls = broken, 0
@@ -50,7 +50,7 @@ def trained(trainer, steps=2):
 
 @pytest.mark.parametrize("options", [{}, {"truncation": "last:1"}, {"train_gradient_accumulation_steps": 2}])
 def test_weights_are_those_of_a_step_after_it(tiny_sd_folder, tmp_path, options):
-    """Without clipping the sums are the same, to the order of their terms."""
+    """Without clipping the sums are equal, up to the order of their terms."""
     options = {"train_max_grad_norm": 1e9, **options}
     plain = make_trainer(tiny_sd_folder, tmp_path / "plain", **options)
     before = [parameter.detach().clone() for parameter in plain.trainable_layers]
@@ -58,7 +58,7 @@ def test_weights_are_those_of_a_step_after_it(tiny_sd_folder, tmp_path, options)
     mine = make_trainer(tiny_sd_folder, tmp_path / "mine", optimizer_in_backward=True, **options)
     found = trained(mine)
     for a, b, start in zip(found, expected, before, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # Adam blows up the round-off of tiny ones
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # Adam amplifies the rounding of tiny ones
         assert not torch.equal(a, start)
     assert mine.metrics.grad_norm == pytest.approx(plain.metrics.grad_norm, rel=1e-4)
     assert all(parameter.grad is None for parameter in mine.trainable_layers)
@@ -80,8 +80,8 @@ def test_a_whole_set_of_gradients_less_at_the_peak(tiny_sd_folder, tmp_path, tru
 
 @pytest.mark.parametrize(("truncation", "batches"), [("last:1", 1), ("full", 1), ("full", 2)])
 def test_the_plan_counts_the_gradients_that_are_alive(tiny_sd_folder, tmp_path, truncation, batches):
-    """The leanest plan, whose peak lies in a backward pass, against live tensors: one set of gradients more or less is
-    a fifth of it. Measured here: within 0.5 %; what a step has beside the chain (embeddings, a loss) is not planned."""
+    """The leanest plan, whose peak is in a backward pass, against live tensors. One set of gradients is a fifth of it.
+    Measured: within 0.5 %, since tensors outside the chain (embeddings, a loss) are not planned."""
     trainer = make_trainer(
         *(tiny_sd_folder, tmp_path),
         **{"optimizer_in_backward": True, "truncation": truncation, "memory_budget": "8GiB"},
@@ -114,7 +114,7 @@ def test_each_tensor_is_clipped_by_itself(tiny_sd_folder, tmp_path):
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_loss_that_is_not_finite_voids_the_step(tiny_sd_folder, tmp_path, broken):
-    """The first or the second of two micro-batches: nothing is stepped, and nothing stays behind."""
+    """In the first or the second of two micro-batches: no parameter is stepped, and no gradient is left."""
     options = {"optimizer_in_backward": True, "train_gradient_accumulation_steps": 2}
     trainer = make_trainer(tiny_sd_folder, tmp_path, Reward({broken}), **options)
     before = [parameter.detach().clone() for parameter in trainer.trainable_layers]

@@ -1,4 +1,4 @@
-"""Optimizers by name: each lowers a quadratic, keeps loadable state, and goes on exactly from it."""
+"""Optimizers by name: each lowers a quadratic, has loadable state, and continues exactly from it."""
 
 import io
 import sys

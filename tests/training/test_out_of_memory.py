@@ -1,4 +1,4 @@
-"""Work that meets a full device is done once more, with all of the failed run gone, whatever the device said."""
+"""Work that runs out of memory is repeated after the failed run is freed, for every message of the device."""
 
 import weakref
 
@@ -22,7 +22,7 @@ KEPT = Plan(3, (1, 2), (), ({}, {}), {}, StageChoice("batch"))
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
 def test_the_failed_chain_is_gone_before_its_repetition_begins(tiny_sd, monkeypatch, error):
-    """Its distance to the base model, which the sampler shows, held all of its resident steps."""
+    """The sampler's `base_mse` kept all resident steps of the failed run alive."""
     tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     sampler = DifferentiableSampler(tiny_sd, 3, compare_with_base=True)
     monkeypatch.setattr(out_of_memory, "_tighten", lambda sampler, reason: reasons.append(reason))

@@ -24,13 +24,13 @@ def placed(folder, precision, force_upcast):
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
 @pytest.mark.parametrize("force_upcast", [True, False])
 def test_a_vae_that_overflows_in_fp16_stays_in_fp32(tiny_sdxl_folder, precision, force_upcast):
-    """As it says by `force_upcast`; the fp16-fix weights say otherwise, and bf16 has range enough."""
+    """If it has `force_upcast`. The fp16-fix weights do not have it, and the range of bf16 is large enough."""
     pipeline = placed(tiny_sdxl_folder, precision, force_upcast)
     assert pipeline.unet.dtype == DTYPES[precision]
     assert {encoder.dtype for encoder in pipeline.text_encoders} == {DTYPES[precision]}
     upcast = precision == "fp16" and force_upcast
     assert pipeline.vae.dtype == (torch.float32 if upcast else DTYPES[precision])
-    adapt(pipeline.sd_pipeline)  # takes what was placed
+    adapt(pipeline.sd_pipeline)  # accepts the placed modules
 
 
 def test_the_sampler_refuses_such_a_vae_in_fp16(tiny_sdxl):
@@ -69,7 +69,7 @@ def test_what_is_switched_on_is_refused_before_anything_is_done(tiny_sd_folder):
 
 
 def test_what_learns_beside_the_denoiser_is_refused(tiny_sd_folder):
-    """The trainer's optimizer would not have it, and its gradients would pile up."""
+    """The trainer's optimizer would not have these parameters, and their gradients would add up."""
     pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))
     config = AlignPropConfig(mixed_precision="no", sample_num_steps=2)
     prepare_model(pipeline, torch.device("cpu"), config)

@@ -1,4 +1,4 @@
-"""What several processes send one another; with real processes: test_trainer_processes.py."""
+"""Messages between several processes. test_trainer_processes.py tests real ones."""
 
 import torch
 

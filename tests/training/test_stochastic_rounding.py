@@ -1,4 +1,4 @@
-"""Rounding at random: right on average, the same again from the same seed, and small updates are not lost."""
+"""Stochastic rounding: exact on average, reproducible from the seed, and small updates are not lost."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_small_updates_do_not_stall():
 def test_the_seed_decides():
     def run(seed):
         parameter = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        torch.rand(3)  # training's own random numbers are of no effect
+        torch.rand(3)  # training's own random numbers have no effect
         moved(rounded_sgd(parameter, 1e-3, seed), parameter, 20)
         return parameter.detach()
 

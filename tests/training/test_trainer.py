@@ -1,4 +1,4 @@
-"""The trainer: the same numbers as trl's algorithm written out, and every way in which a step can go."""
+"""The trainer: the same numbers as trl's algorithm in plain PyTorch, and every outcome of a step."""
 
 import json
 import random
@@ -18,7 +18,7 @@ PROMPTS = ("the red cat", "a dog", "the cat and the dog")
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """accelerate keeps one state per process; a trainer of another precision would be refused."""
+    """accelerate keeps one state per process, so a trainer of another precision would be refused."""
     from accelerate.state import AcceleratorState, GradientState
 
     yield
@@ -83,7 +83,7 @@ def same(first, second):
 
 
 class Recorded:
-    """A reward that keeps the scores it gave, batch by batch."""
+    """A reward that records its scores, batch by batch."""
 
     def __init__(self):
         self.scores = []
@@ -153,14 +153,14 @@ def reference_scores(folder, config):
             "train_batch_size": 1,
             "train_max_grad_norm": 1e-3,
             "num_epochs": 4,
-            "truncated_rand_backprop_minmax": (0, 2),  # the last step is always open; trl crashes where none is
+            "truncated_rand_backprop_minmax": (0, 2),  # the last step always has gradient; trl crashes if none has
         },
     ],
     ids=["defaults", "eta 0", "accumulation"],
 )
 def test_rewards_equal_the_plain_algorithm(tiny_sd_folder, tmp_path, options):
-    """Rewards after updates depend on every draw and every gradient. fp32 round-off over the chain is about 1e-7;
-    Adam's first steps blow up tiny differences of tiny gradients, hence 1e-4."""
+    """Rewards after updates depend on every draw and every gradient. fp32 rounding over the chain is about 1e-7, but
+    Adam's first steps amplify tiny differences of tiny gradients, hence 1e-4."""
     config = make_config(tmp_path, train_learning_rate=1e-2, **options)
     reward = Recorded()
     make_trainer(tiny_sd_folder, config, reward).train()
@@ -286,7 +286,7 @@ def test_no_open_gate_is_counted_not_a_crash(tiny_sd_folder, tmp_path):
 
 
 class Broken:
-    """ramp_reward, with the wanted defect in the steps named."""
+    """ramp_reward, with the given defect in the given steps."""
 
     def __init__(self, defect, when):
         self.defect, self.when, self.calls = defect, when, 0
@@ -397,7 +397,7 @@ def test_save_pretrained_gives_a_pipeline_that_loads_and_goes_on(tiny_sd_folder,
 
     untrained = images(saved)
     saved.load_lora_weights(tmp_path / "saved")
-    # one model is laid out channels_last and the other not, which orders the sums differently
+    # only one model is channels_last, which changes the order of sums
     torch.testing.assert_close(images(saved), images(trainer.sd_pipeline), rtol=0, atol=1e-5)
     assert (images(saved) - untrained).abs().max() > 1e-3
     card = (tmp_path / "saved" / "README.md").read_text()
@@ -440,7 +440,7 @@ class FailsOnce:
         self.times, self.calls, self.seen = times, 0, []
 
     def __call__(self, images_BCHW, prompts, metadata):
-        if not images_BCHW.detach().any():  # black pictures, on which costs are measured
+        if not images_BCHW.detach().any():  # black pictures, used to measure costs
             return ramp_reward(images_BCHW, prompts, metadata)
         if self.calls == 2 and self.times:
             self.times -= 1
@@ -453,7 +453,7 @@ class FailsOnce:
 
 def test_out_of_memory_repeats_the_step_with_a_leaner_plan(tiny_sd_folder, tmp_path, caplog):
     """The same prompts, noise and weights as a run that never failed; the budget is lower from then on. Learning rate
-    and average move once a step."""
+    and average change once per step."""
     trainers, rates = [], []
     for name, times in (("never", 0), ("once", 1)):
         config = make_config(tmp_path / name, memory_budget="8GiB", lr_scheduler="linear", ema_decay=0.5)
@@ -473,13 +473,13 @@ def test_out_of_memory_repeats_the_step_with_a_leaner_plan(tiny_sd_folder, tmp_p
 
 
 def test_out_of_memory_in_a_noising_repeats_that_one_alone(tiny_sd_folder, tmp_path):
-    """The third reward query is that of the second noising, after two backward passes that must not count twice."""
+    """The third reward query is for the second noising, after two backward passes that must not count twice."""
     trainers = []
     for name, times in (("never", 0), ("once", 1)):
         config = make_config(tmp_path / name, memory_budget="8GiB", truncation="lv:2", num_epochs=2)
         trainers.append(make_trainer(tiny_sd_folder, config, FailsOnce(times)))
         trainers[-1].train()
-    # A leaner plan sums in another order, which Adam's first steps blow up; counting twice moves weights by 5e-4.
+    # A leaner plan sums in another order, which Adam's first steps amplify; counting twice moves weights by 5e-4.
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*map(weights, trainers), strict=True))
     assert trainers[1].sampler.budget_bytes < trainers[0].sampler.budget_bytes
 

@@ -1,4 +1,4 @@
-"""Two processes on the CPU: one gradient, one set of files, and neither waits in vain for the other."""
+"""Two processes on the CPU: one gradient, one set of files, and neither waits for a lost one."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def draw():
 
 
 def one_step_on(trainer, indices):
-    """An optimizer step on the prompts and noises of these indices; returns the gradient that the optimizer saw."""
+    """An optimizer step on the prompts and noises of these indices; returns the optimizer's gradient."""
     seen = []
 
     def generate(batch_size):
@@ -140,7 +140,7 @@ def wait_for_both(processes, timeout=400):
 @pytest.mark.slow("starts pairs of processes, each of which imports everything")
 def test_training_saving_resuming_the_gradient_and_a_kill(tiny_sd_folder, tmp_path, request):
     codes, _, errors = wait_for_both(start_both("-c", WORKER, request.path.parent, tiny_sd_folder, tmp_path))
-    # At last one of them is killed, and the other ends at once, with a word.
+    # Finally one of them is killed, and the other ends at once with a message.
     assert codes == [1, -signal.SIGKILL], errors
     assert "alignprop-fast: waited in vain for another process, which has ended or hangs: see its message" in errors[0]
     whole, parts = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts"))
@@ -152,7 +152,7 @@ def test_training_saving_resuming_the_gradient_and_a_kill(tiny_sd_folder, tmp_pa
     assert torch.equal(whole_average, parts_average)
     before = load_file(whole.with_name("checkpoint_1") / NAME)
     assert any((tensor != before[key]).any() for key, tensor in load_file(whole / NAME).items())
-    # Two processes of one picture each have the gradient of one process with both pictures.
+    # Two processes with one picture each have the gradient of one process with both pictures.
     one = make_trainer(tiny_sd_folder, tmp_path / "one", train_batch_size=2)
     expected = one_step_on(one, [0, 1])
     for rank in (0, 1):
@@ -176,7 +176,7 @@ def wait_until(condition, processes, seconds=240):
 
 @pytest.mark.slow("starts pairs of processes, each of which imports everything")
 def test_the_command_writes_once_stops_together_and_goes_on_alone(tiny_sd_folder, tmp_path, command):
-    """Ctrl-C reaches one process: both stop after the same step. Then one process goes on where two left off."""
+    """Ctrl-C reaches one process, and both stop after the same step. Then one process resumes the run of two."""
     out = tmp_path / "out"
     processes = start_both(*command_of(tiny_sd_folder, out, "--steps", "5000", "--sample-every", "5000"))
     metrics = out / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted run, to the last byte of its adapters; also after SIGKILL."""
+"""A resumed run equals the uninterrupted run, to the last byte of its adapters; also after SIGKILL."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def make_trainer(folder, output_dir, use_lora=True, **options):
     return AlignPropTrainer(config, ramp_reward, draw_prompt, pipeline)
 
 
-# With which each step's learning rate is another, and the average differs from the weights.
+# They give each step another learning rate, and an average that differs from the weights.
 SCHEDULED = {"lr_scheduler": "cosine", "warmup_steps": 1, "ema_decay": 0.5, "train_learning_rate": 1e-2}
 
 
@@ -82,7 +82,7 @@ if find_spec("prodigyopt"):
     OPTIMIZERS += ["prodigy"]
 
 
-# The first and the last in `make test`: the others write and read their states by the same code.
+# `make test` runs the first and the last; the others write and read their states by the same code.
 OTHERS = pytest.mark.slow("trains three times for each optimizer")
 
 
@@ -99,7 +99,7 @@ def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtyp
     make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train()
     parts = {**options, "save_freq": 2}
     make_trainer(tiny_sd_folder, tmp_path / "parts", **parts).train(2)
-    torch.randn(11), random.random()  # whatever else the process did in between
+    torch.randn(11), random.random()  # as other work of the process would
     resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **parts)
     assert (resumed.first_epoch, resumed.global_step) == (2, 2)
     resumed.train()
@@ -124,7 +124,7 @@ def test_resuming_on_a_quantised_base(tiny_sd_folder, tmp_path, base):
     resumed.train(3)
     assert adapter_bytes(newest(tmp_path / "parts")) == adapter_bytes(newest(tmp_path / "whole"))
     assert is_quantized(resumed.sd_pipeline.unet)
-    # The same adapters on the same base draw the same pictures outside of the trainer.
+    # The same adapters on the same base model draw the same pictures outside the trainer.
     pipe = load_pipeline(tiny_sd_folder)
     pipe.scheduler = resumed.sd_pipeline.scheduler
     quantize_linears(pipe.unet, base, torch.device("cpu"), torch.float32)
@@ -153,7 +153,7 @@ def test_resuming_full_fine_tuning(tiny_sd_folder, tmp_path, in_backward):
 
 
 def test_a_frozen_style_beside_the_trained_adapter(tiny_sd_folder, tmp_path):
-    """The style takes part and is left alone; checkpoints hold the other one, and a resumed run has the same bytes."""
+    """The style stays on, unchanged; checkpoints hold the other adapter, and a resumed run has the same bytes."""
 
     def trainer(output_dir, **options):
         config = AlignPropConfig(
@@ -283,7 +283,7 @@ assert os.waitpid(start(), 0)[1] == 0
 
 @pytest.mark.slow("kills and resumes a run many times")
 def test_sigkill_at_any_moment_loses_nothing(tiny_sd_folder, tmp_path, request):
-    """A run in processes that are killed three times, at random moments after they have saved something new."""
+    """A run whose process is killed three times, at random moments after it has saved something new."""
     steps, output = 24, tmp_path / "killed"
     make_trainer(tiny_sd_folder, tmp_path / "whole", save_freq=1000, num_epochs=steps, **SCHEDULED).train()
     here = str(request.path.parent)

@@ -1,4 +1,4 @@
-"""What one optimizer step does beside the step: the learning rate moves, the average follows, or neither."""
+"""After an optimizer step both learning rate and average have advanced, or neither."""
 
 from importlib.util import find_spec
 
@@ -71,8 +71,8 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_made_with_the_library_s_learning_rate(accelerator, name):
-    """The weights are those of the bare optimizer under the library's own scheduler, to the bit, and so they are with
-    an average beside them that takes their place for a while."""
+    """The weights equal those of the bare optimizer under the library's scheduler to the bit, also with an average that
+    replaces them for a while."""
     found, expected = parameters(), parameters()
     options = {"lr_scheduler": "cosine", "warmup_steps": 2, "ema_decay": 0.9, "train_max_grad_norm": 1e9}
     update = make_update(accelerator, found, optimizer=name, **options)
@@ -111,7 +111,7 @@ def test_every_optimizer_inside_gets_the_rate(accelerator, kind):
     before = [parameter.detach().clone() for parameter in trained]
     one_step(update, trained, 0)
     assert all(map(torch.equal, trained, before)), "a learning rate of 0 changes nothing"
-    update.load_state_dict(update.state_dict())  # which gives optimizers new groups
+    update.load_state_dict(update.state_dict())  # gives optimizers new groups
     one_step(update, trained, 1)
     assert not any(map(torch.equal, trained, before))
     inner = update.optimizer.optimizer
@@ -122,7 +122,7 @@ def test_every_optimizer_inside_gets_the_rate(accelerator, kind):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_step_that_is_not_made_moves_neither_rate_nor_average(accelerator, scaled):
-    """With a gradient scaler the step itself finds the overflow and leaves the weights alone."""
+    """With a gradient scaler the step itself finds the overflow and does not change the weights."""
     if scaled:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     trained = parameters()
