@@ -1,7 +1,7 @@
-"""An option is declared once, as a field of a dataclass: type, name and default there, all else in `option(...)`.
+"""An option is declared once, as a field of a dataclass with name, type and default; `option(...)` holds the rest.
 
-From the declaration come the command line and its help, what YAML may hold, the checks of `AlignPropConfig`, and the
-table in the docs. Nothing heavy is imported here: the help waits for it.
+The declaration gives the command line and its help, the keys of YAML files, the checks of `AlignPropConfig`, and the
+table in the docs. Nothing slow is imported here, so that the help appears at once.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Panel(StrEnum):
 
 @dataclass(frozen=True)
 class Option:
-    """What a declaration says beside name, type and default.
+    """The parts of a declaration other than name, type and default.
 
-    commands: those that take it; an option that changes a plan is always taken by `plan`.
-    field: the field of `AlignPropConfig`, where trl calls it otherwise.
-    choices: the texts that it may be.
-    at_least, at_most, above, below: bounds. Without any a number must still be finite.
+    commands: the commands that take it; `plan` takes every option that changes a plan.
+    field: its name in `AlignPropConfig`, if trl has another one.
+    choices: the allowed texts.
+    at_least, at_most, above, below: bounds. A number without bounds must still be finite.
     unit: of the value, in messages.
-    remedy: what a message says to use, in place of words made of choices and bounds.
+    remedy: the message's advice, instead of one made from choices and bounds.
     shown: the default in words.
-    changes_plan: whether it changes what a step of training takes, in bytes or seconds.
-    argument: its name in the help, where it stands on the command line without a flag.
+    changes_plan: whether it changes the bytes or seconds of a training step.
+    argument: its name in the help, if it is a positional argument.
     """
 
     help: str = ""
@@ -76,7 +76,7 @@ class Option:
         return command in (self.commands | Command.PLAN if self.changes_plan else self.commands)
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ValueError, one line that calls it `name`, for a value outside the choices or bounds."""
+        """Raises ValueError with one line that names it `name` if the value is outside the choices or bounds."""
         if value is not None and not self._allows(value):
             shown = repr(value) if isinstance(value, str) else str(value)
             unit = f" {self.unit}" if self.unit else ""
@@ -99,7 +99,7 @@ class Option:
         return f"a number {' and '.join(bounds)}" if bounds else "a finite number"
 
 
-# Not in the fields' metadata, which transformers' HfArgumentParser passes on to argparse.
+# Not in the fields' metadata, because transformers' HfArgumentParser passes that on to argparse.
 _OPTIONS: dict[Field[Any], Option] = {}
 
 
@@ -109,7 +109,7 @@ def option(default: Any, help: str = "", panel: Panel | None = None, **more: Any
 
 
 def like(owner: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
-    """The option `name` of `owner` again, with another default, or with what `changes` says of it."""
+    """A copy of the option `name` of `owner`, with another default or with `changes`."""
     base = owner.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return _field(base.default if default is MISSING else default, replace(_OPTIONS[base], **changes))
 
@@ -126,14 +126,14 @@ def declared(owner: Any) -> Iterator[tuple[Field[Any], Option]]:
 
 
 def taken(owner: Any, command: Command) -> list[tuple[Field[Any], Option]]:
-    """Those that a command takes, in the order of its help."""
+    """The options that a command takes, in the order of its help."""
     panels = [None, *Panel]
     pairs = [(each, option) for each, option in declared(owner) if option.taken_by(command)]
     return sorted(pairs, key=lambda pair: panels.index(pair[1].panel))
 
 
 def values(options: Any, command: Command) -> dict[str, Any]:
-    """What they say by name: those that a command takes."""
+    """The values by name of the options that a command takes."""
     return {each.name: getattr(options, each.name) for each, _ in taken(options, command)}
 
 

@@ -1,7 +1,7 @@
-"""The options of a training run, each declared once; those that the trainer alone knows are in `trainer_options`.
+"""The options of a training run, each declared once; the trainer's own are in `trainer_options`.
 
-See `declaration` for what comes of a declaration. To add an option: a field in `TrainerOptions` if the trainer reads it
-from its config, else in `InputOptions`.
+`declaration` says what is made from a declaration. To add an option, add a field: to `TrainerOptions` if the trainer
+reads it from its config, otherwise to `InputOptions`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from alignprop_fast.training.declaration import Command, Panel, like, option
 from alignprop_fast.training.trainer_options import TrainerOptions
 
 PROMPTS_HELP = (
-    "A .txt file with a prompt a line (# begins a comment); a .csv, .jsonl or .parquet file or a datasets folder with "
-    "a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, animals, "
+    "A .txt file with one prompt per line (# starts a comment); a .csv, .jsonl or .parquet file or a datasets folder "
+    "with a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, animals, "
     "animals-heldout, general."
 )
 TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
@@ -21,7 +21,7 @@ TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
 
 @dataclass
 class InputOptions:
-    """Options of the command line that the trainer's config has not, or by trl's names."""
+    """Options of the command line that the trainer's config lacks, or has under trl's names."""
 
     model: str = option(
         "demo",
@@ -33,8 +33,8 @@ class InputOptions:
     )
     model_config: str | None = option(
         None,
-        "For a .safetensors file: folder of a model of the same architecture, for configurations and tokenizers; with "
-        "a denoiser alone for everything else.",
+        "For a .safetensors file: folder of a model of the same architecture, for configurations and tokenizers. If "
+        "the file holds only a denoiser, everything else is loaded from there too.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         shown="none",
@@ -42,15 +42,15 @@ class InputOptions:
     )
     allow_pickle: bool = option(
         False,
-        "Also read weights in .pt, .pth and .bin files, of rewards and of models that have no others (tensors only; "
-        "nothing in them is run).",
+        "Also read .pt, .pth and .bin files, if a reward or model has no other weights. Only tensors are read; no code "
+        "in the files is run.",
         Panel.MODEL,
         commands=TRAIN | PICTURES | Command.PLAN,
     )
     reward: str = option(
         "clip",
         "aesthetic, clip, colorfulness, compressibility, count:CLASS=N, hpsv2, imagereward, incompressibility, "
-        "pickscore, remove:CLASS; a weighted sum such as clip:1.0,count:apple=3:0.5; or a function of yours, "
+        "pickscore, remove:CLASS; a weighted sum such as clip:1.0,count:apple=3:0.5; or your own function, "
         "my_module:my_function.",
         Panel.REWARD,
         commands=TRAIN | Command.DEMO | Command.EVALUATE,
@@ -58,8 +58,8 @@ class InputOptions:
     )
     reward_model: tuple[str, ...] = option(
         (),
-        "Weights of the reward: a file, a folder or a Hub id (owner/name). NAME=PATH where several rewards have "
-        "weights, once for each. For count and remove also module:function, a detector of one's own.",
+        "Weights of the reward: a file, a folder or a Hub id (owner/name). If several rewards have weights, give "
+        "NAME=PATH once for each. For count and remove also module:function, your own detector.",
         Panel.REWARD,
         commands=TRAIN | Command.EVALUATE | Command.MERGE,
         shown="the bundled models of clip, count and remove",
@@ -67,8 +67,8 @@ class InputOptions:
     )
     normalise_rewards: bool = option(
         False,
-        "Divide each part of a sum by the running standard deviation of its scores, so that the weights mean strength "
-        "whatever the scales; what is logged stays as it is.",
+        "Divide each part of a sum by the running standard deviation of its scores, so that the weights compare parts "
+        "of different scales. Logged scores are not divided.",
         Panel.REWARD,
     )
     prompts: str = option("demo", PROMPTS_HELP, Panel.REWARD, commands=TRAIN | PICTURES, changes_plan=True)
@@ -82,7 +82,7 @@ class InputOptions:
     )
     num_inference_steps: int = option(
         50,
-        "Denoising steps of a picture; time grows with it.",
+        "Denoising steps per picture; more take longer.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
@@ -101,8 +101,8 @@ class InputOptions:
     )
     scheduler: str = option(
         "auto",
-        "How a step is taken, with the settings of the model's own scheduler; auto: ddim, and flow-euler for SD3 and "
-        "FLUX, which have no other.",
+        "Solver of the denoising steps, with the settings of the model's own scheduler. auto: ddim, or flow-euler for "
+        "SD3 and FLUX, which support no other.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         choices=("auto", "ddim", "euler", "euler-ancestral", "dpm++2m", "flow-euler"),
@@ -110,7 +110,7 @@ class InputOptions:
     )
     eta: float = option(
         1.0,
-        "DDIM noise: 0 none, 1 as much as DDPM.",
+        "Noise of DDIM: 0 is none, 1 is as much as DDPM.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_eta",
@@ -118,11 +118,11 @@ class InputOptions:
         at_most=1,
     )
     steps: int = option(
-        100, "Optimizer steps in all.", Panel.TRAINING, commands=TRAIN | Command.DEMO, field="num_epochs", at_least=1
+        100, "Optimizer steps in total.", Panel.TRAINING, commands=TRAIN | Command.DEMO, field="num_epochs", at_least=1
     )
     batch_size: int = option(
         4,
-        "Pictures that are drawn at once.",
+        "Pictures per batch, drawn together.",
         Panel.TRAINING,
         commands=TRAIN | PICTURES,
         field="train_batch_size",
@@ -131,21 +131,21 @@ class InputOptions:
     )
     gradient_accumulation_steps: int = option(
         1,
-        "Batches per optimizer step; costs time, not memory.",
+        "Batches per optimizer step; more cost time, not memory.",
         Panel.TRAINING,
         field="train_gradient_accumulation_steps",
         at_least=1,
     )
     learning_rate: float = option(
         1e-3,
-        "Step size of the optimizer; 1e-4 to 1e-3 for most models.",
+        "Learning rate of the optimizer; 1e-4 to 1e-3 for most models.",
         Panel.TRAINING,
         field="train_learning_rate",
         above=0,
     )
     max_grad_norm: float = option(
         1.0,
-        "Gradients are scaled down to this norm where theirs is larger.",
+        "Gradients with a larger norm are scaled down to this one.",
         Panel.TRAINING,
         field="train_max_grad_norm",
         above=0,
@@ -180,27 +180,27 @@ class WatchOptions:
 
     watch_reward: str | None = option(
         None,
-        "A reward that is not trained for, as in --reward: scored at every sampling, logged and plotted.",
+        "A reward that is not trained on, named as in --reward. It is scored at every sampling, logged and plotted.",
         Panel.CONTROL,
         shown="none",
         changes_plan=True,
     )
     watch_reward_model: tuple[str, ...] = option(
-        (), "Weights of --watch-reward, as in --reward-model.", Panel.CONTROL, changes_plan=True
+        (), "Weights of --watch-reward, given as in --reward-model.", Panel.CONTROL, changes_plan=True
     )
     watch_prompts: str | None = option(
         None,
-        "Prompts that are watched, as in --prompts. Without --watch-reward the trained reward is watched on them.",
+        "Prompts for watching, given as in --prompts. Without --watch-reward the trained reward is watched on them.",
         Panel.CONTROL,
         shown="the held-out set of --prompts if there is one, else --prompts",
         changes_plan=True,
     )
     watch_pictures: int = option(
-        16, "Pictures that are watched: two of each prompt, always with the same seeds.", Panel.CONTROL, at_least=2
+        16, "Pictures for watching: two of each prompt, always with the same seeds.", Panel.CONTROL, at_least=2
     )
     diversity_model: str | None = option(
         None,
-        "CLIP model (folder or Hub id) of the diversity that is watched.",
+        "CLIP model (folder or Hub id) that measures the diversity of the watched pictures.",
         Panel.CONTROL,
         commands=TRAIN | Command.EVALUATE,
         shown="the bundled one",
@@ -208,20 +208,20 @@ class WatchOptions:
     )
     patience: int | None = option(
         None,
-        "Stop after so many samplings in a row whose watched score lies below the best so far by more than --max-drop; "
-        "the LoRA that is written is then that of the last sampling before them.",
+        "Stop after this many samplings in a row whose watched score is more than --max-drop below the best so far. "
+        "The LoRA of the last sampling before them is then the result.",
         Panel.CONTROL,
         shown="never stop",
         at_least=1,
     )
-    max_drop: float = option(0.0, "What the watched score may lose, in its own units.", Panel.CONTROL, at_least=0)
+    max_drop: float = option(0.0, "How much the watched score may drop, in its own units.", Panel.CONTROL, at_least=0)
 
 
 @dataclass
 class TrainOptions(TrainerOptions, WatchOptions, InputOptions):
-    """A training run, as config.yaml holds it. Fields come in the order of the bases from right to left.
+    """A training run as in config.yaml. The fields of the bases come first, from the last base to the first.
 
-    Each other command has a class of its own options that inherits these, and takes those that name it.
+    Each other command has a class with its own options. It inherits from this one, and takes the options that name it.
     """
 
     output_dir: str = like(TrainerOptions, "output_dir", "alignprop-output")
@@ -234,7 +234,7 @@ class TrainOptions(TrainerOptions, WatchOptions, InputOptions):
     )
     log_with: str | None = option(
         None,
-        "Send numbers and sample pictures to a tracker as well.",
+        "Also send metrics and sample pictures to a tracker.",
         Panel.OUTPUT,
         choices=("wandb", "tensorboard", "trackio"),
     )
@@ -242,12 +242,10 @@ class TrainOptions(TrainerOptions, WatchOptions, InputOptions):
 
 @dataclass
 class PictureOptions(TrainOptions):
-    """What the commands that draw pictures say otherwise."""
+    """Options that differ in the commands that draw pictures."""
 
     prompts: str = like(InputOptions, "prompts", panel=Panel.PROMPTS)
     images_per_prompt: int = option(
-        1, "Pictures of each prompt.", Panel.PROMPTS, commands=Command.SAMPLE | Command.EVALUATE, at_least=1
+        1, "Pictures per prompt.", Panel.PROMPTS, commands=Command.SAMPLE | Command.EVALUATE, at_least=1
     )
-    seed: int = like(
-        InputOptions, "seed", help="Picture i has seed + i, whatever the batch size.", panel=Panel.SAMPLING
-    )
+    seed: int = like(InputOptions, "seed", help="Picture i has seed + i, for every batch size.", panel=Panel.SAMPLING)

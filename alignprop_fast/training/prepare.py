@@ -1,7 +1,7 @@
-"""From a loaded pipeline to one that trains: devices and dtypes, adapters, the sampler with all that a plan counts.
+"""Makes a loaded pipeline ready to train: devices, dtypes, adapters, and the sampler with all that a plan counts.
 
-`AlignPropTrainer` does this on a device, the command `plan` also on the meta device, whose tensors have no data. What
-lies on the device, in which precision and under which options is decided here, once for both.
+`AlignPropTrainer` does this on a device. The command `plan` does it also on the meta device, whose tensors have no
+data. This module decides for both what is on the device, in which precision and with which options.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(config: AlignPropConfig) -> torch.dtype:
-    """What the networks compute in."""
+    """The dtype in which the networks compute."""
     return _DTYPES.get(config.mixed_precision, torch.float32)
 
 
@@ -30,11 +30,11 @@ def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) 
     pipeline: a `DefaultDDPOStableDiffusionPipeline`.
 
     Raises:
-        ValueError: bf16 adapters where the whole denoiser is trained, a base that cannot be quantised, or something
-            switched on in the pipeline that the chain does not go with.
+        ValueError: bf16 adapters are asked for but the whole denoiser is trained, the base model cannot be quantised,
+            or the user switched on something in the pipeline that the chain does not support.
     """
     if config.adapter_dtype == "bf16" and not pipeline.use_lora:
-        raise ValueError('adapter_dtype="bf16" is for adapters, and the whole UNet is trained: leave it at fp32')
+        raise ValueError('adapter_dtype="bf16" is for adapters, but the whole denoiser is trained: use fp32')
     pipeline.check_switches()  # before anything is done to it
     place_model(pipeline, device, config)
     denoiser = pipeline.get_trainable_layers(config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -48,14 +48,14 @@ def prepare_model(pipeline: Any, device: torch.device, config: AlignPropConfig) 
 
 
 def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> DifferentiableSampler:
-    """The sampler of a prepared pipeline, which knows what reward and optimizer will take beside it.
+    """The sampler of a prepared pipeline, which counts the memory of the reward and the optimizer in its plans.
 
     Raises:
-        ValueError: as `DifferentiableSampler`, CUDA graphs where the whole denoiser runs under autocast, or a text
-            encoder or VAE of which something learns.
+        ValueError: as `DifferentiableSampler`, or CUDA graphs are asked for with the whole denoiser under autocast, or
+            parameters of a text encoder or the VAE require grad.
     """
     if config.cuda_graphs and not pipeline.use_lora and config.mixed_precision in _DTYPES:
-        raise ValueError("cuda_graphs does not go with a whole UNet under autocast: train adapters, or leave it out")
+        raise ValueError("cuda_graphs does not support a denoiser under autocast: train adapters, or leave it out")
     shapes = [p.shape for p in pipeline.unet.parameters() if p.requires_grad]
     merged = pipeline.use_lora and merges(config.optimizer)
     update_bytes = optimizer_bytes(config.optimizer, shapes, merged)
@@ -82,7 +82,7 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
     )
     if sampler.model.text_learns() or sampler.model.decoder_learns():
         raise ValueError(
-            "the trainer trains the denoiser alone, and a text encoder or the VAE requires grad: call its "
+            "the trainer trains only the denoiser, but a text encoder or the VAE requires grad: call its "
             "requires_grad_(False), or train it with DifferentiableSampler and a loop of your own"
         )
     return sampler
@@ -91,10 +91,10 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
 def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) -> None:
     """Move the pipeline's modules to the device; frozen weights take the mixed precision's dtype, or are quantised.
 
-    A UNet that is trained whole stays in fp32 and runs under autocast: gradient scaling needs fp32 gradients. A VAE
-    that says it overflows in fp16 (`force_upcast`, SDXL) stays in fp32 beside fp16. With `cache_text` the text encoders
-    stay on the CPU: they visit the device when there is something to encode. On the meta device nothing is encoded, and
-    they stay there.
+    A denoiser that is trained whole stays in fp32 and runs under autocast, because gradient scaling needs fp32
+    gradients. With fp16, a VAE that declares that it overflows in fp16 (`force_upcast`, SDXL) stays in fp32. With
+    `cache_text` the text encoders stay on the CPU and move to the device only to encode. On the meta device nothing is
+    encoded, so they stay there.
     """
     dtype = compute_dtype(config)
     encoders_device = torch.device("cpu") if config.cache_text and device.type != "meta" else device
@@ -105,12 +105,12 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     if config.base_dtype != "auto":
         pipeline.quantize_base(config.base_dtype, device, dtype)
     _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
-    if device.type == "cuda":  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set, has made of it
+    if device.type == "cuda":  # undoes TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
 
 
 def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    # diffusers warns of every cast, also where there is nothing to cast.
+    # diffusers warns of every cast, even if there is nothing to cast.
     tensors = chain(module.parameters(), module.buffers())
     if any(tensor.dtype != dtype for tensor in tensors if tensor.is_floating_point()):
         module.to(dtype=dtype)

@@ -1,4 +1,4 @@
-"""The fields of `AlignPropConfig` that are not trl's, each declared once. See `declaration` and `options`."""
+"""The fields that `AlignPropConfig` adds to trl's, each declared once. See `declaration` and `options`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignprop_fast.training.declaration import Command, Panel, option
 TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
 
 _SIDE: dict[str, Any] = {
-    "help": "Pixels, a multiple of 8 (SD3 and FLUX: of 16).",
+    "help": "In pixels, a multiple of 8 (16 for SD3 and FLUX).",
     "panel": Panel.SAMPLING,
     "commands": TRAIN | PICTURES,
     "shown": "the model's own",
@@ -23,24 +23,24 @@ _SIDE: dict[str, Any] = {
 
 @dataclass
 class TrainerOptions:
-    """The fields of `AlignPropConfig` that trl's has not. Those without commands are for Python alone."""
+    """The fields that `AlignPropConfig` adds to trl's. Those without commands are only for Python."""
 
     output_dir: str | None = option(
         None,
-        "Folder to write to; made if it is not there, never overwritten.",
+        "Folder to write to; created if needed, never overwritten.",
         Panel.OUTPUT,
         commands=TRAIN | PICTURES | Command.DEMO | Command.PLAN,
     )
     memory_budget: int | str | None = option(
         "auto",
-        "What tensors may take on the device in all, weights included, such as 24GiB: what fits stays resident instead "
-        "of being computed again. auto: what is free on the GPU (none on the CPU); none: the leanest way, slower.",
+        "Memory that tensors may take on the device, weights included, such as 24GiB. What fits is kept instead of "
+        "being computed again. auto: what is free on the GPU (on the CPU: none). none: the least memory, but slower.",
         Panel.DEVICE,
         changes_plan=True,
     )
     host_memory: int | str | None = option(
         None,
-        "What offloading may lock of the computer's memory, by all processes together, such as 16GiB.",
+        "Host memory that offloading may lock, for all processes together, such as 16GiB.",
         Panel.DEVICE,
         shown="half of what is free here",
         changes_plan=True,
@@ -48,24 +48,25 @@ class TrainerOptions:
     truncation: str | None = option(
         None,
         "Denoising steps that carry gradient. uniform: about half of them, drawn anew each time (AlignProp). "
-        "uniform-once, gaussian: the last K, K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is fastest). "
-        "lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). drtune, "
-        "drtune:K: K (5) of all, reaching early steps at little cost (DRTune). refl: one drawn late step (ReFL).",
+        "uniform-once, gaussian: the last K, with K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is "
+        "fastest). lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). "
+        "drtune, drtune:K: K (5) of all, which reaches early steps cheaply (DRTune). refl: one late step, drawn "
+        "at random (ReFL).",
         Panel.TRAINING,
         changes_plan=True,
     )
     kl_weight: float = option(
         0.0,
-        "Weight of a regulariser: the mean squared difference of the model's output to the base model's. Higher keeps "
-        "pictures closer to it; costs up to twice the time of a gradient step. A cheaper remedy after training: scale "
-        "the adapters down by alignprop-fast merge RUN:0.7.",
+        "Weight of a regulariser: the mean squared difference between the outputs of the model and of the base model. "
+        "A higher weight keeps pictures closer to the base model's. A gradient step takes up to twice as long. A "
+        "cheaper remedy after training is to scale the adapters down: alignprop-fast merge RUN:0.7.",
         Panel.CONTROL,
         at_least=0,
         remedy="0 (off) or more",
         changes_plan=True,
     )
     lora_rank: int = option(
-        4, "Rank of the LoRA adapters; their size grows with it.", Panel.MODEL, at_least=1, changes_plan=True
+        4, "Rank of the LoRA adapters; a higher one makes them larger.", Panel.MODEL, at_least=1, changes_plan=True
     )
     lora_alpha: float | None = option(
         None, "Adapters are scaled by alpha / rank.", Panel.MODEL, shown="the rank", above=0
@@ -73,14 +74,14 @@ class TrainerOptions:
     base_dtype: str = option(
         "auto",
         "How the denoiser's large linear layers are stored: auto (as --mixed-precision says), fp8 or int8 (half of "
-        "bf16), nf4 (a quarter; needs bitsandbytes). They are made whole for each product, which costs some time.",
+        "bf16), nf4 (a quarter; needs bitsandbytes). They are dequantised for each product, which takes some time.",
         Panel.MODEL,
         choices=("auto", "fp8", "int8", "nf4"),
         changes_plan=True,
     )
     adapter_dtype: str = option(
         "fp32",
-        "Precision of the adapters; bf16 halves their bytes and rounds at random, so that it learns too.",
+        "Precision of the adapters. bf16 halves their bytes; its stochastic rounding keeps small updates.",
         Panel.MODEL,
         choices=("fp32", "bf16"),
         changes_plan=True,
@@ -88,7 +89,7 @@ class TrainerOptions:
     optimizer: str = option(
         "adamw",
         "Bytes of state per adapter parameter: adamw 8; adamw8bit and pagedadamw8bit (paged to the host) 2, lion8bit "
-        "1, ademamix8bit 3 (all from bitsandbytes); adafactor 4 / rank; prodigy 16 (from prodigyopt, wants learning "
+        "1, ademamix8bit 3 (all from bitsandbytes); adafactor 4 / rank; prodigy 16 (from prodigyopt, needs learning "
         "rate 1).",
         Panel.TRAINING,
         choices=("adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "ademamix8bit", "adafactor", "prodigy"),
@@ -97,12 +98,12 @@ class TrainerOptions:
     optimizer_in_backward: bool = option(
         False,
         "Full fine-tuning only: step each parameter in the backward pass as soon as its gradient is complete, and free "
-        "it. train_max_grad_norm then clips each tensor's gradient by itself.",
+        "the gradient. train_max_grad_norm then clips the gradient of each tensor separately.",
         commands=Command.NONE,
     )
     lr_scheduler: str = option(
         "constant",
-        "How the learning rate goes on after the warm-up: constant, or down to 0 at the last step, linear or cosine.",
+        "Learning rate after the warm-up: constant, or falling to 0 at the last step (linear or cosine).",
         Panel.TRAINING,
         choices=("constant", "linear", "cosine"),
     )
@@ -115,7 +116,7 @@ class TrainerOptions:
     )
     ema_decay: float = option(
         0.0,
-        "Keep an exponential moving average of the adapters with this decay, such as 0.99: sample pictures are drawn "
+        "Keep an exponential moving average of the adapters with this decay, such as 0.99. Sample pictures are drawn "
         "with it, and it is written to the folder ema in --output-dir. 0 turns it off.",
         Panel.TRAINING,
         at_least=0,
@@ -131,7 +132,7 @@ class TrainerOptions:
     )
     max_bad_steps: int = option(
         10,
-        "Stop after so many optimizer steps in a row with a loss or gradient that is not finite.",
+        "Stop after this many optimizer steps in a row whose loss or gradient is not finite.",
         at_least=1,
         commands=Command.NONE,
     )
@@ -155,8 +156,8 @@ class TrainerOptions:
     )
     true_cfg_scale: float = option(
         1.0,
-        "FLUX: classifier-free guidance against the negative prompt, beside --guidance-scale, which FLUX's network is "
-        "told; 1 or less turns it off.",
+        "FLUX only: classifier-free guidance against the negative prompt, in addition to --guidance-scale, which is an "
+        "input of FLUX's network. 1 or less turns it off.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         at_least=0,
@@ -177,7 +178,7 @@ class TrainerOptions:
     )
     deterministic: bool = option(
         False,
-        "The same bits from run to run on a GPU too, as on the CPU always; costs some speed.",
+        "Make runs on a GPU repeatable to the bit, as they always are on the CPU; costs some speed.",
         Panel.DEVICE,
         commands=TRAIN | Command.DOCTOR,
     )
