@@ -1,7 +1,7 @@
 """Every model under every scheduler that fits it, in fp32: images and gradients of diffusers' own pipeline.
 
 The reference is the pipeline's own `__call__`, outside its `no_grad`, with the predictions of the steps without
-gradient detached: plain autograd through diffusers. Tolerances as in test_generate.py: 1e-5 and 1e-4.
+gradient detached: plain autograd through diffusers. Tolerances as in test_sampler.py: 1e-5 and 1e-4.
 """
 
 import pytest

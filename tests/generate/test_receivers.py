@@ -1,6 +1,6 @@
 """Who asks for a gradient beside the denoiser's adapters gets that of plain autograd through diffusers' own pipeline.
 
-The reference is the pipeline's `__call__` without its `no_grad`. Tolerances as in `test_generate.py`: measured 1e-6 to
+The reference is the pipeline's `__call__` without its `no_grad`. Tolerances as in `test_sampler.py`: measured 1e-6 to
 1e-5 of the largest element, asserted at 1e-4.
 """
 
