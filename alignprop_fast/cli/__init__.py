@@ -1,1 +1,1 @@
-"""Commands, their options, and what they show: `alignprop-fast`."""
+"""The command line `alignprop-fast`: commands, their options, and their output."""

@@ -1,4 +1,4 @@
-"""The command line `alignprop-fast`. Heavy libraries are imported inside the commands, which have a file each."""
+"""The command line `alignprop-fast`. Each command has its own file and imports slow libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignprop_fast.cli.signals import stopped_by_signals
 from alignprop_fast.cli.support import BAD_INPUT, FAILED, INTERRUPTED, fail, known_error
 from alignprop_fast.cli.train import train
 
-# What bad options and arguments raise: ClickException, which new typer carries itself and old typer takes from click.
+# Bad options and arguments raise ClickException. New versions of typer define it themselves; old ones use click's.
 _USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a text-to-image diffusion model with the gradient of a reward (AlignProp).\n\n"
-    "`alignprop-fast demo` shows it at work on the bundled model: any computer, no download.",
+    "`alignprop-fast demo` shows it on the bundled model, on any computer and without a download.",
 )
 app.command()(demo)
 app.command(cls=ConfigCommand)(train)
@@ -46,10 +46,10 @@ app.command()(doctor)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process.
 
-    Exit code 0: done; 1: a run that had begun failed, or the doctor found something wrong; 2: bad input, or too small a
-    GPU; 128 and the signal's number after a signal: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal.
+    Exit codes. 0: done. 1: a started run failed, or the doctor found a fault. 2: bad input, or a GPU that is too small.
+    128 + the signal's number after a signal: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal.
     """
-    # Before anything imports torch: with segments that grow, live tensors can fill the budget instead of its pieces.
+    # Before anything imports torch. Expandable segments avoid fragmentation, so tensors can use the whole budget.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     lenient_output()
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if message := error.format_message():
             fail(message.removeprefix("Invalid value: "))
         code = BAD_INPUT
-    except (typer.Abort, KeyboardInterrupt):  # the former is a RuntimeError
+    except (typer.Abort, KeyboardInterrupt):  # before RuntimeError, because typer.Abort is one
         code = INTERRUPTED
     except RuntimeError as error:
         known = known_error(error)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(known)
         code = BAD_INPUT
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # nobody reads the help to its end
+        if not isinstance(error, BrokenPipeError):  # the reader of the help has left
             fail(str(error))
         drop_output(sys.stdout)
         code = FAILED

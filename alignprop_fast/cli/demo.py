@@ -14,7 +14,7 @@ from alignprop_fast.cli.train import print_results
 from alignprop_fast.training.declaration import Command
 from alignprop_fast.training.options import TrainOptions
 
-# Settings under which the bundled model learns visibly within two minutes on two CPU cores.
+# With these settings the bundled model learns visibly within two minutes on two CPU cores.
 SETTINGS = TrainOptions(
     output_dir="alignprop-demo",
     reward="clip",
@@ -29,16 +29,16 @@ SETTINGS = TrainOptions(
     sample_every=10,
     device="cpu",
 )
-PICTURES = 16  # that each row of the table is the mean of
-HELDOUT_SEED = 1000  # seeds that no other picture of the run has
+PICTURES = 16  # each row of the table is the mean of so many
+HELDOUT_SEED = 1000  # no other picture of the run has these seeds
 
 
 @command_line(Command.DEMO, SETTINGS)
 def demo(ctx: typer.Context, options: TrainOptions) -> None:
     """Fine-tune the bundled model on a reward: a minute or two on two CPU cores, nothing to download.
 
-    Shows the mean reward before and after, on prompts it was trained on and on prompts it never saw, and writes what
-    train writes; open before_after.png first. Ctrl-C and SIGTERM save a checkpoint.
+    Shows the mean reward before and after, on training prompts and on prompts the model never saw. Writes the same
+    files as train; open before_after.png first. Ctrl-C and SIGTERM save a checkpoint.
 
     **Examples**
 
@@ -57,7 +57,8 @@ def demo(ctx: typer.Context, options: TrainOptions) -> None:
         from alignprop_fast.cli.set_up import set_up
         from alignprop_fast.prompts.rows import load_rows, spread
 
-        # A thread whose core has other work makes all wait: 400 s instead of 80 on two busy cores, 60 on two idle ones.
+        # If a core is busy with other work, all threads wait for its thread: 400 s instead of 80 on two busy cores, 60
+        # on two idle ones.
         torch.set_num_threads(2 if (os.cpu_count() or 1) >= 4 else 1)
         session = set_up(options, console, folder)
     console.print(f"the bundled model learns {options.reward}: {options.steps} steps of {options.batch_size} pictures")
@@ -68,4 +69,4 @@ def demo(ctx: typer.Context, options: TrainOptions) -> None:
         session.run()
         after = {name: session.draw(rows, HELDOUT_SEED) for name, rows in chosen.items()}
     print_results(console, session.folder, {name: (before[name], after[name]) for name in chosen})
-    console.print(f"{time.perf_counter() - begin:.0f} seconds in all")
+    console.print(f"{time.perf_counter() - begin:.0f} seconds in total")

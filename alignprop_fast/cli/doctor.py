@@ -38,24 +38,24 @@ class DoctorOptions(TrainOptions):
     deterministic: bool = like(
         TrainerOptions,
         "deterministic",
-        help="Ask for deterministic algorithms, as in train, and take what gives other bits in a second run as wrong.",
+        help="Use deterministic algorithms, as in train. Other bits in a second run then count as an error.",
     )
 
 
 @command_line(Command.DOCTOR, DoctorOptions())
 def doctor(ctx: typer.Context, options: DoctorOptions) -> None:
-    """Say what is there, how fast it is, and whether every op and kernel computes what it should. Run it first.
+    """Report what is installed, how fast it is, and whether every op and kernel is correct. Run it first.
 
-    Compares outputs and gradients of each op, at a real and at an odd shape, with the formula in float64, and accepts
-    twice the error of plain PyTorch. What fails is named, with what to install or do; training switches it off by
-    itself and goes on without. Takes under a minute, longer where kernels are compiled for the first time.
+    Compares outputs and gradients of each op with the formula in float64, at a real and at an odd shape. Up to twice
+    the error of plain PyTorch is accepted. What fails is listed with a remedy; training switches it off and works
+    without. Takes under a minute, or longer if kernels are compiled for the first time.
 
-    Exit code 1 where something is wrong that cannot be switched off, else 0.
+    Exit code 1 if something is wrong that cannot be switched off, otherwise 0.
 
     **Examples**
 
     - `alignprop-fast doctor`
-    - `alignprop-fast doctor --device cuda:1 --json doctor.json`, to be attached to a bug report
+    - `alignprop-fast doctor --device cuda:1 --json doctor.json`, a file for a bug report
     - `alignprop-fast doctor --deterministic`
     """
     console = make_console()
@@ -75,20 +75,20 @@ def doctor(ctx: typer.Context, options: DoctorOptions) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, report.to_json().encode())
-        console.print(f"all of it: {file}", soft_wrap=True)
+        console.print(f"full report: {file}", soft_wrap=True)
     raise typer.Exit(report.exit_code)
 
 
 def _device(name: str, deterministic: bool) -> torch.device:
-    """The device to examine. One that cannot be used is not refused as in other commands: why is what is asked.
+    """The device to examine. Unlike other commands this accepts an unusable one, because the doctor must find out why.
 
     Raises:
-        ValueError: no name of a device.
+        ValueError: the text is not the name of a device.
     """
     import os
 
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants before it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     import torch
 
     from alignprop_fast.cli.support import pick_device
@@ -121,13 +121,13 @@ def _facts(section: str, facts: Sequence[Fact]) -> Table:
 
 
 def _checks(checks: Sequence[Check]) -> Table:
-    """A row for each implementation: its worst case in each dtype."""
+    """A table with a row for each implementation: its worst case in each dtype."""
     rows: dict[tuple[str, str], list[Check]] = defaultdict(list)
     for check in checks:
         rows[check.op, check.implementation].append(check)
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
     table = Table(
-        box=SIMPLE_HEAD, caption="bf16 ...: largest error over what is accepted, wrong above 1; bits: the same twice"
+        box=SIMPLE_HEAD, caption="bf16 ...: largest error / accepted error, wrong above 1; bits: the same in two runs"
     )
     for name in ("op", "by"):
         table.add_column(name, no_wrap=True)

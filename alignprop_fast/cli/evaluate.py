@@ -39,22 +39,22 @@ class EvaluateOptions(PictureOptions):
 
     lora: tuple[str, ...] = option(
         (),
-        "Adapters to compare with the base model: an output folder of train, or a LoRA file (.safetensors); may be "
+        "Adapters to compare with the base model: an output folder of train, or a LoRA file (.safetensors). May be "
         "given several times.",
         Panel.MODEL,
         commands=Command.EVALUATE,
-        shown="none, the base model alone",
+        shown="none, only the base model",
     )
     scale: tuple[float, ...] = option(
         (),
-        "Strength of the adapters: 0 is the base model, 1 what was trained; may be given several times.",
+        "Strength of the adapters: 0 is the base model, 1 the trained one. May be given several times.",
         Panel.MODEL,
         commands=Command.EVALUATE,
         shown="1",
     )
     heldout_prompts: str | None = option(
         None,
-        "Prompts that were not trained on, reported beside --prompts: a file or a set.",
+        "Prompts that were not trained on, reported separately from --prompts: a file or a set.",
         Panel.PROMPTS,
         commands=Command.EVALUATE,
         shown="none",
@@ -62,7 +62,7 @@ class EvaluateOptions(PictureOptions):
     diversity_model: str | None = like(
         WatchOptions,
         "diversity_model",
-        help="CLIP model (folder or Hub id) of the diversity figure, which takes two images per prompt or more.",
+        help="CLIP model (folder or Hub id) that measures diversity; needs two or more images per prompt.",
         panel=Panel.REWARD,
     )
 
@@ -71,11 +71,11 @@ class EvaluateOptions(PictureOptions):
 def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
     """Measure rewards of the base model and of adapters, on the same prompts and seeds.
 
-    Writes evaluation.csv (a line for each picture and part of the reward), summary.csv, grid.png (prompts down,
-    adapters and scales across), settings.json and, with several scales, reward_by_scale.png to --output-dir.
+    Writes evaluation.csv (one line per picture and part of the reward), summary.csv, grid.png (a row per prompt, a
+    column per adapter and scale), settings.json and, with several scales, reward_by_scale.png to --output-dir.
 
-    "gained" is the share of pictures whose reward is above the base model's with the same seed. The diversity is the
-    mean over prompts of the mean cosine distance, 1 - cos, between CLIP embeddings of a prompt's pictures.
+    "gained" is the share of pictures with a higher reward than the base model's picture of the same seed. Diversity is
+    the mean over prompts of the mean cosine distance, 1 - cos, between CLIP embeddings of a prompt's pictures.
 
     **Examples**
 
@@ -88,7 +88,7 @@ def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
         folder.check_new()
         _check(options)
         run = _open_run(options)
-        # The first batch is drawn before anything is said or written: what can go wrong has gone wrong by then.
+        # The first batch is drawn before anything is printed or written, to meet all errors by then.
         batches = run.batches(options.batch_size, options.negative_prompt)
         first = next(batches)
     pictures, times = len(run.tasks), len(run.variants)
@@ -103,13 +103,13 @@ def evaluate(ctx: typer.Context, options: EvaluateOptions) -> None:
         _write_settings(folder.path, options)
     _print(console, summaries)
     if run.evaluation.embed is None:
-        console.print("no diversity: it takes --images-per-prompt 2 or more")
+        console.print("no diversity: it needs --images-per-prompt 2 or more")
     path = folder.path
     console.print(f"pictures: {path / 'grid.png'}\nnumbers:  {path / 'summary.csv'}", soft_wrap=True)
 
 
 class _Run:
-    """Draws and scores every task under every variant, and keeps the pictures that the grids show."""
+    """Draws and scores every task under every variant, and keeps the pictures for the grids."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Run:
         self.rows = {s: spread([t for t in tasks if t.prompt_set == s and t.number == 0], GRID_ROWS) for s in sets}
 
     def batches(self, batch_size: int, negative_prompt: str | None) -> Iterator[int]:
-        """Pictures done, batch by batch."""
+        """Yields the number of finished pictures after each batch."""
         from alignprop_fast.evaluation.evaluate import draw
         from alignprop_fast.models.lora.mix import set_lora_weights
         from alignprop_fast.report.pictures import to_images
@@ -145,7 +145,7 @@ class _Run:
 
 
 def _open_run(options: EvaluateOptions) -> _Run:
-    """The model with all adapters, the scorers, and what is drawn with them."""
+    """The evaluation: the model with all adapters, the scorers, the variants and the tasks."""
     from alignprop_fast.evaluation.evaluate import Evaluation, tasks_of
     from alignprop_fast.models.lora.mix import load_loras
     from alignprop_fast.prompts.rows import load_rows
@@ -167,14 +167,14 @@ def _open_run(options: EvaluateOptions) -> _Run:
     if options.images_per_prompt > 1:
         embed = ImageEmbedder(options.diversity_model, RewardLoading(options.allow_pickle)).to(device)
     elif options.diversity_model is not None:
-        raise ValueError("--diversity-model is of no use with one picture a prompt: add --images-per-prompt 4")
+        raise ValueError("--diversity-model needs several pictures per prompt: add --images-per-prompt 4")
     sampler = open_sampler(options, pipe)
     sampler.say_what_is_cut([task.prompt for task in tasks], options.negative_prompt)
     return _Run(sampler, Evaluation(scored, parts, embed), variants, tasks)
 
 
 def _variants(labels: Sequence[str], names: Sequence[str], scales: Sequence[float]) -> dict[Variant, dict[str, float]]:
-    """What is compared, and the weights of the loaded adapters for it. Scale 0 is the base model, drawn once."""
+    """The variants to compare, each with its weights of the loaded adapters. Scale 0 is the base model, drawn once."""
     from alignprop_fast.evaluation.evaluate import BASE, Variant
 
     pairs = [(label, name, scale) for label, name in zip(labels, names, strict=True) for scale in scales if scale != 0]
@@ -188,11 +188,11 @@ def _check(options: EvaluateOptions) -> None:
     if not all(map(math.isfinite, scale)):
         raise ValueError("--scale must be a number such as 0.5")
     if len({Path(path).expanduser().resolve() for path in lora}) < len(lora):
-        raise ValueError("--lora names the same adapters twice: give them once, with several --scale")
+        raise ValueError("--lora names the same adapters twice: give them once, and --scale several times")
 
 
 def _labels(lora: Sequence[str]) -> list[str]:
-    """The adapters' folders by their last name, or in full where two are called the same (or as the base model is)."""
+    """Names of the adapters: the path's last part, or the full path if two (or one and the base model) coincide."""
     paths = [Path(path).expanduser() for path in lora]
     short = [path.stem if path.is_file() else path.resolve().name for path in paths]
     unclear = {name for name in short if short.count(name) > 1} | {"base"}

@@ -1,4 +1,4 @@
-"""The folder that a command writes to, which it takes for itself before anything else."""
+"""The folder that a command writes to. The command locks it before it does anything else."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 from alignprop_fast.cli.support import check_writable, fail, process_count, process_index
 
 LOCK = ".alignprop-fast.lock"
-TRACKER = "alignprop-fast"  # the project's name for trackers: they write to a folder of that name
-_HELD = (errno.EACCES, errno.EAGAIN)  # what flock says where another process holds the lock
-_ATTEMPTS = 100  # each fails only where another run ends at that very moment
+TRACKER = "alignprop-fast"  # project name in trackers, which write to a folder of that name
+_HELD = (errno.EACCES, errno.EAGAIN)  # errors of flock if another process holds the lock
+_ATTEMPTS = 100  # an attempt fails only if another run ends at that moment
 
 
 class OutputFolder:
-    """A folder that this process alone writes to, from `__enter__` on until it ends, however it ends.
+    """A folder that only this process writes to, from `__enter__` until the process ends in any way.
 
-    The lock is the system's, on a file in the folder: that of a killed process is gone with it. Of a set-up that failed
-    goes what it made: the tracker's folder, if this one was new, and new folders that are empty then. Files of others,
-    such as a log, stay; so does, from `begin` on, all that is in it.
+    The operating system locks a file in the folder, and releases the lock of a killed process. If the set-up fails, the
+    folders it made are removed again: the tracker's folder, if this one was new, and new folders that are then empty.
+    Files of others, such as a log, are kept. After `begin` everything is kept.
 
-    several: whether several processes may be one run, of which the main one then takes the folder.
+    several: whether several processes may form one run, whose main process then takes the folder.
     """
 
     def __init__(self, path: str | Path, several: bool = False):
         self.path, self._several = Path(path).expanduser(), several
         self._handle: int | None = None
-        self._made: list[Path] = []  # folders that are new, the outermost first
+        self._made: list[Path] = []  # new folders, the outermost first
         self._begun = False
         self._refusal: ValueError | OSError | None = None
 
     def __enter__(self) -> OutputFolder:
-        """Take the folder. What stands against it is raised by `check`: of several processes all are to meet first."""
+        """Take the folder. `check` raises the error if that failed, because several processes must meet first."""
         if process_count() > 1 and not self._several:
             self._refusal = ValueError("only train runs in several processes: start this command without a launcher")
         elif process_index() == 0:
@@ -54,36 +54,36 @@ class OutputFolder:
         if self._made and not self._begun:
             shutil.rmtree(self.path / TRACKER, ignore_errors=True)
         with suppress(OSError):
-            (self.path / LOCK).unlink()  # before the lock is let go: afterwards the file may be another's
+            (self.path / LOCK).unlink()  # before the lock is released, since another run may then own the file
         for folder in reversed(self._made):
-            with suppress(OSError):  # gone already, or somebody else has put something there
+            with suppress(OSError):  # already removed, or not empty
                 folder.rmdir()
         os.close(self._handle)
         self._handle = None
 
     def check(self) -> None:
         """Raises:
-        ValueError: a file in the way, no right to write, or a run that writes there.
+        ValueError: a file is in the way, writing is not permitted, or another run writes there.
         """
         if self._refusal is not None:
             raise self._refusal
 
     def check_new(self) -> None:
         """Raises:
-        ValueError: as `check`, or a folder with something in it.
+        ValueError: as `check`, or the folder is not empty.
         """
         self.check()
         if any(entry.name != LOCK for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty: choose another --output-dir")
 
     def begin(self) -> None:
-        """Set-up is done: from now on what is in the folder stays."""
+        """End the set-up: from now on everything in the folder is kept."""
         self._begun = True
 
     def _take(self) -> None:
         try:
             str(self.path.absolute()).encode()
-        except UnicodeEncodeError:  # neither a picture's title nor a model card can hold it
+        except UnicodeEncodeError:  # a picture's title and a model card could not hold it
             raise ValueError(f"the name {str(self.path)!r} is not UTF-8: choose another --output-dir") from None
         check_writable(self.path)
         for _ in range(_ATTEMPTS):
@@ -91,7 +91,7 @@ class OutputFolder:
                 self._made = [path for path in (self.path, *self.path.parents) if not path.exists()][::-1]
                 self.path.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # a run whose set-up failed has just removed the folder
+            except FileNotFoundError:  # another run's set-up failed and has just removed the folder
                 continue
             except OSError as error:
                 raise ValueError(
@@ -106,19 +106,19 @@ class OutputFolder:
                 )
             if _is_at(handle, self.path / LOCK):
                 break
-            os.close(handle)  # a run that has ended has just removed the file
+            os.close(handle)  # another run has ended and has just removed the file
         else:
-            raise ValueError(f"cannot take {self.path}, which others make and remove: choose another --output-dir")
+            raise ValueError(f"cannot lock {self.path}, which other runs make and remove: choose another --output-dir")
         self._handle = handle
         with suppress(OSError):
             os.truncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _lock(self, handle: int) -> bool:
-        """Lock the file for as long as this process holds it open; False: another process does."""
+        """Lock the file as long as this process holds it open; False if another process has locked it."""
         try:
             import fcntl
-        except ImportError:  # Windows, where training does not run
+        except ImportError:  # Windows, which training does not support
             return True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ class OutputFolder:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file is the one that has this name now."""
+    """Whether the open file is still the one with this name."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:

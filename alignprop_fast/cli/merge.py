@@ -33,22 +33,22 @@ class MergeOptions(PictureOptions):
 
     adapters: tuple[str, ...] = option(
         (),
-        "Output folders of train, or LoRA files (.safetensors, as diffusers, kohya, PEFT or ComfyUI name them), each "
-        "with its weight, 1 where there is none.",
+        "Output folders of train, or LoRA files (.safetensors with the names of diffusers, kohya, PEFT or ComfyUI), "
+        "each with its weight; 1 if it has none.",
         commands=Command.MERGE,
         argument="ADAPTER:WEIGHT",
     )
     rank: int | None = option(
         None,
-        "Re-factor the mixture to this rank, as near as it gets; the error is reported.",
+        "Reduce the mixture to this rank, with the smallest possible error; the error is reported.",
         commands=Command.MERGE,
         shown="exact: the sum of the ranks",
         at_least=1,
     )
     path_steps: int | None = option(
         None,
-        "Also draw path.png: 8 of the prompts at so many places between two adapters, (1 - t) A + t B, t from 0 to 1, "
-        "whatever their weights.",
+        "Also draw path.png: 8 of the prompts at this many places between two adapters, (1 - t) A + t B, t from 0 to "
+        "1, whatever their weights.",
         Panel.PATH,
         commands=Command.MERGE,
         shown="none",
@@ -59,7 +59,7 @@ class MergeOptions(PictureOptions):
         InputOptions,
         "reward",
         "",
-        help="Write this reward under each picture of the path, and all of them to path.csv; as in train --reward.",
+        help="Reward as in train --reward. It is written under each picture of the path, and to path.csv.",
         panel=Panel.PATH,
         commands=Command.MERGE,
         shown="none",
@@ -71,8 +71,8 @@ def merge(ctx: typer.Context, options: MergeOptions) -> None:
     """Mix adapters linearly, or scale one toward the base model.
 
     Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
-    ComfyUI and others) and merge.json (weights, ranks, relative Frobenius errors) to --output-dir. No model is loaded,
-    but for the pictures of --path-steps.
+    ComfyUI and others) and merge.json (weights, ranks, relative Frobenius errors) to --output-dir. A model is loaded
+    only for the pictures of --path-steps.
 
     **Examples**
 
@@ -94,7 +94,7 @@ def merge(ctx: typer.Context, options: MergeOptions) -> None:
         contents = _contents(merged, mixture, options.rank)
         if options.path_steps is not None:
             path = _open_path(options, options.path_steps, [source for source, _ in mixture])
-            # Drawn in part before anything is written: what can go wrong has gone wrong by then.
+            # The first batch is drawn before anything is written, to meet all errors by then.
             batches = path.batches(options.batch_size, options.negative_prompt)
             first = next(batches)
     taken.begin()
@@ -116,11 +116,11 @@ def _check(mixture: Sequence[tuple[str, float]], options: MergeOptions) -> None:
     if options.path_steps is None and (options.reward or options.reward_model):
         raise ValueError("--reward scores the pictures of a path: add --path-steps 5")
     if options.path_steps is not None and len(mixture) != 2:
-        raise ValueError(f"--path-steps goes from one adapter to another, and here are {len(mixture)}: give two")
+        raise ValueError(f"--path-steps needs two adapters, and here are {len(mixture)}: give two")
 
 
 def _open_path(options: MergeOptions, steps: int, sources: Sequence[str]) -> AdapterPath:
-    """The model with both adapters, and what is drawn with it."""
+    """The path's pictures to draw, with the model and both adapters."""
     from alignprop_fast.models.lora.mix import load_loras
     from alignprop_fast.prompts.rows import load_rows
 
@@ -141,17 +141,17 @@ def _print(console: Console, merged: Merged, rank: int | None) -> None:
     )
     if rank is not None:
         worst = max(merged.errors, key=merged.errors.__getitem__)
-        text = f"{merged.relative_error:.2%} in all, at most {merged.errors[worst]:.2%} ({worst})"
+        text = f"{merged.relative_error:.2%} overall, at most {merged.errors[worst]:.2%} ({worst})"
         console.print(f"relative error of the weight deltas: {text}", soft_wrap=True)
     if any(".encoder.block." in module for module in merged.factors):
-        console.print("diffusers loads no adapters of T5: they are in the files for other programs")
+        console.print("diffusers does not load adapters of T5; the files contain them for other programs")
 
 
 def _split(adapter: str) -> tuple[str, float]:
-    """`run:0.5` -> (run, 0.5); without a number at its end, or where a path has that very name, the weight is 1.
+    """`run:0.5` -> (run, 0.5). The weight is 1 if no number follows, or if the whole text is an existing path.
 
     Raises:
-        ValueError: what may be meant in two ways, or a weight that is no number.
+        ValueError: the text has two meanings, or the weight is not a number.
     """
     name, colon, last = adapter.rpartition(":")
     whole, before = (bool(path) and Path(path).expanduser().exists() for path in (adapter, name))
@@ -161,15 +161,15 @@ def _split(adapter: str) -> tuple[str, float]:
         weight = None
     if whole and before and weight is not None:
         raise ValueError(
-            f"both {adapter} and {name} exist: write {adapter}:1 for the first, {name}:{weight:f} for the other one"
+            f"both {adapter} and {name} exist: write {adapter}:1 for the first, {name}:{weight:f} for the second"
         )
     if before and weight is None and not whole:
-        raise ValueError(f"{last!r} in {adapter!r} is no weight: write a number after the colon, such as {name}:0.5")
+        raise ValueError(f"{last!r} in {adapter!r} is not a weight: write a number after the colon, such as {name}:0.5")
     return (adapter, 1.0) if whole or weight is None else (name, weight)
 
 
 def _contents(merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | None) -> dict[str, bytes]:
-    """{name of a file: its content}. Raises ValueError where a module has no name in one of them."""
+    """{name of a file: its content}. Raises ValueError if a module has no name in one of the formats."""
     from alignprop_fast.models.lora.file import WEIGHTS_NAME, lora_content
     from alignprop_fast.models.lora.kohya_file import KOHYA_NAME, kohya_content
     from alignprop_fast.version import __version__
@@ -192,7 +192,7 @@ def _contents(merged: Merged, mixture: Sequence[tuple[str, float]], rank: int | 
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """All of the files or none: what can fail, such as a full disk, fails before the first has its name."""
+    """Write all files or none: an error such as a full disk comes before the first file gets its name."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         for name, content in contents.items():

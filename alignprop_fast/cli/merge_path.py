@@ -1,4 +1,4 @@
-"""Pictures along the path between two adapters, for the command `merge`."""
+"""The command `merge`: pictures along the path between two adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATH_ROWS = 8
 class AdapterPath:
     """Pictures of the same prompts and seeds at places t between two adapters: (1 - t) A + t B.
 
-    names: of the two adapters in the sampler's pipeline. Of more than 8 prompts some are taken, evenly over the list.
+    names: of the two adapters in the sampler's pipeline. If there are more than 8 prompts, 8 are taken evenly.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class AdapterPath:
         self.rewards: dict[float, list[float]] = {t: [] for t in self.places}
 
     def batches(self, batch_size: int, negative_prompt: str | None) -> Iterator[int]:
-        """Pictures done, batch by batch."""
+        """Yields the number of finished pictures after each batch."""
         from alignprop_fast.evaluation.evaluate import draw, score
         from alignprop_fast.models.lora.mix import set_lora_weights
         from alignprop_fast.report.pictures import to_images
@@ -46,7 +46,7 @@ class AdapterPath:
                 yield len(images_BCHW)
 
     def write(self, folder: Path, ends: Sequence[str], reward: str) -> None:
-        """path.png and, where there is a reward, path.csv."""
+        """Write path.png and, if there is a reward, path.csv."""
         from alignprop_fast.report.evaluation import PathRow, save_comparison, save_table
 
         rows = []

@@ -1,4 +1,4 @@
-"""The command line of a command, made of the options that it takes; and how YAML file and command line combine."""
+"""Makes a command's typer parameters from its options, and combines YAML file and command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T", bound=TrainOptions)
 def command_line(command: Command, defaults: T) -> Callable[[Callable[[typer.Context, T], None]], Callable[..., None]]:
     """Decorates a function of typer's context and one object of options: typer sees a parameter for each option.
 
-    defaults: their type is that of the object; options that the command does not take keep them.
+    defaults: an object of the same type. Options that the command does not take keep these values.
     """
     options, hints = taken(defaults, command), get_type_hints(type(defaults))
 
@@ -57,20 +57,20 @@ def command_line(command: Command, defaults: T) -> Callable[[Callable[[typer.Con
 
 
 def _parameter(field: Field[Any], option: Option, hint: Any, default: Any) -> inspect.Parameter:
-    """A parameter of a function as typer reads it."""
+    """The function parameter that typer reads."""
     kind = _kind(field.name, option, hint)
     more: dict[str, Any] = {"help": option.help, "show_default": option.shown or default not in (None, ())}
-    typer_option: Any = typer.Option  # its first argument may be a name or the default
+    typer_option: Any = typer.Option  # as Any, because its first argument may be a name or the default
     if option.argument:
         info, default = typer.Argument(metavar=option.argument, **more), inspect.Parameter.empty
     else:
-        names = (flag(field.name),) if default is False else ()  # of its own accord typer adds --no-...
+        names = (flag(field.name),) if default is False else ()  # otherwise typer adds --no-...
         bounds: dict[str, Any] = {"min": option.at_least, "max": option.at_most}
         bounds = {name: bound for name, bound in bounds.items() if isfinite(bound)}
         panel = option.panel and option.panel.value
         info = typer_option(*names, rich_help_panel=panel, case_sensitive=False, **bounds, **more)
         if default is None:
-            kind = Optional[kind]  # noqa: UP045  # of unions the first typer that we take knows this form alone
+            kind = Optional[kind]  # noqa: UP045  # our oldest typer knows no other union
         elif option.choices:
             default = kind(default)
         elif isinstance(default, tuple):
@@ -80,7 +80,7 @@ def _parameter(field: Field[Any], option: Option, hint: Any, default: Any) -> in
 
 
 def _kind(name: str, option: Option, hint: Any) -> Any:
-    """The type on the command line of what is not None: a choice is an Enum, a tuple a list, a size a text."""
+    """The type on the command line of values that are not None: a choice is an Enum, a tuple a list, a size a text."""
     if option.choices:
         return StrEnum(name, {text: text for text in option.choices})
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
@@ -90,14 +90,14 @@ def _kind(name: str, option: Option, hint: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """An option's value as its declaration has it, and YAML and JSON take it."""
+    """Converts typer's value of an option to the type in its declaration, which YAML and JSON support."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     return value.value if isinstance(value, Enum) else value
 
 
 def given(ctx: typer.Context) -> list[str]:
-    """Names of the options that stand on the command line."""
+    """Names of the options given on the command line."""
     return [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
 
 
@@ -105,12 +105,12 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
     """The trainer's config. `device`: "cpu" or a CUDA device.
 
     Raises:
-        ValueError: a value that cannot work, called by its name on the command line.
+        ValueError: a value cannot work. The message uses its name on the command line.
     """
     from alignprop_fast.training.config import AlignPropConfig, config_field
 
     names = {config_field(each.name, option): each.name for each, option in declared(TrainOptions)}
-    names.pop("")  # of those that the trainer does not know
+    names.pop("")  # the options that the trainer does not have
     try:
         return AlignPropConfig(
             exp_name="alignprop-fast",
@@ -147,10 +147,10 @@ class ConfigCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Options in a YAML file, as the texts (lists of them where repeated) that would stand on the command line."""
+        """Options in a YAML file, as the texts that the command line would hold (lists for repeatable options)."""
         content = dict(read_yaml(path))
         if "memory_budget" in content and content["memory_budget"] is None:
-            content["memory_budget"] = "none"  # as runs have it that began when that was the default
+            content["memory_budget"] = "none"  # null in runs from the time when it was the default
         options = values(TrainOptions(), Command.TRAIN)
         for key, value in content.items():
             if key not in options:

@@ -1,4 +1,4 @@
-"""The parts of a run, from its options: `train` runs them, `plan` counts them. On the meta device they have no data."""
+"""Makes the parts of a run from its options. `train` runs them; `plan` counts them, on the meta device without data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from alignprop_fast.rewards.normalise import NormalisedSum
 
 T = TypeVar("T", bound=TrainOptions)
-_WATCH_SEED = 1_000_000  # beyond the seeds of the sample pictures
+_WATCH_SEED = 1_000_000  # larger than the seeds of the sample pictures
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """What scores the pictures of a run.
+    """The rewards that score the pictures of a run.
 
-    reward: what is trained for. normalised: the same with its parts normalised, if asked for. watch: what is watched.
+    reward: the one to train on. normalised: the same with its parts normalised, if asked for. watch: the watched one.
     """
 
     reward: WeightedSum
@@ -34,12 +34,12 @@ class Rewards:
 
     @property
     def trained(self) -> WeightedSum:
-        """What the gradient comes from."""
+        """The reward that gives the gradient."""
         return self.normalised or self.reward
 
 
 def resolved(options: T, precision: str) -> T:
-    """The options with what `auto` and None stand for, as far as the trainer's config needs it."""
+    """The options with `auto` and None replaced by what they stand for, as far as the trainer's config needs it."""
     alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
     return replace(options, mixed_precision=precision, lora_alpha=alpha)
 
@@ -48,7 +48,7 @@ def open_rewards(options: TrainOptions, device: str) -> Rewards:
     """The rewards on the device. On the meta device no published weights are needed.
 
     Raises:
-        ValueError, OSError: an unknown reward, weights that cannot be loaded, or nothing to watch.
+        ValueError, OSError: the reward is unknown, weights cannot be loaded, or there is nothing to watch.
     """
     from alignprop_fast.rewards.normalise import NormalisedSum
 
@@ -58,10 +58,10 @@ def open_rewards(options: TrainOptions, device: str) -> Rewards:
 
 
 def open_model(options: TrainOptions, device: str) -> DefaultDDPOStableDiffusionPipeline:
-    """The pipeline with its weights, on the CPU, or its outline on the meta device.
+    """The pipeline with its weights on the CPU, or without data on the meta device.
 
     Raises:
-        ValueError, OSError: a model that cannot be loaded.
+        ValueError, OSError: the model cannot be loaded.
     """
     import torch
 
@@ -72,29 +72,29 @@ def open_model(options: TrainOptions, device: str) -> DefaultDDPOStableDiffusion
         scheduler=options.scheduler,
         model_config=options.model_config,
         allow_pickle=options.allow_pickle,
-        # Beside fp16 a VAE may have to stay in fp32, which only loading in fp32 keeps.
+        # With fp16 a VAE may have to stay in fp32, so it must be loaded in fp32.
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
         outline=device == "meta",
     )
 
 
 def make_stopping(options: TrainOptions) -> EarlyStopping | None:
-    """None without --patience. Raises ValueError for values that cannot work."""
+    """Early stopping, or None without --patience. Raises ValueError if its values cannot work."""
     from alignprop_fast.evaluation.early_stopping import EarlyStopping
 
     return None if options.patience is None else EarlyStopping(options.patience, options.max_drop)
 
 
 def tell_sampler(sampler: DifferentiableSampler, rewards: Rewards, first: PromptRow) -> None:
-    """What a plan counts beside the model and the trained reward: the weights of what is watched. first: of the rows of
-    the prompts, which the reward gets where it is measured."""
+    """Make the sampler's plans count the watched reward's weights. first: the prompts' first row, to measure the reward
+    with."""
     if rewards.watch is not None:
         sampler.reward_bytes += rewards.watch.weight_bytes(rewards.reward)
     sampler.example = (first.prompt, dict(first.metadata))
 
 
 def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | None:
-    """What is watched under these options; `trained`: the reward of the training."""
+    """The watched reward under these options. trained: the reward of the training."""
     if options.watch_reward is None and options.watch_prompts is None:
         for name in ("patience", "watch_reward_model", "diversity_model"):
             if getattr(options, name):
@@ -131,8 +131,8 @@ def _reward(spec: str, models: Sequence[str], options: TrainOptions, device: str
 
 
 def _outline(spec: str, *, model: list[str], **how: Any) -> WeightedSum:
-    """The networks of `get_reward` on the meta device: published ones need no weights, and `clip` is the bundled one
-    where no other is given."""
+    """`get_reward` on the meta device. Published rewards need no weights; `clip` is the bundled one if no other is
+    given."""
     from alignprop_fast.demo import clip_path
     from alignprop_fast.rewards.architectures import architecture_reward
     from alignprop_fast.rewards.registry import parsed_spec

@@ -1,4 +1,4 @@
-"""What the commands that draw pictures share: the pipeline, progress by picture, what to do after a failure."""
+"""Shared by the commands that draw pictures: pipeline, sampler, reward, progress by picture."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.training.options import TrainOptions
 
-START_ANEW = "start again with another --output-dir"  # a folder with some of the pictures is of no use
+START_ANEW = "start again with another --output-dir"  # a folder with some of the pictures is useless
 
 
 def open_pipeline(options: TrainOptions, device: str, place: bool = True) -> Any:
     """The pipeline on the device, its weights in the options' precision ("auto": bf16 on a GPU, fp32 on the CPU).
 
-    place: whether it is to lie on the device already.
+    place: whether to move it to the device now.
 
     Raises:
-        ValueError, OSError: fp16 on the CPU, or a model that cannot be loaded.
+        ValueError, OSError: fp16 is asked for on the CPU, or the model cannot be loaded.
     """
     import torch
 
@@ -45,7 +45,7 @@ def open_pipeline(options: TrainOptions, device: str, place: bool = True) -> Any
 
 
 def open_sampler(options: TrainOptions, pipe: Any) -> DifferentiableSampler:
-    """Draws pictures with the pipeline as the options say.
+    """The sampler of the pipeline with these options.
 
     Raises:
         ValueError: as `DifferentiableSampler`.
@@ -64,10 +64,10 @@ def open_sampler(options: TrainOptions, pipe: Any) -> DifferentiableSampler:
 
 
 def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickle: bool) -> WeightedSum:
-    """The reward on the pipeline's device; bf16 where the pipeline is (fp16 has too small a range for scores).
+    """The reward on the pipeline's device, in bf16 if the pipeline is (the range of fp16 is too small for scores).
 
     Raises:
-        ValueError, OSError: an unknown reward, or weights that cannot be loaded.
+        ValueError, OSError: the reward is unknown, or weights cannot be loaded.
     """
     import torch
 
@@ -80,9 +80,9 @@ def open_reward(reward: str, pipe: Any, reward_model: Sequence[str], allow_pickl
 
 
 class PictureProgress:
-    """Pictures drawn and time left: a bar, or ten plain lines where there is no terminal.
+    """Shows drawn pictures and time left: a bar, or ten plain lines without a terminal.
 
-    The commands draw their first batch before they start this, to meet all errors before they write anything.
+    The commands draw their first batch before they start it, to meet all errors before they write anything.
     """
 
     def __init__(self, console: Console, total: int):

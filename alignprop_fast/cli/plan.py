@@ -16,13 +16,13 @@ from alignprop_fast.training.declaration import Command
 
 @command_line(Command.PLAN, PlanOptions(output_dir="alignprop-plan"))
 def plan(ctx: typer.Context, options: PlanOptions) -> None:
-    """Say what fits a memory budget, and how fast a training step will be: without weights, and on any GPU.
+    """Predict what fits a memory budget and how fast a training step is: without weights, for any GPU.
 
-    Takes the options of train. The budget holds for the worst case of --truncation, however many steps carry gradient;
-    the time is given for the mean as well. Writes plan.png, memory over the training step, to --output-dir. Exit code 2
-    and one line with the least budget where nothing fits.
+    Takes the options of train. The budget holds for the most steps with gradient that --truncation can open; the time
+    is also given for their mean number. Writes plan.png, memory over the training step, to --output-dir. If nothing
+    fits, prints one line with the least budget and ends with exit code 2.
 
-    Estimates count every operator on tensors without data, and time it by the GPU's data sheet.
+    An estimate counts every operator on tensors without data, and computes its time from the GPU's data sheet.
 
     **Examples**
 

@@ -1,4 +1,4 @@
-"""The options of `plan`: those of `train` that change a plan, and the GPU, the table and the files that are its own."""
+"""The options of `plan`: those of `train` that change a plan, and its own for the GPU, the table and files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from alignprop_fast.training.trainer_options import TrainerOptions
 
 @dataclass
 class PlanOptions(TrainOptions):
-    """A run that is planned: what of a run changes its plan, and what of a GPU."""
+    """A run to plan: the options that change its plan, and the GPU."""
 
     model: str = like(
         InputOptions,
         "model",
         help="sd15, sdxl, sd35-medium or flux-dev: the published architecture, no weights needed; a folder in the "
-        "diffusers format, of which the configuration files are enough; a Hub id (owner/name); or demo.",
+        "diffusers format, whose configuration files are enough; a Hub id (owner/name); or demo.",
     )
     resolution: int | None = option(
         None, "Height and width in pixels.", Panel.SAMPLING, commands=Command.PLAN, shown="the model's own", at_least=8
@@ -25,25 +25,25 @@ class PlanOptions(TrainOptions):
     memory_budget: int | str | None = like(
         TrainerOptions,
         "memory_budget",
-        help="What tensors may take on the device in all, weights included, such as 24GiB; auto: all of the GPU's "
-        "memory but what CUDA itself takes, with --measure what is free.",
+        help="Memory that tensors may take on the device, weights included, such as 24GiB. auto: all of the GPU's "
+        "memory except what CUDA takes; with --measure, what is free.",
     )
     gpu: str | None = option(
         None,
-        "GPU to plan for, which need not be here, such as 'RTX 4090' or 'A100 80GB'.",
+        "GPU to plan for, such as 'RTX 4090' or 'A100 80GB'; it need not be in this computer.",
         Panel.DEVICE,
         commands=Command.PLAN,
-        shown="the one that is here",
+        shown="the one in this computer",
     )
     measure: bool = option(
         False,
-        "Load the model with its weights and measure on the device that is here instead of estimating.",
+        "Load the model with its weights and measure on this computer's device instead of estimating.",
         Panel.ESTIMATE,
         commands=Command.PLAN,
     )
     table: str | None = option(
         None,
-        "Plan from a cost table that --save-table wrote, without the model.",
+        "Plan from a cost table written by --save-table, without the model.",
         Panel.ESTIMATE,
         commands=Command.PLAN,
     )

@@ -1,4 +1,4 @@
-"""What `plan` is asked: cost tables, from a model or from a file, and the budget of a device."""
+"""The input of `plan`: cost tables, from a model or from a file, and the budget of a device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.training.config import AlignPropConfig
 
-# What --table leaves to say; everything else is in the table.
+# The options that --table allows; the table determines all others.
 _BESIDE_TABLE = {
     *("num_inference_steps", "truncation", "memory_budget", "host_memory"),
     *("table", "save_table", "json", "output_dir"),
@@ -44,7 +44,7 @@ _BESIDE_TABLE = {
 
 @dataclass(frozen=True)
 class Question:
-    """tables: by batch size, that of `batch` among them; a second one gives the line to other sizes."""
+    """tables: by batch size, including `batch`; a second one allows a linear fit to other sizes."""
 
     tables: Mapping[int, CostTable]
     batch: int
@@ -56,23 +56,24 @@ class Question:
     facts: Mapping[str, Any]
 
     def predict(self) -> Prediction:
-        """The answer.
+        """The plan.
 
         Raises:
-            ValueError: nothing fits; names the least budget, what would lower it, and a batch size that fits.
+            ValueError: nothing fits. The message names the least budget, what would lower it, and a batch size that
+            fits.
         """
         try:
             table = self.tables[self.batch]
             prediction = predict(table, self.num_steps, self.truncation, self.batch, self.budget_bytes)
         except BudgetInfeasible as error:
             if largest := self._largest():
-                raise ValueError(f"{error}; batch size {largest} fits as it is") from error
+                raise ValueError(f"{error}; batch size {largest} fits without other changes") from error
             raise
         largest = self._largest()
         return replace(prediction, largest=None if largest is None else max(largest, self.batch))
 
     def _largest(self) -> int | None:
-        """The largest batch size in the worst case, 0 if there is none; None where one table draws no line."""
+        """The largest batch size that fits in the worst case, 0 if none; None if a single table allows no fit."""
         from alignprop_fast.sampling import gate_count
 
         if len(self.tables) < 2:
@@ -89,14 +90,14 @@ class Question:
 
 
 def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Question:
-    """The question about a saved table. given: names of the options that stand on the command line.
+    """The question about a saved table. given: names of the options on the command line.
 
     Raises:
-        ValueError: a bad table or budget, or an option that the table decides.
+        ValueError: the table or the budget is bad, or an option is given that the table determines.
     """
     if idle := [name for name in given if name not in _BESIDE_TABLE]:
         raise ValueError(
-            f"--{idle[0].replace('_', '-')} is settled by --table: leave it out, or estimate without --table"
+            f"--{idle[0].replace('_', '-')} is determined by --table: leave it out, or estimate without --table"
         )
     config = make_config(resolved(options, "no"), "cpu", "")
     wanted_bytes = _wanted_bytes(config)
@@ -111,7 +112,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
         if "unknown GPU" not in str(error):
             raise
         if wanted_bytes is None:
-            raise ValueError(f"how much memory {device} has is not known: give --memory-budget") from error
+            raise ValueError(f"the memory of {device} is not known: give --memory-budget") from error
         budget_bytes, note = wanted_bytes, ""
     batch = int(origin.get("batch", 1))
     facts = {
@@ -134,7 +135,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
 
 
 def from_model(console: Console, options: PlanOptions) -> Question:
-    """The question about a model, whose tables are estimated or measured now.
+    """The question about a model; its tables are estimated or measured now.
 
     Raises:
         ValueError, OSError: bad input, one line each.
@@ -150,7 +151,7 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     name, budget_bytes, note = place.budget(wanted_bytes)
     sampler = _sampler(chosen, config, place.device)
     tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
-    if place.device.startswith("cuda"):  # what is free there is known once everything has been measured
+    if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
         held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
         budget_bytes = budget_bytes if held_bytes is None else held_bytes
     height, width = sampler.size
@@ -173,9 +174,9 @@ def from_model(console: Console, options: PlanOptions) -> Question:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a training step is measured, or for which GPU it is estimated. device: a torch device, "meta" to estimate.
+    """Where a training step is measured, or for which GPU it is estimated. device: a torch device; "meta" estimates.
 
-    precision: what --mixed-precision auto stands for there.
+    precision: the meaning of --mixed-precision auto there.
     """
 
     device: str
@@ -186,7 +187,7 @@ class _Place:
         return "no" if self.device == "cpu" else "bf16"
 
     def budget(self, wanted_bytes: int | None) -> tuple[str, int, str]:
-        """Name of the device, the memory budget on it, and a note where that is less than was wanted."""
+        """Name of the device, the memory budget on it, and a note if it is smaller than the one asked for."""
         if self.gpu is None:
             return budget_here(wanted_bytes, self.device)
         return self.gpu.name, *budget_on(self.gpu.name, self.gpu.memory_bytes, wanted_bytes)
@@ -196,7 +197,7 @@ def _place(options: PlanOptions) -> _Place:
     if not options.measure:
         return _Place("meta", _gpu(options.gpu))
     if options.gpu is not None:
-        raise ValueError("--measure measures the device that is here: leave out --gpu, or --measure")
+        raise ValueError("--measure uses this computer's device: leave out --gpu, or --measure")
     device = pick_device("auto")
     if options.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")
@@ -208,14 +209,14 @@ def _sized(options: PlanOptions) -> PlanOptions:
     if options.resolution is None:
         return options
     if options.height or options.width:
-        raise ValueError("--resolution stands for --height and --width: give the one or the others")
+        raise ValueError("--resolution sets --height and --width: give it or them, not both")
     return replace(options, height=options.resolution, width=options.resolution)
 
 
 def _wanted_bytes(config: AlignPropConfig) -> int | None:
     """--memory-budget; None: auto."""
     if config.memory_budget is None:
-        raise ValueError("--memory-budget none is the leanest way, of which there is no plan: give a size, or auto")
+        raise ValueError("--memory-budget none makes no plan: give a size, or auto")
     return None if config.memory_budget == AUTO else int(config.memory_budget)
 
 
@@ -226,18 +227,18 @@ def _gpu(name: str | None) -> Gpu:
         return find_gpu(name)
     known = ", ".join(gpu.name for gpu in GPUS)
     if not torch.cuda.is_available():
-        raise ValueError(f"there is no GPU here to plan for: name one by --gpu; known are {known}")
+        raise ValueError(f"this computer has no GPU to plan for: name one by --gpu; known are {known}")
     here = torch.cuda.get_device_name()
     try:
         return find_gpu(here)
     except ValueError as error:
         raise ValueError(
-            f"there is no data sheet of the GPU that is here, {here}: use --measure, or --gpu with one of {known}"
+            f"there is no data sheet of this computer's GPU, {here}: use --measure, or --gpu with one of {known}"
         ) from error
 
 
 def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
-    """The sampler that training makes of these options."""
+    """The sampler that training makes from these options."""
     import torch
 
     from alignprop_fast.models.architectures import NAMES
@@ -249,7 +250,7 @@ def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> Dif
     rewards = open_rewards(options, device)
     if device == "meta":
         _try_without_data(options.reward, rewards.trained, row)
-    if not device.startswith("cuda"):  # the budget is not what is free here
+    if not device.startswith("cuda"):  # the budget is not this computer's free memory
         config = replace(config, memory_budget=None)
     pipeline = open_model(options, device)
     prepare_model(pipeline, torch.device(device), config)
@@ -259,7 +260,7 @@ def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> Dif
 
 
 def _try_without_data(name: str, reward: WeightedSum, row: PromptRow) -> None:
-    """Raises ValueError: a reward that needs data."""
+    """Raises ValueError if the reward needs data."""
     import torch
 
     images_BCHW = torch.zeros(1, 3, 256, 256, device="meta", requires_grad=True)
@@ -269,20 +270,20 @@ def _try_without_data(name: str, reward: WeightedSum, row: PromptRow) -> None:
     except Exception as error:  # the user's own code may raise anything
         raise ValueError(
             f"the reward {name!r} does not run without data ({str(error).partition(chr(10))[0]}): "
-            "use --measure, or plan with a reward of this package that is as large"
+            "use --measure, or plan with a reward of this package of the same size"
         ) from error
 
 
 def _tables(
     console: Console, sampler: DifferentiableSampler, batch: int, negative_prompt: str | None, gpu: Gpu | None
 ) -> dict[int, CostTable]:
-    """The tables of two batch sizes, or of `batch` alone where the device lacks the memory for the other one."""
+    """The tables of two batch sizes, or only of `batch` if the device lacks the memory for the other one."""
     from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 
     how = "measuring" if gpu is None else "counting the operators of"
     tables: dict[int, CostTable] = {}
     for size in (batch, 2 if batch == 1 else 1):
-        with console.status(f"{how} a training step at batch size {size}; a large model takes a minute, once"):
+        with console.status(f"{how} a training step at batch size {size}; a large model takes a minute the first time"):
             table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, negative_prompt))
         if not isinstance(table, OutOfMemory):
             tables[size] = table

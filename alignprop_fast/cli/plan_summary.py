@@ -1,4 +1,4 @@
-"""A plan on the screen and as JSON: does it fit, where the memory goes, how long a step takes."""
+"""A plan on the screen and as JSON: whether it fits, where the memory goes, how long a step takes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from alignprop_fast.planner import MOST_BATCH, CostTable, Moment, Plan, by_group
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a table says about a training step.
+    """A table's predictions for a training step.
 
-    worst: the plan with as many gradient steps as the truncation rule may open. expected: with the mean number of them,
-        rounded; the same plan where the number is fixed.
-    largest: the largest batch size whose worst case keeps the budget; None where nothing tells.
+    worst: the plan with the most gradient steps that the truncation rule may open. expected: the plan with their mean
+        number, rounded; the same plan if the number is fixed.
+    largest: the largest batch size whose worst case keeps the budget; None if unknown.
     """
 
     table: CostTable
@@ -50,7 +50,7 @@ def predict(table: CostTable, num_steps: int, truncation: str, batch: int, budge
 
 
 def print_prediction(console: Console, prediction: Prediction) -> None:
-    """Tables: both plans, the peak by phase and by kind of memory, the options in words."""
+    """Print tables: both plans, the peak by phase and by kind of memory, the options in words."""
     worst, budget = prediction.worst, prediction.worst.budget_bytes
     phase = max(worst.phases, key=lambda name: worst.phases[name])
     of_budget = "" if budget is None else f" of {format_bytes(budget)}"
@@ -64,7 +64,7 @@ def print_prediction(console: Console, prediction: Prediction) -> None:
 
 
 def write_json(path: Path, prediction: Prediction, facts: Mapping[str, Any]) -> None:
-    """The worst case's plan and the expected one's numbers, after the given facts."""
+    """The given facts, then the worst case's plan and the numbers of the expected one."""
     from alignprop_fast.files import write_whole
 
     worst, expected = prediction.worst, prediction.expected
@@ -117,8 +117,8 @@ def _plans(prediction: Prediction) -> Table:
         ),
         "  resident": lambda plan: _counted(plan.resident_steps),
         "  replayed": lambda plan: _counted(plan.replayed_steps),
-        "seconds a training step": lambda plan: f"{plan.seconds:.3g}",
-        "images an hour": lambda plan: f"{_images_per_hour(plan, prediction.batch) or 0:.0f}",
+        "seconds per training step": lambda plan: f"{plan.seconds:.3g}",
+        "images per hour": lambda plan: f"{_images_per_hour(plan, prediction.batch) or 0:.0f}",
         "peak": lambda plan: format_bytes(plan.peak_bytes),
         "in host memory": lambda plan: format_bytes(plan.host_bytes) if plan.host_bytes else "nothing",
     }
@@ -132,7 +132,7 @@ def _counted(steps: tuple[int, ...]) -> str:
 
 
 def _peaks(prediction: Prediction) -> Table:
-    """The worst moment of each phase, by kind of memory."""
+    """A table of the worst moment of each phase, by kind of memory."""
     moments: dict[str, Moment] = {}
     for moment in simulate(prediction.table, prediction.worst):
         if moment.phase not in moments or moment.bytes > moments[moment.phase].bytes:

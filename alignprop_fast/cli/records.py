@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: a line per step, the sample pictures with what is watched, the curves."""
+"""The files that a run writes as it goes: a line per step, the sample pictures with watched scores, the curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Records:
     """metrics.jsonl, samples/ and reward.png in the folder of a run; nothing is written before `begin`.
 
-    title: what the run is trained for, as the grids of pictures say.
+    title: the reward of the run, for the titles of the picture grids.
     """
 
     def __init__(self, folder: Path, title: str):
@@ -31,7 +31,7 @@ class Records:
         )
 
     def begin(self, step: int) -> None:
-        """Drop what lies after `step`: a resumed run writes it anew."""
+        """Drop entries after `step`, because a resumed run writes them again."""
         (self.folder / "samples").mkdir(exist_ok=True)
         self.metrics.keep_until(step)
         self.samples.keep_until(step if step else -1)
@@ -40,7 +40,7 @@ class Records:
         self.metrics.append(metrics.to_dict())
 
     def add_samples(self, step: int, pictures: Pictures, watched: Watched | None, accelerator: Any) -> None:
-        """The pictures one by one and as a grid, their line in samples.jsonl, the curves; the same to the trackers."""
+        """Write the pictures singly and as a grid, their line in samples.jsonl and the curves; also to the trackers."""
         folder = self.folder / "samples" / f"step_{step:04d}"
         folder.mkdir(exist_ok=True)
         for i, image in enumerate(pictures.images):
@@ -57,10 +57,10 @@ class Records:
             log_picture(accelerator.trackers, "samples", picture.convert("RGB"), step)
 
     def first_pictures(self) -> Pictures:
-        """The pictures of step 0 of the run that is resumed.
+        """The pictures of step 0 of the resumed run.
 
         Raises:
-            ValueError: they are not there.
+            ValueError: they are missing.
         """
         try:
             record = next(record for record in self.samples.read() if record["step"] == 0)
@@ -71,7 +71,7 @@ class Records:
             return Pictures(images, texts, seeds, rewards, record["reward_parts"])
         except (StopIteration, KeyError, OSError) as error:
             raise ValueError(
-                f"{self.folder / 'samples'} has lost the pictures of step 0: copy the folder anew, or start a new run"
+                f"{self.folder / 'samples'} lacks the pictures of step 0: copy the folder again, or start a new run"
             ) from error
 
     def plot(self) -> None:

@@ -1,4 +1,4 @@
-"""What a finished run leaves to take away: the adapters in both namings with metadata, and a model card."""
+"""The results of a run: the adapters with metadata under diffusers' and kohya's names, and a model card."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from alignprop_fast.report.pictures import Pictures
 from alignprop_fast.training.declaration import Command, values
 from alignprop_fast.training.options import TrainOptions
 
-AVERAGED = "ema"  # the folder of the averaged adapters, in that of the run
+AVERAGED = "ema"  # folder of the averaged adapters, inside the run's folder
 _NOT_FOR_OTHERS = ("output_dir", "device", "save_every", "sample_every", "log_with")
 
 
 def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequence[str], steps: int) -> None:
-    """The adapters after `steps` optimizer steps, under diffusers' names and under kohya's."""
+    """Write the adapters after `steps` optimizer steps, under diffusers' names and under kohya's."""
     from alignprop_fast.models.lora.kohya_file import kohya_metadata, save_kohya_lora
     from alignprop_fast.models.lora.load_save import save_lora
     from alignprop_fast.training.state import versions
@@ -42,7 +42,7 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
 
 
 def check_adapters(pipe: Any) -> None:
-    """Raises ValueError for adapters that `write_adapters` could not write: before the run and not after it."""
+    """Raises ValueError if `write_adapters` could not write the adapters, before the run and not after it."""
     from alignprop_fast.models.lora.adapters import adapter_factors, the_adapter
     from alignprop_fast.models.lora.kohya_file import to_kohya
 
@@ -58,7 +58,7 @@ def write_card(
     after: Pictures,
     averaged: bool,
 ) -> None:
-    """README.md in the form the Hub reads. averaged: the later pictures are of the adapters in `AVERAGED`."""
+    """Write README.md in the Hub's format. averaged: the later pictures were drawn with the adapters in `AVERAGED`."""
     from alignprop_fast.models.lora.kohya_file import KOHYA_NAME
     from alignprop_fast.report.model_card import Result, write_model_card
 
@@ -90,7 +90,7 @@ def write_card(
 
 
 def shareable(value: Any) -> Any:
-    """Names in place of paths, which say something on one machine only; all else as it is."""
+    """Replaces paths by names, because paths mean something on one machine only; other texts stay."""
     if isinstance(value, list | tuple):
         return ", ".join(str(shareable(entry)) for entry in value)
     if isinstance(value, str) and "/" in value:

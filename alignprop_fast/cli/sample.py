@@ -24,10 +24,10 @@ class SampleOptions(PictureOptions):
     """Options of `sample`."""
 
     lora: str | None = option(
-        None, "Output folder of train: draw with its adapters.", Panel.MODEL, commands=Command.SAMPLE, shown="none"
+        None, "Output folder of train whose adapters to draw with.", Panel.MODEL, commands=Command.SAMPLE, shown="none"
     )
     prompt: tuple[str, ...] = option(
-        (), "A prompt; may be given several times, in place of --prompts.", Panel.PROMPTS, commands=Command.SAMPLE
+        (), "A prompt, instead of --prompts; may be given several times.", Panel.PROMPTS, commands=Command.SAMPLE
     )
 
 
@@ -35,7 +35,7 @@ class SampleOptions(PictureOptions):
 def sample(ctx: typer.Context, options: SampleOptions) -> None:
     """Draw pictures, with or without trained adapters.
 
-    Writes one PNG per picture, named by number, prompt and seed, and grid.png with all of them, to --output-dir.
+    Writes one PNG per picture, named by number, prompt and seed, and grid.png with all pictures, to --output-dir.
 
     **Examples**
 
@@ -59,7 +59,7 @@ def sample(ctx: typer.Context, options: SampleOptions) -> None:
             load_lora(pipe, Path(options.lora).expanduser())
         sampler = open_sampler(options, pipe)
         sampler.say_what_is_cut(texts, options.negative_prompt)
-        # The first batch is drawn before the folder is made: what can go wrong has gone wrong by then.
+        # The first batch is drawn before the folder is made, to meet all errors by then.
         seeds = range(options.seed, options.seed + len(texts))
         batches = draw(sampler, texts, seeds, options.batch_size, options.negative_prompt)
         first = next(batches)

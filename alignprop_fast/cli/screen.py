@@ -1,4 +1,4 @@
-"""What the commands show: text as it is, whatever the terminal, and the progress of a run."""
+"""Output of the commands: plain text on any terminal, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Output(io.TextIOBase):
-    """stdout. What it takes no more (a closed pipe or terminal, a full disk) is dropped: the work goes on unseen."""
+    """stdout that drops text it cannot write (a closed pipe or terminal, a full disk), so that the work goes on."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -48,32 +48,32 @@ class _Output(io.TextIOBase):
 
 
 def make_console() -> Console:
-    """What the commands print on; of several processes only the main one is heard.
+    """The console of the commands. Of several processes only the main one prints.
 
-    Names, prompts and paths appear as they are: nothing in a text is markup. Style is given by `Text` and `style=`.
+    Names, prompts and paths appear unchanged, because texts hold no markup. Style is given by `Text` and `style=`.
     """
     output = cast(IO[str], _Output(sys.stdout))
     return Console(file=output, highlight=False, markup=False, emoji=False, quiet=process_index() > 0)
 
 
 def lenient_output() -> None:
-    """Let characters that a terminal's or a pipe's encoding does not have be replaced instead of raising."""
+    """Replace characters that the encoding of a terminal or pipe lacks, instead of raising."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+        if getattr(sys, name) is None:  # the parent process closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # stays open until the process ends
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def drop_output(stream: TextIO) -> None:
-    """Let what waits to be written to a stream, and what will be, go nowhere."""
+    """Discard a stream's waiting and later output."""
     with suppress(OSError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Display:
-    """Progress of a run: a bar with reward, speed, memory and time left; plain lines where there is no terminal."""
+    """Progress of a run: a bar with reward, speed, memory and time left, or plain lines without a terminal."""
 
     def __init__(self, console: Console, done: int, steps: int):
         self._console, self._done, self._steps = console, done, steps

@@ -1,14 +1,15 @@
-"""One training run that is set up, behind `train` and `demo`: loop, and what it leaves in its folder.
+"""A training run after its set-up, for `train` and `demo`: the loop, and the files in its folder.
 
-config.yaml, versions.json      all options as resolved; versions of what computed
+config.yaml, versions.json      all options as resolved; versions of the libraries
 metrics.jsonl                   one line per optimizer step
 samples/step_<n>.png, step_<n>/ the same prompts and seeds before, during and after; samples.jsonl: their rewards,
-                                and what was watched
+                                and the watched scores
 checkpoints/                    to resume from
 reward.png, before_after.png, README.md (a model card)
-plan.png                        memory over a training step, where a memory budget is given
+plan.png                        memory over a training step, if there is a memory budget
 pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
-ema/                            their moving average, likewise, with --ema-decay; early stopping keeps it as the result
+ema/                            the same for their moving average, with --ema-decay; early stopping keeps it as the
+result
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ SAMPLE_PICTURES = 8
 
 
 class Session:
-    """A run that `set_up` has made ready. Nothing is written before `run`.
+    """A run made by `set_up`. Nothing is written before `run`.
 
     Of several processes (`accelerate launch`) all train, and only the main one prints, writes and draws sample
     pictures.
 
     Attributes:
         prediction: the plan of a training step; None without a memory budget.
-        peak_bytes: of the training steps, measured.
-        before, after: the sample pictures, at step 0 and the newest ones.
+        peak_bytes: measured over the training steps.
+        before, after: the sample pictures of step 0 and the newest ones.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Session:
         trainer.image_samples_callback = self._after_step
 
     def draw_first(self) -> None:
-        """Draw the sample pictures of step 0, or read those of a run that is resumed, and look at what is watched."""
+        """Draw the sample pictures of step 0, or read them if the run is resumed, and score the watched pictures."""
         if not self.is_main:
             return
         is_new = self.trainer.steps_done == 0
@@ -93,7 +94,8 @@ class Session:
         """Train to the end and write the results.
 
         Raises:
-            typer.Exit: a signal (128 and its number, with a checkpoint), or no finite loss in many steps in a row (1).
+            typer.Exit: after a signal (128 + its number, with a checkpoint), or after many steps in a row without a
+                finite loss (1).
         """
         trainer, steps = self.trainer, self.options.steps
         with Interrupt(self.console) as interrupt:
@@ -106,7 +108,7 @@ class Session:
             self._finish()
 
     def _train(self, interrupt: Interrupt) -> tuple[bool, int]:
-        """Step until the end, early stopping or a signal; returns whether stopping has come, and the signal or 0."""
+        """Step until the end, early stopping or a signal. Returns whether it stopped early, and the signal or 0."""
         from alignprop_fast.training.processes import largest
 
         trainer, stopped, number = self.trainer, self._stopped(), 0
@@ -116,7 +118,7 @@ class Session:
                     display.update(metrics)
                     stopped = self._stopped()
                     self.peak_bytes = max(self.peak_bytes, metrics.peak_bytes)
-                    # All or none: one that left alone would be waited for.
+                    # All processes stop or none, because the others would wait for one that left.
                     number = largest(interrupt.number)
                     if number or stopped:
                         break
@@ -130,8 +132,8 @@ class Session:
     def draw(self, rows: Sequence[PromptRow], first_seed: int | None = None) -> Pictures:
         """Pictures of the rows' prompts under the present adapters, their rewards; picture i has seed first_seed + i.
 
-        With `ema_decay` the adapters are the averaged ones, here and where something is watched. Draws from generators
-        of its own: training's random numbers are not touched.
+        With `ema_decay` the averaged adapters are used, here and for watching. Has its own generators, so training's
+        random numbers are not touched.
         """
         from alignprop_fast.evaluation.evaluate import draw, score
         from alignprop_fast.training.metrics import reward_parts
@@ -156,9 +158,9 @@ class Session:
         return spread(self.rows, SAMPLE_PICTURES, repeat=True)
 
     def _draw_again(self) -> Pictures:
-        """The sample pictures under the present adapters: prompts and seeds are those of step 0."""
+        """The sample pictures under the present adapters, with the prompts and seeds of step 0."""
         rows = self._sample_rows()
-        if tuple(row.prompt for row in rows) != self.before.prompts:  # the file has changed since the run began
+        if tuple(row.prompt for row in rows) != self.before.prompts:  # the prompt file has changed since the run began
             known = {row.prompt: row for row in self.rows}
             rows = [known.get(prompt, PromptRow(prompt)) for prompt in self.before.prompts]
         return self.draw(rows, self.before.seeds[0])
@@ -168,7 +170,7 @@ class Session:
             return
         step = self.trainer.steps_done
         self._taken.begin()
-        # First, since a used folder without it could neither be resumed nor begun anew, should the process die here.
+        # First, because without it a run whose process dies here could neither be resumed nor started again.
         _write_text(self.folder / "config.yaml", yaml.safe_dump(values(self.options, Command.TRAIN), sort_keys=False))
         _write_text(self.folder / "versions.json", json.dumps(self._versions(), indent=1) + "\n")
         if self.prediction is not None:
@@ -199,19 +201,19 @@ class Session:
             self.records.add_samples(metrics.step, self.after, self._look(), self.trainer.accelerator)
 
     def _look(self) -> Watched | None:
-        """What is watched, under the present adapters."""
+        """Score the watched pictures under the present adapters."""
         if self.watch is None:
             return None
         step = self.trainer.steps_done
         with self.trainer.averaged_weights():
             watched = self.watch.look(self.trainer.sampler)
-            # The look at the end of a run must not count: a run that is resumed to more steps would have one more.
+            # The last watching of a run must not count, or a run resumed to more steps would have one more.
             if self.stopping is not None and step % self.options.sample_every == 0:
                 self.stopping.update(step, watched.reward, self.trainer.trainable_layers)
         return watched
 
     def _stopped(self) -> bool:
-        """Whether early stopping has stopped the run; the main process decides, and all must ask."""
+        """Whether early stopping has stopped the run. The main process decides, and every process must call this."""
         from alignprop_fast.training.processes import any_process
 
         return any_process(self.is_main and self.stopping is not None and self.stopping.stop)
@@ -234,13 +236,13 @@ class Session:
     def _write_results(self, steps: int) -> None:
         pipe = self.trainer.sd_pipeline.sd_pipeline
         write_adapters(pipe, self.folder, self.options, self.prompts, steps)
-        # What early stopping has kept is the average already.
+        # Early stopping has already kept the average.
         averaged = self.options.ema_decay > 0 and self.stopping is None
         if averaged:
             with self.trainer.averaged_weights():
                 write_adapters(pipe, self.folder / AVERAGED, self.options, self.prompts, steps)
         self.records.plot()
-        if self.after is self.before or steps < self.trainer.steps_done:  # resumed at the end, or gone back
+        if self.after is self.before or steps < self.trainer.steps_done:  # resumed at its end, or adapters went back
             self.after = self._draw_again()
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
@@ -252,7 +254,7 @@ class Session:
         if stopping is None:
             return done
         stopping.restore(self.trainer.trainable_layers)
-        self.trainer.update.restart_average()  # what was kept is the average, which pictures are still to be drawn with
+        self.trainer.update.restart_average()  # the average is now the kept adapters, for pictures
         why = "stopped" if stopping.stop else "done"
         self.console.print(f"{why} after step {done}: the adapters of step {stopping.kept_step} are kept")
         return stopping.kept_step

@@ -1,4 +1,4 @@
-"""Sets up a run: reads and checks all that the user gave, and draws the first pictures, before anything is written."""
+"""Sets up a run: reads and checks all input, and draws the first pictures, before anything is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from alignprop_fast.training.config import AlignPropConfig
     from alignprop_fast.training.trainer import AlignPropTrainer
 
-MOST_AHEAD = 1000  # prompts that are encoded at the start; further ones are encoded when they are drawn
+MOST_AHEAD = 1000  # prompts that are encoded at the start; further ones are encoded when needed
 _OURS = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "pytorch_lora_weights.safetensors", "reward.png")
 
 
@@ -50,7 +50,7 @@ class Start:
         return not self.resume and self.resume_from is None
 
     def checkpoint(self, folder: Path) -> str:
-        """What the trainer resumes from. A run that was killed before its first checkpoint begins anew: ""."""
+        """The trainer's `resume_from`; "" if the run was killed before its first checkpoint and so starts again."""
         from alignprop_fast.training.checkpoint import checkpoints
 
         if self.resume_from is not None:
@@ -60,7 +60,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Input:
-    """What the user gave, read and checked. options: with paths in full and all that `auto` stands for."""
+    """The user's input, read and checked. options: with full paths, and `auto` replaced by what it stands for."""
 
     options: TrainOptions
     config: AlignPropConfig
@@ -68,7 +68,7 @@ class Input:
 
 
 def set_up(options: TrainOptions, console: Console, taken: OutputFolder, start: Start | None = None) -> Session:
-    """A run whose first pictures are drawn. Of several processes (`accelerate launch`) each sets it up.
+    """A run whose first pictures are drawn. If there are several processes (`accelerate launch`), each sets it up.
 
     Raises:
         ValueError, OSError: bad input, one line each.
@@ -79,7 +79,7 @@ def set_up(options: TrainOptions, console: Console, taken: OutputFolder, start: 
 
 
 def open_session(options: TrainOptions, console: Console, taken: OutputFolder, start: Start) -> Session:
-    """The run before its first pictures."""
+    """The run before its first pictures are drawn."""
     device, precision = _choose_device(options, console)
     given = _read_input(options, device, precision, console, taken, start)
     options, rows = given.options, given.rows
@@ -105,16 +105,16 @@ def _choose_device(options: TrainOptions, console: Console) -> tuple[str, str]:
     launcher = read_launcher()
     wanted, of_device = launcher.choose_device(options.device)
     if options.deterministic and wanted != "cpu" and torch.cuda.is_available():
-        make_deterministic()  # before a device is made the current one, which starts CUDA
+        make_deterministic()  # before CUDA starts, which happens when a device is made the current one
     device = pick_device(wanted)
     default = "no" if device == "cpu" else "bf16"
     precision, of_precision = launcher.choose_precision(options.mixed_precision, default)
     for line in filter(None, (of_device, of_precision)):
         console.print(line, soft_wrap=True)
     processes = start_processes(cpu=device == "cpu")
-    if processes.num_processes != process_count():  # each would be a run, in one folder
+    if processes.num_processes != process_count():  # each would be its own run, all in one folder
         raise ValueError(
-            f"the launcher speaks of {process_count()} processes, and accelerate sees {processes.num_processes}: "
+            f"the launcher started {process_count()} processes, but accelerate sees {processes.num_processes}: "
             "use accelerate launch or torchrun"
         )
     return device, precision
@@ -126,7 +126,7 @@ def _read_input(
     from alignprop_fast.training.processes import main_process_first
 
     folder = taken.path.resolve()
-    with main_process_first():  # an error of all processes is printed once
+    with main_process_first():  # an error that all processes have is printed once
         taken.check()
         if start.is_new:
             _check_unused(folder)
@@ -145,7 +145,7 @@ def _check_unused(folder: Path) -> None:
 
 
 def _with_whole_paths(options: TrainOptions, folder: Path) -> TrainOptions:
-    """So that the run can be resumed from another folder."""
+    """Make paths absolute, so that the run can be resumed from another folder."""
     return replace(
         options,
         output_dir=str(folder),
@@ -167,7 +167,7 @@ def _absolute_model(value: str) -> str:
 
 
 def _held_to_device(given: Input, device: str, console: Console) -> Input:
-    """With no larger a budget than the device has; prints a line where that is less than was asked for."""
+    """Reduces the budget to what the device has; prints a line if that is less than was asked for."""
     budget = given.config.memory_budget
     if not isinstance(budget, int):
         return given
@@ -180,9 +180,9 @@ def _held_to_device(given: Input, device: str, console: Console) -> Input:
 
 
 def _check_reward(options: TrainOptions, rewards: Rewards, first: PromptRow, pipe: Any, device: str) -> None:
-    """Score a grey batch, to refuse a reward without gradient before anything is written.
+    """Score a grey batch, so that a reward without gradient is refused before anything is written.
 
-    To be called before the trainer seeds or restores random numbers, of which a reward may draw some.
+    Call it before the trainer seeds or restores random numbers, because a reward may draw some.
     """
     import torch
 
@@ -218,7 +218,7 @@ def _draw_prompt(rows: Sequence[PromptRow]) -> tuple[str, dict[str, Any]]:
 
 
 def _read_prompts(trainer: AlignPropTrainer, options: TrainOptions, rows: list[PromptRow], rewards: Rewards) -> None:
-    """Say what the text encoders cut off, and encode what is known of the prompts."""
+    """Log what the text encoders cut off, and encode the known prompts."""
     prompts = [row.prompt for row in rows]
     watched = [] if rewards.watch is None else [task.prompt for task in rewards.watch.tasks]
     trainer.sampler.say_what_is_cut([*prompts, *watched], options.negative_prompt)
@@ -226,10 +226,10 @@ def _read_prompts(trainer: AlignPropTrainer, options: TrainOptions, rows: list[P
 
 
 def _predict(trainer: AlignPropTrainer, options: TrainOptions) -> Prediction | None:
-    """The plan of a training step, None without a budget: one that no plan can keep is refused before anything is
+    """The plan of a training step; None without a budget. A budget that is too small is refused before anything is
     written."""
     sampler = trainer.sampler
-    with trainer.autocast():  # as the training steps will
+    with trainer.autocast():  # as in training steps
         budget_bytes = sampler.settled_budget(options.batch_size, options.negative_prompt)
         if budget_bytes is None:
             return None

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: a run stops after the step at hand, everything else at once and in order."""
+"""Signals that ask a command to stop. A run stops after its current step; other commands stop at once and clean up."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rich.console import Console
 
 from alignprop_fast.cli.support import BY_SIGNAL
 
-# What asks a run to stop: Ctrl-C, a scheduler or `kill`, a terminal that is closed (not everywhere).
+# A run is asked to stop by Ctrl-C, by a scheduler or `kill`, or by a closed terminal (not on every system).
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does: by an exception, so that it leaves things in order.
+    """Let SIGTERM and SIGHUP end the block by an exception, as Ctrl-C does, so that it cleans up.
 
     Raises:
-        SystemExit: with the exit code, 128 and the signal's number.
+        SystemExit: with the exit code 128 + the signal's number.
     """
     before = _listen(_leave_at_once, [number for number in STOPPING if number != signal.SIGINT])
     try:
@@ -37,15 +37,16 @@ def _leave_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _listen(handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> dict[int, Any]:
-    """Handle these signals, but for those that this process was started to ignore, as by nohup; the handlers before."""
+    """Install the handler, except for signals ignored since the start (nohup); returns the former handlers."""
     heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     return {number: signal.signal(number, handler) for number in heard}
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM or a closed terminal ask once to stop after the step at hand: `number` is then the signal's.
+    """The first Ctrl-C, SIGTERM or closed terminal asks to stop after the current step: `number` is then the signal's.
 
-    Ctrl-C again stops at once, unless it comes within a second: launchers pass a signal on that all have had already.
+    A second Ctrl-C stops at once. Within the first second it is ignored, because launchers repeat a signal that every
+    process has already received.
     """
 
     def __init__(self, console: Console):
@@ -67,5 +68,5 @@ class Interrupt:
             return
         self.number, self._since = number, time.monotonic()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        text = f"{name}: stopping after this step, which is then saved; Ctrl-C (again) stops at once"
+        text = f"{name}: stopping after this step and saving it; Ctrl-C (again) stops at once"
         self._console.print(text, soft_wrap=True)

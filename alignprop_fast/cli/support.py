@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, exit codes, quiet libraries, devices, where files may go."""
+"""Shared by the commands: errors in one line, exit codes, quiet libraries, devices, checks of folders."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from rich.console import Console
 
 from alignprop_fast.training.launcher import COUNT, INDEX, first_number
 
-FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL and its number
+FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL + its number
 INTERRUPTED = BY_SIGNAL + signal.SIGINT
 ERROR_FILE = "alignprop-fast-error{}.txt"
 
 
 def process_count() -> int:
-    """Processes that `accelerate launch`, torchrun or mpirun started for this run.
+    """The number of processes that `accelerate launch`, torchrun or mpirun started for this run.
 
     Raises:
-        typer.BadParameter: the environment holds no number there; so `process_index`.
+        typer.BadParameter: the environment variable is not a number. The same holds for `process_index`.
     """
     return max(1, _place(COUNT, 1))
 
 
 def process_index() -> int:
-    """Of this process among those; 0: the main one, or the only one."""
+    """The index of this process among them; 0 is the main or only one."""
     return _place(INDEX, 0) if process_count() > 1 else 0
 
 
@@ -46,18 +46,18 @@ def _place(names: tuple[str, ...], default: int) -> int:
 
 
 def fail(message: str) -> None:
-    """One line on stderr. Of several processes each may fail in its own way."""
+    """Print one line on stderr. Each of several processes does, because each may fail in its own way."""
     who = ""
-    with suppress(typer.BadParameter):  # which is what has failed
+    with suppress(typer.BadParameter):  # raised again if it is the failure itself
         who = f"process {process_index()}: " if process_index() else ""
     line = " ".join(part.strip() for part in message.splitlines())
-    with suppress(OSError):  # nobody can be told
+    with suppress(OSError):  # stderr is gone
         print(f"alignprop-fast: {who}{line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def setup_errors() -> Iterator[None]:
-    """Turn what set-up raises for the user (ValueError, OSError) into one line and exit code 2; a lost process: 1."""
+    """Turn the set-up's errors for the user (ValueError, OSError) into one line and exit code 2; a lost process: 1."""
     try:
         yield
     except RuntimeError as error:
@@ -70,17 +70,17 @@ def setup_errors() -> Iterator[None]:
 
 @contextmanager
 def run_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn what the system, the device or another process does to a run that has begun into one line and exit code 1.
+    """Turn failures of the system, the device or another process during a run into one line and exit code 1.
 
-    The traceback goes into a file in the folder.
+    The traceback is written to a file in the folder.
     """
     try:
         yield
-    except typer.Exit:  # a RuntimeError
+    except typer.Exit:  # before RuntimeError, because it is one
         raise
     except OSError as error:
         what = f"{error.filename or folder}: {error.strerror}" if error.strerror else str(error)
-        fail(f"{what}; what was written before is whole: mend this, then {remedy}{_kept_traceback(folder, error)}")
+        fail(f"{what}; files written before are complete: fix this, then {remedy}{_kept_traceback(folder, error)}")
         raise typer.Exit(FAILED) from error
     except (RuntimeError, MemoryError) as error:
         _end_if_lost(error)
@@ -92,12 +92,12 @@ def run_errors(folder: Path, remedy: str) -> Iterator[None]:
 
 
 def go_on_by(folder: Path) -> str:
-    """The command that goes on with the run in a folder."""
-    return f"go on: alignprop-fast train --resume --output-dir {shlex.quote(str(folder))}"
+    """The command that continues the run in a folder."""
+    return f"continue: alignprop-fast train --resume --output-dir {shlex.quote(str(folder))}"
 
 
 def known_error(error: Exception) -> str:
-    """What to say of an error that a device raises for want of memory or of a deterministic algorithm; "": another."""
+    """The message for a device error: out of memory, or no deterministic algorithm; "" for other errors."""
     from alignprop_fast.ops.errors import is_out_of_memory
 
     text = str(error)
@@ -105,7 +105,7 @@ def known_error(error: Exception) -> str:
         return f"{text.partition(',')[0]}: leave --deterministic out, or use another reward"
     if not is_out_of_memory(error):
         return ""
-    # Torch's first sentences say how much of what; what to do is in it where a plan was known.
+    # Torch's first sentences say how much memory is lacking. If a plan was known, the text has the remedy already.
     first = text.partition("\n")[0].partition(" If reserved")[0].removesuffix(".")
     if "no leaner plan" in text:
         return first
@@ -121,7 +121,7 @@ def _end_if_lost(error: Exception) -> None:
 
 
 def _kept_traceback(folder: Path, error: Exception) -> str:
-    """Where the traceback has been written, in brackets; "" if it could not be."""
+    """Writes the traceback and returns its path in brackets; "" if it could not be written."""
     file = folder / ERROR_FILE.format(process_index() or "")
     try:
         file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
@@ -131,7 +131,7 @@ def _kept_traceback(folder: Path, error: Exception) -> str:
 
 
 def quiet_libraries(console: Console) -> None:
-    """Keep the libraries' progress bars and advice off the screen, and show this package's own warnings on it."""
+    """Hide the libraries' progress bars and advice, and show this package's own warnings."""
     import diffusers.utils.logging
     import huggingface_hub.utils
     import transformers.utils.logging
@@ -141,7 +141,7 @@ def quiet_libraries(console: Console) -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of CPU kernels that it could not download
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports CPU kernels that it could not download
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(logging.NullHandler())
     logging.getLogger("py.warnings").propagate = False
@@ -154,7 +154,7 @@ def pick_device(name: str) -> str:
     """ "cpu", "cuda" or "cuda:N" from an option that may also be "auto"; makes a CUDA device the current one.
 
     Raises:
-        ValueError: a device that is not there, or that training does not know.
+        ValueError: the device does not exist, or training does not support it.
     """
     import torch
 
@@ -164,23 +164,23 @@ def pick_device(name: str) -> str:
     if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
     if index and process_count() > 1:
-        raise ValueError(f"--device {name} is one GPU, and each process has its own: leave --device out")
+        raise ValueError(f"--device {name} names one GPU, but each process has its own: leave --device out")
     if kind == "cuda":
         if int(index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"there is no device {name}, torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
+                f"there is no device {name}; torch sees {torch.cuda.device_count()} GPUs: use --device cpu"
             )
         torch.cuda.set_device(int(index or 0))
     return name
 
 
 def budget_here(wanted_bytes: int | None, device: str) -> tuple[str, int, str]:
-    """Name of the device, the memory budget on it (all of it where none is wanted), and a note if that is less.
+    """Name of the device, the memory budget on it (all of it if none is asked for), and a note if that is reduced.
 
-    A GPU's budget is held to what is free there later (`DifferentiableSampler`), when that can be known.
+    `DifferentiableSampler` later reduces a GPU's budget to what is free, when that is known.
 
     Raises:
-        ValueError: more was wanted than the device has.
+        ValueError: the budget asked for is larger than the device's memory.
     """
     import torch
 
@@ -198,7 +198,7 @@ def check_writable(folder: Path) -> None:
     """Try to write where `folder` is or will be, without leaving anything.
 
     Raises:
-        ValueError: a file in the way, or no right to write.
+        ValueError: a file is in the way, or writing is not permitted.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
@@ -211,19 +211,19 @@ def check_writable(folder: Path) -> None:
 
 
 def check_tracker(name: str | None) -> None:
-    """accelerate would go on without a tracker that is not installed.
+    """Refuse a tracker that is not installed, because accelerate would silently run without it.
 
     Raises:
-        ValueError: that is the case.
+        ValueError: the tracker is not installed.
     """
     if name is not None and find_spec(name) is None:
         raise ValueError(f"--log-with {name} needs {name}: pip install {name}, or leave the option out")
 
 
 def existing_as_absolute(value: str, names: Collection[str] = ()) -> str:
-    """A path that is there in full, so that a run can be resumed from another folder; other texts as they are.
+    """An existing path made absolute, so that a run can be resumed from another folder; other texts unchanged.
 
-    names: mean something of this package, also where a file is called so.
+    names: names of this package, which are kept even if a file has that name.
     """
     path = Path(value).expanduser()
     return str(path.resolve()) if path.exists() and value not in names else value

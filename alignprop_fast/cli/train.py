@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainCall(TrainOptions):
-    """What `train` takes beside the run that it is to make: where options and adapters come from."""
+    """The options of `train` that are not part of the run: sources of options and of adapters."""
 
     resume: bool = option(
-        False, "Go on from the newest checkpoint in --output-dir, with that run's options.", Panel.OUTPUT
+        False, "Continue from the newest checkpoint in --output-dir, with that run's options.", Panel.OUTPUT
     )
     resume_from: str | None = option(
-        None, "Go on from this checkpoint folder instead, for example if the newest is damaged.", Panel.OUTPUT
+        None, "Continue from this checkpoint folder instead, for example if the newest is damaged.", Panel.OUTPUT
     )
     config: str | None = option(
-        None, "YAML file of options, 'batch_size: 4' a line, read as on the command line, which beats it.", Panel.OUTPUT
+        None, "YAML file of options, one per line such as 'batch_size: 4'. The command line overrides it.", Panel.OUTPUT
     )
 
     def run(self) -> TrainOptions:
@@ -44,9 +44,9 @@ class TrainCall(TrainOptions):
 def train(ctx: typer.Context, options: TrainCall) -> None:
     """Fine-tune LoRA adapters by the gradient of a reward.
 
-    Leaves pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
+    Writes pytorch_lora_weights.safetensors (for diffusers' load_lora_weights), kohya_lora_weights.safetensors (for
     ComfyUI and others), before_after.png, reward.png, README.md (a model card), samples/, metrics.jsonl, checkpoints/,
-    config.yaml and versions.json in --output-dir. Ctrl-C and SIGTERM save a checkpoint.
+    config.yaml and versions.json to --output-dir. Ctrl-C and SIGTERM save a checkpoint.
 
     **Examples**
 
@@ -58,7 +58,7 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
     """
     console, folder = make_console(), ctx.with_resource(OutputFolder(options.output_dir, several=True))
     with setup_errors():
-        if process_count() == 1:  # several are to meet first, and then say it once
+        if process_count() == 1:  # several processes must meet first, and then print it once
             folder.check()
         quiet_libraries(console)
         from alignprop_fast.cli.results import AVERAGED
@@ -74,7 +74,7 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
         if (session.folder / AVERAGED).is_dir():
-            console.print(f"average:  {session.folder / AVERAGED}, which drew the pictures", soft_wrap=True)
+            console.print(f"average:  {session.folder / AVERAGED}; the pictures were drawn with it", soft_wrap=True)
         _print_peak(console, session)
 
 
@@ -82,8 +82,8 @@ def _print_plan(console: Console, session: Session) -> None:
     from alignprop_fast.cli.plan_summary import print_prediction
 
     if session.prediction is None:
-        hint = "every gradient step runs again in the backward pass, the leanest way; --memory-budget SIZE saves time"
-        console.print(f"no memory budget: {hint}, and alignprop-fast plan says how much", soft_wrap=True)
+        hint = "every gradient step runs again in the backward pass; --memory-budget SIZE saves time"
+        console.print(f"no memory budget: {hint}, and alignprop-fast plan predicts how much", soft_wrap=True)
         return
     if session.options.memory_budget == "auto":
         console.print(session.trainer.sampler.budget_note, soft_wrap=True)
@@ -91,7 +91,7 @@ def _print_plan(console: Console, session: Session) -> None:
 
 
 def _print_peak(console: Console, session: Session) -> None:
-    """The measured peak beside the predicted one, where both are known."""
+    """Print the measured peak beside the predicted one, if both are known."""
     from alignprop_fast.planner import format_bytes
 
     if session.prediction is None or not session.peak_bytes:
@@ -101,13 +101,13 @@ def _print_peak(console: Console, session: Session) -> None:
     if session.trainer.accelerator.device.type != "cuda":
         line = (
             f"peak:     predicted {format_bytes(predicted)} of tensors in the worst case; the process took {measured} "
-            "with its libraries, which is all that can be measured on the CPU"
+            "with its libraries (on the CPU only this can be measured)"
         )
     console.print(line, soft_wrap=True)
 
 
 def print_results(console: Console, folder: Path, rows: dict[str, tuple[Pictures, Pictures]]) -> None:
-    """A small table of mean rewards (and of their parts) before and after, and where to look."""
+    """Print a small table of mean rewards (and of their parts) before and after, and the paths of the results."""
     table = Table("mean over", "", "before", "after", "change")
     for name, (before, after) in rows.items():
         values = {"reward": (before.mean_reward, after.mean_reward)}

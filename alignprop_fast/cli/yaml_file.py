@@ -1,6 +1,6 @@
-"""A YAML file of options, read as it is written: `no` is the text "no", `010` the text "010", as on the command line.
+"""Reads a YAML file of options as texts: `no` is the text "no" and `010` the text "010", as on the command line.
 
-YAML's own reading would make False, 8, a date or a number of what is meant as a text; each option knows its type.
+YAML's own rules would turn texts into False, 8, dates or numbers. The type of each option decides instead.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _PLAIN = tuple(_TAG + kind for kind in ("str", "null", "bool", "int", "float", "
 
 
 def read_yaml(path: Path) -> Mapping[str, str | list[str] | None]:
-    """Options by name: their texts, lists of texts, or None where there is nothing (or null, or ~).
+    """Options by name: texts, lists of texts, or None for an empty value, null or ~.
 
     Raises:
-        typer.BadParameter: a file that cannot be read, is no YAML, no mapping, or has a name twice; a value of another
-            kind. One line.
+        typer.BadParameter: the file cannot be read, is not YAML or not a mapping, or has a name twice; or a value is of
+            another kind. The message is one line.
     """
     form = "write lines such as 'batch_size: 4'"
     try:
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> Mapping[str, str | list[str] | None]:
         where = f" in line {mark.line + 1}" if mark else ""
         raise typer.BadParameter(f"{path} is not valid YAML{where}: {form}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise typer.BadParameter(f"{path} holds no options: {form}")
+        raise typer.BadParameter(f"{path} contains no options: {form}")
     options: dict[str, str | list[str] | None] = {}
     for key, value in root.value:
         name, where = _text(key), f"line {key.start_mark.line + 1} of {path}"
@@ -56,6 +56,6 @@ def read_yaml(path: Path) -> Mapping[str, str | list[str] | None]:
 
 
 def _text(node: yaml.Node) -> str | None:
-    """A scalar as it is written (without its quotes); None for null, for anything else, and with a tag of one's own."""
+    """A scalar as written, without its quotes; None for null, for other nodes, and for scalars with an explicit tag."""
     plain = isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN and node.tag != _TAG + "null"
     return node.value if plain else None

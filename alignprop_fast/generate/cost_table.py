@@ -1,6 +1,6 @@
-"""The planner's table of a training step: its costs, measured on the device or estimated for a GPU by name.
+"""The planner's cost table of a training step, measured on the device or estimated for a GPU by name.
 
-Tables are kept in the user's cache folder, by everything that their numbers depend on.
+Tables are kept in the user's cache folder. The file name is a hash of everything that their numbers depend on.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from alignprop_fast.runtime import (
 )
 from alignprop_fast.version import __version__
 
-# cuBLAS and cuDNN workspaces and the rounding of the allocator, where no device is at hand to measure them.
+# cuBLAS and cuDNN workspaces and the allocator's rounding, assumed if there is no device to measure them.
 _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one training step consists of.
+    """The parts of one training step.
 
     model: the adapter (`models`) of the pipeline, on its device or on meta tensors. size: (height, width) in pixels.
-    prompts, metadata: what the reward gets, one entry per image.
-    reward: what scores the images, or None; reward_bytes: its weights.
-    reserve_bytes: what the reward phase takes where there is no reward.
-    optimizer_bytes: the optimizer's state; None: two fp32 numbers for each trainable parameter.
-    resident: the model's modules that lie on the device while the chain runs.
-    keeps_gradients: whether gradients of earlier backward passes lie beside the chain.
-    host_limit_bytes: the most that offloading may take of the host's memory.
+    prompts, metadata: input of the reward, one entry per image.
+    reward: scores the images, or None. reward_bytes: of its weights.
+    reserve_bytes: memory to reserve for the reward phase if `reward` is None.
+    optimizer_bytes: of the optimizer's state; None: two fp32 numbers per trainable parameter.
+    resident: the model's modules that are on the device while the chain runs.
+    keeps_gradients: whether gradients of earlier backward passes are kept while the chain runs.
+    host_limit_bytes: the most host memory that offloading may take.
     records_graphs: whether steps without gradient are recorded as CUDA graphs, which reserve their memory.
     """
 
@@ -88,15 +88,15 @@ class TrainingStep:
 
 
 def measured_table(step: TrainingStep) -> CostTable:
-    """Run each part of the step on its device under each option, or read what was measured before.
+    """Run each part of the step on its device under each option, or read earlier measurements.
 
-    To be called under the autocast state that the step will run under: a table of another state has other costs.
-    The reward is a callable of whatever make: it is measured anew each time.
+    Call it under the step's own autocast state, because costs depend on it. The reward is measured each time, because
+    it may be any callable.
     """
     device = step.model.device
     link = link_rate(device)
     origin = {**_origin(step), "source": "measured", "device": device_name(device)}
-    if link is None:  # a table without offloading must not stand for one with it, once the driver locks memory
+    if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
 
     def costs() -> CostTable:
@@ -107,9 +107,9 @@ def measured_table(step: TrainingStep) -> CostTable:
 
 
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
-    """The table of a step on meta tensors, with the seconds that its operators would take on the GPU (a roofline).
+    """The table of a step on meta tensors, with the seconds of its operators on the GPU by the roofline model.
 
-    Remembered like what is measured, since counting all operators of a large model takes a minute.
+    It is remembered like a measured one, because counting all operators of a large model takes a minute.
     """
 
     def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
@@ -123,29 +123,29 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
-    """What was measured or estimated before with the very same origin, or costs(), kept for the next time."""
+    """The remembered table of exactly this origin, or else costs(), which is then remembered."""
     path = _cache_file(origin)
     table = _read(path)
     if table is None:
         table = costs()
-        if not _complete(table):  # for want of memory, of which the next process may have more
+        if not _complete(table):  # memory was short; the next process may have more
             return table
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_table(table, path)
         except OSError:
-            pass  # the next process does it again
+            pass  # the next process computes it again
     return table
 
 
 def _complete(table: CostTable) -> bool:
-    """Whether every way to carry a step and the decoder could be measured."""
+    """Whether every option of a step and every stage of the decoder could be measured."""
     options = {option.name for segment in table.step for option in segment.options}
     return options >= {*GRADES} and {stage.name for stage in table.decoders} >= {*DECODER_STAGES}
 
 
 def _read(path: Path) -> CostTable | None:
-    """What was remembered, unless by another version, or damaged."""
+    """The remembered table, or None if there is none, if it is damaged, or if another version wrote it."""
     try:
         return load_table(path) if path.is_file() else None
     except ValueError:
@@ -153,7 +153,7 @@ def _read(path: Path) -> CostTable | None:
 
 
 def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
-    """The table but for what `_completed` adds."""
+    """The table without the parts that `_completed` adds."""
     x = _latents(step)
     image_bytes = _bytes([_images(step)])
     costs = step_costs(step.chain, x, formula, link)
@@ -175,7 +175,7 @@ def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | No
 def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -> CostTable:
     if step.chain.has_penalty:
         table = _penalised(table, step)
-    # A sink adds to what earlier backward passes left; without one, sums are made beside it, in fp32.
+    # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
     graphs = {"graphs": table.sampling_bytes} if step.records_graphs else {}
@@ -190,8 +190,10 @@ def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -
 
 
 def _penalised(table: CostTable, step: TrainingStep) -> CostTable:
-    """With a `Chain.penalty`: one more evaluation without gradient in every gradient step, whose result the backward
-    pass waits for, and the step once more in the backward pass.
+    """The table with a `Chain.penalty`.
+
+    Every gradient step has one more evaluation without gradient, whose result is kept for the backward pass, and the
+    backward pass runs the step once more.
     """
     y_bytes = step.cond.branches * table.latent_bytes
 
@@ -209,7 +211,7 @@ def _penalised(table: CostTable, step: TrainingStep) -> CostTable:
 def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
     if step.reward is None:
         return ()
-    # A reward may draw random numbers, which are not to be missed in training.
+    # A reward may draw random numbers; measuring it must not change those of training.
     devices = [step.model.device] if step.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         return reward_stages(
@@ -235,9 +237,9 @@ def _images(step: TrainingStep) -> torch.Tensor:
 
 
 def _fixed(step: TrainingStep) -> dict[str, int]:
-    """Bytes that are there all through a training step, whatever the plan."""
+    """Bytes that are taken during the whole training step under every plan."""
     trained = step.chain.parameters
-    device = step.model.device  # diffusers searches all modules for it
+    device = step.model.device  # read once, because diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
     tensors = [t for module in step.resident for t in (*module.parameters(), *module.buffers())]
@@ -246,7 +248,7 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
     return {
         "weights": _bytes(tensors) - adapters_bytes,
         "adapters": adapters_bytes,
-        # Those of bf16 adapters are in fp32 all the same (see `FlatParameters`).
+        # Gradients are in fp32 also if adapters are in bf16 (see `FlatParameters`).
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
         "reward": step.reward_bytes,
@@ -255,21 +257,21 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
 
 
 def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
-    """What tensors take, each counted once, or would take with no fewer bytes an element."""
+    """Bytes of the tensors, each counted once. narrowest: the least bytes per element to count."""
     distinct = {id(t): t for t in tensors}.values()
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
 def _origin(step: TrainingStep) -> dict[str, str]:
-    """What the numbers of a table depend on, beside the device."""
+    """Everything except the device that the numbers of a table depend on."""
     model = step.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in step.chain.receivers]
-    # A quantised weight is a buffer.
+    # Quantised weights are buffers.
     named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
     weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
     return {
         "model": type(model.pipe).__name__,
-        # The number of attention heads shows in no weight.
+        # No weight shows the number of attention heads.
         "config": _hash([item for item in sorted(model.denoiser.config.items()) if not item[0].startswith("_")]),
         "scheduler": model.scheduler_name,
         "weights": _hash(weights),
@@ -294,7 +296,7 @@ def _hash(value: Any) -> str:
 
 @cache
 def _code() -> str:
-    """What counts and what is counted, so that no table outlives a change of the package under the same version."""
+    """A hash of the package's code that runs or measures a step, because code may change within a version."""
     package = Path(__file__).parents[1]
     parts = ("generate", "models", "ops", "runtime")
     return _hash([file.read_bytes() for part in parts for file in sorted((package / part).rglob("*.py"))])

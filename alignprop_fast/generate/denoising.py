@@ -1,7 +1,7 @@
-"""Denoising as a chain: what one step of a diffusion model computes, forward, back and without gradient.
+"""Denoising as a chain: what one step of a diffusion model computes in the forward and backward pass.
 
-Here the two halves of the package meet. `sampling` knows the updates and no network, `runtime` knows what is kept for
-the backward pass and no diffusion.
+This module joins two halves of the package. `sampling` knows the updates but no network. `runtime` knows what is kept
+for the backward pass but no diffusion.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from alignprop_fast.sampling import StepTable, Update, rescaled_guidance
 
 
 class DenoisingChain(Chain):
-    """The denoising steps of a table, for one batch of conditioned prompts. See `Chain` for what each method owes.
+    """The denoising steps of a table, for one batch of conditioned prompts. `Chain` defines the methods.
 
     Args:
         model: an adapter of `models`.
         blocks: of its denoiser.
         table: coefficients of the steps.
-        timesteps: [T] of the table, on the model's device.
-        cond: what the denoiser sees beside latents and time.
+        timesteps: [T], those of the table, on the model's device.
+        cond: the denoiser's input besides latents and time.
         guidance: how its branches are combined.
-        generator: of the noise of each step; None: the global one.
+        generator: draws the noise of each step; None: the global one.
         draw_noise: whether noise is drawn at each step.
-        input_gradient, gradient_sink: as of `Chain`.
-        compare_with_base: whether gradient steps have a penalty: the distance to the base model.
-        fast: faster predictions for steps without gradient (experimental); None: there are none.
-        fast_replays: whether replays use it, too.
+        input_gradient, gradient_sink: as in `Chain`.
+        compare_with_base: whether gradient steps have a penalty, the distance to the base model.
+        fast: faster predictions for steps without gradient (experimental), or None.
+        fast_replays: whether replays use `fast` too.
 
     Raises:
-        ValueError: something that asks for a gradient and cannot get one, dropout in the denoiser, or DoRA adapters.
+        ValueError: something requires a gradient but cannot get one, or the denoiser has dropout or DoRA adapters.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class DenoisingChain(Chain):
         if conditions and (compare_with_base or gradient_sink is not None):
             option = "compare_with_base" if compare_with_base else "an optimizer in the backward pass"
             raise ValueError(
-                f"embeddings or guidance want a gradient, and {option} gives it to the denoiser's parameters alone: "
-                "leave one of the two out"
+                f"embeddings or guidance require a gradient, but {option} gives gradients only to the denoiser's "
+                "parameters: leave one of the two out"
             )
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
         super().__init__(
@@ -78,19 +78,19 @@ class DenoisingChain(Chain):
         self.guidance, self.given_cond = guidance, cond
         self.cond = cond.exchanged(leaves)
         self.scale, self.rescale = leaves.get(id(guidance.cfg_scale), guidance.cfg_scale), guidance.rescale
-        # Either the update blends the two branches of a prediction, or `predict` does: where guidance is not linear in
-        # them, or its scale learns.
+        # The update blends the two branches of a prediction. `predict` does it instead if guidance is not linear in
+        # them or its scale learns.
         if isinstance(self.scale, torch.Tensor) or cond.branches == 1 or self.rescale > 0:
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
-        # A recording would hold the graph of the conditions.
+        # A recording would keep the graph of the conditions alive.
         self.fast = None if conditions else fast
         self.fast_replays = fast_replays
         self.fast_state = None if self.fast is None else self.fast.state()
 
     def last_alone(self) -> DenoisingChain:
-        """The last step as a chain of its own: it predicts the clean latents. Gradients reach autograd, not a sink."""
+        """A chain of only the last step, which predicts the clean latents. Gradients go to autograd, not to a sink."""
         return DenoisingChain(
             self.model,
             self.blocks,
@@ -107,7 +107,7 @@ class DenoisingChain(Chain):
         )
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """The denoiser's output: [K * B, C, h, w], unconditional branch first, or guided already: [B, C, h, w]."""
+        """The denoiser's output: [K * B, C, h, w], unconditional branch first; or already guided, [B, C, h, w]."""
         y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
         return self._guided(y)
 
@@ -128,7 +128,7 @@ class DenoisingChain(Chain):
         return rescaled_guidance(y, self.scale, self.rescale) if self.combines else y
 
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The scheduler's update, with noise in the shape of the latents where the chain draws any."""
+        """The scheduler's update, with noise in the shape of the latents if the chain draws noise."""
         noise = self.model.noise(self.update.latents(x), self.generator) if self.draw_noise else None
         return self.update.advance(i, x, y, noise)
 
@@ -136,11 +136,11 @@ class DenoisingChain(Chain):
         return self.update.adjoint(i, g, y_dtype)
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean squared difference of the guided prediction to that of the base model: adapters that learn are off.
+        """The mean squared difference between the guided predictions of the model and of the base model.
 
         Source: the regulariser of DPOK (Fan et al. 2023), up to the weights of the steps. Two Gaussian kernels of one
         step with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence
-        b^2 |y - y'|^2 / (2 sigma^2). No second copy of the model is held.
+        b^2 |y - y'|^2 / (2 sigma^2). The base model is the model with its learning adapters off, not a second copy.
         """
         with torch.inference_mode(), self.model.adapters_off():
             base = self.predict(i, x)
@@ -160,7 +160,7 @@ class DenoisingChain(Chain):
 
 
 def _conditions(cond: Conditioning, guidance: Guidance) -> list[torch.Tensor]:
-    """What the denoiser reads beside latents and its own parameters, as far as it requires a gradient."""
+    """The denoiser's inputs that require a gradient, other than latents and its own parameters."""
     scale = guidance.cfg_scale
     read = [*cond.tensors(), *([scale] if isinstance(scale, torch.Tensor) else ())]
     found = {id(tensor): tensor for tensor in read if tensor.requires_grad}.values()

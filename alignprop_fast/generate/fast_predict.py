@@ -1,4 +1,4 @@
-"""Predictions of the denoiser faster than launched one by one: compiled, recorded as CUDA graphs, or both.
+"""Faster predictions of the denoiser: compiled, recorded as CUDA graphs, or both.
 
 Experimental: tested on an emulated GPU, not yet measured on a real one.
 """
@@ -18,12 +18,13 @@ Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
 class FastPredict:
-    """What a model's `predict` computes, faster. Compiled blocks run only where no gradient is wanted.
+    """A faster form of a model's `predict`. Compiled blocks run only in predictions without gradient.
 
     Args:
         model: an adapter of `models`.
-        graphs: records predictions as CUDA graphs; None: they are launched one by one.
-        compiled: runs the blocks through torch.compile; None: as they are. Its results differ by rounding.
+        graphs: records predictions as CUDA graphs; None: kernels are launched one by one.
+        compiled: runs the blocks through torch.compile, whose results differ by rounding; None: blocks are not
+        compiled.
     """
 
     def __init__(self, model: Any, graphs: GraphedCalls | None, compiled: CompiledBlocks | None):
@@ -31,29 +32,29 @@ class FastPredict:
 
     @classmethod
     def wanted(cls, model: Any, cuda_graphs: bool, compiled: bool) -> FastPredict | None:
-        """For the options of a sampler; None where neither is on.
+        """From the options of a sampler; None if both are off.
 
         Raises:
-            ValueError: one is, and the model is on the CPU.
+            ValueError: one is on, but the model is on the CPU.
         """
         for name, on in (("cuda_graphs", cuda_graphs), ("compiled", compiled)):
             if on and model.device.type == "cpu":
-                raise ValueError(f"{name} needs a GPU, and the model is on the CPU: leave it out")
+                raise ValueError(f"{name} needs a GPU, but the model is on the CPU: leave it out")
         if not cuda_graphs and not compiled:
             return None
         blocks = CompiledBlocks(model.step_groups()["transformers"]) if compiled else None
         return cls(model, GraphedCalls() if cuda_graphs else None, blocks)
 
     def state(self) -> Hashable:
-        """What a recording holds for: where the weights lie, and how the adapters are set. To be passed to both calls.
+        """The state for which a recording is valid: addresses of weights, settings of adapters. Pass it to both calls.
 
         Raises:
-            ValueError: graphs under autocast, which casts weights; a graph would not cast them again.
+            ValueError: graphs are on under autocast, which casts weights; a graph would not cast them again.
         """
         if self.graphs is None:
             return None
         if torch.is_autocast_enabled("cuda"):
-            raise ValueError("cuda_graphs does not go with autocast: train adapters on a bf16 model, or leave it out")
+            raise ValueError("cuda_graphs does not support autocast: train adapters on a bf16 model, or leave it out")
         return self.model.fingerprint()
 
     def sample(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable) -> torch.Tensor:
@@ -72,9 +73,9 @@ class FastPredict:
         parameters: Sequence[torch.Tensor],
         kept: Hashable,
     ) -> torch.Tensor:
-        """`predict` with gradient for x, if it requires one, and for the parameters; recorded forward and back.
+        """`predict` with gradient for x, if it requires one, and for the parameters; both passes are recorded.
 
-        kept: what the blocks keep for the backward pass at present; another value is another recording.
+        kept: what the blocks now keep for the backward pass; each value has its own recording.
         """
         if self.graphs is None:
             return self.model.predict(x, timestep, cond)
@@ -82,7 +83,7 @@ class FastPredict:
         return self.graphs.with_gradient(run, inputs, parameters, (state, own), kept)
 
     def forget_recordings(self) -> None:
-        """Free the memory that recordings reserve; they are made anew when they are needed."""
+        """Free the memory of all recordings; they are made again when needed."""
         if self.graphs is not None:
             self.graphs = GraphedCalls()
 
@@ -96,7 +97,7 @@ class FastPredict:
 def _as_function(
     predict: Predict, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning
 ) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Hashable]:
-    """predict(x, timestep, cond) as a function of tensors, those tensors, and what else it depends on."""
+    """predict(x, timestep, cond) as a function of tensors, those tensors, and everything else that it depends on."""
     names, values = zip(*cond.added.items(), strict=True) if cond.added else ((), ())
 
     def run(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:

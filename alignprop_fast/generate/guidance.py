@@ -1,4 +1,4 @@
-"""Guidance of a sampler's chains: how strong, by which way, and for which prompts."""
+"""Guidance of a sampler's chains: its scale, its kind, and the prompts that it needs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Guidance:
     """How predictions are guided towards the prompt.
 
     cfg_scale: of classifier-free guidance, which needs predictions with and without the prompt; off at 1 or less.
-    embedded_scale: what a denoiser with distilled guidance (FLUX) is told.
+    embedded_scale: the input of a denoiser with distilled guidance (FLUX).
     rescale: phi of Lin et al. 2023; 0 turns it off.
-    needs_negative: classifier-free guidance is for prompts with a negative one alone, as FLUX has it.
+    needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
 
     A scale is a number, or a tensor of one number that requires a gradient.
     """
@@ -32,7 +32,7 @@ class Guidance:
         """From a sampler's arguments. embeds_guidance: whether guidance is distilled into the denoiser.
 
         Raises:
-            ValueError: a tensor of several numbers, or one that requires a gradient where a number is wanted.
+            ValueError: a tensor holds several numbers, or requires a gradient but must be a number.
         """
         scale, true_cfg_scale = _one_number(scale), _one_number(true_cfg_scale)
         cfg_scale = true_cfg_scale if embeds_guidance else scale
@@ -44,20 +44,20 @@ class Guidance:
 
 
 def plain_number(name: str, value: Any) -> float:
-    """Raises ValueError: a tensor that requires a gradient, which would end here."""
+    """The value as a number. Raises ValueError for a tensor that requires a gradient, because it would get none."""
     if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise ValueError(f"{name} is a tensor that requires a gradient, and gets none here: give a number")
+        raise ValueError(f"{name} is a tensor that requires a gradient, which is not supported here: give a number")
     return float(value)
 
 
 def _one_number(scale: Scale) -> Scale:
-    """A number as it is; of a tensor its number, or the tensor itself if it requires a gradient.
+    """The scale as a number, or the tensor itself if it requires a gradient.
 
     Raises:
-        ValueError: a tensor of several numbers.
+        ValueError: the tensor holds several numbers.
     """
     if not isinstance(scale, torch.Tensor):
         return scale
     if scale.numel() != 1:
-        raise ValueError(f"a guidance scale of shape {list(scale.shape)}: give one number for all prompts")
+        raise ValueError(f"the guidance scale has shape {list(scale.shape)}: give one number for all prompts")
     return scale if scale.requires_grad else scale.item()

@@ -1,4 +1,4 @@
-"""The memory budget of a sampler: what was asked for, held once to what is free on the device."""
+"""The memory budget of a sampler: the one asked for, reduced once to the device's free memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryBudget:
-    """What live tensors may take on the device in all, weights included.
+    """The memory that live tensors may take on the device, weights included.
 
     Args:
-        wanted: bytes, "24GiB", "auto" (on a GPU what is free there, elsewhere none), or None or "none".
-        device: where the model lies at present.
+        wanted: bytes, "24GiB", "auto" (on a GPU its free memory, elsewhere no budget), or None or "none".
+        device: where the model is now.
 
     Attributes:
-        size_bytes: None where there is no budget, and with "auto" until it is settled.
-        note: how it came about, in one line; "" until it is settled on a GPU.
+        size_bytes: None if there is no budget, and with "auto" until it is settled.
+        note: one line that explains the budget; "" until it is settled on a GPU.
 
     Raises:
-        ValueError: neither a positive size nor one of the words.
+        ValueError: `wanted` is neither a positive size nor one of the words.
     """
 
     def __init__(self, wanted: int | str | None, device: torch.device):
@@ -43,14 +43,14 @@ class MemoryBudget:
         return self.size_bytes is not None or (self.takes_what_is_free and device.type == "cuda")
 
     def settle(self, device: torch.device, warm_up: Callable[[], None]) -> int:
-        """The budget in bytes; on a GPU never more than is free there, which is looked at once.
+        """The budget in bytes. On a GPU it is at most the free memory, which is looked up once.
 
-        To be called when costs are known: kernels are loaded then, and libraries have taken what they take.
+        Call it after costs were measured, because by then kernels are loaded and libraries have their memory.
 
         warm_up: runs everything once that has not run yet.
         """
         if not self.is_settled and device.type == "cuda":
-            # A run that finds the device full has loaded what it reached; the plan, which is leaner, decides what fits.
+            # A run that is out of memory has still loaded the kernels it reached. The leaner plan decides what fits.
             unless_out_of_memory(warm_up)
             wanted_bytes, memory = self.size_bytes, device_memory(device)
             self.size_bytes, self.note = budget_from_free(**asdict(memory), wanted_bytes=wanted_bytes)
@@ -61,7 +61,7 @@ class MemoryBudget:
         return self.size_bytes
 
     def room_bytes(self, device: torch.device) -> float:
-        """What the device, or the budget, has left at the moment."""
+        """Bytes that the device, or the budget, has left now."""
         if device.type != "cuda":
             return math.inf
         allocated = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Plans of a sampler's calls: costs are measured once for each shape of a training step, and solvers are kept."""
+"""Plans of a sampler's calls. Costs are measured once for each shape of a training step, and solvers are kept."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from alignprop_fast.runtime import Chain, autocast_dtype
 
 
 def gradient_steps(chain: Chain, wanted: Iterable[int], wants_gradient: bool = False) -> list[int]:
-    """The wanted steps in ascending order; none where nothing could receive a gradient.
+    """The wanted steps in ascending order; none if nothing could receive a gradient.
 
     wants_gradient: the initial latents do.
 
     Raises:
-        ValueError: a step outside the chain.
+        ValueError: a step is outside the chain.
     """
     steps = sorted(set(wanted))
     if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
-        raise ValueError(f"gradient steps {steps} lie outside the chain: use 0 to {chain.num_steps - 1}")
+        raise ValueError(f"gradient steps {steps} are outside the chain: use 0 to {chain.num_steps - 1}")
     return steps if torch.is_grad_enabled() and (chain.receivers or wants_gradient) else []
 
 
@@ -36,7 +36,7 @@ class StepPlanner:
     Args:
         model: an adapter of `models`.
         budget: the memory budget.
-        renderer: runs the chains; it knows how much host memory there is.
+        renderer: runs the chains, and knows how much host memory there is.
         num_steps: of a whole chain.
     """
 
@@ -49,14 +49,14 @@ class StepPlanner:
         return self.budget.exists(self.model.device)
 
     def plan(self, step: TrainingStep, grad_steps: Sequence[int], wants_gradient: bool = False) -> Plan:
-        """The fastest plan that keeps the budget; without one, or without gradient, the leanest.
+        """The fastest plan that keeps the budget; the leanest if there is no budget or no gradient.
 
         wants_gradient: the initial latents do.
 
         Raises:
             BudgetInfeasible: no plan keeps the budget.
         """
-        # A chain that ends early is planned as if it went on: one solver serves all lengths but that of a single step.
+        # A chain that ends early is planned as a whole one, so one solver serves all lengths except a single step.
         num_steps = 1 if step.chain.num_steps == 1 else self.num_steps
         if not (self.has_budget and torch.is_grad_enabled() and (grad_steps or wants_gradient)):
             return leanest(num_steps, grad_steps)
@@ -64,28 +64,28 @@ class StepPlanner:
         return solver.plan(grad_steps, self.settled_bytes(step))
 
     def solver(self, step: TrainingStep, num_steps: int) -> Solver:
-        """What makes the plans of steps of this shape, under the autocast state at the time of the call."""
+        """The solver for steps of this shape, under the autocast state at the time of the call."""
         embeds, receivers = step.cond.embeds, len(step.chain.receivers)
         cast = autocast_dtype(self.model.device)
         key = (num_steps, step.batch, embeds.shape, embeds.dtype, receivers, cast)
         if key not in self.solvers:
             self.solvers[key] = Solver(measured_table(step), num_steps, num_steps)
         table, limit_bytes = self.solvers[key].table, self.renderer.host_pool.limit_bytes
-        if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver has refused more
+        if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver refused more
             self.solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
         return self.solvers[key]
 
     def costs(self, step: TrainingStep, gpu: Gpu | None) -> CostTable:
-        """Costs of a step like this one: measured, or estimated for a GPU that need not be here."""
+        """Costs of such a step: measured, or estimated for a GPU that need not be in this computer."""
         with torch.enable_grad():
             return measured_table(step) if gpu is None else estimated_table(step, gpu)
 
     def settled_bytes(self, step: TrainingStep) -> int:
-        """The budget in bytes, on a GPU held to what is free there once a step like this one has run."""
+        """The budget in bytes; on a GPU reduced to its free memory after such a step has run once."""
         return self.budget.settle(self.model.device, partial(self._warm_up, step))
 
     def _warm_up(self, step: TrainingStep) -> None:
-        """One gradient step and its pictures, forward and back, as lean as can be; takes no random number."""
+        """Run one gradient step and its pictures, forward and backward, by the leanest plan; draws no random number."""
         chain = step.chain.last_alone()
         with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
             x = self.model.initial_latents(step.batch, step.size, None, None).requires_grad_()
@@ -93,7 +93,7 @@ class StepPlanner:
             torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
 
     def tighten(self, factor: float, last: Plan | None) -> int:
-        """Plan with less than the last plan took from now on; returns the new budget in bytes.
+        """From now on plan with less memory than the last plan took; returns the new budget in bytes.
 
         Raises:
             BudgetInfeasible: there is no leaner plan.
@@ -103,7 +103,7 @@ class StepPlanner:
             raise BudgetInfeasible(0, 0)
         if not self.has_budget:
             taken_bytes = torch.cuda.get_device_properties(self.model.device).total_memory
-        elif size_bytes is None or not self.solvers:  # while the costs were measured, the leanest way first
+        elif size_bytes is None or not self.solvers:  # it ran out while costs were measured
             raise BudgetInfeasible(size_bytes or 0, size_bytes or 0)
         else:
             peak_bytes = last.peak_bytes if last else 0

@@ -1,4 +1,4 @@
-"""A chain under a plan to pictures: denoised, what the plan offloads moved to host memory, decoded."""
+"""Makes pictures from a chain under a plan: denoises, offloads to host memory as planned, and decodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from alignprop_fast.runtime import (
 
 @dataclass(frozen=True)
 class Rendered:
-    """images: [B, 3, H, W] in [0, 1]. latents: [B, C, h, w] that were decoded. penalty: the sum over gradient steps."""
+    """images: [B, 3, H, W] in [0, 1]. latents: the decoded ones, [B, C, h, w]. penalty: the sum over gradient steps."""
 
     images: torch.Tensor
     latents: torch.Tensor
@@ -32,10 +32,10 @@ class Rendered:
 
 
 class Renderer:
-    """Runs the chains of a sampler, and holds what they have in common: the decoder's blocks and the host memory.
+    """Runs the chains of a sampler, and holds what they share: the decoder's blocks and the host memory.
 
     Args:
-        model: an adapter of `models`; where it moves to another device, host memory is locked anew.
+        model: an adapter of `models`. If it moves to another device, host memory is locked again.
         host_memory_bytes: what all processes of this computer may lock together; None: half of what is free.
     """
 
@@ -46,13 +46,13 @@ class Renderer:
 
     @property
     def host_pool(self) -> HostPool:
-        """Where offloaded tensors wait: one pool for all calls."""
+        """Host memory for offloaded tensors: one pool for all calls."""
         if self._host_pool is None or self._host_pool.device != self.model.device:
             self._host_pool = HostPool(self.model.device, lockable_bytes(self.host_memory_bytes))
         return self._host_pool
 
     def render(self, chain: Chain, plan: Plan, x: torch.Tensor) -> Rendered:
-        """Run the chain from x [B, C, h, w] and decode its last latents; both as the plan says."""
+        """Run the chain from x [B, C, h, w] and decode its last latents, both under the plan."""
         x, penalty = run_penalised_chain(chain, plan, x, self._offloader(plan))
         model, stage = self.model, plan.decoder
         images = run_decoder_stage(

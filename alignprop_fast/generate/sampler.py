@@ -2,8 +2,8 @@
 
     prompts -> text embeddings -> T denoising steps -> decode -> images [0, 1] -> (your reward)
 
-The text embeddings are made in `prompt_encoder`, the steps are those of `denoising`, and `planning` chooses what each
-step keeps for the backward pass.
+`prompt_encoder` makes the text embeddings, `denoising` defines the steps, and `planning` chooses what each step keeps
+for the backward pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,52 +30,52 @@ __all__ = ["DifferentiableSampler", "Draws", "Truncation", "draw_gates", "draw_t
 
 
 class DifferentiableSampler:
-    """Sample images through the whole denoising chain, differentiable in all that plain autograd reaches.
+    """Samples images through the whole denoising chain, differentiable like plain autograd.
 
-    That is: the denoiser's trainable parameters, the initial latents, text embeddings that are given, the guidance
-    scale, and what learns in the text encoders (tokens or adapters), each if it requires a gradient.
+    Gradients reach the denoiser's parameters, the initial latents, given text embeddings, the guidance scale, and
+    tokens or adapters of the text encoders, if they require a gradient.
 
     Source: Prabhudesai et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation".
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
             ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline` or `FluxPipeline` with flow-match Euler. Give its
-            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. VAE and text
-            encoders are frozen here, unless something in them is frozen already. What learns there is not in the plan:
-            leave it room by `reserve`.
+            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler
+            freezes VAE and text encoders, unless something in them is frozen already. The plan does not count what
+            learns there: use `reserve` for it.
         num_inference_steps: steps T of the chain.
-        guidance_scale: classifier-free guidance; 1 or less turns it off. FLUX: the distilled guidance that its denoiser
-            is told. A number, or a tensor of one number that may require a gradient; so is `true_cfg_scale`.
-        eta: DDIM noise, 0 (none) to 1 (as DDPM); other schedulers have none to choose.
-        memory_budget: what live tensors may take on the device in all, weights included: bytes or "24GiB". "auto": on a
-            GPU what is free there; elsewhere as None. None, or "none": no measuring, every gradient step is replayed,
-            which is the leanest way to run. On a GPU no budget exceeds what is free at the first plan (`budget_note`).
+        guidance_scale: of classifier-free guidance; 1 or less turns it off. For FLUX it is the input of the denoiser's
+            distilled guidance. A number, or a tensor of one number that may require a gradient, like `true_cfg_scale`.
+        eta: noise of DDIM, 0 (none) to 1 (as in DDPM); not used by other schedulers.
+        memory_budget: memory that live tensors may take on the device, weights included: bytes or "24GiB". "auto": on a
+            GPU its free memory; elsewhere as None. None or "none": nothing is measured and every gradient step is
+            replayed, which takes the least memory. On a GPU the budget is at most what is free at the first plan.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
-        true_cfg_scale: FLUX: classifier-free guidance beside the distilled one, where there are negative prompts.
-        height, width: pixels; the model's own size where None.
-        draw_unused_noise: draw step noise even at eta = 0, as trl does: of no effect but for the random state.
-        reserve: bytes (or "2GiB") of the budget to leave to what the sampler cannot see, where `reward` is not given.
-        reward: to be planned for; call it by `score`. A `Reward`, or a function (images [B, 3, H, W], prompts,
+        true_cfg_scale: FLUX only: classifier-free guidance in addition to the distilled one, with negative prompts.
+        height, width: in pixels; None: the model's own size.
+        draw_unused_noise: draw step noise even at eta = 0, as trl does. It only advances the random state.
+        reserve: bytes (or "2GiB") of the budget for a reward phase that the sampler cannot see, if `reward` is None.
+        reward: the reward to plan for; call it by `score`. A `Reward`, or a function (images [B, 3, H, W], prompts,
             metadata) -> (scores [B], info).
-        reward_bytes: what the reward's weights take on the device; None: what the reward says itself.
+        reward_bytes: of the reward's weights on the device; None: the reward's own `weight_bytes()`.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
             together; None: half of what is free.
         cuda_graphs: experimental, not yet measured on a GPU: run evaluations without gradient as CUDA graphs, recorded
-            at their first use. A graph reserves its memory for good, and the planner counts it. Without a budget
-            replays are graphs, too, one forward and one back.
+            at their first use. A graph keeps its memory, and the planner counts it. Without a budget replays run as
+            graphs too, one for the forward and one for the backward pass.
         compiled: experimental, not yet measured on a GPU: run the transformer blocks of evaluations without gradient
             through torch.compile. Results then differ by rounding between a step without gradient and its replay.
-        cache_text: encode each prompt once and remember its embedding; the text encoders lie on the CPU in between, and
-            where they do not fit beside the model it waits there while they encode.
-        optimizer_bytes: what the optimizer's state takes, with a moving average of the weights if there is one; None:
-            two fp32 numbers for each trainable parameter.
-        compare_with_base: measure `base_mse`: the mean squared difference of the (guided) prediction to that of the
-            base model, adapters that learn switched off, over the gradient steps; differentiable, a regulariser to add
-            to the loss (`DenoisingChain.penalty`). Costs an evaluation without gradient per gradient step, and one
-            with gradient more where the gradient passes through the step's input.
+        cache_text: encode each prompt once and remember its embedding. The text encoders are on the CPU in between. If
+            they do not fit on the device beside the model, the model moves to the CPU while they encode.
+        optimizer_bytes: of the optimizer's state, with a moving average of the weights if there is one; None: two fp32
+            numbers per trainable parameter.
+        compare_with_base: measure `base_mse`, the mean squared difference between the (guided) predictions with and
+            without the learning adapters, over the gradient steps. It is differentiable: a regulariser to add to the
+            loss (`DenoisingChain.penalty`). Each gradient step then has one more evaluation without gradient, and one
+            more with gradient if the gradient passes through the step's input.
 
     Raises:
-        ValueError: a pipeline, scheduler or option that is not supported; the message names the remedy.
+        ValueError: the pipeline, the scheduler or an option is not supported; the message names the remedy.
     """
 
     def __init__(
@@ -116,13 +116,13 @@ class DifferentiableSampler:
         own_bytes = 0 if self.reward is None else self.reward.weight_bytes()
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
         self.optimizer_bytes = optimizer_bytes
-        self.example: tuple[str, Any] = ("", {})  # prompt and metadata that the reward gets where it is measured
+        self.example: tuple[str, Any] = ("", {})  # prompt and metadata for measuring the reward
         if compare_with_base and not self.model.has_learning_adapters():
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
         self.gradient_sink: GradientSink | None = None
-        self.keeps_gradients = True  # whether those of earlier backward passes lie beside the chain
+        self.keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
         self.denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
         self.base_mse: torch.Tensor | None = None
         self.plan: Plan | None = None
@@ -144,35 +144,35 @@ class DifferentiableSampler:
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
 
-        Then `self.plan`, `self.truncation`, `self.latents` (what was decoded, [B, C, h, w]) and, if asked for,
-        `self.base_mse` (a scalar) are this call's. The last two carry gradient, to be used in one backward pass with
-        that of the images.
+        Afterwards `self.plan`, `self.truncation`, `self.latents` (the decoded ones, [B, C, h, w]) and, if asked for,
+        `self.base_mse` (a scalar) belong to this call. The last two carry gradient; use them in the same backward
+        pass as the images.
 
         Args:
             prompts: B texts.
-            negative_prompts: one for all or one each.
-            generator: consumed as diffusers' pipeline consumes it; None: the global generator.
+            negative_prompts: one for all, or one per prompt.
+            generator: used as in diffusers' pipeline; None: the global generator.
             grad_steps: indices (0 = noisiest) of the steps whose prediction carries gradient; None: all. The others are
-                detached: gradient passes by their affine path only. Under `torch.no_grad()` none is taken.
-            latents: initial unit noise [B, C, h, w] instead of drawn noise; if it requires grad it receives it.
-            plan: run under this plan, with the gradient steps that it names, instead of choosing one.
-            metadata: of the B prompts, for a `reward` whose costs are measured and that wants some; None: {} each.
-            truncation: a rule of `draw_truncation` or what it drew, in place of grad_steps. Its `renoisings` are for
-                the caller, who asks for each by `renoise`.
-            embeddings: of the prompts, to be used in place of their texts, by the names that the pipeline's own call
-                has for them: `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each.
+                detached: gradient passes only along their affine path. Under `torch.no_grad()` there are none.
+            latents: initial unit noise [B, C, h, w] instead of drawn noise; receives a gradient if it requires one.
+            plan: run under this plan, with its gradient steps, instead of choosing one.
+            metadata: of the B prompts, for measuring a `reward` that needs it; None: {} for each.
+            truncation: a rule of `draw_truncation` or its result, instead of grad_steps. The caller runs its
+                `renoisings`, each by `renoise`.
+            embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
+                `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
-            ValueError: a gradient step outside the chain, prompts of different numbers, dropout in the denoiser, or
-                something that asks for a gradient and cannot get one.
+            ValueError: a gradient step is outside the chain, the numbers of prompts differ, the denoiser has dropout,
+                or something requires a gradient but cannot get one.
         """
         if isinstance(truncation, str):
             truncation = draw_truncation(truncation, len(self.table))
         if truncation is None:
             truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
         elif grad_steps is not None:
-            raise ValueError("grad_steps and truncation both say which steps carry gradient: give one of them")
+            raise ValueError("grad_steps and truncation both set which steps carry gradient: give one of them")
         self.truncation, last = truncation, truncation.last_step
         table = self.table if last is None else self.table.ending_at(last)
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
@@ -193,15 +193,15 @@ class DifferentiableSampler:
         metadata: Sequence[Any] | None = None,
         embeddings: Embeddings | None = None,
     ) -> torch.Tensor:
-        """Images [B, 3, H, W] of latents noised to the level of the chain's last step and denoised by that step alone.
+        """Images [B, 3, H, W] of latents that are noised to the level of the chain's last step and denoised by it.
 
         The step predicts the clean latents and carries gradient. Source: Clark et al. 2024, DRaFT-LV; equation in
         `draw_truncation`.
 
         Args:
-            latents: [B, C, h, w] of a finished chain, such as `self.latents`; taken as constants.
-            prompts, negative_prompts, generator, metadata, embeddings: as for the sampler itself; the generator gives
-                the noise.
+            latents: [B, C, h, w] of a finished chain, such as `self.latents`; treated as constants.
+            prompts, negative_prompts, generator, metadata, embeddings: as in `__call__`; the generator draws the
+                noise.
         """
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
         chain = self._chain(cond, generator, self.table.last_alone(), True)
@@ -212,7 +212,7 @@ class DifferentiableSampler:
         return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
-        """The reward that was given at the start, (scores [B], info), run as the plan of the last call says."""
+        """(scores [B], info) of the sampler's reward, run under the plan of the last call."""
         assert self.reward is not None, "the sampler was made without a reward"
         stage = "batch" if self.plan is None or self.plan.reward is None else self.plan.reward.name
         if stage == "batch":
@@ -221,19 +221,19 @@ class DifferentiableSampler:
         return raise_if_changed(scores, self.reward.state), info
 
     def say_what_is_cut(self, prompts: Sequence[str], negative_prompts: str | list[str] | None = None) -> None:
-        """One line in the log where texts are longer than the text encoders read, of which each call tells as well.
+        """Log one line if texts are longer than the text encoders read. Each call of the sampler does so too.
 
-        To be called with all prompts of a run, which are then counted together.
+        Call it with all prompts of a run, so that they are counted together.
         """
         self.text.say_what_is_cut(prompts, negative_prompts)
 
     def encode_ahead(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
-        """With `cache_text`: encode these prompts now, in one visit of the text encoders to the device."""
+        """With `cache_text`: encode these prompts now, with the text encoders on the device only once."""
         self.text.encode_ahead(prompts, negative_prompt)
 
     @property
     def budget_bytes(self) -> int | None:
-        """The memory budget; None for none, and with "auto" until the first plan."""
+        """The memory budget in bytes; None if there is none, and with "auto" until the first plan."""
         return self.budget.size_bytes
 
     @budget_bytes.setter
@@ -242,15 +242,15 @@ class DifferentiableSampler:
 
     @property
     def budget_note(self) -> str:
-        """How the budget came about, in one line, once it is settled on a GPU."""
+        """One line that explains the budget, once it is settled on a GPU."""
         return self.budget.note
 
     def set_budget(self, memory_budget: int | str | None) -> None:
-        """Another `memory_budget` from now on."""
+        """Use another `memory_budget` from now on."""
         self.budget = self.planner.budget = MemoryBudget(memory_budget, self.model.device)
 
     def settled_budget(self, batch: int, negative_prompt: str | None = None) -> int | None:
-        """The memory budget in bytes, None for none. On a GPU everything has then been measured, and has run once."""
+        """The memory budget in bytes, None for none. On a GPU this measures everything and runs it once."""
         if not self.planner.has_budget:
             return None
         step = self._blank_step(batch, negative_prompt)
@@ -258,9 +258,9 @@ class DifferentiableSampler:
         return self.planner.settled_bytes(step)
 
     def plan_for(self, batch: int, num_grad_steps: int | None = None, negative_prompt: str | None = None) -> Plan:
-        """The plan of a batch of this size with so many gradient steps; None: all of them, which needs the most memory.
+        """The plan of a batch of this size. num_grad_steps: None: all steps, which needs the most memory.
 
-        negative_prompt: of all prompts; what it says does not matter, but for FLUX whether there is one does.
+        negative_prompt: of all prompts. Its text does not matter; for FLUX it matters whether there is one.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget.
@@ -271,21 +271,21 @@ class DifferentiableSampler:
         return self.planner.plan(step, list(range(steps - count, steps)))
 
     def solver(self, batch: int, negative_prompt: str | None = None) -> Solver:
-        """What makes the plans of batches of this size within a memory budget; its `table` says what they cost.
+        """The solver that makes the plans of batches of this size; its `table` holds the costs.
 
-        Costs are those under the autocast state at the time of the call: that of the sampler's own calls, if it is to
-        serve them.
+        Costs depend on the autocast state at the time of the call. Use the state of the sampler's own calls if the
+        solver is for them.
         """
         return self.planner.solver(self._blank_step(batch, negative_prompt), len(self.table))
 
     def cost_table(self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None) -> CostTable:
-        """What a training step costs at this batch size: measured on the device or, for a model on meta tensors,
-        estimated for a GPU that need not be here.
+        """Costs of a training step at this batch size: measured on the device or, for a model on meta tensors,
+        estimated for a GPU that need not be in this computer.
         """
         return self.planner.costs(self._blank_step(batch, negative_prompt), gpu)
 
     def tighten(self, factor: float = 0.9) -> int:
-        """Plan with less than the last call took from now on, since the device ran out; returns the new budget.
+        """From now on plan with less memory than the last call took, because the device ran out; returns the budget.
 
         Raises:
             BudgetInfeasible: there is no leaner plan.
@@ -300,8 +300,8 @@ class DifferentiableSampler:
     def _encode(
         self, prompts: str | list[str], negative_prompts: str | list[str] | None, embeddings: Embeddings | None
     ) -> tuple[list[str], Conditioning]:
-        """The prompts of a new call and what the denoiser is told of them."""
-        # What is left of the last call holds its whole chain where no backward pass went through it.
+        """The prompts of a new call and their conditioning."""
+        # Without a backward pass, the results of the last call keep its whole chain alive.
         self.base_mse = self.latents = None
         batch = self.text.batch(prompts, negative_prompts, embeddings)
         return batch.prompts, self.text.encode(batch)
@@ -329,12 +329,12 @@ class DifferentiableSampler:
             compare_with_base=self.compare_with_base,
             gradient_sink=self.gradient_sink,
             fast=self.fast,
-            # Recorded replays reserve what they keep: a budget has better uses for that.
+            # Recorded replays reserve the memory of what they keep; a budget has better uses for it.
             fast_replays=not self.planner.has_budget,
         )
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
-        """The chain's timesteps on the device, copied there once: each copy would wait for the device."""
+        """The chain's timesteps on the device, copied there once because each copy waits for the device."""
         known = self._timesteps.get(table.timesteps)
         if known is None or known.device != self.model.device:
             known = torch.tensor(table.timesteps, device=self.model.device)
@@ -342,7 +342,7 @@ class DifferentiableSampler:
         return known
 
     def _blank_step(self, batch: int, negative_prompt: str | None) -> TrainingStep:
-        """A training step without text, to be measured."""
+        """A training step without text, for measuring."""
         cond = self.text.blank(batch, negative_prompt)
         prompt, metadata = self.example
         chain = self._chain(cond, None, self.table, True)

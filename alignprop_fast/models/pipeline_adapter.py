@@ -1,4 +1,4 @@
-"""A diffusers pipeline seen as a chain: text in, prediction per step, image out. What all models have in common."""
+"""A diffusers pipeline as a chain: encode text, predict each step, decode the image. Shared by all models."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -31,9 +31,9 @@ Embeddings = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser sees beside latents and time, for K branches (unconditional first): [K * B, ...] each.
+    """The denoiser's input besides latents and time, for K branches (unconditional first): [K * B, ...] each.
 
-    embedded_guidance: the guidance scale that a guidance-distilled denoiser is told; others are not told.
+    embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
     """
 
     embeds: torch.Tensor
@@ -46,25 +46,25 @@ class Conditioning:
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
-        """With others in the place of some tensors, by their ids."""
+        """A copy with some tensors replaced, by their ids."""
         added = self.added and {name: others.get(id(tensor), tensor) for name, tensor in self.added.items()}
         guidance = others.get(id(self.embedded_guidance), self.embedded_guidance)
         return replace(self, embeds=others.get(id(self.embeds), self.embeds), added=added, embedded_guidance=guidance)
 
     def cast(self, dtype: torch.dtype) -> "Conditioning":
-        """In the denoiser's dtype: text encoders may have another."""
+        """A copy in the denoiser's dtype, because text encoders may have another."""
         added = self.added and {name: tensor.to(dtype) for name, tensor in self.added.items()}
         return replace(self, embeds=self.embeds.to(dtype), added=added)
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """What B pictures are to show.
+    """The text of B pictures.
 
     prompts: B texts. negative_prompts: B texts, or None for none.
     guided: whether the denoiser runs with and without the prompts, in two branches.
-    size: (height, width) of the pictures in pixels, which SDXL is conditioned by.
-    embeddings: in place of those of the texts, by the names of `PipelineAdapter.embedding_names`, B rows each.
+    size: (height, width) of the pictures in pixels, an input of SDXL.
+    embeddings: used instead of the texts, by the names of `PipelineAdapter.embedding_names`, B rows each.
     """
 
     prompts: list[str]
@@ -80,32 +80,32 @@ class PromptBatch:
 
 
 class PipelineAdapter(ABC):
-    """A diffusers pipeline as the sampler needs it. The pipeline stays an ordinary one.
+    """A diffusers pipeline with the methods that the sampler needs. The pipeline can still be used as before.
 
-    Lays the convolutions out channels_last and puts the frozen-aware ops in (`surgery.take_ops_out` takes them out); no
-    name, value or adapter changes. Freezes VAE and text encoders, unless something in them is frozen already: then
-    their user has chosen what learns, such as tokens or adapters of a text encoder.
+    Converts convolutions to channels_last and puts in the ops for frozen weights (`surgery.take_ops_out` removes them).
+    Names, values and adapters do not change. Freezes VAE and text encoders, unless something in them is frozen already:
+    then the user has chosen what learns, such as tokens or adapters of a text encoder.
 
     Raises:
-        ValueError: a scheduler or model option that the chain cannot reproduce; the message says how to change it.
+        ValueError: the chain cannot reproduce a scheduler or model option; the message says how to change it.
     """
 
     schedulers: ClassVar[Sequence[str]]
     text_parts: ClassVar[Sequence[str]]
-    """What prompts are encoded by."""
+    """Names of the pipeline's parts that encode prompts."""
     embeds_guidance = False
-    """Whether guidance is distilled into the denoiser, which is told its scale; two branches are then an option."""
+    """Whether guidance is distilled into the denoiser, with its scale as input; two branches are then optional."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
-    """Embeddings of a prompt, by the names of the pipeline's own call; with `negative_` before, of a negative one."""
+    """Names of a prompt's embeddings in the pipeline's own call; `negative_` in front for a negative prompt."""
     channels_per_latent: ClassVar[int] = 1
-    """Channels of the denoiser's input for each of the latents'."""
+    """Channels of the denoiser's input per latent channel."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
         seen, drawn = self.denoiser.config.in_channels, self.channels_per_latent * self.latent_channels
         if seen != drawn:
             raise ValueError(
-                f"the denoiser takes {seen} channels and not {drawn}: it draws from a picture beside the prompt, as "
+                f"the denoiser takes {seen} channels and not {drawn}: it needs a picture in addition to the prompt, as "
                 "models for inpainting and editing do; use the text-to-image model that it was made from"
             )
         self.scheduler_name = check_scheduler(pipe.scheduler, self.schedulers)
@@ -126,19 +126,19 @@ class PipelineAdapter(ABC):
     def denoiser(self) -> Any: ...
 
     def check_text(self, may_be_away: bool = False) -> None:
-        """Raises ValueError where prompts cannot be encoded: a part that is missing, or on another device.
+        """Raises ValueError if prompts cannot be encoded because a part is missing or on another device.
 
-        may_be_away: the text encoders may wait on the CPU, as with `TextCache`.
+        may_be_away: the text encoders may be on the CPU, as with `TextCache`.
         """
         for name in self.text_parts:
             part = self.pipe.components.get(name)
             if part is None:
-                raise ValueError(f"the pipeline has no {name}, which prompts are encoded by: load it with one")
+                raise ValueError(f"the pipeline has no {name}, which encodes prompts: load the pipeline with one")
             elsewhere = isinstance(part, nn.Module) and part.device != self.device
-            placed = {"_hf_hook", "_diffusers_hook"} & set(vars(part))  # for each call, by offloading
+            placed = {"_hf_hook", "_diffusers_hook"} & set(vars(part))  # offloading places it for each call
             if elsewhere and not may_be_away and not placed:
                 raise ValueError(
-                    f"pipe.{name} is on {part.device}, the denoiser on {self.device}: pipe.to({str(self.device)!r})"
+                    f"pipe.{name} is on {part.device}, the denoiser on {self.device}: use pipe.to({str(self.device)!r})"
                 )
 
     @property
@@ -147,19 +147,19 @@ class PipelineAdapter(ABC):
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of a picture must be multiples of, in pixels."""
+        """The sides of a picture must be multiples of this many pixels."""
         return 8
 
     @abstractmethod
     def encode(self, batch: PromptBatch) -> Conditioning:
-        """What the denoiser is told of a batch. Gradients reach given embeddings, and text encoders that learn."""
+        """The conditioning of a batch. Gradients reach given embeddings, and text encoders that learn."""
 
     @abstractmethod
     def text_readers(self) -> list[TextReader]:
-        """What reads the prompts in `encode`, and how far."""
+        """The tokenizers that read the prompts in `encode`, with their limits."""
 
     def _reader(self, name: str, tokenizer: str, limit: int | None = None) -> list[TextReader]:
-        """The reader of that tokenizer, if the pipeline has it; limit: the tokenizer's own where None."""
+        """The reader of that tokenizer, if the pipeline has it. limit: None: the tokenizer's own."""
         found = self.pipe.components.get(tokenizer)
         if found is None:
             return []
@@ -168,7 +168,7 @@ class PipelineAdapter(ABC):
 
     @abstractmethod
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
-        """What `encode` gives for B prompts, in shape and dtype alone: to measure without text."""
+        """A stand-in for `encode` of B prompts, with its shapes and dtypes, to measure without text."""
 
     @abstractmethod
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
@@ -176,7 +176,7 @@ class PipelineAdapter(ABC):
 
     @abstractmethod
     def step_groups(self) -> dict[str, list[nn.Module]]:
-        """Modules of one denoising step that can be recomputed by themselves, by group."""
+        """Modules of one denoising step that can be recomputed separately, by group."""
 
     @property
     def latent_channels(self) -> int:
@@ -191,10 +191,10 @@ class PipelineAdapter(ABC):
         return self.denoiser.device
 
     def trainable(self) -> list[nn.Parameter]:
-        """The denoiser's parameters that ask for a gradient.
+        """The denoiser's parameters that require a gradient.
 
         Raises:
-            ValueError: active dropout, which would make a replayed step another than the one that was run; or DoRA.
+            ValueError: dropout is active, so that a replayed step would differ from the first run; or DoRA is used.
         """
         if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in self.denoiser.modules()):
             raise ValueError("dropout is on in the denoiser: set lora_dropout to 0, or call its eval()")
@@ -209,15 +209,15 @@ class PipelineAdapter(ABC):
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """Inside the block adapters that learn are left out of every forward pass: what the model was before them.
+        """Inside the `with` block the adapters that learn are off, so the model is the base model.
 
-        Frozen ones take part as ever, a style for example beside which another adapter is trained.
+        Frozen adapters stay on, for example a style that is used while another adapter is trained.
         """
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         before = [layer._active_adapter for layer in layers]
         try:
             for layer in layers:
-                # The names alone: `set_adapter` also rewrites requires_grad, which a chain under way relies on.
+                # Set only the names, because `set_adapter` also changes requires_grad, which a running chain relies on.
                 layer._active_adapter = [name for name in layer.active_adapters if not learns(layer, name)]
             yield
         finally:
@@ -225,26 +225,26 @@ class PipelineAdapter(ABC):
                 layer._active_adapter = active
 
     def _is_chosen(self) -> bool:
-        """Whether some of VAE and text encoders is frozen; quantised weights, which cannot learn, do not count."""
+        """Whether a part of VAE or text encoders is frozen. Quantised weights cannot learn and do not count."""
         parts = (self.pipe.vae, *text_encoders(self.pipe))
         return any(not p.requires_grad for part in parts for p in part.parameters() if p.is_floating_point())
 
     def reads_text(self, batch: PromptBatch) -> bool:
-        """Whether something is left to encode beside the embeddings that are given."""
+        """Whether texts remain to encode that have no given embeddings."""
         given = batch.embeddings
         return "prompt_embeds" not in given or (batch.guided and "negative_prompt_embeds" not in given)
 
     def decoder_learns(self) -> bool:
-        """Whether something in the VAE wants a gradient."""
+        """Whether something in the VAE requires a gradient."""
         return any(p.requires_grad for p in self.pipe.vae.parameters())
 
     def text_learns(self) -> bool:
-        """Whether something in the text encoders wants a gradient."""
+        """Whether something in the text encoders requires a gradient."""
         return any(p.requires_grad for encoder in text_encoders(self.pipe) for p in encoder.parameters())
 
     def check_embeddings(self, given: Embeddings, batch: int) -> None:
         """Raises:
-        ValueError: embeddings of unknown names, of another number than the prompts, or not all of one side.
+        ValueError: embeddings have unknown names, not one row per prompt, or are incomplete.
         """
         sides = [[f"{side}{name}" for name in self.embedding_names] for side in ("", "negative_")]
         unknown = sorted(set(given) - {name for names in sides for name in names})
@@ -259,12 +259,12 @@ class PipelineAdapter(ABC):
                 raise ValueError(f"{name} has {len(tensor)} rows for {batch} prompts: give one row for each prompt")
 
     def settings(self) -> Hashable:
-        """To compare: what changes the denoiser's results and is no weight: adapters, and FreeU of a UNet."""
+        """Settings that change the denoiser's results besides weights, to compare: adapters, and FreeU of a UNet."""
         blocks = getattr(self.denoiser, "up_blocks", ())
         return self._adapter_settings(), tuple(getattr(b, n, None) for b in blocks for n in ("s1", "s2", "b1", "b2"))
 
     def _adapter_settings(self) -> Hashable:
-        """Which adapters are on, or merged into the weights, and how strong."""
+        """Which adapters are on or merged into the weights, and their strengths."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         return tuple(
             (m.disable_adapters, *m.active_adapters, *m.merged_adapters, *getattr(m, "scaling", {}).values())
@@ -272,19 +272,19 @@ class PipelineAdapter(ABC):
         )
 
     def fingerprint(self) -> Hashable:
-        """Where the denoiser's weights lie, and how its adapters are set: a recorded evaluation holds as long."""
+        """Addresses of the denoiser's weights and settings of its adapters; while equal, a recording stays valid."""
         places = tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters())
         return places, self._adapter_settings()
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
-        """Everything that holds weights while the chain runs; `with_text`: the text encoders too."""
+        """Modules that hold weights while the chain runs. with_text: the text encoders too."""
         return [self.denoiser, self.pipe.vae, *(text_encoders(self.pipe) if with_text else ())]
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) in pixels, the model's own where None.
+        """(height, width) in pixels; for None the model's own.
 
         Raises:
-            ValueError: a side that does not divide into latents and patches, or that is not known.
+            ValueError: a side does not divide into latents and patches, or is not known.
         """
         size = picture_size(self.pipe, height, width)
         if size[0] % self.size_multiple or size[1] % self.size_multiple:
@@ -294,10 +294,10 @@ class PipelineAdapter(ABC):
         return size
 
     def schedule(self, num_inference_steps: int, size: tuple[int, int]) -> dict[str, Any]:
-        """What `sampling.make_table` needs for a chain of that many steps.
+        """The arguments of `sampling.make_table` for a chain of that many steps.
 
         Raises:
-            ValueError: more steps than the model was trained with, or none.
+            ValueError: there are more steps than the model was trained with, or none.
         """
         config = self.pipe.scheduler.config
         if not 1 <= num_inference_steps <= config.num_train_timesteps:
@@ -312,10 +312,10 @@ class PipelineAdapter(ABC):
     def initial_latents(
         self, batch: int, size: tuple[int, int], generator: Generator, latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Unit noise [B, C, h, w] in fp32 (or wider): drawn as the pipeline draws it, or the given one.
+        """Unit noise [B, C, h, w] in fp32 (or wider): the given one, or drawn as in the pipeline.
 
         Raises:
-            ValueError: generators of another number than the batch.
+            ValueError: the number of generators is not the batch size.
         """
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one each")
@@ -327,7 +327,7 @@ class PipelineAdapter(ABC):
         return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
 
     def noise(self, like: torch.Tensor, generator: Generator) -> torch.Tensor:
-        """Unit noise in the shape of `like`, drawn as the scheduler draws it (in the model's dtype)."""
+        """Unit noise in the shape of `like`, drawn as in the scheduler (in the model's dtype)."""
         return randn_tensor(like.shape, generator=generator, device=like.device, dtype=self.dtype)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
@@ -337,9 +337,9 @@ class PipelineAdapter(ABC):
         return (image.to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
     def decode_by_bands(self, x: torch.Tensor) -> torch.Tensor:
-        """As `decode`, in less memory and more time: the decoder's convolutions run by bands of rows.
+        """As `decode` with less memory and more time: the decoder's convolutions run by bands of rows.
 
-        A small one of another make (TAESD) has no need of it and runs whole.
+        A small decoder of another kind (TAESD) does not need it and runs whole.
         """
         decoder = self.pipe.vae.decoder
         with banded_stages(decoder) if isinstance(decoder, Decoder) else nullcontext():
@@ -350,7 +350,7 @@ class PipelineAdapter(ABC):
         return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def decoder_groups(self) -> dict[str, list[nn.Module]]:
-        """Modules of the decoder that can be recomputed by themselves, by segment name."""
+        """Modules of the decoder that can be recomputed separately, by segment name."""
         return {"decoder": instances(self.pipe.vae.decoder, (ResnetBlock2D, Upsample2D, Attention))}
 
 
@@ -360,7 +360,7 @@ def text_encoders(pipe: Any) -> list[nn.Module]:
 
 
 def native_size(pipe: Any) -> tuple[int, int] | None:
-    """(height, width) in pixels of the pictures that a pipeline's model was trained for, where it says so."""
+    """(height, width) in pixels of the pictures that the model was trained on, if its configuration has them."""
     latents = pipe.unet.config.sample_size if "unet" in pipe.components else pipe.default_sample_size
     if latents is None:
         return None
@@ -369,10 +369,10 @@ def native_size(pipe: Any) -> tuple[int, int] | None:
 
 
 def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """(height, width) in pixels, the model's own where None.
+    """(height, width) in pixels; for None the model's own.
 
     Raises:
-        ValueError: the model does not say its own.
+        ValueError: the model's configuration has no size.
     """
     if height and width:
         return height, width
@@ -383,5 +383,5 @@ def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int,
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
-    """Modules of these kinds below root, in its order."""
+    """Modules of these kinds below root, in their order there."""
     return [module for module in root.modules() if isinstance(module, kinds)]

@@ -1,4 +1,4 @@
-"""Differentiable rewards: images and prompts in, one score per image out. See `registry.py` for how they are named."""
+"""Differentiable rewards: images and prompts in, one score per image out. `registry.py` explains their names."""
 
 from alignprop_fast.rewards.mixture import WeightedSum
 from alignprop_fast.rewards.registry import get_reward, reward_names

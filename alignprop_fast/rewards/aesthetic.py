@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: the mark that people give a picture, 1 to 10, from its CLIP embedding.
+"""LAION's aesthetic predictors: the mark from 1 to 10 that people would give a picture, from its CLIP embedding.
 
 score = head(f(image) / |f(image)|) with CLIP ViT-L/14's image embedding f, 768 numbers. Both published heads:
 
@@ -7,9 +7,9 @@ score = head(f(image) / |f(image)|) with CLIP ViT-L/14's image embedding f, 768 
                                                   (christophschuhmann/improved-aesthetic-predictor, 2022; the reward
                                                   "aesthetics" of DDPO, AlignProp and DRaFT)
 
-About 4 to 7 for ordinary pictures. The prompt plays no part.
+Ordinary pictures get about 4 to 7. The prompt is not used.
 
-Weights: a folder with CLIP (`openai/clip-vit-large-patch14`, transformers format) and the head's file in it.
+Weights: a folder with CLIP (`openai/clip-vit-large-patch14`, transformers format) and the head's file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from alignprop_fast.rewards.clip import clip_folder, image_embeddings, load_clip
 from alignprop_fast.rewards.preprocess import Preprocess
 from alignprop_fast.rewards.weights import DEFAULT, RewardLoading, filled, read_state, weights_file
 
-# The last is the v2 head's name in repositories that hold it for use with transformers.
+# The last is the v2 head's name in repositories for transformers.
 _HEADS = ("sac+logos+ava1-l14-linearMSE", "sa_0_4_vit_l_14_linear", "aesthetic-model")
 
 
@@ -32,7 +32,7 @@ class Aesthetic(nn.Module):
     """The mark of each image."""
 
     def __init__(self, folder: str | Path, loading: RewardLoading = DEFAULT) -> None:
-        """folder: a CLIP folder that also holds a head (v2 where both are there), or the head's file in such a folder.
+        """folder: a CLIP folder with a head in it (v2 if it has both), or the head's file in such a folder.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.
         """
@@ -53,13 +53,13 @@ class Aesthetic(nn.Module):
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], any size. Prompts play no part. Returns marks, fp32, [B]."""
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size. Prompts are not used. Returns marks, fp32, [B]."""
         embeddings_BE = image_embeddings(self, self.preprocess(images_BCHW))
         return self.head(embeddings_BE).squeeze(-1), {}
 
 
 class FiveLayers(nn.Module):
-    """width-1024-128-64-16-1, linear throughout; the empty places are those of the dropout layers in training."""
+    """width-1024-128-64-16-1, without nonlinearity. Missing indices are the dropout layers used in training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Published rewards without their weights: the real networks at full size on the meta device, to count what they take.
+"""Published rewards without their weights: the real networks at full size on the meta device, to count their costs.
 
     reward = architecture_reward("hpsv2:1.0,compressibility:0.3", torch.bfloat16)
-    scores, info = reward(images_on_meta, prompts, metadata)        # shapes alone; a gradient reaches the images
-    reward = architecture_reward("hpsv2", torch.bfloat16, device="cuda")            # random weights, to be timed
+    scores, info = reward(images_on_meta, prompts, metadata)        # only shapes; a gradient reaches the images
+    reward = architecture_reward("hpsv2", torch.bfloat16, device="cuda")            # random weights, for timing
 
-The picture's side is the reward's own code. Prompts are not read: where the text is embedded without gradient, once for
-each prompt, one fixed direction stands for it, and where text and picture meet in the network, blank tokens.
+The reward's own code runs on pictures. Prompts are not read. A text embedding without gradient, made once per prompt,
+is replaced by one fixed direction. A network that reads text and picture together gets blank tokens.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _HPS_PIXELS = Preprocess(longest_edge=224, clip=False, mean=CLIP_MEAN, std=CLIP_
 
 
 class _Similarity(Similarity):
-    """PickScore's scale is left out: one product for each picture."""
+    """Without PickScore's scale, which is one product per picture."""
 
     def __init__(
         self, config: dict[str, Any], preprocess: Preprocess, dtype: torch.dtype, device: torch.device
@@ -99,7 +99,7 @@ class _Similarity(Similarity):
 
 class _Aesthetic(Aesthetic):
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        nn.Module.__init__(self)  # Aesthetic's own reads files
+        nn.Module.__init__(self)  # Aesthetic's __init__ reads files
         model = _clip(_VIT_L, dtype, device)
         self.preprocess = _CLIP_PIXELS
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
@@ -109,7 +109,7 @@ class _Aesthetic(Aesthetic):
 
 class _ImageReward(ImageReward):
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        nn.Module.__init__(self)  # ImageReward's own reads files
+        nn.Module.__init__(self)  # ImageReward's __init__ reads files
         with device:
             self.network = Network(_BLIP_VISION, _BLIP_TEXT)
         self.network.vision.to(dtype)
@@ -126,11 +126,11 @@ def architecture_reward(
     allow_pickle: bool = False,
     device: str | torch.device = "meta",
 ) -> WeightedSum:
-    """The reward that `spec` describes (see `get_reward`), without weights where they are published.
+    """The reward that `spec` describes (see `get_reward`), without its published weights.
 
-    dtype: of the networks' weights. model, allow_pickle: as for `get_reward`, but that of `clip` needs no more than a
-    config.json and a preprocessor_config.json, and the other published rewards need none. What has no published weights
-    is loaded as it is. device: "meta" has shapes and no storage; elsewhere weights are random.
+    dtype: of the networks' weights. model, allow_pickle: as in `get_reward`, but `clip` needs only a config.json and a
+    preprocessor_config.json, and other published rewards need no files. Rewards without published weights are loaded as
+    usual. device: "meta" has shapes and no storage; on other devices weights are random.
 
     Raises:
         ValueError, OSError: as `get_reward`.
@@ -188,5 +188,5 @@ class _Tokens(dict):
 
 def _blank_tokens(prompts: Sequence[str], *, max_length: int, device: torch.device, **form: Any) -> _Tokens:
     ids_BL = torch.zeros(len(prompts), max_length, dtype=torch.long, device=device)
-    # Whether any token is masked cannot be asked of a tensor without data.
+    # A tensor without data cannot say whether a token is masked.
     return _Tokens(input_ids=ids_BL, attention_mask=None)

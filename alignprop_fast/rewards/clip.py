@@ -1,8 +1,8 @@
 """Image-text alignment: cosine similarity under a CLIP model.
 
 Radford et al., "Learning transferable visual models from natural language supervision", 2021:
-score = <f(image), g(prompt)> / (|f(image)| |g(prompt)|), a number in [-1, 1]. Not scaled by CLIP's temperature, nor by
-the 2.5 or 100 of the various "CLIP scores". Published models give about 0.2 to 0.35 for a fitting prompt.
+score = <f(image), g(prompt)> / (|f(image)| |g(prompt)|), a number in [-1, 1]. It is not scaled by CLIP's temperature,
+nor by the 2.5 or 100 of various "CLIP scores". Published models give about 0.2 to 0.35 for a fitting prompt.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ class Similarity(nn.Module):
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], any size; prompts: B strings, cut to the model's context length, which
-        the log says.
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size. prompts: B strings, cut to the model's context length; the log
+        says so.
 
-        Returns cosine similarities, fp32, [B]. The gradient reaches the images; text is embedded without one, once.
+        Returns cosine similarities, fp32, [B]. The gradient reaches the images; each text is embedded once, without
+        one.
         """
         image_BE = image_embeddings(self.model, self.preprocess(images_BCHW))
         text_BE = self._embed(prompts).to(image_BE.device)
         return (image_BE * text_BE).sum(-1), {}
 
-    # Not under inference mode either, whose tensors can take no part in a later backward pass.
+    # Not under inference mode either, because its tensors cannot be used in a later backward pass.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> Tensor:
@@ -65,12 +66,12 @@ class Similarity(nn.Module):
 
 
 class ClipScore(Similarity):
-    """`Similarity` under any CLIP folder in the transformers format."""
+    """`Similarity` with any CLIP folder in the transformers format."""
 
     def __init__(self, folder: str | Path, loading: RewardLoading = DEFAULT) -> None:
         """folder: a `CLIPModel` with its tokenizer and image processor, or its Hub id.
 
-        Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
+        Raises FileNotFoundError, OSError or ValueError, one line each, if it is missing, damaged or of another kind.
         """
         folder = clip_folder(folder, loading)
         preprocess, tokenizer = Preprocess.from_folder(folder), load_tokenizer(folder, "CLIP model")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Under the roots, so that a grey picture has a gradient (of zero). Adds at most 1.3e-3 to a score.
+# Added under the roots, so that the gradient of a grey picture is zero and not NaN. Adds at most 1.3e-3 to a score.
 _EPSILON = 1e-6
 
 
@@ -24,7 +24,7 @@ class Colorfulness(nn.Module):
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts and metadata play no part. Returns M3 >= 0, [B]."""
+        """images_BCHW: [B, 3, H, W] in [0, 1]. Prompts and metadata are not used. Returns M3 >= 0, [B]."""
         images_BCHW = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32)) * 255
         red, green, blue = images_BCHW.flatten(2).unbind(1)
         opponents_2BN = torch.stack((red - green, (red + green) / 2 - blue))

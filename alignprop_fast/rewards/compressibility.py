@@ -2,7 +2,7 @@
 
 DDPO (Black et al., 2023, section 5.1; also an objective of AlignProp) rewards the size of the image's JPEG file at
 quality 95, in kB of 1000 bytes: incompressibility = size, compressibility = -size. Here the size is the smooth estimate
-of `jpeg.py`, mostly within a few per cent of the true one, so scores compare with DDPO's.
+of `jpeg.py`. It is mostly within a few per cent of the true size, so scores are comparable with DDPO's.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Incompressibility(nn.Module):
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], any size. Prompts and metadata play no part. Returns kB, [B]."""
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size. Prompts and metadata are not used. Returns kB, [B]."""
         return self.size(images_BCHW), {}
 
 

@@ -1,19 +1,19 @@
-"""How many things of a kind are in the picture, and whether any are: rewards from a detector's scores.
+"""Rewards from a detector's scores: how many objects of a kind are in the picture, or that there are none.
 
-AlignProp (Prabhudesai et al., 2023, section 5) removes and counts things with an open-vocabulary detector. A count of
-boxes above a threshold has no gradient; here, with a candidate's margin m_i = logit_i - logit(threshold) and the soft
-"candidates i and j are one thing" k_ij of `detectors.py` (k_ii = 1):
+AlignProp (Prabhudesai et al., 2023, section 5) removes and counts objects with an open-vocabulary detector. A count of
+boxes above a threshold has no gradient. Here we use a candidate's margin m_i = logit_i - logit(threshold) and the soft
+"candidates i and j are one object" k_ij of `detectors.py` (k_ii = 1):
 
-    a_i = sigmoid(m_i / t)                    soft "is there", t = 0.5 where boxes may be duplicates, else 1
-    w_i = a_i^4 / sum_j a_j^4 k_ij            share of candidate i in its thing; 1 where there are no duplicates
-    n   = sum_i a_i w_i                       the soft count: each thing counts once, by its best candidates
+    a_i = sigmoid(m_i / t)                    soft "is there"; t = 0.5 if boxes may be duplicates, else 1
+    w_i = a_i^4 / sum_j a_j^4 k_ij            share of candidate i in its object; 1 without duplicates
+    n   = sum_i a_i w_i                       the soft count: each object counts once, by its best candidates
 
-    count:KIND=N   score = N log(n / N) + N - n          Poisson's log-likelihood of N, less its best: 0 at n = N
+    count:KIND=N   score = N log(n / N) + N - n          Poisson log-likelihood of N minus its maximum: 0 at n = N
     remove:KIND    score = -log(1 + sum_i exp(m_i))      0 without any, about minus the best margin with one
 
-All of it is smooth, with nothing annealed. The gradient goes through the scores; the boxes have none. Where nothing of
-the kind is seen, n is of the size of exp(m), so that `count` falls with N m and its gradient does not vanish; nor does
-that of `remove`, however sure the detector is.
+Everything is smooth, without annealing. The gradient goes through the scores; the boxes have none. If no object is
+seen, n is about exp(m), so `count` decreases with N m and its gradient does not vanish. The gradient of `remove` does
+not vanish either, however sure the detector is.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from alignprop_fast.rewards.detectors import load_detector
 from alignprop_fast.rewards.weights import DEFAULT, RewardLoading
 
 _TEMPERATURE = 0.5
-_SHARPNESS = 4  # the power of the share: the best of several candidates takes nearly all
+_SHARPNESS = 4  # the power in the share: the best of several candidates gets nearly all
 
 
 class Count(nn.Module):
     """`count:KIND=N`."""
 
     def __init__(self, argument: str, model: str | Path | None = None, loading: RewardLoading = DEFAULT) -> None:
-        """argument: "KIND=N", for example "apple=3". model: as for `load_detector`.
+        """argument: "KIND=N", for example "apple=3". model: as in `load_detector`.
 
         Raises FileNotFoundError, OSError or ValueError, one line each, for a bad argument or model.
         """
@@ -62,7 +62,7 @@ class Remove(nn.Module):
     """`remove:KIND`."""
 
     def __init__(self, kind: str, model: str | Path | None = None, loading: RewardLoading = DEFAULT) -> None:
-        """kind: for example "apple". model: as for `load_detector`, whose errors it raises."""
+        """kind: for example "apple". model: as in `load_detector`, with its errors."""
         super().__init__()
         self.detector = load_detector(model, kind.strip(), loading)
 
@@ -76,7 +76,7 @@ class Remove(nn.Module):
 
 
 def log_soft_count(margins_BQ: Tensor, log_same_BQQ: Tensor | None) -> Tensor:
-    """log n of the module's formula, [B]. log_same_BQQ: log k_ij; None where no two candidates are one thing."""
+    """log n of the module's formula, [B]. log_same_BQQ: log k_ij; None if no two candidates can be one object."""
     if log_same_BQQ is None:
         return F.logsigmoid(margins_BQ).logsumexp(1)
     log_there_BQ = F.logsigmoid(margins_BQ / _TEMPERATURE)

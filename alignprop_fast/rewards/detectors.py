@@ -1,9 +1,9 @@
-"""What says where things of a kind are in a picture: candidates, each with a score, some of them the same thing.
+"""Detectors of objects of one kind. They give candidates with scores; several candidates may be the same object.
 
 A detector's `candidates(images)` gives, for each of Q candidates,
 
-    margins_BQ     logit - logit(threshold), fp32: positive where the detector would report it
-    same_BQQ       log of the soft "these two are one thing", 0 on the diagonal, without gradient; None: never the same
+    margins_BQ     logit - logit(threshold), fp32: positive if the detector would report it
+    same_BQQ       log of the soft "these two are one object", 0 on the diagonal, without gradient; None: never the same
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from alignprop_fast.rewards.preprocess_owlv2 import Owlv2Preprocess
 from alignprop_fast.rewards.user_function import is_function_name, user_function
 from alignprop_fast.rewards.weights import DEFAULT, RewardLoading, load_model, load_tokenizer, model_folder, model_type
 
-_THRESHOLD = 0.1  # of the score at which transformers' post-processing reports a box
-_CANDIDATES = 256  # the best-scored ones; a picture with more things than that is not to be expected
-_SAME_OVERLAP, _OVERLAP_WIDTH = 0.5, 0.05  # intersection over union at which two boxes are one thing, and how softly
+_THRESHOLD = 0.1  # the score from which transformers' post-processing reports a box
+_CANDIDATES = 256  # the best-scored ones; we expect no picture with more objects
+_SAME_OVERLAP, _OVERLAP_WIDTH = 0.5, 0.05  # intersection over union at which two boxes are one object, and its softness
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """A detector of one kind of thing. As an `nn.Module` it is moved to the reward's device."""
+    """A detector of one kind of object. As an `nn.Module` it is moved to the reward's device."""
 
     def candidates(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Returns margins [B, Q] and log-sameness [B, Q, Q] or None."""
@@ -37,8 +37,8 @@ class Detector(Protocol):
 
 
 def load_detector(model: str | Path | None, kind: str, loading: RewardLoading = DEFAULT) -> Detector:
-    """The detector of `kind`, "apple" say, in a folder (or under a Hub id): OWL-ViT, OWLv2 or a counter like the
-    bundled one, which None means. Or one of the user's, written `module:function`: function(kind) -> `Detector`.
+    """The detector of `kind`, for example "apple", in a folder or under a Hub id: OWL-ViT, OWLv2 or a counter like the
+    bundled one. None means the bundled one; `module:function` is the user's own, function(kind) -> `Detector`.
 
     Raises FileNotFoundError, OSError or ValueError, one line each.
     """
@@ -49,7 +49,7 @@ def load_detector(model: str | Path | None, kind: str, loading: RewardLoading = 
     if is_function_name(str(model)) and not Path(model).exists():
         detector = user_function(str(model), f"detector {str(model)!r}")(kind)
         if not isinstance(detector, Detector):
-            raise ValueError(f"{model} gave a {type(detector).__name__}: let it return a detector with `candidates`")
+            raise ValueError(f"{model} returned a {type(detector).__name__}: return a detector with `candidates`")
         return detector
     folder = model_folder(model, "detector", loading)
     found = model_type(folder)
@@ -102,7 +102,7 @@ class OpenVocabulary(nn.Module):
 
 
 class GridCounter(nn.Module):
-    """The bundled counter: each of 8 x 8 cells is a candidate of its own."""
+    """The bundled counter: each of 8 x 8 cells is a candidate."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__()
@@ -121,12 +121,12 @@ class GridCounter(nn.Module):
         self.preprocess = Preprocess(exact_size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def candidates(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Detector`; the threshold is a probability of one half."""
+        """See `Detector`. The threshold is a probability of one half."""
         pixels_BCHW = self.preprocess(images_BCHW).to(self.network.head.weight.dtype)
         return at_least_fp32(self.network(pixels_BCHW)[:, self.index].flatten(1)), None
 
 
-# What transformers' OwlViTImageProcessor takes for a key that the file leaves out.
+# Defaults of transformers' OwlViTImageProcessor for keys missing in the file.
 OWLVIT_DEFAULTS = {
     "size": {"height": 768, "width": 768},
     "do_center_crop": False,

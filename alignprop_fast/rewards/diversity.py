@@ -1,7 +1,7 @@
-"""How different pictures of one prompt are: a guard against a model that answers every seed with the same picture.
+"""Diversity of the pictures of one prompt, to detect a model that draws the same picture for every seed.
 
-D = 2 / (K (K - 1)) * sum_{i < j} (1 - <e_i, e_j>), e_i the normalised CLIP embedding of picture i of K: the mean
-pairwise cosine distance, 0 where all are alike. Only figures under the same CLIP model compare.
+D = 2 / (K (K - 1)) * sum_{i < j} (1 - <e_i, e_j>), with the normalised CLIP embedding e_i of picture i of K. This is
+the mean pairwise cosine distance, 0 if all are equal. Compare only figures of the same CLIP model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class ImageEmbedder(nn.Module):
     """Normalised CLIP embeddings of pictures, weights frozen."""
 
     def __init__(self, folder: str | Path | None = None, loading: RewardLoading = DEFAULT) -> None:
-        """folder: a `CLIPModel` with its image processor, or its Hub id; None: the bundled one, which knows the
-        bundled model's kind of pictures.
+        """folder: a `CLIPModel` with its image processor, or its Hub id; None: the bundled one, which was trained on
+        pictures like the bundled model's.
 
-        Raises FileNotFoundError, OSError or ValueError, one line each, when it is missing, damaged or of another kind.
+        Raises FileNotFoundError, OSError or ValueError, one line each, if it is missing, damaged or of another kind.
         """
         from alignprop_fast.rewards.clip import clip_folder, load_clip
 
@@ -45,6 +45,6 @@ def mean_pairwise_distance(embeddings_KE: Tensor) -> float:
     """D of the pictures whose normalised embeddings these are. Raises ValueError for fewer than two."""
     count = len(embeddings_KE)
     if count < 2:
-        raise ValueError("diversity takes two pictures of a prompt or more")
+        raise ValueError("diversity needs two or more pictures of a prompt")
     cosines_KK = embeddings_KE.double() @ embeddings_KE.double().T
     return 1 - float(torch.triu(cosines_KK, 1).sum()) * 2 / (count * (count - 1))

@@ -1,13 +1,13 @@
-"""Human Preference Score v2 (and v2.1): which picture people would choose for a prompt.
+"""Human Preference Score v2 (and v2.1): how likely people are to prefer a picture for its prompt.
 
 Wu et al., "Human Preference Score v2: a solid benchmark for evaluating human preferences of text-to-image synthesis",
 2023: score = <f(image), g(prompt)> with the normalised embeddings of a CLIP ViT-H/14 trained on preferences. As in the
-published code it is not multiplied by the temperature: about 0.2 to 0.35. v2.1 is the same network with other weights.
+published code it is not multiplied by the temperature, so it is about 0.2 to 0.35. v2.1 has other weights.
 
 Weights: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of `xswu/HPSv2`, in open_clip's names (or the same tensors as
 safetensors), with the tokenizer of any CLIP model of 77 tokens in the same folder.
-Pixels: longer edge to 224, bicubic with antialiasing on float tensors (so edges overshoot; torchvision before 0.17 left
-the antialiasing out there); black around it to a square; CLIP's mean and deviation.
+Pixels: longer edge to 224, bicubic with antialiasing on float tensors (so edges overshoot; torchvision before 0.17 did
+not antialias them); padded with black to a square; CLIP's mean and deviation.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _VISION_HEAD, _TEXT_HEAD = 80, 64  # widths of one attention head in ViT-H/14
 
 
 class HpsV2(Similarity):
-    """The similarity under HPS v2's network; which version is a matter of the weights."""
+    """The similarity under HPS v2's network; the weights decide the version."""
 
     def __init__(self, path: str | Path, loading: RewardLoading = DEFAULT) -> None:
-        """path: the weights file, or its folder (v2.1 if both are there); the tokenizer lies beside it.
+        """path: the weights file, or its folder (v2.1 if both are there), with the tokenizer in the same folder.
 
-        Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.
+        Raises FileNotFoundError, OSError or ValueError, one line each, if something is missing or damaged.
         """
         file = weights_file(Path(path), _NAMES, "HPS v2 weights")
         tokenizer = load_tokenizer(file.parent, "HPS v2 weights", source=_TOKENIZER)
@@ -50,7 +50,7 @@ class HpsV2(Similarity):
             state = to_transformers(read_state(file, loading))
             config = _config(state)
         except (KeyError, IndexError) as error:
-            raise OSError(f"{file} does not hold HPS v2: it lacks {error}; copy the file again") from error
+            raise OSError(f"{file} does not contain HPS v2: it lacks {error}; copy the file again") from error
         check_words(tokenizer, config["text_config"]["vocab_size"], file.parent, _TOKENIZER)
         model = filled(lambda: _clip(config), state, file, "HPS v2").to(loading.dtype)
         edge = config["vision_config"]["image_size"]
@@ -64,7 +64,7 @@ def _clip(config: dict[str, Any]) -> Any:
 
 
 def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`CLIPConfig`'s values from the shapes of the weights. The head widths are ViT-H/14's: no shape shows them."""
+    """`CLIPConfig`'s values from the shapes of the weights. No shape shows the head widths; ViT-H/14's are used."""
     patches = state["vision_model.embeddings.patch_embedding.weight"]
     places = state["vision_model.embeddings.position_embedding.weight"]
     words = state["text_model.embeddings.token_embedding.weight"]
@@ -78,7 +78,7 @@ def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     text = {
         "vocab_size": len(words),
         "max_position_embeddings": len(state["text_model.embeddings.position_embedding.weight"]),
-        "eos_token_id": len(words) - 1,  # the last of CLIP's tokens, at which the text is pooled
+        "eos_token_id": len(words) - 1,  # CLIP's last token, where the text is pooled
         "bos_token_id": len(words) - 2,
         "pad_token_id": len(words) - 1,
         **_tower(state, "text_model", text_width, _TEXT_HEAD),

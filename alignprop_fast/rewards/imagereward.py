@@ -1,12 +1,12 @@
 """ImageReward: a general preference score of a picture for its prompt, from a network that reads both together.
 
 Xu et al., "ImageReward: learning and evaluating human preferences for text-to-image generation", 2023, section 3:
-BLIP's ViT-L/16 sees the picture, BLIP's BERT reads the prompt with cross-attention to it, and five linear layers turn
-its first token into a number, which is normalised by the mean and deviation of the training set: about -2 to 2.
+BLIP's ViT-L/16 encodes the picture, and BLIP's BERT reads the prompt with cross-attention to it. Five linear layers map
+its first token to a number, normalised by the mean and deviation of the training set: about -2 to 2.
 
 Weights: ImageReward.pt of `THUDM/ImageReward` (or the same tensors as safetensors), with the tokenizer of
 `google-bert/bert-base-uncased` in the same folder. The network is transformers' BLIP under other names.
-Pixels: shorter edge to 224, bicubic; the middle square; CLIP's mean and deviation. Text: 35 tokens.
+Pixels: shorter edge to 224, bicubic; central square; CLIP's mean and deviation. Text: 35 tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOKENS = 35
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the scores on the training set
 _HEAD = 64  # width of one attention head, in both towers
 _VISION, _TEXT = "blip.visual_encoder.", "blip.text_encoder."
-# Left over from pre-training, or no weight at all.
+# Unused weights from pre-training, and buffers.
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", _TEXT + "embeddings.position_ids")
 _VISION_NAMES = {
     "cls_token": "embeddings.class_embedding",
@@ -53,9 +53,9 @@ class ImageReward(nn.Module):
     """The published network, frozen."""
 
     def __init__(self, path: str | Path, loading: RewardLoading = DEFAULT) -> None:
-        """path: the weights file, or its folder; the tokenizer lies beside it.
+        """path: the weights file, or its folder, with the tokenizer in the same folder.
 
-        Raises FileNotFoundError, OSError or ValueError, one line each, when something is missing or damaged.
+        Raises FileNotFoundError, OSError or ValueError, one line each, if something is missing or damaged.
         """
         super().__init__()
         file = weights_file(Path(path), ("ImageReward",), "ImageReward weights")
@@ -65,13 +65,13 @@ class ImageReward(nn.Module):
         try:
             vision, text = _configs(state)
         except (KeyError, IndexError) as error:
-            raise OSError(f"{file} does not hold ImageReward: it lacks {error}; copy the file again") from error
+            raise OSError(f"{file} does not contain ImageReward: it lacks {error}; copy the file again") from error
         check_words(self.tokenizer, text["vocab_size"], file.parent, _TOKENIZER)
         self.network = filled(lambda: Network(vision, text), state, file, "ImageReward")
         self.network.vision.to(loading.dtype)
         self.network.text.to(loading.dtype)
         edge = vision["image_size"]
-        # As torchvision crops, which rounds where transformers cuts off.
+        # Crop like torchvision, which rounds the margin; transformers truncates it.
         self.preprocess = Preprocess(
             shortest_edge=edge, crop=(edge, edge), round_crop=True, mean=CLIP_MEAN, std=CLIP_STD
         )
@@ -79,8 +79,8 @@ class ImageReward(nn.Module):
     def forward(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], any size; prompts: B strings, cut to 35 tokens, which the log
-        says. Returns scores, fp32, [B].
+        """images_BCHW: [B, 3, H, W] in [0, 1], any size. prompts: B strings, cut to 35 tokens; the log says
+        so. Returns scores, fp32, [B].
         """
         self._cut.look_at(prompts)
         tokens = self.tokenizer(
@@ -91,7 +91,7 @@ class ImageReward(nn.Module):
 
 
 class Network(nn.Module):
-    """Both towers and the layers that make a number of them."""
+    """Both towers and the layers that map them to a number."""
 
     def __init__(self, vision: dict[str, Any], text: dict[str, Any]) -> None:
         from transformers import BlipTextConfig, BlipVisionConfig
@@ -106,7 +106,7 @@ class Network(nn.Module):
     def forward(self, pixels_BCHW: Tensor, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
         dtype = self.vision.post_layernorm.weight.dtype
         image_BNC = self.vision(pixel_values=pixels_BCHW.to(dtype)).last_hidden_state
-        # All of the picture is seen, so there is no mask for it.
+        # The whole picture is seen, so it needs no mask.
         text = self.text(input_ids=ids_BL, attention_mask=mask_BL, encoder_hidden_states=image_BNC)
         return self.mlp(at_least_fp32(text.last_hidden_state[:, 0]))
 
@@ -151,7 +151,7 @@ def _configs(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any
         "max_position_embeddings": len(state["text.embeddings.position_embeddings.weight"]),
         "layer_norm_eps": 1e-12,
         "pad_token_id": 0,
-        "is_decoder": True,  # which means no more than that the layers have cross-attention
+        "is_decoder": True,  # means only that the layers have cross-attention
     }
     return vision, text
 

@@ -1,22 +1,22 @@
 """A smooth estimate of the size of a JPEG file, so that a byte count can be a differentiable reward.
 
-The transform is the encoder's own: RGB -> YCbCr (JFIF), chroma averaged over 2 x 2 pixels (4:2:0), 8 x 8 DCT, division
-by the tables of ITU-T T.81 Annex K scaled to `quality` as libjpeg scales them. What the encoder then does with integers
-(round to q, code each nonzero q by its bit length and by the number of zeros before it, end the block after the last
-nonzero one) is replaced, for the real-valued coefficients q_k, k = 1..63 in zigzag order, by
+The transform equals the encoder's: RGB -> YCbCr (JFIF), chroma averaged over 2 x 2 pixels (4:2:0), 8 x 8 DCT, division
+by the tables of ITU-T T.81 Annex K, scaled to `quality` as in libjpeg. The encoder then rounds to integers q, codes
+each nonzero q by its bit length and the number of zeros before it, and ends the block after the last nonzero one. The
+estimate replaces this, for the real-valued coefficients q_k, k = 1..63 in zigzag order, by
 
     p_k = u_k / (1 + u_k),  u_k = (q_k / 0.5)^4           soft "rounds to a nonzero value": 1/2 at |q| = 0.5
     e_k = 1 - prod_{j > k} (1 - p_j)                      soft "a nonzero value is still to come"
     bits = c_block * (number of blocks)                   end-of-block code and the shortest DC code
-         + c_nonzero * sum p_k                            sign, and what the run/length code costs at least
+         + c_nonzero * sum p_k                            sign, and the least bits of the run/length code
          + c_zero * sum (1 - p_k) e_k                     zeros inside a run; those after the last nonzero are free
-         + c_length * sum log2(1 + q_k^2) / 2             bit length, appended and within the code
+         + c_length * sum log2(1 + q_k^2) / 2             bit length, of the value and inside the code
          + c_dc * sum log2(1 + d^2) / 2                   bit length of d, difference of neighbouring DC coefficients
 
 and the score is (623 bytes of headers and tables + bits / 8) / 1000. The five constants are a least-squares fit
-(relative error) to Pillow's byte counts of about 800 pictures at quality 95, each at 64, 256 and 512 pixels where it is
-large enough; `jpeg_calibration.py` repeats the fit. On pictures outside the fit the relative error is 1 to
-5 % (root mean square, by kind of picture), and the estimate follows the true count when pixels are optimised for it.
+(relative error) to Pillow's byte counts of about 800 pictures at quality 95, each at 64, 256 and 512 pixels if it is
+large enough; `jpeg_calibration.py` repeats the fit. On other pictures the relative error is 1 to 5 % (root mean square,
+by kind of picture). The estimate also follows the true count when pixels are optimised for it.
 """
 
 import math
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from alignprop_fast.rewards.preprocess import without_autocast
 
-# ITU-T T.81, tables K.1 and K.2, row by row. Below the chroma table's upper left corner every entry is 99.
+# ITU-T T.81, tables K.1 and K.2, row by row. All entries outside the chroma table's upper left corner are 99.
 _LUMA_TABLE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
@@ -39,7 +39,7 @@ _LUMA_TABLE = (
     (72, 92, 95, 98, 112, 100, 103, 99),
 )
 _CHROMA_CORNER = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))
-# JFIF 1.02: rows are Y, Cb, Cr. Y is centred by taking off 128; the chroma planes are centred as they are.
+# JFIF 1.02: rows are Y, Cb, Cr. Y is centred by subtracting 128; the chroma planes are centred already.
 _RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 
 _HEADER_BYTES = 623.0  # Pillow's markers, quantisation tables and standard Huffman tables
@@ -75,7 +75,7 @@ class JpegSize(nn.Module):
     def features(self, images_BCHW: Tensor) -> Tensor:
         """The five sums of the module's formula, [B, 5]; the estimate is linear in them."""
         images_BCHW = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
-        # Autocast would run the products below in half precision, too coarse to tell a small coefficient from zero.
+        # Autocast would run the products below in half precision, which cannot tell small coefficients from zero.
         with without_autocast(images_BCHW):
             luma_B1HW, chroma_B2HW = self._planes(images_BCHW)
             luma_BCNK = _blocks(luma_B1HW, macro=2) @ self.luma_dct.to(images_BCHW.dtype)
@@ -99,13 +99,13 @@ def _dct_basis(table: Tensor, quality: int) -> Tensor:
     dct = torch.cos((2 * x + 1) * x[:, None] * math.pi / 16) / 2
     dct[0] /= math.sqrt(2)
     basis_PK = torch.einsum("uy,vx->yxuv", dct, dct).reshape(64, 64) / steps.reshape(64)
-    # Zigzag: by anti-diagonals, even ones running up to the right, odd ones down to the left.
+    # Zigzag: by anti-diagonals; even ones run up to the right, odd ones down to the left.
     order = sorted(range(64), key=lambda n: (n // 8 + n % 8, n // 8 if (n // 8 + n % 8) % 2 else n % 8))
     return basis_PK[:, order].float()
 
 
 def _blocks(planes_BCHW: Tensor, macro: int) -> Tensor:
-    """Planes cut into 8 x 8 blocks, [B, C, N, 64], in the encoder's order: units of macro x macro, row by row."""
+    """Planes split into 8 x 8 blocks, [B, C, N, 64], in the encoder's order: units of macro x macro, row by row."""
     batch, channels, height, width = planes_BCHW.shape
     unit = 8 * macro
     split = planes_BCHW.reshape(batch, channels, height // unit, macro, 8, width // unit, macro, 8)
@@ -132,5 +132,5 @@ def _plane_features(q_BCNK: Tensor) -> Tensor:
 
 
 def _bit_length(q: Tensor) -> Tensor:
-    """log2 |q| made smooth and zero at zero."""
+    """log2 |q|, smoothed so that it is zero at zero."""
     return torch.log1p(q * q) * (0.5 / math.log(2))

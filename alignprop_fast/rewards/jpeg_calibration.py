@@ -1,9 +1,9 @@
-"""Fit the constants of `jpeg.py` to the byte counts of a real encoder, and measure how well the estimate does.
+"""Fits the constants of `jpeg.py` to the byte counts of a real encoder, and measures the error of the estimate.
 
     python -m alignprop_fast.rewards.jpeg_calibration FOLDER [FOLDER ...] [--sizes 64 256 512] [--limit 400]
 
-Each folder is one set of pictures, taken at each size; the fit uses every other picture, with equal weight for each set
-and size, and minimises the squared relative error; the table is measured on the other half, once with the fitted
+Each folder is one set of pictures, used at each size. The fit minimises the squared relative error on every other
+picture, with equal weight for each set and size. The table is measured on the other half, once with the fitted
 constants and once with those in the code. Those in the code come from the 12 photographs in `tests/rewards/photos`, 76
 wallpapers (Debian packages mate-backgrounds, gnome-backgrounds, plasma-workspace-wallpapers), 400 stamps (Debian
 tuxpaint-stamps-default) and 300 emoji (Noto, Fluent and Twemoji).
@@ -26,9 +26,9 @@ _SMALLEST_SET = 4
 
 
 def square_pictures(folder: Path, size: int) -> Iterator[Tensor]:
-    """The middle square of every picture below `folder`, on white, scaled down to [3, size, size] in [0, 1].
+    """The central square of every picture below `folder`, on white, scaled down to [3, size, size] in [0, 1].
 
-    Values are exact 8-bit ones. Pictures that are smaller than `size` are left out.
+    Values are exact 8-bit values. Pictures smaller than `size` are left out.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Weighted sum of rewards, with a check of what each of them returns."""
+"""Weighted sum of rewards, with a check of the scores that each returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Part:
     """One reward of a mixture.
 
     name: the key of its scores in `info`.
-    by_image: of a function or module, whether it scores each image by itself.
+    by_image: whether a function or module scores each image separately.
     """
 
     name: str
@@ -30,8 +30,8 @@ class Part:
 class WeightedSum(Reward):
     """score = sum over parts of weight * score of the part.
 
-    info = {part name: its scores, unweighted and detached}, and what a part itself gives as info, under the same key
-    or, where another part gives that key too or is called so, under "part name/key".
+    info = {part name: its scores, unweighted and detached}, and the parts' own infos. These keep their keys, but if a
+    key is also a part's name or belongs to two parts, it becomes "part name/key".
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -50,8 +50,8 @@ class WeightedSum(Reward):
     ) -> tuple[Tensor, dict[str, Any]]:
         """images_BCHW: [B, 3, H, W] in [0, 1]. Returns scores, fp32 or wider, [B], and info.
 
-        Raises ValueError when images or prompts are of the wrong shape or number, or a part returns something else than
-        B scores with a gradient.
+        Raises ValueError if images or prompts have the wrong shape or number, or a part does not return B scores with a
+        gradient.
         """
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or not images_BCHW.is_floating_point():
             raise ValueError(f"rewards take float images [B, 3, H, W], not {_describe(images_BCHW)}")
@@ -74,9 +74,10 @@ class WeightedSum(Reward):
 
 
 def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:
-    """The scores, [B], in what a reward returned (scores, or scores and info), on the images' device, fp32 or wider.
+    """The scores, [B], from a reward's result (scores, or scores and info), on the images' device, fp32 or wider.
 
-    Raises ValueError, naming the reward, for another shape or type, and for scores that have lost the images' gradient.
+    Raises ValueError, naming the reward, if the shape or type is wrong, or if the scores have no gradient to the
+    images.
     """
     scores_B = result[0] if isinstance(result, tuple) and len(result) == 2 else result
     batch = len(images_BCHW)
@@ -90,7 +91,7 @@ def checked_scores(name: str, result: Any, images_BCHW: Tensor) -> Tensor:
 
 
 def _own_info(result: Any) -> dict[str, Any]:
-    """What a reward returned beside its scores, if that is a dictionary; tensors detached."""
+    """The info that a reward returned with its scores, if it is a dictionary, with tensors detached."""
     info = result[1] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping) else {}
     return {str(key): value.detach() if isinstance(value, Tensor) else value for key, value in info.items()}
 

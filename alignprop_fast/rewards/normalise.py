@@ -1,12 +1,12 @@
-"""Running normalisation of a mixture: parts of different scales pull with the strength that their weights say.
+"""Running normalisation of a mixture, so that weights are comparable between parts of different scales.
 
 With running mean m and variance v of each part's scores over training, the gradient is that of
 
     sum over parts of  weight * (score - m) / sqrt(v)
 
-m and v count as constants. They are averages over the batches so far, with weights that fall by DECAY from one to the
-one before: E[f] = sum_j DECAY^(n-j) mean(f of batch j) / sum_j DECAY^(n-j), m = E[s], v = E[s^2] - m^2. The first batch
-takes its own.
+m and v are treated as constants. They are averages over the batches so far, weighted by DECAY per batch of age:
+E[f] = sum_j DECAY^(n-j) mean(f of batch j) / sum_j DECAY^(n-j), m = E[s], v = E[s^2] - m^2. The first batch uses its
+own m and v.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from torch import Tensor
 
 from alignprop_fast.rewards.mixture import Part, WeightedSum
 
-DECAY = 0.98  # batches; the last fifty or so count
-_SMALLEST_SHARE = 1e-6  # of the mean: a standard deviation below is rounding
+DECAY = 0.98  # per batch; about the last fifty batches count
+_SMALLEST_SHARE = 1e-6  # of the mean: a smaller standard deviation is rounding
 _Moments = tuple[float, float, float]  # sums of weights, of mean scores, of mean squares
 
 
 class NormalisedSum(WeightedSum):
     """A weighted sum with the gradient of its normalised parts.
 
-    The scores keep the value of the plain weighted sum, so that curves compare over a run (m shifts the level alone and
-    has no gradient). A call changes nothing, so it may be repeated or cut into chunks; who trains passes the scores of
-    each batch to `observe`. A part whose scores have all been alike so far, such as a single one, is not scaled.
+    The scores keep the value of the plain weighted sum, so that curves are comparable over a run. (m only shifts the
+    level and has no gradient.) A call changes nothing, so it may be repeated or split into chunks. The trainer passes
+    the scores of each batch to `observe`. A part is not scaled while all its scores have been equal, for example after
+    a single score.
     """
 
     observes = True
@@ -67,7 +68,7 @@ def _moments(scores_B: Tensor) -> _Moments:
 
 
 def _deviation(moments: _Moments) -> float:
-    """The standard deviation; 1 where it is zero or no number."""
+    """The standard deviation; 1 if it is zero or not finite."""
     weights, scores, squares = moments
     mean = scores / weights
     deviation = math.sqrt(max(squares / weights - mean**2, 0.0)) if math.isfinite(squares) else 0.0

@@ -1,4 +1,4 @@
-"""Weights of an open_clip `CLIP` under the names, and in the layout, of transformers' `CLIPModel`."""
+"""Converts weights of an open_clip `CLIP` to the names and the layout of transformers' `CLIPModel`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _UNUSED = ("attn_mask",)  # the causal mask, which old versions of open_clip sav
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors renamed: projections transposed, the joint q, k, v weights cut in three.
+    """The same tensors under new names, with projections transposed and the joint q, k, v weights split in three.
 
-    A name that no open_clip `CLIP` has stays as it is, for whoever fills a model with the result to complain about.
+    Unknown names are kept, so that filling a model with the result fails with a message about them.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -1,9 +1,9 @@
-"""PickScore: how much people who asked for the prompt would prefer the picture.
+"""PickScore: how strongly people prefer a picture for a prompt.
 
 Kirstain et al., "Pick-a-Pic: an open dataset of user preferences for text-to-image generation", 2023, section 4:
 score = exp(s) <f(image), g(prompt)> with normalised embeddings of a CLIP ViT-H/14 trained on preferences and its
-learned temperature s (exp(s) = 100). About 18 to 24 for pictures of today's models; a picture that scores 1 more than
-another is preferred in 73 % (1 / (1 + 1/e)).
+learned temperature s (exp(s) = 100). Pictures of today's models score about 18 to 24. A picture that scores 1 more than
+another is preferred with probability 73 % (1 / (1 + 1/e)).
 
 Weights: the folder `yuvalkirstain/PickScore_v1`, in the transformers format.
 """
@@ -26,8 +26,8 @@ class PickScore(ClipScore):
     """The CLIP similarity times the model's own temperature."""
 
     def __init__(self, folder: str | Path, loading: RewardLoading = DEFAULT) -> None:
-        """folder: as for `ClipScore`, with its errors."""
-        # Weights first: half precision would round the temperature of 100 to 99.
+        """folder: as in `ClipScore`, with its errors."""
+        # Read it before the weights are cast, because half precision would round the temperature of 100 to 99.
         super().__init__(folder, replace(loading, dtype=torch.float32))
         self.scale = self.model.logit_scale.exp().item()
         self.model.to(loading.dtype)

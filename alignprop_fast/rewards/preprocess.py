@@ -1,7 +1,7 @@
-"""An image processor's steps on tensors, so that the gradient passes: resize, centre crop, normalise.
+"""Differentiable image processor on tensors: resize, centre crop, normalise.
 
-The steps and constants come from the processor's own file. Resizing is PIL's antialiased filter, which torch has too;
-the one difference is that PIL rounds to 8 bits after each of its two passes, and this does not.
+The steps and constants come from the processor's file. Resizing uses PIL's antialiased filter, which torch has too. The
+only difference is that PIL rounds to 8 bits after each of its two passes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# OpenAI's, which most later models kept.
+# OpenAI's values, which most later models use.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# By Pillow's numbers. The others have no antialiased counterpart in torch.
+# By Pillow's numbers. Other filters have no antialiased counterpart in torch.
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
-# What transformers' CLIPImageProcessor takes for a key that the file leaves out.
+# Defaults of transformers' CLIPImageProcessor for keys missing in the file.
 _CLIP_DEFAULTS = {
     "do_resize": True,
     "size": {"shortest_edge": 224},
@@ -37,15 +37,15 @@ _CLIP_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Images in [0, 1] of any size -> what a vision tower expects. None leaves a step out."""
+    """Images in [0, 1] of any size -> input of a vision tower. None skips a step."""
 
     shortest_edge: int | None = None  # pixels; the other edge keeps the proportions
-    exact_size: tuple[int, int] | None = None  # (height, width), in place of shortest_edge
-    longest_edge: int | None = None  # pixels, in place of both; black around the image makes it a square
+    exact_size: tuple[int, int] | None = None  # (height, width), instead of shortest_edge
+    longest_edge: int | None = None  # pixels, instead of both; black padding makes the image a square
     resampling: str = "bicubic"
-    clip: bool = True  # to [0, 1] after each direction, as in PIL; False where the processor resizes float tensors
+    clip: bool = True  # to [0, 1] after each direction, as in PIL; False if the processor resizes float tensors
     crop: tuple[int, int] | None = None  # (height, width)
-    round_crop: bool = False  # where the margin is odd: round half of it (to even), as torchvision does, or cut it off
+    round_crop: bool = False  # if the margin is odd, round half of it (to even), like torchvision, or truncate it
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
@@ -53,13 +53,13 @@ class Preprocess:
     def from_folder(cls, folder: Path, defaults: Mapping[str, Any] | None = None) -> Preprocess:
         """Read a CLIP folder's `preprocessor_config.json`, or its part of transformers 5's `processor_config.json`.
 
-        defaults: what another processor than CLIP's takes for keys that the file leaves out, where it differs.
-        Raises FileNotFoundError when the folder has neither, ValueError for a file that cannot be understood.
+        defaults: of a processor other than CLIP's for keys missing in the file, if they differ from CLIP's.
+        Raises FileNotFoundError if the folder has neither file, ValueError if the file cannot be understood.
         """
         file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(
-                f"{folder} has no {_FILES[0]}, which says how to prepare images; copy it from where the model came from"
+                f"{folder} has no {_FILES[0]}, which says how to prepare images; copy it from the model's source"
             )
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
@@ -103,8 +103,9 @@ class Preprocess:
             size = (round(height * scale), round(width * scale))
         if size == (height, width):
             return self._square(images_BCHW)
-        # Bicubic overshoots at edges and 8-bit pictures cannot: PIL resizes rows, clips, resizes columns, clips (since
-        # version 13 columns first where the height shrinks more than the width; only by rounding can it do so here).
+        # Bicubic overshoots at edges, but 8-bit pictures cannot. PIL resizes rows, clips, resizes columns, clips.
+        # (Since version 13 columns come first if the height shrinks more than the width; here that changes only
+        # rounding.)
         for target in ((height, size[1]), size):
             images_BCHW = _interpolate(images_BCHW, target, self.resampling)
             images_BCHW = images_BCHW.clamp(0, 1) if self.clip else images_BCHW
@@ -135,7 +136,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A block in which nothing on x's device is cast. Meta tensors know no autocast."""
+    """A `with` block without autocast on x's device. Meta tensors have no autocast."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
@@ -144,7 +145,7 @@ _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def _interpolate(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """The antialiased resize, whose backward pass on a GPU adds atomically: as two products where that must not be."""
+    """The antialiased resize. Its backward pass on a GPU adds atomically, so deterministic mode uses two products."""
     if not (images_BCHW.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return F.interpolate(images_BCHW, size=size, mode=mode, antialias=True)
     with without_autocast(images_BCHW):
@@ -157,5 +158,5 @@ def _interpolate(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tenso
 
 @lru_cache(maxsize=8)
 def _resize_matrix(before: int, after: int, mode: str) -> Tensor:
-    """[after, before]: what the resize of one edge does to each pixel."""
+    """[after, before]: the matrix of the resize of one edge."""
     return F.interpolate(torch.eye(before)[None, None], size=(after, before), mode=mode, antialias=True)[0, 0]

@@ -1,7 +1,7 @@
-"""OWLv2's image processor on tensors: black to the right and below makes a square, then scikit-image's resize.
+"""OWLv2's image processor on tensors: pads right and below with black to a square, then resizes like scikit-image.
 
-That resize blurs by a Gaussian of deviation (scale - 1) / 2 (where the picture shrinks) and reads the result at the new
-places by linear interpolation, mirroring the picture at its outermost pixels. Along each edge both are linear and
+If the picture shrinks, that resize first blurs it by a Gaussian of deviation (scale - 1) / 2. Then it interpolates
+linearly at the new places, with the picture mirrored at its outermost pixels. Along each edge both steps are linear and
 fixed, so here they are one matrix: pixels = R_height x R_width^T.
 """
 
@@ -30,7 +30,7 @@ class Owlv2Preprocess:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Owlv2Preprocess:
-        """Read `preprocessor_config.json`, where there is one. Raises ValueError for a file that is damaged."""
+        """Read `preprocessor_config.json`, if there is one. Raises ValueError if the file is damaged."""
         file = folder / "preprocessor_config.json"
         if not file.is_file():
             return cls()
@@ -76,7 +76,7 @@ def _blur(size: int, deviation: float) -> Tensor:
 
 
 def _at(places_NK: Tensor, weights_NK: Tensor, size: int) -> Tensor:
-    """[N, size]: weight k of row n at place k, which is mirrored into 0..size-1 without repeating the outermost."""
+    """[N, size]: weight k of row n at place k, mirrored into 0..size-1 without repeating the outermost pixel."""
     period = max(1, 2 * (size - 1))
     index_NK = places_NK.long() % period
     index_NK = torch.minimum(index_NK, period - index_NK).clamp_max(size - 1)

@@ -1,7 +1,7 @@
-"""Rewards by name: what a reward specification such as `clip:1.0,compressibility:0.3` means.
+"""Rewards by name: reads a reward specification such as `clip:1.0,compressibility:0.3`.
 
 A specification is a list of parts, separated by commas. A part is `NAME[:WEIGHT]` for a reward of this package, with an
-argument for some (`count:CLASS=N[:WEIGHT]`), or `module:function[:WEIGHT]` for a function of the user's. Its last piece
+argument for some (`count:CLASS=N[:WEIGHT]`), or `module:function[:WEIGHT]` for a function of the user. The last piece
 is the weight if it is a number (default 1).
 """
 
@@ -95,7 +95,7 @@ def _needed(name: str, model: str | None) -> str:
 @dataclass(frozen=True)
 class _Entry:
     build: Callable[[str, str | None, RewardLoading], nn.Module]  # argument, model
-    argument: str | None = None  # how the argument is written, e.g. "CLASS=N"; None: there is none
+    argument: str | None = None  # the form of the argument, e.g. "CLASS=N"; None: no argument
     takes_model: bool = False
 
 
@@ -128,25 +128,25 @@ def get_reward(
 ) -> WeightedSum:
     """The reward that `spec` describes, with its weights on `device`.
 
-    dtype: of the weights of model-based rewards; scores are fp32 all the same.
-    model: where the weights are (a path or a Hub id), for rewards that take some; one "NAME=PATH" each if several do.
+    dtype: of the weights of model-based rewards; scores are always fp32.
+    model: the weights (a path or a Hub id), for rewards that have some; if several do, one "NAME=PATH" for each.
     allow_pickle: also read .pt, .pth and .bin files, by torch's restricted unpickler.
     Returns a callable (images [B, 3, H, W] in [0, 1], prompts, metadata) -> (scores [B], {part: scores [B], ...}).
-    Raises ValueError, FileNotFoundError or OSError, one line each, that say what is wrong with `spec` or the weights.
+    Raises ValueError, FileNotFoundError or OSError, one line each, if `spec` or the weights are wrong.
     """
     given = [model] if isinstance(model, str | Path) else list(model or ())
     parsed, models = parsed_spec(spec, [str(value) for value in given])
     loading = RewardLoading(allow_pickle, dtype)
-    # Every reward of this package scores each image by itself; of others nobody knows.
+    # Every reward of this package scores each image separately; other rewards may not.
     return WeightedSum(
         [Part(name, weight, _build(name, models, loading, device), _head(name) in _REWARDS) for name, weight in parsed]
     )
 
 
 def parsed_spec(spec: str, models: Sequence[str]) -> tuple[list[tuple[str, float]], dict[str, str]]:
-    """Name and weight of each part of `spec`, and which of the models belongs to which reward.
+    """Name and weight of each part of `spec`, and the model of each reward.
 
-    Raises ValueError for an empty or repeated part, and for models that no part, or none for certain, takes.
+    Raises ValueError if a part is empty or repeated, or if it is not clear which part a model belongs to.
     """
     pieces = [part.strip() for part in spec.split(",")]
     if not all(pieces):
@@ -159,13 +159,13 @@ def parsed_spec(spec: str, models: Sequence[str]) -> tuple[list[tuple[str, float
 
 
 def split_model(value: str) -> tuple[str | None, str]:
-    """`NAME=PATH` -> (NAME, PATH) where NAME is a reward that takes a model; all else is a path: (None, value)."""
+    """`NAME=PATH` -> (NAME, PATH) if NAME is a reward that takes a model; anything else is a path: (None, value)."""
     name, equals, path = value.partition("=")
     return (name, path) if equals and name in _REWARDS and _REWARDS[name].takes_model else (None, value)
 
 
 def _assigned(spec: str, names: Sequence[str], values: Sequence[str]) -> dict[str, str]:
-    """Which model belongs to which reward of `spec`."""
+    """The model of each reward of `spec`."""
     takers = list(dict.fromkeys(head for head in map(_head, names) if head in _REWARDS and _REWARDS[head].takes_model))
     models: dict[str, str] = {}
     for name, path in map(split_model, values):
@@ -222,4 +222,4 @@ def _build(
 
 
 def _known() -> str:
-    return f"Rewards by name: {', '.join(reward_names())}; one of your own is written module:function"
+    return f"Rewards by name: {', '.join(reward_names())}; your own is written module:function"

@@ -1,4 +1,4 @@
-"""What a reward is to this package. A plain function is enough; a subclass of `Reward` can say more about itself."""
+"""The reward type. A plain function is enough as a reward; a subclass of `Reward` can declare more."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RewardFunction = Callable[..., Any]
 
 
 class Reward(ABC):
-    """Scores pictures, differentiably. Only the call must be written; everything else has a default.
+    """Scores pictures, differentiably. Only `__call__` is required; everything else has a default.
 
-    Example, a reward with weights of its own that scores each image by itself:
+    Example: a reward with its own weights that scores each image separately.
 
         class Sharpness(Reward):
             by_image = True
@@ -36,8 +36,8 @@ class Reward(ABC):
                 return versions([self.network])
 
     Attributes:
-        by_image: it scores each image by itself, so a batch may be scored in pieces to save memory.
-        observes: it wants `observe` to be called.
+        by_image: whether it scores each image separately, so that a batch may be scored in chunks to save memory.
+        observes: whether `observe` is called.
     """
 
     by_image: bool = False
@@ -47,37 +47,37 @@ class Reward(ABC):
     def __call__(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """images_BCHW: [B, 3, H, W] in [0, 1], on the reward's device. B prompts, and each one's metadata.
+        """images_BCHW: [B, 3, H, W] in [0, 1], on the reward's device, with B prompts and their metadata.
 
-        Returns scores [B], higher is better, differentiable in the images; and what else is worth logging, by name.
-        It is called again in the backward pass where the batch is scored in pieces, so a call must change nothing.
+        Returns scores [B], higher is better, differentiable in the images; and other values to log, by name. If the
+        batch is scored in chunks, the backward pass calls it again, so a call must not change anything.
         """
 
     def weight_bytes(self) -> int:
-        """What the weights take on the device, for the memory plan."""
+        """Bytes of the weights on the device, for the memory plan."""
         return 0
 
     def state(self) -> Hashable:
-        """What the scores depend on beside the images, to be compared: changes where a weight does.
+        """Everything besides the images that the scores depend on, as a value that changes if a weight does.
 
-        A backward pass that scores pieces again raises an error if it has changed.
+        A backward pass that scores chunks again raises an error if it has changed.
         """
         return ()
 
     def observe(self, info: Mapping[str, Any]) -> None:
-        """Take note of the scores of a training batch: {name: scores [B]}, of all processes together.
+        """Record the scores of a training batch: {name: scores [B]}, of all processes together.
 
-        Called once for each micro-batch in training, after it was scored, where `observes`.
+        Called once per micro-batch in training, after it was scored, if `observes`.
         """
         raise NotImplementedError("a reward that observes defines it")
 
 
 class FunctionReward(Reward):
-    """A function (images, prompts, metadata) -> scores [B], or (scores, info), as a reward.
+    """Makes a reward from a function (images, prompts, metadata) -> scores [B] or (scores, info).
 
     Args:
         function: a plain function, or an `nn.Module`, whose weights then count in the memory plan.
-        by_image: whether it scores each image by itself.
+        by_image: whether it scores each image separately.
     """
 
     def __init__(self, function: RewardFunction, by_image: bool = False):
@@ -97,7 +97,7 @@ class FunctionReward(Reward):
 
 
 def check_gradient(name: str, scores_B: Tensor, images_BCHW: Tensor) -> None:
-    """Raises ValueError, naming the reward, for scores that have lost the images' gradient: nothing would learn."""
+    """Raises ValueError, naming the reward, if the scores have no gradient to the images: nothing would learn."""
     if torch.is_grad_enabled() and images_BCHW.requires_grad and not scores_B.requires_grad:
         raise ValueError(
             f"reward {name!r} returned scores without gradient; compute them from the images by differentiable torch "
@@ -106,5 +106,5 @@ def check_gradient(name: str, scores_B: Tensor, images_BCHW: Tensor) -> None:
 
 
 def as_reward(reward: Reward | RewardFunction, by_image: bool = False) -> Reward:
-    """A `Reward` as it is; a function wrapped into one. by_image: of a function, see `Reward`."""
+    """A `Reward` unchanged, or a function wrapped into one. by_image: for a function, see `Reward`."""
     return reward if isinstance(reward, Reward) else FunctionReward(reward, by_image)

@@ -1,4 +1,4 @@
-"""Functions of the user's, named `module:function`."""
+"""Finds the user's functions, named `module:function`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 def is_function_name(text: str) -> bool:
-    """Whether `text` is written as `module:function`, `package.module:function` say."""
+    """Whether `text` has the form `module:function`, for example `package.module:function`."""
     return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text) is not None
 
 
 def user_function(name: str, what: str, hint: str = "") -> Callable[..., Any]:
     """The function `name`, "module:function", of an installed module or one in the working directory.
 
-    what: what it is for, "reward 'm:f'" say; hint: what else could have been meant. Both are for the message.
-    Raises ValueError, one line, where the module or the function cannot be had.
+    what: its purpose, for example "reward 'm:f'". hint: what else the user may have meant. Both are for the message.
+    Raises ValueError, one line, if the module cannot be imported or lacks the function.
     """
     module_name, _, function_name = name.partition(":")
-    # As for `python -m`, modules in the working directory count; only while importing, since other code (transformers
-    # among it) looks for optional packages by name and must not find folders that happen to lie there.
+    # As with `python -m`, the working directory is searched, but only during the import. Other code, such as
+    # transformers, looks for optional packages by name and must not find the user's folders instead.
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:

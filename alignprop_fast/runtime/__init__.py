@@ -1,4 +1,4 @@
-"""Runs a chain under a plan: what is kept, replayed, recomputed; the only place that measures time and memory."""
+"""Runs a chain under a plan (keeps, replays, recomputes), and measures time and memory; no other folder does."""
 
 from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import unless_out_of_memory

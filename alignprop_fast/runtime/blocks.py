@@ -1,4 +1,4 @@
-"""Blocks of a network and the options of a plan, applied to them for the length of a `with` block."""
+"""Blocks of a network, and the options of a plan, which apply to them inside a `with` block."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ KEPT: Mapping[BlockOption, Mapping[str, tuple[str, ...]]] = {
     BlockOption.ATTENTION: {"transformers": ("attention",)},
     BlockOption.RECOMPUTE: {"transformers": (), "residuals": (), "decoder": ()},
 }
-"""What a block of each group that runs again in the backward pass keeps of its first run, by grade.
+"""The results that a recomputed block keeps from its first run, by grade and group.
 
-Results are named by kind (`ops.reuse`); a group without an entry keeps everything. "norms" repeats the transformer
-blocks' norms alone, "geglu" also the GEGLU projection, "qkv" also the attention's input projections; "attention" keeps
-of a block its input and the attention outputs, and "recompute" of every block its input. Per token of a transformer
-block of width C that is 19 C, 17 C, 9 C, 5 C, 3 C and C.
+Results are named by kind (`ops.reuse`); a group without an entry keeps everything. "norms" repeats only the norms of
+transformer blocks, "geglu" also the GEGLU projection, "qkv" also the attention's input projections. "attention" keeps
+a block's input and the attention outputs, "recompute" only its input. Per token of a transformer block of width C, the
+grades keep 19 C, 17 C, 9 C, 5 C, 3 C and C.
 """
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that can be kept or run again by itself, and the group of `KEPT` that it belongs to."""
+    """A module that can be kept or recomputed separately, and its group in `KEPT`."""
 
     name: str
     module: nn.Module
@@ -44,17 +44,17 @@ class Block:
 
 
 def blocks_of(root: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> list[Block]:
-    """The modules of each group as blocks, named as in root."""
+    """The modules of each group as blocks, with their names in root."""
     names = {module: name for name, module in root.named_modules()}
     return [Block(names[module], module, group) for group, modules in groups.items() for module in modules]
 
 
 @contextmanager
 def apply_options(options: Options, blocks: Sequence[Block], offloader: Offloader | None = None) -> Iterator[None]:
-    """Inside the block each of `blocks` keeps what its option says; one without an option keeps everything.
+    """Inside the `with` block each of `blocks` keeps what its option says; a block without an option keeps everything.
 
-    options: option by name of a block, or "*" for all. The modules are left as they were found: names, parameters and
-    hooks are not touched. None may lie inside another.
+    options: option by name of a block, or "*" for all. Names, parameters and hooks of the modules are not touched. No
+    block may be inside another.
     """
     found = [(block.module, block.module.__dict__.get("forward")) for block in blocks]
     for block in blocks:
@@ -71,7 +71,7 @@ def apply_options(options: Options, blocks: Sequence[Block], offloader: Offloade
 
 
 def _forward(block: Block, option: BlockOption, offloader: Offloader | None) -> Callable[..., Any] | None:
-    """The block's forward under the option; None for its own, which keeps everything."""
+    """The block's forward under the option; None for the original, which keeps everything."""
     kinds, own = KEPT[option.grade].get(block.group), block.module.forward
     if not option.offload or offloader is None:
         return None if kinds is None else _checkpointed(own, kinds)
@@ -81,7 +81,7 @@ def _forward(block: Block, option: BlockOption, offloader: Offloader | None) -> 
 def _checkpointed(
     forward: Callable[..., Any], kinds: Sequence[str] | None, *move: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """forward, run again in its backward pass but for the kinds of results that it keeps (None: everything)."""
+    """forward, recomputed in its backward pass except for the kinds of results that it keeps (None: everything)."""
     if kinds is None:
         return forward
     contexts = partial(checkpoint_contexts, kinds, *move)

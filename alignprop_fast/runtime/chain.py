@@ -1,4 +1,4 @@
-"""What a chain of steps is: the methods that `run_chain` calls, without a word on what is kept for the backward pass.
+"""A chain of steps: the methods that `run_chain` calls. They do not decide what is kept for the backward pass.
 
 y_i = predict(i, x_i)        x_{i+1} = advance(i, x_i, y_i)        i = 0 (the noisiest) to T - 1
 """
@@ -13,19 +13,19 @@ from alignprop_fast.runtime.blocks import Block
 
 
 class GradientSink(Protocol):
-    """Takes the gradients of a chain's parameters step by step, in place of autograd."""
+    """Takes the gradients of a chain's parameters step by step, instead of autograd."""
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, gy: torch.Tensor, last: bool) -> torch.Tensor | None:
-        """Run one gradient step back, from its output to the parameters.
+        """Run the backward pass of one gradient step, from its output to the parameters.
 
         Args:
             x: the step's input state, a leaf of the step's graph.
             y: the step's output, with its graph.
             gy: the gradient of y, in its shape and dtype.
-            last: whether no gradient step of this chain is still to come (the backward pass ends with the earliest).
+            last: whether this is the chain's last gradient step in the backward pass (the earliest of the chain).
 
         Returns:
-            the gradient of x, if x requires one, else None.
+            the gradient of x if x requires one, else None.
         """
         ...
 
@@ -33,19 +33,19 @@ class GradientSink(Protocol):
 class Chain(ABC):
     """T steps, each an expensive prediction by a network and a cheap affine update of the state.
 
-    The state x is what one step hands to the next: the latents [B, ...], or [2, B, ...] for a method with history.
-    Subclasses say what a step computes. `run_chain` says when, under autograd or not, once or twice.
+    The state x passes from step to step: the latents [B, ...], or [2, B, ...] for a method with history. Subclasses
+    define what a step computes. `run_chain` decides when it runs, how often, and whether autograd records it.
 
     Attributes:
         num_steps: T.
-        parameters: of the network, those that a gradient is wanted for.
-        blocks: the parts of the network that a plan has an option for.
-        gradient_sink: takes the parameters' gradients; autograd then gets none. None: autograd gets them.
-        input_gradient: whether the gradient passes through `predict` to its x; if not, along the affine path alone.
+        parameters: those of the network that need a gradient.
+        blocks: the parts of the network for which a plan has options.
+        gradient_sink: takes the parameters' gradients, and autograd gets none. None: autograd gets them.
+        input_gradient: whether the gradient passes through `predict` to x; otherwise only along the affine path.
         has_penalty: whether gradient steps have a `penalty`.
-        conditions: other tensors that a gradient is wanted for, such as text embeddings. None beside a sink.
-        leaves: what `predict` reads in place of each condition: the same values, detached, as leaves of the step's
-            graph. One condition may have been computed from another.
+        conditions: other tensors that need a gradient, such as text embeddings. There are none with a sink.
+        leaves: `predict` reads these instead of the conditions: the same values, detached, as leaves of the step's
+            graph. One condition may be computed from another.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class Chain(ABC):
 
     @property
     def receivers(self) -> list[torch.Tensor]:
-        """All tensors but x that one step has a gradient for: the parameters, then the leaves."""
+        """All tensors except x that get a gradient from a step: the parameters, then the leaves."""
         return [*self.parameters, *self.leaves]
 
     @abstractmethod
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """The network's output of step i at state x: y [K * B, ...], K branches of guidance.
+        """The network's output of step i at state x: y [K * B, ...], with K branches of guidance.
 
-        Recorded by autograd in a gradient step, inside `apply_options`; run under inference mode in other steps.
-        It must compute the same bits each time: a replay repeats it. So it draws no random number, and it writes
-        neither to x nor to anything else that it reads.
+        In a gradient step autograd records it, inside `apply_options`; other steps run it under inference mode.
+        It must compute the same bits each time, because a replay repeats it. So it draws no random number and does
+        not write to x or to anything else that it reads.
         """
 
     @abstractmethod
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The state after step i, in the shape and dtype of x: affine in x and y.
 
-        Called once for each step, in their order, with gradients off; never replayed. The only method that may draw
-        random numbers.
+        Called once per step, in order, with gradients off; never replayed. Only this method may draw random
+        numbers.
         """
 
     @abstractmethod
@@ -106,15 +106,15 @@ class Chain(ABC):
     def replay(self, i: int, x: torch.Tensor, options: Mapping[str, str]) -> torch.Tensor:
         """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.
 
-        options: what the blocks keep meanwhile, by name; in force already.
+        options: the options of the blocks, by name, which are already applied.
         """
         return self.predict(i, x)
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a scalar, its gradient for y in the shape of y) of gradient step i.
 
-        x counts as a constant in it, so a penalty acts on the parameters through its own step alone. Called with
-        gradients off, in the forward pass, and only where `has_penalty`.
+        It treats x as a constant, so a penalty affects the parameters only through its own step. Called with
+        gradients off, in the forward pass, and only if `has_penalty`.
         """
         raise NotImplementedError("a chain that has a penalty defines it")
 
@@ -127,9 +127,9 @@ class Chain(ABC):
         return x
 
     def state(self) -> Hashable:
-        """What the results of `predict` depend on beside i and x, to be compared.
+        """Everything that the results of `predict` depend on besides i and x, as values to compare.
 
-        A weight that was changed in place or replaced gives another value. A replay must find the value of the forward
-        pass, or it would be the replay of another run.
+        It changes if a weight is changed in place or replaced. A replay must find the value of the forward pass, or it
+        would compute something else.
         """
         return ()

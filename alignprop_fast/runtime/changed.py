@@ -1,6 +1,6 @@
-"""What runs again in the backward pass must read what it read at first, or the gradient is that of another run.
+"""A replay must read the same values as the first run, or the gradient is wrong.
 
-Autograd checks the tensors that it saved. A replay reads tensors that were not saved, so they are checked here.
+Autograd checks the tensors that it saved. A replay also reads tensors that were not saved; this module checks those.
 """
 
 from collections.abc import Callable, Hashable
@@ -9,13 +9,13 @@ from functools import partial
 import torch
 
 CHANGED = (
-    "weights, adapter settings or embeddings were changed between sampling and the backward pass, which would be that "
-    "of another run: call backward() first, or sample again"
+    "weights, adapter settings or embeddings were changed between sampling and the backward pass, so its gradient "
+    "would be wrong: call backward() first, or sample again"
 )
 
 
 def raise_if_changed(x: torch.Tensor, state: Callable[[], Hashable]) -> torch.Tensor:
-    """x, whose backward pass raises RuntimeError if `state()` is no longer what it is now."""
+    """x, whose backward pass raises RuntimeError if `state()` has changed by then."""
     if x.requires_grad:
         x.register_hook(partial(_check, state, state()))
     return x

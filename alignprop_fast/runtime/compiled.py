@@ -1,7 +1,7 @@
-"""Blocks compiled by region: torch.compile of each block by itself, for evaluations without gradient alone.
+"""Regional compilation: torch.compile of each block separately, only for evaluations without gradient.
 
-Experimental: not yet tried on a GPU. With gradient the compiler's partitioner would decide what is kept, and not the
-plan. Blocks of one class and shape share their code, so a model of 70 equal blocks is compiled a few times, not 70.
+Experimental: not yet tried on a GPU. With gradient the compiler's partitioner, not the plan, would decide what is
+kept. Blocks of one class and shape share their code, so a model of 70 equal blocks is compiled a few times, not 70.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 
 
 class CompiledBlocks:
-    """`with blocks.in_place():` the modules' forward passes are compiled ones; outside they are what they were.
+    """Inside `with blocks.in_place():` the modules' forward passes are compiled.
 
-    backend: of torch.compile. Compiled at first use, and anew for another shape or setting of adapters, up to torch's
-    own limit of versions (`torch._dynamo.config.recompile_limit`), beyond which a shape runs as it is.
+    backend: of torch.compile. Blocks are compiled at first use, and again for another shape or adapter setting. Above
+    torch's limit of versions (`torch._dynamo.config.recompile_limit`) they run uncompiled.
     """
 
     def __init__(self, modules: Sequence[nn.Module], backend: str | Callable[..., Any] = "inductor"):

@@ -1,6 +1,6 @@
-"""Costs of the parts of a training step, as the planner's table wants them: denoising step, decoder, reward.
+"""Costs of the parts of a training step for the planner's table: denoising step, decoder, reward.
 
-On a device the parts are run and timed. On meta tensors they are counted, with a formula for an operator's seconds.
+On a device the parts are run and timed. On meta tensors their operators are counted, and a formula gives the seconds.
 """
 
 import logging
@@ -27,8 +27,8 @@ DECODER_STAGES = ("batch", "image", "bands")
 class StepCosts:
     """Costs of one denoising step.
 
-    segments: of a step with gradient. sampling_bytes, sampling_seconds: transient bytes and time of one without.
-    workspace_bytes: what libraries keep from now on.
+    segments: of a step with gradient. sampling_bytes, sampling_seconds: transient bytes and time of a step without.
+    workspace_bytes: memory that libraries keep from now on.
     """
 
     segments: tuple[Segment, ...]
@@ -42,7 +42,7 @@ def step_costs(
 ) -> StepCosts:
     """Costs of one step of the chain at latents x [B, ...]; runs the prediction of step 0 and draws no random number.
 
-    operator_seconds: estimates instead of timing (on meta tensors). link: bytes a second to host memory, for offload.
+    operator_seconds: estimates the seconds (on meta tensors). link: bytes/s to host memory, for offloading.
     """
     x = chain.start(x)
     start = x.detach().requires_grad_()
@@ -73,7 +73,7 @@ def step_costs(
 
 
 def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-    """A backward pass into a `GradientSink`: each parameter's gradient is freed as soon as it was added, or stepped."""
+    """A backward pass into a `GradientSink`, which frees each parameter's gradient once it is added or stepped."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -100,12 +100,12 @@ def decoder_stages(
     banded: Callable[[torch.Tensor], torch.Tensor],
     operator_seconds: Operator | None = None,
 ) -> tuple[Stage, ...]:
-    """The decoder on latents x [B, ...]: all images at once, one by one or by bands, run again to go back.
+    """The decoder on latents x [B, ...]: all images at once, or one by one or by bands, which recompute to go back.
 
-    image_bytes: of all B images as they are decoded. A stage that the device lacks the memory for is left out.
+    image_bytes: of all B decoded images. Stages for which the device lacks memory are left out.
 
     Raises:
-        torch.OutOfMemoryError: it lacks the memory for all of them.
+        torch.OutOfMemoryError: the device lacks memory for all stages.
     """
 
     def work(fn: Callable[[torch.Tensor], torch.Tensor], count: int, blocks: Sequence[Block]) -> Work:
@@ -125,7 +125,7 @@ def decoder_stages(
 
     def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
         forward = _without_graph(one)
-        # While one image is decoded again the gradients of all others are there, and so are the images.
+        # While one image is decoded again, all images and the gradients of the others are alive.
         higher = tuple(_with_more_transient(segment, image_bytes * (len(x) - 1) // len(x)) for segment in segments)
         return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
 
@@ -147,12 +147,12 @@ def reward_stages(
     by_image: bool = False,
     operator_seconds: Operator | None = None,
 ) -> tuple[Stage, ...]:
-    """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if it may be cut, by chunks of it.
+    """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if allowed, in chunks.
 
-    A stage that the device lacks the memory for is left out.
+    Stages for which the device lacks memory are left out.
 
     Raises:
-        torch.OutOfMemoryError: it lacks the memory for all of them.
+        torch.OutOfMemoryError: the device lacks memory for all stages.
     """
 
     def work(count: int) -> Work:
@@ -182,7 +182,7 @@ def reward_stages(
 
 
 def _that_fit(part: str, ways: Mapping[str, Callable[[], Stage]]) -> tuple[Stage, ...]:
-    """The stages that the device has the memory to measure; of the others a line in the log."""
+    """The stages that fit in the device's memory; each of the others gets a line in the log."""
     stages: list[Stage] = []
     for name, measure in ways.items():
         found = unless_out_of_memory(measure)
@@ -196,7 +196,7 @@ def _that_fit(part: str, ways: Mapping[str, Callable[[], Stage]]) -> tuple[Stage
 
 
 def _without_graph(work: Work) -> Trace:
-    """The forward pass as the stage's first run has it: checkpointing drops what it would keep."""
+    """The forward pass in the stage's first run, where checkpointing drops what autograd would keep."""
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -206,7 +206,7 @@ def _without_graph(work: Work) -> Trace:
 
 
 def _with_more_transient(segment: Segment, by_bytes: int) -> Segment:
-    """The segment with so many bytes more at the worst moment of each option."""
+    """The segment with this many more bytes at the worst moment of each option."""
     return replace(
         segment,
         options=tuple(replace(option, transient_bytes=option.transient_bytes + by_bytes) for option in segment.options),

@@ -1,4 +1,4 @@
-"""A GPU's memory as this process finds it: what it has, what is free, and segments that grow."""
+"""A GPU's memory as seen by this process: total, free, and expandable segments."""
 
 import gc
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """device: its name. own_bytes: tensors of this process. free_bytes: what the driver would still hand out."""
+    """device: its name. own_bytes: tensors of this process. free_bytes: memory that the driver still has."""
 
     device: str
     total_bytes: int
@@ -21,7 +21,7 @@ class DeviceMemory:
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """What there is on a GPU now; what the allocator only holds in reserve is given back first."""
+    """The present state of a GPU's memory; memory that the allocator holds in reserve is returned first."""
     gc.collect()
     torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(device)
@@ -31,23 +31,23 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def driver_bytes(device: torch.device) -> int:
-    """What the driver would still hand out to this process, within its limit (`set_per_process_memory_fraction`)."""
+    """Memory that the driver still has for this process, within its limit (`set_per_process_memory_fraction`)."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     limit_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes)
     return max(0, min(free_bytes, limit_bytes - torch.cuda.memory_reserved(device)))
 
 
 def use_growing_segments() -> None:
-    """With segments that grow, live tensors can fill a budget instead of its pieces. Holds for what is allocated from
-    now on, CUDA started or not; what the user's environment says about it stays."""
+    """Turn on expandable segments, which avoid fragmentation, so that tensors can use a whole budget. Holds for later
+    allocations, whether CUDA has started or not; a setting in the user's environment is kept."""
     said = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments" in said:
         return
     try:
-        # A setting that is left out would go back to its default.
+        # Settings that are left out would return to their defaults.
         torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (said, "expandable_segments:True"))))
     except (AttributeError, RuntimeError) as error:
         log.warning(
-            "the allocator's segments do not grow (%s): set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+            "expandable segments could not be turned on (%s): set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
             " ".join(str(error).split()),
         )

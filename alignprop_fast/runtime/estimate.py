@@ -1,7 +1,7 @@
-"""Seconds of an operator that is not run: the larger of what its arithmetic and its memory traffic take.
+"""Estimated seconds of an operator: the larger of the times for its arithmetic and its memory traffic.
 
-On meta tensors the package's ops run as their plain PyTorch expressions, so passes over memory that the fused kernels
-save are counted: estimates err on the slow side there.
+On meta tensors the package's ops run as plain PyTorch expressions. So memory passes that the fused kernels save are
+counted, and those estimates are too slow.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from alignprop_fast.runtime.measure import tensors_in
 from alignprop_fast.runtime.trace import Operator
 
 aten = torch.ops.aten
-# They give their memory a shape, or none a content; dropout in evaluation gives back what it got.
+# They only change a shape or allocate; dropout in evaluation returns its input.
 _FREE = {
     *(aten.dropout, aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided),
     *(aten.new_empty, aten.new_empty_strided),
@@ -50,7 +50,7 @@ def _flop(func: Any, arguments: Any, out: Any) -> float:
         return 2 * _attention_product_flop(args[0], args[1])
     if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return 5 * _attention_product_flop(args[1], args[2])
-    # Inference mode does not split these into what the registry knows.
+    # Inference mode does not split these into operators that the registry knows.
     if func.overloadpacket is aten.linear:
         return 2.0 * out.numel() * args[1].shape[1]
     if func.overloadpacket is aten.conv2d:
@@ -64,6 +64,6 @@ def _flop(func: Any, arguments: Any, out: Any) -> float:
 
 
 def _attention_product_flop(q_BHMD: torch.Tensor, k_BHND: torch.Tensor) -> float:
-    """Of one of the matrix products of attention: two of them go forward, five go back."""
+    """FLOP of one matrix product of attention; the forward pass has two, the backward pass five."""
     b, h, m, d = q_BHMD.shape
     return 2.0 * b * h * m * k_BHND.shape[2] * d

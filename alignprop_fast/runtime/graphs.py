@@ -1,4 +1,4 @@
-"""A function of tensors recorded once as CUDA graphs and replayed, so that no step waits for Python to launch it.
+"""Records a function of tensors once as CUDA graphs and replays them, so that no step waits for Python's launches.
 
 Experimental: tested on an emulated GPU, not yet measured on a real one. Source: torch.cuda.CUDAGraph.
 """
@@ -16,8 +16,8 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A recorded call: static inputs and output, and what computes the one from the other. With gradient also the
-    static gradient of the output, and those that follow from it, end to end in one tensor, with their shapes."""
+    """A recorded call: static inputs, static output, and the replay that computes it. With gradient also the static
+    gradient of the output, and the resulting gradients, concatenated in one tensor, with their shapes."""
 
     inputs: list[torch.Tensor]
     forward: Callable[[], None]
@@ -29,24 +29,24 @@ class _Recorded:
 
 
 class GraphedCalls:
-    """Calls fn(*inputs) by a graph for each set of input shapes, or with gradient by two: one forward, one back.
+    """Calls fn(*inputs) by a graph per set of input shapes, or with gradient by two: one forward, one backward.
 
-    Inputs are copied into static buffers, and the output is one: it holds until the next call. All graphs share one
-    memory pool, which stays reserved; they never run at the same time, and no output is read after the next call.
-    What fn reads beside its inputs (weights) must lie where it lay: `state` says so, and a new state drops all graphs.
-    Weights that an optimizer updates in place are read anew at each replay.
+    Inputs are copied into static buffers. The output is a static buffer too, valid until the next call. All graphs
+    share one memory pool, which stays reserved; they never run at the same time, and no output is read after the next
+    call. Weights and other tensors that fn reads must keep their addresses. `state` shows that, and a new state drops
+    all graphs. Each replay reads the present values of weights that an optimizer updates in place.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, _Recorded] = {}
         self._state: Hashable = None
         self._pool: Any = None
-        # One for all warm-ups and recordings: each stream that cuBLAS meets costs a workspace of its own, for good.
+        # One stream for all warm-ups and recordings, because cuBLAS keeps a workspace for each stream it has met.
         self._stream: torch.cuda.Stream | None = None
 
     @torch.inference_mode()
     def __call__(self, fn: Callable[..., torch.Tensor], inputs: Tensors, state: Hashable) -> torch.Tensor:
-        """fn(*inputs) without gradient. state: everything that fn depends on beside its inputs' values."""
+        """fn(*inputs) without gradient. state: everything that fn depends on besides its inputs' values."""
         key = self._key("without gradient", inputs, state)
         if key not in self._graphs:
             buffers = [x.clone() for x in inputs]
@@ -66,9 +66,9 @@ class GraphedCalls:
         state: Hashable,
         how: Hashable = None,
     ) -> torch.Tensor:
-        """fn(*inputs) with gradient for its first input, if that wants one, and for the parameters that fn reads.
+        """fn(*inputs) with gradient for its first input, if that requires one, and for the parameters that fn reads.
 
-        how: what of the call's own changes the recording and no other one: what is kept for the backward pass.
+        how: settings of this call that change only its own recording: what is kept for the backward pass.
         """
         key = self._key((how, inputs[0].requires_grad), inputs, state)
         if key not in self._graphs:
@@ -113,7 +113,7 @@ class GraphedCalls:
         return _Recorded(buffers, run_forward, output.detach(), gradient, run_backward, flat, tuple(shapes))
 
     def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
-        """Two runs that are not recorded, where kernels are made and chosen."""
+        """Two runs that are not recorded, in which kernels are compiled and chosen."""
         side, main = self._side_stream(), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
@@ -125,7 +125,7 @@ class GraphedCalls:
         """(replay, static output) of the run."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # What other threads ask of the driver meanwhile (NCCL's watchdog asks for events) is no part of the recording.
+        # Calls of other threads to the driver (NCCL's watchdog queries events) are not part of the recording.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream(), capture_error_mode="thread_local"):
             output = run()
         return graph.replay, output
@@ -143,7 +143,7 @@ class _WithGradient(torch.autograd.Function):
         ctx.recorded, ctx.count = recorded, count
         _fill(recorded.inputs, tensors[:count])
         recorded.forward()
-        # A new tensor, or autograd would take the static one for this call's for good.
+        # A new tensor, because autograd would keep the static one as this call's result.
         return recorded.output.view_as(recorded.output)
 
     @staticmethod

@@ -1,15 +1,15 @@
-"""How much host memory offloading may lock: a part of what is free, shared among the processes of this computer."""
+"""How much host memory offloading may lock: a part of the free memory, shared by the processes of this computer."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Locked memory cannot be swapped out, and other programs and the page cache want some, too.
+# Locked memory cannot be swapped out, and other programs and the page cache need some too.
 FRACTION = 0.5
 
 
 def lockable_bytes(wanted_bytes: int | None = None, root: Path = Path("/")) -> int:
-    """What this process may lock.
+    """Bytes that this process may lock.
 
     wanted_bytes: what all processes of this computer may lock together; None: half of what is free.
     root: the folder that holds `proc` and `sys`.
@@ -24,7 +24,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def _free_on_computer(root: Path) -> int:
-    """MemAvailable of Linux, or all of the memory where nothing tells."""
+    """MemAvailable of Linux, or all memory if it is unknown."""
     for line in _lines(root / "proc/meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -33,7 +33,7 @@ def _free_on_computer(root: Path) -> int:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """Limit less use of each control group (version 1 or 2) that this process is in, up to the topmost."""
+    """Limit minus use of each control group (version 1 or 2) of this process, up to the root."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -44,7 +44,7 @@ def _free_in_groups(root: Path) -> Iterator[int]:
         else:
             continue
         group = Path(path.lstrip("/"))
-        for place in (group, *group.parents):  # inside a container its own group may be mounted as the topmost
+        for place in (group, *group.parents):  # inside a container its own group may be mounted as the root
             files = root / folder / place
             most, used = _number(files / limit), _number(files / use)
             if most is not None and used is not None:
@@ -52,12 +52,12 @@ def _free_in_groups(root: Path) -> Iterator[int]:
 
 
 def _entry(path: Path, name: str) -> int:
-    """A number of memory.stat: of what is in use, the page cache that goes as soon as memory is wanted."""
+    """A number of memory.stat, such as the page cache within the used memory, which is freed on demand."""
     return next((int(line.split()[1]) for line in _lines(path) if line.startswith(name + " ")), 0)
 
 
 def _number(path: Path) -> int | None:
-    """None: no such file, or "max", which is no limit."""
+    """The file's number; None if there is no file, or if it says "max" (no limit)."""
     text = "".join(_lines(path))
     return int(text) if text.isdigit() else None
 

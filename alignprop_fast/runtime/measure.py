@@ -16,8 +16,8 @@ from alignprop_fast.runtime.meta_results import meta_result
 
 
 def tensors_in(*trees: Any) -> list[torch.Tensor]:
-    """The tensors among an operator's arguments or results. Knows what operators take, lists and dictionaries, which
-    makes it several times as fast as PyTorch's own walk; it runs twice for each operator that is counted."""
+    """The tensors among an operator's arguments or results. It handles only lists and dictionaries, as operators have,
+    so it is several times faster than PyTorch's own walk; it runs twice for each counted operator."""
     found: list[torch.Tensor] = []
     for tree in trees:
         if isinstance(tree, torch.Tensor):
@@ -30,14 +30,14 @@ def tensors_in(*trees: Any) -> list[torch.Tensor]:
 
 
 def allocated_bytes(size_bytes: int, device: torch.device) -> int:
-    """What the device's allocator hands out for a tensor of so many bytes: on a GPU a multiple of 512."""
+    """Bytes that the device's allocator takes for a tensor of this size: on a GPU a multiple of 512."""
     return -(-size_bytes // 512) * 512 if device.type == "cuda" else size_bytes
 
 
 @contextmanager
 def only_new_garbage(device: torch.device) -> Iterator[None]:
-    """Inside, `gc.collect()` looks only at what was made inside: it takes half a second for the objects of torch and
-    diffusers, and measuring on a GPU collects dozens of times."""
+    """Inside, `gc.collect()` only examines objects made inside. Examining those of torch and diffusers takes half a
+    second, and measuring on a GPU collects dozens of times."""
     if device.type != "cuda":
         yield
         return
@@ -52,10 +52,10 @@ def only_new_garbage(device: torch.device) -> Iterator[None]:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate inside the block, until they are freed.
 
-    `enter(label)` begins a part of the block: `peaks` holds the most bytes alive in each, `born_in` where what is alive
-    now was allocated. `on_operator` is told of every operator: (function, arguments, result).
+    `enter(label)` starts a part of the block. `peaks` holds the most bytes alive in each part, `born_in` the part in
+    which each living storage was allocated. `on_operator` is called for each operator: (function, arguments, result).
 
-    device: a GPU, whose allocator then says what the peaks were, for kernels take workspaces that no result shows.
+    device: a GPU, whose allocator then gives the peaks, because kernels take workspaces that no result shows.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> "LiveBytes":
         if self._gpu is not None:
-            gc.collect()  # what is garbage already must not be taken for what was there, and be gone midway
+            gc.collect()  # earlier garbage must not be counted and then vanish midway
             torch.cuda.reset_peak_memory_stats(self._gpu)
             self._start_bytes = torch.cuda.memory_allocated(self._gpu)
         return super().__enter__()
@@ -110,7 +110,7 @@ class LiveBytes(TorchDispatchMode):
         before = {id(t.untyped_storage()) for t in inputs}
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
-            # A view of something that was there before the block is not ours to count.
+            # Views of storages from before the block are not counted.
             if id(storage) in self._alive or id(storage) in before:
                 continue
             size_bytes = allocated_bytes(storage.nbytes(), storage.device)
@@ -132,8 +132,8 @@ class LiveBytes(TorchDispatchMode):
 class PeakMeter:
     """`with PeakMeter(device) as meter:` then `meter.live_bytes()` and `meter.peak_bytes`, both above the start.
 
-    On a GPU from the caching allocator's statistics; elsewhere the bytes of live tensors that were made inside the
-    block (which slows small operators down: do not time what you meter).
+    On a GPU they come from the caching allocator's statistics. Elsewhere they count live tensors made inside the block,
+    which slows small operators down: do not time what you meter.
     """
 
     def __init__(self, device: torch.device):
@@ -150,7 +150,7 @@ class PeakMeter:
         return self
 
     def live_bytes(self) -> int:
-        """Bytes alive now that were not there at the start."""
+        """Bytes alive now that were not alive at the start."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) - self._start_bytes
         return self._tracker.live_bytes
@@ -164,8 +164,8 @@ class PeakMeter:
 
 
 class Workspaces:
-    """`with Workspaces(device) as held:` run what is to be run later; then `held.size_bytes` is what libraries keep of
-    a GPU's memory from their first use on (cuBLAS, for each thread that calls it)."""
+    """`with Workspaces(device) as held:` run the later work once; then `held.size_bytes` is the GPU memory that
+    libraries keep from their first use on (cuBLAS, for each thread that calls it)."""
 
     def __init__(self, device: torch.device):
         self.device, self.size_bytes = device, 0
@@ -173,7 +173,7 @@ class Workspaces:
     def __enter__(self) -> "Workspaces":
         if self.device.type == "cuda":
             gc.collect()
-            torch._C._cuda_clearCublasWorkspaces()  # they may have been taken before
+            torch._C._cuda_clearCublasWorkspaces()  # they may exist already
             self._start_bytes = torch.cuda.memory_allocated(self.device)
         return self
 
@@ -184,7 +184,7 @@ class Workspaces:
 
 
 class Stopwatch:
-    """Seconds between labels: `enter(label)` ends one part and begins the next; `seconds()` waits for the device."""
+    """Seconds between labels: `enter(label)` ends one part and starts the next; `seconds()` waits for the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -199,7 +199,7 @@ class Stopwatch:
         self._stamps.append((label, stamp))
 
     def seconds(self) -> dict[Hashable, float]:
-        """Time spent in each part, the last one until now."""
+        """Seconds of each part, the last one until now."""
         self.enter(None)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -210,8 +210,8 @@ class Stopwatch:
 
 
 def link_rate(device: torch.device, size_bytes: int = 2**26) -> float | None:
-    """Bytes a second between registered host memory and the device, measured; None where there is no link, or the
-    driver registers no host memory."""
+    """Measured bytes/s between registered host memory and the device; None if there is no link, or if the driver
+    registers no host memory."""
     if device.type != "cuda":
         return None
     pool = HostPool(device)

@@ -1,5 +1,5 @@
-"""Results of operators on meta tensors, remembered: PyTorch works their shapes out in Python, for about a millisecond
-an operator, and a plan asks for those of one block a dozen times.
+"""Remembers results of operators on meta tensors. PyTorch computes their shapes in Python, in about a millisecond per
+operator, and a plan needs those of one block a dozen times.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
-# The type of the result and the layout of each tensor in it. A list without any: the first argument itself.
+# The type of the result and the layout of each tensor in it. An empty list means the first argument itself.
 _Result = tuple[type, list[_Layout | None]]
-_known: dict[Hashable, _Result | None] = {}  # None: the operator has to run
+_known: dict[Hashable, _Result | None] = {}  # None: the operator must run
 
 
 def meta_result(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
     """func(*args, **kwargs) for an operator whose tensors, `inputs`, are all on the meta device.
 
-    It runs if none of its kind has run before on tensors of the same layouts and the same numbers, and always if it
-    returns a view or changes a layout.
+    It runs if it has not run before on tensors of the same layouts with the same numbers. It always runs if it returns
+    a view or changes a layout.
     """
     key = func, _signature(args), _signature(kwargs)
     if (known := _known.get(key)) is not None:
@@ -36,7 +36,7 @@ def meta_result(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -
 
 
 def _signature(value: Any) -> Hashable:
-    """All that the layout of a result depends on. 1, 1.0 and True are equal and give other dtypes."""
+    """Everything that the layout of a result depends on. 1, 1.0 and True are equal but give different dtypes."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
@@ -51,7 +51,7 @@ def _made(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torc
 
 
 def _described(func: Any, args: Any, out: Any, inputs: list[torch.Tensor]) -> _Result | None:
-    """What to make the result again from; None where it is more than new tensors, or the first argument."""
+    """The data to make the result again; None unless it consists of new tensors or is the first argument."""
     if type(out) not in (torch.Tensor, tuple, list):
         return None
     if args and out is args[0]:

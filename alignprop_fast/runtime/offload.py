@@ -1,10 +1,10 @@
-"""What a block keeps, moved to host memory until its backward pass, beside the computation.
+"""Moves a block's kept tensors to host memory until its backward pass, in parallel with the computation.
 
-Copies out and in run on streams of their own: out while the following blocks run forward, in one block ahead of the
-backward pass. At most two blocks' worth is on the device for it at any moment: a block's tensors are let go when the
-next block is done, and fetched when the backward pass reaches the block after it.
+Copies run on their own streams: out while the following blocks run forward, and in one block ahead of the backward
+pass. At most two blocks' tensors are on the device at a time: a block's tensors are freed when the next block is done,
+and fetched when the backward pass reaches the block after it.
 
-Host memory is allocated to the byte and registered with the driver (`host_pool`). On devices without streams (the CPU,
+`host_pool` allocates exactly the bytes needed and registers them with the driver. On devices without streams (the CPU,
 for tests) the same copies are made at once.
 """
 
@@ -22,10 +22,10 @@ Move = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
 class Offloader:
-    """Moves what blocks keep to host memory and back. One for a chain; `pool` outlives it."""
+    """Moves kept tensors of blocks to host memory and back. Each chain has its own; `pool` outlives it."""
 
     def __init__(self, device: torch.device, pool: HostPool | None = None, smallest_bytes: int = 2**16):
-        """smallest_bytes: tensors below it stay where they are."""
+        """smallest_bytes: smaller tensors are not moved."""
         self.device, self.pool, self.smallest_bytes = device, pool or HostPool(device), smallest_bytes
         self.out = self.back = None
         if device.type == "cuda":
@@ -33,7 +33,7 @@ class Offloader:
         self._last: weakref.ref[_Record] | None = None
 
     def offloaded(self, module: nn.Module, build: Callable[[Move], Callable[..., Any]]) -> Callable[..., Any]:
-        """The forward of a block whose kept tensors wait on the host.
+        """The forward of a block whose kept tensors are moved to the host.
 
         build: from the moves (away, back) for results that the block stores itself (`ops.reuse`) to its forward.
         """
@@ -53,14 +53,14 @@ class Offloader:
         return forward
 
     def settle(self) -> None:
-        """Let the device's copies of the last block go, since none follows that would."""
+        """Free the last block's tensors on the device, because no next block will do it."""
         last = self._last() if self._last else None
         if last is not None:
             last.let_go()
 
 
 class _Handle:
-    """One tensor on the host, or on its way back."""
+    """One tensor on the host, or being copied back."""
 
     def __init__(self, x: torch.Tensor, buffer: HostBuffer):
         self.shape, self.dtype = x.shape, x.dtype
@@ -69,7 +69,7 @@ class _Handle:
         self.device_tensor: torch.Tensor | None = x
 
     def copy_out(self, x: torch.Tensor, stream: Any) -> None:
-        """x into the buffer, in this stream, which is the current one."""
+        """Copy x into the buffer, in the current stream."""
         if self.buffer.after is not None:
             stream.wait_event(self.buffer.after)
         if self.buffer.memory is not None:
@@ -77,10 +77,10 @@ class _Handle:
         self.buffer.touched(stream)
 
     def copy_back(self, stream: Any) -> None:
-        """The buffer into `device_tensor`, in this stream, which is the current one."""
+        """Copy the buffer into `device_tensor`, in the current stream."""
         assert self.device_tensor is not None
         if self.buffer.memory is None:
-            self.device_tensor.zero_()  # a number that an index may have, too
+            self.device_tensor.zero_()  # zero is also valid as an index
         else:
             self.device_tensor.copy_(self._on_host(self.buffer.memory), non_blocking=True)
         self.buffer.touched(stream)
@@ -90,7 +90,7 @@ class _Handle:
 
 
 class _Record:
-    """What one run of one block has moved away."""
+    """The tensors that one run of one block has moved away."""
 
     def __init__(self, owner: Offloader, before: "_Record | None", staying: set[int]):
         self.owner, self.staying = owner, staying
@@ -102,15 +102,15 @@ class _Record:
 
     @torch.no_grad()
     def away(self, x: torch.Tensor) -> Any:
-        """x, or a handle for it where it is worth moving. For use as a pack hook."""
+        """x, or a handle for it if it is worth moving. For use as a pack hook."""
         key = (_storage(x), x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
-        # An operator's own output comes with its graph, which would hold it, and it the graph: where a step fails, no
-        # one could free them. (A detached tensor still knows what it is a view of.)
+        # An operator's own output and its graph would keep each other alive, so if a step fails nothing could free
+        # them. (A detached tensor still knows the tensor it is a view of.)
         x = x.data
         size_bytes = x.numel() * x.element_size()
         if (
             x.device.type != self.owner.device.type  # "cuda" and "cuda:0" are not equal
-            # What frees no memory is not moved: a packed weight passes for a dense one and has no memory of its own.
+            # Tensors that free no memory are not moved: a packed weight that behaves like a dense one has no storage.
             or min(size_bytes, x.untyped_storage().nbytes()) < self.owner.smallest_bytes
             or _storage(x) in self.staying
         ):
@@ -124,19 +124,19 @@ class _Record:
     def _send(self, x: torch.Tensor, size_bytes: int) -> _Handle:
         buffer = self.owner.pool.take(size_bytes)
         handle = _Handle(x, buffer)
-        # Not when the program ends, when the driver may be gone already.
+        # Not at the program's end, when the driver may be gone already.
         weakref.finalize(handle, _give_back, self.owner.pool, buffer, self.owner.device).atexit = False
         with _on(self.owner.out, self.owner.device):
             handle.copy_out(x, self.owner.out)
         return handle
 
     def sent(self) -> None:
-        """The block's forward pass is done."""
+        """Note that the block's forward pass is done."""
         if self.owner.out is not None:
             self.out_event = self.owner.out.record_event()
 
     def let_go(self) -> None:
-        """Free the device's copies, once they are copied."""
+        """Free the tensors on the device, after they are copied."""
         if self.out_event is not None:
             torch.cuda.current_stream(self.owner.device).wait_event(self.out_event)
         if not self.fetching:
@@ -163,12 +163,12 @@ class _Record:
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """Start the copies back, once."""
+        """Start the copies back, if not started yet."""
         if self.fetching:
             return
         self.fetching = True
         handles = [handle for handle in self.handles.values() if handle.device_tensor is None]
-        for handle in handles:  # in the computation's stream, whose memory it is
+        for handle in handles:  # allocated in the computation's stream, which owns the memory
             handle.device_tensor = torch.empty_strided(
                 handle.shape, handle.stride, dtype=handle.dtype, device=self.owner.device
             )
@@ -180,21 +180,21 @@ class _Record:
 
 
 def _give_back(pool: HostPool, buffer: HostBuffer, device: torch.device) -> None:
-    """A handle is about to go, with the device memory that its copies read or wrote."""
+    """Called before a handle is freed, together with the device memory of its copies."""
     if buffer.after is not None:
-        # Where a step died, a copy may be on its way still: nothing else may get that memory before it has arrived.
+        # If a step failed, a copy may still be running: its memory must not be reused before the copy ends.
         torch.cuda.current_stream(device).wait_event(buffer.after)
     pool.give(buffer)
 
 
 def _staying(module: nn.Module, others: tuple[Any, ...]) -> set[int]:
-    """Storages that are there anyway: weights, and inputs that every block shares, such as the text embeddings."""
+    """Storages that exist anyway: weights, and inputs that all blocks share, such as the text embeddings."""
     tensors = [*module.parameters(), *module.buffers(), *(t for t in others if isinstance(t, torch.Tensor))]
     return {_storage(t) for t in tensors}
 
 
 def _storage(x: torch.Tensor) -> int:
-    """Which storage it is, also on the meta device, where all lie at address 0."""
+    """The identity of the storage, also on the meta device, where all addresses are 0."""
     return x.untyped_storage()._cdata
 
 
@@ -217,7 +217,7 @@ def _contiguous(shape: torch.Size) -> tuple[int, ...]:
 
 @contextmanager
 def _on(stream: Any, device: torch.device) -> Iterator[None]:
-    """Run what is inside on the stream, after all that the current one has been given so far."""
+    """Run the `with` block on the stream, after everything given to the current one so far."""
     if stream is None:
         yield
         return

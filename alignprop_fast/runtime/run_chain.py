@@ -1,10 +1,10 @@
 """A chain under a plan, as ONE autograd function.
 
 The forward pass keeps the input state of each gradient step, and the graph of the resident ones; everything else is
-freed at once. The backward pass walks from the last step to the first. A step without gradient passes the gradient on
-by its affine path alone (Prabhudesai et al. 2023, randomised truncation). A gradient step adds the network's
+freed at once. The backward pass walks from the last step to the first. A step without gradient passes the gradient
+only along its affine path (Prabhudesai et al. 2023, randomised truncation). A gradient step adds the network's
 vector-Jacobian product: from its kept graph (resident), or by running the network again (replayed). So a replayed chain
-takes the memory of one network evaluation, whatever T.
+needs the memory of one network evaluation, for every T.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ from alignprop_fast.runtime.offload import Offloader
 def run_chain(chain: Chain, plan: Plan, x: torch.Tensor, offloader: Offloader | None = None) -> torch.Tensor:
     """Run the chain from x [B, ...] under the plan and return the last latents [B, ...].
 
-    Gradients reach parameters and conditions, and x if it requires one. The graph can be used once: it frees itself as
-    it is used, and a second backward pass raises RuntimeError. Without gradient steps the result carries no graph.
+    Gradients reach parameters and conditions, and x if it requires one. The graph frees itself while it is used, so a
+    second backward pass raises RuntimeError. Without gradient steps the result has no graph.
 
-    offloader: moves what blocks keep to host memory, for a plan that asks for it. One for each run.
+    offloader: moves kept tensors to host memory if the plan says so. Each run needs its own.
     """
     return run_penalised_chain(chain, plan, x, offloader)[0]
 
@@ -35,10 +35,10 @@ def run_chain(chain: Chain, plan: Plan, x: torch.Tensor, offloader: Offloader | 
 def run_penalised_chain(
     chain: Chain, plan: Plan, x: torch.Tensor, offloader: Offloader | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `run_chain`, and the sum of the penalties of the gradient steps, a scalar: differentiable in the parameters.
+    """As `run_chain`, and the sum of the penalties of the gradient steps, a scalar, differentiable in the parameters.
 
-    Both may be used in one backward pass. A gradient step whose input also has a gradient runs once more for its
-    penalty, which must not flow on into its input.
+    Use both in one backward pass. A gradient step whose input also has a gradient runs once more for its penalty,
+    because the penalty's gradient must not reach the input.
     """
     grad_steps = {*plan.resident_steps, *plan.replayed_steps} if torch.is_grad_enabled() else set()
     x = chain.start(x)
@@ -52,12 +52,12 @@ def run_penalised_chain(
 
 
 class _Tape:
-    """What one run of the chain keeps for its backward pass."""
+    """Everything that one run of the chain keeps for its backward pass."""
 
     def __init__(self, chain: Chain, plan: Plan, offloader: Offloader | None, grad_steps: set[int], wants_gx: bool):
         self.chain, self.plan, self.offloader = chain, plan, offloader
         self.grad_steps, self.wants_gx = grad_steps, wants_gx
-        # No earlier step is of use to the backward pass, unless the initial latents want a gradient.
+        # The backward pass needs no earlier step, unless the initial latents require a gradient.
         self.first = 0 if wants_gx else min(grad_steps, default=chain.num_steps)
         self.graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.inputs: dict[int, torch.Tensor] = {}
@@ -67,14 +67,14 @@ class _Tape:
         self.used = False
 
     def input_gradient(self, i: int) -> bool:
-        """Whether step i has someone to pass a gradient of its network's input on to."""
+        """Whether a gradient of step i's network input is needed by an earlier step or the initial latents."""
         return self.chain.input_gradient and (i > self.first or self.wants_gx)
 
     def check_state(self) -> None:
-        """Autograd compares the versions of the tensors it saved; a replay reads tensors that were not saved.
+        """Check the tensors that a replay reads; autograd checks only the versions of tensors that it saved.
 
         Raises:
-            RuntimeError: they are not what the forward pass read.
+            RuntimeError: they have changed since the forward pass.
         """
         if self.grad_steps and self.chain.state() != self.state:
             raise RuntimeError(CHANGED)
@@ -90,7 +90,7 @@ class _ChainFunction(torch.autograd.Function):
     def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
         out = _forward(tape, x)
-        # As an output it will hold this node, which holds the tape: a cycle, if the tape held it.
+        # Not on the tape: as an output it refers to this node, and the node to the tape, which would make a cycle.
         penalty, tape.penalty = tape.penalty, None
         return out, x.new_zeros(()) if penalty is None else penalty
 
@@ -120,7 +120,7 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
                 y = chain.sample(i, x)
         if i in tape.grad_steps:
             tape.penalise(i, x, y)
-        # Outside inference mode: a replay saves x for its backward pass, which inference tensors refuse.
+        # Outside inference mode, because a replay saves x for its backward pass, and inference tensors cannot be saved.
         x = chain.advance(i, x, y)
         del y
     return x
@@ -154,7 +154,7 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
                 _network_backward(x, y, penalty_gradient, receivers, sums)
                 del y
         del x, gx
-    # As wide as they are: autograd rounds them to what a parameter's gradient is to be (its `grad_dtype`).
+    # The sums keep their width; autograd rounds them to the dtype of a parameter's gradient (its `grad_dtype`).
     return g, sums
 
 
@@ -171,7 +171,7 @@ def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple
 
 
 def _options(plan: Plan, i: int) -> Options:
-    """Option by block of gradient step i."""
+    """The options of gradient step i, by block."""
     if i in plan.resident_steps:
         return plan.resident_options[plan.resident_steps.index(i)]
     return plan.replay_options
@@ -184,7 +184,7 @@ def _network_backward(
     receivers: Sequence[torch.Tensor],
     sums: list[torch.Tensor | None],
 ) -> torch.Tensor | None:
-    """Add the receivers' gradients into `sums` (fp32 or wider) and return that of x, if x wants one."""
+    """Add the receivers' gradients to `sums` (fp32 or wider) and return the gradient of x, if x requires one."""
     wanted = [*receivers, x] if x.requires_grad else list(receivers)
     grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
     found = [(k, grad) for k, grad in enumerate(grads[: len(receivers)]) if grad is not None]
@@ -194,7 +194,8 @@ def _network_backward(
     taken: set[int] = set()
     for k, grad in found:
         if sums[k] is None:
-            # Sums of many low-precision terms lose the small ones. Autograd may give one tensor for two parameters.
+            # Wider, because sums of many low-precision terms lose small ones. New, because autograd may give one tensor
+            # twice.
             wide = torch.promote_types(grad.dtype, torch.float32)
             sums[k] = grad.to(wide, copy=grad.data_ptr() in taken)
             taken.add(grad.data_ptr())
@@ -202,13 +203,13 @@ def _network_backward(
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on the device at present; None without it, and for meta tensors, which know none."""
+    """The dtype that autocast now casts to on the device; None without autocast, and always for meta tensors."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def _autocast_state(device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A factory of contexts that restore today's autocast state: the backward pass runs outside the caller's."""
+    """A factory of contexts that restore the present autocast state, because the backward pass runs outside it."""
     dtype = autocast_dtype(device)
     return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)

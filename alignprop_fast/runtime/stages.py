@@ -1,4 +1,4 @@
-"""Stages of a plan: the decoder all at once, by image or by bands; the reward all at once or by chunks of the batch."""
+"""Stages of a plan: the decoder on all images, one image or bands at a time; the reward on the batch or in chunks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,14 +18,14 @@ def run_decoder_stage(
     blocks: Sequence[Block] = (),
     banded: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """fn(x) for a function that treats the images of a batch x [B, ...] alike, run as the stage says.
+    """fn(x), run in the given stage, for a function that treats each image of a batch x [B, ...] separately.
 
-    batch: all images at once. image: the input alone is kept; the backward pass runs fn again, one image at a time.
-    bands: as image, by `banded`, which does what fn does in less memory. In the first two each of `blocks` keeps what
-    its option says.
+    batch: all images at once. image: only the input is kept, and the backward pass runs fn again, one image at a time.
+    bands: as image, with `banded`, which computes fn in less memory. In the first two each of `blocks` keeps what its
+    option says.
 
     Raises:
-        ValueError: an unknown stage.
+        ValueError: the stage is unknown.
     """
     if stage not in ("batch", "image", "bands"):
         raise ValueError(f"unknown stage {stage!r} of the decoder: use batch, image or bands")
@@ -46,10 +46,10 @@ def run_decoder_stage(
 def score_in_chunks(
     score: Callable[..., tuple[torch.Tensor, Any]], chunk: int, images: torch.Tensor, *lists: Sequence[Any]
 ) -> tuple[torch.Tensor, Any]:
-    """score(images [B, ...], *lists) -> (scores [B], info) over chunks of the batch, each run again to go back.
+    """score(images [B, ...], *lists) -> (scores [B], info) in chunks of the batch; the backward pass runs each again.
 
-    For a score that treats each image by itself. Of the infos, tensors with one entry per image are joined; anything
-    else is the mean over the chunks if it is a number, else the first chunk's.
+    For a score that treats each image separately. In the infos, tensors with one entry per image are joined. A number
+    is the mean over the chunks, anything else is the first chunk's.
     """
     results = []
     for k, part in enumerate(images.split(chunk)):

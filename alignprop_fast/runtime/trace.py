@@ -1,8 +1,8 @@
-"""One run of a network, forward and back, cut at the ends of its blocks: what each interval keeps, needs and takes.
+"""Traces one forward and backward run of a network, split at the ends of its blocks: bytes and seconds per interval.
 
-An interval is a block with whatever runs between it and the block before; the last one holds what follows all blocks.
-Every byte is charged to the interval that allocated it, so that the costs of a mixture of options are sums over its
-blocks, and the peak of a mixture follows from runs of pure options (`planner.table` has the arithmetic).
+An interval is a block and whatever runs between it and the previous block; the last one is everything after all blocks.
+Each byte is charged to the interval that allocated it. So the costs of mixed options are sums over the blocks, and the
+peak of mixed options follows from runs with one option each (`planner.table` has the arithmetic).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ Operator = Callable[[Any, Any, Any], float]
 
 @dataclass(frozen=True)
 class Work:
-    """A network to be measured.
+    """A network to measure.
 
     forward: () -> output with its graph; runs inside `apply_options`.
-    backward: consumes that output; None: forward alone.
-    operator_seconds: (function, arguments, result) -> seconds, where they are estimated; None: the device is timed.
+    backward: consumes that output; None: forward only.
+    operator_seconds: (function, arguments, result) -> estimated seconds; None: the device is timed.
     output_kept: whether the output counts as kept.
     """
 
@@ -46,9 +46,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Interval:
-    """Costs of one interval under one option. Transient bytes lie on top of all kept ones, this interval's included.
+    """Costs of one interval under one option. Transient bytes come on top of all kept ones, the interval's included.
 
-    host_bytes: what was moved to host memory. What the block before has on its way there or back is not counted.
+    host_bytes: moved to host memory. The previous block's tensors that are being copied are not counted.
     """
 
     block: Block | None
@@ -60,7 +60,7 @@ class Interval:
     seconds: float
 
     def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
-        """This interval changed as a like one was between two options."""
+        """This interval, changed by the difference of a similar interval between two options."""
         names = ("kept_bytes", "host_bytes", "forward_transient_bytes", "backward_transient_bytes", "seconds")
         return replace(self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names})
 
@@ -89,11 +89,11 @@ class Trace:
 
 
 def trace(work: Work, options: Options) -> Trace:
-    """Run the work under the options: a few times for its seconds where the device is timed, and once for its bytes.
+    """Run the work under the options: a few times for seconds if the device is timed, then once for bytes.
 
-    In this order: at the very first run kernels are compiled, and tried against each other in memory of their own.
-    What is offloaded is not timed: on a run where all is, the copies wait for each other. Nor is it copied: its bytes
-    are counted, no host memory is taken, and the backward pass gets zeros.
+    The order matters, because the first run compiles kernels and autotunes them, which takes memory.
+    Offloading is not timed, because if everything is offloaded, copies wait for each other. Nothing is copied either:
+    only bytes are counted, without host memory, and the backward pass gets zeros.
     """
     offloads = any(option.offload for option in options.values())
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
@@ -124,16 +124,16 @@ def trace(work: Work, options: Options) -> Trace:
 
 
 def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
-    """The segments of the work with every option of each.
+    """The segments of the work, each with all its options.
 
-    An option is measured on all blocks at once, which is exact. Where the device lacks the memory for that, it is
-    measured on one block of each kind with all others as lean as can be, and the difference taken for the like. One
-    that does not fit even so is left out.
+    An option is measured on all blocks at once, which is exact. If the device lacks memory for that, it is measured on
+    one block of each kind, with the leanest options on all others, and similar blocks get the same difference. If that
+    does not fit either, the option is left out.
 
-    link: bytes a second to host memory; with it each option also comes with what it keeps offloaded.
+    link: bytes/s to host memory. If given, each option also has a variant whose kept tensors are offloaded.
 
     Raises:
-        RuntimeError: out of memory (`ops.errors`): not even the leanest options can run.
+        RuntimeError: out of memory (`ops.errors`): not even the leanest options fit.
     """
     lean = trace(work, {"*": LEANEST})
     measured = {LEANEST: lean, **_traces(work, GRADES, lean)}
@@ -157,12 +157,12 @@ def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
 
 
 def transfer_bytes(found: Sequence[Segment]) -> int:
-    """What the block before one may have on its way to host memory or back."""
+    """The most bytes that the block before each one can have in transfer to or from host memory."""
     return max((option.host_bytes for segment in found for option in segment.options), default=0)
 
 
 def _traces(work: Work, wanted: Iterable[BlockOption], lean: Trace) -> dict[BlockOption, Trace]:
-    """The trace of each option on all blocks that have its grade; of none that does not fit."""
+    """The trace of each option on all blocks that have its grade, without options that do not fit."""
     found: dict[BlockOption, Trace] = {}
     for option in wanted:
         blocks = [i.block.name for i in lean.intervals if i.block is not None and option.grade in i.block.grades()]
@@ -172,12 +172,12 @@ def _traces(work: Work, wanted: Iterable[BlockOption], lean: Trace) -> dict[Bloc
 
 
 def _with_copies(seconds: float, copy_seconds: float) -> float:
-    """A copy each way hides behind the block's own time: about a third forward, the rest back."""
+    """The copies overlap with the block's own time: about a third of it is forward, the rest backward."""
     return seconds + max(copy_seconds - seconds / 3, 0) + max(copy_seconds - seconds * 2 / 3, 0)
 
 
 def _measured(work: Work, option: BlockOption, names: Sequence[str], lean: Trace) -> Trace | None:
-    """The trace of the option on the blocks of these names; None where the device lacks the memory."""
+    """The trace of the option on the blocks of these names; None if the device lacks memory."""
     everywhere = {"*": LEANEST, **dict.fromkeys(names, option)}
     for attempt in (
         partial(trace, work, everywhere),
@@ -220,7 +220,7 @@ class _OperatorCost:
 
 
 def _timed(work: Work, options: Options) -> dict[Hashable, float]:
-    """Seconds of each part in the run of median length: not the first one, which warms up."""
+    """Seconds of each part in the run of median length, without the first run, which warms up."""
     runs = []
     for _ in range(work.repeats):
         watch = Stopwatch(work.device)
@@ -236,7 +236,7 @@ def _run(
     between: Callable[[torch.Tensor], None],
     pool: HostPool | None = None,
 ) -> list[tuple[Block, Hashable]]:
-    """One run; `enter` is told where it is, `between` when forward is done. Returns blocks and kinds as they came."""
+    """One run. `enter` gets each position, `between` is called after forward. Returns blocks and kinds in run order."""
     offloader = Offloader(work.device, pool)
     order: list[tuple[Block, Hashable]] = []
     with _at_ends(work.blocks, order, enter):
@@ -256,11 +256,11 @@ def _run(
 def _at_ends(
     blocks: Sequence[Block], order: list[tuple[Block, Hashable]], enter: Callable[[Hashable], None]
 ) -> Iterator[None]:
-    """Inside, `enter` is called when a block's forward pass is done and when its backward pass begins."""
+    """Inside, `enter` is called when a block's forward pass is done and when its backward pass starts."""
     reached = [len(blocks)]
 
     def begin_backward(index: int) -> None:
-        if index < reached[0]:  # of a block with two outputs, the first gradient that arrives
+        if index < reached[0]:  # a block with two outputs counts when its first gradient arrives
             reached[0] = index
             enter(("backward", index))
 
@@ -286,7 +286,7 @@ def _at_ends(
 
 
 def _kind(block: Block, args: Any, kwargs: Any) -> Hashable:
-    """Blocks of one kind cost the same: one class, weights and inputs of the same shapes."""
+    """Blocks of one kind cost the same: their class and the shapes of weights and inputs are equal."""
     inputs = tuple(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
     weights = tuple((name, p.shape, p.requires_grad) for name, p in block.module.named_parameters())
     return block.group, type(block.module), inputs, weights

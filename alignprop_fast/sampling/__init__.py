@@ -1,4 +1,4 @@
-"""Noise schedules as coefficient tables, guidance, and truncation rules. Knows nothing of plans or of models."""
+"""Noise schedules as coefficient tables, guidance, and truncation rules, independent of plans and models."""
 
 from alignprop_fast.ops.guided_step import guided_step, guided_step_adjoint
 from alignprop_fast.sampling.ddim import ddim_table

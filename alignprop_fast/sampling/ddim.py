@@ -25,22 +25,22 @@ def ddim_table(
 
     Args:
         alphas_cumprod: signal level per training timestep.
-        final_alpha_cumprod: the level that stands for "before timestep 0".
+        final_alpha_cumprod: the signal level after the last step, "before timestep 0".
         timesteps: the T timesteps, noisiest first.
         stride: distance in training timesteps from one step to the next.
         eta: 0 is deterministic, 1 has the noise of DDPM.
 
     Raises:
-        ValueError: eta outside [0, 1], an unknown prediction type, or epsilon prediction at zero signal.
+        ValueError: eta is outside [0, 1], the prediction type is unknown, or epsilon is predicted at zero signal.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, but must lie between 0 (deterministic) and 1 (DDPM noise)")
+        raise ValueError(f"eta is {eta}, but must be between 0 (deterministic) and 1 (DDPM noise)")
     a, b, sigmas, x0s, levels = [], [], [], [], []
     for t in timesteps:
         alpha = float(alphas_cumprod[t])
         alpha_next = float(alphas_cumprod[t - stride]) if t >= stride else float(final_alpha_cumprod)
         sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
-        # Rounding can leave a difference of -1e-17 where eta = 1 takes all of the noise.
+        # With eta = 1 rounding can make this difference -1e-17.
         direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
         x0, eps = x0_and_noise(prediction_type, alpha)
         a.append(alpha_next**0.5 * x0[0] + direction * eps[0])

@@ -1,7 +1,7 @@
 """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) as a table of coefficients with history (see `StepTable`).
 
-x = alpha x0 + alpha s noise with the noise level s and alpha = (1 + s^2)^(-1/2); h = log(s / s_next), and with the
-prediction m = x0 of this step and m' that of the step before (h' then),
+x = alpha x0 + alpha s noise, with the noise level s and alpha = (1 + s^2)^(-1/2). With h = log(s / s_next), the
+prediction m = x0 of this step, and m' and h' of the step before,
 
     x_next = (alpha_next s_next) / (alpha s) x + alpha_next (1 - s_next / s) (m + k / r (m - m')),    r = h' / h
 
@@ -29,10 +29,10 @@ def dpm_solver_table(
         timesteps: the model times of the first T of them.
         prediction_type: epsilon, v_prediction or sample.
         solver_type: midpoint or heun.
-        second_order_steps: indices (1 at least) of the steps that use the prediction before; the others do not.
+        second_order_steps: indices (at least 1) of the steps that use the previous prediction; the others do not.
 
     Raises:
-        ValueError: an unknown prediction type or solver type.
+        ValueError: the prediction type or the solver type is unknown.
     """
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"unknown solver type {solver_type!r}: use midpoint or heun")

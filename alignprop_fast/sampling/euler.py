@@ -27,12 +27,12 @@ def euler_table(
     Args:
         sigmas: T + 1 noise levels, noisiest first, the last one that of the image.
         timesteps: the model times of the first T of them.
-        prediction_type: epsilon, v_prediction, sample, or flow (whose network sees x as it is).
-        ancestral: take more noise out than the step needs and put new noise in.
+        prediction_type: epsilon, v_prediction, sample, or flow (whose network gets x unscaled).
+        ancestral: remove more noise than the step needs and add new noise.
         init_scale: the chain starts from this times unit noise.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: the prediction type is unknown.
     """
     a, b, noise, scales, x0s, levels = [], [], [], [], [], []
     for sigma, sigma_next in pairwise(sigmas):
@@ -59,7 +59,7 @@ def euler_table(
 
 
 def _derivative(prediction_type: str, sigma: float) -> tuple[float, float]:
-    """dx / dsigma per x and per y."""
+    """The coefficients of x and of y in dx / dsigma."""
     if prediction_type in ("epsilon", "flow"):
         return 0.0, 1.0
     if prediction_type == "v_prediction":

@@ -4,7 +4,7 @@ import torch
 
 
 def rescaled_guidance(y: torch.Tensor, scale: float | torch.Tensor, rescale: float) -> torch.Tensor:
-    """Classifier-free guidance with its standard deviation pulled back to that of the conditional prediction.
+    """Classifier-free guidance whose standard deviation is rescaled towards that of the conditional prediction.
 
     y: [2 B, ...], unconditional half first; returns [B, ...]. rescale (phi) in [0, 1]; 0 is plain guidance.
     Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", eqs. 14 to 16.

@@ -1,4 +1,4 @@
-"""The table of coefficients of a schedule, by its kind."""
+"""The coefficient table of a schedule, by its kind."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _KINDS: dict[str, Callable[..., StepTable]] = {"euler": euler_table, "dpm-solver
 def make_table(schedule: Mapping[str, Any], eta: float) -> StepTable:
     """The table of a schedule: its "kind" (ddim, euler or dpm-solver) and the arguments of that kind's function.
 
-    eta is DDIM's amount of noise; the other kinds have none to choose.
+    eta is DDIM's amount of noise; the other kinds ignore it.
     """
     arguments = {name: value for name, value in schedule.items() if name != "kind"}
     if schedule["kind"] == "ddim":

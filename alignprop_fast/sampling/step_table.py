@@ -1,4 +1,4 @@
-"""The coefficients of a chain's steps, and what a prediction says of the clean latents and the noise."""
+"""The coefficients of a chain's steps, and the clean latents and noise implied by a prediction."""
 
 from dataclasses import dataclass, replace
 
@@ -12,27 +12,27 @@ class StepTable:
     b: tuple[float, ...]
     sigma: tuple[float, ...]
     noisy: bool
-    """Whether noise is drawn at every step (also where sigma happens to be zero), as diffusers does for eta > 0."""
+    """Whether every step draws noise, even if its sigma is zero, as diffusers does for eta > 0."""
     input_scale: tuple[float, ...] = ()
-    """Per step the factor of the network's input: y = network(input_scale x). Empty: 1."""
+    """Per step the factor of the network's input: y = network(input_scale x). Empty: all 1."""
     init_scale: float = 1.0
     """The chain starts from this times unit noise."""
     history: tuple[tuple[float, float, float], ...] = ()
     """Per step (c, p, q) of a two-step method: x_next = a x + b y + c h + sigma z and h_next = p x + q y, from h = 0.
     Empty: a one-step method."""
     x0: tuple[tuple[float, float], ...] = ()
-    """Per step (c, d): the clean latents that it predicts are c x + d y. Empty where the update is of another form."""
+    """Per step (c, d): it predicts the clean latents c x + d y. Empty if the update has another form."""
     level: tuple[tuple[float, float], ...] = ()
-    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise. Empty as for x0."""
+    """Per step (signal, noise): its x is signal * clean latents + noise * unit noise. Empty as x0."""
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def ending_at(self, step: int) -> "StepTable":
-        """The steps before `step`, which then predicts the clean latents at once: x_next = x0, and the chain is over.
+        """The steps up to `step`, which ends the chain by predicting the clean latents: x_next = x0.
 
         Raises:
-            ValueError: a table that does not know x0.
+            ValueError: the table has no x0.
         """
         c, d = self._of_every_step(self.x0)[step]
         table = self._rows(0, step + 1)
@@ -41,17 +41,17 @@ class StepTable:
             a=(*table.a[:-1], c),
             b=(*table.b[:-1], d),
             sigma=(*table.sigma[:-1], 0.0),
-            # Of the step before the image does not depend any more.
+            # The image no longer depends on the previous step.
             history=tuple((0.0 if i == step else c, p, q) for i, (c, p, q) in enumerate(table.history)),
         )
 
     def last_alone(self) -> "StepTable":
-        """A chain of one step: the last one, predicting the clean latents. Raises ValueError as `ending_at`."""
+        """A chain of only the last step, which predicts the clean latents. Raises ValueError as `ending_at`."""
         last = len(self) - 1
         return self.ending_at(last)._rows(last, last + 1)
 
     def _rows(self, first: int, end: int) -> "StepTable":
-        """The steps first to end - 1 as they are."""
+        """The steps first to end - 1, unchanged."""
         return replace(
             self,
             timesteps=self.timesteps[first:end],
@@ -70,7 +70,7 @@ class StepTable:
 
     def _of_every_step(self, entries: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
         if len(entries) != len(self):
-            raise ValueError("this scheduler has no closed form of x0: use a truncation that runs the chain to its end")
+            raise ValueError("this scheduler has no closed form of x0: use a truncation rule that runs the whole chain")
         return entries
 
 

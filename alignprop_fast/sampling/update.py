@@ -1,7 +1,7 @@
 """The affine part of a chain, forward and adjoint, on the chain's state.
 
-The state of a one-step method are the latents x [B, ...]. That of a two-step method is [2, B, ...]: x and what it knows
-of the step before, h. With the branches of y blended into the guided prediction, y = sum_k blend_k y_k,
+The state of a one-step method is the latents x [B, ...]. That of a two-step method is [2, B, ...]: x, and the history h
+from the step before. With the branches of y blended into the guided prediction, y = sum_k blend_k y_k,
 
     x_next = a x + b y + c h + sigma z        h_next = p x + q y
 
@@ -31,7 +31,7 @@ class Update:
         return state[0] if self.table.history else state
 
     def model_input(self, i: int, state: torch.Tensor) -> torch.Tensor:
-        """What the network of step i sees, [B, ...]."""
+        """The network's input at step i, [B, ...]."""
         x = self.latents(state)
         return x * self.table.input_scale[i] if self.table.input_scale else x
 

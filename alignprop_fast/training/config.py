@@ -66,43 +66,43 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         log_with: "wandb", "tensorboard", "trackio" or None.
         log_image_freq: call the image hook every so many optimizer steps.
         tracker_kwargs: options of the tracker, passed to accelerate's `init_trackers`.
-        accelerator_kwargs: options of `accelerate.Accelerator`, but for those that have a field here and for engines
-            (FSDP, DeepSpeed, ...), which are refused. What accelerate takes from the environment: see `launcher`.
+        accelerator_kwargs: options of `accelerate.Accelerator`. Options that have a field here, and engines (FSDP,
+            DeepSpeed, ...), are refused. `launcher` says what accelerate takes from the environment.
         project_kwargs: options of `accelerate.utils.ProjectConfiguration`; `project_dir` says where checkpoints go,
             `total_limit` how many are kept.
         tracker_project_name: name of the project in the tracker.
-        logdir: folder of trackers and checkpoints where neither output_dir nor project_kwargs names one.
-        num_epochs: optimizer steps in all.
+        logdir: folder of trackers and checkpoints if neither output_dir nor project_kwargs names one.
+        num_epochs: optimizer steps in total.
         save_freq: epochs between checkpoints; one is always written at the end.
         num_checkpoint_limit: checkpoints kept, the oldest goes first.
         mixed_precision: "fp16" (GPU only), "bf16", or "no" (also "none"): fp32.
         allow_tf32: let matrix products of fp32 use TF32 on NVIDIA GPUs.
-        resume_from: a checkpoint folder, or a folder of checkpoints, of which the newest is taken.
+        resume_from: a checkpoint folder, or a folder of checkpoints, whose newest is used.
         sample_num_steps: denoising steps T.
         sample_eta: DDIM noise, 0 to 1.
         sample_guidance_scale: classifier-free guidance; 1 or less turns it off.
         train_batch_size: images per process and micro-batch.
         train_use_8bit_adam: the same as optimizer="adamw8bit".
         train_learning_rate, train_adam_beta1, train_adam_beta2, train_adam_weight_decay, train_adam_epsilon:
-            the optimizer's.
+            of the optimizer.
         train_gradient_accumulation_steps: micro-batches per optimizer step.
         train_max_grad_norm: gradients are clipped to this norm.
         negative_prompts: one text, used as the negative prompt of every image.
-        truncated_backprop_rand: draw anew for each denoising step whether it carries gradient.
-        truncated_backprop_timestep: if not drawn: steps from this index on carry gradient.
-        truncated_rand_backprop_minmax: if drawn: step i carries gradient iff i >= r, r uniform in this closed range.
+        truncated_backprop_rand: draw for each denoising step whether it carries gradient.
+        truncated_backprop_timestep: if not drawn, steps from this index on carry gradient.
+        truncated_rand_backprop_minmax: if drawn, step i carries gradient iff i >= r, r uniform in this closed range.
         push_to_hub: for the user's script; the trainer itself never uploads unasked.
 
-    Fields of our own are declared in `training.trainer_options.TrainerOptions`; `help` lists them. In Python alone:
+    Our own fields are declared in `training.trainer_options.TrainerOptions`; `help` lists them. Only in Python:
         output_dir: folder of checkpoints (in `checkpoints/`) and model card; None: project_dir, else logdir.
-        memory_budget, host_memory: also a number of bytes; a budget of None is "none". Held in bytes, whatever was
-            given. See `DifferentiableSampler`.
+        memory_budget, host_memory: also a number of bytes; a budget of None is "none". The config holds them in
+            bytes. See `DifferentiableSampler`.
         truncation: None: the three truncated_* fields.
-        lora_alpha: 4, whatever the rank.
+        lora_alpha: 4, for every rank.
         optimizer: upper and lower case are the same.
 
     Raises:
-        ValueError: a value that cannot work; one line that says what to use.
+        ValueError: a value cannot work; the message is one line with the remedy.
     """
 
     lora_alpha: float = like(TrainerOptions, "lora_alpha", 4)
@@ -143,7 +143,7 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         if self.optimizer_in_backward and self.optimizer == "prodigy":
             raise ValueError("prodigy needs all gradients at once: use another optimizer with optimizer_in_backward")
         if self.adapter_dtype == "bf16" and self.mixed_precision == "fp16":
-            raise ValueError('adapter_dtype="bf16" does not go with mixed_precision="fp16": use bf16 for both')
+            raise ValueError('adapter_dtype="bf16" does not support mixed_precision="fp16": use bf16 for both')
         if self.warmup_steps >= self.num_epochs:
             raise ValueError(f"warmup_steps is {self.warmup_steps}: use fewer than num_epochs={self.num_epochs}")
 

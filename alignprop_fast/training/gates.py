@@ -1,4 +1,4 @@
-"""Which denoising steps of a micro-batch carry gradient: the config's rule, and where its random numbers come from."""
+"""Which denoising steps of a micro-batch carry gradient: the config's rule and its random numbers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from alignprop_fast.training.config import AlignPropConfig
 
 
 def truncation_of(config: AlignPropConfig, draws: Draws = random) -> Truncation:
-    """What `truncation` says, or else trl's three fields.
+    """The truncation by the config's `truncation`, or else by trl's three fields.
 
     Raises:
-        ValueError: an unknown rule, or one that does not go with so many steps.
+        ValueError: the rule is unknown, or does not support this number of steps.
     """
     if config.truncation is not None:
         return draw_truncation(config.truncation, config.sample_num_steps, draws)
@@ -27,9 +27,9 @@ def truncation_of(config: AlignPropConfig, draws: Draws = random) -> Truncation:
 
 
 def gate_draws(config: AlignPropConfig, processes: int, step: int, micro_batch: int) -> Draws:
-    """What the gates of a micro-batch are drawn from: Python's `random`, where trl draws them.
+    """The random numbers for the gates of a micro-batch: Python's `random`, as in trl.
 
-    Several processes must draw the same, since the one with the most gradient steps sets the pace. So they draw from
-    the seed, the step and the micro-batch: nothing has to be kept in a checkpoint, and a repetition draws them again.
+    Several processes must draw the same gates, because they all wait for the one with the most gradient steps. So they
+    use the seed, the step and the micro-batch. Nothing must be kept in a checkpoint, and a repetition draws the same.
     """
     return random if processes == 1 else random.Random(f"gates {config.seed} {step} {micro_batch}")

@@ -124,7 +124,7 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     backend = environment.get(DYNAMO, "no")
     if backend.lower() != "no":
         raise ValueError(
-            f"accelerate is set up for torch.compile ({DYNAMO}={backend}), which does not go with the chain: set "
+            f"accelerate is set up for torch.compile ({DYNAMO}={backend}), which the chain does not support: set "
             "dynamo_backend to no, or unset the variable"
         )
     precision = environment.get(PRECISION, "").lower() or None
@@ -183,7 +183,7 @@ def checked_arguments(arguments: Mapping[str, Any], accumulation_steps: int) -> 
         if name in _FIELDS:
             raise ValueError(f"accelerator_kwargs holds {name}: use the field {_FIELDS[name]} instead")
         if name not in ACCELERATOR_ARGUMENTS:
-            raise ValueError(f"accelerator_kwargs holds {name}, which does not go with this trainer: leave it out")
+            raise ValueError(f"accelerator_kwargs holds {name}, which this trainer does not support: leave it out")
     return asked
 
 

@@ -261,7 +261,7 @@ BAD = {
     "a folder nobody can write": (["--output-dir", "/proc/none"], "cannot write to /proc"),
     "no config": (["--config", "{tmp}/none.yaml"], "cannot read the config file"),
     "bad YAML": (["--config", "{tmp}/bad.yaml"], "not valid YAML in line 2"),
-    "YAML that is no mapping": (["--config", "{tmp}/empty.txt"], "holds no options"),
+    "YAML that is no mapping": (["--config", "{tmp}/empty.txt"], "contains no options"),
     "unknown key": (["--config", "{tmp}/unknown.yaml"], "did you mean 'batch_size'"),
     "list value": (["--config", "{tmp}/list.yaml"], "must be a single value"),
     "bad value in YAML": (["--config", "{tmp}/value.yaml"], "--eta"),
@@ -387,7 +387,7 @@ def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
     printed, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
     done = records(out)[-1]["step"]
-    assert 2 <= done < 500 and f"stopped after step {done}; to go on: alignprop-fast train --resume" in printed
+    assert 2 <= done < 500 and f"stopped after step {done}; to continue: alignprop-fast train --resume" in printed
     assert sorted((out / "checkpoints").iterdir())[-1].name and (out / "checkpoints" / f"checkpoint_{done}").is_dir()
     assert command("train", "--resume", "--output-dir", out, "--steps", done + 1)[0] == 0
     whole = ("train", *options, "--steps", done + 1, "--output-dir", tmp_path / "whole")
@@ -404,7 +404,7 @@ def test_the_demo_runs_on_the_bundled_model(command, tmp_path):
     table = " ".join(out.split())
     assert "training prompts" in table and "prompts never seen" in table
     assert (tmp_path / "demo" / "before_after.png").is_file() and (tmp_path / "demo" / WEIGHTS).is_file()
-    assert "the bundled model learns" in out and "seconds in all" in out
+    assert "the bundled model learns" in out and "seconds in total" in out
     assert command("demo", "--steps", 1, "--output-dir", tmp_path / "demo")[0] == 2
 
 
@@ -474,7 +474,7 @@ def test_a_schedule_an_average_and_clipping_resume_exactly(command, tiny_sd_fold
     options = (*options, "--lr-scheduler", "linear", "--warmup-steps", 1, "--ema-decay", 0.5, "--max-grad-norm", 1e-3)
     out = tmp_path / "out"
     code, printed, err = command("train", *options, "--save-every", 2, "--sample-every", 10, "--output-dir", out)
-    assert (code, err) == (0, "") and "ema, which drew the pictures" in printed
+    assert (code, err) == (0, "") and "ema; the pictures were drawn with it" in printed
     names = (WEIGHTS, KOHYA, f"ema/{WEIGHTS}", f"ema/{KOHYA}", "samples/step_0004.png", "before_after.png")
     first, rates = {name: (out / name).read_bytes() for name in names}, [0, 1e-2, 2e-2 / 3, 1e-2 / 3]
     assert first[WEIGHTS] != first[f"ema/{WEIGHTS}"]

@@ -150,7 +150,7 @@ BAD = {
     "unknown reward": (["--reward", "hps"], "did you mean 'hpsv2'"),
     "a reward that needs data": (["--reward", "data_reward_of_test:score"], "--measure"),
     "unknown truncation": (["--truncation", "first:1"], "last:K"),
-    "two sizes": (["--resolution", "64", "--height", "64"], "--resolution stands for"),
+    "two sizes": (["--resolution", "64", "--height", "64"], "--resolution sets"),
     "odd size": (["--resolution", "13"], "multiple of 8"),
     "weights of an architecture": (["--measure", "--model", "sdxl", "--gpu="], "without weights"),
     "measured elsewhere": (["--measure"], "leave out --gpu"),
@@ -193,7 +193,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(plan, configs, bad_files, tmp_
 
 def test_options_that_a_table_settles_are_refused(plan, table):
     code, _, err = plan("--table", table, "--batch-size", 4)
-    assert code == 2 and "--batch-size is settled by --table" in err and len(err.splitlines()) == 1
+    assert code == 2 and "--batch-size is determined by --table" in err and len(err.splitlines()) == 1
 
 
 def test_without_a_gpu_one_must_be_named(plan, configs, monkeypatch):

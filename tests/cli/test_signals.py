@@ -85,6 +85,6 @@ def test_sigterm_saves_a_checkpoint(tiny_sd_folder, tmp_path):
         process.send_signal(signal.SIGTERM)
     printed, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (143, ""), err
-    assert "to go on: alignprop-fast train --resume" in printed
+    assert "to continue: alignprop-fast train --resume" in printed
     (last,) = checkpoints(tmp_path / "out" / "checkpoints")
     assert read_checkpoint(last)["steps_done"] == metrics.read_text().count("\n")

@@ -23,7 +23,7 @@ def test_what_the_disk_says(capsys, tmp_path, number):
         raise OSError(number, os.strerror(number))
     err = capsys.readouterr().err
     assert leaving.value.exit_code == 1 and len(err.splitlines()) == 1
-    assert f"{tmp_path}: {os.strerror(number)}; what was written before is whole: mend this, then start again" in err
+    assert f"{tmp_path}: {os.strerror(number)}; files written before are complete: fix this, then start again" in err
 
 
 def test_what_the_device_says(capsys, tmp_path):

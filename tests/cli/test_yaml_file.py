@@ -120,7 +120,7 @@ def test_an_option_reads_its_own_type(options, content, expected):
         ("? [a]\n: 3", "no name before the colon"),
         ("negative_prompt: a: b", "not valid YAML in line 1"),
         ("steps: 3\n---\nsteps: 4", "not valid YAML in line 2"),
-        ("steps:3", "holds no options"),
+        ("steps:3", "contains no options"),
         (b"steps: \xff", "not valid YAML"),
     ],
 )

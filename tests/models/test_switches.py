@@ -324,7 +324,7 @@ def test_the_size_of_the_models_configuration(tiny_sd, sample_size):
 def test_prompts_without_what_encodes_them(kind, part, request):
     pipe = request.getfixturevalue(kind)
     pipe.register_modules(**{part: None})
-    with pytest.raises(ValueError, match=f"the pipeline has no {part}, which prompts are encoded by"):
+    with pytest.raises(ValueError, match=f"the pipeline has no {part}, which encodes prompts"):
         our_images(pipe, height=16, width=16)
 
 

@@ -14,7 +14,7 @@ def test_mean_over_pairs():
     assert mean_pairwise_distance(torch.stack([x, -x])) == pytest.approx(2)
     # Distances of the three pairs: 0, 1, 1.
     assert mean_pairwise_distance(torch.stack([x, x, y])) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(ValueError, match="two or more pictures"):
         mean_pairwise_distance(x[None])
 
 

@@ -243,7 +243,7 @@ def test_a_chain_that_ends_early_predicts_the_clean_latents(prediction_type):
 
 def test_a_table_without_x0_says_what_to_use():
     table = replace(ddim_table([0.9, 0.5], 1.0, [1, 0], 1, 0.0), x0=())
-    with pytest.raises(ValueError, match="runs the chain to its end"):
+    with pytest.raises(ValueError, match="runs the whole chain"):
         table.ending_at(0)
 
 

@@ -74,7 +74,7 @@ def test_what_learns_beside_the_denoiser_is_refused(tiny_sd_folder):
     config = AlignPropConfig(mixed_precision="no", sample_num_steps=2)
     prepare_model(pipeline, torch.device("cpu"), config)
     pipeline.text_encoder.get_input_embeddings().weight.requires_grad_()
-    with pytest.raises(ValueError, match="trains the denoiser alone, and a text encoder or the VAE requires grad"):
+    with pytest.raises(ValueError, match="trains only the denoiser, but a text encoder or the VAE requires grad"):
         make_sampler(pipeline, config, None)
 
 

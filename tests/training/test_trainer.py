@@ -359,7 +359,7 @@ def test_fp16_without_a_gpu_is_refused(tiny_sd_folder, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they work on a GPU")
 @pytest.mark.parametrize("name", ["cuda_graphs", "compiled"])
 def test_what_needs_a_gpu_is_refused_without_one(tiny_sd_folder, tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} needs a GPU, and the model is on the CPU: leave it out"):
+    with pytest.raises(ValueError, match=f"{name} needs a GPU, but the model is on the CPU: leave it out"):
         make_trainer(tiny_sd_folder, make_config(tmp_path, **{name: True}))
 
 
@@ -514,5 +514,5 @@ def test_bf16_adapters(tiny_sd_folder, tmp_path):
     assert {weight.dtype for weight in before} == {torch.bfloat16}
     trainer.train()
     assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
-    with pytest.raises(ValueError, match="the whole UNet is trained"):
+    with pytest.raises(ValueError, match="the whole denoiser is trained"):
         make_trainer(tiny_sd_folder, make_config(tmp_path / "2", adapter_dtype="bf16", **options), use_lora=False)

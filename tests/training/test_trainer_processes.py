@@ -184,7 +184,7 @@ def test_the_command_writes_once_stops_together_and_goes_on_alone(tiny_sd_folder
     processes[1].send_signal(signal.SIGINT)
     codes, (said, silent), errors = wait_for_both(processes)
     assert codes == [130, 130], errors
-    assert "to go on: alignprop-fast train --resume" in said and silent == "" and errors[1] == ""
+    assert "to continue: alignprop-fast train --resume" in said and silent == "" and errors[1] == ""
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     last = checkpoints(out / "checkpoints")[-1]
