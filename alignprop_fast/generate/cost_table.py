@@ -41,6 +41,7 @@ from alignprop_fast.runtime import (
     link_rate,
     only_new_garbage,
     operator_seconds,
+    remembered_results,
     reward_stages,
     step_costs,
     transfer_bytes,
@@ -91,7 +92,7 @@ def measured_table(step: TrainingStep) -> CostTable:
     """Run each part of the step on its device under each option, or read what was measured before.
 
     To be called under the autocast state that the step will run under: a table of another state has other costs.
-    The reward is a callable of whatever make: it is measured anew each time.
+    The reward is not remembered, because it may be any function: it is measured each time.
     """
     device = step.model.device
     link = link_rate(device)
@@ -106,6 +107,7 @@ def measured_table(step: TrainingStep) -> CostTable:
     return _completed(_remembered(origin, costs), step, None)
 
 
+@remembered_results()
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     """The table of a step on meta tensors, with the seconds that its operators would take on the GPU (a roofline).
 
