@@ -135,7 +135,7 @@ def test_an_infinite_norm_is_taken_also_as_yaml_writes_it(train, tmp_path):
     file.write_text(yaml.safe_dump({"max_grad_norm": inf}))
     for arguments in (("--max-grad-norm", "inf"), ("--config", file)):
         assert train(*arguments) == replace(DEFAULTS, max_grad_norm=inf)
-    with pytest.raises(typer.BadParameter, match="--max-grad-norm is 0.0: use a number above 0, or inf"):
+    with pytest.raises(typer.BadParameter, match=r"--max-grad-norm is 0\.0: use a number above 0, or inf"):
         train("--max-grad-norm", "0")
 
 
