@@ -160,6 +160,8 @@ class ConfigCommand(TyperCommand):
             if isinstance(value, list) and not isinstance(options[key], tuple):
                 example = "VALUE" if options[key] is None else options[key]
                 raise typer.BadParameter(f"{path}: {key} must be a single value, such as '{key}: {example}'")
+            if value == ".inf" and isinstance(options[key], float):  # as YAML writes infinity
+                content[key] = "inf"
         return {
             key: [value] if isinstance(options[key], tuple) and isinstance(value, str) else value
             for key, value in content.items()

@@ -41,6 +41,7 @@ from alignprop_fast.runtime import (
     link_rate,
     only_new_garbage,
     operator_seconds,
+    remembered_results,
     reward_stages,
     step_costs,
     transfer_bytes,
@@ -106,6 +107,7 @@ def measured_table(step: TrainingStep) -> CostTable:
     return _completed(_remembered(origin, costs), step, None)
 
 
+@remembered_results()
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     """The table of a step on meta tensors, with the seconds of its operators on the GPU by the roofline model.
 

@@ -38,12 +38,21 @@ class WeightedSum(Reward):
         self.parts = tuple(parts)
         self._rewards = [as_reward(part.reward, part.by_image) for part in self.parts]
         self.by_image = all(reward.by_image for reward in self._rewards)
+        self.observes = any(reward.observes for reward in self._rewards)
 
     def weight_bytes(self) -> int:
         return sum(reward.weight_bytes() for reward in self._rewards)
 
     def state(self) -> Hashable:
         return tuple(reward.state() for reward in self._rewards)
+
+    def observe(self, info: Mapping[str, Any]) -> None:
+        """Pass `info` on to the parts that observe. Each finds its own entries under the keys that it gave them."""
+        for part, reward in zip(self.parts, self._rewards, strict=True):
+            if reward.observes:
+                prefix = f"{part.name}/"
+                own = {key.removeprefix(prefix): value for key, value in info.items() if key.startswith(prefix)}
+                reward.observe({**info, **own})
 
     def __call__(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]

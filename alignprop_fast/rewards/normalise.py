@@ -34,14 +34,14 @@ class NormalisedSum(WeightedSum):
     a single score.
     """
 
-    observes = True
-
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(parts)
+        self.observes = True
         self._moments: dict[str, _Moments] = {}
 
     def observe(self, info: Mapping[str, Any]) -> None:
         """Take note of a batch: {part name: its scores [B]}. One that is not finite leaves no trace."""
+        super().observe(info)
         for part in self.parts:
             new = _moments(info[part.name])
             if math.isfinite(new[2]):

@@ -18,6 +18,8 @@ RewardFunction = Callable[..., Any]
 class Reward(ABC):
     """Scores pictures, differentiably. Only `__call__` is required; everything else has a default.
 
+    A reward that is an `nn.Module` as well (`class Sharpness(Reward, nn.Module)`) has its weights counted and watched.
+
     Example: a reward with its own weights that scores each image separately.
 
         class Sharpness(Reward):
@@ -54,18 +56,23 @@ class Reward(ABC):
         """
 
     def weight_bytes(self) -> int:
-        """Bytes of the weights on the device, for the memory plan."""
-        return 0
+        """Bytes of the weights on the device, for the memory plan. Default: those of an `nn.Module`, else 0."""
+        tensors = [t for network in self._networks() for t in (*network.parameters(), *network.buffers())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state(self) -> Hashable:
         """Everything besides the images that the scores depend on, as a value that changes if a weight does.
 
-        A backward pass that scores chunks again raises an error if it has changed.
+        A backward pass that scores pieces again raises an error if it has changed. Default: the weights of an
+        `nn.Module`, else nothing.
         """
-        return ()
+        return versions(self._networks())
+
+    def _networks(self) -> list[nn.Module]:
+        return [self] if isinstance(self, nn.Module) else []
 
     def observe(self, info: Mapping[str, Any]) -> None:
-        """Record the scores of a training batch: {name: scores [B]}, of all processes together.
+        """Record the scores of a training batch, of all processes together: {name: scores [B]}.
 
         Called once per micro-batch in training, after it was scored, if `observes`.
         """
@@ -82,18 +89,13 @@ class FunctionReward(Reward):
 
     def __init__(self, function: RewardFunction, by_image: bool = False):
         self.function, self.by_image = function, by_image
-        self._modules = [function] if isinstance(function, nn.Module) else []
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Any:
         result = self.function(images_BCHW, prompts, metadata)
         return result if isinstance(result, tuple) else (result, {})
 
-    def weight_bytes(self) -> int:
-        tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def state(self) -> Hashable:
-        return versions(self._modules)
+    def _networks(self) -> list[nn.Module]:
+        return [self.function] if isinstance(self.function, nn.Module) else []
 
 
 def check_gradient(name: str, scores_B: Tensor, images_BCHW: Tensor) -> None:

@@ -38,7 +38,7 @@ def allocated_bytes(size_bytes: int, device: torch.device) -> int:
 def only_new_garbage(device: torch.device) -> Iterator[None]:
     """Inside, `gc.collect()` only examines objects made inside. Examining those of torch and diffusers takes half a
     second, and measuring on a GPU collects dozens of times."""
-    if device.type != "cuda":
+    if device.type != "cuda" or gc.get_freeze_count():  # unfreezing would thaw what others froze
         yield
         return
     gc.collect()

@@ -4,7 +4,8 @@ operator, and a plan needs those of one block a dozen times.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +13,29 @@ import torch
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 # The type of the result and the layout of each tensor in it. An empty list means the first argument itself.
 _Result = tuple[type, list[_Layout | None]]
-_known: dict[Hashable, _Result | None] = {}  # None: the operator must run
+_known: dict[Hashable, _Result | None] | None = None  # None for an operator: it must run
+
+
+@contextmanager
+def remembered_results() -> Iterator[None]:
+    """Inside, `meta_result` remembers; at the end everything is forgotten."""
+    global _known
+    _known = {}
+    try:
+        yield
+    finally:
+        _known = None
 
 
 def meta_result(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
     """func(*args, **kwargs) for an operator whose tensors, `inputs`, are all on the meta device.
 
-    It runs if it has not run before on tensors of the same layouts with the same numbers. It always runs if it returns
-    a view or changes a layout.
+    Inside `remembered_results` it runs once for tensors of the same layouts with the same numbers. It always runs if it
+    returns a view, or changes a layout or a storage.
     """
-    key = func, _signature(args), _signature(kwargs)
+    if _known is None:
+        return func(*args, **kwargs)
+    key = _key(func, args, kwargs)
     if (known := _known.get(key)) is not None:
         kind, layouts = known
         if not layouts:
@@ -30,20 +44,26 @@ def meta_result(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -
         return made[0] if kind is torch.Tensor else kind(made)
     out = func(*args, **kwargs)
     if key not in _known:
-        unchanged = key == (func, _signature(args), _signature(kwargs))
-        _known[key] = _described(func, args, out, inputs) if unchanged else None
+        # The tag is on set_, resize_ and their like, whose effect the layouts may not show.
+        lasting = torch.Tag.inplace_view not in func.tags and key == _key(func, args, kwargs)
+        _known[key] = _described(func, args, out, inputs) if lasting else None
     return out
 
 
+def _key(func: Any, args: Any, kwargs: Any) -> Hashable:
+    """All that the layout of the result depends on."""
+    return func, torch.get_default_dtype(), _signature(args), _signature(kwargs)
+
+
 def _signature(value: Any) -> Hashable:
-    """Everything that the layout of a result depends on. 1, 1.0 and True are equal but give different dtypes."""
+    """Layouts of tensors, and numbers with their types: 1, 1.0 and True are equal but give different dtypes."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
         return tuple(map(_signature, value))
     if isinstance(value, dict):
         return tuple((name, _signature(item)) for name, item in value.items())
-    return type(value), value
+    return type(value), value if value == value else "nan"
 
 
 def _made(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -40,7 +40,13 @@ class AveragedWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the block the tensors hold the average, rounded to their dtype; their own values wait on the host."""
+        """Inside the block the tensors hold the average, rounded to their dtype; their own values wait on the host.
+
+        A block inside another one changes nothing.
+        """
+        if self._model.temp_stored_params is not None:
+            yield
+            return
         self._model.store(self._tensors)
         self._model.copy_to(self._tensors)
         try:

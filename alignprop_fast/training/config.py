@@ -86,7 +86,7 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         train_learning_rate, train_adam_beta1, train_adam_beta2, train_adam_weight_decay, train_adam_epsilon:
             of the optimizer.
         train_gradient_accumulation_steps: micro-batches per optimizer step.
-        train_max_grad_norm: gradients are clipped to this norm.
+        train_max_grad_norm: gradients are clipped to this norm; infinity turns clipping off.
         negative_prompts: one text, used as the negative prompt of every image.
         truncated_backprop_rand: draw for each denoising step whether it carries gradient.
         truncated_backprop_timestep: if not drawn, steps from this index on carry gradient.

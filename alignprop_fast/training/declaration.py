@@ -49,7 +49,7 @@ class Option:
     commands: the commands that take it; `plan` takes every option that changes a plan.
     field: its name in `AlignPropConfig`, if trl has another one.
     choices: the allowed texts.
-    at_least, at_most, above, below: bounds. A number without bounds must still be finite.
+    at_least, at_most, above, below: bounds. A number without bounds must still be finite, unless `may_be_infinite`.
     unit: of the value, in messages.
     remedy: the message's advice, instead of one made from choices and bounds.
     shown: the default in words.
@@ -66,6 +66,7 @@ class Option:
     at_most: float = inf
     above: float = -inf
     below: float = inf
+    may_be_infinite: bool = False
     unit: str = ""
     remedy: str = ""
     shown: str = ""
@@ -86,6 +87,8 @@ class Option:
         if self.choices:
             return value in self.choices
         if not isinstance(value, int | float):  # a text, or several values
+            return True
+        if self.may_be_infinite and value == inf:
             return True
         return self.at_least <= value <= self.at_most and self.above < value < self.below
 

@@ -68,7 +68,7 @@ def learning_rate_factor(name: str, warmup_steps: int, steps: int) -> Callable[[
     """The schedule of that name, by diffusers: optimizer steps done -> factor on the learning rate of the next one.
 
     constant, linear (down to 0) or cosine (half a period, down to 0) over `steps` steps, of which the first
-    `warmup_steps` rise from 0.
+    `warmup_steps` rise from 0. After `steps` steps the factor stays.
     """
     from diffusers.optimization import get_scheduler
 
@@ -76,7 +76,9 @@ def learning_rate_factor(name: str, warmup_steps: int, steps: int) -> Callable[[
         name = "constant_with_warmup"
     # A factor depends on the number of steps alone, so it is asked for with a stand-in: no state to keep.
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    return get_scheduler(name, stand_in, num_warmup_steps=warmup_steps, num_training_steps=steps).lr_lambdas[0]
+    scheduler = get_scheduler(name, stand_in, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return lambda done: factor(min(done, steps))  # diffusers' cosine would rise again
 
 
 def _load(package: str, name: str) -> Any:

@@ -145,10 +145,12 @@ class InputOptions:
     )
     max_grad_norm: float = option(
         1.0,
-        "Gradients with a larger norm are scaled down to this one.",
+        "Gradients with a larger norm are scaled down to this one; inf turns this off.",
         Panel.TRAINING,
         field="train_max_grad_norm",
         above=0,
+        remedy="a number above 0, or inf (off)",
+        may_be_infinite=True,
     )
     seed: int = option(
         0,

@@ -109,7 +109,8 @@ class TrainerOptions:
     )
     warmup_steps: int = option(
         0,
-        "Optimizer steps over which the learning rate rises from 0 to its full value.",
+        "Optimizer steps over which the learning rate rises from 0 to its full value. At rate 0 the first step changes "
+        "nothing.",
         Panel.TRAINING,
         at_least=0,
         remedy="0 (off) or more",

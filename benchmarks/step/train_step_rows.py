@@ -11,7 +11,6 @@ from typing import Any
 
 from alignprop_fast.planner import Plan
 
-BATCHES = (1, 2, 4, 8)
 GRAD_STEPS = (1, 5, 25, 50)
 BUDGETS_GIB = (12, 16, 24, 48, 80)
 COLUMNS = (

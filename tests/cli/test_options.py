@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import MISSING, fields, replace
-from math import isfinite, nextafter
+from math import inf, isfinite, nextafter
 
 import pytest
 import typer
@@ -122,12 +122,21 @@ def test_just_inside_the_bounds_is_taken(train):
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_what_is_not_finite_is_refused(train, value):
     for each, declaration in taken(DEFAULTS, Command.TRAIN):
-        if isinstance(each.default, float):
+        if isinstance(each.default, float) and not (declaration.may_be_infinite and value == "inf"):
             with pytest.raises(typer.BadParameter) as caught:
                 train(flag(each.name), value)
             assert flag(each.name) in caught.value.format_message()
             with pytest.raises(ValueError, match=f"^x is {value}: use "):
                 declaration.check("x", float(value))
+
+
+def test_an_infinite_norm_is_taken_also_as_yaml_writes_it(train, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"max_grad_norm": inf}))
+    for arguments in (("--max-grad-norm", "inf"), ("--config", file)):
+        assert train(*arguments) == replace(DEFAULTS, max_grad_norm=inf)
+    with pytest.raises(typer.BadParameter, match=r"--max-grad-norm is 0\.0: use a number above 0, or inf"):
+        train("--max-grad-norm", "0")
 
 
 def test_what_two_options_say_together_is_refused_by_their_flags():

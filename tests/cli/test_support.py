@@ -91,7 +91,7 @@ def test_an_empty_launchers_variable_is_unset(command, monkeypatch, tiny_sd_fold
 
 
 def test_processes_that_accelerate_does_not_see(command, monkeypatch, tmp_path):
-    """As with mpirun on GPUs, where accelerate reads only LOCAL_RANK: each process would be a run in the same folder."""
+    """As with mpirun on GPUs, where accelerate reads only LOCAL_RANK: each process would be a run in one folder."""
     PartialState(cpu=True)  # one process
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     code, _, err = command("train", "--reward", "colorfulness", "--device", "cpu", "--output-dir", tmp_path / "out")

@@ -73,3 +73,8 @@ def test_two_processes(tmp_path):
 def test_every_example_is_tested():
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {file.stem for file in EXAMPLES.glob("*.py")} <= tests
+
+
+def test_the_page_shows_every_script():
+    page = (EXAMPLES / "README.md").read_text()
+    assert all(f'\n--8<-- "examples/{script.name}"\n' in page for script in EXAMPLES.glob("*.py"))

@@ -330,7 +330,7 @@ def test_prompts_without_what_encodes_them(kind, part, request):
 
 def test_a_text_encoder_on_another_device(tiny_sd):
     tiny_sd.text_encoder.to("meta")
-    with pytest.raises(ValueError, match=r"pipe.text_encoder is on meta, the denoiser on cpu: pipe.to\('cpu'\)"):
+    with pytest.raises(ValueError, match=r"pipe.text_encoder is on meta, the denoiser on cpu: use pipe.to\('cpu'\)"):
         our_images(tiny_sd)
 
 

@@ -246,7 +246,7 @@ def test_a_detector_of_the_users_own(tmp_path, monkeypatch):
     scores.sum().backward()
     assert image.grad.abs().sum() > 0
     for model, message in (
-        ("my_detector:nothing", "gave a int: let it return a detector with `candidates`"),
+        ("my_detector:nothing", "returned a int: return a detector with `candidates`"),
         ("my_detector:other", "detector 'my_detector:other': 'other' does not exist in"),
         ("no_such_module:load", "detector 'no_such_module:load': no module 'no_such_module' in"),
     ):

@@ -7,6 +7,7 @@ from torch import nn
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.rewards import FunctionReward, Reward, WeightedSum, as_reward
 from alignprop_fast.rewards.mixture import Part
+from alignprop_fast.rewards.normalise import NormalisedSum
 
 IMAGES, PROMPTS = torch.rand(2, 3, 4, 4), ["a", "b"]
 
@@ -22,6 +23,28 @@ class Network(nn.Module):
 
     def forward(self, images, prompts, metadata):
         return (images * self.weight[:, None, None]).mean((1, 2, 3)), {"size": len(images)}
+
+
+class ModuleReward(Reward, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = Network()
+
+    def __call__(self, images, prompts, metadata):
+        return self.network(images, prompts, metadata)
+
+
+class Observer(Reward):
+    observes = True
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images, prompts, metadata):
+        return brightness(images, prompts, metadata), {"own": images.amax((1, 2, 3))}
+
+    def observe(self, info):
+        self.seen.append(info)
 
 
 class Sharp(Reward):
@@ -46,13 +69,14 @@ def test_a_function_is_enough():
     assert FunctionReward(brightness, by_image=True).by_image
 
 
-def test_a_modules_weights_count_and_are_watched():
-    network = Network()
+@pytest.mark.parametrize("scorer", [Network, ModuleReward])
+def test_a_modules_weights_count_and_are_watched(scorer):
+    network = scorer()
     reward = as_reward(network)
     assert reward.weight_bytes() == 12 and reward(IMAGES, PROMPTS, [{}, {}])[1] == {"size": 2}
     before = reward.state()
     with torch.no_grad():
-        network.weight.mul_(2)
+        next(network.parameters()).mul_(2)
     assert reward.state() != before
 
 
@@ -69,6 +93,19 @@ def test_a_mixture_asks_its_parts():
     own = WeightedSum([Part("own", 1.0, Sharp()), Part("network", 1.0, Network(), by_image=True)])
     assert own.by_image and own.weight_bytes() == 1012
     assert not WeightedSum([Part("own", 1.0, Sharp()), Part("bright", 1.0, brightness)]).by_image
+
+
+@pytest.mark.parametrize("mixture", [WeightedSum, NormalisedSum])
+def test_a_mixture_tells_the_parts_that_observe(mixture):
+    first, second = Observer(), Observer()
+    reward = mixture([Part("a", 1.0, first), Part("b", 1.0, second), Part("bright", 1.0, brightness)])
+    _, info = reward(IMAGES, PROMPTS, [{}, {}])
+    assert reward.observes
+    reward.observe({**info, "a/own": info["a/own"] + 1})
+    for observer, added in ((first, 1), (second, 0)):
+        (seen,) = observer.seen
+        assert torch.equal(seen["own"], IMAGES.amax((1, 2, 3)) + added) and torch.equal(seen["b"], info["b"])
+    assert not WeightedSum([Part("bright", 1.0, brightness)]).observes
 
 
 def test_the_sampler_counts_what_a_reward_says_of_itself(tiny_sd):

@@ -1,19 +1,28 @@
 """A remembered result equals the operator's: the same layouts, in new storages. Views are run each time."""
 
+import math
+
 import pytest
 import torch
 
+from alignprop_fast.runtime import meta_results, remembered_results
 from alignprop_fast.runtime.measure import tensors_in
 from alignprop_fast.runtime.meta_results import meta_result
 
 aten = torch.ops.aten
 
 
+@pytest.fixture(autouse=True)
+def remembering():
+    with remembered_results():
+        yield
+
+
 class Counted:
     """An operator that counts its runs."""
 
     def __init__(self, func):
-        self.func, self._schema, self.runs = func, func._schema, 0
+        self.func, self._schema, self.tags, self.runs = func, func._schema, func.tags, 0
 
     def __call__(self, *args, **kwargs):
         self.runs += 1
@@ -84,3 +93,39 @@ def test_views_and_changes_of_a_layout_are_run_each_time(func):
         assert y.untyped_storage()._cdata == x.untyped_storage()._cdata
         assert func is aten.alias.default or y.shape == (3, 2)
     assert counted.runs == 2
+
+
+def test_a_storage_is_exchanged_each_time():
+    counted = Counted(aten.set_.source_Tensor)
+    for _ in range(2):
+        x, y = meta(3), meta(3)
+        assert run(counted, (x, y)) is x and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    assert counted.runs == 2
+
+
+def test_the_default_dtype_is_todays():
+    before, dtypes = torch.get_default_dtype(), (torch.float32, torch.float64)
+    try:
+        for dtype in dtypes:
+            torch.set_default_dtype(dtype)
+            assert run(aten.mul.Tensor, (meta(3, dtype=torch.int64), 0.5)).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_nan_is_one_number():
+    counted = Counted(aten.mul.Tensor)
+    for _ in range(3):
+        run(counted, (meta(3), float("nan")))
+    run(counted, (meta(3), math.inf))
+    assert counted.runs == 2
+
+
+def test_nothing_is_remembered_outside_or_from_one_time_to_the_next():
+    counted = Counted(aten.neg.default)
+    for _ in range(2):
+        with remembered_results():
+            run(counted, (meta(3),))
+            run(counted, (meta(3),))
+        run(counted, (meta(3),))
+    assert counted.runs == 4 and meta_results._known is None

@@ -71,6 +71,17 @@ def test_in_its_place_modules_see_the_average_and_then_their_own_bits(dtype):
     assert all(torch.equal(view, value) for view, value in zip(views, own, strict=True))
 
 
+def test_a_block_inside_another_changes_nothing():
+    [tensor] = tensors = [torch.nn.Parameter(torch.ones(5))]
+    average = AveragedWeights(tensors, DECAY)
+    average.load_state_dict({"updates": 3, "weights": [torch.full((5,), 0.5)]})
+    with average.in_place():
+        with average.in_place():
+            assert (tensor == 0.5).all()
+        assert (tensor == 0.5).all()
+    assert (tensor == 1).all()
+
+
 def test_a_loaded_state_goes_on_with_the_same_bits():
     tensors = parameters(torch.float32)
     average = AveragedWeights(tensors, 0.9)

@@ -9,7 +9,7 @@ import torch
 
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS, merges, optimizer_bytes
 from alignprop_fast.training.flat_parameters import FlatParameters
-from alignprop_fast.training.optimizers import make_optimizer, state_bytes
+from alignprop_fast.training.optimizers import learning_rate_factor, make_optimizer, state_bytes
 
 EIGHT_BIT = ("adamw8bit", "lion8bit", "ademamix8bit")
 PACKAGES = {**dict.fromkeys(EIGHT_BIT, "bitsandbytes"), "prodigy": "prodigyopt"}
@@ -106,3 +106,11 @@ def test_a_missing_library_is_named(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"{name} needs {package}: pip install {package}"):
         make_optimizer(name, [_problem()[0]], learning_rate=0.1)
+
+
+@pytest.mark.parametrize(("name", "last"), [("constant", 1), ("linear", 0), ("cosine", 0)])
+def test_a_schedule_stays_where_it_ended(name, last):
+    """A trainer may be asked for more steps than its config says."""
+    factor = learning_rate_factor(name, 2, 8)
+    assert [factor(done) for done in (0, 1, 2)] == [0, 0.5, 1]
+    assert [factor(done) for done in (8, 9, 12, 20)] == [last] * 4

@@ -1,5 +1,6 @@
 """After an optimizer step both learning rate and average have advanced, or neither."""
 
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -89,6 +90,22 @@ def test_a_step_is_made_with_the_library_s_learning_rate(accelerator, name):
         scheduler.step()
         with update.averaged():
             pass
+    assert all(map(torch.equal, found, expected))
+
+
+def test_an_infinite_norm_clips_nothing(accelerator):
+    """To the bit, whatever the size of the gradients."""
+    found, expected = parameters(), parameters()
+    update = make_update(accelerator, found, train_max_grad_norm=math.inf)
+    flat = FlatParameters(expected, merges("adamw"))
+    optimizer = make_optimizer("adamw", flat.tensors, learning_rate=1e-2)
+    for scale in (1e-20, 1.0, 1e10):
+        update.begin_backward(last=True)
+        for own, other, grad in zip(found, expected, gradients(found, 0), strict=True):
+            own.grad, other.grad = scale * grad, scale * grad
+        assert math.isfinite(update.step())
+        flat.gather_gradients()
+        optimizer.step()
     assert all(map(torch.equal, found, expected))
 
 
