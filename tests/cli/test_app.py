@@ -498,5 +498,3 @@ def test_what_needs_a_gpu_says_so(command, tiny_sd_folder, tmp_path, option):
     )
     assert code == 2 and len(err.splitlines()) == 1 and f"{option} needs a GPU" in err
     assert list(tmp_path.iterdir()) == []
-        code == 2 and len(err.splitlines()) == 1 and f"{option} needs a GPU" in err and list(tmp_path.iterdir()) == []
-    )
