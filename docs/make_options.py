@@ -15,7 +15,7 @@ import typer
 
 from alignprop_fast.cli import app as cli
 from alignprop_fast.training.config import AlignPropConfig, TrlFields, config_field
-from alignprop_fast.training.declaration import Command, Option, Panel, declared, flag, taken
+from alignprop_fast.training.declaration import Command, Declaration, Panel, declared, flag, taken
 from alignprop_fast.training.options import TrainOptions
 
 PAGE = Path(__file__).parent / "options.md"
@@ -82,14 +82,14 @@ def _table(what: str, rows: Iterable[str]) -> str:
     return "\n".join([f"| {what} | values | default | meaning |", "|---|---|---|---|", *rows])
 
 
-def _row(name: str, owner: Any, field: Field[Any], option: Option) -> str:
+def _row(name: str, owner: Any, field: Field[Any], option: Declaration) -> str:
     hints = get_type_hints(owner if isinstance(owner, type) else type(owner))
     default = field.default if isinstance(owner, type) else getattr(owner, field.name)
     cells = (name, _values(option, hints[field.name]), _default(option, default), " ".join(option.help.split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _values(option: Option, hint: Any) -> str:
+def _values(option: Declaration, hint: Any) -> str:
     """What an option takes, in words."""
     if option.choices:
         return ", ".join(f"`{choice}`" for choice in option.choices)
@@ -102,7 +102,7 @@ def _values(option: Option, hint: Any) -> str:
     return kind + _bounds(option) + repeated
 
 
-def _bounds(option: Option) -> str:
+def _bounds(option: Declaration) -> str:
     if isfinite(option.at_least) and isfinite(option.at_most):
         return f", {option.at_least} to {option.at_most}"
     bounds = {"{} or more": option.at_least, "above {}": option.above, "{} or less": option.at_most}
@@ -110,7 +110,7 @@ def _bounds(option: Option) -> str:
     return "".join(f", {words.format(bound)}" for words, bound in bounds.items() if isfinite(bound))
 
 
-def _default(option: Option, default: Any) -> str:
+def _default(option: Declaration, default: Any) -> str:
     if option.argument:
         return "must be given"
     if isinstance(default, bool):

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from alignprop_fast.cli.folder import TRACKER
 from alignprop_fast.cli.yaml_file import read_yaml
-from alignprop_fast.training.declaration import Command, Option, declared, flag, taken, values
+from alignprop_fast.training.declaration import Command, Declaration, declared, flag, taken, values
 from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def command_line(command: Command, defaults: T) -> Callable[[Callable[[typer.Con
     return decorate
 
 
-def _parameter(field: Field[Any], option: Option, hint: Any, default: Any) -> inspect.Parameter:
+def _parameter(field: Field[Any], option: Declaration, hint: Any, default: Any) -> inspect.Parameter:
     """The function parameter that typer reads."""
     kind = _kind(field.name, option, hint)
     more: dict[str, Any] = {"help": option.help, "show_default": option.shown or default not in (None, ())}
@@ -79,7 +79,7 @@ def _parameter(field: Field[Any], option: Option, hint: Any, default: Any) -> in
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _kind(name: str, option: Option, hint: Any) -> Any:
+def _kind(name: str, option: Declaration, hint: Any) -> Any:
     """The type on the command line of values that are not None: a choice is an Enum, a tuple a list, a size a text."""
     if option.choices:
         return StrEnum(name, {text: text for text in option.choices})
@@ -111,6 +111,9 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
 
     names = {config_field(each.name, option): each.name for each, option in declared(TrainOptions)}
     names.pop("")  # the options that the trainer does not have
+    for name in ("cuda_graphs", "compiled"):
+        if device == "cpu" and getattr(options, name):
+            raise ValueError(f"{flag(name)} needs a GPU, and there is none to run on: leave it out")
     try:
         return AlignPropConfig(
             exp_name="alignprop-fast",

@@ -194,10 +194,16 @@ class _Place:
 
 
 def _place(options: PlanOptions) -> _Place:
+    import torch
+
+    from alignprop_fast.training.placement import make_deterministic
+
     if not options.measure:
         return _Place("meta", _gpu(options.gpu))
     if options.gpu is not None:
         raise ValueError("--measure uses this computer's device: leave out --gpu, or --measure")
+    if options.deterministic and torch.cuda.is_available():
+        make_deterministic()  # other kernels, with other costs
     device = pick_device("auto")
     if options.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU: use no or bf16")

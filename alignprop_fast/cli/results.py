@@ -41,6 +41,19 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
     save_kohya_lora(pipe, folder, {**own, **kohya})
 
 
+def remove_adapters(folder: Path) -> None:
+    """Remove what `write_adapters` wrote, and the folder if nothing else is in it."""
+    from alignprop_fast.models.lora.file import WEIGHTS_NAME
+    from alignprop_fast.models.lora.kohya_file import KOHYA_NAME
+
+    if not folder.is_dir():
+        return
+    for name in (WEIGHTS_NAME, KOHYA_NAME):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def check_adapters(pipe: Any) -> None:
     """Raises ValueError if `write_adapters` could not write the adapters, before the run and not after it."""
     from alignprop_fast.models.lora.adapters import adapter_factors, the_adapter

@@ -29,7 +29,7 @@ from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.parts import Rewards
 from alignprop_fast.cli.plan_summary import Prediction
 from alignprop_fast.cli.records import Records
-from alignprop_fast.cli.results import AVERAGED, write_adapters, write_card
+from alignprop_fast.cli.results import AVERAGED, remove_adapters, write_adapters, write_card
 from alignprop_fast.cli.screen import Display
 from alignprop_fast.cli.signals import Interrupt
 from alignprop_fast.cli.support import BY_SIGNAL, FAILED, fail, go_on_by
@@ -58,6 +58,7 @@ class Session:
         prediction: the plan of a training step; None without a memory budget.
         peak_bytes: measured over the training steps.
         before, after: the sample pictures of step 0 and the newest ones.
+        averaged: the folder of the averaged adapters, once they are written; None without them.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Session:
         self.records = Records(self.folder, options.reward)
         self.before = self.after = Pictures((), (), ())
         self._watched: Watched | None = None
+        self.averaged: Path | None = None
         trainer.image_samples_callback = self._after_step
 
     def draw_first(self) -> None:
@@ -237,16 +239,18 @@ class Session:
         pipe = self.trainer.sd_pipeline.sd_pipeline
         write_adapters(pipe, self.folder, self.options, self.prompts, steps)
         # Early stopping has already kept the average.
-        averaged = self.options.ema_decay > 0 and self.stopping is None
-        if averaged:
+        if self.options.ema_decay > 0 and self.stopping is None:
+            self.averaged = self.folder / AVERAGED
             with self.trainer.averaged_weights():
-                write_adapters(pipe, self.folder / AVERAGED, self.options, self.prompts, steps)
+                write_adapters(pipe, self.averaged, self.options, self.prompts, steps)
+        else:
+            remove_adapters(self.folder / AVERAGED)  # of the same run before it was resumed
         self.records.plot()
         if self.after is self.before or steps < self.trainer.steps_done:  # resumed at its end, or adapters went back
             self.after = self._draw_again()
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)
-        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after, averaged)
+        write_card(self.folder, self.options, self.prompts, steps, self.before, self.after, self.averaged is not None)
 
     def _keep_best(self) -> int:
         """Go back to the adapters that early stopping kept, if it is on; returns the steps that the adapters had."""

@@ -176,7 +176,7 @@ def _held_to_device(given: Input, device: str, console: Console) -> Input:
         return given
     console.print(note, soft_wrap=True)
     config = replace(given.config, memory_budget=budget_bytes)
-    return replace(given, options=replace(given.options, memory_budget=str(budget_bytes)), config=config)
+    return replace(given, options=replace(given.options, memory_budget=budget_bytes), config=config)
 
 
 def _check_reward(options: TrainOptions, rewards: Rewards, first: PromptRow, pipe: Any, device: str) -> None:

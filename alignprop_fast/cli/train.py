@@ -61,7 +61,6 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         if process_count() == 1:  # several processes must meet first, and then print it once
             folder.check()
         quiet_libraries(console)
-        from alignprop_fast.cli.results import AVERAGED
         from alignprop_fast.cli.set_up import Start, set_up
 
         session = set_up(options.run(), console, folder, Start(options.resume, options.resume_from))
@@ -73,8 +72,8 @@ def train(ctx: typer.Context, options: TrainCall) -> None:
         session.run()
     if session.is_main:
         print_results(console, session.folder, {"sample prompts": (session.before, session.after)})
-        if (session.folder / AVERAGED).is_dir():
-            console.print(f"average:  {session.folder / AVERAGED}; the pictures were drawn with it", soft_wrap=True)
+        if session.averaged is not None:
+            console.print(f"average:  {session.averaged}; the pictures were drawn with it", soft_wrap=True)
         _print_peak(console, session)
 
 

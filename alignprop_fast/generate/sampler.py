@@ -108,10 +108,10 @@ class DifferentiableSampler:
         self.guidance = Guidance.of(guidance_scale, true_cfg_scale, guidance_rescale, self.model.embeds_guidance)
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
-        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host memory")
+        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
         self.renderer = Renderer(self.model, locked_bytes)
         self.planner = StepPlanner(self.model, self.budget, self.renderer, len(self.table))
-        self.reserve_bytes = parse_bytes(reserve) if reserve else 0
+        self.reserve_bytes = parse_bytes(reserve, "reserve") if reserve else 0
         self.reward = None if reward is None else as_reward(reward)
         own_bytes = 0 if self.reward is None else self.reward.weight_bytes()
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes

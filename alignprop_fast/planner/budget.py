@@ -46,7 +46,7 @@ def parse_budget(budget: int | str | None) -> Budget:
     return "auto" if budget == AUTO else parse_bytes(budget)
 
 
-def parse_bytes(size: int | str, what: str = "memory budget") -> int:
+def parse_bytes(size: int | str, what: str = "memory_budget") -> int:
     """Bytes from 25769803776, "24GiB", "512 MiB" or "24GB" (powers of ten without the i).
 
     what: the name of the size in the error message.

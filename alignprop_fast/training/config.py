@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.planner import parse_budget, parse_bytes
-from alignprop_fast.training.declaration import Option, declared, like, option
+from alignprop_fast.training.declaration import Declaration, declared, like, option
 from alignprop_fast.training.field_types import as_plain_types, check_types
 from alignprop_fast.training.options import TrainOptions
 from alignprop_fast.training.trainer_options import TrainerOptions
@@ -121,7 +121,7 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         self._check_truncation()
         self.memory_budget = parse_budget(self.memory_budget)
         if self.host_memory is not None:
-            self.host_memory = parse_bytes(self.host_memory, "host memory")
+            self.host_memory = parse_bytes(self.host_memory, "host_memory")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, flat: a nested dictionary becomes "field/key" entries, as in trl."""
@@ -173,12 +173,12 @@ _OURS = [f"        {each.name}: {option.help}" for each, option in declared(Trai
 AlignPropConfig.__doc__ = f"{AlignPropConfig.__doc__}\n    Fields of our own:\n" + "\n".join(_OURS)
 
 
-def config_field(name: str, declaration: Option) -> str:
+def config_field(name: str, declaration: Declaration) -> str:
     """The field of `AlignPropConfig` that an option of the command line sets, "" if there is none."""
     return declaration.field or (name if name in AlignPropConfig.__dataclass_fields__ else "")
 
 
-def _declarations() -> dict[str, Option]:
+def _declarations() -> dict[str, Declaration]:
     """By field of `AlignPropConfig`: as the command line has them, but for those that this file declares."""
     by_field = {config_field(each.name, declaration): declaration for each, declaration in declared(TrainOptions)}
     own = {each.name: declaration for each, declaration in declared(AlignPropConfig)}

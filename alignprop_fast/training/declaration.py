@@ -43,7 +43,7 @@ class Panel(StrEnum):
 
 
 @dataclass(frozen=True)
-class Option:
+class Declaration:
     """The parts of a declaration other than name, type and default.
 
     commands: the commands that take it; `plan` takes every option that changes a plan.
@@ -103,12 +103,12 @@ class Option:
 
 
 # Not in the fields' metadata, because transformers' HfArgumentParser passes that on to argparse.
-_OPTIONS: dict[Field[Any], Option] = {}
+_OPTIONS: dict[Field[Any], Declaration] = {}
 
 
 def option(default: Any, help: str = "", panel: Panel | None = None, **more: Any) -> Any:
-    """A field of a dataclass that is an option; `more`: the other fields of `Option`."""
-    return _field(default, Option(help, panel, **more))
+    """A field of a dataclass that is an option; `more`: the other fields of `Declaration`."""
+    return _field(default, Declaration(help, panel, **more))
 
 
 def like(owner: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
@@ -117,18 +117,18 @@ def like(owner: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
     return _field(base.default if default is MISSING else default, replace(_OPTIONS[base], **changes))
 
 
-def _field(default: Any, option: Option) -> Any:
+def _field(default: Any, option: Declaration) -> Any:
     made: Any = field(default=default, metadata={"help": option.help})
     _OPTIONS[made] = option
     return made
 
 
-def declared(owner: Any) -> Iterator[tuple[Field[Any], Option]]:
+def declared(owner: Any) -> Iterator[tuple[Field[Any], Declaration]]:
     """The options of a dataclass, or of an instance of it, in the order of its fields."""
     return ((each, _OPTIONS[each]) for each in fields(owner) if each in _OPTIONS)
 
 
-def taken(owner: Any, command: Command) -> list[tuple[Field[Any], Option]]:
+def taken(owner: Any, command: Command) -> list[tuple[Field[Any], Declaration]]:
     """The options that a command takes, in the order of its help."""
     panels = [None, *Panel]
     pairs = [(each, option) for each, option in declared(owner) if option.taken_by(command)]

@@ -167,19 +167,22 @@ class TrainerOptions:
     )
     cuda_graphs: bool = option(
         False,
-        "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU; no speed is measured yet.",
+        "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU. Plans ignore its speed, "
+        "which is not measured yet.",
         Panel.DEVICE,
         changes_plan=True,
     )
     compiled: bool = option(
         False,
-        "Experimental: run the transformer blocks of evaluations without gradient through torch.compile. Needs a GPU; "
-        "no speed is measured yet.",
+        "Experimental: run the transformer blocks of evaluations without gradient through torch.compile. Needs a GPU. "
+        "Plans ignore its speed, which is not measured yet.",
         Panel.DEVICE,
     )
     deterministic: bool = option(
         False,
-        "Make runs on a GPU repeatable to the bit, as they always are on the CPU; costs some speed.",
+        "Make runs on a GPU repeatable to the bit, as they always are on the CPU; costs some speed, which a plan knows "
+        "only where it is measured.",
         Panel.DEVICE,
         commands=TRAIN | Command.DOCTOR,
+        changes_plan=True,
     )

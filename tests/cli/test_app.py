@@ -496,4 +496,5 @@ def test_what_needs_a_gpu_says_so(command, tiny_sd_folder, tmp_path, option):
         *("train", "--model", tiny_sd_folder, "--reward", "colorfulness", *TINY, option),
         *("--output-dir", tmp_path / "out"),
     )
-    assert code == 2 and len(err.splitlines()) == 1 and "needs a GPU" in err and list(tmp_path.iterdir()) == []
+    assert code == 2 and len(err.splitlines()) == 1 and f"{option} needs a GPU" in err
+    assert list(tmp_path.iterdir()) == []

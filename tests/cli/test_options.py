@@ -86,7 +86,7 @@ def test_an_option_of_the_same_name_is_passed_on(name):
     plain = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no")
     default = getattr(DEFAULTS, name)
     value = OTHER.get(name) or (not default if isinstance(default, bool) else 16 + (default or 0))
-    assert getattr(make_config(replace(plain, **{name: value}), "cpu", ""), name) == value
+    assert getattr(make_config(replace(plain, **{name: value}), "cuda", ""), name) == value
 
 
 def test_sizes_become_bytes_at_the_door():
@@ -128,6 +128,21 @@ def test_what_is_not_finite_is_refused(train, value):
             assert flag(each.name) in caught.value.format_message()
             with pytest.raises(ValueError, match=f"^x is {value}: use "):
                 declaration.check("x", float(value))
+
+
+@pytest.mark.parametrize("name", ["memory_budget", "host_memory"])
+@pytest.mark.parametrize("size", ["0", "much"])
+def test_a_size_that_is_none_is_refused_by_its_flag(name, size):
+    with pytest.raises(ValueError, match=f"^{flag(name)} '{size}' .*24GiB"):
+        make_config(replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: size}), "cpu", "")
+
+
+@pytest.mark.parametrize("name", ["cuda_graphs", "compiled"])
+def test_what_needs_a_gpu_is_refused_on_the_cpu_by_its_flag(name):
+    options = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: True})
+    with pytest.raises(ValueError, match=f"^{flag(name)} needs a GPU, .*: leave it out$"):
+        make_config(options, "cpu", "")
+    assert getattr(make_config(options, "cuda", ""), name)
 
 
 def test_an_infinite_norm_is_taken_also_as_yaml_writes_it(train, tmp_path):

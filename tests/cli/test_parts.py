@@ -5,13 +5,15 @@ import shutil
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
 
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.plan_options import PlanOptions
-from alignprop_fast.cli.plan_question import from_model
+from alignprop_fast.cli.plan_question import _place, from_model
 from alignprop_fast.cli.set_up import Start, open_session
+from alignprop_fast.cli.train import TrainCall
 from alignprop_fast.demo import clip_path
 from alignprop_fast.generate import cost_table
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
@@ -54,8 +56,34 @@ CHANGES = {
     "memory_budget": ("1GiB", {}),
     "host_memory": ("2GiB", {}),
 }
-# Options that change a plan only on a GPU, or that only allow a model to be read.
-ELSEWHERE = {"cache_text", "cuda_graphs", "model_config"}
+# Those that change it where a GPU is, or that let a model be read at all.
+ELSEWHERE = {"cache_text", "cuda_graphs", "deterministic", "model_config"}
+# Those that change no plan, and why.
+CHANGES_NOTHING = {
+    "allow_pickle": "the weights are the same in every file",
+    "compiled": "its speed is not measured yet",
+    "config": "names a file of other options",
+    "device": "plan has --gpu and --measure for it",
+    "eta": "a number in the formula of a step",
+    "gradient_accumulation_steps": "batches run one after the other, and a plan is of one batch",
+    "learning_rate": "a number in the optimizer's formula",
+    "log_with": "logs after the step",
+    "lora_alpha": "a factor on what the adapters give",
+    "lr_scheduler": "changes the learning rate",
+    "max_drop": "compares scores after the step",
+    "max_grad_norm": "the norm is computed for every value",
+    "normalise_rewards": "divides one number for each picture",
+    "output_dir": "where files go",
+    "patience": "compares scores after the step",
+    "resume": "the run goes on with its own plan",
+    "resume_from": "the run goes on with its own plan",
+    "sample_every": "draws between steps",
+    "save_every": "writes between steps",
+    "seed": "changes which numbers are drawn",
+    "steps": "every step costs the same",
+    "warmup_steps": "changes the learning rate",
+    "watch_pictures": "are drawn between steps, in batches of --batch-size",
+}
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +235,21 @@ def test_the_options_that_change_a_plan_are_those_that_say_so():
     said = {each.name for each, option in declared(TrainOptions) if option.changes_plan}
     assert said == set(CHANGES) | ELSEWHERE
     assert said <= {each.name for each, _ in taken(PlanOptions, Command.PLAN)}
+
+
+def test_every_option_of_train_is_in_one_of_the_three_lists():
+    listed = [*CHANGES, *ELSEWHERE, *CHANGES_NOTHING]
+    assert sorted(listed) == sorted(each.name for each, _ in taken(TrainCall, Command.TRAIN))
+
+
+def test_a_plan_is_measured_with_the_kernels_of_a_deterministic_run(monkeypatch):
+    """Cost tables are remembered by torch's mode."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    try:
+        assert _place(PlanOptions(measure=True)).device == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        assert _place(PlanOptions(measure=True, deterministic=True)).device == "cuda"
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -55,6 +55,21 @@ def test_pictures_are_those_of_the_average_which_lies_in_a_folder(
     assert rates == pytest.approx([5e-2, 3.75e-2, 1.25e-2])  # 1 + cos(pi k / 3), halved
 
 
+@pytest.mark.parametrize("beside", [(), ("notes.txt",)])
+def test_a_run_resumed_without_the_average_leaves_no_old_one(command, prompts, tiny_sd_folder, tmp_path, beside):
+    """What others put beside it stays."""
+    out = tmp_path / "out"
+    options = ("--model", tiny_sd_folder, "--prompts", prompts, "--reward", "colorfulness", *TINY, *AVERAGED)
+    code, printed, _ = command("train", *options, "--steps", 1, "--output-dir", out)
+    assert code == 0 and "ema; the pictures were drawn with it" in printed
+    for name in beside:
+        (out / "ema" / name).touch()
+    code, printed, err = command("train", "--resume", "--ema-decay", 0, "--steps", 2, "--output-dir", out)
+    assert (code, err) == (0, "") and "average:" not in printed
+    assert [path.name for path in out.glob("ema/*")] == list(beside) and (out / "ema").exists() == bool(beside)
+    assert "`ema/`" not in (out / "README.md").read_text()
+
+
 def test_early_stopping_keeps_the_average(command, picture, prompts, tiny_sd_folder, tmp_path, monkeypatch):
     (tmp_path / "watched_average.py").write_text(WATCHED)
     monkeypatch.chdir(tmp_path)

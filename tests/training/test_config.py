@@ -119,7 +119,7 @@ def test_impossible_values_are_refused_in_one_line(name, value):
         AlignPropConfig(**{name: value})
     message = str(error.value)
     assert "\n" not in message and str(value) in message
-    assert name in message or name.replace("_", " ") in message
+    assert name in message
 
 
 def test_truncation_without_any_gradient_is_refused():
@@ -163,7 +163,7 @@ def test_an_optimizer_without_its_library_names_the_remedy(monkeypatch):
         ("seed: 1.5", "seed is 1.5: use a whole number"),
         ("lora_rank: '4'", "lora_rank is '4': use a whole number"),
         ("height: 1.0e+2", "height is 100.0: use a whole number or None"),
-        ("memory_budget: no", "memory budget False is not a size"),
+        ("memory_budget: no", "memory_budget False is not a size"),
         ("tracker_kwargs: []", "use a dictionary"),
         ("truncated_rand_backprop_minmax: [0, 2.5]", "use two whole numbers"),
         ("truncated_rand_backprop_minmax: 5", "use two whole numbers"),
