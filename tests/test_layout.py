@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "evaluation": ({"generate", "prompts", "rewards"}, {"torch"}),
     "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
     "training": (
-        {"doctor", "evaluation", "generate", "models", "ops", "planner", "report", "rewards"},
+        {"doctor", "evaluation", "generate", "models", "ops", "planner", "report", "rewards", "sampling"},
         {"torch", "numpy", "accelerate", "diffusers", "huggingface_hub"},
     ),
     "cli": (

@@ -73,11 +73,11 @@ metadata.Distribution.from_name = hidden
 import alignprop_fast
 from diffusers import StableDiffusionPipeline
 from alignprop_fast.generate.cost_table import _origin
-from alignprop_fast.training.state import versions
+from alignprop_fast.training.state import package_versions
 pipe = StableDiffusionPipeline.from_pretrained({str(tiny_sd_folder)!r}, local_files_only=True)
 sampler = alignprop_fast.DifferentiableSampler(pipe, 2)
-origin = _origin(sampler._blank_step(1, None))
-print(alignprop_fast.__file__, origin["alignprop_fast"], versions()["alignprop-fast"], versions()["torch"], sep="\\n")
+origin, found = _origin(sampler._blank_step(1, None)), package_versions()
+print(alignprop_fast.__file__, origin["alignprop_fast"], found["alignprop-fast"], found["torch"], sep="\\n")
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)

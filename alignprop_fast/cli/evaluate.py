@@ -219,9 +219,9 @@ def _write(folder: Path, run: _Run, summaries: Sequence[Summary], title: str) ->
 
 def _write_settings(folder: Path, options: EvaluateOptions) -> None:
     from alignprop_fast.files import write_whole
-    from alignprop_fast.training.state import versions
+    from alignprop_fast.training.state import package_versions
 
-    record = {**values(options, Command.EVALUATE), "versions": versions()}
+    record = {**values(options, Command.EVALUATE), "versions": package_versions()}
     write_whole(folder / "settings.json", (json.dumps(record, indent=1) + "\n").encode())
 
 

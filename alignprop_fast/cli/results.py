@@ -19,7 +19,7 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
     """Write the adapters after `steps` optimizer steps, under diffusers' names and under kohya's."""
     from alignprop_fast.models.lora.kohya_file import kohya_metadata, save_kohya_lora
     from alignprop_fast.models.lora.load_save import save_lora
-    from alignprop_fast.training.state import versions
+    from alignprop_fast.training.state import package_versions
 
     own = {
         "alignprop_reward": options.reward,
@@ -27,7 +27,7 @@ def write_adapters(pipe: Any, folder: Path, options: TrainOptions, prompts: Sequ
         "alignprop_base_model": shareable(options.model),
         "alignprop_prompts": shareable(options.prompts),
         "alignprop_trigger_words": "",
-        "alignprop_versions": json.dumps(versions()),
+        "alignprop_versions": json.dumps(package_versions()),
     }
     save_lora(pipe, folder, own)
     kohya = kohya_metadata(

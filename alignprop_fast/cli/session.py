@@ -185,11 +185,11 @@ class Session:
     def _versions(self) -> dict[str, str]:
         import torch
 
-        from alignprop_fast.training.state import versions
+        from alignprop_fast.training.state import package_versions
 
         device = self.trainer.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return {**versions(), "device": name}
+        return {**package_versions(), "device": name}
 
     def _after_step(self, pairs: dict[str, Any], step: int, tracker: Any) -> None:
         """The trainer's hook: called before the step's checkpoint, so that a resumed run finds every line before it."""

@@ -95,7 +95,7 @@ def open_session(options: TrainOptions, console: Console, taken: OutputFolder, s
 
 
 def _choose_device(options: TrainOptions, console: Console) -> tuple[str, str]:
-    """The device of this process and its precision, and the processes' first meeting."""
+    """Choose the device of this process and its precision, and connect the processes."""
     import torch
 
     from alignprop_fast.training.launcher import read_launcher

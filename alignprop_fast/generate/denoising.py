@@ -6,7 +6,7 @@ for the backward pass but no diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
 from alignprop_fast.sampling import StepTable, Update, rescaled_guidance
 
@@ -117,7 +118,7 @@ class DenoisingChain(Chain):
         y = self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, self.fast_state)
         return self._guided(y)
 
-    def replay(self, i: int, x: torch.Tensor, options: Mapping[str, str]) -> torch.Tensor:
+    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
         if self.fast is None or not self.fast_replays:
             return self.predict(i, x)
         kept = tuple(sorted(options.items()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,9 +100,19 @@ def _as_function(
 ) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Hashable]:
     """predict(x, timestep, cond) as a function of tensors, those tensors, and everything else that it depends on."""
     names, values = zip(*cond.added.items(), strict=True) if cond.added else ((), ())
-
-    def run(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
-        of_added = dict(zip(names, added, strict=True)) if names else cond.added
-        return predict(x, timestep, replace(cond, embeds=embeds, added=of_added))
-
+    run = partial(_predict_from_tensors, predict, cond, names)
     return run, (x, timestep, cond.embeds, *values), (cond.branches, cond.embedded_guidance, names)
+
+
+def _predict_from_tensors(
+    predict: Predict,
+    cond: Conditioning,
+    names: Sequence[str],
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    embeds: torch.Tensor,
+    *added: torch.Tensor,
+) -> torch.Tensor:
+    """predict(x, timestep, cond) with these embeddings, and these added conditions by name, in place of cond's own."""
+    of_added = dict(zip(names, added, strict=True)) if names else cond.added
+    return predict(x, timestep, replace(cond, embeds=embeds, added=of_added))

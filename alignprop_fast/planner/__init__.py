@@ -1,6 +1,6 @@
 """From a cost table and a memory budget to a plan. It needs only numpy, so any machine can plan for any other."""
 
-from alignprop_fast.planner.block_option import GRADES, BlockOption
+from alignprop_fast.planner.block_option import GRADES, BlockOption, Options, option_of
 from alignprop_fast.planner.budget import (
     AUTO,
     BudgetInfeasible,
@@ -12,7 +12,7 @@ from alignprop_fast.planner.budget import (
 )
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
-from alignprop_fast.planner.plan import Options, Plan, StageChoice, leanest, option_of
+from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, simulate
 from alignprop_fast.planner.solve import Solver, solve

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
+EVERY_SEGMENT = "*"
 _OFFLOAD = "+offload"
 
 
@@ -48,3 +50,9 @@ class BlockOption(StrEnum):
 
 
 GRADES = tuple(option for option in BlockOption if not option.offload)
+Options = Mapping[str, BlockOption]  # by name of a segment; EVERY_SEGMENT stands for those without an entry
+
+
+def option_of(options: Options, segment: str) -> BlockOption:
+    """A segment's option: its own entry, or else the entry "*" for all segments, or else KEEP."""
+    return options.get(segment, options.get(EVERY_SEGMENT, BlockOption.KEEP))

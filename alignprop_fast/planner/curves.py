@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from alignprop_fast.planner.block_option import Options
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
-from alignprop_fast.planner.plan import Options, Plan
+from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.repeat import repeated
 from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-EVERY_SEGMENT = "*"
+from alignprop_fast.planner.block_option import EVERY_SEGMENT, BlockOption, Options
+
 _BLOCKS = {"resnets": "residual blocks", "rest": "the rest"}
 
 GROUPS = ("weights", "adapters and optimizer", "kept", "transient", "workspace")
@@ -31,13 +32,13 @@ def by_group(kinds: Mapping[str, int]) -> dict[str, int]:
     return groups
 
 
-def summary(options: Mapping[str, str]) -> str:
+def summary(options: Options) -> str:
     """ "attention x 60 (transformer blocks), keep x 17 (residual blocks)": options by count, and their blocks."""
     if not options:
         return "no segments"
     if set(options) == {EVERY_SEGMENT}:
         return f"{options[EVERY_SEGMENT]} everywhere"
-    kinds: dict[str, Counter[str]] = {}
+    kinds: dict[BlockOption, Counter[str]] = {}
     for segment, option in options.items():
         kinds.setdefault(option, Counter())[_block(segment)] += 1
     parts = []

@@ -4,16 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from alignprop_fast.planner.block_option import BlockOption
+from alignprop_fast.planner.block_option import EVERY_SEGMENT, BlockOption, Options
 from alignprop_fast.planner.budget import format_bytes
-from alignprop_fast.planner.describe import EVERY_SEGMENT, by_group, ranges, summary
-
-Options = Mapping[str, BlockOption]  # by name of a segment; EVERY_SEGMENT stands for those without an entry
-
-
-def option_of(options: Options, segment: str) -> BlockOption:
-    """A segment's option: its own entry, or else the entry "*" for all segments, or else KEEP."""
-    return options.get(segment, options.get(EVERY_SEGMENT, BlockOption.KEEP))
+from alignprop_fast.planner.describe import by_group, ranges, summary
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alignprop_fast.planner.plan import Options, Plan, StageChoice, option_of
+from alignprop_fast.planner.block_option import Options, option_of
+from alignprop_fast.planner.plan import Plan, StageChoice
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 PHASES = ("sampling", "decoder", "reward", "resident steps", "replayed steps")

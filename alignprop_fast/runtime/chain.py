@@ -4,11 +4,12 @@ y_i = predict(i, x_i)        x_{i+1} = advance(i, x_i, y_i)        i = 0 (the no
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
 
+from alignprop_fast.planner import Options
 from alignprop_fast.runtime.blocks import Block
 
 
@@ -103,7 +104,7 @@ class Chain(ABC):
         """
         return self.predict(i, x)
 
-    def replay(self, i: int, x: torch.Tensor, options: Mapping[str, str]) -> torch.Tensor:
+    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
         """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.
 
         options: the options of the blocks, by name, which are already applied.

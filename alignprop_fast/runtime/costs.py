@@ -46,30 +46,30 @@ def step_costs(
     """
     x = chain.start(x)
     start = x.detach().requires_grad_()
-    wanted = [start, *chain.receivers]
-
-    def backward(y: torch.Tensor) -> None:
-        if chain.gradient_sink is None:
-            torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
-        else:
-            _one_by_one(y, start, chain.parameters)
-
     work = Work(
-        forward=lambda: chain.predict(0, start),
-        backward=backward,
+        forward=partial(chain.predict, 0, start),
+        backward=partial(_step_backward, chain, start),
         blocks=chain.blocks,
         device=x.device,
         operator_seconds=operator_seconds,
     )
-
-    @torch.inference_mode()
-    def sample() -> torch.Tensor:
-        return chain.predict(0, x)
-
     with Workspaces(x.device) as held:
-        sampling = trace(replace(work, forward=sample, backward=None), {})
+        sampling = trace(replace(work, forward=partial(_sample, chain, x), backward=None), {})
         options = segments(work, link)
     return StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
+
+
+@torch.inference_mode()
+def _sample(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return chain.predict(0, x)
+
+
+def _step_backward(chain: Chain, start: torch.Tensor, y: torch.Tensor) -> None:
+    """A backward pass from a prediction y at `start`, as the chain has it."""
+    if chain.gradient_sink is None:
+        torch.autograd.grad(y, [start, *chain.receivers], torch.ones_like(y), allow_unused=True)
+    else:
+        _one_by_one(y, start, chain.parameters)
 
 
 def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:

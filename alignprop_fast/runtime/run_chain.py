@@ -9,6 +9,7 @@ needs the memory of one network evaluation, for every T.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -212,4 +213,4 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def _autocast_state(device: torch.device) -> Callable[[], AbstractContextManager]:
     """A factory of contexts that restore the present autocast state, because the backward pass runs outside it."""
     dtype = autocast_dtype(device)
-    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
+    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)

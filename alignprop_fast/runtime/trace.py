@@ -97,30 +97,11 @@ def trace(work: Work, options: Options) -> Trace:
     """
     offloads = any(option.offload for option in options.values())
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
-    cost = _OperatorCost(work.operator_seconds) if work.operator_seconds else None
-    pool = CountedPool(work.device)
-    moved: dict[Hashable, int] = {}
-    kept: dict[Hashable, int] = {}
-    part: Hashable = None
-    with LiveBytes(cost, work.device) as live:
-
-        def enter(label: Hashable) -> None:
-            nonlocal part
-            moved[part] = pool.size_bytes - sum(moved.values())
-            live.enter(label)
-            part = label
-            if cost is not None:
-                cost.label = label
-
-        def between(out: torch.Tensor) -> None:
-            kept.update(live.born_in())
-            if not work.output_kept:
-                kept[part] = max(kept[part] - out.untyped_storage().nbytes(), 0)
-
-        order = _run(work, options, enter, between, pool)
-    if cost is not None:
-        seconds = cost.seconds
-    return Trace(_intervals(order, kept if work.backward else {}, moved, live.peaks, seconds))
+    counts = _Counts(work)
+    with counts.live:
+        order = _run(work, options, counts.enter, counts.forward_done, counts.pool)
+    kept = counts.kept if work.backward else {}
+    return Trace(_intervals(order, kept, counts.moved, counts.live.peaks, counts.seconds or seconds))
 
 
 def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
@@ -206,17 +187,39 @@ def measured_on_one_of_each_kind(work: Work, option: BlockOption, names: Sequenc
     return Trace(intervals)
 
 
-class _OperatorCost:
-    """Sums estimated seconds by part."""
+class _Counts:
+    """Bytes and estimated seconds of one run, by part.
 
-    def __init__(self, operator_seconds: Operator):
+    Attributes:
+        live: the mode to run under; it counts what is alive and its peaks.
+        pool: counts what is offloaded.
+        kept: bytes that the forward pass keeps; moved: bytes that it offloads.
+        seconds: estimates, where the work has them.
+    """
+
+    def __init__(self, work: Work):
+        on_operator = partial(self._add_seconds, work.operator_seconds) if work.operator_seconds else None
+        self.live = LiveBytes(on_operator, work.device)
+        self.pool = CountedPool(work.device)
+        self.kept: dict[Hashable, int] = {}
+        self.moved: dict[Hashable, int] = {}
         self.seconds: dict[Hashable, float] = {}
-        self.label: Hashable = None
-        self._operator_seconds = operator_seconds
+        self._output_kept = work.output_kept
+        self._part: Hashable = None
 
-    def __call__(self, func: Any, arguments: Any, out: Any) -> None:
-        seconds = self._operator_seconds(func, arguments, out)
-        self.seconds[self.label] = self.seconds.get(self.label, 0.0) + seconds
+    def enter(self, part: Hashable) -> None:
+        self.moved[self._part] = self.pool.size_bytes - sum(self.moved.values())
+        self.live.enter(part)
+        self._part = part
+
+    def forward_done(self, out: torch.Tensor) -> None:
+        self.kept.update(self.live.born_in())
+        if not self._output_kept:
+            self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
+
+    def _add_seconds(self, operator_seconds: Operator, func: Any, arguments: Any, out: Any) -> None:
+        seconds = operator_seconds(func, arguments, out)
+        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds
 
 
 def _timed(work: Work, options: Options) -> dict[Hashable, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from alignprop_fast.generate.sampler import Draws, Truncation, draw_truncation, trl_gates
+from alignprop_fast.sampling import Draws, Truncation, draw_truncation, trl_gates
 from alignprop_fast.training.config import AlignPropConfig
 
 

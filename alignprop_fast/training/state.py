@@ -76,7 +76,7 @@ def save_training(trainer: Resumable) -> Path:
     if trainer.accelerator.is_main_process:
         state = {name: getattr(trainer, name) for name in _COUNTERS}
         keep = config.project_kwargs.get("total_limit") or config.num_checkpoint_limit
-        with new_checkpoint(root, trainer.steps_done, {**state, "versions": versions()}, keep) as folder:
+        with new_checkpoint(root, trainer.steps_done, {**state, "versions": package_versions()}, keep) as folder:
             trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], [], folder)
             save_tensors(trainer.update.state_dict(), folder / "optimizer.pt")
             save_tensors(rng_states, folder / "rng.pt")
@@ -136,7 +136,7 @@ def _check_same(config: AlignPropConfig, saved: dict[str, Any], folder: Path) ->
             raise ValueError(f"checkpoint {folder} was made with {name}={saved[name]}: resume with the same")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
     # Not the installed distributions': a package may lie on the path without one.
     return {

@@ -22,9 +22,9 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from alignprop_fast.doctor.first_time import examine_once
 from alignprop_fast.evaluation.early_stopping import Stateful
-from alignprop_fast.generate.sampler import Truncation
 from alignprop_fast.report.model_card import write_model_card
 from alignprop_fast.rewards.reward import as_reward, check_gradient
+from alignprop_fast.sampling import Truncation
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.gates import gate_draws, truncation_of
 from alignprop_fast.training.metrics import (

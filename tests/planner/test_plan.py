@@ -93,11 +93,15 @@ def test_plans_explain_themselves():
 
 def test_blocks_are_named_by_their_kind():
     options = {
-        **{f"down_blocks.{i}.attentions.0.transformer_blocks.{k}": "attention" for i in range(3) for k in range(2)},
-        **{f"up_blocks.{i}.resnets.0": "keep" for i in range(4)},
-        "mid_block.attentions.0": "keep",
-        "rest": "keep",
-        "7": "recompute",
+        **{
+            f"down_blocks.{i}.attentions.0.transformer_blocks.{k}": BlockOption.ATTENTION
+            for i in range(3)
+            for k in range(2)
+        },
+        **{f"up_blocks.{i}.resnets.0": BlockOption.KEEP for i in range(4)},
+        "mid_block.attentions.0": BlockOption.KEEP,
+        "rest": BlockOption.KEEP,
+        "7": BlockOption.RECOMPUTE,
     }
     assert summary(options) == (
         "attention x 6 (transformer blocks), keep x 6 (residual blocks, attentions, the rest), recompute x 1 (7)"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from alignprop_fast.generate.sampler import Truncation, draw_truncation
+from alignprop_fast.sampling import Truncation, draw_truncation
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.gates import gate_draws, truncation_of
 
