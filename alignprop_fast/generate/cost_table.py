@@ -39,7 +39,6 @@ from alignprop_fast.runtime import (
     decoder_stages,
     device_name,
     link_rate,
-    only_new_garbage,
     operator_seconds,
     remembered_results,
     reward_stages,
@@ -100,11 +99,7 @@ def measured_table(step: TrainingStep) -> CostTable:
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
 
-    def costs() -> CostTable:
-        with only_new_garbage(device):
-            return _costs(step, origin, None, link)
-
-    return _completed(_remembered(origin, costs), step, None)
+    return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
 
 
 @remembered_results()

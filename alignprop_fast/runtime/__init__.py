@@ -13,7 +13,7 @@ from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate, only_new_garbage
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
 from alignprop_fast.runtime.meta_results import remembered_results
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
@@ -47,7 +47,6 @@ __all__ = [
     "driver_bytes",
     "link_rate",
     "lockable_bytes",
-    "only_new_garbage",
     "operator_seconds",
     "raise_if_changed",
     "remembered_results",

@@ -4,8 +4,7 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -32,21 +31,6 @@ def tensors_in(*trees: Any) -> list[torch.Tensor]:
 def allocated_bytes(size_bytes: int, device: torch.device) -> int:
     """Bytes that the device's allocator takes for a tensor of this size: on a GPU a multiple of 512."""
     return -(-size_bytes // 512) * 512 if device.type == "cuda" else size_bytes
-
-
-@contextmanager
-def only_new_garbage(device: torch.device) -> Iterator[None]:
-    """Inside, `gc.collect()` only examines objects made inside. Examining those of torch and diffusers takes half a
-    second, and measuring on a GPU collects dozens of times."""
-    if device.type != "cuda" or gc.get_freeze_count():  # unfreezing would thaw what others froze
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class LiveBytes(TorchDispatchMode):
