@@ -34,6 +34,7 @@ def run(files, marked, home):
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+@pytest.mark.slow("minutes of checks on an emulated GPU")
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_an_emulated_gpu(group, tmp_path):
     run([FOLDER / f"check_{name}.py" for name in GROUPS[group]], "not slow", tmp_path)

@@ -31,6 +31,7 @@ def wheel(tmp_path_factory):
     return next(dist.glob("*.whl"))
 
 
+@pytest.mark.slow("builds a wheel")
 def test_the_wheel_holds_every_file_of_the_package_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = ROOT / "alignprop_fast"
@@ -48,6 +49,7 @@ def test_the_wheel_holds_every_file_of_the_package_once(wheel):
     assert sorted(found) == sorted(expected)
 
 
+@pytest.mark.slow("builds a wheel")
 def test_an_installed_wheel_finds_its_kernels_and_takes_no_other_name(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)  # which is what installing pure Python does
     code = (
@@ -87,5 +89,6 @@ print(alignprop_fast.__file__, origin["alignprop_fast"], found["alignprop-fast"]
     assert (own, of_torch) == (alignprop_fast.__version__, torch.__version__)
 
 
+@pytest.mark.slow("builds a wheel")
 def test_the_wheel_has_the_version_that_the_package_says(wheel):
     assert wheel.name.startswith(f"alignprop_fast-{alignprop_fast.__version__}-")

@@ -194,6 +194,7 @@ def test_a_budget_of_an_older_run_keeps_its_meaning(tmp_path, written):
     assert own.make_context("train", []).params["memory_budget"] == TrainOptions().memory_budget == "auto"
 
 
+@pytest.mark.slow("trains with several rewards")
 def test_several_reward_models_and_what_a_reward_tells(command, tiny_sd_folder, tmp_path):
     """From the command line and from YAML, as a list or a single value, and through --resume from another folder."""
     from alignprop_fast.demo import clip_path, counter_path
@@ -452,6 +453,7 @@ def test_a_run_stops_when_what_is_watched_falls_and_resumes_to_the_same_end(
         assert records(parts)[-1]["step"] == ended
 
 
+@pytest.mark.slow("trains, and resumes the training")
 def test_a_normalised_mixture_resumes_exactly(command, tiny_sd_folder, tmp_path):
     options = ("--model", tiny_sd_folder, "--reward", "colorfulness,compressibility:2", "--learning-rate", "1e-2")
     options = (*options, *TINY, "--sample-every", 10, "--save-every", 2)

@@ -70,6 +70,7 @@ def test_it_answers_without_weights(plan, configs, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "out"}
 
 
+@pytest.mark.slow("estimates the bundled model at several batch sizes")
 def test_the_largest_batch_fits_and_more_does_not(plan, configs):
     budget = ("--memory-budget", "165MiB", "--gpu", "4090", "--model", configs, "--reward", "colorfulness")
     short = ("--num-inference-steps", 3, "--truncation", "last:1")
@@ -224,6 +225,7 @@ def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypat
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:128"
 
 
+@pytest.mark.slow("estimates the bundled model twice")
 def test_a_quantised_base_and_narrow_adapters_are_counted(plan, configs):
     """Packing saves fixed bytes. A product unpacks its whole weight, which adds transient bytes."""
 

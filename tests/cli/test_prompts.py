@@ -44,6 +44,7 @@ def seen():
     return found
 
 
+@pytest.mark.slow("trains, and resumes the training")
 def test_training_watching_and_resuming_with_metadata(command, tiny_sd_folder, rows, tmp_path):
     options = ("--model", tiny_sd_folder, "--reward", "metadata_of_test:score", "--prompts", rows, *TINY)
     options = (*options, "--learning-rate", "1e-2", "--sample-every", 2, "--negative-prompt", "blurry |\ndark")

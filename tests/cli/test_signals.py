@@ -77,6 +77,7 @@ def test_in_set_up_nothing_is_left(tiny_sd_folder, tmp_path, number):
     assert process.returncode == 128 + number and "Traceback" not in err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow("starts a process that trains")
 def test_sigterm_saves_a_checkpoint(tiny_sd_folder, tmp_path):
     process = start(tiny_sd_folder, tmp_path / "out", "--steps", 5000, "--sample-every", 5000, "--save-every", 5000)
     metrics = tmp_path / "out" / "metrics.jsonl"

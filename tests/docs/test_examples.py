@@ -48,6 +48,7 @@ def test_few_steps():
     assert rewards[-1] > rewards[0]  # the same noise at every step
 
 
+@pytest.mark.slow("trains three adapters")
 def test_three_merged(tmp_path):
     found = example("three_merged").main(str(tmp_path), steps=2)
     assert found["colorfulness"]["colorfulness"] > found["base"]["colorfulness"]
@@ -55,6 +56,7 @@ def test_three_merged(tmp_path):
     assert (tmp_path / "mixed" / "kohya_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow("starts two processes that train")
 def test_two_processes(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", TWO_PROCESSES, str(EXAMPLES), str(tmp_path)],

@@ -111,6 +111,7 @@ def test_the_page_of_options_is_what_the_commands_say():
     assert page == make_options.page(), "write it anew: python -P docs/make_options.py"
 
 
+@pytest.mark.slow("trains the bundled model")
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(python_blocks(DOCS / "tutorial.md")), "tutorial.md", "exec"), {})

@@ -29,6 +29,7 @@ def test_parameter_counts_are_those_of_the_published_weights(model):
     assert counts["adapters"] > 0
 
 
+@pytest.mark.slow("builds the published models at full size")
 def test_a_step_and_the_decoder_run_on_meta(model):
     _, adapter = model
     height, width = (side + shift for side, shift in zip(adapter.image_size(None, None), (64, -64), strict=True))

@@ -120,6 +120,7 @@ def test_offloaded_options_say_what_stays_and_what_is_exposed():
     assert fast.option("keep+offload").seconds == fast.option("keep").seconds
 
 
+@pytest.mark.slow("counts every operator of many mixtures")
 @pytest.mark.parametrize("seed", range(4))
 def test_mixtures_with_offloading_never_take_more_than_predicted(seed):
     """And lower by at most one block's bytes in transfer, because a neighbour may have fewer."""

@@ -78,6 +78,7 @@ def test_a_whole_set_of_gradients_less_at_the_peak(tiny_sd_folder, tmp_path, tru
     assert peaks[0] - peaks[1] > saved * gradients_bytes
 
 
+@pytest.mark.slow("measures a model and trains it")
 @pytest.mark.parametrize(("truncation", "batches"), [("last:1", 1), ("full", 1), ("full", 2)])
 def test_the_plan_counts_the_gradients_that_are_alive(tiny_sd_folder, tmp_path, truncation, batches):
     """The leanest plan, whose peak is in a backward pass, against live tensors. One set of gradients is a fifth of it.

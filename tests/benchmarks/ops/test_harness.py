@@ -108,6 +108,7 @@ harness.main("wrong", [harness.Shape("any", (5,))], [harness.Shape("any", (5,))]
 """
 
 
+@pytest.mark.slow("starts a process for each fault")
 @pytest.mark.parametrize(
     ("ours", "fault"), [("x * 1.1", "error 0.1"), ("x.nonsense()", "AttributeError"), ("x * float('nan')", "error nan")]
 )

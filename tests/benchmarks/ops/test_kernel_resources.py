@@ -32,6 +32,7 @@ def test_small_kernels_keep_the_limits_on_sm_89(tmp_path):
     assert all(0 < row["registers"] <= 255 and row["spills"] == 0 and row["arch"] == 89 for row in rows)
 
 
+@pytest.mark.slow("compiles csrc for a GPU")
 @pytest.mark.skipif(find_nvcc() is None, reason="no CUDA compiler")
 def test_csrc_keeps_the_limits_on_sm_89(tmp_path):
     result = run("--arch", "89", "--only", "csrc", "--json", tmp_path / "rows.json")

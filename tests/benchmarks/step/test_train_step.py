@@ -34,6 +34,7 @@ def test_every_row_of_the_table_stands_once_and_the_promises_come_first():
     assert [s.model for s in found[:4]] == ["sdxl", "sdxl", "sd15", "sd15"]
 
 
+@pytest.mark.slow("trains under several plans, ours and eager")
 def test_a_dry_run_measures_ours_and_eager_and_says_what_does_not_fit(monkeypatch, tmp_path, capsys):
     file = tmp_path / "train_step.csv"
     run(

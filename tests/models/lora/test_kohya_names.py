@@ -62,6 +62,7 @@ def assert_same_deltas(state, lora):
         assert (found - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max()), module
 
 
+@pytest.mark.slow("builds FLUX at full width")
 @pytest.mark.parametrize("shapes", [FLUX_ATTENTION, {**FLUX_ATTENTION, **FLUX_FEED_FORWARD}], ids=["attention", "all"])
 def test_diffusers_reads_flux(shapes):
     lora = made(shapes)
