@@ -12,7 +12,6 @@ same things. The folder keeps before_after.png. Both packages are Apache-2.0.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -32,6 +31,7 @@ from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.preprocess import Preprocess
 from benchmarks import RESULTS
 from benchmarks.learning.gains import scores_of
+from benchmarks.rows import write_rows
 
 # ImageNet's class numbers of things that the bundled model draws, by their words in a prompt.
 CLASSES = {"green apple": 948, "strawberr": 949, "banana": 954}
@@ -132,11 +132,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "foreign_classifier.csv")
     args = parser.parse_args()
     rows = run(args)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

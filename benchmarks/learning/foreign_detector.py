@@ -17,7 +17,6 @@ The detector is given like a user's: get_reward("count:person=2", model="benchma
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.count import Count
 from benchmarks import RESULTS, ROOT
 from benchmarks.learning import nanodet
+from benchmarks.rows import write_rows
 
 NANODET = "benchmarks.learning.nanodet:load"
 PHOTOS = ROOT / "tests" / "rewards" / "photos"
@@ -119,14 +119,6 @@ def gradient_error(names: Sequence[str], kind: str) -> float:
     return abs((ahead - behind) / 2 - slope).item() / slope.item()
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, default=nanodet.PACKAGE, help="the unpacked npm package")
@@ -141,8 +133,8 @@ def main() -> None:
     for names, spec in ASCENT:
         ascent.append(ascend(names, spec, args.steps))
         print(ascent[-1], flush=True)
-    write(args.results / "foreign_detector_found.csv", found)
-    write(args.results / "foreign_detector_ascent.csv", ascent)
+    write_rows(args.results / "foreign_detector_found.csv", found)
+    write_rows(args.results / "foreign_detector_ascent.csv", ascent)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ table also shows the effect of one reward on the others. The folders keep each r
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from dataclasses import replace
@@ -31,6 +30,7 @@ from alignprop_fast.evaluation.evaluate import draw, score
 from alignprop_fast.prompts.rows import PromptRow, load_prompts
 from alignprop_fast.rewards import get_reward
 from benchmarks import RESULTS
+from benchmarks.rows import write_rows
 
 REWARDS = ("clip", "compressibility", "incompressibility", "colorfulness", "clip:1.0,compressibility:0.3")
 SCORED = ("clip", "compressibility", "colorfulness")
@@ -101,11 +101,7 @@ def main() -> None:
         rows += run(reward, args, console)
         for row in rows[-2 * len(SCORED) :]:
             console.print({key: row[key] for key in ("trained_on", "scored_by", "prompts", "before", "after")})
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

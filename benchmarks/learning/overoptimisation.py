@@ -30,6 +30,7 @@ from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.report.style import BLUE, GREY, INK, ORANGE, RULE, save_figure
 from alignprop_fast.training.options import TrainOptions
 from benchmarks import RESULTS, ROOT
+from benchmarks.rows import write_rows
 
 PICTURES = 6
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--max-drop", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "overoptimisation.csv")
-    parser.add_argument("--png", type=Path, default=ROOT / "docs" / "overoptimisation.png")
+    parser.add_argument("--png", type=Path, default=ROOT / "docs" / "pictures" / "overoptimisation.png")
     parser.add_argument("--plot", action="store_true", help="only draw the picture, from the CSV and --output-dir")
     args = parser.parse_args()
     if not args.plot:
@@ -129,10 +130,7 @@ def main() -> None:
         rows = []
         for name, run in runs.items():
             rows += train(name, replace(run, output_dir=str(args.output_dir / name.replace(" ", "_"))), console)
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.csv, rows)
     with open(args.csv, newline="", encoding="utf-8") as file:
         plot(list(csv.DictReader(file)), args.output_dir / "to_the_end" / "samples", args.png)
 

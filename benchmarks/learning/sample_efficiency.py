@@ -43,6 +43,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.rows import write_rows
 
 WORKER = Path(__file__).with_name("sample_efficiency_worker.py")
 COLUMNS = [
@@ -97,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--collect", action="store_true", help="run nothing, use the results in the folder of runs")
     parser.add_argument("--plot-only", action="store_true", help="only draw the existing CSV")
     parser.add_argument("--results", type=Path, default=RESULTS / "cpu", help="folder of the CSV files")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "sample_efficiency.png")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "pictures" / "sample_efficiency.png")
     args = parser.parse_args()
     if args.trl_python is None and not (args.plot_only or args.collect):
         parser.error("give --trl-python, or --plot-only")
@@ -139,11 +140,8 @@ def run(args: argparse.Namespace, method: str, settings: Settings, seed: int) ->
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    """The columns of the table; runs record more than those."""
+    write_rows(path, [{name: row.get(name, "") for name in COLUMNS} for row in rows], COLUMNS)
 
 
 def read_csv(path: Path) -> list[Row]:

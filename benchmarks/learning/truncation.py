@@ -35,6 +35,7 @@ from alignprop_fast.rewards import get_reward
 from alignprop_fast.rewards.diversity import ImageEmbedder
 from alignprop_fast.training.trainer import AlignPropTrainer
 from benchmarks import RESULTS, ROOT
+from benchmarks.rows import write_rows
 
 RULES = ("full", "uniform", "uniform-once", "gaussian", "last:4", "last:1", "lv:2", "drtune", "refl")
 PROMPTS = 12  # held-out prompts to score
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--marks", type=int, default=3, help="how many times to score during training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "truncation.csv")
-    parser.add_argument("--png", type=Path, default=ROOT / "docs" / "truncation.png")
+    parser.add_argument("--png", type=Path, default=ROOT / "docs" / "pictures" / "truncation.png")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the CSV")
     args = parser.parse_args()
     if not args.plot:
@@ -130,11 +131,7 @@ def main() -> None:
         reward = get_reward(SETTINGS.reward)
         scorer = Scorer(reward)
         rows = [row for rule in args.rules for row in run(rule, args.seconds, args.marks, reward, scorer, args.seed)]
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.csv, rows)
     with open(args.csv, newline="", encoding="utf-8") as file:
         plot(list(csv.DictReader(file)), args.png)
 

@@ -9,7 +9,6 @@ The reward is the mean of the image, which costs nothing, so the chain and the d
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from alignprop_fast.models.published import UNETS, VAE
 from alignprop_fast.planner import BudgetInfeasible, parse_bytes
 from alignprop_fast.runtime import PeakMeter
 from benchmarks.provenance import commit
+from benchmarks.rows import write_rows
 
 PROMPTS = ["red cat", "dog", "the cat and the dog", "red dog"]
 
@@ -124,11 +124,7 @@ def main() -> None:
         print(rows[-1])
         assert budget is None or rows[-1]["measured_bytes"] <= parse_bytes(budget), "the plan broke its budget"
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

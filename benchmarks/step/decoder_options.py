@@ -12,7 +12,6 @@ inside. "stages" has a checkpoint for each stage of the decoder instead. The way
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import VAE
 from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, run_decoder_stage
+from benchmarks.rows import write_rows
 from benchmarks.step.chain import provenance
 
 WAYS = ("stock", "keep", "block", "bands", "stages")
@@ -123,11 +123,7 @@ def main() -> None:
         *_, seconds, ratio = row.values()
         print(f", {seconds} s, {ratio} of {args.ways[0]}" if seconds else "")
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*same, *table[0]])
-            writer.writeheader()
-            writer.writerows({**same, **row} for row in table)
+        write_rows(args.output, [{**same, **row} for row in table])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Runs take turns; seconds are medians. This has not run on a GPU yet.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.runtime import PeakMeter
+from benchmarks.rows import write_rows
 from benchmarks.step.chain import provenance
 from benchmarks.step.train_step import seconds_of
 from benchmarks.step.train_step_variants import ETA, GUIDANCE, Bench, prompts_of
@@ -78,11 +78,7 @@ def main() -> None:
         rows += [{**provenance(device), "model": args.model, **row} for row in measure(bench, batch, args.repeats)]
         print(*rows[-2:], sep="\n", flush=True)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ chain has one resident step, under each option with and without offloading. This
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from alignprop_fast.planner import GRADES, BlockOption, Plan, StageChoice
 from alignprop_fast.runtime import PeakMeter, link_rate
+from benchmarks.rows import write_rows
 from benchmarks.step.chain import provenance
 from benchmarks.step.train_step import seconds_of
 from benchmarks.step.train_step_variants import Bench, prompts_of
@@ -80,11 +80,7 @@ def main() -> None:
         rows.append({**same, **measure(bench, args.batch_size, grade, link, args.repeats)})
         print(rows[-1], flush=True)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

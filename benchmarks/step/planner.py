@@ -25,6 +25,7 @@ from alignprop_fast import DifferentiableSampler
 from alignprop_fast.planner import BlockOption, BudgetInfeasible, CostTable, Plan, Solver, StageChoice, find_gpu, price
 from alignprop_fast.runtime import LiveBytes, PeakMeter
 from benchmarks import RESULTS
+from benchmarks.rows import write_rows
 from benchmarks.step.chain import PROMPTS, provenance
 
 SWITCHES = {
@@ -202,11 +203,7 @@ def main() -> None:
     rows = sweep(args)
     where = "estimated" if args.gpu else "cpu" if not torch.cuda.is_available() else "gpu"
     file = args.output or RESULTS / where / f"planner_{args.model}.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(file, rows)
     plot(file)
 
 

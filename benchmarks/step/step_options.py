@@ -11,7 +11,6 @@ One step is a guided pair: forward with graph, backward into latents and adapter
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.models.published import UNETS
 from alignprop_fast.planner import GRADES, BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
+from benchmarks.rows import write_rows
 from benchmarks.step.chain import provenance
 
 SMALL: dict[str, Any] = {
@@ -128,11 +128,7 @@ def main() -> None:
         print(f"{row['option']:>10}: kept {gib['kept_bytes']}, peak {gib['peak_bytes']}", end="")
         print(f", {row['median_seconds']} s, {row['time_of_stock']} of stock" if row["median_seconds"] else "")
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*same, *rows[0]])
-            writer.writeheader()
-            writer.writerows({**same, **row} for row in rows)
+        write_rows(args.output, [{**same, **row} for row in rows])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.planner import Plan
+from benchmarks.rows import write_rows
 
 GRAD_STEPS = (1, 5, 25, 50)
 BUDGETS_GIB = (12, 16, 24, 48, 80)
@@ -76,10 +76,7 @@ class Table:
         self.save()
 
     def save(self) -> None:
-        with open(self.file, "w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_rows(self.file, self.rows, COLUMNS)
 
 
 def prediction(plan: Plan) -> dict[str, Any]:

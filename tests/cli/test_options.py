@@ -9,9 +9,8 @@ import typer
 import yaml
 
 from alignprop_fast.cli import app as commands
-from alignprop_fast.cli.options import ConfigCommand, command_line, make_config
+from alignprop_fast.cli.options import command_line, make_config
 from alignprop_fast.cli.plan_options import PlanOptions
-from alignprop_fast.cli.train import TrainCall
 from alignprop_fast.models.lora.targets import TARGETS
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
 from alignprop_fast.training.config import AlignPropConfig, TrlFields, config_field
@@ -47,27 +46,6 @@ BOUNDS = {
     if isfinite(bound)
 }
 CHOICES = {(each.name, "choice"): "sgdd" for each, option in taken(DEFAULTS, Command.TRAIN) if option.choices}
-
-
-@pytest.fixture
-def train():
-    """The options that the command line of `train` parses from the arguments, or its one-line message."""
-    got = []
-
-    @command_line(Command.TRAIN, TrainCall())
-    def train(ctx, options):
-        got.append(options.run())
-
-    app = typer.Typer()
-    app.command(cls=ConfigCommand)(train)
-    app.callback()(lambda: None)
-    own = typer.main.get_command(app).commands["train"]
-
-    def read(*arguments):
-        own.invoke(own.make_context("train", [str(argument) for argument in arguments]))
-        return got.pop()
-
-    return read
 
 
 def test_every_option_is_in_the_help_of_exactly_its_commands(command, monkeypatch):

@@ -6,8 +6,6 @@ import pytest
 import typer
 import yaml
 
-from alignprop_fast.cli.options import ConfigCommand, command_line
-from alignprop_fast.cli.train import TrainCall
 from alignprop_fast.cli.yaml_file import read_yaml
 from alignprop_fast.training.declaration import Command, taken, values
 from alignprop_fast.training.options import TrainOptions
@@ -17,24 +15,13 @@ DECLARED = taken(DEFAULTS, Command.TRAIN)
 
 
 @pytest.fixture
-def options(tmp_path):
-    """Options of `train` under a file's content, as the command gets them."""
-    got = []
-
-    @command_line(Command.TRAIN, TrainCall())
-    def train(ctx, options):
-        got.append(options.run())
-
-    app = typer.Typer()
-    app.command(cls=ConfigCommand)(train)
-    app.callback()(lambda: None)
-    own = typer.main.get_command(app).commands["train"]
+def options(tmp_path, train):
+    """options(content): those of `train` under a file with that content."""
 
     def read(content):
         file = tmp_path / "run.yaml"
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        own.invoke(own.make_context("train", ["--config", str(file)]))
-        return got.pop()
+        return train("--config", file)
 
     return read
 

@@ -1,0 +1,22 @@
+"""CSV files of benchmarks: whole, in a folder that is made, and no value is lost without a word."""
+
+import csv
+
+import pytest
+
+from benchmarks.rows import write_rows
+
+
+def test_rows_are_read_back(tmp_path):
+    file = tmp_path / "deep" / "rows.csv"
+    write_rows(file, [{"a": 1, "b": "x, y"}, {"a": 2}])
+    assert list(csv.DictReader(file.open(newline=""))) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}]
+    assert [path.name for path in file.parent.iterdir()] == ["rows.csv"]
+
+
+def test_a_value_without_a_column_is_refused_and_the_old_file_stays(tmp_path):
+    file = tmp_path / "rows.csv"
+    write_rows(file, [{"a": 1}])
+    with pytest.raises(ValueError, match="'b'"):
+        write_rows(file, [{"a": 1}, {"a": 2, "b": 3}])
+    assert file.read_text().split() == ["a", "1"]
