@@ -61,6 +61,7 @@ def test_an_installed_wheel_finds_its_kernels_and_takes_no_other_name(wheel, tmp
     assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")} == {"alignprop_fast"}
 
 
+@pytest.mark.slow("starts a process that loads a model")
 def test_a_package_that_is_on_the_path_alone_knows_its_versions(tmp_path, tiny_sd_folder):
     """No distribution is installed then. Every cost table and every run names its versions."""
     (tmp_path / "alignprop_fast").symlink_to(ROOT / "alignprop_fast")

@@ -48,6 +48,7 @@ def table(plan, configs, tmp_path):
     return Path("table.json")
 
 
+@pytest.mark.slow("estimates the bundled model")
 def test_it_answers_without_weights(plan, configs, tmp_path):
     arguments = ("--model", configs, "--gpu", "RTX 4090", "--reward", "colorfulness,clip:0.1", *SHORT)
     code, out, err = plan(*arguments, "--reward-model", clip_path(), "--json", "plan.json", "--output-dir", "out")

@@ -54,10 +54,8 @@ def state_bytes(optimizer):
     return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
 
 
-EIGHT_PLANS = pytest.mark.slow("trains under eight plans, and counts each operator")
-
-
-@pytest.mark.parametrize("penalised", [pytest.param(False, marks=EIGHT_PLANS), True])
+@pytest.mark.slow("trains under eight plans, and counts each operator")
+@pytest.mark.parametrize("penalised", [False, True])
 def test_predicted_peaks_are_the_real_ones(pipe, penalised, steady_clock):
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget="8GiB", reward=reward, compare_with_base=penalised)
     table = sampler.cost_table(len(PROMPTS))

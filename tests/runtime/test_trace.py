@@ -89,6 +89,7 @@ def counted(work, options):
     return kept, live.peak_bytes
 
 
+@pytest.mark.slow("counts every operator of many mixtures")
 @pytest.mark.parametrize("memory", ["enough", "too little for one option everywhere"])
 def test_costs_of_mixtures_are_sums(memory, monkeypatch):
     work, rng = make_work(), random.Random(0)
@@ -134,6 +135,7 @@ def test_mixtures_with_offloading_never_take_more_than_predicted(seed):
         assert real_peak <= peak + transfer_bytes(found) <= real_peak + 2 * transfer_bytes(found)
 
 
+@pytest.mark.slow("counts every operator under each option")
 def test_meta_tensors_count_the_same_bytes():
     real = segments(make_work(), link=1e9)
     meta = segments(make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)), link=1e9)
