@@ -51,7 +51,7 @@ def test_graphs_give_the_same_bits(pipe, rescale):
             for parameter in plain.model.trainable():
                 parameter.mul_(1.1)
     assert graphed.plan.graphs == GraphUse.ALL and plain.plan.graphs == GraphUse.NONE
-    assert len(graphed.fast.graphs._graphs) == 2 * 2, "for each batch size one without gradient, and one forward and back"
+    assert len(graphed.fast.graphs._graphs) == 2 * 2, "of each batch size: an evaluation, and a replay forward and back"
 
 
 def test_python_does_not_run_again(pipe, monkeypatch):

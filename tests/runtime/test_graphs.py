@@ -12,9 +12,7 @@ from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, run_chain
 
 STEPS, PROMPTS = 4, ["red cat", "dog"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-PLAN = Plan(
-    STEPS, (3,), (1, 2), ({"*": BlockOption.NORMS},), {"*": BlockOption.ATTENTION}, graphs=GraphUse.ALL
-)
+PLAN = Plan(STEPS, (3,), (1, 2), ({"*": BlockOption.NORMS},), {"*": BlockOption.ATTENTION}, graphs=GraphUse.ALL)
 
 
 class Recorded(GraphedCalls):
