@@ -1,14 +1,16 @@
 """CUDA graphs on the emulated GPU, which records operators with their memory and runs them again without Python."""
 
+import gc
+
 import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.planner import GraphUse
+from alignprop_fast.planner import BudgetInfeasible, GraphUse
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
-STEPS, PROMPTS = 4, ["a red cat", "a dog"]
+STEPS, PROMPTS, GRAD_STEPS = 4, ["a red cat", "a dog"], (1, 2, 3)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatc
     def beginning(self, *pool, capture_error_mode, **options):
         streams.add(torch.cuda.current_stream())
         modes.append(capture_error_mode)
-        begin(self)
+        begin(self, *pool)
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", beginning)
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
@@ -81,3 +83,43 @@ def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatc
     assert len(streams) == 1 and torch.cuda.current_stream() not in streams
     assert type(torch.cuda.current_stream()).made == made + 1
     assert len(modes) > 2 and set(modes) == {"thread_local"}
+
+
+@pytest.fixture
+def budgeted(adapted, ways, steady_clock):
+    """A sampler with a budget, where graphs are faster; and its plans from the leanest to the fastest."""
+    ways.update({"graphs": 0.5, "replay graphs": 0.9})
+    sampler = DifferentiableSampler(adapted.to("cuda"), STEPS, memory_budget="20GiB", optimizer_bytes=0)
+    solver = sampler.solver(len(PROMPTS))
+    with pytest.raises(BudgetInfeasible) as error:
+        solver.plan(GRAD_STEPS, 1)
+    least, most = error.value.smallest_bytes, solver.plan(GRAD_STEPS, 2**50).peak_bytes
+    plans = [solver.plan(GRAD_STEPS, budget) for budget in (*range(least, most, (most - least) // 9), most)]
+    return sampler, {plan.graphs: plan for plan in plans}
+
+
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_a_plan_counts_what_its_graphs_reserve(budgeted, emulated):
+    sampler, plans = budgeted
+    assert set(plans) == set(GraphUse)
+    images = []
+    for plan in plans.values():
+        sampler.fast.forget_recordings()
+        peaks = []
+        for _ in ("records", "replays"):
+            for parameter in sampler.model.trainable():
+                parameter.grad = torch.zeros_like(parameter)
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            images.append(run_under(sampler, plan))
+            peaks.append(torch.cuda.max_memory_reserved())
+        slack = sampler.solver(len(PROMPTS)).table.transfer_bytes if plan.host_bytes else 0
+        assert max(peaks) <= plan.peak_bytes + 16 * 512, plan.explain()
+        assert plan.peak_bytes <= 1.05 * peaks[1] + slack, plan.explain()
+    assert all(torch.equal(one, images[0]) for one in images)
+
+
+def run_under(sampler, plan):
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(0), grad_steps=GRAD_STEPS, plan=plan)
+    (images * torch.linspace(0, 1, 16, device="cuda")).mean().backward()
+    return images.detach()
