@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.generate import graph_costs
 from alignprop_fast.planner import BudgetInfeasible, GraphUse
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
+REMEMBERED = graph_costs._remembered  # the fixture `ways` replaces it
 STEPS, PROMPTS, GRAD_STEPS = 4, ["a red cat", "a dog"], (1, 2, 3)
 
 
@@ -83,6 +85,51 @@ def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatc
     assert len(streams) == 1 and torch.cuda.current_stream() not in streams
     assert type(torch.cuda.current_stream()).made == made + 1
     assert len(modes) > 2 and set(modes) == {"thread_local"}
+
+
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_a_recording_that_runs_out_of_memory(pipe, emulated, caplog, monkeypatch):
+    """Here there is only less memory while it records. The call runs without it; later recordings are whole."""
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=way) for way in ("off", "on"))
+    images, grads = run(plain, PROMPTS, 1, [1, 3])
+    begin, end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end
+
+    def beginning(self, *pool, **options):
+        begin(self, *pool, **options)
+        emulated.set_limit(emulated.reserved() + 2**14)
+
+    def ending(self):
+        end(self)
+        emulated.set_limit(24 * 2**30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "capture_begin", beginning)
+        patch.setattr(torch.cuda.CUDAGraph, "capture_end", ending)
+        assert_same((images, grads), run(graphed, PROMPTS, 1, [1, 3]))
+    lines = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert len(lines) == 2 and all("launched one by one: CUDA out of memory" in line for line in lines)
+    assert torch.cuda.memory_reserved() == torch.cuda.memory_allocated(), "nothing of it is left"
+    graphed.fast.forget_recordings()  # as the trainer does, before it repeats a step with a leaner plan
+    for _ in ("records", "replays"):
+        assert_same((images, grads), run(graphed, PROMPTS, 1, [1, 3]))
+    assert len(graphed.fast.graphs._graphs) == 2 and not graphed.fast.graphs.ran_out_of_memory
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0]) and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_ways_are_timed_once_and_leave_nothing(pipe, monkeypatch):
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None)
+    step = sampler._blank_step(2, None)
+    before = torch.cuda.memory_reserved()
+    seconds = REMEMBERED(step)
+    assert list(seconds) == ["eager", "graphs", "replay eager", "replay graphs"] and min(seconds.values()) > 0
+    gc.collect()
+    assert torch.cuda.memory_reserved() <= before + 2**12
+    monkeypatch.setattr(graph_costs, "_measured", None)
+    assert REMEMBERED(step) == seconds
 
 
 @pytest.fixture
