@@ -16,7 +16,7 @@ from alignprop_fast.generate.guidance import Guidance
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
-from alignprop_fast.sampling import StepTable, Update, rescaled_guidance
+from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update, rescaled_guidance
 
 
 class DenoisingChain(Chain):
@@ -31,7 +31,8 @@ class DenoisingChain(Chain):
         guidance: how its branches are combined.
         generator: draws the noise of each step; None: the global one.
         draw_noise: whether noise is drawn at each step.
-        input_gradient, gradient_sink: as in `Chain`.
+        truncation: its gates and leaps; None: the chain's gates have weight 1.
+        gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
         fast: faster predictions for steps without gradient (experimental), or None.
         fast_replays: whether replays use `fast` too.
@@ -51,7 +52,7 @@ class DenoisingChain(Chain):
         generator: Generator,
         *,
         draw_noise: bool,
-        input_gradient: bool,
+        truncation: Truncation | None = None,
         compare_with_base: bool = False,
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
@@ -70,11 +71,12 @@ class DenoisingChain(Chain):
             model.trainable(),
             blocks,
             gradient_sink=gradient_sink,
-            input_gradient=input_gradient,
             has_penalty=compare_with_base,
             conditions=conditions,
             leaves=list(leaves.values()),
         )
+        self.gates = {} if truncation is None else {gate.step: gate for gate in truncation.gates}
+        self.leaps = Leaps(truncation) if truncation is not None and truncation.leaps else None
         self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
         self.guidance, self.given_cond = guidance, cond
         self.cond = cond.exchanged(leaves)
@@ -101,7 +103,6 @@ class DenoisingChain(Chain):
             self.guidance,
             None,
             draw_noise=self.draw_noise,
-            input_gradient=True,
             compare_with_base=self.has_penalty,
             fast=self.fast,
             fast_replays=self.fast_replays,
@@ -131,10 +132,23 @@ class DenoisingChain(Chain):
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The scheduler's update, with noise in the shape of the latents if the chain draws noise."""
         noise = self.model.noise(self.update.latents(x), self.generator) if self.draw_noise else None
-        return self.update.advance(i, x, y, noise)
+        if self.leaps is None:
+            return self.update.advance(i, x, y, noise)
+        self.leaps.see(i, x, self.update.blended(y))
+        x_next = self.update.advance(i, x, y, noise)
+        self.leaps.land(i + 1, x_next)
+        return x_next
 
     def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.update.adjoint(i, g, y_dtype)
+        gate = self.gates.get(i)
+        return self.update.adjoint(i, g, y_dtype, 1.0 if gate is None else gate.weight)
+
+    def input_scale(self, i: int) -> float:
+        gate = self.gates.get(i)
+        return 1.0 if gate is None else gate.input_scale
+
+    def weighted(self, g: torch.Tensor) -> torch.Tensor:
+        return g if self.leaps is None else self.leaps.divided(g)
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean squared difference between the guided predictions of the model and of the base model.

@@ -69,7 +69,7 @@ class _Tape:
 
     def input_gradient(self, i: int) -> bool:
         """Whether a gradient of step i's network input is needed by an earlier step or the initial latents."""
-        return self.chain.input_gradient and (i > self.first or self.wants_gx)
+        return self.chain.input_scale(i) != 0 and (i > self.first or self.wants_gx)
 
     def check_state(self) -> None:
         """Check the tensors that a replay reads; autograd checks only the versions of tensors that it saved.
@@ -131,6 +131,7 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
     chain = tape.chain
     receivers = chain.receivers
     sums: list[torch.Tensor | None] = [None] * len(receivers)
+    g = chain.weighted(g)
     for i in range(chain.num_steps - 1, tape.first - 1, -1):
         if i in tape.graphs:
             x, y = tape.graphs.pop(i)
@@ -149,7 +150,7 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
             gx = chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
         del y, gy
         if gx is not None:
-            g = g + gx
+            g = torch.add(g, gx, alpha=chain.input_scale(i))
             if penalty_gradient is not None:
                 x, y = _record(tape, i, x, False)
                 _network_backward(x, y, penalty_gradient, receivers, sums)
