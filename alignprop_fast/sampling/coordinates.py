@@ -31,8 +31,8 @@ class Coordinates:
     def __post_init__(self) -> None:
         if self.table.history or self.table.noisy or 0.0 in self.table.a:
             raise ValueError(
-                "this scheduler is not the integral of its predictions over one time, so a rule with leaps does not "
-                "fit: use ddim with eta 0, euler or flow-euler, or a rule such as uniform or last:K"
+                "this truncation leaps over steps, which needs a scheduler without noise and memory: use ddim with eta "
+                "0, euler or flow-euler, or another truncation, such as uniform"
             )
 
     @cached_property
