@@ -33,8 +33,7 @@ class DenoisingChain(Chain):
         draw_noise: whether noise is drawn at each step.
         input_gradient, gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
-        fast: faster predictions for steps without gradient (experimental), or None.
-        fast_replays: whether replays use `fast` too.
+        fast: faster predictions, or None.
 
     Raises:
         ValueError: something requires a gradient but cannot get one, or the denoiser has dropout or DoRA adapters.
@@ -55,7 +54,6 @@ class DenoisingChain(Chain):
         compare_with_base: bool = False,
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
-        fast_replays: bool = False,
     ):
         conditions = _conditions(cond, guidance)
         if conditions and (compare_with_base or gradient_sink is not None):
@@ -85,10 +83,10 @@ class DenoisingChain(Chain):
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
-        # A recording would keep the graph of the conditions alive.
+        # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        self.fast_replays = fast_replays
-        self.fast_state = None if self.fast is None else self.fast.state()
+        is_number = not isinstance(self.scale, torch.Tensor)
+        self.fast_state = self.fast.state() if self.fast is not None and is_number else None
 
     def last_alone(self) -> DenoisingChain:
         """A chain of only the last step, which predicts the clean latents. Gradients go to autograd, not to a sink."""
@@ -104,7 +102,6 @@ class DenoisingChain(Chain):
             input_gradient=True,
             compare_with_base=self.has_penalty,
             fast=self.fast,
-            fast_replays=self.fast_replays,
         )
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
@@ -112,18 +109,28 @@ class DenoisingChain(Chain):
         y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
         return self._guided(y)
 
-    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         if self.fast is None:
             return self.predict(i, x)
-        y = self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, self.fast_state)
-        return self._guided(y)
+        state = self.fast_state if recorded else None
+        return self._guided(self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, state))
 
-    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
-        if self.fast is None or not self.fast_replays:
-            return self.predict(i, x)
-        kept = tuple(sorted(options.items()))
-        seen, timestep = self.update.model_input(i, x), self.timesteps[i]
-        return self._guided(self.fast.replay(seen, timestep, self.cond, self.fast_state, self.parameters, kept))
+    def recorded_gradients(
+        self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options
+    ) -> Sequence[torch.Tensor | None] | None:
+        if self.fast is None or self.fast_state is None:
+            return None
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(self.input_gradient)
+            seen = self.update.model_input(i, x)
+        kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
+        found = self.fast.gradients(
+            seen, self.timesteps[i], self.cond, self._guided, gy, self.parameters, self.fast_state, kind
+        )
+        if found is None or not self.input_gradient:
+            return found and [*found, None]
+        *grads, g_seen = found
+        return [*grads, *torch.autograd.grad(seen, x, g_seen)]
 
     def _guided(self, y: torch.Tensor) -> torch.Tensor:
         return rescaled_guidance(y, self.scale, self.rescale) if self.combines else y

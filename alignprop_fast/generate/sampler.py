@@ -60,11 +60,12 @@ class DifferentiableSampler:
         reward_bytes: of the reward's weights on the device; None: the reward's own `weight_bytes()`.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
             together; None: half of what is free.
-        cuda_graphs: experimental, not yet measured on a GPU: run evaluations without gradient as CUDA graphs, recorded
-            at their first use. A graph keeps its memory, and the planner counts it. Without a budget replays run as
-            graphs too, one for the forward and one for the backward pass.
-        compiled: experimental, not yet measured on a GPU: run the transformer blocks of evaluations without gradient
-            through torch.compile. Results then differ by rounding between a step without gradient and its replay.
+        cuda_graphs: whether evaluations without gradient and replays run as CUDA graphs, recorded at their first use.
+            "auto": on a GPU, where a measurement at first use says that they are faster and where the memory that they
+            keep has no better use; on the CPU never. "on": even if they measure no faster. "off": never.
+        compiled: let the transformer blocks of evaluations without gradient run through torch.compile, if a
+            measurement at first use says that it is faster. Results then differ by rounding between a step without
+            gradient and its replay.
         cache_text: encode each prompt once and remember its embedding. The text encoders are on the CPU in between. If
             they do not fit on the device beside the model, the model moves to the CPU while they encode.
         optimizer_bytes: of the optimizer's state, with a moving average of the weights if there is one; None: two fp32
@@ -98,7 +99,7 @@ class DifferentiableSampler:
         host_memory: int | str | None = None,
         cache_text: bool = False,
         compare_with_base: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: str = "auto",
         compiled: bool = False,
     ):
         self.model = adapt(pipe)
@@ -329,8 +330,6 @@ class DifferentiableSampler:
             compare_with_base=self.compare_with_base,
             gradient_sink=self.gradient_sink,
             fast=self.fast,
-            # Recorded replays reserve the memory of what they keep; a budget has better uses for it.
-            fast_replays=not self.planner.has_budget,
         )
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
@@ -366,5 +365,4 @@ class DifferentiableSampler:
             optimizer_bytes=self.optimizer_bytes,
             keeps_gradients=self.keeps_gradients,
             host_limit_bytes=self.renderer.host_pool.limit_bytes or 0,
-            records_graphs=self.fast is not None and self.fast.graphs is not None,
         )

@@ -1,7 +1,7 @@
 """Runs a chain under a plan (keeps, replays, recomputes), and measures time and memory; no other folder does."""
 
 from alignprop_fast.ops.autotune import cache_folder, device_name
-from alignprop_fast.ops.errors import unless_out_of_memory
+from alignprop_fast.ops.errors import OutOfMemory, first_line, unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
 from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
 from alignprop_fast.runtime.chain import Chain, GradientSink
@@ -32,6 +32,7 @@ __all__ = [
     "LiveBytes",
     "Offloader",
     "Operator",
+    "OutOfMemory",
     "PeakMeter",
     "Stopwatch",
     "Trace",
@@ -45,6 +46,7 @@ __all__ = [
     "device_memory",
     "device_name",
     "driver_bytes",
+    "first_line",
     "link_rate",
     "lockable_bytes",
     "operator_seconds",

@@ -97,19 +97,28 @@ class Chain(ABC):
         Called in the backward pass, with gradients off.
         """
 
-    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         """`predict` for a step without gradient, under inference mode; may be a faster form of it.
 
-        The result may be overwritten by the next call.
+        The result may be overwritten by the next call. recorded: whether it may run as a CUDA graph.
         """
         return self.predict(i, x)
 
-    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
-        """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.
+    def recorded_gradients(
+        self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options
+    ) -> Sequence[torch.Tensor | None] | None:
+        """`predict` of a gradient step that runs again, forward and back, as one CUDA graph; None if there is none.
 
-        options: the options of the blocks, by name, which are already applied.
+        Args:
+            x: the step's input state; the gradient reaches it if the chain has `input_gradient`.
+            gy: the gradient of `predict`'s result.
+            options: the options of the blocks, by name, which are already applied.
+
+        Returns:
+            the gradients of `receivers`, then that of x (None without `input_gradient`). They may be overwritten by
+            the next call.
         """
-        return self.predict(i, x)
+        return None
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a scalar, its gradient for y in the shape of y) of gradient step i.

@@ -165,17 +165,18 @@ class TrainerOptions:
         at_most=100,
         changes_plan=True,
     )
-    cuda_graphs: bool = option(
-        False,
-        "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU. Plans ignore its speed, "
-        "which is not measured yet.",
+    cuda_graphs: str = option(
+        "auto",
+        "Run evaluations without gradient and replays as CUDA graphs. auto: on a GPU, where a measurement at first use "
+        "says that they are faster and the memory that they keep has no better use. on: even if they are no faster.",
         Panel.DEVICE,
+        choices=("auto", "on", "off"),
         changes_plan=True,
     )
     compiled: bool = option(
         False,
-        "Experimental: run the transformer blocks of evaluations without gradient through torch.compile. Needs a GPU. "
-        "Plans ignore its speed, which is not measured yet.",
+        "Experimental: let the transformer blocks of evaluations without gradient run through torch.compile, if a "
+        "measurement at first use says that it is faster. Needs a GPU. Plans ignore its speed.",
         Panel.DEVICE,
     )
     deterministic: bool = option(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.planner import GraphUse
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
@@ -39,7 +40,7 @@ def test_graphs_give_the_same_bits(pipe, rescale):
     """With other prompts, noise, gates and weights than the recorded ones, and after another batch size."""
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
     options = {"guidance_rescale": rescale, "memory_budget": None, **size}
-    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on, **options) for on in (False, True))
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way, **options) for way in ("off", "on"))
     runs = ((PROMPTS, 1, [1, 3]), (["a dog", "sun"], 2, [0, 1, 2]), (["sun"], 3, [2]), (PROMPTS, 4, [3]))
     for prompts, seed, grad_steps in runs:
         images, grads = run(plain, prompts, seed, grad_steps)
@@ -49,13 +50,13 @@ def test_graphs_give_the_same_bits(pipe, rescale):
         with torch.no_grad():
             for parameter in plain.model.trainable():
                 parameter.mul_(1.1)
-    # Of a batch size: without gradient, with, and with but for the step's input, which a single step does not want.
-    assert len(graphed.fast.graphs._graphs) == 3 + 2
+    assert graphed.plan.graphs == GraphUse.ALL and plain.plan.graphs == GraphUse.NONE
+    assert len(graphed.fast.graphs._graphs) == 2 * 2, "of each batch size: an evaluation, and a replay forward and back"
 
 
 def test_python_does_not_run_again(pipe, monkeypatch):
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=True, **size)
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs="on", **size)
     run(sampler, PROMPTS, 1, [1, 3])
     monkeypatch.setattr(type(sampler.model), "predict", None)
     run(sampler, PROMPTS, 2, [2, 3])
@@ -73,7 +74,7 @@ def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatc
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", beginning)
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=True, **size)
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs="on", **size)
     made = type(torch.cuda.current_stream()).made
     for prompts in (PROMPTS, ["sun"]):
         run(sampler, prompts, 1, [1, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.planner import BlockOption, Plan
+from alignprop_fast.planner import BlockOption, GraphUse, Plan
 from alignprop_fast.runtime import (
     Block,
     Chain,
@@ -153,18 +153,27 @@ class Faster(Steps):
         super().__init__(net)
         self.calls = []
 
-    def sample(self, i, x):
-        self.calls.append(("sample", i))
+    def sample(self, i, x, recorded):
+        self.calls.append(("sample", i, recorded))
         return self.predict(i, x)
 
-    def replay(self, i, x, options):
+    def recorded_gradients(self, i, x, gy, options):
         self.calls.append(("replay", i, options["*"]))
-        return self.predict(i, x)
+        return None  # no memory to record: the step runs again without
 
 
-def test_faster_forms_serve_steps_without_gradient_and_replays():
+@pytest.mark.parametrize(
+    ("use", "option", "replays"),
+    [
+        (GraphUse.NONE, BlockOption.RECOMPUTE, []),
+        (GraphUse.SAMPLING, BlockOption.RECOMPUTE, []),
+        (GraphUse.ALL, BlockOption.RECOMPUTE, [("replay", 2, "recompute")]),
+        (GraphUse.ALL, BlockOption.RECOMPUTE_OFFLOADED, []),  # copies to the host are not recorded
+    ],
+)
+def test_faster_forms_serve_steps_without_gradient_and_replays(use, option, replays):
     """A resident step keeps its graph, so `predict` runs once. A replayed step is sampled first."""
     chain = Faster(make_net())
-    plan = Plan(5, (4,), (2,), ({"*": BlockOption.KEEP},), {"*": BlockOption.RECOMPUTE})
+    plan = Plan(5, (4,), (2,), ({"*": BlockOption.KEEP},), {"*": option}, graphs=use)
     run_chain(chain, plan, torch.randn(3, 6, dtype=torch.float64)).sum().backward()
-    assert chain.calls == [*(("sample", i) for i in range(4)), ("replay", 2, "recompute")]
+    assert chain.calls == [*(("sample", i, use is not GraphUse.NONE) for i in range(4)), *replays]
