@@ -55,13 +55,14 @@ class FastPredict:
         return cls(model, graphs, blocks, by_order=cuda_graphs == "on")
 
     def state(self) -> Hashable:
-        """The state for which a recording is valid: addresses of weights, settings of adapters. Pass it to all calls.
+        """The state for which a recording is valid: addresses of weights, and settings. Pass it to all calls.
 
         None: nothing is recorded. Under autocast that is so because it casts weights, which a graph would not repeat.
         """
         if self.graphs is None or torch.is_autocast_enabled("cuda"):
             return None
-        return self.model.fingerprint()
+        kernels = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
+        return self.model.fingerprint(), kernels
 
     def sample(
         self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable = None
