@@ -128,13 +128,13 @@ def _evaluate(chain: DenoisingChain, x: torch.Tensor, way: str) -> None:
 def _replay(chain: DenoisingChain, x: torch.Tensor, gy: torch.Tensor, recorded: bool) -> None:
     """One gradient step under the leanest plan's options, forward and back."""
     options = leanest(1, (0,)).replay_options
-    x = x.detach().requires_grad_(chain.input_gradient)
+    x = x.detach().requires_grad_()
     with apply_options(options, chain.blocks):
         if recorded:
             chain.recorded_gradients(0, x, gy, options)
             return
         y = chain.predict(0, x)
-    wanted = [*chain.receivers, *([x] if x.requires_grad else ())]
+    wanted = [*chain.receivers, x]
     torch.autograd.grad(y, wanted, gy, allow_unused=True)
 
 

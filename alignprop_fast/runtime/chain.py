@@ -42,7 +42,6 @@ class Chain(ABC):
         parameters: those of the network that need a gradient.
         blocks: the parts of the network for which a plan has options.
         gradient_sink: takes the parameters' gradients, and autograd gets none. None: autograd gets them.
-        input_gradient: whether the gradient passes through `predict` to x; otherwise only along the affine path.
         has_penalty: whether gradient steps have a `penalty`.
         conditions: other tensors that need a gradient, such as text embeddings. There are none with a sink.
         leaves: `predict` reads these instead of the conditions: the same values, detached, as leaves of the step's
@@ -56,13 +55,12 @@ class Chain(ABC):
         blocks: Sequence[Block] = (),
         *,
         gradient_sink: GradientSink | None = None,
-        input_gradient: bool = True,
         has_penalty: bool = False,
         conditions: Sequence[torch.Tensor] = (),
         leaves: Sequence[torch.Tensor] = (),
     ):
         self.num_steps, self.parameters, self.blocks = num_steps, parameters, blocks
-        self.gradient_sink, self.input_gradient, self.has_penalty = gradient_sink, input_gradient, has_penalty
+        self.gradient_sink, self.has_penalty = gradient_sink, has_penalty
         self.conditions, self.leaves = conditions, leaves
 
     @property
@@ -96,6 +94,14 @@ class Chain(ABC):
 
         Called in the backward pass, with gradients off.
         """
+
+    def input_scale(self, i: int) -> float:
+        """Factor of the gradient that gradient step i gives x through `predict`; 0: it is not computed."""
+        return 1.0
+
+    def weighted(self, g: torch.Tensor) -> torch.Tensor:
+        """The gradient of the last state, with the weight of each sample. Called once, as the backward pass begins."""
+        return g
 
     def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         """`predict` for a step without gradient, under inference mode; may be a faster form of it.

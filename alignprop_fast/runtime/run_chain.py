@@ -73,7 +73,7 @@ class _Tape:
 
     def input_gradient(self, i: int) -> bool:
         """Whether a gradient of step i's network input is needed by an earlier step or the initial latents."""
-        return self.chain.input_gradient and (i > self.first or self.wants_gx)
+        return self.chain.input_scale(i) != 0 and (i > self.first or self.wants_gx)
 
     def check_state(self) -> None:
         """Check the tensors that a replay reads; autograd checks only the versions of tensors that it saved.
@@ -135,6 +135,7 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
 
 def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     sums: list[torch.Tensor | None] = [None] * len(tape.chain.receivers)
+    g = tape.chain.weighted(g)
     for i in range(tape.chain.num_steps - 1, tape.first - 1, -1):
         if i in tape.grad_steps:
             g = _step_backward(tape, i, g, g_penalty, sums)
@@ -159,7 +160,7 @@ def _step_backward(
     gx = _network_backward(tape, i, x, y, gy, sums)
     del y, gy
     if gx is not None:
-        g = g + gx
+        g = torch.add(g, gx, alpha=tape.chain.input_scale(i))
         if penalty_gradient is not None:
             _network_backward(tape, i, x.detach(), None, penalty_gradient, sums)
     return g

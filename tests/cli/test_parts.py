@@ -35,6 +35,7 @@ CHANGES = {
     "adapter_dtype": ("bf16", {}),
     "reward": ("clip", {}),
     "reward_model": (("{clip}",), {"reward": "clip"}),
+    "reward_words": ("sharp|", {"reward": "clip"}),
     "prompts": ("{prompts}", {"reward": REWARD}),
     "negative_prompt": (None, GUIDED_FLUX),
     "num_inference_steps": (3, {}),
