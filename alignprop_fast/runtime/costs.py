@@ -15,6 +15,7 @@ from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.planner import Segment, Stage
 from alignprop_fast.runtime.blocks import Block
 from alignprop_fast.runtime.chain import Chain
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.measure import Workspaces
 from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
 
@@ -53,7 +54,7 @@ def step_costs(
         device=x.device,
         operator_seconds=operator_seconds,
     )
-    with Workspaces(x.device) as held:
+    with Workspaces(x.device) as held, chain.reading():
         sampling = trace(replace(work, forward=partial(_sample, chain, x), backward=None), {})
         options = segments(work, link)
     return StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
@@ -67,7 +68,7 @@ def _sample(chain: Chain, x: torch.Tensor) -> torch.Tensor:
 def _step_backward(chain: Chain, start: torch.Tensor, y: torch.Tensor) -> None:
     """A backward pass from a prediction y at `start`, as the chain has it."""
     if chain.gradient_sink is None:
-        torch.autograd.grad(y, [start, *chain.receivers], torch.ones_like(y), allow_unused=True)
+        step_gradients(y, start, chain.receivers, torch.ones_like(y))
     else:
         _one_by_one(y, start, chain.parameters)
 

@@ -19,6 +19,7 @@ from alignprop_fast.planner import Options, Plan
 from alignprop_fast.runtime.blocks import apply_options
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.changed import CHANGED
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.offload import Offloader
 
 
@@ -47,7 +48,7 @@ def run_penalised_chain(
         tape = _Tape(chain, plan, offloader, grad_steps, x.requires_grad)
         x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
         return chain.finish(x), penalty
-    with torch.no_grad():
+    with torch.no_grad(), chain.reading():
         x = _forward(_Tape(chain, plan, offloader, grad_steps, wants_gx=False), x)
         return chain.finish(x), x.new_zeros(())
 
@@ -90,7 +91,8 @@ class _ChainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
-        out = _forward(tape, x)
+        with tape.chain.reading():
+            out = _forward(tape, x)
         # Not on the tape: as an output it refers to this node, and the node to the tape, which would make a cycle.
         penalty, tape.penalty = tape.penalty, None
         return out, x.new_zeros(()) if penalty is None else penalty
@@ -103,7 +105,7 @@ class _ChainFunction(torch.autograd.Function):
             raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
         tape.used = True
         tape.check_state()
-        with ctx.autocast():
+        with ctx.autocast(), tape.chain.reading():
             gx, grads = _backward(tape, g, g_penalty)
         return None, gx if tape.wants_gx else None, *grads
 
@@ -186,9 +188,8 @@ def _network_backward(
     sums: list[torch.Tensor | None],
 ) -> torch.Tensor | None:
     """Add the receivers' gradients to `sums` (fp32 or wider) and return the gradient of x, if x requires one."""
-    wanted = [*receivers, x] if x.requires_grad else list(receivers)
-    grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
-    found = [(k, grad) for k, grad in enumerate(grads[: len(receivers)]) if grad is not None]
+    gx, grads = step_gradients(y, x, receivers, gy)
+    found = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
     added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
     if added:  # in one launch
         torch._foreach_add_(*map(list, zip(*added, strict=True)))
@@ -200,7 +201,7 @@ def _network_backward(
             wide = torch.promote_types(grad.dtype, torch.float32)
             sums[k] = grad.to(wide, copy=grad.data_ptr() in taken)
             taken.add(grad.data_ptr())
-    return grads[-1] if x.requires_grad else None
+    return gx
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
