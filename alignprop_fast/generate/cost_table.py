@@ -63,7 +63,6 @@ class TrainingStep:
     resident: the model's modules that are on the device while the chain runs.
     keeps_gradients: whether gradients of earlier backward passes are kept while the chain runs.
     host_limit_bytes: the most host memory that offloading may take.
-    records_graphs: whether steps without gradient are recorded as CUDA graphs, which reserve their memory.
     """
 
     model: Any
@@ -80,7 +79,6 @@ class TrainingStep:
     optimizer_bytes: int | None = None
     keeps_gradients: bool = True
     host_limit_bytes: int = 0
-    records_graphs: bool = False
 
     @property
     def batch(self) -> int:
@@ -95,7 +93,7 @@ def measured_table(step: TrainingStep) -> CostTable:
     """
     device = step.model.device
     link = link_rate(device)
-    origin = {**_origin(step), "source": "measured", "device": device_name(device)}
+    origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
 
@@ -114,14 +112,14 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
         return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
 
     formula = operator_seconds(roofline)
-    origin = {**_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
     """The remembered table of exactly this origin, or else costs(), which is then remembered."""
-    path = _cache_file(origin)
+    path = cache_file(origin)
     table = _read(path)
     if table is None:
         table = costs()
@@ -151,7 +149,7 @@ def _read(path: Path) -> CostTable | None:
 
 def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
     """The table without the parts that `_completed` adds."""
-    x = _latents(step)
+    x = latents(step)
     image_bytes = _bytes([_images(step)])
     costs = step_costs(step.chain, x, formula, link)
     return CostTable(
@@ -175,11 +173,10 @@ def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
-    graphs = {"graphs": table.sampling_bytes} if step.records_graphs else {}
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(step), **table.fixed, **graphs},
+        fixed={**_fixed(step), **table.fixed},
         rewards=_rewards(step, formula),
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,
@@ -221,7 +218,7 @@ def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
         )
 
 
-def _latents(step: TrainingStep) -> torch.Tensor:
+def latents(step: TrainingStep) -> torch.Tensor:
     model = step.model
     scale = model.pipe.vae_scale_factor
     x = torch.zeros(step.batch, model.latent_channels, *(side // scale for side in step.size), device=model.device)
@@ -260,7 +257,7 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
-def _origin(step: TrainingStep) -> dict[str, str]:
+def step_origin(step: TrainingStep) -> dict[str, str]:
     """Everything except the device that the numbers of a table depend on."""
     model = step.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in (*step.chain.parameters, *step.chain.conditions)]
@@ -300,5 +297,5 @@ def _code() -> str:
     return _hash([file.read_bytes() for part in parts for file in sorted((package / part).rglob("*.py"))])
 
 
-def _cache_file(origin: Mapping[str, str]) -> Path:
+def cache_file(origin: Mapping[str, str]) -> Path:
     return cache_folder() / "tables" / f"{_hash(json.dumps(origin, sort_keys=True))}.json"

@@ -5,16 +5,12 @@ from collections.abc import Sequence
 import torch
 
 
-def step_gradients(
-    y: torch.Tensor, x: torch.Tensor, receivers: Sequence[torch.Tensor], gy: torch.Tensor
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """(gradient of x if it requires one, gradients of the receivers in fp32 or wider) from the gradient gy of y.
+def step_gradients(y: torch.Tensor, wanted: Sequence[torch.Tensor], gy: torch.Tensor) -> list[torch.Tensor | None]:
+    """Gradients of the wanted tensors in fp32 or wider, from the gradient gy of y; None for those that y lacks.
 
     Those in 16 bits are widened together in one call: there are a thousand of them, all small.
     """
-    wanted = [*receivers, x] if x.requires_grad else list(receivers)
     found: list[torch.Tensor | None] = [*torch.autograd.grad(y, wanted, gy, allow_unused=True)]
-    gx = found.pop() if x.requires_grad else None
     narrow = [k for k, grad in enumerate(found) if grad is not None and grad.dtype.itemsize < 4]
     grads = [grad for k in narrow if (grad := found[k]) is not None]
     if grads:
@@ -24,4 +20,4 @@ def step_gradients(
         torch._foreach_copy_(wide, grads)
         for k, grad in zip(narrow, wide, strict=True):
             found[k] = grad
-    return gx, found
+    return found

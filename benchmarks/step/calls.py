@@ -34,7 +34,7 @@ from alignprop_fast.models.architectures import NAMES, architecture
 from alignprop_fast.models.lean.surgery import take_ops_out
 from alignprop_fast.ops import backend, extension, group_norm_silu, lora_linear
 from alignprop_fast.ops.attention import attention
-from alignprop_fast.runtime.gradients import step_gradients
+from alignprop_fast.runtime import step_gradients
 from benchmarks.provenance import commit
 from benchmarks.rows import write_rows
 
@@ -120,7 +120,7 @@ def count(name: str, variant: str) -> dict[str, Counter[str]]:
         stack.enter_context(calls)
         y = model.predict(x, timestep, cond)
         forward = calls.counts.copy()
-        step_gradients(y, x, trained, torch.empty_like(y))
+        step_gradients(y, [x, *trained], torch.empty_like(y))
     return {"forward": forward, "both": calls.counts.copy()}
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.pipeline_adapter import PromptBatch
-from alignprop_fast.runtime.gradients import step_gradients
+from alignprop_fast.runtime import step_gradients
 
 
 class Calls(TorchDispatchMode):
@@ -38,8 +38,7 @@ def model(tiny_sd):
 
 def run(model, x, cond, parameters):
     y = model.predict(x, torch.tensor(300.0), cond)
-    gx, grads = step_gradients(y, x, parameters, torch.ones_like(y))
-    return [y.detach(), gx, *grads]
+    return [y.detach(), *step_gradients(y, [x, *parameters], torch.ones_like(y))]
 
 
 def inputs(model):
