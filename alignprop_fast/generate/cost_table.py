@@ -19,8 +19,10 @@ from torch import nn
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.planner import (
     GRADES,
+    GRAPH_LAUNCH_SECONDS,
     CostTable,
     Gpu,
+    GraphCosts,
     Option,
     Segment,
     Stage,
@@ -107,14 +109,39 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     It is remembered like a measured one, because counting all operators of a large model takes a minute.
     """
 
-    def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        halves = dtype in (torch.bfloat16, torch.float16)
-        return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
-
+    roofline = _Roofline(gpu)
     formula = operator_seconds(roofline)
     origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
-    table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
+
+    def costs() -> CostTable:
+        table = _costs(step, origin, formula, gpu.link)
+        return replace(table, graphs=GraphCosts(roofline.graph_ratio, roofline.graph_ratio, 0))
+
+    table = _remembered(origin, costs)
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
+
+
+class _Roofline:
+    """Seconds of operators on a GPU, by the roofline model.
+
+    graph_ratio: seconds of all operators so far inside CUDA graphs, over those of single launches.
+    """
+
+    def __init__(self, gpu: Gpu):
+        self._gpu, self._seconds, self._seconds_in_graphs = gpu, 0.0, 0.0
+
+    def __call__(self, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+        name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
+        seconds = roofline_seconds(flop, size_bytes, self._gpu, name)
+        self._seconds += seconds
+        self._seconds_in_graphs += roofline_seconds(
+            flop, size_bytes, self._gpu, name, launch_seconds=GRAPH_LAUNCH_SECONDS
+        )
+        return seconds
+
+    @property
+    def graph_ratio(self) -> float:
+        return self._seconds_in_graphs / self._seconds if self._seconds else 1.0
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:

@@ -33,6 +33,7 @@ class DenoisingChain(Chain):
         generator: draws the noise of each step; None: the global one.
         draw_noise: whether noise is drawn at each step.
         truncation: its gates and leaps; None: the chain's gates have weight 1.
+        shift: what is added to the last latents.
         gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
         fast: faster predictions, or None.
@@ -53,6 +54,7 @@ class DenoisingChain(Chain):
         *,
         draw_noise: bool,
         truncation: Truncation | None = None,
+        shift: torch.Tensor | None = None,
         compare_with_base: bool = False,
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
@@ -79,6 +81,7 @@ class DenoisingChain(Chain):
             leaves=list(leaves.values()),
         )
         self.gates = {} if truncation is None else {gate.step: gate for gate in truncation.gates}
+        self.shift = shift
         self.leaps = Leaps(truncation) if truncation is not None and truncation.leaps else None
         self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
         self.guidance, self.given_cond = guidance, cond
@@ -100,7 +103,7 @@ class DenoisingChain(Chain):
         return DenoisingChain(
             self.model,
             self.blocks,
-            self.update.table.last_alone(),
+            self.update.table.alone(self.num_steps - 1)[0],
             self.timesteps[-1:],
             self.given_cond,
             self.guidance,
@@ -183,7 +186,8 @@ class DenoisingChain(Chain):
         return self.update.start(x)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        return self.update.latents(x)
+        x = self.update.latents(x)
+        return x if self.shift is None else x + self.shift
 
     def state(self) -> Hashable:
         read = [*self.cond.tensors(), *self.leaves]
