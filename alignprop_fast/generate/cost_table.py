@@ -263,12 +263,13 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
     device = step.model.device  # read once, because diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
+    copies_bytes = 0 if step.chain.copies is None else allocated_bytes(step.chain.copies.size_bytes, device)
     tensors = [t for module in step.resident for t in (*module.parameters(), *module.buffers())]
     tensors = [t for t in tensors if t.device.type == device.type]
     conditioning = [t for t in vars(step.cond).values() if isinstance(t, torch.Tensor)]
     return {
         "weights": _bytes(tensors) - adapters_bytes,
-        "adapters": adapters_bytes,
+        "adapters": adapters_bytes + copies_bytes,
         # Gradients are in fp32 also if adapters are in bf16 (see `FlatParameters`).
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
@@ -286,7 +287,7 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
 def step_origin(step: TrainingStep) -> dict[str, str]:
     """Everything except the device that the numbers of a table depend on."""
     model = step.model
-    trained = [(tuple(p.shape), str(p.dtype)) for p in step.chain.receivers]
+    trained = [(tuple(p.shape), str(p.dtype)) for p in (*step.chain.parameters, *step.chain.conditions)]
     # Quantised weights are buffers.
     named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
     weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]

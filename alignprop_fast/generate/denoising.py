@@ -7,6 +7,7 @@ for the backward pass but no diffusion.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
-from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
+from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
 from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update, rescaled_guidance
 
 
@@ -66,12 +67,16 @@ class DenoisingChain(Chain):
                 "parameters: leave one of the two out"
             )
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
+        parameters = model.trainable()
+        # Autocast casts the adapters itself.
+        self.copies = None if autocast_dtype(model.device) else model.adapter_copies()
         super().__init__(
             len(table),
-            model.trainable(),
+            parameters,
             blocks,
             gradient_sink=gradient_sink,
             has_penalty=compare_with_base,
+            stand_ins=None if self.copies is None else self.copies.stand_ins(parameters),
             conditions=conditions,
             leaves=list(leaves.values()),
         )
@@ -108,6 +113,9 @@ class DenoisingChain(Chain):
             fast=self.fast,
         )
 
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.copies is None else self.copies.in_place()
+
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The denoiser's output: [K * B, C, h, w], unconditional branch first; or already guided, [B, C, h, w]."""
         y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
@@ -130,7 +138,7 @@ class DenoisingChain(Chain):
             seen = self.update.model_input(i, x)
         kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
         found = self.fast.gradients(
-            seen, self.timesteps[i], self.cond, self._guided, gy, self.parameters, self.fast_state, kind
+            seen, self.timesteps[i], self.cond, self._guided, gy, self.stand_ins, self.fast_state, kind
         )
         if found is None or not through_input:
             return found and [*found, None]

@@ -24,6 +24,7 @@ from alignprop_fast.runtime import (
     apply_options,
     device_name,
     first_line,
+    step_gradients,
     unless_out_of_memory,
 )
 
@@ -77,7 +78,8 @@ def _remembered(step: TrainingStep) -> Mapping[str, float]:
     except (OSError, ValueError):
         pass  # not there, or damaged
     try:
-        seconds = unless_out_of_memory(partial(_measured, step))
+        with step.chain.reading():
+            seconds = unless_out_of_memory(partial(_measured, step))
     except RuntimeError as error:
         if step.chain.fast is not None and step.chain.fast.by_order:
             raise
@@ -134,8 +136,7 @@ def _replay(chain: DenoisingChain, x: torch.Tensor, gy: torch.Tensor, recorded: 
             chain.recorded_gradients(0, x, gy, options)
             return
         y = chain.predict(0, x)
-    wanted = [*chain.receivers, x]
-    torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    step_gradients(y, [*chain.receivers, x], gy)
 
 
 def _timed(step: TrainingStep, run: Callable[[], None]) -> float:

@@ -100,7 +100,7 @@ class StepPlanner:
         with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
             x = self.model.initial_latents(step.batch, step.size, None, None).requires_grad_()
             images = self.renderer.render(chain, leanest(1, (0,)), x).images
-            torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
+            torch.autograd.grad(images.sum(), [x, *chain.parameters], allow_unused=True)
 
     def tighten(self, factor: float, last: Plan | None) -> int:
         """From now on plan with less memory than the last plan took; returns the new budget in bytes.
