@@ -24,11 +24,13 @@ def both(y, wanted):
     torch.autograd.grad(y, wanted, [torch.empty_like(one) for one in y])
 
 
-def layers(learning, dtype=torch.bfloat16):
-    """q, k, v whose A are views of one matrix."""
-    stacked = torch.randn(12, 16, dtype=dtype).split(4)
-    pairs = [(a.requires_grad_(learning), torch.randn(8, 4, dtype=dtype, requires_grad=learning)) for a in stacked]
-    return [Layer(torch.randn(8, 16, dtype=dtype), None, down, up) for down, up in pairs]
+def layers():
+    """q, k, v whose A are views of one matrix. Like copies of adapters they take gradients of any dtype."""
+    stacked = torch.randn(12, 16, dtype=torch.bfloat16).split(4)
+    pairs = [(down.requires_grad_(), torch.randn(8, 4, dtype=down.dtype, requires_grad=True)) for down in stacked]
+    for down, up in pairs:
+        down.grad_dtype = up.grad_dtype = None
+    return [Layer(torch.randn(8, 16, dtype=torch.bfloat16), None, down, up) for down, up in pairs]
 
 
 def test_norm_activation_and_step():
@@ -43,7 +45,7 @@ def test_norm_activation_and_step():
 
 
 def test_three_projections_by_kernels():
-    x, qkv = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True), layers(True)
+    x, qkv = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True), layers()
     found = calls_of(lambda: both(lora_linears(x, qkv), [x, *(t for layer in qkv for t in layer[2:4])]))
     forward = {"lora_down_kernel": 1 + 1, "lora_product_kernel": 1}  # x A^T again for the gradient of B
     backward = {"lora_up_grad_kernel": 3, "lora_input_grad_kernel": 1, "lora_down_grad_kernel": 1, "lora_sum_kernel": 4}
@@ -51,7 +53,7 @@ def test_three_projections_by_kernels():
 
 
 def test_three_projections_by_products():
-    x, qkv = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True), layers(True)
+    x, qkv = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True), layers()
     found = calls_of(lambda: both(lora_linears(x, qkv), [x, *(t for layer in qkv for t in layer[2:4])]), "plain")
     # Forward x A^T, and for each x W^T and += t B^T; back g B, g^T t for each, x A^T, u^T x, and g W as sums.
     assert found == {"mm": 1 + 3 + 3 + 3 + 1 + 1 + 1, "addmm_": 3 + 2 + 1}
