@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast import kernels
 from alignprop_fast.models.architectures import NAMES, architecture
 from alignprop_fast.models.lean.surgery import take_ops_out
-from alignprop_fast.ops import backend, extension, group_norm_silu, lora_linear
+from alignprop_fast.ops import backend, group_norm_silu, lora_linear
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.runtime import step_gradients
 from benchmarks.provenance import commit
@@ -74,9 +74,6 @@ class Calls(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu(calls: Calls, products: str) -> Iterator[None]:
     """Inside, ops take meta tensors for a GPU's; their kernels only count. products: of LoRA, "plain" or "triton"."""
-    if reason := extension.missing("cpu"):
-        raise SystemExit(f"csrc/ is not built ({reason}): python -m alignprop_fast.ops.extension")
-    group_norm_silu._register_fakes()
     with ExitStack() as stack:
         for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
             if hasattr(loaded := importlib.import_module(module.name), "launch"):
@@ -102,6 +99,8 @@ def _fused_attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *rest: Any, 
 
 def count(name: str, variant: str) -> dict[str, Counter[str]]:
     """Calls of one evaluation by name: "forward", and "both" passes with the gradients in fp32."""
+    if reason := group_norm_silu._extension_missing("cpu"):
+        raise SystemExit(f"csrc/ is not built ({reason}): python -m alignprop_fast.ops.extension")
     model = architecture(name)
     size = model.image_size(None, None)
     cond = model.blank_conditioning(1, not model.embeds_guidance, size)

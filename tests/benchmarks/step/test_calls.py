@@ -1,0 +1,59 @@
+"""What an op starts outside tracing: its kernels, once each, and nothing else. No custom operator, cast or copy."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.guided_step import guided_step
+from alignprop_fast.ops.layer_norm import layer_norm
+from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.lora_linear_plain import Layer
+from benchmarks.step.calls import Calls, as_on_a_gpu
+
+
+def calls_of(run, products="triton"):
+    calls = Calls()
+    with as_on_a_gpu(calls, products), calls:
+        run()
+    return dict(calls.counts)
+
+
+def both(y, wanted):
+    torch.autograd.grad(y, wanted, [torch.empty_like(one) for one in y])
+
+
+def layers():
+    """q, k, v whose A are views of one matrix. Like copies of adapters they take gradients of any dtype."""
+    stacked = torch.randn(12, 16, dtype=torch.bfloat16).split(4)
+    pairs = [(down.requires_grad_(), torch.randn(8, 4, dtype=down.dtype, requires_grad=True)) for down in stacked]
+    for down, up in pairs:
+        down.grad_dtype = up.grad_dtype = None
+    return [Layer(torch.randn(8, 16, dtype=torch.bfloat16), None, down, up) for down, up in pairs]
+
+
+def test_norm_activation_and_step():
+    x, gamma = torch.randn(2, 3, 8, requires_grad=True), torch.ones(8)
+    names = ("layer_norm_forward_kernel", "layer_norm_backward_kernel")
+    assert calls_of(lambda: both([layer_norm(x, gamma, gamma)], [x])) == dict.fromkeys(names, 1)
+    assert calls_of(lambda: layer_norm(x.detach(), gamma, gamma)) == {names[0]: 1}
+    names = ("geglu_forward_kernel", "geglu_backward_kernel")
+    assert calls_of(lambda: both([geglu(x)], [x])) == dict.fromkeys(names, 1)
+    latents, y = torch.ones(2, 4), torch.ones(4, 4)
+    assert calls_of(lambda: guided_step(latents, y, None, 0.9, [-4.0, 5.0])) == {"guided_step_kernel": 1}
+
+
+def test_three_projections_by_kernels():
+    x, qkv = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True), layers()
+    found = calls_of(lambda: both(lora_linears(x, qkv), [x, *(t for layer in qkv for t in layer[2:4])]))
+    forward = {"lora_down_kernel": 1 + 1, "lora_product_kernel": 1}  # x A^T again for the gradient of B
+    backward = {"lora_up_grad_kernel": 3, "lora_input_grad_kernel": 1, "lora_down_grad_kernel": 1, "lora_sum_kernel": 4}
+    assert found == forward | backward
+
+
+def test_three_projections_by_products():
+    x, qkv = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True), layers()
+    found = calls_of(lambda: both(lora_linears(x, qkv), [x, *(t for layer in qkv for t in layer[2:4])]), "plain")
+    # Forward x A^T, and for each x W^T and += t B^T; back g B, g^T t for each, x A^T, u^T x, and g W as sums.
+    assert found == {"mm": 1 + 3 + 3 + 3 + 1 + 1 + 1, "addmm_": 3 + 2 + 1}
