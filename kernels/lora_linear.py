@@ -36,8 +36,9 @@ from alignprop_fast.kernels.launch import launch
 MAX_RANK = 128
 MAX_PROJECTIONS = 3
 SUM_BLOCK = 32
-# Programs that keep an H100 busy, and the fewest rows of a tile.
-FEW_PROGRAMS, MIN_ROWS = 132, 16
+# Programs that keep an H100 busy, and what "down" takes if it would have fewer: the fewest rows of a tile.
+FEW_PROGRAMS = 132
+FEW_ROWS = {"BLOCK_T": 16, "num_stages": 2}
 # Kind of input -> kernel -> block sizes. "product" computes y and gx in blocks of rows of T, columns, inner dimension.
 CONFIGS = {
     "half": {
@@ -236,7 +237,7 @@ def narrow(
 ) -> None:
     """Write scale x A^T of each A [R, I] into t [T, sum R]; transposed: of the only one, [I, R]."""
     block_r = rank_block(adapters, int(transposed))
-    blocks = config("down", x.dtype, block_r) | {"BLOCK_T": narrow_rows(x.shape[0], x.dtype, block_r)}
+    blocks = narrow_blocks(x.shape[0], x.dtype, block_r)
     launch(
         lora_narrow_kernel, (triton.cdiv(x.shape[0], blocks["BLOCK_T"]),),
         x, *three(adapters), t, float(scale), *x.shape, x.stride(0), t.stride(0), *three_sizes(ranks),
@@ -244,10 +245,10 @@ def narrow(
     )  # fmt: skip
 
 
-def narrow_rows(n_tokens: int, dtype: torch.dtype, block_r: int) -> int:
-    """Tokens of one program of `narrow`: the fewest that a product takes, if others would leave processors idle."""
-    rows = config("down", dtype, block_r)["BLOCK_T"]
-    return rows if triton.cdiv(n_tokens, rows) >= FEW_PROGRAMS else MIN_ROWS
+def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, int]:
+    """Block sizes, warps and stages of `narrow`, with enough programs if the tokens allow."""
+    blocks = config("down", dtype, block_r)
+    return blocks if triton.cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else blocks | FEW_ROWS
 
 
 def lora_linear_forward(
@@ -305,10 +306,10 @@ def lora_linear_forward_split(
 
 def signatures() -> list[dict]:
     """The forward kernels in each configuration; those of the backward pass are in `lora_linear_backward`."""
-    wide, few = {"P": 3, "TRANSPOSED": False}, {"BLOCK_T": MIN_ROWS}
+    wide = {"P": 3, "TRANSPOSED": False}
     launched = {
         "down": (lora_narrow_kernel, wide),
-        "down, few rows": (lora_narrow_kernel, wide | few),
+        "down, few rows": (lora_narrow_kernel, wide | FEW_ROWS),
         "product": (lora_product_kernel, {"BIAS": 7}),
         "add": (lora_add_kernel, {}),
     }

@@ -7,7 +7,7 @@ import triton.language as tl
 from alignprop_fast.kernels.launch import launch
 from alignprop_fast.kernels.lora_linear import (
     FEW_PROGRAMS,
-    MIN_ROWS,
+    FEW_ROWS,
     SUM_BLOCK,
     add_rows_by_columns,
     config,
@@ -115,7 +115,7 @@ def adapter_grads(
     ups: list[torch.Tensor],
     scales: list[float],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """([dA_p [R_p, I]], [dB_p [O_p, R_p]]), views of one tensor in the adapters' dtype.
+    """([dA_p [R_p, I]], [dB_p [O_p, R_p]]), views of one tensor in fp32.
 
     Partial sums of all adapters lie side by side, so that one launch adds them.
     """
@@ -136,15 +136,15 @@ def adapter_grads(
     sum_by_chunks(x, u, ranks, 0, 1.0)
     for p, (g, rank, scale) in enumerate(zip(gs, ranks, scales, strict=True)):
         sum_by_chunks(g, t[:, sum(ranks[:p]) :], [rank], sum(sizes[: p + 1]), scale)
-    d_downs, *d_ups = add_parts(parts, downs[0].dtype).split(sizes)
+    d_downs, *d_ups = add_parts(parts).split(sizes)
     pairs = zip(d_ups, ranks, strict=True)
     return list(d_downs.view(-1, x.shape[1]).split(ranks)), [d_up.view(rank, -1).T for d_up, rank in pairs]
 
 
-def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of fp32 parts [chunks, n] over the chunks in a fixed order, in `dtype`."""
+def add_parts(parts: torch.Tensor) -> torch.Tensor:
+    """Sum of fp32 parts [chunks, n] over the chunks in a fixed order, in fp32."""
     n_parts, n = parts.shape
-    out = torch.empty(n, dtype=dtype, device=parts.device)
+    out = parts.new_empty(n)
     launch(lora_sum_kernel, (triton.cdiv(n, SUM_BLOCK),), parts, out, n, n_parts, BLOCK=SUM_BLOCK, num_warps=1)
     return out
 
@@ -177,7 +177,7 @@ def lora_linear_backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of one to three projections of x [T, I] from gs [T, O_p]; t is the forward pass's.
 
-    Returns (gx [T, I] in x's dtype or None, [dA_p], [dB_p]); all adapters are of one dtype, which dA and dB have.
+    Returns (gx [T, I] in x's dtype or None, [dA_p], [dB_p] in fp32); all adapters are of one dtype.
     """
     gs, x, t = [rows_contiguous(g) for g in gs], rows_contiguous(x), t.contiguous()
     weights, downs, ups = ([m.contiguous() for m in group] for group in (weights, downs, ups))
@@ -192,7 +192,7 @@ def signatures() -> list[dict]:
     return signature_entries(
         {
             "down, transposed": (lora_narrow_kernel, one),
-            "down, transposed, few rows": (lora_narrow_kernel, one | {"BLOCK_T": MIN_ROWS}),
+            "down, transposed, few rows": (lora_narrow_kernel, one | FEW_ROWS),
             "grad": (lora_grad_kernel, {"P": 3}),
             "product": (lora_input_grad_kernel, {"P": 3}),
             "sum": (lora_sum_kernel, {"BLOCK": SUM_BLOCK, "num_warps": 1}),

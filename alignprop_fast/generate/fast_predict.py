@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.pipeline_adapter import Conditioning
-from alignprop_fast.runtime import CompiledBlocks, GraphedCalls
+from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, step_gradients
 
 CUDA_GRAPHS = ("auto", "on", "off")
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
@@ -55,13 +55,14 @@ class FastPredict:
         return cls(model, graphs, blocks, by_order=cuda_graphs == "on")
 
     def state(self) -> Hashable:
-        """The state for which a recording is valid: addresses of weights, settings of adapters. Pass it to all calls.
+        """The state for which a recording is valid: addresses of weights, and settings. Pass it to all calls.
 
         None: nothing is recorded. Under autocast that is so because it casts weights, which a graph would not repeat.
         """
         if self.graphs is None or torch.is_autocast_enabled("cuda"):
             return None
-        return self.model.fingerprint()
+        kernels = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
+        return self.model.fingerprint(), kernels
 
     def sample(
         self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable = None
@@ -143,4 +144,4 @@ def _gradients(
     x = x.detach().requires_grad_(wants_gx)
     y = guide(predict(x, timestep, cond.exchanged(dict(zip(ids, tensors, strict=True)))))
     wanted = [*parameters, x] if wants_gx else parameters
-    return torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    return tuple(step_gradients(y, wanted, gy))

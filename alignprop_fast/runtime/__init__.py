@@ -3,6 +3,7 @@
 from alignprop_fast.ops.autotune import cache_folder, device_name
 from alignprop_fast.ops.errors import OutOfMemory, first_line, unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
+from alignprop_fast.runtime.block_costs import segments, transfer_bytes
 from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
 from alignprop_fast.runtime.chain import Chain, GradientSink
 from alignprop_fast.runtime.changed import raise_if_changed
@@ -10,6 +11,7 @@ from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
@@ -18,7 +20,7 @@ from alignprop_fast.runtime.meta_results import remembered_results
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
-from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
+from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
 
 __all__ = [
     "DECODER_STAGES",
@@ -59,6 +61,7 @@ __all__ = [
     "score_in_chunks",
     "segments",
     "step_costs",
+    "step_gradients",
     "trace",
     "transfer_bytes",
     "unless_out_of_memory",

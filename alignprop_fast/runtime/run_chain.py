@@ -19,6 +19,7 @@ from alignprop_fast.planner import Options, Plan
 from alignprop_fast.runtime.blocks import apply_options
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.changed import CHANGED
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.offload import Offloader
 
 
@@ -47,7 +48,7 @@ def run_penalised_chain(
         tape = _Tape(chain, plan, offloader, grad_steps, x.requires_grad)
         x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
         return chain.finish(x), penalty
-    with torch.no_grad():
+    with torch.no_grad(), chain.reading():
         x = _forward(_Tape(chain, plan, offloader, grad_steps, wants_gx=False), x)
         return chain.finish(x), x.new_zeros(())
 
@@ -73,7 +74,7 @@ class _Tape:
 
     def input_gradient(self, i: int) -> bool:
         """Whether a gradient of step i's network input is needed by an earlier step or the initial latents."""
-        return self.chain.input_gradient and (i > self.first or self.wants_gx)
+        return self.chain.input_scale(i) != 0 and (i > self.first or self.wants_gx)
 
     def check_state(self) -> None:
         """Check the tensors that a replay reads; autograd checks only the versions of tensors that it saved.
@@ -94,7 +95,8 @@ class _ChainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
-        out = _forward(tape, x)
+        with tape.chain.reading():
+            out = _forward(tape, x)
         # Not on the tape: as an output it refers to this node, and the node to the tape, which would make a cycle.
         penalty, tape.penalty = tape.penalty, None
         return out, x.new_zeros(()) if penalty is None else penalty
@@ -107,7 +109,7 @@ class _ChainFunction(torch.autograd.Function):
             raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
         tape.used = True
         tape.check_state()
-        with ctx.autocast():
+        with ctx.autocast(), tape.chain.reading():
             gx, grads = _backward(tape, g, g_penalty)
         return None, gx if tape.wants_gx else None, *grads
 
@@ -135,6 +137,7 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
 
 def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     sums: list[torch.Tensor | None] = [None] * len(tape.chain.receivers)
+    g = tape.chain.weighted(g)
     for i in range(tape.chain.num_steps - 1, tape.first - 1, -1):
         if i in tape.grad_steps:
             g = _step_backward(tape, i, g, g_penalty, sums)
@@ -159,7 +162,7 @@ def _step_backward(
     gx = _network_backward(tape, i, x, y, gy, sums)
     del y, gy
     if gx is not None:
-        g = g + gx
+        g = torch.add(g, gx, alpha=tape.chain.input_scale(i))
         if penalty_gradient is not None:
             _network_backward(tape, i, x.detach(), None, penalty_gradient, sums)
     return g
@@ -187,7 +190,7 @@ def _network_backward(
     if chain.gradient_sink is not None:
         return chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
     wanted = [*chain.receivers, x] if x.requires_grad else chain.receivers
-    found = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    found = step_gradients(y, wanted, gy)
     _add(sums, found[: len(sums)])
     return found[-1] if x.requires_grad else None
 

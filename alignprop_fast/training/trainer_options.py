@@ -51,7 +51,9 @@ class TrainerOptions:
         "uniform-once, gaussian: the last K, with K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is "
         "fastest). lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). "
         "drtune, drtune:K: K (5) of all, which reaches early steps cheaply (DRTune). refl: one late step, drawn "
-        "at random (ReFL).",
+        "at random (ReFL). discount:GAMMA: all, with weights that fall toward the noise. leapalign, flowbp-sparse:K, "
+        "flowbp-bridge:K, flowbp-lagrange: two to K steps whose weights stand for all. srpo, srpo:N: the picture, "
+        "noised to N (1) drawn steps and recovered by each (docs/truncation.md).",
         Panel.TRAINING,
         changes_plan=True,
     )

@@ -68,7 +68,7 @@ def test_a_chain_never_waits_for_the_device(request, name):
     size = {"height": 16, "width": 16} if name == "tiny_flux" else {}
     sampler = DifferentiableSampler(pipe, STEPS, **size)
     cond = sampler.model.blank_conditioning(2, name != "tiny_flux", sampler.size)
-    chain = sampler._chain(cond, None, sampler.table, True)
+    chain = sampler._chain(cond, None, sampler.table)
     x = sampler.model.initial_latents(2, sampler.size, None, None)
     with Waits() as waits:
         assert x.sum().item() and torch.tensor([1.0]).sum() and len(waits.found) >= 2, "the test itself sees them"
@@ -193,7 +193,7 @@ def test_a_chain_never_waits_on_a_gpu(request, cuda_graphs):
     pipe = pipe_of(request, "tiny_sdxl").to("cuda", torch.bfloat16)
     sampler = DifferentiableSampler(pipe, STEPS, cuda_graphs=cuda_graphs)
     cond = sampler.model.blank_conditioning(2, True, sampler.size)
-    chain = sampler._chain(cond, None, sampler.table, True)
+    chain = sampler._chain(cond, None, sampler.table)
     x = sampler.model.initial_latents(2, sampler.size, None, None)
     for mode in ("default", "error"):  # the first run compiles and chooses kernels, and records graphs
         torch.cuda.set_sync_debug_mode(mode)
