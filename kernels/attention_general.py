@@ -5,8 +5,9 @@ section 3.1, in two kernels): the first kernel has a program per block of querie
 has a program per block of keys and computes dk and dv. Every output has one writer, so there are no atomics and two
 runs give the same bits.
 
-The walk takes whole blocks without masks, then what is left with masks. The second walk is a loop of at most one turn:
-in a straight line, the compiler holds more in registers and spills. Its one stage keeps the pipeline out of it.
+The walk over keys takes whole blocks without masks, then what is left with masks. The second walk is a loop of at most
+one turn: in a straight line, the compiler holds more in registers and spills. Its one stage keeps the pipeline out of
+it. The walk over queries masks only loads, which costs three instructions, so it is one loop.
 """
 
 from itertools import product
@@ -38,7 +39,7 @@ from alignprop_fast.kernels.launch import launch
 CONFIGS = {
     "half": {
         "forward": [(64, 128, 64, 4, 3), (96, 64, 64, 4, 3), (128, 64, 64, 4, 2), (160, 64, 32, 4, 2)],
-        "dq": [(64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (160, 64, 32, 8, 2)],
+        "dq": [(64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (160, 64, 16, 4, 2)],
         "dk_dv": [(96, 32, 64, 4, 2), (128, 32, 64, 8, 2), (160, 16, 64, 8, 2)],
     },
     "half sm_90": {
@@ -256,50 +257,6 @@ def attention_backward_dq_kernel(
     store_pair(dq_ptr + (b * M * H + h) * HEAD, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
 
 
-@triton.jit
-def _add_dk_dv(
-    dk0,
-    dk1,
-    dv0,
-    dv1,
-    k0,
-    k1,
-    v0,
-    v1,
-    q_ptr,
-    g_ptr,
-    lse_ptr,
-    delta_ptr,
-    start,
-    q_r,
-    g_r,
-    M,
-    scale2,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """dk / scale and dv after one more block of queries. S is transposed, so P^T and dS^T need no transposition."""
-    rows = start + tl.arange(0, BLOCK_M)
-    q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
-    g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
-    if MASK:
-        # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
-        lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=rows < M, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + rows)
-        delta = tl.load(delta_ptr + rows)
-    p_T = tl.exp2(rows_by_rows(k0, k1, q0, q1, D1) * scale2 - (lse * 1.4426950408889634)[None, :])
-    dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
-    ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
-    dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
-    return dk0, dk1, dv0, dv1
-
-
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "o"])
 def attention_backward_dk_dv_kernel(
     g_ptr,
@@ -330,10 +287,14 @@ def attention_backward_dk_dv_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of one block of keys. Keys beyond N affect only their own rows, which are not stored."""
+    """dk and dv of one block of keys. S is computed transposed, so that P^T and dS^T need no transposition.
+
+    MASK: M is not a multiple of BLOCK_M. Keys beyond N affect only their own rows, which are not stored.
+    """
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -344,19 +305,22 @@ def attention_backward_dk_dv_kernel(
     dk0, dk1 = zeros_pair(BLOCK_N, D0, D1)
     dv0, dv1 = zeros_pair(BLOCK_N, D0, D1)
     scale2 = scale * 1.4426950408889634
-    lse_ptr += head * M
-    delta_ptr += head * M
-    whole = M // BLOCK_M * BLOCK_M
-    for start in range(0, whole, BLOCK_M):
-        dk0, dk1, dv0, dv1 = _add_dk_dv(
-            *(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start),
-            *(q_r, g_r, M, scale2, HEAD, D0, D1, ALIGN, False, BLOCK_M),
-        )
-    for start in tl.range(whole, M, BLOCK_M, num_stages=1):
-        dk0, dk1, dv0, dv1 = _add_dk_dv(
-            *(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start),
-            *(q_r, g_r, M, scale2, HEAD, D0, D1, ALIGN, True, BLOCK_M),
-        )
+    for start in range(0, M, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
+        g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
+        if MASK:
+            # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
+            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0)
+            delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + head * M + rows)
+            delta = tl.load(delta_ptr + head * M + rows)
+        s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
+        p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
+        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+        ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
+        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
     out = (b * N * H + h) * HEAD
     store_pair(dk_ptr + out, dk0 * scale, dk1 * scale, keys, H * HEAD, N, HEAD, D0, D1)
     store_pair(dv_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
@@ -410,7 +374,7 @@ def backward(
         *(attention_backward_dk_dv_kernel, (triton.cdiv(n, block_n), b * h)),
         *(g, q, k, v, lse, delta, dk, dv, scale),
         *(stride for three in strides[:4] for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, m % block_m != 0, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
@@ -442,6 +406,7 @@ def signatures() -> list[dict]:
         block_m, block_n, warps, stages = config(name, kernel, d)
         constexprs = dict(zip(("D0", "D1"), head_tiles(d), strict=True))
         constexprs |= {"HEAD": d, "ALIGN": 8, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        constexprs |= {"MASK": True} if kernel == "dk_dv" else {}
         label = f"{dtype} d{d} {block_m}x{block_n}"
         found.append(signature_entry(kernels[kernel], label, dtype, constexprs, warps, stages, archs))
     return found

@@ -13,13 +13,18 @@ Ranks up to 128 are padded to a power of two of at least 16. Every sum is fp32. 
 PyTorch. The adapters are cast in registers. fp32 inputs are multiplied in IEEE fp32. There are no atomics: a sum over T
 adds partial sums of fixed blocks in a fixed order.
 
+Work is cut for FEW_PROGRAMS processors: rows of 16 where there are few tokens, chunks of tokens as long as that allows.
+
 FLOPs: forward 2 T (I O + R (I + O)) for each p, backward 2 T (I O + 2 R (I + O)). t has its own kernel. Computing t
 again in each block of 128 output columns would cost R / 128 of the whole product (12.5 % at rank 16). Writing it once
-costs one more read of x, 2 T I bytes in half precision, and leaves a small x in L2 for the product. Backward reads g
-twice (once for u and dB together, once for gx) and x once. The partial sums of dB take 4 R / BLOCK_T bytes for each
-element of g, written once and read once. It loses if O or I is small (launches), at high rank (the partial sums), and
-whenever cuBLAS is faster at the large product. `lora_linear_forward_split` gives that product to cuBLAS and makes one
-more pass over y. Registers and shared memory alone decided the block sizes; nothing here has been timed on a GPU.
+costs one more read of x, 2 T I bytes in half precision, and leaves a small x in L2 for the product. Backward reads each
+g three times (u, dB, gx) and x once. The partial sums of dA and dB are fp32 [chunks, R (I + O)], written and read once:
+67.5 MiB for FLUX's widest layer at rank 128.
+
+It loses if O or I is small (launches) and whenever cuBLAS is faster at the large product. On Hopper we expect that
+always, because this product uses no bulk copies; `lora_linear_forward_split` gives it to cuBLAS and makes one more pass
+over y. The fused product stays for GPUs where it measures faster. Registers and shared memory alone decided the block
+sizes; nothing here has been timed on a GPU.
 """
 
 import torch
@@ -30,30 +35,30 @@ from alignprop_fast.kernels.launch import launch
 
 MAX_RANK = 128
 MAX_PROJECTIONS = 3
-SUM_BLOCK = 1024
+SUM_BLOCK = 32
+# Programs that keep an H100 busy, and what "down" takes if it would have fewer: the fewest rows of a tile.
+FEW_PROGRAMS = 132
+FEW_ROWS = {"BLOCK_T": 16, "num_stages": 2}
 # Kind of input -> kernel -> block sizes. "product" computes y and gx in blocks of rows of T, columns, inner dimension.
 CONFIGS = {
     "half": {
         "product": {"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
         "down": {"BLOCK_T": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         "add": {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-        "up_grad": {"BLOCK_T": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
-        "down_grad": {"BLOCK_T": 64, "BLOCK_N": 64, "CHUNK": 512, "num_warps": 4, "num_stages": 2},
+        "grad": {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     },
     "fp32": {
         "product": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2},
         "down": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
         "add": {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        "up_grad": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
-        "down_grad": {"BLOCK_T": 16, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 1},
+        "grad": {"BLOCK_T": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
 }
 # Above rank 32 in half precision, where the accumulators of three adapters would not fit the registers above.
 HIGH_RANK = 32
 HIGH_RANK_CONFIGS = {
     "down": {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
-    "up_grad": {"BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
-    "down_grad": {"BLOCK_T": 32, "BLOCK_N": 32, "CHUNK": 512, "num_warps": 8, "num_stages": 2},
+    "grad": {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
@@ -115,30 +120,34 @@ def add_rows_by_columns(
 
 
 @triton.jit
-def lora_down_kernel(
-    x_ptr, a0_ptr, a1_ptr, a2_ptr, t_ptr, n_tokens, n_in, x_stride, r0, r1, r2, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+def lora_narrow_kernel(
+    x_ptr, a0_ptr, a1_ptr, a2_ptr, t_ptr, scale, n_tokens, n_in, x_stride, t_stride, r0, r1, r2, P: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """scale x A^T of up to three adapters A [R, n_in]; TRANSPOSED: of one, given as [n_in, R]."""
     rows, ranks = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
     acc0 = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     acc1, acc2 = acc0, acc0
     for start in range(0, n_in, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, rows, n_tokens, x_stride, inner, n_in)
-        a = load_tile(a0_ptr, ranks, r0, n_in, inner, n_in)
-        acc0 = tl.dot(x, tl.trans(a.to(x.dtype)), acc0, input_precision="ieee")
+        if TRANSPOSED:
+            a = load_tile(a0_ptr, inner, n_in, r0, ranks, r0)
+            acc0 = tl.dot(x, a.to(x.dtype), acc0, input_precision="ieee")
+        else:
+            a = load_tile(a0_ptr, ranks, r0, n_in, inner, n_in)
+            acc0 = tl.dot(x, tl.trans(a.to(x.dtype)), acc0, input_precision="ieee")
         if P > 1:
             a = load_tile(a1_ptr, ranks, r1, n_in, inner, n_in)
             acc1 = tl.dot(x, tl.trans(a.to(x.dtype)), acc1, input_precision="ieee")
         if P > 2:
             a = load_tile(a2_ptr, ranks, r2, n_in, inner, n_in)
             acc2 = tl.dot(x, tl.trans(a.to(x.dtype)), acc2, input_precision="ieee")
-    stride = r0 + r1 + r2
-    store_tile(t_ptr, acc0, rows, n_tokens, stride, ranks, r0)
+    store_tile(t_ptr, scale * acc0, rows, n_tokens, t_stride, ranks, r0)
     if P > 1:
-        store_tile(t_ptr + r0, acc1, rows, n_tokens, stride, ranks, r1)
+        store_tile(t_ptr + r0, scale * acc1, rows, n_tokens, t_stride, ranks, r1)
     if P > 2:
-        store_tile(t_ptr + r0 + r1, acc2, rows, n_tokens, stride, ranks, r2)
+        store_tile(t_ptr + r0 + r1, scale * acc2, rows, n_tokens, t_stride, ranks, r2)
 
 
 @triton.jit
@@ -219,13 +228,27 @@ def lora_down(x: torch.Tensor, downs: list[torch.Tensor]) -> torch.Tensor:
     x, downs = rows_contiguous(x), [a.contiguous() for a in downs]
     ranks = [a.shape[0] for a in downs]
     t = torch.empty(x.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
-    block_r = rank_block(downs, 0)
-    blocks = config("down", x.dtype, block_r)
-    launch(
-        lora_down_kernel, (triton.cdiv(x.shape[0], blocks["BLOCK_T"]),),
-        x, *three(downs), t, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **blocks,
-    )  # fmt: skip
+    narrow(x, downs, ranks, t, 1.0, transposed=False)
     return t
+
+
+def narrow(
+    x: torch.Tensor, adapters: list[torch.Tensor], ranks: list[int], t: torch.Tensor, scale: float, transposed: bool
+) -> None:
+    """Write scale x A^T of each A [R, I] into t [T, sum R]; transposed: of the only one, [I, R]."""
+    block_r = rank_block(adapters, int(transposed))
+    blocks = narrow_blocks(x.shape[0], x.dtype, block_r)
+    launch(
+        lora_narrow_kernel, (triton.cdiv(x.shape[0], blocks["BLOCK_T"]),),
+        x, *three(adapters), t, float(scale), *x.shape, x.stride(0), t.stride(0), *three_sizes(ranks),
+        P=len(adapters), TRANSPOSED=transposed, BLOCK_R=block_r, **blocks,
+    )  # fmt: skip
+
+
+def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, int]:
+    """Block sizes, warps and stages of `narrow`, with enough programs if the tokens allow."""
+    blocks = config("down", dtype, block_r)
+    return blocks if triton.cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else blocks | FEW_ROWS
 
 
 def lora_linear_forward(
@@ -283,8 +306,14 @@ def lora_linear_forward_split(
 
 def signatures() -> list[dict]:
     """The forward kernels in each configuration; those of the backward pass are in `lora_linear_backward`."""
-    launched = {"down": (lora_down_kernel, {"P": 3}), "product": (lora_product_kernel, {"BIAS": 7})}
-    return signature_entries({**launched, "add": (lora_add_kernel, {})})
+    wide = {"P": 3, "TRANSPOSED": False}
+    launched = {
+        "down": (lora_narrow_kernel, wide),
+        "down, few rows": (lora_narrow_kernel, wide | FEW_ROWS),
+        "product": (lora_product_kernel, {"BIAS": 7}),
+        "add": (lora_add_kernel, {}),
+    }
+    return signature_entries(launched)
 
 
 def signature_entries(launched: dict[str, tuple[triton.JITFunction, dict[str, int]]]) -> list[dict]:
@@ -295,10 +324,11 @@ def signature_entries(launched: dict[str, tuple[triton.JITFunction, dict[str, in
             for step, (kernel, flags) in launched.items():
                 if rank > 16 and "BLOCK_R" not in kernel.arg_names:
                     continue  # the same at every rank
-                table = {} if step == "sum" else config("product" if step == "input_grad" else step, dtype, rank)
-                entries.append(
-                    signature_entry(kernel, name, f"{name} rank {rank}", {**table, **flags, "BLOCK_R": rank})
-                )
+                # A step is a name of CONFIGS and, after a comma, what sets it apart.
+                of_table, *variant = step.split(",")
+                table = {} if of_table == "sum" else config(of_table, dtype, rank)
+                label = ",".join([f"{name} rank {rank}", *variant])
+                entries.append(signature_entry(kernel, name, label, {**table, **flags, "BLOCK_R": rank}))
     return entries
 
 

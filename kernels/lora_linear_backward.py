@@ -6,11 +6,15 @@ import triton.language as tl
 
 from alignprop_fast.kernels.launch import launch
 from alignprop_fast.kernels.lora_linear import (
+    FEW_PROGRAMS,
+    FEW_ROWS,
     SUM_BLOCK,
     add_rows_by_columns,
     config,
     grouped,
     load_tile,
+    lora_narrow_kernel,
+    narrow,
     pick,
     rank_block,
     rows_contiguous,
@@ -20,56 +24,36 @@ from alignprop_fast.kernels.lora_linear import (
     three_sizes,
 )
 
-
-@triton.jit
-def lora_up_grad_kernel(
-    g_ptr, b_ptr, t_ptr, u_ptr, parts_ptr, scale, n_tokens, n_out, g_stride, t_stride, rank,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One pass over g: u = s g B, and the part of dB = s g^T t from this block of rows."""
-    block = tl.program_id(0)
-    rows, ranks = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
-    t = load_tile(t_ptr, rows, n_tokens, t_stride, ranks, rank)
-    parts_ptr += block.to(tl.int64) * n_out * rank
-    u = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-    for start in range(0, n_out, BLOCK_K):
-        outs = start + tl.arange(0, BLOCK_K)
-        g = load_tile(g_ptr, rows, n_tokens, g_stride, outs, n_out)
-        b = load_tile(b_ptr, outs, n_out, rank, ranks, rank)
-        u = tl.dot(g, b.to(g.dtype), u, input_precision="ieee")
-        part = scale * tl.dot(tl.trans(g), t, input_precision="ieee")
-        store_tile(parts_ptr, part, outs, n_out, rank, ranks, rank)
-    store_tile(u_ptr, scale * u, rows, n_tokens, t_stride, ranks, rank)
+MAX_CHUNK = 512  # tokens
 
 
 @triton.jit
-def lora_down_grad_kernel(
-    x_ptr, u_ptr, parts_ptr, n_tokens, n_in, x_stride, r0, r1, r2, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+def lora_grad_kernel(
+    x_ptr, u_ptr, parts_ptr, scale, n_tokens, n_in, x_stride, u_stride, part_size, chunk_size, r0, r1, r2,
+    P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One pass over x: the part of dA = u^T x from this chunk of tokens, with the adapters stacked."""
+    """One pass over x: the part of scale u^T x from this chunk of tokens, with the adapters stacked."""
     chunk = tl.program_id(0)
     columns, ranks = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    stride = r0 + r1 + r2
     acc0 = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     acc1, acc2 = acc0, acc0
-    for start in range(0, CHUNK, BLOCK_T):
-        rows = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
+    for start in range(0, chunk_size, BLOCK_T):
+        rows = chunk * chunk_size + start + tl.arange(0, BLOCK_T)
         x = load_tile(x_ptr, rows, n_tokens, x_stride, columns, n_in)
-        u = load_tile(u_ptr, rows, n_tokens, stride, ranks, r0)
+        u = load_tile(u_ptr, rows, n_tokens, u_stride, ranks, r0)
         acc0 = tl.dot(tl.trans(u), x, acc0, input_precision="ieee")
         if P > 1:
-            u = load_tile(u_ptr + r0, rows, n_tokens, stride, ranks, r1)
+            u = load_tile(u_ptr + r0, rows, n_tokens, u_stride, ranks, r1)
             acc1 = tl.dot(tl.trans(u), x, acc1, input_precision="ieee")
         if P > 2:
-            u = load_tile(u_ptr + r0 + r1, rows, n_tokens, stride, ranks, r2)
+            u = load_tile(u_ptr + r0 + r1, rows, n_tokens, u_stride, ranks, r2)
             acc2 = tl.dot(tl.trans(u), x, acc2, input_precision="ieee")
-    parts_ptr += chunk.to(tl.int64) * stride * n_in
-    store_tile(parts_ptr, acc0, ranks, r0, n_in, columns, n_in)
+    parts_ptr += chunk.to(tl.int64) * part_size
+    store_tile(parts_ptr, scale * acc0, ranks, r0, n_in, columns, n_in)
     if P > 1:
-        store_tile(parts_ptr + r0 * n_in, acc1, ranks, r1, n_in, columns, n_in)
+        store_tile(parts_ptr + r0 * n_in, scale * acc1, ranks, r1, n_in, columns, n_in)
     if P > 2:
-        store_tile(parts_ptr + (r0 + r1) * n_in, acc2, ranks, r2, n_in, columns, n_in)
+        store_tile(parts_ptr + (r0 + r1) * n_in, scale * acc2, ranks, r2, n_in, columns, n_in)
 
 
 @triton.jit
@@ -103,44 +87,66 @@ def lora_input_grad_kernel(
     store_tile(gx_ptr, acc, rows, n_tokens, n_in, columns, n_in)
 
 
-def add_parts(parts: torch.Tensor) -> torch.Tensor:
-    """Sum of fp32 parts [n, rows, columns] over n in a fixed order, in fp32."""
-    out = parts.new_empty(parts.shape[1:])
-    n = out.numel()
-    launch(lora_sum_kernel, (triton.cdiv(n, SUM_BLOCK),), parts, out, n, parts.shape[0], BLOCK=SUM_BLOCK)
-    return out
-
-
-def up_grads(
-    gs: list[torch.Tensor], t: torch.Tensor, ups: list[torch.Tensor], scales: list[float]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(u [T, sum R], [dB_p [O_p, R_p]])."""
-    u, grads, offset = torch.empty_like(t), [], 0
-    blocks = config("up_grad", t.dtype, rank_block(ups, 1))
-    programs = triton.cdiv(t.shape[0], blocks["BLOCK_T"])
+def up_products(
+    gs: list[torch.Tensor], ups: list[torch.Tensor], scales: list[float], like: torch.Tensor
+) -> torch.Tensor:
+    """u [T, sum R], with the memory and dtype of t."""
+    u, offset = torch.empty_like(like), 0
     for g, up, scale in zip(gs, ups, scales, strict=True):
-        parts = torch.empty(programs, *up.shape, dtype=torch.float32, device=t.device)
-        launch(
-            lora_up_grad_kernel, (programs,),
-            g, up, t[:, offset:], u[:, offset:], parts, float(scale), *g.shape, g.stride(0), t.stride(0), up.shape[1],
-            BLOCK_R=rank_block([up], 1), **blocks,
-        )  # fmt: skip
-        grads.append(add_parts(parts))
+        narrow(g, [up], [up.shape[1]], u[:, offset:], scale, transposed=True)
         offset += up.shape[1]
-    return u, grads
+    return u
 
 
-def down_grads(x: torch.Tensor, u: torch.Tensor, downs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """[dA_p [R_p, I]]."""
-    block_r, ranks = rank_block(downs, 0), [a.shape[0] for a in downs]
-    blocks = config("down_grad", x.dtype, block_r)
-    chunks = triton.cdiv(x.shape[0], blocks["CHUNK"])
-    parts = torch.empty(chunks, sum(ranks), x.shape[1], dtype=torch.float32, device=x.device)
-    launch(
-        lora_down_grad_kernel, (chunks, triton.cdiv(x.shape[1], blocks["BLOCK_N"])),
-        x, u, parts, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **blocks,
-    )  # fmt: skip
-    return list(add_parts(parts).split(ranks))
+def chunk_tokens(n_tokens: int, columns: int, blocks: dict[str, int]) -> int:
+    """Tokens of one chunk of partial sums: as many as give each processor a program, at most MAX_CHUNK."""
+    chunk, across = MAX_CHUNK, triton.cdiv(columns, blocks["BLOCK_N"])
+    while chunk > blocks["BLOCK_T"] and triton.cdiv(n_tokens, chunk) * across < FEW_PROGRAMS:
+        chunk //= 2
+    return chunk
+
+
+def adapter_grads(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    gs: list[torch.Tensor],
+    t: torch.Tensor,
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    scales: list[float],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """([dA_p [R_p, I]], [dB_p [O_p, R_p]]), views of one tensor in fp32.
+
+    Partial sums of all adapters lie side by side, so that one launch adds them.
+    """
+    ranks, outs, block_r = [a.shape[0] for a in downs], [g.shape[1] for g in gs], rank_block(downs, 0)
+    blocks = config("grad", x.dtype, block_r)
+    chunk = chunk_tokens(x.shape[0], min(x.shape[1], *outs), blocks)
+    chunks = triton.cdiv(x.shape[0], chunk)
+    sizes = [sum(ranks) * x.shape[1], *(rank * out for rank, out in zip(ranks, outs, strict=True))]
+    parts = torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
+
+    def sum_by_chunks(x: torch.Tensor, u: torch.Tensor, ranks: list[int], start: int, scale: float) -> None:
+        launch(
+            lora_grad_kernel, (chunks, triton.cdiv(x.shape[1], blocks["BLOCK_N"])),
+            x, u, parts[:, start:], float(scale), *x.shape, x.stride(0), u.stride(0), parts.shape[1], chunk,
+            *three_sizes(ranks), P=len(ranks), BLOCK_R=block_r, **blocks,
+        )  # fmt: skip
+
+    sum_by_chunks(x, u, ranks, 0, 1.0)
+    for p, (g, rank, scale) in enumerate(zip(gs, ranks, scales, strict=True)):
+        sum_by_chunks(g, t[:, sum(ranks[:p]) :], [rank], sum(sizes[: p + 1]), scale)
+    d_downs, *d_ups = add_parts(parts).split(sizes)
+    pairs = zip(d_ups, ranks, strict=True)
+    return list(d_downs.view(-1, x.shape[1]).split(ranks)), [d_up.view(rank, -1).T for d_up, rank in pairs]
+
+
+def add_parts(parts: torch.Tensor) -> torch.Tensor:
+    """Sum of fp32 parts [chunks, n] over the chunks in a fixed order, in fp32."""
+    n_parts, n = parts.shape
+    out = parts.new_empty(n)
+    launch(lora_sum_kernel, (triton.cdiv(n, SUM_BLOCK),), parts, out, n, n_parts, BLOCK=SUM_BLOCK, num_warps=1)
+    return out
 
 
 def input_grad(
@@ -175,18 +181,20 @@ def lora_linear_backward(
     """
     gs, x, t = [rows_contiguous(g) for g in gs], rows_contiguous(x), t.contiguous()
     weights, downs, ups = ([m.contiguous() for m in group] for group in (weights, downs, ups))
-    u, d_ups = up_grads(gs, t, ups, scales)
+    u = up_products(gs, ups, scales, t)
     gx = input_grad(gs, u, weights, downs) if wants_gx else None
-    return gx, down_grads(x, u, downs), d_ups
+    return gx, *adapter_grads(x, u, gs, t, downs, ups, scales)
 
 
 def signatures() -> list[dict]:
     """The backward kernels in each configuration."""
+    one = {"P": 1, "TRANSPOSED": True}
     return signature_entries(
         {
-            "up_grad": (lora_up_grad_kernel, {}),
-            "down_grad": (lora_down_grad_kernel, {"P": 3}),
-            "input_grad": (lora_input_grad_kernel, {"P": 3}),
-            "sum": (lora_sum_kernel, {"BLOCK": SUM_BLOCK}),
+            "down, transposed": (lora_narrow_kernel, one),
+            "down, transposed, few rows": (lora_narrow_kernel, one | FEW_ROWS),
+            "grad": (lora_grad_kernel, {"P": 3}),
+            "product": (lora_input_grad_kernel, {"P": 3}),
+            "sum": (lora_sum_kernel, {"BLOCK": SUM_BLOCK, "num_warps": 1}),
         }
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from alignprop_fast.doctor.report import Fact
-from alignprop_fast.ops import extension
+from alignprop_fast.ops import attention_packages, extension
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.version import __version__
 
@@ -41,8 +41,17 @@ def software(device: torch.device) -> Iterator[Fact]:
         found = _version(name)
         missing = gpu and found is None and name != "xformers"
         yield _software(name, found or "not installed", f"pip install {name}, for {use}" if missing else None)
+    if gpu:
+        yield from attention_packages_found()
     yield _software("NVIDIA driver", _driver() or "none")
     yield from _compilers(gpu)
+
+
+def attention_packages_found() -> Iterator[Fact]:
+    """FlashAttention 3 and 4: found, or why they cannot be used. Nothing is lost without them."""
+    modules = {"FlashAttention 3": attention_packages.FLASH3, "FlashAttention 4": attention_packages.FLASH4}
+    for name, module in modules.items():
+        yield _software(name, attention_packages.fault(module) or "found")
 
 
 def _compilers(gpu: bool) -> Iterator[Fact]:

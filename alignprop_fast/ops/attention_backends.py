@@ -6,8 +6,8 @@
 All use the same form of the logsumexp, so the backward pass of one can follow the forward pass of another. Each
 direction uses the fastest on this GPU at this shape: whether cuDNN or flash wins depends on the GPU, and with few keys
 neither fills the chip in the backward pass. An implementation must first show correct results on the shape
-(`attention_trials`). Under torch's flag for deterministic algorithms, flash and efficient have deterministic backward
-passes, and cuDNN's is not used.
+(`attention_trials`). Under torch's flag for deterministic algorithms, flash (2, 3 and 4) and efficient have
+deterministic backward passes, and cuDNN's is not used.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from alignprop_fast.ops import attention_plain, attention_triton, autotune, switched_off
+from alignprop_fast.ops import attention_packages, attention_plain, attention_triton, autotune, switched_off
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
 from alignprop_fast.ops.autotune import fastest
 from alignprop_fast.ops.backend import backend, is_traced, only_plain
@@ -98,6 +98,7 @@ def _cuda_backends() -> dict[str, Backend]:
         Backend("flash", _flash_forward, _flash_backward),
         Backend("efficient", _efficient_forward, _efficient_backward),
         Backend("triton", attention_triton.forward, attention_triton.backward),
+        *(backend for module, backend in _PACKAGES.items() if attention_packages.fault(module) is None),
         PLAIN,
     ]
     return {one.name: one for one in found}
@@ -105,6 +106,10 @@ def _cuda_backends() -> dict[str, Backend]:
 
 CPU = Backend("cpu", _cpu_forward, _cpu_backward)
 PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward)
+_PACKAGES = {
+    attention_packages.FLASH3: Backend("flash3", attention_packages.flash3_forward, attention_packages.flash3_backward),
+    attention_packages.FLASH4: Backend("flash4", attention_packages.flash4_forward, attention_packages.flash4_backward),
+}
 
 # PyTorch's own guards know GPUs and library versions on which a kernel is unavailable or wrong.
 _GUARDS = {

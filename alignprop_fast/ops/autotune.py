@@ -4,6 +4,7 @@ The results of each candidate are checked on the problem before it may win, and 
 versions. Times are kept on disk. Failures are not, because the next process may have a compiler, memory or a driver.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,9 @@ from alignprop_fast.version import __version__
 
 REPETITIONS = 20
 _OUT_OF_MEMORY = "out of memory"
+# Their kernels are candidates.
+_LIBRARIES = ("triton", "flash_attn_3", "flash-attn-4")
+_KERNELS = Path(__file__).parents[1] / "kernels"
 
 _failures: dict[tuple[str, str], dict[str, str]] = {}
 _chosen: dict[tuple[str, str, int], str] = {}
@@ -168,23 +172,35 @@ def _cpu_times(fn: Callable[[], object]) -> list[float]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device with the versions and the mode that affect its speed."""
+    """The device with the versions, the sources of our kernels and the mode that affect its speed."""
     mode = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     return _device_and_versions(device) + mode
 
 
 @cache
 def _device_and_versions(device: torch.device) -> str:
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    versions = f"torch {torch.__version__}, triton {triton}, alignprop_fast {__version__}"
+    libraries = [f"{name} {found}" for name in _LIBRARIES if (found := _version(name)) is not None]
+    ours = f"alignprop_fast {__version__}, kernels {source_digest(_KERNELS)}"
+    versions = ", ".join([f"torch {torch.__version__}", *libraries, ours])
     if device.type != "cuda":
         return f"{platform.machine()}, {versions}"
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    libraries = f"cuDNN {torch.backends.cudnn.version()}, driver {driver}"
-    return f"{torch.cuda.get_device_name(device)}, {versions}, {libraries}"
+    return f"{torch.cuda.get_device_name(device)}, {versions}, cuDNN {torch.backends.cudnn.version()}, driver {driver}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def source_digest(folder: Path) -> str:
+    """Changes with any source file in the folder: what was measured or checked before may no longer hold."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,8 @@ u_p = s_p g_p B_p:
 
 It saves x and the weights once, in x's dtype: the adapters are cast, not x. (PEFT casts x for adapters in fp32, and
 saves a copy for each adapter.) x A^T is computed again, which costs R / O of the forward pass. On a GPU it uses the
-package's kernels, or cuBLAS with additional small products, whichever measured faster (`ops.autotune`).
+package's kernels, or cuBLAS with additional small products, or (forward) cuBLAS with a kernel that adds the adapter,
+whichever measured faster (`ops.autotune`).
 """
 
 from collections.abc import Sequence
@@ -52,9 +53,10 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    if chosen("forward", x, layers) == "plain":
+    name = chosen("forward", x, layers)
+    if name == "plain":
         return plain_outputs(x, layers)
-    return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
+    return attempt(fused.NAME, fused.FORWARDS[name], plain_outputs, x, layers)
 
 
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:

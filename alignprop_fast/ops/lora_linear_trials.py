@@ -9,7 +9,7 @@ import torch
 from alignprop_fast.ops.autotune import Candidate, difference, fastest
 from alignprop_fast.ops.backend import backend, is_traced
 from alignprop_fast.ops.lora_linear_plain import plain_gradients, plain_outputs
-from alignprop_fast.ops.lora_linear_triton import run_backward, run_forward
+from alignprop_fast.ops.lora_linear_triton import FORWARDS, run_backward
 
 Tensor = torch.Tensor
 MAX_RANK = 128
@@ -17,7 +17,7 @@ MAX_LAYERS = 3
 
 
 def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """ "plain" or "triton" for these layers of x [..., I]; on a GPU measured once per shape (`ops.autotune`).
+    """ "plain", "triton" or (forward) "split" for these layers of x [..., I]; on a GPU measured once per shape.
 
     The kernels serve one to three layers that all have adapters, of one dtype and of rank at most 128.
     """
@@ -44,7 +44,11 @@ def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
 
 def _candidates(direction: str, x: Tensor, layers: Sequence[Any]) -> dict[str, Candidate]:
     inputs = _Inputs(x, layers)
-    return {kind.name: kind(direction, inputs) for kind in (_PlainTrial, _TritonTrial)}
+    kernels = FORWARDS if direction == "forward" else ["triton"]
+    return {
+        "plain": _PlainTrial(direction, inputs),
+        **{name: _KernelTrial(name, direction, inputs) for name in kernels},
+    }
 
 
 class _Inputs:
@@ -81,8 +85,6 @@ class _Inputs:
 class _PlainTrial:
     """A candidate of `ops.autotune`: PyTorch's products, which are also the reference."""
 
-    name = "plain"
-
     def __init__(self, direction: str, inputs: _Inputs):
         self.direction, self.inputs = direction, inputs
 
@@ -104,18 +106,16 @@ class _PlainTrial:
         return [dx, *d_downs, *d_ups]
 
 
-class _TritonTrial:
+class _KernelTrial:
     """A candidate of `ops.autotune`: the package's kernels."""
 
-    name = "triton"
-
-    def __init__(self, direction: str, inputs: _Inputs):
-        self.direction, self.inputs = direction, inputs
+    def __init__(self, name: str, direction: str, inputs: _Inputs):
+        self.name, self.direction, self.inputs = name, direction, inputs
 
     def run(self) -> Sequence[Tensor | None]:
         inputs = self.inputs
         if self.direction == "forward":
-            return run_forward(inputs.x, inputs.layers)
+            return FORWARDS[self.name](inputs.x, inputs.layers)
         dx, d_downs, d_ups = run_backward(inputs.gs, inputs.x, inputs.layers, True)
         return [dx, *d_downs, *d_ups]
 

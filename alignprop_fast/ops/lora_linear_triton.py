@@ -1,6 +1,7 @@
 """The package's LoRA kernels on tensors of any number of dimensions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,9 +15,22 @@ def run_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """y [..., O] of each layer by the kernels."""
     from alignprop_fast.kernels import lora_linear as kernels
 
-    weights, biases, downs, ups, scales = (list(items) for items in zip(*layers, strict=True))
-    ys, _ = kernels.lora_linear_forward(x.reshape(-1, x.shape[-1]), weights, biases, downs, ups, scales)
+    return _forward(kernels.lora_linear_forward, x, layers)
+
+
+def run_split_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """As `run_forward`, but the large product is PyTorch's, and a kernel adds the adapter to it in place."""
+    from alignprop_fast.kernels import lora_linear as kernels
+
+    return _forward(kernels.lora_linear_forward_split, x, layers)
+
+
+def _forward(kernel: Callable[..., Any], x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    ys, _ = kernel(x.reshape(-1, x.shape[-1]), *(list(items) for items in zip(*layers, strict=True)))
     return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
+FORWARDS = {"triton": run_forward, "split": run_split_forward}
 
 
 def run_backward(gs: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], wants_gx: bool) -> Gradients:

@@ -122,6 +122,32 @@ def test_input_gradient_only_if_wanted():
     assert backward.lora_linear_backward(gs, x, t, weights, downs, ups, scales, False)[0] is None
 
 
+# (tokens of a guided pair, width): SDXL at 1024 x 1024, then SD1.5 at 512 x 512. Its last block has too little work.
+MODEL_SHAPES = [(8192, 640), (2048, 1280), (8192, 320), (2048, 640), (512, 1280)]
+
+
+@pytest.mark.parametrize(("tokens", "width"), MODEL_SHAPES)
+def test_programs_for_an_h100(tokens, width):
+    """132 processors, at rank 16, for the sums over tokens and for adding them; u is cut to the smallest tile."""
+    blocks = kernels.config("grad", torch.bfloat16, 16)
+    chunk = backward.chunk_tokens(tokens, width, blocks)
+    assert triton.cdiv(tokens, chunk) * triton.cdiv(width, blocks["BLOCK_N"]) >= 132
+    assert triton.cdiv(16 * width, kernels.SUM_BLOCK) >= 132
+    rows = kernels.narrow_blocks(tokens, torch.bfloat16, 16)["BLOCK_T"]
+    assert triton.cdiv(tokens, rows) >= min(132, tokens // 16)
+
+
+def test_partial_sums_of_a_wide_layer_are_small(monkeypatch):
+    """FLUX's widest layer at rank 128: 432 MiB for dB alone, when each 64 tokens had a part of their own."""
+    sizes = []
+    monkeypatch.setattr(backward, "launch", lambda kernel, grid, *arguments, **options: sizes.append(arguments[2]))
+    monkeypatch.setattr(backward, "add_parts", lambda parts: torch.zeros(parts.shape[1], device="meta"))
+    x, u, g = (torch.empty(4608, n, device="meta", dtype=torch.bfloat16) for n in (3072, 128, 12288))
+    down, up = torch.empty(128, 3072, device="meta"), torch.empty(12288, 128, device="meta")
+    backward.adapter_grads(x, u, [g], u, [down], [up], [1.0])
+    assert sizes[0].numel() * 4 <= 68 * 2**20
+
+
 def test_rank_above_the_limit():
     with pytest.raises(ValueError, match="rank 129"):
         kernels.lora_linear_forward(*case(2, 16, (16,), (129,), torch.float32)[:-1])

@@ -169,3 +169,15 @@ def test_difference_sees_nan_and_twice_the_error():
     assert autotune.difference([torch.tensor([1.9e-3, 0, 0])], plain, exact) <= 1
     assert autotune.difference([torch.tensor([2.1e-3, 0, 0])], plain, exact) > 1
     assert not autotune.difference([torch.tensor([0, float("nan"), 0])], plain, exact) <= 1
+
+
+def test_a_changed_kernel_is_measured_again(tmp_path):
+    source = tmp_path / "kernel.py"
+    source.write_text("BLOCK = 64\n")
+    before = autotune.source_digest(tmp_path)
+    assert before == autotune.source_digest(tmp_path)
+    source.write_text("BLOCK = 32\n")
+    assert autotune.source_digest(tmp_path) != before
+    assert list(autotune._KERNELS.glob("*.py")) and autotune.source_digest(autotune._KERNELS) in autotune.device_name(
+        CPU
+    )
