@@ -162,6 +162,8 @@ def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | No
         transfer_bytes=transfer_bytes(costs.segments),
         sampling_bytes=costs.sampling_bytes,
         sampling_seconds=costs.sampling_seconds,
+        closed_bytes=costs.closed_bytes,
+        closed_seconds=costs.closed_seconds,
         decoders=decoder_stages(
             step.model.decode, x, image_bytes, step.decoder_blocks, step.model.decode_by_bands, formula
         ),
@@ -175,11 +177,13 @@ def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
-    graphs = {"graphs": table.sampling_bytes} if step.records_graphs else {}
+    more = {"graphs": max(table.sampling_bytes, table.closed[0])} if step.records_graphs else {}
+    if step.chain.precision is not None:
+        more["rounded weights"] = step.chain.precision.size_bytes
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(step), **table.fixed, **graphs},
+        fixed={**_fixed(step), **table.fixed, **more},
         rewards=_rewards(step, formula),
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,
@@ -279,6 +283,7 @@ def _origin(step: TrainingStep) -> dict[str, str]:
         "branches": str(step.cond.branches),
         "guidance": "in the network" if step.chain.combines else "in the update",
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+        "sampling_precision": "exact" if step.chain.precision is None else step.chain.precision.name,
         "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
         "autocast": str(autocast_dtype(model.device)),
         "gradients": "all at once" if step.chain.gradient_sink is None else "one by one",

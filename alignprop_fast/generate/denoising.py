@@ -7,12 +7,14 @@ for the backward pass but no diffusion.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance
+from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
@@ -33,8 +35,9 @@ class DenoisingChain(Chain):
         draw_noise: whether noise is drawn at each step.
         input_gradient, gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
-        fast: faster predictions for steps without gradient (experimental), or None.
+        fast: faster predictions without recording (experimental), or None.
         fast_replays: whether replays use `fast` too.
+        precision: of steps without gradient in a run that has steps with gradient; None: exact.
 
     Raises:
         ValueError: something requires a gradient but cannot get one, or the denoiser has dropout or DoRA adapters.
@@ -56,6 +59,7 @@ class DenoisingChain(Chain):
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
         fast_replays: bool = False,
+        precision: SamplingPrecision | None = None,
     ):
         conditions = _conditions(cond, guidance)
         if conditions and (compare_with_base or gradient_sink is not None):
@@ -87,7 +91,7 @@ class DenoisingChain(Chain):
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
         # A recording would keep the graph of the conditions alive.
         self.fast = None if conditions else fast
-        self.fast_replays = fast_replays
+        self.fast_replays, self.precision = fast_replays, precision
         self.fast_state = None if self.fast is None else self.fast.state()
 
     def last_alone(self) -> DenoisingChain:
@@ -105,6 +109,7 @@ class DenoisingChain(Chain):
             compare_with_base=self.has_penalty,
             fast=self.fast,
             fast_replays=self.fast_replays,
+            precision=self.precision,
         )
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
@@ -113,10 +118,19 @@ class DenoisingChain(Chain):
         return self._guided(y)
 
     def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        if self.fast is None:
+        precision = self.precision if self.precision is not None and self.precision.is_in_place else None
+        if self.fast is None or (precision is not None and not precision.in_graphs):
             return self.predict(i, x)
-        y = self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, self.fast_state)
-        return self._guided(y)
+        name = "exact" if precision is None else precision.name
+        seen, timestep = self.update.model_input(i, x), self.timesteps[i]
+        return self._guided(self.fast.sample(seen, timestep, self.cond, self.fast_state, name))
+
+    @property
+    def approximates(self) -> bool:
+        return self.precision is not None
+
+    def approximation(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else self.precision.in_place()
 
     def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
         if self.fast is None or not self.fast_replays:

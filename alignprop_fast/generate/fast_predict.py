@@ -58,12 +58,17 @@ class FastPredict:
             raise ValueError("cuda_graphs does not support autocast: train adapters on a bf16 model, or leave it out")
         return self.model.fingerprint()
 
-    def sample(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable) -> torch.Tensor:
-        """`predict` without gradient. The result holds until the next call."""
+    def sample(
+        self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable, precision: str
+    ) -> torch.Tensor:
+        """`predict` without gradient. The result holds until the next call.
+
+        precision: the one that the caller has in place; each has its own recording.
+        """
         if self.graphs is None:
             return self._compiled(x, timestep, cond)
         run, inputs, own = _as_function(self._compiled, x, timestep, cond)
-        return self.graphs(run, inputs, (state, own))
+        return self.graphs(run, inputs, (state, own), precision)
 
     def replay(
         self,

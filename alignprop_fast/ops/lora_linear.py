@@ -21,6 +21,8 @@ from alignprop_fast.ops.backend import attempt
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_trials import chosen
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
+from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs
+from alignprop_fast.ops.rounded_linear_trials import pays
 
 Tensor = torch.Tensor
 
@@ -62,8 +64,8 @@ def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
     return [Layer(w, b, down, up, scale) for (w, b, down, up), scale in zip(fours, scales, strict=True)]
 
 
-def lora_linears(x: Tensor, layers: Sequence[Layer], keep: Kind | None = None) -> tuple[Tensor, ...]:
-    """One to three layers of the same input, differentiable in x and the adapters.
+def lora_linears(x: Tensor, layers: Sequence[Layer | RoundedLayer], keep: Kind | None = None) -> tuple[Tensor, ...]:
+    """One to three layers of the same input, differentiable in x and the adapters unless they are rounded.
 
     Args:
         x: [..., I], any strides.
@@ -73,8 +75,12 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], keep: Kind | None = None) -
     Returns:
         y [..., O] of each layer in x's dtype.
     """
-    tensors = [tensor for layer in layers for tensor in layer[:4]]
-    return _LoraLinear.apply(x, tuple(layer.scale for layer in layers), keep, *tensors)
+    rounded = [layer for layer in layers if isinstance(layer, RoundedLayer)]
+    if len(rounded) == len(layers) and pays(x, rounded):
+        return rounded_outputs(x, rounded)
+    exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
+    tensors = [tensor for layer in exact for tensor in layer[:4]]
+    return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), keep, *tensors)
 
 
 def lora_linear(

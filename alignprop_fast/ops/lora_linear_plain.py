@@ -41,14 +41,17 @@ def _merges(x: Tensor) -> bool:
 
 def forward_plain(x: Tensor, layer: Layer) -> Tensor:
     """y of one layer with PyTorch's products."""
-    weight, bias, down, up, scale = layer
-    if down is None or up is None:
-        return F.linear(x, weight, bias)
-    if _merges(x):
-        return F.linear(x, _merged(layer), bias)
-    y = F.linear(x, weight, bias)
-    low = F.linear(x, down.to(x.dtype)).flatten(0, -2)
-    return y.view(-1, y.shape[-1]).addmm_(low, up.to(x.dtype).T, alpha=scale).view_as(y)
+    if layer.down is not None and _merges(x):
+        return F.linear(x, _merged(layer), layer.bias)
+    return add_adapter(F.linear(x, layer.weight, layer.bias), x, layer)
+
+
+def add_adapter(y: Tensor, x: Tensor, layer: Layer) -> Tensor:
+    """y + s (x A^T) B^T, written into y [..., O], which is contiguous; y itself for a layer without an adapter."""
+    if layer.down is None or layer.up is None:
+        return y
+    low = F.linear(x, layer.down.to(x.dtype)).flatten(0, -2)
+    return y.view(-1, y.shape[-1]).addmm_(low, layer.up.to(x.dtype).T, alpha=layer.scale).view_as(y)
 
 
 def backward_plain(g: Tensor, x: Tensor | None, layer: Layer, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -162,8 +162,9 @@ class _Walk:
                 peak = (chain.kept_at_peak, chain.transient + self.transfer)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
-                peak = (0, self.table.sampling_bytes)
-                yield self.moment("sampling", f"step {step}", peak, self.table.sampling_seconds, self.kept)
+                exact = self.table.sampling_bytes, self.table.sampling_seconds
+                size_bytes, seconds = exact if step in self.plan.replayed_steps else self.table.closed
+                yield self.moment("sampling", f"step {step}", (0, size_bytes), seconds, self.kept)
 
     def _backward(self) -> Iterator[Moment]:
         for step, chain in zip(reversed(self.plan.resident_steps), reversed(self.residents), strict=True):

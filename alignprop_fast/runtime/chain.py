@@ -5,7 +5,8 @@ y_i = predict(i, x_i)        x_{i+1} = advance(i, x_i, y_i)        i = 0 (the no
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 
@@ -98,11 +99,23 @@ class Chain(ABC):
         """
 
     def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """`predict` for a step without gradient, under inference mode; may be a faster form of it.
+        """`predict` without recording, under inference mode; may be a faster form of it, which is as exact.
 
         The result may be overwritten by the next call.
         """
         return self.predict(i, x)
+
+    @property
+    def approximates(self) -> bool:
+        """Whether `approximation` changes predictions."""
+        return False
+
+    def approximation(self) -> AbstractContextManager[Any]:
+        """Around `sample` in steps without gradient, in a run that has steps with gradient.
+
+        The results of these steps are constants of the gradient's estimator, so they may be approximations.
+        """
+        return nullcontext()
 
     def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
         """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.

@@ -45,9 +45,15 @@ class GraphedCalls:
         self._stream: torch.cuda.Stream | None = None
 
     @torch.inference_mode()
-    def __call__(self, fn: Callable[..., torch.Tensor], inputs: Tensors, state: Hashable) -> torch.Tensor:
-        """fn(*inputs) without gradient. state: everything that fn depends on besides its inputs' values."""
-        key = self._key("without gradient", inputs, state)
+    def __call__(
+        self, fn: Callable[..., torch.Tensor], inputs: Tensors, state: Hashable, how: Hashable = None
+    ) -> torch.Tensor:
+        """fn(*inputs) without gradient.
+
+        state: everything that fn depends on besides its inputs' values. how: settings of this call that change only
+        its own recording.
+        """
+        key = self._key(("without gradient", how), inputs, state)
         if key not in self._graphs:
             buffers = [x.clone() for x in inputs]
             with torch.cuda.device_of(inputs[0]):

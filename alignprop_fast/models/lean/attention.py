@@ -151,6 +151,15 @@ def is_plain(attn: nn.Module) -> bool:
     return all(norm is None for norm in norms) and not attn.residual_connection and attn.rescale_output_factor == 1
 
 
+def over_a_text(root: nn.Module) -> list[Any]:
+    """The plain attentions below root whose keys and values are projections of a text, the same in every step."""
+    return [module for module in root.modules() if isinstance(module, Attention) and _is_over_a_text(module)]
+
+
+def _is_over_a_text(attn: Attention) -> bool:
+    return attn.is_cross_attention and isinstance(attn.processor, AttnProcessor2_0) and is_plain(attn)
+
+
 def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
     """The linear layers of a plain attention whose results a recomputed block may keep, with their kind."""
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):

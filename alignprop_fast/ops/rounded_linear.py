@@ -1,0 +1,106 @@
+"""rounded_linear: a frozen linear layer as a product of 8-bit numbers, for results through which no gradient passes.
+
+    y = s_x s_w (q_x q_w^T) + b        q_x = round(x / s_x), q_w = round(W / s_w)
+
+s_x is one scale for each row of x, taken at each call; s_w is one for each output channel, taken once. They map the
+row's largest value to the largest number of the type, as torchao's dynamic quantisation does. int8 products are added
+in int32, so they are exact (`torch._int_mm`); fp8 products (e4m3) are added in fp32 (`torch._scaled_mm`). Adapters are
+not rounded. On a GPU a shape runs in 8 bits only where that measured faster (`rounded_linear_trials`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from alignprop_fast.ops.errors import first_line
+from alignprop_fast.ops.lora_linear_plain import Layer, add_adapter
+
+Tensor = torch.Tensor
+
+KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+MULTIPLE = 16  # both sizes of a weight must be multiples of it for `_scaled_mm`; `_int_mm` needs 8
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+class RoundedWeight(NamedTuple):
+    """A weight in 8 bits. values: [O, I] in a dtype of `KINDS`; scale: [O, 1] in fp32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+class RoundedLayer(NamedTuple):
+    """A layer whose product may run in 8 bits. exact: the layer as it is, with its bias and its adapter."""
+
+    weight: RoundedWeight
+    exact: Layer
+
+
+class _Rounding(threading.local):
+    """Whether this thread is inside `rounding`: the backward pass of a GPU runs in a thread of its own."""
+
+    on = False
+
+
+_rounding = _Rounding()
+
+
+@contextmanager
+def rounding() -> Iterator[None]:
+    """Inside, layers that have a `RoundedWeight` use it. For denoising steps without gradient."""
+    before, _rounding.on = _rounding.on, True
+    try:
+        yield
+    finally:
+        _rounding.on = before
+
+
+def is_rounding() -> bool:
+    """Whether this thread is inside `rounding`."""
+    return _rounding.on
+
+
+def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(values [T, I], scale [T, 1] in fp32), whose product is about x [T, I]. dtype: of the values, in `KINDS`."""
+    scale = (x.float().abs().amax(dim=1, keepdim=True) / _LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
+    values = x / scale
+    return (values.round_() if dtype is torch.int8 else values).to(dtype), scale
+
+
+def rounded_product(values: Tensor, scale: Tensor, weight: RoundedWeight, bias: Tensor | None, like: Tensor) -> Tensor:
+    """y [T, O] in the dtype of `like`, from x [T, I] as `round_rows` gives it, in the dtype of the weight's values."""
+    if values.dtype is torch.int8:
+        y = torch._int_mm(values, weight.values.T).mul(scale).mul_(weight.scale.T)
+        return (y if bias is None else y.add_(bias)).to(like.dtype)
+    # GPUs write products of rows with scales of their own in bf16 only.
+    narrow = None if bias is None else bias.to(torch.bfloat16)
+    y = torch._scaled_mm(
+        values, weight.values.T, scale, weight.scale.view(1, -1), bias=narrow, out_dtype=torch.bfloat16
+    )
+    return y.to(like.dtype)
+
+
+def rounded_outputs(x: Tensor, layers: Sequence[RoundedLayer]) -> tuple[Tensor, ...]:
+    """y [..., O] of each layer in x's dtype. x [..., I] is rounded once for all of them, and not for the adapters."""
+    values, scale = round_rows(x.reshape(-1, x.shape[-1]), layers[0].weight.values.dtype)
+    ys = [rounded_product(values, scale, weight, exact.bias, x) for weight, exact in layers]
+    return tuple(add_adapter(y.view(*x.shape[:-1], -1), x, layer.exact) for y, layer in zip(ys, layers, strict=True))
+
+
+def why_not(kind: str, device: torch.device) -> str | None:
+    """Why products of this kind do not run on the device, in one line; None: they do. It tries a small one."""
+    try:
+        x = torch.linspace(-1, 1, 32 * 32, device=device).view(32, 32)
+        values, scale = round_rows(x, KINDS[kind])
+        y = rounded_product(values, scale, RoundedWeight(values, scale), None, x)
+        dense = values.float() * scale
+        if device.type != "meta" and not torch.allclose(y, dense @ dense.T, rtol=1e-2, atol=1e-2):  # bf16 rounds
+            return "it gives wrong numbers"
+    except Exception as error:  # libraries and drivers raise anything
+        return first_line(error)
+    return None
