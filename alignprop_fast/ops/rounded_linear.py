@@ -8,8 +8,6 @@ in int32, so they are exact (`torch._int_mm`); fp8 products (e4m3) are added in 
 not rounded. On a GPU a shape runs in 8 bits only where that measured faster (`rounded_linear_trials`).
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from alignprop_fast.ops.backend import Launch, backend
 from alignprop_fast.ops.errors import first_line
 from alignprop_fast.ops.lora_linear_plain import Layer, add_adapter
 
@@ -24,7 +23,8 @@ Tensor = torch.Tensor
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 MULTIPLE = 16  # both sizes of a weight must be multiples of it for `_scaled_mm`; `_int_mm` needs 8
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+MAX_TRITON_WIDTH = 16384  # a row must fit the registers of one thread block (kernels.rounded_linear.MAX_WIDTH)
 
 
 class RoundedWeight(NamedTuple):
@@ -65,18 +65,56 @@ def is_rounding() -> bool:
     return _rounding.on
 
 
-def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(values [T, I], scale [T, 1] in fp32), whose product is about x [T, I]. dtype: of the values, in `KINDS`."""
-    scale = (x.float().abs().amax(dim=1, keepdim=True) / _LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
+def plain_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`round_rows` by plain PyTorch."""
+    scale = (x.float().abs().amax(dim=1, keepdim=True) / LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
     values = x / scale
     return (values.round_() if dtype is torch.int8 else values).to(dtype), scale
+
+
+def _launch_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from alignprop_fast.kernels import rounded_linear as kernels
+
+    return kernels.round_rows(x, dtype)
+
+
+def _fake_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+def _plain_sums(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = sums.mul(x_scale).mul_(w_scale.T)
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def _launch_sums(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    from alignprop_fast.kernels import rounded_linear as kernels
+
+    return kernels.scale_sums(sums, x_scale, w_scale, bias, dtype)
+
+
+def _fake_sums(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return sums.new_empty(sums.shape, dtype=dtype)
+
+
+_triton_rows = Launch("round_rows", "rounded_linear", _launch_rows, plain_rows, _fake_rows)
+_triton_sums = Launch("scale_sums", "rounded_linear", _launch_sums, _plain_sums, _fake_sums)
+
+
+def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(values [T, I], scale [T, 1] in fp32), whose product is about x [T, I]. dtype: of the values, in `KINDS`."""
+    if x.is_meta:  # an estimate for a GPU counts the kernel's passes over memory
+        return _triton_rows.operator(x, dtype)
+    fits = backend(x, "rounded_linear") == "triton" and x.shape[1] <= MAX_TRITON_WIDTH
+    return (_triton_rows if fits else plain_rows)(x, dtype)
 
 
 def rounded_product(values: Tensor, scale: Tensor, weight: RoundedWeight, bias: Tensor | None, like: Tensor) -> Tensor:
     """y [T, O] in the dtype of `like`, from x [T, I] as `round_rows` gives it, in the dtype of the weight's values."""
     if values.dtype is torch.int8:
-        y = torch._int_mm(values, weight.values.T).mul(scale).mul_(weight.scale.T)
-        return (y if bias is None else y.add_(bias)).to(like.dtype)
+        sums = torch._int_mm(values, weight.values.T)
+        launched = _triton_sums if backend(like, "rounded_linear") == "triton" else _plain_sums
+        return (_triton_sums.operator if like.is_meta else launched)(sums, scale, weight.scale, bias, like.dtype)
     # GPUs write products of rows with scales of their own in bf16 only.
     narrow = None if bias is None else bias.to(torch.bfloat16)
     y = torch._scaled_mm(
