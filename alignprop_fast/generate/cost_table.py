@@ -49,6 +49,7 @@ from alignprop_fast.version import __version__
 
 # cuBLAS and cuDNN workspaces and the allocator's rounding, assumed if there is no device to measure them.
 _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
+_ON_TENSOR_CORES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,13 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     """
 
     def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        halves = dtype in (torch.bfloat16, torch.float16)
-        return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
+        name = str(dtype).removeprefix("torch.")
+        return roofline_seconds(flop, size_bytes, gpu, name if name in _ON_TENSOR_CORES else "float32")
 
     formula = operator_seconds(roofline)
     origin = {**_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    if step.chain.precision is not None:
+        step.chain.precision.decide_by(roofline)
     table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
 

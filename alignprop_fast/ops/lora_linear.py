@@ -21,8 +21,7 @@ from alignprop_fast.ops.backend import attempt
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_trials import chosen
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
-from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs
-from alignprop_fast.ops.rounded_linear_trials import pays
+from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs, run_rounded
 
 Tensor = torch.Tensor
 
@@ -75,9 +74,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer | RoundedLayer], keep: Kind |
     Returns:
         y [..., O] of each layer in x's dtype.
     """
-    rounded = [layer for layer in layers if isinstance(layer, RoundedLayer)]
-    if len(rounded) == len(layers) and pays(x, rounded):
-        return rounded_outputs(x, rounded)
+    if run_rounded(layers, x):
+        return rounded_outputs(x, layers)
     exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
     tensors = [tensor for layer in exact for tensor in layer[:4]]
     return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), keep, *tensors)

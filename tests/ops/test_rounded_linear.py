@@ -7,7 +7,8 @@ from alignprop_fast.ops import rounded_linear
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer, forward_plain
 from alignprop_fast.ops.rounded_linear import KINDS, RoundedLayer, RoundedWeight, round_rows, rounded_outputs, why_not
-from alignprop_fast.ops.rounded_linear_trials import _ExactTrial, _RoundedTrial
+from alignprop_fast.ops.rounded_linear_trials import _ExactTrial, _RoundedTrial, pays_by
+from alignprop_fast.planner import find_gpu, roofline_seconds
 
 # Rounding adds a uniform error of a 254th of the row's largest value to int8, and of 2^-4 of itself at most to e4m3.
 # Of normal numbers that is 0.9 % and 2.6 %; a product of two such tensors has sqrt(2) times the error.
@@ -62,7 +63,30 @@ def test_layers_run_exactly_unless_all_of_them_are_rounded():
     exact = lora_linears(x, [layer.exact for layer in rounded])
     mixed = lora_linears(x, [rounded[0], rounded[1].exact])
     assert all(map(torch.equal, mixed, exact))
-    assert all(map(torch.equal, lora_linears(x, rounded), rounded_outputs(x, rounded)))
+    for faster, expected in ((True, rounded_outputs(x, rounded)), (False, exact)):
+        with rounded_linear.rounding(lambda *arguments, faster=faster: faster):
+            assert all(map(torch.equal, lora_linears(x, rounded), expected))
+            assert all(map(torch.equal, lora_linears(x, [rounded[0], rounded[1].exact]), exact))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kind", "rows", "width", "faster"),
+    [
+        # SDXL's blocks of width 640 and 1280, FLUX's of width 3072.
+        *(("RTX 4090", "int8", 8192, 640, False), ("RTX 4090", "int8", 2048, 1280, True)),
+        *(("RTX 4090", "fp8", 2048, 1280, True), ("RTX 4090", "int8", 4608, 3072, True)),
+        *(("H100", "fp8", 8192, 640, False), ("H100", "fp8", 4608, 3072, True), ("H100", "int8", 4608, 3072, True)),
+    ],
+)
+def test_an_estimate_says_where_8_bits_pay(gpu, kind, rows, width, faster):
+    with torch.device("meta"):
+        x, weight = (torch.empty(size, width, dtype=torch.bfloat16) for size in (rows, width))
+        rounded = [RoundedLayer(RoundedWeight(*round_rows(weight, KINDS[kind])), Layer(weight))]
+
+    def roofline(flop, size_bytes, dtype):
+        return roofline_seconds(flop, size_bytes, find_gpu(gpu), str(dtype).removeprefix("torch."))
+
+    assert pays_by(roofline, x, rounded) is faster
 
 
 @pytest.mark.parametrize("kind", KINDS)

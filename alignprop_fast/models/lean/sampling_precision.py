@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from alignprop_fast.models.lean.quantization import round_linears
-from alignprop_fast.ops.rounded_linear import KINDS, rounding, why_not
+from alignprop_fast.ops.rounded_linear import KINDS, Pays, rounding, why_not
+from alignprop_fast.ops.rounded_linear_trials import Roofline, pays, pays_by
 
 SAMPLING_PRECISIONS = ("exact", "bf16", *KINDS)
 
@@ -41,6 +43,7 @@ class SamplingPrecision:
 
     def __init__(self, name: str, denoiser: Any, blocks: Sequence[nn.Module]):
         self.name, self.device, self.size_bytes, self.is_in_place = name, denoiser.device, 0, False
+        self._pays: Pays = pays
         if name == "bf16":
             if denoiser.dtype != torch.float32:
                 raise ValueError(f"sampling_precision bf16 is for fp32 runs, but this one is in {_word(denoiser)}")
@@ -54,6 +57,10 @@ class SamplingPrecision:
             raise ValueError(f"sampling_precision {name} needs a frozen base: train adapters, or use exact")
         self.size_bytes = round_linears(blocks, name)
 
+    def decide_by(self, roofline: Roofline) -> None:
+        """Run a shape in 8 bits where that is estimated to be faster, for a model on meta tensors."""
+        self._pays = partial(pays_by, roofline)
+
     @property
     def in_graphs(self) -> bool:
         """Whether CUDA graphs may record predictions in this precision; autocast would cast weights only once."""
@@ -64,7 +71,7 @@ class SamplingPrecision:
         """Inside the `with` block the denoiser runs in this precision."""
         self.is_in_place = True
         try:
-            with torch.autocast(self.device.type, torch.bfloat16) if self.name == "bf16" else rounding():
+            with torch.autocast(self.device.type, torch.bfloat16) if self.name == "bf16" else rounding(self._pays):
                 yield
         finally:
             self.is_in_place = False
