@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def measured_table(step: TrainingStep) -> CostTable:
     return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
 
 
+def roofline_on(gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+    """Estimated seconds of an operator on tensors of this dtype on the GPU."""
+    name = str(dtype).removeprefix("torch.")
+    return roofline_seconds(flop, size_bytes, gpu, name if name in _ON_TENSOR_CORES else "float32")
+
+
 @remembered_results()
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     """The table of a step on meta tensors, with the seconds of its operators on the GPU by the roofline model.
@@ -110,14 +116,10 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     It is remembered like a measured one, because counting all operators of a large model takes a minute.
     """
 
-    def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        name = str(dtype).removeprefix("torch.")
-        return roofline_seconds(flop, size_bytes, gpu, name if name in _ON_TENSOR_CORES else "float32")
-
-    formula = operator_seconds(roofline)
+    formula = operator_seconds(partial(roofline_on, gpu))
     origin = {**_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     if step.chain.precision is not None:
-        step.chain.precision.decide_by(roofline)
+        step.chain.precision.decide_by(partial(roofline_on, gpu))
     table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
 
@@ -256,7 +258,7 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
         "reward": step.reward_bytes,
-        "conditioning": _bytes(conditioning),
+        "conditioning": _bytes(conditioning) + step.chain.texts.size_bytes,
     }
 
 

@@ -89,6 +89,7 @@ class DenoisingChain(Chain):
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
+        self.texts = model.text_projections(self.cond)
         # A recording would keep the graph of the conditions alive.
         self.fast = None if conditions else fast
         self.fast_replays, self.precision = fast_replays, precision
@@ -114,8 +115,11 @@ class DenoisingChain(Chain):
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The denoiser's output: [K * B, C, h, w], unconditional branch first; or already guided, [B, C, h, w]."""
-        y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
-        return self._guided(y)
+        with self.texts.in_place():
+            return self._predict(i, x)
+
+    def _predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return self._guided(self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond))
 
     def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
         precision = self.precision if self.precision is not None and self.precision.is_in_place else None
@@ -158,7 +162,7 @@ class DenoisingChain(Chain):
         b^2 |y - y'|^2 / (2 sigma^2). The base model is the model with its learning adapters off, not a second copy.
         """
         with torch.inference_mode(), self.model.adapters_off():
-            base = self.predict(i, x)
+            base = self._predict(i, x)  # the texts' projections are those with adapters
         wide = torch.promote_types(y.dtype, torch.float32)
         delta = self.update.blended(y.to(wide) - base.to(wide))
         return delta.square().mean(), self.update.blended_adjoint(2 / delta.numel() * delta)

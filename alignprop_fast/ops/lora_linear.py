@@ -24,13 +24,15 @@ from alignprop_fast.ops.reuse import Kind, reuse_or_compute
 from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs, run_rounded
 
 Tensor = torch.Tensor
+_How = tuple[Kind | None, tuple[Tensor, ...] | None]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], keep: Kind | None, *tensors: Tensor | None
+        ctx: Any, x: Tensor, scales: tuple[float, ...], how: _How, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        keep, known = how
         layers = _layers(tensors, scales)
         # Without an adapter that learns, the gradient needs only the weights.
         learns = any(ctx.needs_input_grad[3:])
@@ -38,6 +40,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scales = scales
 
         def compute() -> tuple[Tensor, ...]:
+            if known is not None:
+                return tuple(y.detach() for y in known)  # others return the same tensors
             if chosen("forward", x, layers) == "plain":
                 return plain_outputs(x, layers)
             return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
@@ -63,13 +67,19 @@ def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
     return [Layer(w, b, down, up, scale) for (w, b, down, up), scale in zip(fours, scales, strict=True)]
 
 
-def lora_linears(x: Tensor, layers: Sequence[Layer | RoundedLayer], keep: Kind | None = None) -> tuple[Tensor, ...]:
+def lora_linears(
+    x: Tensor,
+    layers: Sequence[Layer | RoundedLayer],
+    keep: Kind | None = None,
+    known: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     """One to three layers of the same input, differentiable in x and the adapters unless they are rounded.
 
     Args:
         x: [..., I], any strides.
         layers: weights and biases frozen and in x's dtype; adapters in any floating dtype, or None.
         keep: the kind of this result, for a recomputed segment (`ops.reuse`).
+        known: the results, if they are known already: they take the place of the products.
 
     Returns:
         y [..., O] of each layer in x's dtype.
@@ -78,7 +88,7 @@ def lora_linears(x: Tensor, layers: Sequence[Layer | RoundedLayer], keep: Kind |
         return rounded_outputs(x, layers)
     exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
     tensors = [tensor for layer in exact for tensor in layer[:4]]
-    return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), keep, *tensors)
+    return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), (keep, known), *tensors)
 
 
 def lora_linear(
