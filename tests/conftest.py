@@ -121,10 +121,10 @@ def steady_clock():
     trace = importlib.import_module("alignprop_fast.runtime.trace")  # the name in `runtime` is the function
 
     def timed(work, options):
-        parts: list = []
-        trace._run(work, options, parts.append, lambda out: None)
+        timer = trace._Timer(work.device)
+        trace._run(work, options, timer)
         rank = min((GRADES.index(option) for option in options.values()), default=0)
-        return dict.fromkeys(parts, 1e-3 * (1 + rank))
+        return dict.fromkeys(timer.seconds(), 1e-3 * (1 + rank))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_timed", timed)

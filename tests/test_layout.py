@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "making": ({"demo", "files"}, {"torch", "numpy", "PIL", "safetensors"}),
     "models": ({"demo", "files", "ops", "prompts"}, {"torch", "numpy", "diffusers", "peft"}),
     "rewards": ({"demo", "ops", "prompts"}, {"torch"}),
-    "generate": ({"models", "planner", "prompts", "rewards", "runtime", "sampling", "version"}, {"torch"}),
+    "generate": ({"files", "models", "planner", "prompts", "rewards", "runtime", "sampling", "version"}, {"torch"}),
     "evaluation": ({"generate", "prompts", "rewards"}, {"torch"}),
     "report": ({"evaluation", "files", "planner"}, {"numpy", "PIL"}),
     "training": (

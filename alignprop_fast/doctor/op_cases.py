@@ -211,7 +211,7 @@ def _group_norm_silu(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
 
 def _group_normed(op: Any, groups: int, silu: bool, timed: bool, x: Tensor, *rest: Tensor) -> Tensor:
     *time, gamma, beta = rest
-    return op(x, groups, gamma, beta, EPS, silu=silu, time_embedding_BC=time[0] if timed else None)
+    return op(x, groups, gamma, beta, EPS, silu=silu, addend_BC=time[0] if timed else None)
 
 
 def _frozen_conv2d(draw: Draw, large: bool) -> Iterator[Case]:

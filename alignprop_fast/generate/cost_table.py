@@ -64,7 +64,6 @@ class TrainingStep:
     resident: the model's modules that are on the device while the chain runs.
     keeps_gradients: whether gradients of earlier backward passes are kept while the chain runs.
     host_limit_bytes: the most host memory that offloading may take.
-    records_graphs: whether steps without gradient are recorded as CUDA graphs, which reserve their memory.
     """
 
     model: Any
@@ -81,7 +80,6 @@ class TrainingStep:
     optimizer_bytes: int | None = None
     keeps_gradients: bool = True
     host_limit_bytes: int = 0
-    records_graphs: bool = False
 
     @property
     def batch(self) -> int:
@@ -96,7 +94,7 @@ def measured_table(step: TrainingStep) -> CostTable:
     """
     device = step.model.device
     link = link_rate(device)
-    origin = {**_origin(step), "source": "measured", "device": device_name(device)}
+    origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
 
@@ -117,7 +115,7 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     """
 
     formula = operator_seconds(partial(roofline_on, gpu))
-    origin = {**_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     if step.chain.precision is not None:
         step.chain.precision.decide_by(partial(roofline_on, gpu))
     table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
@@ -126,7 +124,7 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
     """The remembered table of exactly this origin, or else costs(), which is then remembered."""
-    path = _cache_file(origin)
+    path = cache_file(origin)
     table = _read(path)
     if table is None:
         table = costs()
@@ -156,7 +154,7 @@ def _read(path: Path) -> CostTable | None:
 
 def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
     """The table without the parts that `_completed` adds."""
-    x = _latents(step)
+    x = latents(step)
     image_bytes = _bytes([_images(step)])
     costs = step_costs(step.chain, x, formula, link)
     return CostTable(
@@ -182,13 +180,11 @@ def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
-    more = {"graphs": max(table.sampling_bytes, table.closed[0])} if step.records_graphs else {}
-    if step.chain.precision is not None:
-        more["rounded weights"] = step.chain.precision.size_bytes
+    rounded = {} if step.chain.precision is None else {"rounded weights": step.chain.precision.size_bytes}
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(step), **table.fixed, **more},
+        fixed={**_fixed(step), **table.fixed, **rounded},
         rewards=_rewards(step, formula),
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,
@@ -230,7 +226,7 @@ def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
         )
 
 
-def _latents(step: TrainingStep) -> torch.Tensor:
+def latents(step: TrainingStep) -> torch.Tensor:
     model = step.model
     scale = model.pipe.vae_scale_factor
     x = torch.zeros(step.batch, model.latent_channels, *(side // scale for side in step.size), device=model.device)
@@ -268,7 +264,7 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
-def _origin(step: TrainingStep) -> dict[str, str]:
+def step_origin(step: TrainingStep) -> dict[str, str]:
     """Everything except the device that the numbers of a table depend on."""
     model = step.model
     trained = [(tuple(p.shape), str(p.dtype)) for p in step.chain.receivers]
@@ -309,5 +305,5 @@ def _code() -> str:
     return _hash([file.read_bytes() for part in parts for file in sorted((package / part).rglob("*.py"))])
 
 
-def _cache_file(origin: Mapping[str, str]) -> Path:
+def cache_file(origin: Mapping[str, str]) -> Path:
     return cache_folder() / "tables" / f"{_hash(json.dumps(origin, sort_keys=True))}.json"

@@ -47,6 +47,11 @@ class Conditioning:
         held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
+    def settings(self) -> Hashable:
+        """Everything besides `tensors()`."""
+        guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
+        return self.branches, guidance, tuple(self.added or ())
+
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
         """A copy with some tensors replaced, by their ids."""
         added = self.added and {name: others.get(id(tensor), tensor) for name, tensor in self.added.items()}
@@ -278,9 +283,10 @@ class PipelineAdapter(ABC):
         )
 
     def fingerprint(self) -> Hashable:
-        """Addresses of the denoiser's weights and settings of its adapters; while equal, a recording stays valid."""
-        places = tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters())
-        return places, self._adapter_settings()
+        """Addresses of the denoiser's weights, and settings that change its results. While equal, a recording of the
+        denoiser stays valid. Quantised weights are buffers."""
+        tensors = (*self.denoiser.parameters(), *self.denoiser.buffers())
+        return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors), self.settings()
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
         """Modules that hold weights while the chain runs. with_text: the text encoders too."""

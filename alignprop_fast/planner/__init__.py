@@ -10,6 +10,7 @@ from alignprop_fast.planner.budget import (
     parse_budget,
     parse_bytes,
 )
+from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
@@ -28,6 +29,8 @@ __all__ = [
     "BudgetInfeasible",
     "CostTable",
     "Gpu",
+    "GraphCosts",
+    "GraphUse",
     "Moment",
     "Option",
     "Options",

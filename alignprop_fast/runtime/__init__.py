@@ -1,8 +1,9 @@
 """Runs a chain under a plan (keeps, replays, recomputes), and measures time and memory; no other folder does."""
 
 from alignprop_fast.ops.autotune import cache_folder, device_name
-from alignprop_fast.ops.errors import unless_out_of_memory
+from alignprop_fast.ops.errors import OutOfMemory, first_line, unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
+from alignprop_fast.runtime.block_costs import segments, transfer_bytes
 from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
 from alignprop_fast.runtime.chain import Chain, GradientSink
 from alignprop_fast.runtime.changed import raise_if_changed
@@ -18,7 +19,7 @@ from alignprop_fast.runtime.meta_results import remembered_results
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
-from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace, transfer_bytes
+from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
 
 __all__ = [
     "DECODER_STAGES",
@@ -32,6 +33,7 @@ __all__ = [
     "LiveBytes",
     "Offloader",
     "Operator",
+    "OutOfMemory",
     "PeakMeter",
     "Stopwatch",
     "Trace",
@@ -45,6 +47,7 @@ __all__ = [
     "device_memory",
     "device_name",
     "driver_bytes",
+    "first_line",
     "link_rate",
     "lockable_bytes",
     "operator_seconds",

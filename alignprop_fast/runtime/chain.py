@@ -43,7 +43,6 @@ class Chain(ABC):
         parameters: those of the network that need a gradient.
         blocks: the parts of the network for which a plan has options.
         gradient_sink: takes the parameters' gradients, and autograd gets none. None: autograd gets them.
-        input_gradient: whether the gradient passes through `predict` to x; otherwise only along the affine path.
         has_penalty: whether gradient steps have a `penalty`.
         conditions: other tensors that need a gradient, such as text embeddings. There are none with a sink.
         leaves: `predict` reads these instead of the conditions: the same values, detached, as leaves of the step's
@@ -57,13 +56,12 @@ class Chain(ABC):
         blocks: Sequence[Block] = (),
         *,
         gradient_sink: GradientSink | None = None,
-        input_gradient: bool = True,
         has_penalty: bool = False,
         conditions: Sequence[torch.Tensor] = (),
         leaves: Sequence[torch.Tensor] = (),
     ):
         self.num_steps, self.parameters, self.blocks = num_steps, parameters, blocks
-        self.gradient_sink, self.input_gradient, self.has_penalty = gradient_sink, input_gradient, has_penalty
+        self.gradient_sink, self.has_penalty = gradient_sink, has_penalty
         self.conditions, self.leaves = conditions, leaves
 
     @property
@@ -98,12 +96,24 @@ class Chain(ABC):
         Called in the backward pass, with gradients off.
         """
 
-    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """`predict` without recording, under inference mode; may be a faster form of it, which is as exact.
+    def input_scale(self, i: int) -> float:
+        """Factor of the gradient that gradient step i gives x through `predict`; 0: it is not computed."""
+        return 1.0
 
-        The result may be overwritten by the next call.
+    def weighted(self, g: torch.Tensor) -> torch.Tensor:
+        """The gradient of the last state, with the weight of each sample. Called once, as the backward pass begins."""
+        return g
+
+    def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
+        """`predict` without autograd's record, under inference mode; may be a faster form of it, as exact.
+
+        The result may be overwritten by the next call. recorded: whether it may run as a CUDA graph.
         """
         return self.predict(i, x)
+
+    def around_block(self) -> AbstractContextManager[Any]:
+        """The context in which a block runs alone, on other inputs, as it does inside `predict`."""
+        return nullcontext()
 
     @property
     def approximates(self) -> bool:
@@ -117,12 +127,21 @@ class Chain(ABC):
         """
         return nullcontext()
 
-    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
-        """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.
+    def recorded_gradients(
+        self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options
+    ) -> Sequence[torch.Tensor | None] | None:
+        """`predict` of a gradient step that runs again, forward and back, as one CUDA graph; None if there is none.
 
-        options: the options of the blocks, by name, which are already applied.
+        Args:
+            x: the step's input state; the gradient reaches it if the chain has `input_gradient`.
+            gy: the gradient of `predict`'s result.
+            options: the options of the blocks, by name, which are already applied.
+
+        Returns:
+            the gradients of `receivers`, then that of x (None without `input_gradient`). They may be overwritten by
+            the next call.
         """
-        return self.predict(i, x)
+        return None
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a scalar, its gradient for y in the shape of y) of gradient step i.

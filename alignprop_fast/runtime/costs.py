@@ -13,10 +13,11 @@ import torch
 
 from alignprop_fast.ops.errors import unless_out_of_memory
 from alignprop_fast.planner import Segment, Stage
+from alignprop_fast.runtime.block_costs import segments
 from alignprop_fast.runtime.blocks import Block
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.measure import Workspaces
-from alignprop_fast.runtime.trace import Operator, Trace, Work, segments, trace
+from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +52,19 @@ def step_costs(
     start = x.detach().requires_grad_()
     work = Work(
         forward=partial(chain.predict, 0, start),
-        backward=partial(_step_backward, chain, start),
+        pull=_all_at_once if chain.gradient_sink is None else _one_by_one,
+        leaves=[start, *chain.receivers],
         blocks=chain.blocks,
         device=x.device,
         operator_seconds=operator_seconds,
+        around_block=chain.around_block,
     )
     with Workspaces(x.device) as held:
-        sampling = trace(replace(work, forward=partial(_sample, chain, x), backward=None), {})
+        sampling = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
         closed = None
         if chain.approximates:
             with chain.approximation():
-                closed = trace(replace(work, forward=partial(_sample, chain, x), backward=None), {})
+                closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
         options = segments(work, link)
     costs = StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
     return costs if closed is None else replace(costs, closed_bytes=closed.peak_bytes, closed_seconds=closed.seconds)
@@ -72,32 +75,28 @@ def _sample(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     return chain.predict(0, x)
 
 
-def _step_backward(chain: Chain, start: torch.Tensor, y: torch.Tensor) -> None:
-    """A backward pass from a prediction y at `start`, as the chain has it."""
-    if chain.gradient_sink is None:
-        torch.autograd.grad(y, [start, *chain.receivers], torch.ones_like(y), allow_unused=True)
-    else:
-        _one_by_one(y, start, chain.parameters)
+def _all_at_once(y: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
+    """A backward pass that keeps all gradients until its end."""
+    torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
 
 
-def _one_by_one(y: torch.Tensor, start: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-    """A backward pass into a `GradientSink`, which frees each parameter's gradient once it is added or stepped."""
-
-    def drop(parameter: torch.Tensor) -> None:
-        parameter.grad = None
-
-    before = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in parameters]
+def _one_by_one(y: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
+    """A backward pass into a `GradientSink`, which frees each gradient once it is added or stepped."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    handles = [leaf.register_post_accumulate_grad_hook(_drop_grad) for leaf in leaves]
     try:
-        torch.autograd.backward(y, torch.ones_like(y), inputs=[*parameters, start])
+        torch.autograd.backward(y, torch.ones_like(y), inputs=list(leaves))
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, grad in zip(parameters, before, strict=True):
-            parameter.grad = grad
-        start.grad = None
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad
+
+
+def _drop_grad(leaf: torch.Tensor) -> None:
+    leaf.grad = None
 
 
 def decoder_stages(
@@ -120,7 +119,8 @@ def decoder_stages(
         start = x[:count].detach().requires_grad_()
         return Work(
             forward=lambda: fn(start),
-            backward=lambda out: torch.autograd.grad(out, start, torch.ones_like(out)),
+            pull=_all_at_once,
+            leaves=[start],
             blocks=blocks,
             device=x.device,
             operator_seconds=operator_seconds,
@@ -168,7 +168,8 @@ def reward_stages(
         arguments = [values[:count] for values in lists]
         return Work(
             forward=lambda: score(part, *arguments)[0],
-            backward=lambda scores: torch.autograd.grad(scores.sum(), part),
+            pull=_all_at_once,
+            leaves=[part],
             blocks=(),
             device=images.device,
             operator_seconds=operator_seconds,
@@ -210,7 +211,7 @@ def _without_graph(work: Work) -> Trace:
         with torch.no_grad():
             return work.forward()
 
-    return trace(replace(work, forward=forward, backward=None), {})
+    return trace(replace(work, forward=forward, pull=None), {})
 
 
 def _with_more_transient(segment: Segment, by_bytes: int) -> Segment:

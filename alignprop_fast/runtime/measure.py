@@ -4,7 +4,8 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,11 +34,27 @@ def allocated_bytes(size_bytes: int, device: torch.device) -> int:
     return -(-size_bytes // 512) * 512 if device.type == "cuda" else size_bytes
 
 
+def storage_key(tensor: torch.Tensor) -> int:
+    """The identity of the tensor's storage while it lives."""
+    return id(tensor.untyped_storage())
+
+
+@dataclass
+class _Living:
+    """A storage. label: the part that allocated it. takers: the parts that take it as their input."""
+
+    finalizer: Any
+    label: Hashable
+    size_bytes: int
+    takers: set[Hashable] = field(default_factory=set)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate inside the block, until they are freed.
 
-    `enter(label)` starts a part of the block. `peaks` holds the most bytes alive in each part, `born_in` the part in
-    which each living storage was allocated. `on_operator` is called for each operator: (function, arguments, result).
+    `enter(label)` starts a part of the block, and `peaks` holds the most bytes alive in each part. Bytes are charged to
+    the part that allocated them, or to the one part that takes them (`take`). `on_operator` is called for each
+    operator: (function, arguments, result).
 
     device: a GPU, whose allocator then gives the peaks, because kernels take workspaces that no result shows.
     """
@@ -49,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes = 0
         self.peaks: dict[Hashable, int] = {None: 0}
         self._label: Hashable = None
-        self._alive: dict[int, tuple[Any, Hashable, int]] = {}
+        self._alive: dict[int, _Living] = {}
         self._on_operator = on_operator
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._start_bytes = 0
@@ -76,12 +93,22 @@ class LiveBytes(TorchDispatchMode):
             self.peaks[self._label] = max(self.peaks[self._label], peak_bytes)
             torch.cuda.reset_peak_memory_stats(self._gpu)
 
-    def born_in(self) -> dict[Hashable, int]:
-        """Bytes alive now, by the part in which they were allocated."""
+    def take(self, tensors: Iterable[torch.Tensor], label: Hashable) -> None:
+        """Charge these tensors to the part of this label, unless another part takes them too."""
+        for tensor in tensors:
+            if (living := self._alive.get(storage_key(tensor))) is not None:
+                living.takers.add(label)
+
+    def charged(self) -> dict[Hashable, int]:
+        """Bytes alive now, by the part to which they are charged."""
         totals: dict[Hashable, int] = defaultdict(int)
-        for _, label, size_bytes in self._alive.values():
-            totals[label] += size_bytes
+        for living in self._alive.values():
+            totals[next(iter(living.takers)) if len(living.takers) == 1 else living.label] += living.size_bytes
         return totals
+
+    def owned(self) -> frozenset[int]:
+        """The living storages that one part alone takes, by key."""
+        return frozenset(key for key, living in self._alive.items() if len(living.takers) == 1)
 
     def _free(self, key: int, size_bytes: int) -> None:
         del self._alive[key]
@@ -99,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
                 continue
             size_bytes = allocated_bytes(storage.nbytes(), storage.device)
             finalizer = weakref.finalize(storage, self._free, id(storage), size_bytes)
-            self._alive[id(storage)] = finalizer, self._label, size_bytes
+            self._alive[id(storage)] = _Living(finalizer, self._label, size_bytes)
             self.live_bytes += size_bytes
         self.peaks[self._label] = max(self.peaks[self._label], self.live_bytes)
         if self._on_operator is not None:
@@ -109,8 +136,8 @@ class LiveBytes(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._leave()
-        for finalizer, _, _ in self._alive.values():
-            finalizer.detach()
+        for living in self._alive.values():
+            living.finalizer.detach()
 
 
 class PeakMeter:

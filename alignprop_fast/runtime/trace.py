@@ -1,28 +1,31 @@
 """Traces one forward and backward run of a network, split at the ends of its blocks: bytes and seconds per interval.
 
-An interval is a block and whatever runs between it and the previous block; the last one is everything after all blocks.
-Each byte is charged to the interval that allocated it. So the costs of mixed options are sums over the blocks, and the
-peak of mixed options follows from runs with one option each (`planner.table` has the arithmetic).
+An interval is a block and the gap before it: whatever runs between it and the previous block. The last one is
+everything after all blocks. Each byte is charged to the interval that allocated it, but a tensor that one block alone
+takes as its input is charged to that block, because the block's option decides whether it stays. So the costs of mixed
+options are sums over the blocks (`planner.table` has the arithmetic).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
-from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
-from alignprop_fast.planner import GRADES, BlockOption, Option, Options, Segment
+from alignprop_fast.planner import BlockOption, Option, Options
 from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
-from alignprop_fast.runtime.measure import LiveBytes, Stopwatch
+from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
 from alignprop_fast.runtime.offload import Offloader
 
-LEANEST = BlockOption.RECOMPUTE
 Operator = Callable[[Any, Any, Any], float]
+# ("before", i): the gap before block i, forward. ("forward", i), ("backward", i): block i. ("after", i): the gap before
+# block i, backward.
+Part = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -30,57 +33,93 @@ class Work:
     """A network to measure.
 
     forward: () -> output with its graph; runs inside `apply_options`.
-    backward: consumes that output; None: forward only.
+    pull: (output, leaves): runs the backward pass, which consumes the output; None: forward only.
+    leaves: the tensors that get a gradient.
     operator_seconds: (function, arguments, result) -> estimated seconds; None: the device is timed.
     output_kept: whether the output counts as kept.
+    around_block: the context in which a block runs alone.
+    repeats: runs that are timed; the shortest one counts, because the first one warms up.
     """
 
     forward: Callable[[], torch.Tensor]
-    backward: Callable[[torch.Tensor], Any] | None
+    pull: Callable[[torch.Tensor, Sequence[torch.Tensor]], Any] | None
     blocks: Sequence[Block]
     device: torch.device
+    leaves: Sequence[torch.Tensor] = ()
     operator_seconds: Operator | None = None
     output_kept: bool = True
-    repeats: int = 3
+    around_block: Callable[[], AbstractContextManager[Any]] = nullcontext
+    repeats: int = 2
+
+
+@dataclass(frozen=True)
+class Like:
+    """The layout of a tensor. storage: the identity of its storage, whose size is storage_bytes."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    requires_grad: bool
+    storage: int
+    storage_bytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A run of a block.
+
+    inputs: (args, kwargs) with a `Like` for each tensor. kind: blocks of one kind cost the same.
+    """
+
+    block: Block
+    kind: Hashable
+    inputs: Any
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Costs of one interval under one option. Transient bytes come on top of all kept ones, the interval's included.
+    """Costs of one interval under one option.
 
+    call: of its block; None: what follows all blocks.
     host_bytes: moved to host memory. The previous block's tensors that are being copied are not counted.
+    block_transient, gap_transient: bytes at the worst moment of the block and of the gap, beside all kept ones, the
+        interval's included. A gap may take less than those, so that the number is negative.
     """
 
-    block: Block | None
-    alike: Hashable
+    call: Call | None
     kept_bytes: int
     host_bytes: int
-    forward_transient_bytes: int
-    backward_transient_bytes: int
-    seconds: float
+    block_transient: int
+    gap_transient: int
+    block_seconds: float
+    gap_seconds: float
 
-    def plus(self, richer: "Interval", leaner: "Interval") -> "Interval":
-        """This interval, changed by the difference of a similar interval between two options."""
-        names = ("kept_bytes", "host_bytes", "forward_transient_bytes", "backward_transient_bytes", "seconds")
-        return replace(self, **{n: max(getattr(self, n) + getattr(richer, n) - getattr(leaner, n), 0) for n in names})
+    @property
+    def transient_bytes(self) -> int:
+        return max(self.block_transient, self.gap_transient, 0)
+
+    @property
+    def seconds(self) -> float:
+        return self.block_seconds + self.gap_seconds
 
     def option(self, name: BlockOption) -> Option:
-        transient_bytes = max(self.forward_transient_bytes, self.backward_transient_bytes)
-        return Option(name, self.kept_bytes, transient_bytes, max(self.seconds, 0.0), self.host_bytes)
+        return Option(name, self.kept_bytes, self.transient_bytes, self.seconds, self.host_bytes)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Intervals in the order of execution."""
+    """Intervals in the order of execution. owned: storages that one block alone takes as its input."""
 
     intervals: list[Interval]
+    owned: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def peak_bytes(self) -> int:
         kept, peak = 0, 0
         for interval in self.intervals:
             kept += interval.kept_bytes
-            peak = max(peak, kept + max(interval.forward_transient_bytes, interval.backward_transient_bytes))
+            peak = max(peak, kept + interval.transient_bytes)
         return peak
 
     @property
@@ -99,92 +138,29 @@ def trace(work: Work, options: Options) -> Trace:
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
     counts = _Counts(work)
     with counts.live:
-        order = _run(work, options, counts.enter, counts.forward_done, counts.pool)
-    kept = counts.kept if work.backward else {}
-    return Trace(_intervals(order, kept, counts.moved, counts.live.peaks, counts.seconds or seconds))
+        calls = _run(work, options, counts, counts.pool)
+    kept = counts.kept if work.pull else {}
+    return Trace(_intervals(calls, kept, counts.moved, counts.live.peaks, counts.seconds or seconds), counts.owned)
 
 
-def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
-    """The segments of the work, each with all its options.
+class Meter(Protocol):
+    """Told by a run what happens: a part begins, a block takes tensors as its inputs, the forward pass is done."""
 
-    An option is measured on all blocks at once, which is exact. If the device lacks memory for that, it is measured on
-    one block of each kind, with the leanest options on all others, and similar blocks get the same difference. If that
-    does not fit either, the option is left out.
+    def enter(self, part: Part) -> None: ...
 
-    link: bytes/s to host memory. If given, each option also has a variant whose kept tensors are offloaded.
+    def take(self, tensors: Iterable[torch.Tensor], part: Part) -> None: ...
 
-    Raises:
-        RuntimeError: out of memory (`ops.errors`): not even the leanest options fit.
-    """
-    lean = trace(work, {"*": LEANEST})
-    measured = {LEANEST: lean, **_traces(work, GRADES, lean)}
-    offloaded = {} if link is None else _traces(work, [grade.offloaded for grade in GRADES], lean)
-    result = []
-    for index, interval in enumerate(lean.intervals):
-        if interval.block is None:
-            result.append(Segment("rest", (interval.option(BlockOption.KEEP),)))
-            continue
-        options: list[Option] = []
-        for name in interval.block.grades():
-            if name not in measured:
-                continue
-            option = measured[name].intervals[index].option(name)
-            options.append(option)
-            if link is not None and option.kept_bytes and name.offloaded in offloaded:
-                there = offloaded[name.offloaded].intervals[index].option(name.offloaded)
-                options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
-        result.append(Segment(interval.block.name, tuple(options)))
-    return tuple(result)
+    def forward_done(self, out: torch.Tensor) -> None: ...
 
 
-def transfer_bytes(found: Sequence[Segment]) -> int:
-    """The most bytes that the block before each one can have in transfer to or from host memory."""
-    return max((option.host_bytes for segment in found for option in segment.options), default=0)
+class _Timer(Stopwatch):
+    """Seconds of each part of a run."""
 
+    def take(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
+        pass
 
-def _traces(work: Work, wanted: Iterable[BlockOption], lean: Trace) -> dict[BlockOption, Trace]:
-    """The trace of each option on all blocks that have its grade, without options that do not fit."""
-    found: dict[BlockOption, Trace] = {}
-    for option in wanted:
-        blocks = [i.block.name for i in lean.intervals if i.block is not None and option.grade in i.block.grades()]
-        if option != LEANEST and blocks and (measured := _measured(work, option, blocks, lean)) is not None:
-            found[option] = measured
-    return found
-
-
-def _with_copies(seconds: float, copy_seconds: float) -> float:
-    """The copies overlap with the block's own time: about a third of it is forward, the rest backward."""
-    return seconds + max(copy_seconds - seconds / 3, 0) + max(copy_seconds - seconds * 2 / 3, 0)
-
-
-def _measured(work: Work, option: BlockOption, names: Sequence[str], lean: Trace) -> Trace | None:
-    """The trace of the option on the blocks of these names; None if the device lacks memory."""
-    everywhere = {"*": LEANEST, **dict.fromkeys(names, option)}
-    for attempt in (
-        partial(trace, work, everywhere),
-        partial(measured_on_one_of_each_kind, work, option, names, lean),
-    ):
-        found = unless_out_of_memory(attempt)
-        if not isinstance(found, OutOfMemory):
-            return found
-    return None
-
-
-def measured_on_one_of_each_kind(work: Work, option: BlockOption, names: Sequence[str], lean: Trace) -> Trace:
-    """The trace of the option on the blocks of these names, from a run on the first of each kind among them."""
-    first: dict[Hashable, int] = {}
-    for index, interval in enumerate(lean.intervals):
-        if interval.block is not None and interval.block.name in names:
-            first.setdefault(interval.alike, index)
-    blocks = [lean.intervals[index].block for index in first.values()]
-    found = trace(work, {"*": LEANEST, **{block.name: option for block in blocks if block is not None}})
-    intervals = [
-        interval.plus(found.intervals[first[interval.alike]], lean.intervals[first[interval.alike]])
-        if interval.block is not None and interval.block.name in names
-        else interval
-        for interval in lean.intervals
-    ]
-    return Trace(intervals)
+    def forward_done(self, out: torch.Tensor) -> None:
+        pass
 
 
 class _Counts:
@@ -194,6 +170,7 @@ class _Counts:
         live: the mode to run under; it counts what is alive and its peaks.
         pool: counts what is offloaded.
         kept: bytes that the forward pass keeps; moved: bytes that it offloads.
+        owned: storages that one block alone takes as its input.
         seconds: estimates, where the work has them.
     """
 
@@ -203,17 +180,22 @@ class _Counts:
         self.pool = CountedPool(work.device)
         self.kept: dict[Hashable, int] = {}
         self.moved: dict[Hashable, int] = {}
+        self.owned: frozenset[int] = frozenset()
         self.seconds: dict[Hashable, float] = {}
         self._output_kept = work.output_kept
         self._part: Hashable = None
 
-    def enter(self, part: Hashable) -> None:
+    def enter(self, part: Part) -> None:
         self.moved[self._part] = self.pool.size_bytes - sum(self.moved.values())
         self.live.enter(part)
         self._part = part
 
+    def take(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
+        self.live.take(tensors, part)
+
     def forward_done(self, out: torch.Tensor) -> None:
-        self.kept.update(self.live.born_in())
+        self.kept.update(self.live.charged())
+        self.owned = self.live.owned()
         if not self._output_kept:
             self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
 
@@ -223,99 +205,134 @@ class _Counts:
 
 
 def _timed(work: Work, options: Options) -> dict[Hashable, float]:
-    """Seconds of each part in the run of median length, without the first run, which warms up."""
+    """Seconds of each part in the shortest run."""
     runs = []
     for _ in range(work.repeats):
-        watch = Stopwatch(work.device)
-        _run(work, options, watch.enter, lambda out: None)
-        runs.append(watch.seconds())
-    return sorted(runs, key=lambda run: sum(run.values()))[len(runs) // 2]
+        timer = _Timer(work.device)
+        _run(work, options, timer)
+        runs.append(timer.seconds())
+    return min(runs, key=lambda run: sum(run.values()))
 
 
-def _run(
-    work: Work,
-    options: Options,
-    enter: Callable[[Hashable], None],
-    between: Callable[[torch.Tensor], None],
-    pool: HostPool | None = None,
-) -> list[tuple[Block, Hashable]]:
-    """One run. `enter` gets each position, `between` is called after forward. Returns blocks and kinds in run order."""
+def _run(work: Work, options: Options, meter: Meter, pool: HostPool | None = None) -> list[Call]:
+    """One run, reported to the meter. Returns the blocks' calls in their order."""
     offloader = Offloader(work.device, pool)
-    order: list[tuple[Block, Hashable]] = []
-    with _at_ends(work.blocks, order, enter):
-        enter(("forward", 0))
+    ends = _Ends(meter, len(work.blocks))
+    with ends.watched(work.blocks):
+        meter.enter(("before", 0))
         with apply_options(options, work.blocks, offloader):
             out = work.forward()
         offloader.settle()
-        between(out)
-        if work.backward is not None:
-            enter(("backward", len(order)))
-            work.backward(out)
+        meter.forward_done(out)
+        if work.pull is not None:
+            meter.enter(("after", len(ends.calls)))
+            work.pull(out, work.leaves)
         del out
-    return order
+    return ends.calls
 
 
-@contextmanager
-def _at_ends(
-    blocks: Sequence[Block], order: list[tuple[Block, Hashable]], enter: Callable[[Hashable], None]
-) -> Iterator[None]:
-    """Inside, `enter` is called when a block's forward pass is done and when its backward pass starts."""
-    reached = [len(blocks)]
+class _Ends:
+    """Hooks that tell a meter when blocks begin and end, forward and backward. calls: of the blocks so far."""
 
-    def begin_backward(index: int) -> None:
-        if index < reached[0]:  # a block with two outputs counts when its first gradient arrives
-            reached[0] = index
-            enter(("backward", index))
+    def __init__(self, meter: Meter, blocks: int):
+        self.meter, self.calls = meter, list[Call]()
+        self._reached = blocks  # the block that the backward pass has reached
 
-    def end(block: Block, args: Any, kwargs: Any, out: Any) -> None:
-        index = len(order)
-        order.append((block, _kind(block, args, kwargs)))
-        enter(("forward", index + 1))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda g: begin_backward(index))
+    @contextmanager
+    def watched(self, blocks: Sequence[Block]) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        for block in blocks:
+            handles.append(block.module.register_forward_pre_hook(partial(self._begin, block), with_kwargs=True))
+            handles.append(block.module.register_forward_hook(self._end))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    handles = [
-        block.module.register_forward_hook(
-            lambda module, args, kwargs, out, block=block: end(block, args, kwargs, out), with_kwargs=True
-        )
-        for block in blocks
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _begin(self, block: Block, module: Any, args: Any, kwargs: Any) -> None:
+        index, tensors = len(self.calls), _tensors((args, kwargs))
+        inputs = tree_map(_like, (args, kwargs))
+        self.calls.append(Call(block, _kind(block, inputs), inputs))
+        self.meter.take(tensors, ("forward", index))
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._end_backward, index))
+        self.meter.enter(("forward", index))
+
+    def _end(self, module: Any, args: Any, out: Any) -> None:
+        index = len(self.calls) - 1
+        self.meter.enter(("before", index + 1))
+        for tensor in _tensors(out):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._begin_backward, index))
+
+    def _begin_backward(self, index: int, grad: torch.Tensor) -> None:
+        if index < self._reached:  # a block with two outputs counts when its first gradient arrives
+            self._reached = index
+            self.meter.enter(("backward", index))
+
+    def _end_backward(self, index: int, grad: torch.Tensor) -> None:
+        if index == self._reached:  # else the tensor came from the block before, which has begun
+            self.meter.enter(("after", index))
 
 
-def _kind(block: Block, args: Any, kwargs: Any) -> Hashable:
-    """Blocks of one kind cost the same: their class and the shapes of weights and inputs are equal."""
-    inputs = tuple(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-    weights = tuple((name, p.shape, p.requires_grad) for name, p in block.module.named_parameters())
-    return block.group, type(block.module), inputs, weights
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return Like(
+        value.shape,
+        value.stride(),
+        int(value.storage_offset()),
+        value.dtype,
+        value.requires_grad,
+        storage_key(value),
+        value.untyped_storage().nbytes(),
+    )
+
+
+def _kind(block: Block, inputs: Any) -> Hashable:
+    """Blocks of one kind cost the same: their modules' settings and the layouts of weights and inputs are equal."""
+    given = tuple(
+        (x.shape, x.stride, x.dtype, x.requires_grad) if isinstance(x, Like) else repr(x) for x in tree_leaves(inputs)
+    )
+    modules = list(block.module.modules())
+    settings = tuple((type(m), *_plain_settings(m)) for m in modules)
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return block.group, given, settings, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
+
+
+def _plain_settings(module: torch.nn.Module) -> Iterator[Hashable]:
+    """The module's numbers and texts, such as its number of attention heads, which no weight shows."""
+    return (item for item in vars(module).items() if isinstance(item[1], int | float | str))
 
 
 def _intervals(
-    order: list[tuple[Block, Hashable]],
+    calls: list[Call],
     kept: Mapping[Hashable, int],
     moved: Mapping[Hashable, int],
     peaks: Mapping[Hashable, int],
     seconds: Mapping[Hashable, float],
 ) -> list[Interval]:
     result: list[Interval] = []
-    total_bytes, before_bytes = 0, 0
-    for index, (block, kind) in enumerate([*order, (None, None)]):
-        forward, backward = ("forward", index), ("backward", index)
-        total_bytes += kept.get(forward, 0)
+    beside_bytes, before_bytes = 0, 0
+    for index, call in enumerate([*calls, None]):
+        before, forward, backward, after = ((name, index) for name in ("before", "forward", "backward", "after"))
+        kept_bytes = kept.get(before, 0) + kept.get(forward, 0)
+        beside_bytes += kept_bytes
         result.append(
             Interval(
-                block=block,
-                alike=kind,
-                kept_bytes=kept.get(forward, 0),
+                call=call,
+                kept_bytes=kept_bytes,
                 host_bytes=moved.get(forward, 0),
-                forward_transient_bytes=max(peaks.get(forward, 0) - total_bytes - before_bytes, 0),
-                backward_transient_bytes=max(peaks.get(backward, 0) - total_bytes - before_bytes, 0),
-                seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
+                block_transient=max(peaks.get(forward, 0), peaks.get(backward, 0)) - beside_bytes - before_bytes,
+                gap_transient=max(peaks.get(before, 0), peaks.get(after, 0)) - beside_bytes - before_bytes,
+                block_seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
+                gap_seconds=seconds.get(before, 0.0) + seconds.get(after, 0.0),
             )
         )
         before_bytes = moved.get(forward, 0)

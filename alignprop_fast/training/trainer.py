@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from alignprop_fast.report.model_card import write_model_card
 from alignprop_fast.rewards.reward import as_reward, check_gradient
 from alignprop_fast.sampling import Truncation
 from alignprop_fast.training.config import AlignPropConfig
-from alignprop_fast.training.gates import gate_draws, truncation_of
+from alignprop_fast.training.gates import check_rule, gate_draws, truncation_of
 from alignprop_fast.training.metrics import (
     BatchMetrics,
     BatchShare,
@@ -85,7 +86,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.stateful = dict(stateful or {})
         config.check_packages()
         resume_from = find_resume(config)
-        truncation_of(config)  # a rule that cannot work must fail here, before the model is placed
+        check_rule(config)  # before the model is placed
         self.accelerator = make_accelerator(config)
         examine_once(self.accelerator.device, compute_dtype(config))
         set_seed(config.seed, device_specific=True)
@@ -94,6 +95,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
+        truncation_of(config, self.sampler.table, random.Random())  # a rule may not fit the scheduler
         reward = as_reward(reward_function)
         self._observer = reward if reward.observes else None
         # After the sampler, which changes the memory layout of convolutions.
@@ -281,7 +283,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
     def _draw_truncation(self) -> Truncation:
         processes = self.accelerator.num_processes
         draws = gate_draws(self.config, processes, self.steps_done, self._micro_batch_index)
-        return truncation_of(self.config, draws)
+        return truncation_of(self.config, self.sampler.table, draws)
 
     def _generate_samples(
         self, batch_size: int, with_grad: bool = True, prompts: list[str] | None = None

@@ -32,7 +32,7 @@ def measure(bench: Bench, batch: int, repeats: int) -> list[dict[str, Any]]:
     """
     samplers = {"eager": bench.sampler}
     if bench.device.type == "cuda":
-        samplers["graphs"] = DifferentiableSampler(bench.pipe, bench.steps, GUIDANCE, ETA, None, cuda_graphs=True)
+        samplers["graphs"] = DifferentiableSampler(bench.pipe, bench.steps, GUIDANCE, ETA, None, cuda_graphs="on")
         vars(samplers["graphs"].model)["encode"] = lambda batch: bench.conditioning(len(batch.prompts))
 
     def step(sampler: DifferentiableSampler) -> torch.Tensor:

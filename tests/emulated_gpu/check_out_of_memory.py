@@ -4,7 +4,6 @@ A chain of eight blocks, of which one run keeps several times what a run of a si
 """
 
 import gc
-import sys
 
 import pytest
 import torch
@@ -46,34 +45,17 @@ def work(emulated):
     net = nn.Sequential(*(Layer() for _ in range(8)))
     x = torch.randn(4096, 64, device=GPU, requires_grad=True)  # 1 MiB
     blocks = [Block(f"layer.{k}", layer, "residuals") for k, layer in enumerate(net)]
-    return Work(lambda: net(x), lambda y: torch.autograd.grad(y.sum(), x), blocks, GPU, repeats=1)
+    return Work(lambda: net(x), lambda y, leaves: torch.autograd.grad(y.sum(), leaves), blocks, GPU, [x], repeats=1)
 
 
-def test_a_failed_run_is_gone_when_its_fallback_begins(emulated, limited, work, monkeypatch):
-    """Old code fell back inside `except`, where the failed run's graph is alive, and failed at this limit."""
-    module = sys.modules[trace.__module__]
-    begun, one_of_each = [], module.measured_on_one_of_each_kind
-
-    def watched(*arguments):
-        begun.append(torch.cuda.memory_allocated())  # without collecting, which the caller must have done
-        return one_of_each(*arguments)
-
-    monkeypatch.setattr(module, "measured_on_one_of_each_kind", watched)
-    all_fits, start = segments(work), at_rest()
-    assert not begun
+def test_every_option_is_measured_where_the_leanest_fits(emulated, limited, work):
+    """Old code kept each option's bytes in all blocks at once."""
+    all_fits = segments(work)
     limited(0.6 * trace(work, {}).peak_bytes)
-    found = segments(work)
-    assert begun == [start]
-    for one, other in zip(found, all_fits, strict=True):
-        assert [(o.name, o.kept_bytes) for o in one.options] == [(o.name, o.kept_bytes) for o in other.options]
-
-
-def test_an_option_that_fits_nowhere_is_left_out(emulated, limited, work):
-    lean = trace(work, {"*": BlockOption.RECOMPUTE}).peak_bytes
-    limited(lean + 0.1 * MIB)
-    found = segments(work)
-    assert {option.name for segment in found[:-1] for option in segment.options} == {"recompute"}
-    limited(0.5 * lean)
+    assert [[(o.name, o.kept_bytes) for o in one.options] for one in segments(work)] == [
+        [(o.name, o.kept_bytes) for o in one.options] for one in all_fits
+    ]
+    limited(0.5 * trace(work, {"*": BlockOption.RECOMPUTE}).peak_bytes)
     with pytest.raises(torch.OutOfMemoryError):
         segments(work)
 

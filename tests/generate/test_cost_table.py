@@ -139,7 +139,7 @@ def test_a_table_is_that_of_the_autocast_state_it_was_measured_in(pipe):
 def test_a_table_is_that_of_how_guidance_is_combined_and_of_the_kernels_allowed(pipe):
     def origin(**options):
         sampler = DifferentiableSampler(pipe, STEPS, 5.0, **options)
-        return cost_table._origin(sampler._blank_step(1, None))
+        return cost_table.step_origin(sampler._blank_step(1, None))
 
     plain, rescaled = origin(), origin(guidance_rescale=0.7)
     torch.use_deterministic_algorithms(True)

@@ -23,6 +23,7 @@ from alignprop_fast.models.lean.attention import (
 )
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.group_norm_silu import backend as group_norm_backend
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linears
@@ -41,17 +42,29 @@ class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d` that does not keep its input while its weights are frozen."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _applies(input, self):
-            return super().forward(input)
-        return frozen_conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+        return self._convolved(input, self.bias) if self._frozen(input) else super().forward(input)
+
+    def before_norm(
+        self, input: torch.Tensor, addend_BC: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result, and what a group norm that follows must add to it: `addend_BC`, and the bias if it is left out.
+
+        On a GPU a bias is a pass of its own over the result. The norm adds it for nothing if csrc/ serves it or if it
+        has an addend anyway.
+        """
+        free = addend_BC is not None or group_norm_backend(input) == "csrc"
+        if self.bias is None or not free or not self._frozen(input):
+            return self(input), addend_BC
+        bias_BC = self.bias[None]
+        return self._convolved(input, None), bias_BC if addend_BC is None else addend_BC + bias_BC
+
+    def _frozen(self, x: torch.Tensor) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str) and _applies(x, self)
+
+    def _convolved(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        assert not isinstance(padding, str)
+        return frozen_conv2d(x, self.weight, bias, stride, padding, dilation, self.groups)
 
 
 class LeanLinear(nn.Linear):
@@ -122,7 +135,7 @@ class LeanGEGLU(GEGLU):
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
-    """`diffusers` ResnetBlock2D with norm and SiLU as one op, in the memory format of its input."""
+    """`diffusers` ResnetBlock2D with norm and SiLU as one op, which adds the bias of the convolution before it too."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
         # "group" in decoders means the default norm without a time embedding.
@@ -135,16 +148,18 @@ class LeanResnetBlock2D(ResnetBlock2D):
             or not _applies(input_tensor, self.norm1, self.norm2)
         ):
             return super().forward(input_tensor, temb)
-        h = self.conv1(_norm_silu(self.norm1, input_tensor))
+        h = _norm_silu(self.norm1, input_tensor)
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, temb)))
+        # A convolution with adapters is another class.
+        h, addend_BC = self.conv1.before_norm(h, temb) if type(self.conv1) is FrozenConv2d else (self.conv1(h), temb)
+        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, addend_BC)))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return shortcut + h if self.output_scale_factor == 1 else (shortcut + h) / self.output_scale_factor
 
 
-def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, time_embedding_BC: torch.Tensor | None = None) -> torch.Tensor:
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, time_embedding_BC=time_embedding_BC)
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, addend_BC: torch.Tensor | None = None) -> torch.Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, addend_BC=addend_BC)
 
 
 class LeanGroupNorm(nn.GroupNorm):

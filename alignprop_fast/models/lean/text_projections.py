@@ -30,25 +30,30 @@ class TextProjections:
         return sum(t.numel() * t.element_size() for pair in self.by_attention.values() for t in pair)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        before, _open.projections = _open.projections, self
+    def in_place(self, of_any_text: bool = False) -> Iterator[None]:
+        """of_any_text: also for other texts of the same shape, to measure a block alone."""
+        before = _open.projections, _open.of_any_text
+        _open.projections, _open.of_any_text = self, of_any_text
         try:
             yield
         finally:
-            _open.projections = before
+            _open.projections, _open.of_any_text = before
 
 
 class _Open(threading.local):
     """Of this thread: the backward pass of a GPU, which replays steps, runs in a thread of its own."""
 
     projections: TextProjections | None = None
+    of_any_text = False
 
 
 _open = _Open()
 
 
 def known_projections(attn: Any, text: torch.Tensor) -> KeysAndValues | None:
-    """Keys and values of exactly this text, if they are in place."""
-    if torch.compiler.is_compiling() or _open.projections is None or text is not _open.projections.text:
+    """Keys and values of this text, if they are in place."""
+    if torch.compiler.is_compiling() or _open.projections is None:
         return None
-    return _open.projections.by_attention.get(attn)
+    known = _open.projections
+    same = text.shape == known.text.shape if _open.of_any_text else text is known.text
+    return known.by_attention.get(attn) if same else None

@@ -62,13 +62,13 @@ def test_gradients_are_the_bits_of_the_exact_model_from_the_same_latents(request
     pipe = with_adapters(request.getfixturevalue(model))
     twin, sample, closed = copy.deepcopy(pipe), DenoisingChain.sample, []
 
-    def noting(chain, i, x):
-        y = sample(chain, i, x)
+    def noting(chain, i, x, recorded):
+        y = sample(chain, i, x, recorded)
         closed.extend([y.clone()] if i == 0 else [])
         return y
 
-    def given(chain, i, x):
-        y = sample(chain, i, x)
+    def given(chain, i, x, recorded):
+        y = sample(chain, i, x, recorded)
         assert i > 0 or not torch.equal(closed[0], y)
         return closed[0] if i == 0 else y
 

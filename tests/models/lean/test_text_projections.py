@@ -7,7 +7,7 @@ import torch
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models.lean import attention
-from alignprop_fast.models.lean.text_projections import TextProjections
+from alignprop_fast.models.lean.text_projections import TextProjections, known_projections
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.pipeline_adapter import PipelineAdapter
 from alignprop_fast.planner import BlockOption, Plan, StageChoice
@@ -66,4 +66,10 @@ def test_their_bytes_are_in_the_plan_and_joint_attention_has_none(tiny_sd, tiny_
     held = step.chain.texts.by_attention
     assert len(held) == len(attention.over_a_text(tiny_sd.unet)) > 3
     assert step.chain.texts.size_bytes == sum(4 * 4 * 77 * 2 * attn.to_k.out_features for attn in held)
+    attn, text = next(iter(held)), step.chain.texts.text
+    assert known_projections(attn, text) is None
+    with step.chain.texts.in_place():
+        assert known_projections(attn, text) is held[attn] and known_projections(attn, text.clone()) is None
+    with step.chain.around_block():  # blocks are measured alone, on other inputs
+        assert known_projections(attn, text.clone()) is held[attn] and known_projections(attn, text[:1]) is None
     assert not DifferentiableSampler(tiny_flux, 3, height=16, width=16)._blank_step(1, None).chain.texts.by_attention
