@@ -43,7 +43,7 @@ def sampler_of(model: str, base: str | None, precision: str = "exact") -> Differ
         quantize_linears(denoiser, base, META, torch.bfloat16)
     if not getattr(denoiser, "peft_config", None):
         add_lora(pipe, RANK, RANK)
-    return DifferentiableSampler(pipe, STEPS, memory_budget=None, sampling_precision=precision)
+    return DifferentiableSampler(pipe, STEPS, memory_budget=None, cache_text=True, sampling_precision=precision)
 
 
 def seconds(run: Callable[[], Any], formula: Operator) -> float:
