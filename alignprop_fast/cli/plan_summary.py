@@ -79,6 +79,7 @@ def write_json(path: Path, prediction: Prediction, facts: Mapping[str, Any]) -> 
         "expected": _numbers(expected, prediction.batch),
         "phases": dict(worst.phases),
         "kinds": dict(worst.kinds),
+        "cuda_graphs": worst.graphs,
         "options": {
             "resident": [dict(options) for options in worst.resident_options],
             "replayed": dict(worst.replay_options),

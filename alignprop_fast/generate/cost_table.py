@@ -19,8 +19,11 @@ from torch import nn
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.planner import (
     GRADES,
+    GRAPH_LAUNCH_SECONDS,
+    LAUNCH_SECONDS,
     CostTable,
     Gpu,
+    GraphCosts,
     Option,
     Segment,
     Stage,
@@ -101,10 +104,13 @@ def measured_table(step: TrainingStep) -> CostTable:
     return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
 
 
-def roofline_on(gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+def roofline_on(
+    gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype, launch_seconds: float = LAUNCH_SECONDS
+) -> float:
     """Estimated seconds of an operator on tensors of this dtype on the GPU."""
     name = str(dtype).removeprefix("torch.")
-    return roofline_seconds(flop, size_bytes, gpu, name if name in _ON_TENSOR_CORES else "float32")
+    name = name if name in _ON_TENSOR_CORES else "float32"
+    return roofline_seconds(flop, size_bytes, gpu, name, launch_seconds=launch_seconds)
 
 
 @remembered_results()
@@ -114,12 +120,38 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     It is remembered like a measured one, because counting all operators of a large model takes a minute.
     """
 
-    formula = operator_seconds(partial(roofline_on, gpu))
+    roofline = _Roofline(gpu)
+    formula = operator_seconds(roofline)
     origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     if step.chain.precision is not None:
         step.chain.precision.decide_by(partial(roofline_on, gpu))
-    table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link))
+
+    def costs() -> CostTable:
+        table = _costs(step, origin, formula, gpu.link)
+        return replace(table, graphs=GraphCosts(roofline.graph_ratio, roofline.graph_ratio, 0))
+
+    table = _remembered(origin, costs)
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
+
+
+class _Roofline:
+    """Seconds of operators on a GPU, by the roofline model.
+
+    graph_ratio: seconds of all operators so far inside CUDA graphs, over those of single launches.
+    """
+
+    def __init__(self, gpu: Gpu):
+        self._gpu, self._seconds, self._seconds_in_graphs = gpu, 0.0, 0.0
+
+    def __call__(self, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+        seconds = roofline_on(self._gpu, flop, size_bytes, dtype)
+        self._seconds += seconds
+        self._seconds_in_graphs += roofline_on(self._gpu, flop, size_bytes, dtype, GRAPH_LAUNCH_SECONDS)
+        return seconds
+
+    @property
+    def graph_ratio(self) -> float:
+        return self._seconds_in_graphs / self._seconds if self._seconds else 1.0
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
@@ -244,12 +276,13 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
     device = step.model.device  # read once, because diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
+    copies_bytes = 0 if step.chain.copies is None else allocated_bytes(step.chain.copies.size_bytes, device)
     tensors = [t for module in step.resident for t in (*module.parameters(), *module.buffers())]
     tensors = [t for t in tensors if t.device.type == device.type]
     conditioning = [t for t in vars(step.cond).values() if isinstance(t, torch.Tensor)]
     return {
         "weights": _bytes(tensors) - adapters_bytes,
-        "adapters": adapters_bytes,
+        "adapters": adapters_bytes + copies_bytes,
         # Gradients are in fp32 also if adapters are in bf16 (see `FlatParameters`).
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
@@ -267,7 +300,7 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
 def step_origin(step: TrainingStep) -> dict[str, str]:
     """Everything except the device that the numbers of a table depend on."""
     model = step.model
-    trained = [(tuple(p.shape), str(p.dtype)) for p in step.chain.receivers]
+    trained = [(tuple(p.shape), str(p.dtype)) for p in (*step.chain.parameters, *step.chain.conditions)]
     # Quantised weights are buffers.
     named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
     weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]

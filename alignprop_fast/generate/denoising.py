@@ -17,7 +17,7 @@ from alignprop_fast.generate.guidance import Guidance
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
-from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
+from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
 from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update, rescaled_guidance
 
 
@@ -34,6 +34,7 @@ class DenoisingChain(Chain):
         generator: draws the noise of each step; None: the global one.
         draw_noise: whether noise is drawn at each step.
         truncation: its gates and leaps; None: the chain's gates have weight 1.
+        shift: what is added to the last latents.
         gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
         fast: faster predictions, or None.
@@ -55,6 +56,7 @@ class DenoisingChain(Chain):
         *,
         draw_noise: bool,
         truncation: Truncation | None = None,
+        shift: torch.Tensor | None = None,
         compare_with_base: bool = False,
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
@@ -68,16 +70,21 @@ class DenoisingChain(Chain):
                 "parameters: leave one of the two out"
             )
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
+        parameters = model.trainable()
+        # Autocast casts the adapters itself.
+        self.copies = None if autocast_dtype(model.device) else model.adapter_copies()
         super().__init__(
             len(table),
-            model.trainable(),
+            parameters,
             blocks,
             gradient_sink=gradient_sink,
             has_penalty=compare_with_base,
+            stand_ins=None if self.copies is None else self.copies.stand_ins(parameters),
             conditions=conditions,
             leaves=list(leaves.values()),
         )
         self.gates = {} if truncation is None else {gate.step: gate for gate in truncation.gates}
+        self.shift = shift
         self.leaps = Leaps(truncation) if truncation is not None and truncation.leaps else None
         self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
         self.guidance, self.given_cond = guidance, cond
@@ -100,7 +107,7 @@ class DenoisingChain(Chain):
         return DenoisingChain(
             self.model,
             self.blocks,
-            self.update.table.last_alone(),
+            self.update.table.alone(self.num_steps - 1)[0],
             self.timesteps[-1:],
             self.given_cond,
             self.guidance,
@@ -110,6 +117,9 @@ class DenoisingChain(Chain):
             fast=self.fast,
             precision=self.precision,
         )
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.copies is None else self.copies.in_place()
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The denoiser's output: [K * B, C, h, w], unconditional branch first; or already guided, [B, C, h, w]."""
@@ -149,7 +159,7 @@ class DenoisingChain(Chain):
             seen = self.update.model_input(i, x)
         kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
         found = self.fast.gradients(
-            seen, self.timesteps[i], self.cond, self._guided, gy, self.parameters, self.fast_state, kind
+            seen, self.timesteps[i], self.cond, self._guided, gy, self.stand_ins, self.fast_state, kind
         )
         if found is None or not through_input:
             return found and [*found, None]
@@ -197,7 +207,8 @@ class DenoisingChain(Chain):
         return self.update.start(x)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        return self.update.latents(x)
+        x = self.update.latents(x)
+        return x if self.shift is None else x + self.shift
 
     def state(self) -> Hashable:
         read = [*self.cond.tensors(), *self.leaves]

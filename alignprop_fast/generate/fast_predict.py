@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.models.pipeline_adapter import Conditioning
-from alignprop_fast.runtime import CompiledBlocks, GraphedCalls
+from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, step_gradients
 
 CUDA_GRAPHS = ("auto", "on", "off")
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
@@ -152,4 +152,4 @@ def _gradients(
     x = x.detach().requires_grad_(wants_gx)
     y = guide(predict(x, timestep, cond.exchanged(dict(zip(ids, tensors, strict=True)))))
     wanted = [*parameters, x] if wants_gx else parameters
-    return torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    return tuple(step_gradients(y, wanted, gy))

@@ -16,7 +16,7 @@ import torch
 from alignprop_fast.files import write_whole
 from alignprop_fast.generate.cost_table import TrainingStep, cache_file, latents, step_origin
 from alignprop_fast.generate.denoising import DenoisingChain
-from alignprop_fast.planner import GraphCosts, leanest
+from alignprop_fast.planner import CostTable, GraphCosts, leanest
 from alignprop_fast.runtime import (
     OutOfMemory,
     Stopwatch,
@@ -24,6 +24,7 @@ from alignprop_fast.runtime import (
     apply_options,
     device_name,
     first_line,
+    step_gradients,
     unless_out_of_memory,
 )
 
@@ -51,8 +52,19 @@ def graph_costs(step: TrainingStep) -> GraphCosts | None:
     if not recorded:
         return None
     sampling = min(recorded) / min(seconds[way] for way in ONE_BY_ONE if way in seconds)
-    replay = seconds.get("replay graphs", 1.0) / seconds.get("replay eager", 1.0)
-    if fast.by_order:
+    return _costs(step, sampling, seconds.get("replay graphs", 1.0) / seconds.get("replay eager", 1.0))
+
+
+def estimated_graph_costs(step: TrainingStep, table: CostTable) -> GraphCosts | None:
+    """The same for a table that was estimated, which holds the ratios alone."""
+    if step.chain.fast is None or step.chain.fast_state is None or table.graphs is None:
+        return None
+    replay = 1.0 if step.chain.gradient_sink is not None else table.graphs.replay_ratio
+    return _costs(step, table.graphs.sampling_ratio, replay)
+
+
+def _costs(step: TrainingStep, sampling: float, replay: float) -> GraphCosts:
+    if step.chain.fast is not None and step.chain.fast.by_order:
         sampling, replay = min(sampling, ORDERED), min(replay, ORDERED)
     return GraphCosts(sampling, replay, _static_bytes(step))
 
@@ -66,7 +78,8 @@ def _remembered(step: TrainingStep) -> Mapping[str, float]:
     except (OSError, ValueError):
         pass  # not there, or damaged
     try:
-        seconds = unless_out_of_memory(partial(_measured, step))
+        with step.chain.reading():
+            seconds = unless_out_of_memory(partial(_measured, step))
     except RuntimeError as error:
         if step.chain.fast is not None and step.chain.fast.by_order:
             raise
@@ -123,8 +136,7 @@ def _replay(chain: DenoisingChain, x: torch.Tensor, gy: torch.Tensor, recorded: 
             chain.recorded_gradients(0, x, gy, options)
             return
         y = chain.predict(0, x)
-    wanted = [*chain.receivers, x]
-    torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    step_gradients(y, [*chain.receivers, x], gy)
 
 
 def _timed(step: TrainingStep, run: Callable[[], None]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.generate.cost_table import TrainingStep, estimated_table, measured_table
-from alignprop_fast.generate.graph_costs import graph_costs
+from alignprop_fast.generate.graph_costs import estimated_graph_costs, graph_costs
 from alignprop_fast.generate.memory_budget import MemoryBudget
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, GraphCosts, Plan, Solver, leanest
@@ -85,7 +85,10 @@ class StepPlanner:
     def costs(self, step: TrainingStep, gpu: Gpu | None) -> CostTable:
         """Costs of such a step: measured, or estimated for a GPU that need not be in this computer."""
         with torch.enable_grad():
-            return self._measured(step) if gpu is None else estimated_table(step, gpu)
+            if gpu is None:
+                return self._measured(step)
+            table = estimated_table(step, gpu)
+            return replace(table, graphs=estimated_graph_costs(step, table))
 
     def settled_bytes(self, step: TrainingStep) -> int:
         """The budget in bytes; on a GPU reduced to its free memory after such a step has run once."""
@@ -97,7 +100,7 @@ class StepPlanner:
         with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
             x = self.model.initial_latents(step.batch, step.size, None, None).requires_grad_()
             images = self.renderer.render(chain, leanest(1, (0,)), x).images
-            torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
+            torch.autograd.grad(images.sum(), [x, *chain.parameters], allow_unused=True)
 
     def tighten(self, factor: float, last: Plan | None) -> int:
         """From now on plan with less memory than the last plan took; returns the new budget in bytes.

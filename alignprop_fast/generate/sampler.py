@@ -176,7 +176,7 @@ class DifferentiableSampler:
             plan: run under this plan, with its gradient steps, instead of choosing one.
             metadata: of the B prompts, for measuring a `reward` that needs it; None: {} for each.
             truncation: a rule of `draw_truncation`, its result, or gates, instead of grad_steps. The caller runs its
-                `renoisings`, each by `renoise`.
+                `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each.
 
@@ -204,24 +204,31 @@ class DifferentiableSampler:
         generator: Generator = None,
         metadata: Sequence[Any] | None = None,
         embeddings: Embeddings | None = None,
+        step: int | None = None,
     ) -> torch.Tensor:
-        """Images [B, 3, H, W] of latents that are noised to the level of the chain's last step and denoised by it.
+        """Images [B, 3, H, W] of latents that are noised to the level of one of the chain's steps and recovered by it.
 
-        The step predicts the clean latents and carries gradient. Source: Clark et al. 2024, DRaFT-LV; equation in
-        `draw_truncation`.
+        The step carries gradient. Sources: Clark et al. 2024, DRaFT-LV (the last step), and SRPO (any step); equation
+        in `StepTable.alone`.
 
         Args:
             latents: [B, C, h, w] of a finished chain, such as `self.latents`; treated as constants.
             prompts, negative_prompts, generator, metadata, embeddings: as in `__call__`; the generator draws the
                 noise.
+            step: 0 = noisiest; None: the last one.
+
+        Raises:
+            ValueError: the scheduler's steps cannot be taken alone.
         """
+        step = len(self.table) - 1 if step is None else step
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
-        chain = self._chain(cond, generator, self.table.last_alone())
-        step = self._training_step(chain, cond, prompts, metadata)
-        self.plan = self.planner.plan(step, gradient_steps(chain, (0,)))
-        signal, level = self.table.level[-1]
-        x = latents.detach()
-        return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
+        (table, factor), (signal, level) = self.table.alone(step), self.table.level_of(step)
+        clean = latents.detach()
+        noise = self.model.noise(clean, generator)
+        chain = self._chain(cond, generator, table, shift=factor * noise if factor else None)
+        training_step = self._training_step(chain, cond, prompts, metadata)
+        self.plan = self.planner.plan(training_step, gradient_steps(chain, (0,)))
+        return self._run(chain, self.plan, signal * clean + level * noise)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """(scores [B], info) of the sampler's reward, run under the plan of the last call."""
@@ -342,7 +349,12 @@ class DifferentiableSampler:
         return self.table if truncation.last_step is None else self.table.ending_at(truncation.last_step)
 
     def _chain(
-        self, cond: Conditioning, generator: Generator, table: StepTable, truncation: Truncation | None = None
+        self,
+        cond: Conditioning,
+        generator: Generator,
+        table: StepTable,
+        truncation: Truncation | None = None,
+        shift: torch.Tensor | None = None,
     ) -> DenoisingChain:
         return DenoisingChain(
             self.model,
@@ -354,6 +366,7 @@ class DifferentiableSampler:
             generator,
             draw_noise=self.draw_noise,
             truncation=truncation,
+            shift=shift,
             compare_with_base=self.compare_with_base,
             gradient_sink=self.gradient_sink,
             fast=self.fast,

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from alignprop_fast.models.lean.adapter_copies import AdapterCopies, key_of
 from alignprop_fast.models.lean.attention import project_text
 from alignprop_fast.models.lean.banded_decoder import banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
@@ -109,6 +110,7 @@ class PipelineAdapter(ABC):
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
+        self._copies: AdapterCopies | None = None
         seen, drawn = self.denoiser.config.in_channels, self.channels_per_latent * self.latent_channels
         if seen != drawn:
             raise ValueError(
@@ -213,6 +215,14 @@ class PipelineAdapter(ABC):
             raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
+    def adapter_copies(self) -> AdapterCopies:
+        """Copies of the denoiser's learning adapters with their present values, in the same memory at every call."""
+        copies = self._copies
+        if copies is None or copies.key != key_of(self.denoiser):
+            self._copies = copies = AdapterCopies(self.denoiser)
+        copies.refresh()
+        return copies
+
     def has_learning_adapters(self) -> bool:
         """Whether the denoiser has PEFT adapters that require grad."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
@@ -285,7 +295,9 @@ class PipelineAdapter(ABC):
     def fingerprint(self) -> Hashable:
         """Addresses of the denoiser's weights, and settings that change its results. While equal, a recording of the
         denoiser stays valid. Quantised weights are buffers."""
-        tensors = (*self.denoiser.parameters(), *self.denoiser.buffers())
+        parameters = list(self.denoiser.parameters())
+        copies = [] if self._copies is None else self._copies.stand_ins(parameters)
+        tensors = (*parameters, *self.denoiser.buffers(), *copies)
         return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors), self.settings()
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:

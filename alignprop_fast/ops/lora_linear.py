@@ -11,6 +11,7 @@ package's kernels, or cuBLAS with additional small products, whichever measured 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +34,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, scales: tuple[float, ...], how: _How, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         keep, known = how
-        layers = _layers(tensors, scales)
         # Without an adapter that learns, the gradient needs only the weights.
         learns = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if learns else None, *tensors)
         ctx.scales = scales
-
-        def compute() -> tuple[Tensor, ...]:
-            if known is not None:
-                return tuple(y.detach() for y in known)  # others return the same tensors
-            if chosen("forward", x, layers) == "plain":
-                return plain_outputs(x, layers)
-            return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
-
-        return reuse_or_compute(keep, compute)
+        layers = _layers(tensors, scales)
+        return reuse_or_compute(keep, partial(_outputs, x, layers) if known is None else partial(_again, known))
 
     @staticmethod
     @once_differentiable
@@ -60,6 +53,17 @@ class _LoraLinear(torch.autograd.Function):
             dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
         rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
         return dx, None, None, *rest
+
+
+def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    if chosen("forward", x, layers) == "plain":
+        return plain_outputs(x, layers)
+    return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
+
+
+def _again(known: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Known results as new tensors, because other calls return the same ones."""
+    return tuple(y.detach() for y in known)
 
 
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
@@ -87,6 +91,8 @@ def lora_linears(
     if run_rounded(layers, x):
         return rounded_outputs(x, layers)
     exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
+    if not torch.is_grad_enabled():
+        return _outputs(x, exact)
     tensors = [tensor for layer in exact for tensor in layer[:4]]
     return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), (keep, known), *tensors)
 

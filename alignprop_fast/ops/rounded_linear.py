@@ -17,7 +17,7 @@ import torch
 
 from alignprop_fast.ops.backend import Launch, backend
 from alignprop_fast.ops.errors import first_line
-from alignprop_fast.ops.lora_linear_plain import Layer, add_adapter
+from alignprop_fast.ops.lora_linear_plain import Layer, add_adapters
 
 Tensor = torch.Tensor
 
@@ -138,8 +138,11 @@ def rounded_product(values: Tensor, scale: Tensor, weight: RoundedWeight, bias: 
 def rounded_outputs(x: Tensor, layers: Sequence[RoundedLayer]) -> tuple[Tensor, ...]:
     """y [..., O] of each layer in x's dtype. x [..., I] is rounded once for all of them, and not for the adapters."""
     values, scale = round_rows(x.reshape(-1, x.shape[-1]), layers[0].weight.values.dtype)
-    ys = [rounded_product(values, scale, weight, exact.bias, x) for weight, exact in layers]
-    return tuple(add_adapter(y.view(*x.shape[:-1], -1), x, layer.exact) for y, layer in zip(ys, layers, strict=True))
+    ys = [rounded_product(values, scale, weight, exact.bias, x).view(*x.shape[:-1], -1) for weight, exact in layers]
+    for y, layer in zip(ys, layers, strict=True):
+        if layer.exact.down is not None:
+            add_adapters([y], x, [layer.exact])
+    return tuple(ys)
 
 
 def why_not(kind: str, device: torch.device) -> str | None:

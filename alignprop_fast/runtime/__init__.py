@@ -11,6 +11,7 @@ from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
@@ -60,6 +61,7 @@ __all__ = [
     "score_in_chunks",
     "segments",
     "step_costs",
+    "step_gradients",
     "trace",
     "transfer_bytes",
     "unless_out_of_memory",

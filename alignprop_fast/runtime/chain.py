@@ -44,6 +44,8 @@ class Chain(ABC):
         blocks: the parts of the network for which a plan has options.
         gradient_sink: takes the parameters' gradients, and autograd gets none. None: autograd gets them.
         has_penalty: whether gradient steps have a `penalty`.
+        stand_ins: `predict` reads these instead of the parameters, one for each: copies in another dtype, or the
+            parameters themselves.
         conditions: other tensors that need a gradient, such as text embeddings. There are none with a sink.
         leaves: `predict` reads these instead of the conditions: the same values, detached, as leaves of the step's
             graph. One condition may be computed from another.
@@ -57,17 +59,23 @@ class Chain(ABC):
         *,
         gradient_sink: GradientSink | None = None,
         has_penalty: bool = False,
+        stand_ins: Sequence[torch.Tensor] | None = None,
         conditions: Sequence[torch.Tensor] = (),
         leaves: Sequence[torch.Tensor] = (),
     ):
         self.num_steps, self.parameters, self.blocks = num_steps, parameters, blocks
         self.gradient_sink, self.has_penalty = gradient_sink, has_penalty
+        self.stand_ins = parameters if stand_ins is None else stand_ins
         self.conditions, self.leaves = conditions, leaves
 
     @property
     def receivers(self) -> list[torch.Tensor]:
-        """All tensors except x that get a gradient from a step: the parameters, then the leaves."""
-        return [*self.parameters, *self.leaves]
+        """All tensors except x that get a gradient from a step: the parameters' stand-ins, then the leaves."""
+        return [*self.stand_ins, *self.leaves]
+
+    def reading(self) -> AbstractContextManager[None]:
+        """The context of every call of `predict` and of the backward pass through it."""
+        return nullcontext()
 
     @abstractmethod
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from alignprop_fast.planner import Options, Plan
 from alignprop_fast.runtime.blocks import apply_options
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.changed import CHANGED
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.offload import Offloader
 
 
@@ -47,7 +48,7 @@ def run_penalised_chain(
         tape = _Tape(chain, plan, offloader, grad_steps, x.requires_grad)
         x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
         return chain.finish(x), penalty
-    with torch.no_grad():
+    with torch.no_grad(), chain.reading():
         x = _forward(_Tape(chain, plan, offloader, grad_steps, wants_gx=False), x)
         return chain.finish(x), x.new_zeros(())
 
@@ -94,7 +95,8 @@ class _ChainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
-        out = _forward(tape, x)
+        with tape.chain.reading():
+            out = _forward(tape, x)
         # Not on the tape: as an output it refers to this node, and the node to the tape, which would make a cycle.
         penalty, tape.penalty = tape.penalty, None
         return out, x.new_zeros(()) if penalty is None else penalty
@@ -107,7 +109,7 @@ class _ChainFunction(torch.autograd.Function):
             raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
         tape.used = True
         tape.check_state()
-        with ctx.autocast():
+        with ctx.autocast(), tape.chain.reading():
             gx, grads = _backward(tape, g, g_penalty)
         return None, gx if tape.wants_gx else None, *grads
 
@@ -189,7 +191,7 @@ def _network_backward(
     if chain.gradient_sink is not None:
         return chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
     wanted = [*chain.receivers, x] if x.requires_grad else chain.receivers
-    found = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    found = step_gradients(y, wanted, gy)
     _add(sums, found[: len(sums)])
     return found[-1] if x.requires_grad else None
 

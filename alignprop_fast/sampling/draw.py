@@ -18,7 +18,7 @@ from alignprop_fast.sampling.rules import (
     UniformOnce,
 )
 from alignprop_fast.sampling.step_table import StepTable
-from alignprop_fast.sampling.surrogates import Bridge, Discount, Lagrange, LeapAlign, Sparse
+from alignprop_fast.sampling.surrogates import SRPO, Bridge, Discount, Lagrange, LeapAlign, Sparse
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ RULES: dict[str, Form] = {
     "lv": Form(Renoised, (int,), numbers=":N"),
     "drtune": Form(DRTune, (), (int,), numbers="[:K]"),
     "refl": Form(ReFL),
+    "srpo": Form(SRPO, (), (int,), numbers="[:N]"),
     "discount": Form(Discount, (float,), numbers=":GAMMA"),
     "leapalign": Form(LeapAlign, (), (float,), numbers="[:ALPHA]"),
     "flowbp-sparse": Form(Sparse, (int,), (float,), numbers=":K[:RESCALE]"),

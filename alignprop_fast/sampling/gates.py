@@ -58,27 +58,34 @@ class Truncation:
 
     gates: the open steps, ascending.
     last_step: the step at which the chain ends early with the clean latents that it predicts; None: the last step.
-    renoisings: how many times the picture is noised to the level of the chain's last step and denoised by that step
-        only, with gradient and with its own reward.
+    renoise_steps: for each of them the picture is noised to that step's level and recovered by the step alone, with
+        gradient and with its own reward.
     leaps: if there are any, the gradient of each sample is divided by the sum of their errors: mean absolute
         differences to the latents, each at least `least_error`.
     """
 
     gates: tuple[Gate, ...]
     last_step: int | None = None
-    renoisings: int = 0
+    renoise_steps: tuple[int, ...] = ()
     leaps: tuple[Leap, ...] = ()
     least_error: float = 0.0
 
     @classmethod
-    def at(cls, steps: Iterable[int], last_step: int | None = None, renoisings: int = 0) -> "Truncation":
+    def at(
+        cls, steps: Iterable[int], last_step: int | None = None, renoise_steps: tuple[int, ...] = ()
+    ) -> "Truncation":
         """Gates with weight 1 and the whole input gradient."""
-        return cls(tuple(map(Gate, sorted(set(steps)))), last_step, renoisings)
+        return cls(tuple(map(Gate, sorted(set(steps)))), last_step, renoise_steps)
 
     @property
     def grad_steps(self) -> tuple[int, ...]:
         """Indices of the open steps."""
         return tuple(gate.step for gate in self.gates)
+
+    @property
+    def terms(self) -> int:
+        """How many losses there are, whose mean counts: the chain's if it has gates, and one of each renoising."""
+        return bool(self.gates) + len(self.renoise_steps)
 
 
 def checked(gates: Iterable[Gate], num_steps: int) -> tuple[Gate, ...]:

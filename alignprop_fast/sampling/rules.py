@@ -116,7 +116,7 @@ class Renoised(Rule):
             raise ValueError(f"truncation 'lv:{self.number}' noises no picture: use lv:1 or more, or last:1")
 
     def draw(self, table: StepTable, draws: Draws) -> Truncation:
-        return Truncation.at((len(table) - 1,), renoisings=self.number)
+        return Truncation.at((len(table) - 1,), renoise_steps=(len(table) - 1,) * self.number)
 
     def count(self, num_steps: int) -> tuple[int, float]:
         return 1, 1.0

@@ -25,6 +25,30 @@ def check_factor(rule: str, factor: float) -> None:
         raise ValueError(f"truncation {rule!r} has the factor {factor}: use a number of at least 0")
 
 
+@dataclass(frozen=True)
+class SRPO(Rule):
+    """srpo, srpo:N (1): SRPO's Direct-Align (Shen et al. 2025, arXiv 2509.06942).
+
+    The chain has no gradient. N times a step is drawn evenly, the picture is noised to its level and recovered by the
+    step (`StepTable.alone`), with gradient. The authors take steps of any length, and weights that fall with the
+    level; we take the chain's steps. Their reward is a difference: see `rewards.relative`.
+    """
+
+    number: int = 1
+
+    def check(self, num_steps: int) -> None:
+        if self.number < 1:
+            raise ValueError(f"truncation 'srpo:{self.number}' noises no picture: use srpo:1 or more")
+
+    def draw(self, table: StepTable, draws: Draws) -> Truncation:
+        Coordinates(table)  # refuses schedulers with noise or memory
+        steps = tuple(draws.randint(0, len(table) - 1) for _ in range(self.number))
+        return Truncation((), renoise_steps=steps)
+
+    def count(self, num_steps: int) -> tuple[int, float]:
+        return 1, 1.0  # a renoising, which is planned as a chain with one open step
+
+
 def check_two_leaps(rule: str, num_steps: int) -> None:
     """Raises ValueError if a chain is too short for two leaps."""
     if num_steps < 2:

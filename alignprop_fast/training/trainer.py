@@ -198,13 +198,13 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         assert plan is not None and truncation is not None and latents is not None
         # Detached: a loss that is not finite gets no backward pass, and the term would hold its whole chain.
         base_mse = None if self.sampler.base_mse is None else self.sampler.base_mse.detach()
-        for _ in range(truncation.renoisings):
-            loss += self._repeatable(partial(self._renoised_term, pairs, latents))
+        for step in truncation.renoise_steps:
+            loss += self._repeatable(partial(self._renoised_term, pairs, latents, step))
         share = BatchShare(
             rewards=pairs["rewards"].float().cpu(),
             reward_parts=reward_parts(info),
             loss=loss.item(),
-            gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
+            gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps) + len(truncation.renoise_steps),
             base_mse=None if base_mse is None else base_mse.float().item(),
             scores={} if self._observer is None else image_scores(info),
         )
@@ -238,11 +238,12 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             loss = self._backward(rewards)
         return {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}, info, loss
 
-    def _renoised_term(self, pairs: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
-        """The share of the loss of the same pictures, noised and denoised by the last step."""
+    def _renoised_term(self, pairs: dict[str, Any], latents: torch.Tensor, step: int) -> torch.Tensor:
+        """The share of the loss of the same pictures, noised and recovered by one step."""
         prompts, metadata = list(pairs["prompts"]), pairs["prompt_metadata"]
         with self.autocast(), torch.enable_grad():
-            images = self.sampler.renoise(latents, prompts, self.config.negative_prompts, metadata=metadata)
+            negative = self.config.negative_prompts
+            images = self.sampler.renoise(latents, prompts, negative, metadata=metadata, step=step)
             return self._backward(self.compute_rewards({**pairs, "images": images}))
 
     def _backward(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -251,7 +252,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         loss = self.calculate_loss(rewards)
         if self.sampler.base_mse is not None:
             loss = loss + self.config.kl_weight * self.sampler.base_mse
-        loss = loss / (1 + self.sampler.truncation.renoisings)
+        loss = loss / max(1, self.sampler.truncation.terms)
         # A loss that is not finite makes the step void; its gradient is worth no time.
         if loss.requires_grad and math.isfinite(loss.item()):
             self.update.backward(loss)

@@ -52,7 +52,8 @@ class TrainerOptions:
         "fastest). lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). "
         "drtune, drtune:K: K (5) of all, which reaches early steps cheaply (DRTune). refl: one late step, drawn "
         "at random (ReFL). discount:GAMMA: all, with weights that fall toward the noise. leapalign, flowbp-sparse:K, "
-        "flowbp-bridge:K, flowbp-lagrange: two to K steps whose weights stand for all (docs/truncation.md).",
+        "flowbp-bridge:K, flowbp-lagrange: two to K steps whose weights stand for all. srpo, srpo:N: the picture, "
+        "noised to N (1) drawn steps and recovered by each (docs/truncation.md).",
         Panel.TRAINING,
         changes_plan=True,
     )

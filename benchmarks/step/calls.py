@@ -34,6 +34,7 @@ from alignprop_fast.models.architectures import NAMES, architecture
 from alignprop_fast.models.lean.surgery import take_ops_out
 from alignprop_fast.ops import backend, extension, group_norm_silu, lora_linear
 from alignprop_fast.ops.attention import attention
+from alignprop_fast.runtime import step_gradients
 from benchmarks.provenance import commit
 from benchmarks.rows import write_rows
 
@@ -56,7 +57,10 @@ class Calls(TorchDispatchMode):
             return None
         if not func.is_view and name not in _ALLOCATIONS:
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if name == "convolution" and not args[1].is_contiguous():  # as a GPU's, unlike the meta device's
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
 
     def launch(self, kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
         """Stands for `kernels.launch.launch`."""
@@ -97,27 +101,27 @@ def _fused_attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *rest: Any, 
 
 
 def count(name: str, variant: str) -> dict[str, Counter[str]]:
-    """Calls of one evaluation by name: "sampled" without gradient, "forward" with it, and "both" passes."""
+    """Calls of one evaluation by name: "forward", and "both" passes with the gradients in fp32."""
     model = architecture(name)
     size = model.image_size(None, None)
     cond = model.blank_conditioning(1, not model.embeds_guidance, size)
-    x, timestep = model.initial_latents(1, size, None, None), torch.tensor(500.0, device=model.device)
-    start, calls = x.clone().requires_grad_(), Calls()
+    x = model.initial_latents(1, size, None, None).requires_grad_()
+    timestep, calls, trained = torch.tensor(500.0, device=model.device), Calls(), model.trainable()
     with ExitStack() as stack:
         if variant == "stock":
             take_ops_out(model.denoiser)
+            model.denoiser.to(memory_format=torch.contiguous_format)
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _fused_attention))
         else:
+            copies = model.adapter_copies()
+            trained = copies.stand_ins(trained)
+            stack.enter_context(copies.in_place())
             stack.enter_context(as_on_a_gpu(calls, {"kernels": "triton", "products": "plain"}[variant]))
         stack.enter_context(calls)
-        with torch.inference_mode():
-            model.predict(x, timestep, cond)
-        sampled = calls.counts.copy()
-        calls.counts.clear()
-        y = model.predict(start, timestep, cond)
+        y = model.predict(x, timestep, cond)
         forward = calls.counts.copy()
-        torch.autograd.grad(y, [start, *model.trainable()], torch.ones_like(y), allow_unused=True)
-    return {"sampled": sampled, "forward": forward, "both": calls.counts.copy()}
+        step_gradients(y, [x, *trained], torch.empty_like(y))
+    return {"forward": forward, "both": calls.counts.copy()}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ SHARED = sorted(values(DEFAULTS, Command.TRAIN).keys() & {field.name for field i
 OTHER = {
     "adapter_dtype": "bf16",
     "base_dtype": "int8",
+    "cuda_graphs": "off",
     "ema_decay": 0.5,
     "host_memory": 3 * 2**30,
     "log_with": "tensorboard",

@@ -210,7 +210,7 @@ def test_renoised_pictures_equal_plain_autograd(tiny_sd):
     theirs = gradients(tiny_sd, torch.stack(plain).flatten(0, 1))
     sampler, generator = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.0), torch.Generator().manual_seed(5)
     images = [sampler(PROMPTS, None, generator, truncation="lv:2")]
-    assert sampler.truncation.renoisings == 2
+    assert sampler.truncation.renoise_steps == (3, 3)
     latents = sampler.latents
     images += [sampler.renoise(latents, PROMPTS, None, generator) for _ in range(2)]
     assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(images, plain, strict=True))

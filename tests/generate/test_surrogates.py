@@ -183,6 +183,32 @@ def test_gradients_equal_the_surrogate_written_out(pipe, rule, kind, seed):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
+@pytest.mark.parametrize("step", [0, 2, STEPS - 1])
+def test_a_renoised_step_equals_direct_align(pipe, step):
+    """The picture noised to the step's level, one step on, and the known noise taken away again."""
+    sampler = DifferentiableSampler(pipe, STEPS, 1.0, 0.0)
+    sampler(PROMPTS, truncation="srpo", generator=torch.Generator().manual_seed(7))
+    assert sampler.truncation.gates == () and len(sampler.truncation.renoise_steps) == 1
+    clean, trained = sampler.latents.detach(), [p for p in sampler.model.denoiser.parameters() if p.requires_grad]
+    ours = sampler.renoise(clean, PROMPTS, None, torch.Generator().manual_seed(8), step=step)
+    found = torch.autograd.grad(ours.square().sum(), trained)
+
+    with torch.no_grad():
+        rollout = Rollout(pipe, clean)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(8))
+    flow = "transformer" in pipe.components
+    weights = [1 - level for level in rollout.levels] if flow else [1.0] * (STEPS + 1)  # of the clean latents in X
+    end = 0.0 if step == STEPS - 1 else rollout.levels[step + 1]
+    X = weights[step] * clean + rollout.levels[step] * noise
+    X = X + (end - rollout.levels[step]) * rollout.predict(step, X) - end * noise
+    latents = X if end == 0 else X / weights[step + 1]
+    plain = rollout.images(latents / rollout.signals[STEPS])
+    wanted = torch.autograd.grad(plain.square().sum(), trained)
+    assert (ours - plain).abs().max() < 1e-5 and max(b.abs().max() for b in wanted) > 1e-5
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
 def test_gates_can_be_given(tiny_sd):
     add_lora(tiny_sd, 2)
     sampler = DifferentiableSampler(tiny_sd, STEPS, 1.0, 0.0)

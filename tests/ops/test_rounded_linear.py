@@ -5,7 +5,7 @@ import torch
 
 from alignprop_fast.ops import rounded_linear
 from alignprop_fast.ops.lora_linear import lora_linears
-from alignprop_fast.ops.lora_linear_plain import Layer, forward_plain
+from alignprop_fast.ops.lora_linear_plain import Layer, plain_outputs
 from alignprop_fast.ops.rounded_linear import KINDS, RoundedLayer, RoundedWeight, round_rows, rounded_outputs, why_not
 from alignprop_fast.ops.rounded_linear_trials import _ExactTrial, _RoundedTrial, pays_by
 from alignprop_fast.planner import find_gpu, roofline_seconds
@@ -37,11 +37,11 @@ def test_outputs_are_those_of_the_rounded_numbers_and_near_the_exact_ones(kind, 
         twin = exact._replace(weight=(weight.values.double() * weight.scale))
         twin = Layer(*(t.double() if isinstance(t, torch.Tensor) else t for t in twin))
         bare = (values.double() * scale).view(2, 9, -1) @ twin.weight.T
-        expected = bare + forward_plain(x.double(), twin) - x.double() @ twin.weight.T
+        expected = bare + plain_outputs(x.double(), [twin])[0] - x.double() @ twin.weight.T
         # fp8 products are written in bf16, and bf16 layers are: three roundings by 2^-9 of the largest term.
         tolerance = 1e-6 if (kind, dtype) == ("int8", torch.float32) else 3 * 2**-9
         assert (y - expected).abs().max() <= tolerance * expected.abs().max()
-        exactly = forward_plain(x, exact).double()
+        exactly = plain_outputs(x, [exact])[0].double()
         assert (
             0
             < (y - exactly).norm()

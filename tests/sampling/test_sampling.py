@@ -145,7 +145,7 @@ def test_bad_rules_are_refused(rule):
 def test_rules_that_cut_more_than_gates():
     random.seed(0)
     assert draw_truncation("last:2", chain_of(4)) == Truncation.at((2, 3))
-    assert draw_truncation("lv:3", chain_of(4)) == Truncation.at((3,), renoisings=3)
+    assert draw_truncation("lv:3", chain_of(4)) == Truncation.at((3,), renoise_steps=(3, 3, 3))
     drawn = [draw_truncation("refl", chain_of(40)) for _ in range(400)]
     assert {cut.last_step for cut in drawn} == set(range(30, 40))  # the last quarter
     assert all(cut.gates == (Gate(cut.last_step),) for cut in drawn)
@@ -204,7 +204,7 @@ def test_every_step_knows_its_level_and_its_clean_latents(kind, table):
         perfect = {"epsilon": z, "v_prediction": alpha**0.5 * z - (1 - alpha) ** 0.5 * clean, "sample": clean}
         y = perfect[kind] if kind in perfect else z - clean
         assert torch.allclose(d * (signal * clean + noise * z) + e * y, clean, atol=1e-12)
-    short, alone = table.ending_at(1), table.last_alone()
+    short, alone = table.ending_at(1), table.alone(len(table) - 1)[0]
     assert len(short) == 2 and short.a[0] == table.a[0] and short.sigma[1] == 0 and short.noisy == table.noisy
     assert (short.a[1], short.b[1]) == table.x0[1] and (alone.a[0], alone.b[0]) == table.x0[2]
     assert alone.timesteps == table.timesteps[2:] and alone.input_scale == table.input_scale[2:]
@@ -235,13 +235,13 @@ def test_a_chain_that_ends_early_predicts_the_clean_latents(prediction_type):
     table = ddim_table(scheduler.alphas_cumprod.tolist(), 1.0, scheduler.timesteps.tolist(), 142, 1.0, prediction_type)
     short = table.ending_at(4)
     assert len(short) == 5 and short.a[:4] == table.a[:4] and short.sigma[4] == 0
-    alone = table.last_alone()
+    alone = table.alone(len(table) - 1)[0]
     x, y = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
     for one, t in ((short, scheduler.timesteps[4]), (alone, scheduler.timesteps[-1])):
         theirs = scheduler.step(y, t, x, eta=0.0).pred_original_sample
         assert torch.allclose(one.a[-1] * x + one.b[-1] * y, theirs, atol=1e-10)
         assert one.timesteps[-1] == t
-    signal, noise = table.last_level()
+    signal, noise = table.level_of(len(table) - 1)
     z = torch.randn_like(x)
     theirs = scheduler.add_noise(x, z, scheduler.timesteps[-1:])
     assert torch.allclose(signal * x + noise * z, theirs, atol=1e-7)  # add_noise works in fp32

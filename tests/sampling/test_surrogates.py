@@ -106,6 +106,8 @@ def test_the_number_of_open_steps_is_known(rule):
 @pytest.mark.parametrize(
     ("rule", "table", "said"),
     [
+        ("srpo:0", FLOW, "srpo:1"),
+        ("srpo", ddim_table(ALPHAS, 0.99, list(range(7, -1, -1)), 1, 1.0), "ddim with eta 0"),
         ("leapalign:-1", FLOW, "at least 0"),
         ("leapalign:nan", FLOW, "at least 0"),
         ("flowbp-sparse:9", FLOW, "use 1 to 8"),

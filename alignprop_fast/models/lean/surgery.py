@@ -6,6 +6,7 @@ option), the module's original forward runs. Attention gets another processor, a
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
@@ -83,10 +84,18 @@ class LeanLinear(nn.Linear):
         return layer if self.rounded is None or not is_rounding() else RoundedLayer(self.rounded, layer)
 
 
+class Copied(NamedTuple):
+    """What a LoRA layer computes with a copy of its adapter, while `active` is its setting (`adapter_copies`)."""
+
+    active: object
+    layer: Layer
+
+
 class LeanLoraLinear(LoraLinear):
     """PEFT's LoRA layer as one op that keeps x only once and casts the adapters instead of x."""
 
     reused_as: Kind | None = None
+    copied: Copied | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.as_layer(x)
@@ -98,9 +107,10 @@ class LeanLoraLinear(LoraLinear):
         return self.base_layer.product(layer) if layer and isinstance(self.base_layer, LeanLinear) else layer
 
     def _with_adapters(self, x: torch.Tensor) -> Layer | None:
-        base = self.base_layer
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if not names or not _applies(x, base) or not self._plain(names):
+        if self.copied is not None and self.copied.active is self._active_adapter:
+            return self.copied.layer
+        base, names = self.base_layer, self.served_adapters()
+        if not names or autocasts(x):
             return None
         downs = [self.lora_A[name].weight for name in names]
         ups = [self.lora_B[name].weight for name in names]
@@ -110,15 +120,18 @@ class LeanLoraLinear(LoraLinear):
         up = torch.cat([up * self.scaling[name] for name, up in zip(names, ups, strict=True)], dim=1)
         return Layer(base.weight, base.bias, torch.cat(downs), up)
 
-    def _plain(self, names: list[str]) -> bool:
-        """Whether there are only low-rank adapters on a dense layer; PEFT's path serves DoRA, dropout and the like."""
-        return (
+    def served_adapters(self) -> list[str]:
+        """The active adapters, if the op serves them; none if PEFT's path must, as for DoRA and dropout."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = (
             not self.disable_adapters
             and not self.merged
             and isinstance(self.base_layer, nn.Linear)
+            and not any(p.requires_grad for p in self.base_layer.parameters(recurse=False))
             and not any(name in self.lora_variant or self.lora_bias[name] for name in names)
             and not any(self.lora_dropout[name].training and _rate(self.lora_dropout[name]) > 0 for name in names)
         )
+        return names if plain else []
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -207,6 +220,7 @@ def take_ops_out(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
             vars(module).pop("reused_as", None)
+            vars(module).pop("copied", None)
     take_processors_out(root)
     _swap(root, _STOCK.get)
 
