@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.planner import (
     GRADES,
     GRAPH_LAUNCH_SECONDS,
+    LAUNCH_SECONDS,
     CostTable,
     Gpu,
     GraphCosts,
@@ -51,6 +52,7 @@ from alignprop_fast.version import __version__
 
 # cuBLAS and cuDNN workspaces and the allocator's rounding, assumed if there is no device to measure them.
 _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
+_ON_TENSOR_CORES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,15 @@ def measured_table(step: TrainingStep) -> CostTable:
     return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
 
 
+def roofline_on(
+    gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype, launch_seconds: float = LAUNCH_SECONDS
+) -> float:
+    """Estimated seconds of an operator on tensors of this dtype on the GPU."""
+    name = str(dtype).removeprefix("torch.")
+    name = name if name in _ON_TENSOR_CORES else "float32"
+    return roofline_seconds(flop, size_bytes, gpu, name, launch_seconds=launch_seconds)
+
+
 @remembered_results()
 def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     """The table of a step on meta tensors, with the seconds of its operators on the GPU by the roofline model.
@@ -112,6 +123,8 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     roofline = _Roofline(gpu)
     formula = operator_seconds(roofline)
     origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    if step.chain.precision is not None:
+        step.chain.precision.decide_by(partial(roofline_on, gpu))
 
     def costs() -> CostTable:
         table = _costs(step, origin, formula, gpu.link)
@@ -131,12 +144,9 @@ class _Roofline:
         self._gpu, self._seconds, self._seconds_in_graphs = gpu, 0.0, 0.0
 
     def __call__(self, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
-        seconds = roofline_seconds(flop, size_bytes, self._gpu, name)
+        seconds = roofline_on(self._gpu, flop, size_bytes, dtype)
         self._seconds += seconds
-        self._seconds_in_graphs += roofline_seconds(
-            flop, size_bytes, self._gpu, name, launch_seconds=GRAPH_LAUNCH_SECONDS
-        )
+        self._seconds_in_graphs += roofline_on(self._gpu, flop, size_bytes, dtype, GRAPH_LAUNCH_SECONDS)
         return seconds
 
     @property
@@ -187,6 +197,8 @@ def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | No
         transfer_bytes=transfer_bytes(costs.segments),
         sampling_bytes=costs.sampling_bytes,
         sampling_seconds=costs.sampling_seconds,
+        closed_bytes=costs.closed_bytes,
+        closed_seconds=costs.closed_seconds,
         decoders=decoder_stages(
             step.model.decode, x, image_bytes, step.decoder_blocks, step.model.decode_by_bands, formula
         ),
@@ -200,10 +212,11 @@ def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
+    rounded = {} if step.chain.precision is None else {"rounded weights": step.chain.precision.size_bytes}
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(step), **table.fixed},
+        fixed={**_fixed(step), **table.fixed, **rounded},
         rewards=_rewards(step, formula),
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,
@@ -274,7 +287,7 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
         "reward": step.reward_bytes,
-        "conditioning": _bytes(conditioning),
+        "conditioning": _bytes(conditioning) + step.chain.texts.size_bytes,
     }
 
 
@@ -304,6 +317,7 @@ def step_origin(step: TrainingStep) -> dict[str, str]:
         "branches": str(step.cond.branches),
         "guidance": "in the network" if step.chain.combines else "in the update",
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+        "sampling_precision": "exact" if step.chain.precision is None else step.chain.precision.name,
         "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
         "autocast": str(autocast_dtype(model.device)),
         "gradients": "all at once" if step.chain.gradient_sink is None else "one by one",

@@ -14,6 +14,7 @@ import torch
 
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance
+from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
@@ -37,6 +38,7 @@ class DenoisingChain(Chain):
         gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
         fast: faster predictions, or None.
+        precision: of steps without gradient in a run that has steps with gradient; None: exact.
 
     Raises:
         ValueError: something requires a gradient but cannot get one, or the denoiser has dropout or DoRA adapters.
@@ -58,6 +60,7 @@ class DenoisingChain(Chain):
         compare_with_base: bool = False,
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
+        precision: SamplingPrecision | None = None,
     ):
         conditions = _conditions(cond, guidance)
         if conditions and (compare_with_base or gradient_sink is not None):
@@ -93,6 +96,7 @@ class DenoisingChain(Chain):
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
+        self.texts, self.precision = model.text_projections(self.cond), precision
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
         is_number = not isinstance(self.scale, torch.Tensor)
@@ -111,6 +115,7 @@ class DenoisingChain(Chain):
             draw_noise=self.draw_noise,
             compare_with_base=self.has_penalty,
             fast=self.fast,
+            precision=self.precision,
         )
 
     def reading(self) -> AbstractContextManager[None]:
@@ -118,14 +123,30 @@ class DenoisingChain(Chain):
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The denoiser's output: [K * B, C, h, w], unconditional branch first; or already guided, [B, C, h, w]."""
-        y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
-        return self._guided(y)
+        with self.texts.in_place():
+            return self._predict(i, x)
+
+    def _predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return self._guided(self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond))
 
     def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
-        if self.fast is None:
+        precision = self.precision if self.precision is not None and self.precision.is_in_place else None
+        if self.fast is None or (precision is not None and not precision.in_graphs):
             return self.predict(i, x)
-        state = self.fast_state if recorded else None
-        return self._guided(self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, state))
+        state, name = self.fast_state if recorded else None, "exact" if precision is None else precision.name
+        seen, timestep = self.update.model_input(i, x), self.timesteps[i]
+        with self.texts.in_place():
+            return self._guided(self.fast.sample(seen, timestep, self.cond, state, name))
+
+    def around_block(self) -> AbstractContextManager[None]:
+        return self.texts.in_place(of_any_text=True)
+
+    @property
+    def approximates(self) -> bool:
+        return self.precision is not None
+
+    def approximation(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else self.precision.in_place()
 
     def recorded_gradients(
         self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options
@@ -177,7 +198,7 @@ class DenoisingChain(Chain):
         b^2 |y - y'|^2 / (2 sigma^2). The base model is the model with its learning adapters off, not a second copy.
         """
         with torch.inference_mode(), self.model.adapters_off():
-            base = self.predict(i, x)
+            base = self._predict(i, x)  # the texts' projections are those with adapters
         wide = torch.promote_types(y.dtype, torch.float32)
         delta = self.update.blended(y.to(wide) - base.to(wide))
         return delta.square().mean(), self.update.blended_adjoint(2 / delta.numel() * delta)

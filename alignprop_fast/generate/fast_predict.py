@@ -65,13 +65,21 @@ class FastPredict:
         return self.model.fingerprint(), kernels
 
     def sample(
-        self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable = None
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        cond: Conditioning,
+        state: Hashable = None,
+        precision: str = "exact",
     ) -> torch.Tensor:
-        """`predict` without gradient, as a recording if there is a state. The result holds until the next call."""
+        """`predict` without gradient, as a recording if there is a state. The result holds until the next call.
+
+        precision: the one that the caller has in place; each has its own recording.
+        """
         if self.graphs is not None and state is not None:
             tensors = cond.tensors()
             run = partial(_sample, self._compiled, cond, list(map(id, tensors)))
-            kind = "sample", self.compiled_pays
+            kind = "sample", precision, self.compiled_pays
             found = self.graphs(run, (x, timestep, *tensors), (state, cond.settings()), kind)
             if found is not None and found[0] is not None:
                 return found[0]

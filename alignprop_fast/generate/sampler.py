@@ -21,6 +21,7 @@ from alignprop_fast.generate.planning import StepPlanner, gradient_steps
 from alignprop_fast.generate.prompt_encoder import PromptEncoder
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.models import adapt
+from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
@@ -86,6 +87,9 @@ class DifferentiableSampler:
             loss (`DenoisingChain.penalty`). Each gradient step then has one more evaluation without gradient, and one
             more with gradient if the gradient passes through the step's input.
 
+        sampling_precision: of steps without gradient, in calls that have steps with gradient: "exact", "bf16" (for a
+            model in fp32), "int8" or "fp8" (`SamplingPrecision`). Place the model on its device and freeze it first.
+
     Raises:
         ValueError: the pipeline, the scheduler or an option is not supported; the message names the remedy.
     """
@@ -112,6 +116,7 @@ class DifferentiableSampler:
         compare_with_base: bool = False,
         cuda_graphs: str = "auto",
         compiled: bool = False,
+        sampling_precision: str = "exact",
     ):
         self.model = adapt(pipe)
         self.size = self.model.image_size(height, width)
@@ -133,6 +138,7 @@ class DifferentiableSampler:
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
+        self.precision = self._precision(sampling_precision, compiled)
         self.gradient_sink: GradientSink | None = None
         self.keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
         self.denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
@@ -364,7 +370,15 @@ class DifferentiableSampler:
             compare_with_base=self.compare_with_base,
             gradient_sink=self.gradient_sink,
             fast=self.fast,
+            precision=self.precision,
         )
+
+    def _precision(self, name: str, compiled: bool) -> SamplingPrecision | None:
+        if name == "exact":
+            return None
+        if compiled:
+            raise ValueError(f"sampling_precision {name} does not support compiled blocks: leave one of the two out")
+        return SamplingPrecision(name, self.model.denoiser, self.model.step_groups()["transformers"])
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
         """The chain's timesteps on the device, copied there once because each copy waits for the device."""

@@ -18,8 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignprop_fast.models.lean.adapter_copies import AdapterCopies, key_of
+from alignprop_fast.models.lean.attention import project_text
 from alignprop_fast.models.lean.banded_decoder import banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
+from alignprop_fast.models.lean.text_projections import TextProjections
 from alignprop_fast.models.lora.adapters import learns
 from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.prompts.limits import TextReader
@@ -180,6 +182,10 @@ class PipelineAdapter(ABC):
     @abstractmethod
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Model output [K * B, C, h, w] at latents x [B, C, h, w], the same latents in every branch."""
+
+    def text_projections(self, cond: Conditioning) -> TextProjections:
+        """The projections of the text that stay the same as long as the weights do."""
+        return project_text(self.denoiser, cond.embeds)
 
     @abstractmethod
     def step_groups(self) -> dict[str, list[nn.Module]]:

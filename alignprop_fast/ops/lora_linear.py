@@ -23,20 +23,24 @@ from alignprop_fast.ops.backend import attempt
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_trials import chosen
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
+from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs, run_rounded
 
 Tensor = torch.Tensor
+_How = tuple[Kind | None, tuple[Tensor, ...] | None]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], keep: Kind | None, *tensors: Tensor | None
+        ctx: Any, x: Tensor, scales: tuple[float, ...], how: _How, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        keep, known = how
         # Without an adapter that learns, the gradient needs only the weights.
         learns = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if learns else None, *tensors)
         ctx.scales = scales
-        return reuse_or_compute(keep, partial(_outputs, x, _layers(tensors, scales)))
+        layers = _layers(tensors, scales)
+        return reuse_or_compute(keep, partial(_outputs, x, layers) if known is None else partial(_again, known))
 
     @staticmethod
     @once_differentiable
@@ -59,26 +63,40 @@ def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     return attempt(fused.NAME, fused.FORWARDS[name], plain_outputs, x, layers)
 
 
+def _again(known: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Known results as new tensors, because other calls return the same ones."""
+    return tuple(y.detach() for y in known)
+
+
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
     fours = [tensors[4 * p : 4 * p + 4] for p in range(len(scales))]
     return [Layer(w, b, down, up, scale) for (w, b, down, up), scale in zip(fours, scales, strict=True)]
 
 
-def lora_linears(x: Tensor, layers: Sequence[Layer], keep: Kind | None = None) -> tuple[Tensor, ...]:
-    """One to three layers of the same input, differentiable in x and the adapters.
+def lora_linears(
+    x: Tensor,
+    layers: Sequence[Layer | RoundedLayer],
+    keep: Kind | None = None,
+    known: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    """One to three layers of the same input, differentiable in x and the adapters unless they are rounded.
 
     Args:
         x: [..., I], any strides.
         layers: weights and biases frozen and in x's dtype; adapters in any floating dtype, or None.
         keep: the kind of this result, for a recomputed segment (`ops.reuse`).
+        known: the results, if they are known already: they take the place of the products.
 
     Returns:
         y [..., O] of each layer in x's dtype.
     """
+    if run_rounded(layers, x):
+        return rounded_outputs(x, layers)
+    exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
     if not torch.is_grad_enabled():
-        return _outputs(x, layers)
-    tensors = [tensor for layer in layers for tensor in layer[:4]]
-    return _LoraLinear.apply(x, tuple(layer.scale for layer in layers), keep, *tensors)
+        return _outputs(x, exact)
+    tensors = [tensor for layer in exact for tensor in layer[:4]]
+    return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), (keep, known), *tensors)
 
 
 def lora_linear(

@@ -99,12 +99,17 @@ def _outputs(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         return [F.linear(x, layers[0].weight, layers[0].bias)]
     if _merges(x):
         return [F.linear(x, _merged(layers[0]), layers[0].bias)]
+    ys = [F.linear(x, layer.weight, layer.bias) for layer in layers]
+    add_adapters(ys, x, layers)
+    return ys
+
+
+def add_adapters(ys: Sequence[Tensor], x: Tensor, layers: Sequence[Layer]) -> None:
+    """Add s (x A^T) B^T to each y [..., O], contiguous and in x's dtype. All layers have adapters."""
     ups = [layer.up.to(x.dtype) for layer in layers if layer.up is not None]
     low = F.linear(x, _stacked([layer.down for layer in layers], x.dtype)).flatten(0, -2)
-    ys = [F.linear(x, layer.weight, layer.bias) for layer in layers]
     for y, part, up, layer in zip(ys, low.split([up.shape[1] for up in ups], dim=1), ups, layers, strict=True):
         y.view(-1, y.shape[-1]).addmm_(part, up.T, alpha=layer.scale)
-    return ys
 
 
 def plain_gradients(

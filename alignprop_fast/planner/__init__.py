@@ -12,7 +12,7 @@ from alignprop_fast.planner.budget import (
 )
 from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
-from alignprop_fast.planner.gpus import GPUS, GRAPH_LAUNCH_SECONDS, Gpu, find_gpu, roofline_seconds
+from alignprop_fast.planner.gpus import GPUS, GRAPH_LAUNCH_SECONDS, LAUNCH_SECONDS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, simulate
@@ -25,6 +25,7 @@ __all__ = [
     "GPUS",
     "GRADES",
     "GRAPH_LAUNCH_SECONDS",
+    "LAUNCH_SECONDS",
     "MOST_BATCH",
     "BlockOption",
     "BudgetInfeasible",

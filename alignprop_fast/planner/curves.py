@@ -60,7 +60,7 @@ class Curves:
     def _tails(self) -> tuple[Frontier, Frontier]:
         """The tail beside a step without gradient, and the tail alone, for the case that every step is resident."""
         alone = self.tail.indexed()
-        return alone.at_least(self.table.sampling_bytes), alone
+        return alone.at_least(max(self.table.sampling_bytes, self.table.closed[0])), alone
 
     def _exact(self, most_grad_steps: int) -> list[Frontier] | None:
         """For each number of resident steps, all segments in one chain; None if there are too many labels."""
@@ -122,7 +122,8 @@ class Curves:
                 continue
             row, replay_row = int(rows[-1]), int(replays[-1]) if replayed else -1
             seconds = float(self.resident[resident].seconds[row])
-            seconds += (self.num_steps - resident) * self.table.sampling_seconds_of(use)
+            seconds += replayed * self.table.sampling_seconds_of(use)
+            seconds += (self.num_steps - grad_steps) * self.table.closed_seconds_of(use)
             need = int(self.resident[resident].need[row])
             if replayed:
                 seconds += replayed * float(self.replay.seconds[replay_row])

@@ -36,6 +36,32 @@ class Gpu:
     link: float
     arch: int
 
+    @property
+    def int8_flops(self) -> float:
+        """Dense tensor rate of int8 with int32 sums. On GeForce cards it is not halved like that of bf16."""
+        return self.bf16_flops * (4 if self.name.startswith("RTX") else 2)
+
+    @property
+    def fp8_flops(self) -> float:
+        """Dense tensor rate of fp8 with fp32 sums; 0 before compute capability 8.9."""
+        return 2 * self.bf16_flops if self.arch >= 89 else 0.0
+
+    def rate(self, dtype: str) -> float:
+        """The rate of matrix products in a dtype, FLOP/s.
+
+        Raises:
+            ValueError: the GPU has no products in this dtype, or it is another one than in `roofline_seconds`.
+        """
+        rates = {
+            **{"bfloat16": self.bf16_flops, "float16": self.bf16_flops, "float32": self.fp32_flops},
+            **{"int8": self.int8_flops, "float8_e4m3fn": self.fp8_flops},
+        }
+        if dtype not in rates:
+            raise ValueError(f"no roofline for {dtype}: use one of {', '.join(rates)}")
+        if not rates[dtype]:
+            raise ValueError(f"the {self.name} has no products in fp8: use int8 or exact")
+        return rates[dtype]
+
 
 _PCIE_4, _PCIE_5 = 25e9, 50e9  # bytes/s; the x16 links have 32 and 63 GB/s on paper
 
@@ -104,14 +130,11 @@ def roofline_seconds(
     Args:
         flops: multiplications and additions.
         num_bytes: bytes read and written.
-        dtype: "bfloat16" and "float16" run on the tensor cores, "float32" outside them.
+        dtype: "bfloat16", "float16", "int8" and "float8_e4m3fn" run on the tensor cores, "float32" outside them.
         launches: number of kernel launches, each of launch_seconds.
 
     Raises:
-        ValueError: the dtype is another one.
+        ValueError: the dtype is another one, or one that the GPU does not have.
     """
-    rates = {"bfloat16": gpu.bf16_flops, "float16": gpu.bf16_flops, "float32": gpu.fp32_flops}
-    if dtype not in rates:
-        raise ValueError(f"no roofline for {dtype}: use one of {', '.join(rates)}")
-    arithmetic = flops / (rates[dtype] * MATMUL_FRACTION)
+    arithmetic = flops / (gpu.rate(dtype) * MATMUL_FRACTION)
     return max(arithmetic, num_bytes / (gpu.bandwidth * BANDWIDTH_FRACTION), launches * launch_seconds)

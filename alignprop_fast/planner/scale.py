@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alignprop_fast.planner.budget import BudgetInfeasible
 from alignprop_fast.planner.cuda_graphs import GraphCosts
@@ -31,6 +31,10 @@ class _Line:
 
     def runs(self, first: int, second: int) -> int:
         return max(1, self.size(first, second))
+
+    def maybe(self, line: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
+        """The value on the line, if both tables have one."""
+        return None if first is None or second is None else line(first, second)
 
     def sizes(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
         _require_equal("fixed entries", list(first), list(second))
@@ -118,6 +122,8 @@ def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, b
         step=line.segments(one.step, two.step),
         sampling_bytes=line.size(one.sampling_bytes, two.sampling_bytes),
         sampling_seconds=line.seconds(one.sampling_seconds, two.sampling_seconds),
+        closed_bytes=line.maybe(line.size, one.closed_bytes, two.closed_bytes),
+        closed_seconds=line.maybe(line.seconds, one.closed_seconds, two.closed_seconds),
         decoders=line.stages(one.decoders, two.decoders),
         rewards=line.stages(one.rewards, two.rewards),
         reserve_bytes=line.size(one.reserve_bytes, two.reserve_bytes),

@@ -165,8 +165,10 @@ class _Walk:
                 peak = (chain.kept_at_peak, chain.transient + self.transfer)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
-                peak = (0, 0 if self.plan.graphs.sampling else self.table.sampling_bytes)
-                seconds = self.table.sampling_seconds_of(self.plan.graphs)
+                use, replayed = self.plan.graphs, step in self.plan.replayed_steps
+                size_bytes = self.table.sampling_bytes if replayed else self.table.closed[0]
+                seconds = (self.table.sampling_seconds_of if replayed else self.table.closed_seconds_of)(use)
+                peak = (0, 0 if use.sampling else size_bytes)
                 yield self.moment("sampling", f"step {step}", peak, seconds, self.kept)
 
     def _backward(self) -> Iterator[Moment]:

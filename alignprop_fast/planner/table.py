@@ -114,7 +114,9 @@ class CostTable:
         state takes twice as many.
     image_bytes: the images, alive from the decoder to the end of the step.
     step: segments of one denoising step that carries gradient.
-    sampling_bytes, sampling_seconds: transient bytes and seconds of one denoising step without gradient.
+    sampling_bytes, sampling_seconds: transient bytes and seconds of one evaluation without gradient. The forward pass
+        of a replayed step is one.
+    closed_bytes, closed_seconds: the same of a step that carries no gradient, if it is approximated; else None.
     sums_bytes: the sums of the gradients over the steps, alive in the steps' backward passes if several carry gradient.
     transfer_bytes: tensors of one block in transfer to or from host memory during a neighbour's worst moment, added to
         a step's transient bytes in plans that offload.
@@ -138,26 +140,42 @@ class CostTable:
     sums_bytes: int = 0
     transfer_bytes: int = 0
     host_limit_bytes: int | None = None
+    closed_bytes: int | None = None
+    closed_seconds: float | None = None
     graphs: GraphCosts | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = [*self.fixed.values(), self.latent_bytes, self.image_bytes, self.sampling_bytes]
         sizes += [self.reserve_bytes, self.sums_bytes, self.transfer_bytes]
-        _require_costs("table", [*sizes, self.host_limit_bytes or 0], (self.sampling_seconds, self.optimizer_seconds))
+        sizes += [self.host_limit_bytes or 0, self.closed_bytes or 0]
+        seconds = (self.sampling_seconds, self.closed_seconds or 0.0, self.optimizer_seconds)
+        _require_costs("table", sizes, seconds)
         _require(len(self.decoders) > 0, "no decoder")
         _require_distinct("step", [segment.name for segment in self.step])
         _require_distinct("decoders", [stage.name for stage in self.decoders])
         _require_distinct("rewards", [stage.name for stage in self.rewards])
+
+    @property
+    def closed(self) -> tuple[int, float]:
+        """Transient bytes and seconds of one denoising step that carries no gradient."""
+        if self.closed_bytes is None or self.closed_seconds is None:
+            return self.sampling_bytes, self.sampling_seconds
+        return self.closed_bytes, self.closed_seconds
 
     def sums_of(self, grad_steps: int) -> int:
         """Bytes of the sums of this number of steps' gradients; zero for one step, whose gradient is its own sum."""
         return self.sums_bytes if grad_steps > 1 else 0
 
     def sampling_seconds_of(self, use: GraphUse) -> float:
-        """Seconds of one denoising step without gradient."""
+        """Seconds of one evaluation without gradient."""
         ratio = self.graphs.sampling_ratio if self.graphs is not None and use.sampling else 1.0
         return ratio * self.sampling_seconds
+
+    def closed_seconds_of(self, use: GraphUse) -> float:
+        """Seconds of one denoising step that carries no gradient. Graphs are assumed to save the same share of it."""
+        ratio = self.graphs.sampling_ratio if self.graphs is not None and use.sampling else 1.0
+        return ratio * self.closed[1]
 
     def replay_ratio_of(self, use: GraphUse) -> float:
         """Seconds of a replayed step over those of its segments."""
@@ -171,7 +189,7 @@ class CostTable:
         """
         if self.graphs is None or not use.sampling:
             return 0
-        return self.graphs.static_bytes + max(self.sampling_bytes, replay_bytes if use.replays else 0)
+        return self.graphs.static_bytes + max(self.sampling_bytes, self.closed[0], replay_bytes if use.replays else 0)
 
     def base_bytes(self, grad_steps: int) -> int:
         """Bytes alive during all of a training step with this number of gradient steps."""

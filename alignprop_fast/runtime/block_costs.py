@@ -103,7 +103,8 @@ class _BlockAlone:
         memory = {x.storage: self._memory(x) for x in self._likes() if x.storage in self.owned}
         args, kwargs = tree_map(partial(self._tensor, {**self.shared, **memory}), self.call.inputs)
         del memory
-        out = self.call.block.module(*args, **kwargs)
+        with self.network.around_block():
+            out = self.call.block.module(*args, **kwargs)
         return _End.apply(*(x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad))
 
     def _likes(self) -> list[Like]:

@@ -6,7 +6,7 @@ y_i = predict(i, x_i)        x_{i+1} = advance(i, x_i, y_i)        i = 0 (the no
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -113,11 +113,27 @@ class Chain(ABC):
         return g
 
     def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
-        """`predict` for a step without gradient, under inference mode; may be a faster form of it.
+        """`predict` without autograd's record, under inference mode; may be a faster form of it, as exact.
 
         The result may be overwritten by the next call. recorded: whether it may run as a CUDA graph.
         """
         return self.predict(i, x)
+
+    def around_block(self) -> AbstractContextManager[Any]:
+        """The context in which a block runs alone, on other inputs, as it does inside `predict`."""
+        return nullcontext()
+
+    @property
+    def approximates(self) -> bool:
+        """Whether `approximation` changes predictions."""
+        return False
+
+    def approximation(self) -> AbstractContextManager[Any]:
+        """Around `sample` in steps without gradient, in a run that has steps with gradient.
+
+        The results of these steps are constants of the gradient's estimator, so they may be approximations.
+        """
+        return nullcontext()
 
     def recorded_gradients(
         self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options

@@ -29,7 +29,8 @@ DECODER_STAGES = ("batch", "image", "bands")
 class StepCosts:
     """Costs of one denoising step.
 
-    segments: of a step with gradient. sampling_bytes, sampling_seconds: transient bytes and time of a step without.
+    segments: of a step with gradient. sampling_bytes, sampling_seconds: transient bytes and time of an evaluation
+    without. closed_bytes, closed_seconds: of one inside `Chain.approximation`; None if that changes nothing.
     workspace_bytes: memory that libraries keep from now on.
     """
 
@@ -37,6 +38,8 @@ class StepCosts:
     sampling_bytes: int
     sampling_seconds: float
     workspace_bytes: int
+    closed_bytes: int | None = None
+    closed_seconds: float | None = None
 
 
 def step_costs(
@@ -55,11 +58,17 @@ def step_costs(
         blocks=chain.blocks,
         device=x.device,
         operator_seconds=operator_seconds,
+        around_block=chain.around_block,
     )
     with Workspaces(x.device) as held, chain.reading():
         sampling = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
+        closed = None
+        if chain.approximates:
+            with chain.approximation():
+                closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
         options = segments(work, link)
-    return StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
+    costs = StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
+    return costs if closed is None else replace(costs, closed_bytes=closed.peak_bytes, closed_seconds=closed.seconds)
 
 
 @torch.inference_mode()

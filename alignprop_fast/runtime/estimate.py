@@ -20,6 +20,7 @@ _FREE = {
     *(aten.dropout, aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided),
     *(aten.new_empty, aten.new_empty_strided),
 }
+_IN_8_BITS = (aten._int_mm, aten._scaled_mm)
 
 
 def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Operator:
@@ -32,7 +33,8 @@ def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Op
         if not tensors:
             return 0.0
         size_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        widest = max(tensors, key=lambda t: t.numel())
+        # int8 products have int32 results, and fp8 products bf16 ones.
+        widest = tensors[0] if func.overloadpacket in _IN_8_BITS else max(tensors, key=lambda t: t.numel())
         return roofline(_flop(func, arguments, out), size_bytes, widest.dtype)
 
     return seconds
@@ -55,7 +57,7 @@ def _flop(func: Any, arguments: Any, out: Any) -> float:
         return 2.0 * out.numel() * args[1].shape[1]
     if func.overloadpacket is aten.conv2d:
         return 2.0 * out.numel() * args[1][0].numel()
-    if func.overloadpacket is aten.matmul:
+    if func.overloadpacket in (aten.matmul, aten._int_mm):
         return 2.0 * out.numel() * args[0].shape[-1]
     if func.overloadpacket is aten.scaled_dot_product_attention:
         return 2 * _attention_product_flop(args[0], args[1])

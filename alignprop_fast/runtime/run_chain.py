@@ -124,7 +124,8 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
         else:
             if i in tape.grad_steps:
                 tape.inputs[i] = x
-            with torch.inference_mode():
+            exact = i in tape.grad_steps or not tape.grad_steps
+            with torch.inference_mode(), nullcontext() if exact else chain.approximation():
                 y = chain.sample(i, x, tape.plan.graphs.sampling)
         if i in tape.grad_steps:
             tape.y_dtype = y.dtype

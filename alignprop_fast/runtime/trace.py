@@ -7,7 +7,7 @@ options are sums over the blocks (`planner.table` has the arithmetic).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ class Work:
     leaves: the tensors that get a gradient.
     operator_seconds: (function, arguments, result) -> estimated seconds; None: the device is timed.
     output_kept: whether the output counts as kept.
+    around_block: the context in which a block runs alone.
     repeats: runs that are timed; the shortest one counts, because the first one warms up.
     """
 
@@ -47,6 +48,7 @@ class Work:
     leaves: Sequence[torch.Tensor] = ()
     operator_seconds: Operator | None = None
     output_kept: bool = True
+    around_block: Callable[[], AbstractContextManager[Any]] = nullcontext
     repeats: int = 2
 
 

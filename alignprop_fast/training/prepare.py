@@ -79,6 +79,7 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         compare_with_base=config.kl_weight > 0,
         cuda_graphs=config.cuda_graphs,
         compiled=config.compiled,
+        sampling_precision=config.sampling_precision,
     )
     if sampler.model.text_learns() or sampler.model.decoder_learns():
         raise ValueError(

@@ -181,6 +181,15 @@ class TrainerOptions:
         "measurement at first use says that it is faster. Needs a GPU. Plans ignore its speed.",
         Panel.DEVICE,
     )
+    sampling_precision: str = option(
+        "exact",
+        "Of denoising steps that carry no gradient: the gradient takes their results as constants. int8 and fp8 (from "
+        "RTX 40 and H100 on): large matrix products run in 8 bits where that is faster, with a second copy of the "
+        "weights. bf16: for a run in fp32. Steps with gradient, sample pictures and evaluations stay exact.",
+        Panel.DEVICE,
+        choices=("exact", "bf16", "fp8", "int8"),
+        changes_plan=True,
+    )
     deterministic: bool = option(
         False,
         "Make runs on a GPU repeatable to the bit, as they always are on the CPU; costs some speed, which a plan knows "

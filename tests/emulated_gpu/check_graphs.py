@@ -58,6 +58,21 @@ def test_graphs_give_the_same_bits(pipe, rescale):
     assert len(graphed.fast.graphs._graphs) == 2 * 2, "of each batch size: an evaluation, and a replay forward and back"
 
 
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_steps_in_8_bits_have_recordings_of_their_own(pipe, monkeypatch):
+    exact, *samplers = (
+        DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=way, sampling_precision=precision)
+        for way, precision in (("off", "exact"), ("off", "int8"), ("on", "int8"))
+    )
+    for sampler in samplers:  # not by time
+        monkeypatch.setattr(sampler.precision, "_pays", lambda x, layers: True)
+    for seed, grad_steps in ((1, [1, 3]), (2, [2])):
+        plain, graphed = (run(sampler, PROMPTS, seed, grad_steps) for sampler in samplers)
+        assert_same(plain, graphed)
+        assert not torch.equal(plain[0], run(exact, PROMPTS, seed, grad_steps)[0])
+    assert len(samplers[1].fast.graphs._graphs) == 3, "evaluations of both kinds, and a replay"
+
+
 def test_python_does_not_run_again(pipe, monkeypatch):
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs="on", **size)

@@ -58,6 +58,13 @@ def test_roofline_takes_the_slower_of_arithmetic_and_traffic():
     assert roofline_seconds(165.2e12 * 0.7, 1, gpu, "bfloat16") == pytest.approx(1.0)
     assert roofline_seconds(82.6e12 * 0.7, 1, gpu, "float32") == pytest.approx(1.0)
     assert roofline_seconds(1, 1008e9 * 0.85, gpu, "float16") == pytest.approx(1.0)
+    # Data sheet: 660.6 TOPS in int8 and 330.3 TFLOPS in fp8 with fp32 sums; 1979 in both for an H100; 624 for an A100.
+    assert roofline_seconds(660.6e12 * 0.7, 1, gpu, "int8") == pytest.approx(1.0, rel=1e-3)
+    assert roofline_seconds(330.3e12 * 0.7, 1, gpu, "float8_e4m3fn") == pytest.approx(1.0, rel=1e-3)
+    assert find_gpu("h100").int8_flops == find_gpu("h100").fp8_flops == pytest.approx(1979e12, rel=1e-3)
+    assert find_gpu("a100 80").int8_flops == 624e12
+    with pytest.raises(ValueError, match="A100 80GB has no products in fp8: use int8 or exact"):
+        roofline_seconds(1, 1, find_gpu("a100 80"), "float8_e4m3fn")
     assert roofline_seconds(1, 1, gpu, "float16", launches=3) == pytest.approx(12e-6)
     with pytest.raises(ValueError, match="float32"):
         roofline_seconds(1, 1, gpu, "int4")

@@ -4,7 +4,7 @@ Queries, keys and values that read the same tokens are projected at once. The at
 logsumexp for the backward pass. Norms of q and k and rotary positions are diffusers' own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
+from alignprop_fast.models.lean.text_projections import TextProjections, known_projections
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.reuse import Kind
@@ -39,7 +40,7 @@ class LeanAttnProcessor(AttnProcessor2_0):
         if encoder_hidden_states is None:
             q, k, v = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         else:
-            (q,), (k, v) = _project(hidden_states, attn.to_q), _project(encoder_hidden_states, attn.to_k, attn.to_v)
+            (q,), (k, v) = _project(hidden_states, attn.to_q), _keys_and_values(attn, encoder_hidden_states)
         o_BHMD = attention(_heads(q, attn.heads), _heads(k, attn.heads), _heads(v, attn.heads), attn.scale)
         return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
 
@@ -127,12 +128,34 @@ def _normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
 
 def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     """Each layer's result on x; computed together if all layers are adapters that the op serves."""
+    layers = _layers(x, linears)
+    return tuple(linear(x) for linear in linears) if layers is None else lora_linears(x, layers, "qkv")
+
+
+def _layers(x: torch.Tensor, linears: Sequence[nn.Module]) -> list[Any] | None:
+    """The layers of the op on x; None unless all of these are adapters that the op serves."""
     as_layer: list[Any] = [getattr(linear, "as_layer", None) for linear in linears]
     layers = [None if method is None else method(x) for method in as_layer]
-    found = [layer for layer in layers if layer is not None]
-    if len(found) < len(layers):
-        return tuple(linear(x) for linear in linears)
-    return lora_linears(x, found, "qkv")
+    return None if any(layer is None for layer in layers) else layers
+
+
+def _keys_and_values(attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values of a text. With gradient, kept ones stand in for the product, and the op is recorded as usual."""
+    known = known_projections(attn, text)
+    if known is not None and not torch.is_grad_enabled():
+        return known
+    layers = None if known is None else _layers(text, (attn.to_k, attn.to_v))
+    if layers is None:
+        return _project(text, attn.to_k, attn.to_v)
+    return lora_linears(text, layers, "qkv", known)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def project_text(root: nn.Module, text: torch.Tensor) -> TextProjections:
+    """The keys and values of the text in every attention below root that projects it."""
+    served = [] if autocasts(text) else over_a_text(root)
+    return TextProjections(text, {attn: _project(text, attn.to_k, attn.to_v) for attn in served})
 
 
 def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
@@ -149,6 +172,15 @@ def is_plain(attn: nn.Module) -> bool:
     if not isinstance(attn.processor, JointAttnProcessor2_0):
         norms += [attn.norm_q, attn.norm_k]
     return all(norm is None for norm in norms) and not attn.residual_connection and attn.rescale_output_factor == 1
+
+
+def over_a_text(root: nn.Module) -> list[Any]:
+    """The plain attentions below root whose keys and values are projections of a text, the same in every step."""
+    return [module for module in root.modules() if isinstance(module, Attention) and _is_over_a_text(module)]
+
+
+def _is_over_a_text(attn: Attention) -> bool:
+    return attn.is_cross_attention and type(attn.processor) is LeanAttnProcessor
 
 
 def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:

@@ -12,6 +12,7 @@ casting to fp8 has no scales.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,11 +20,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from alignprop_fast.models.lean.attention import over_a_text
 from alignprop_fast.models.lean.surgery import LeanLinear
+from alignprop_fast.ops.rounded_linear import KINDS, MULTIPLE, RoundedWeight, round_rows
 
 BASE_DTYPES = ("fp8", "int8", "nf4")
 
-_LARGEST_FP8 = 448.0
+SMALLEST = 2**12  # weights in a layer that is worth packing
 _NF4_BLOCK = 64
 # Embeddings of time, text and size, and layers that modulate norms, are small and the model is sensitive to them.
 # Adapters learn.
@@ -82,8 +85,7 @@ class QuantizedWeight(torch.Tensor):
         """The dense weight [O, I] in its dtype."""
         if self.kind == "nf4":
             return _from_nf4(self.packed, self.scale, self.shape, self.dtype)
-        values = self.packed.view(torch.float8_e4m3fn) if self.kind == "fp8" else self.packed
-        return values.to(self.dtype).mul_(self.scale.to(self.dtype))
+        return self.packed.view(KINDS[self.kind]).to(self.dtype).mul_(self.scale.to(self.dtype))
 
 
 def _fixed() -> ValueError:
@@ -108,7 +110,7 @@ class QuantizedLinear(LeanLinear):
 
 
 def quantize_linears(
-    root: nn.Module, kind: str, device: torch.device, dtype: torch.dtype, smallest: int = 2**12
+    root: nn.Module, kind: str, device: torch.device, dtype: torch.dtype, smallest: int = SMALLEST
 ) -> list[str]:
     """Quantise the large linear layers below root in place, one after another on the device; returns their names.
 
@@ -127,16 +129,49 @@ def quantize_linears(
         raise ValueError(f"base_dtype is {kind!r}: use {', '.join(BASE_DTYPES)}")
     if kind == "nf4" and find_spec("bitsandbytes") is None:
         raise ValueError('base_dtype="nf4" needs bitsandbytes: pip install bitsandbytes, or use fp8 or int8')
-    found = [
-        (name, module)
-        for name, module in root.named_modules()
-        if type(module) in (nn.Linear, LeanLinear)
-        and module.weight.numel() >= smallest
-        and not any(word in name for word in _SKIPPED)
-    ]
-    for _, module in found:
+    found = _large_linears(root, (nn.Linear, LeanLinear), smallest)
+    for module in found.values():
         _quantize(module, kind, device, dtype)
-    return [name for name, _ in found]
+    return list(found)
+
+
+def _large_linears(root: nn.Module, types: tuple[type, ...], smallest: int) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in root.named_modules()
+        if type(module) in types
+        and module.in_features * module.out_features >= smallest
+        and not any(word in name for word in _SKIPPED)
+    }
+
+
+def round_linears(blocks: Iterable[nn.Module], kind: str, smallest: int = SMALLEST) -> int:
+    """Give the large frozen linear layers in these blocks a second weight in 8 bits, which `rounding` puts to use.
+
+    The layers are those of `quantize_linears`, without projections of a text that stays the same in every step. A
+    layer that is stored in these 8 bits already needs no second weight.
+
+    kind: "fp8" or "int8". Returns the bytes of the new weights.
+    """
+    size_bytes = 0
+    for block in blocks:
+        of_text = {part for attn in over_a_text(block) for to in (attn.to_k, attn.to_v) for part in to.modules()}
+        for module in _large_linears(block, (nn.Linear, LeanLinear, QuantizedLinear), smallest).values():
+            if module in of_text or module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+                continue
+            module.__class__ = QuantizedLinear if isinstance(module, QuantizedLinear) else LeanLinear
+            module.rounded, new_bytes = _rounded(module, kind)
+            size_bytes += new_bytes
+    return size_bytes
+
+
+@torch.no_grad()
+def _rounded(module: nn.Linear, kind: str) -> tuple[RoundedWeight, int]:
+    """The layer's weight in 8 bits, and its bytes beside the weight that the layer has."""
+    if isinstance(module, QuantizedLinear) and module.kind == kind:
+        return RoundedWeight(module.packed.view(KINDS[kind]), module.scale), 0
+    found = RoundedWeight(*round_rows(module.weight + 0, KINDS[kind]))
+    return found, sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 def is_quantized(root: nn.Module) -> bool:
@@ -147,8 +182,7 @@ def is_quantized(root: nn.Module) -> bool:
 @torch.no_grad()
 def _quantize(module: nn.Linear, kind: str, device: torch.device, dtype: torch.dtype) -> None:
     weight = module.weight.detach().to(device, dtype)
-    pack = {"fp8": _to_fp8, "int8": _to_int8, "nf4": _to_nf4}[kind]
-    packed, scale = pack(weight)
+    packed, scale = _to_nf4(weight) if kind == "nf4" else _to_8_bits(kind, weight)
     del module.weight
     module.__class__ = QuantizedLinear
     module.kind, module.dense_dtype = kind, dtype  # type: ignore[assignment]
@@ -156,20 +190,10 @@ def _quantize(module: nn.Linear, kind: str, device: torch.device, dtype: torch.d
     module.register_buffer("scale", scale)
 
 
-def _scale(weight: torch.Tensor, largest: float) -> torch.Tensor:
-    """Scales [O, 1] in fp32 that map the largest weight of each output channel to `largest`."""
-    return (weight.float().abs().amax(dim=1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = _scale(weight, _LARGEST_FP8)
-    # Stored as bytes, because a cast of the module changes all floating-point tensors.
-    return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
-
-
-def _to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = _scale(weight, 127.0)
-    return (weight / scale).round_().to(torch.int8), scale
+def _to_8_bits(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scale = round_rows(weight, KINDS[kind])
+    # fp8 is stored as bytes, because a cast of the module changes all floating-point tensors.
+    return values if kind == "int8" else values.view(torch.uint8), scale
 
 
 def _to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,9 +27,10 @@ from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import backend as group_norm_backend
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.layer_norm import layer_norm
-from alignprop_fast.ops.lora_linear import lora_linear, lora_linears
+from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer
 from alignprop_fast.ops.reuse import Kind
+from alignprop_fast.ops.rounded_linear import RoundedLayer, RoundedWeight, is_rounding
 
 
 def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
@@ -71,11 +72,16 @@ class LeanLinear(nn.Linear):
     """`nn.Linear` whose result a recomputed segment may keep while its weights are frozen."""
 
     reused_as: Kind | None = None
+    rounded: RoundedWeight | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _applies(input, self):
             return super().forward(input)
-        return lora_linear(input, self.weight, self.bias, keep=self.reused_as)
+        return lora_linears(input, [self.product(Layer(self.weight, self.bias))], self.reused_as)[0]
+
+    def product(self, layer: Layer) -> Layer | RoundedLayer:
+        """The layer as products now use it: with the weight in 8 bits inside `rounding`, if there is one."""
+        return layer if self.rounded is None or not is_rounding() else RoundedLayer(self.rounded, layer)
 
 
 class Copied(NamedTuple):
@@ -95,8 +101,12 @@ class LeanLoraLinear(LoraLinear):
         layer = self.as_layer(x)
         return super().forward(x) if layer is None else lora_linears(x, [layer], self.reused_as)[0]
 
-    def as_layer(self, x: torch.Tensor) -> Layer | None:
-        """The op's result for x, or None if PEFT's own path must run."""
+    def as_layer(self, x: torch.Tensor) -> Layer | RoundedLayer | None:
+        """The layer for the op on x, or None if PEFT's own path must run."""
+        layer = self._with_adapters(x)
+        return self.base_layer.product(layer) if layer and isinstance(self.base_layer, LeanLinear) else layer
+
+    def _with_adapters(self, x: torch.Tensor) -> Layer | None:
         if self.copied is not None and self.copied.active is self._active_adapter:
             return self.copied.layer
         base, names = self.base_layer, self.served_adapters()

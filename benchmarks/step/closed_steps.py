@@ -1,0 +1,137 @@
+"""What cheaper steps without gradient save, by the planner's estimate. Needs no GPU.
+
+    python -m benchmarks.step.closed_steps --output benchmarks/results/estimated/closed_steps.csv
+
+A training step of 50 denoising steps, 25 of them without gradient, at the model's native size and batch 1, with
+adapters of rank 16 on the attention's projections, in bf16. FLUX does not fit an RTX 4090 in bf16, so there its base is
+stored in fp8 (int8 for the lever int8), and the lever needs no second copy of the weights.
+
+Levers: text, the default: keys and values of the text are projected once (none: in each step). Beside it, int8 and fp8:
+`--sampling-precision`; merged: adapters are added into a second copy of the weights, once per training step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignprop_fast.generate.cost_table import roofline_on
+from alignprop_fast.generate.sampler import DifferentiableSampler
+from alignprop_fast.models.architectures import architecture
+from alignprop_fast.models.lean.attention import over_a_text
+from alignprop_fast.models.lean.quantization import quantize_linears
+from alignprop_fast.models.lean.surgery import LeanLoraLinear
+from alignprop_fast.models.lora.adapters import add_lora
+from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, budget_on, find_gpu, roofline_seconds
+from alignprop_fast.runtime import Operator, Work, operator_seconds, trace
+from benchmarks.rows import write_rows
+
+STEPS, GRAD_STEPS, RANK = 50, 25, 16
+META = torch.device("meta")
+
+
+def sampler_of(model: str, base: str | None, precision: str = "exact") -> DifferentiableSampler:
+    pipe = architecture(model).pipe
+    denoiser = pipe.components.get("unet") or pipe.transformer
+    if base is not None:
+        quantize_linears(denoiser, base, META, torch.bfloat16)
+    if not getattr(denoiser, "peft_config", None):
+        add_lora(pipe, RANK, RANK)
+    return DifferentiableSampler(pipe, STEPS, memory_budget=None, cache_text=True, sampling_precision=precision)
+
+
+def seconds(run: Callable[[], Any], formula: Operator) -> float:
+    """Estimated seconds of a run without gradient."""
+
+    @torch.inference_mode()
+    def forward() -> torch.Tensor:
+        run()
+        return torch.empty(0)
+
+    return trace(Work(forward, None, (), META, operator_seconds=formula), {}).seconds
+
+
+def closed(sampler: DifferentiableSampler, gpu: Gpu, formula: Operator) -> float:
+    """Estimated seconds of one step without gradient."""
+    chain, x = sampler._blank_step(1, None).chain, sampler.model.initial_latents(1, sampler.size, None, None)
+    if chain.precision is not None:
+        chain.precision.decide_by(partial(roofline_on, gpu))
+    with chain.approximation():
+        return seconds(partial(chain.predict, 0, x), formula)
+
+
+def text(sampler: DifferentiableSampler, formula: Operator) -> tuple[float, int]:
+    """Estimated seconds of the text's projections in one step, and bytes of their results."""
+    embeds = sampler.text.blank(1, None).embeds
+    found: list[torch.Tensor] = []
+
+    def project() -> None:
+        for attn in over_a_text(sampler.model.denoiser):
+            found.extend((attn.to_k(embeds), attn.to_v(embeds)))
+
+    return seconds(project, formula), sum(t.numel() * t.element_size() for t in found)
+
+
+def merging(sampler: DifferentiableSampler, gpu: Gpu) -> tuple[float, int]:
+    """Estimated seconds of adding all adapters into second copies of their weights, and bytes of those copies."""
+    layers = [m.base_layer for m in sampler.model.denoiser.modules() if isinstance(m, LeanLoraLinear)]
+    sizes = [(2 * layer.in_features * layer.out_features) for layer in layers]
+    return sum(roofline_seconds(RANK * size, 2 * size, gpu, "bfloat16") for size in sizes), sum(sizes)
+
+
+def planned(table: CostTable, gpu: Gpu, lever_seconds: float | None = None, size_bytes: int = 0) -> Plan:
+    """The plan with this many seconds per step without gradient, and these bytes more."""
+    if lever_seconds is not None:
+        more = {"conditioning": table.fixed["conditioning"] + size_bytes}
+        costs = {"closed_seconds": lever_seconds, "closed_bytes": table.sampling_bytes}
+        table = replace(table, fixed={**table.fixed, **more}, **costs)  # type: ignore[arg-type]
+    budget = budget_on(gpu.name, gpu.memory_bytes, None)[0]
+    return Solver(table, STEPS, GRAD_STEPS).plan(range(STEPS - GRAD_STEPS, STEPS), budget)
+
+
+def rows(model: str, gpu: Gpu) -> list[dict[str, Any]]:
+    formula, base = (
+        operator_seconds(partial(roofline_on, gpu)),
+        "fp8" if model == "flux-dev" and gpu.name == "RTX 4090" else None,
+    )
+    sampler = sampler_of(model, base)
+    table = sampler.cost_table(1, gpu)
+    exact = table.sampling_seconds
+    text_seconds, text_bytes = text(sampler, formula)
+    found = [("none", exact + text_seconds, -text_bytes, 0.0), ("text", exact, 0, text_seconds)]
+    for kind in ("int8", "fp8"):
+        rounded = sampler_of(model, base and kind, kind)
+        assert rounded.precision is not None
+        found.append((kind, closed(rounded, gpu, formula), rounded.precision.size_bytes, 0.0))
+    if base is None:
+        sampler.model.denoiser.disable_adapters()
+        once, merged_bytes = merging(sampler, gpu)
+        found.append(("merged", closed(sampler, gpu, formula), merged_bytes, once))
+    result = []
+    for lever, per_step, size_bytes, once in found:
+        plan = planned(table, gpu, None if lever == "text" else per_step, size_bytes)
+        row: dict[str, Any] = {"model": model, "gpu": gpu.name, "base": base or "bf16", "lever": lever}
+        row |= {"more_bytes": size_bytes, "closed_step_ms": round(per_step * 1e3, 2), "once_ms": round(once * 1e3, 2)}
+        result.append(row | {"training_step_seconds": round(plan.seconds + once, 3)})
+        print(result[-1], flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="CSV file")
+    parser.add_argument("--models", nargs="+", default=["sdxl", "flux-dev"])
+    parser.add_argument("--gpus", nargs="+", default=["RTX 4090", "H100"])
+    arguments = parser.parse_args()
+    found = [row for model in arguments.models for gpu in arguments.gpus for row in rows(model, find_gpu(gpu))]
+    write_rows(arguments.output, found)
+
+
+if __name__ == "__main__":
+    main()
