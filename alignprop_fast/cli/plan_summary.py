@@ -39,7 +39,7 @@ def predict(table: CostTable, num_steps: int, truncation: str, batch: int, budge
         ValueError: an unknown rule.
     """
     from alignprop_fast.planner import Solver
-    from alignprop_fast.sampling import gate_count
+    from alignprop_fast.sampling.gates import gate_count
 
     most, mean = gate_count(truncation, num_steps)
     solver = Solver(table, num_steps, most)

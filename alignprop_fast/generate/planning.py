@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import TrainingStep, estimated_table, measured_table
+from alignprop_fast.generate.cost_table import Decoders, TrainingStep, estimated_table, measured_table
 from alignprop_fast.generate.memory_budget import MemoryBudget
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, Plan, Solver, leanest
-from alignprop_fast.runtime import Chain, autocast_dtype
+from alignprop_fast.runtime import Chain, Told, autocast_dtype, nobody
 
 
 def gradient_steps(chain: Chain, wanted: Iterable[int], wants_gradient: bool = False) -> list[int]:
@@ -43,6 +43,7 @@ class StepPlanner:
     def __init__(self, model: Any, budget: MemoryBudget, renderer: Renderer, num_steps: int):
         self.model, self.budget, self.renderer, self.num_steps = model, budget, renderer, num_steps
         self.solvers: dict[tuple, Solver] = {}
+        self.decoders: Decoders = {}
 
     @property
     def has_budget(self) -> bool:
@@ -69,16 +70,18 @@ class StepPlanner:
         cast = autocast_dtype(self.model.device)
         key = (num_steps, step.batch, embeds.shape, embeds.dtype, receivers, cast)
         if key not in self.solvers:
-            self.solvers[key] = Solver(measured_table(step), num_steps, num_steps)
+            self.solvers[key] = Solver(measured_table(step, self.decoders), num_steps, num_steps)
         table, limit_bytes = self.solvers[key].table, self.renderer.host_pool.limit_bytes
         if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver refused more
             self.solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
         return self.solvers[key]
 
-    def costs(self, step: TrainingStep, gpu: Gpu | None) -> CostTable:
+    def costs(self, step: TrainingStep, gpu: Gpu | None, told: Told = nobody) -> CostTable:
         """Costs of such a step: measured, or estimated for a GPU that need not be in this computer."""
         with torch.enable_grad():
-            return measured_table(step) if gpu is None else estimated_table(step, gpu)
+            if gpu is None:
+                return measured_table(step, self.decoders, told)
+            return estimated_table(step, gpu, self.decoders, told)
 
     def settled_bytes(self, step: TrainingStep) -> int:
         """The budget in bytes; on a GPU reduced to its free memory after such a step has run once."""

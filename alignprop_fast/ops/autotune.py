@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 
+from alignprop_fast.files import cache_folder
 from alignprop_fast.ops import switched_off
 from alignprop_fast.ops.errors import is_out_of_memory
 from alignprop_fast.version import __version__
@@ -185,11 +186,6 @@ def _device_and_versions(device: torch.device) -> str:
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     libraries = f"cuDNN {torch.backends.cudnn.version()}, driver {driver}"
     return f"{torch.cuda.get_device_name(device)}, {versions}, {libraries}"
-
-
-def cache_folder() -> Path:
-    """The user's folder for measurements on this machine."""
-    return Path.home() / ".cache" / "alignprop_fast"
 
 
 def _file(key: str) -> Path:

@@ -12,6 +12,7 @@ from alignprop_fast.planner.budget import (
 )
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
+from alignprop_fast.planner.host_memory import lockable_bytes
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, simulate
@@ -44,6 +45,7 @@ __all__ = [
     "largest_batch",
     "leanest",
     "load_table",
+    "lockable_bytes",
     "option_of",
     "parse_budget",
     "parse_bytes",

@@ -20,6 +20,7 @@ from alignprop_fast.planner import BlockOption, Option, Options
 from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
+from alignprop_fast.runtime.meta_results import Known
 from alignprop_fast.runtime.offload import Offloader
 
 Operator = Callable[[Any, Any, Any], float]
@@ -197,8 +198,14 @@ class _Counts:
         if not self._output_kept:
             self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
 
-    def _add_seconds(self, operator_seconds: Operator, func: Any, arguments: Any, out: Any) -> None:
-        seconds = operator_seconds(func, arguments, out)
+    def _add_seconds(
+        self, operator_seconds: Operator, func: Any, arguments: Any, out: Any, known: Known | None
+    ) -> None:
+        seconds = None if known is None else known.seconds
+        if seconds is None:
+            seconds = operator_seconds(func, arguments, out)
+            if known is not None:
+                known.seconds = seconds
         self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds
 
 

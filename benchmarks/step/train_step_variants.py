@@ -204,7 +204,7 @@ def _flop(run: Callable[[], Any]) -> float:
     total = 0.0
     count = operator_seconds(lambda flop, size_bytes, dtype: flop)
 
-    def add(func: Any, arguments: Any, out: Any) -> None:
+    def add(func: Any, arguments: Any, out: Any, known: Any) -> None:
         nonlocal total
         total += count(func, arguments, out)
 
