@@ -120,11 +120,16 @@ def _plans(prediction: Prediction) -> Table:
         "seconds per training step": lambda plan: f"{plan.seconds:.3g}",
         "images per hour": lambda plan: f"{_images_per_hour(plan, prediction.batch) or 0:.0f}",
         "peak": lambda plan: format_bytes(plan.peak_bytes),
-        "in host memory": lambda plan: format_bytes(plan.host_bytes) if plan.host_bytes else "nothing",
+        "in host memory": lambda plan: _in_host_memory(plan, prediction.table),
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(plan) for plan in columns.values()))
     return table
+
+
+def _in_host_memory(plan: Plan, table: CostTable) -> str:
+    limit = "" if table.host_limit_bytes is None else f" of {format_bytes(table.host_limit_bytes)}"
+    return f"{format_bytes(plan.host_bytes) if plan.host_bytes else 'nothing'}{limit}"
 
 
 def _counted(steps: tuple[int, ...]) -> str:
