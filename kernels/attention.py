@@ -38,15 +38,15 @@ def attention_forward(
 
     Args:
         q_BHMD: [B, H, M, D], D up to 160; k_BHND, v_BHND: [B, H, N, D]; one dtype of fp32, fp16, bf16; last stride 1.
-        scale: factor of the logits.
+        scale: factor of the logits, above 0.
 
     Returns:
         o [B, H, M, D] over [B, M, H, D] memory, and lse [B, H, M] in fp32, the natural logarithm.
 
     Raises:
-        ValueError: shapes, dtypes or strides other than these.
+        ValueError: shapes, dtypes, strides or a scale other than these.
     """
-    _check(q_BHMD, k_BHND, v_BHND)
+    _check(q_BHMD, k_BHND, v_BHND, scale)
     kernels = attention_short if attention_short.serves_forward(q_BHMD, k_BHND) else attention_general
     return kernels.forward(q_BHMD, k_BHND, v_BHND, scale)
 
@@ -72,7 +72,7 @@ def attention_backward(
     Raises:
         ValueError: as `attention_forward`.
     """
-    _check(q, k, v)
+    _check(q, k, v, scale)
     g = g_BHMD.to(q.dtype)
     g, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, o))
     if k.shape[2] == 1:
@@ -88,7 +88,10 @@ def signatures() -> list[dict]:
     return attention_general.signatures() + attention_short.signatures()
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+    if not scale > 0:
+        # The kernels take the maximum of q k^T before they scale it.
+        raise ValueError(f"scale must be above 0, not {scale}")
     b, h, _, d = q.shape
     if k.shape != v.shape or k.shape[:2] != (b, h) or k.shape[3] != d:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")

@@ -4,6 +4,9 @@ Forward: one program per block of queries walks over the keys with a running max
 section 3.1, in two kernels): the first kernel has a program per block of queries and computes dq and delta; the second
 has a program per block of keys and computes dk and dv. Every output has one writer, so there are no atomics and two
 runs give the same bits.
+
+The walk takes whole blocks without masks, then what is left with masks. The second walk is a loop of at most one turn:
+in a straight line, the compiler holds more in registers and spills. Its one stage keeps the pipeline out of it.
 """
 
 from itertools import product
@@ -54,6 +57,47 @@ CONFIGS = {
 _PLAIN = ["H", "M", "N"] + [f"{t}_{axis}" for t in "qkvgo" for axis in "bhr"]
 
 
+@triton.jit
+def _add_keys(
+    o0,
+    o1,
+    top,
+    total,
+    q0,
+    q1,
+    k_ptr,
+    v_ptr,
+    start,
+    k_r,
+    v_r,
+    N,
+    scale2,
+    HEAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(o, top, total) after one more block of keys. `top` is the running maximum of s scale2, `total` the sum."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
+    s = rows_by_rows(q0, q1, k0, k1, D1)
+    if MASK:
+        s = tl.where(keys[None, :] < N, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * scale2)
+    shrink = tl.exp2(top - new_top)
+    # One multiply-add for each exponent: only the maximum is scaled before.
+    p = tl.exp2(s * scale2 - new_top[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    o0 = o0 * shrink[:, None]
+    if D1 > 0:
+        o1 = o1 * shrink[:, None]
+    v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, MASK)
+    o0, o1 = add_product(o0, o1, p, v0, v1, D1)
+    return o0, o1, new_top, total
+
+
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] not in "go"])
 def attention_forward_kernel(
     q_ptr,
@@ -78,11 +122,10 @@ def attention_forward_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries against all keys, with a running maximum and sum. MASK: N is not a multiple of BLOCK_N."""
+    """One block of queries against all keys, with a running maximum and sum."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -95,27 +138,58 @@ def attention_forward_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     # The hardware computes exponentials in base 2.
     scale2 = scale * 1.4426950408889634
-    for start in range(0, N, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
-        s = rows_by_rows(q0, q1, k0, k1, D1) * scale2
-        if MASK:
-            s = tl.where(keys[None, :] < N, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        o0 = o0 * shrink[:, None]
-        if D1 > 0:
-            o1 = o1 * shrink[:, None]
-        v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, MASK)
-        o0, o1 = add_product(o0, o1, p, v0, v1, D1)
-        top = new_top
+    whole = N // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        o0, o1, top, total = _add_keys(
+            *(o0, o1, top, total, q0, q1, k_ptr, v_ptr, start),
+            *(k_r, v_r, N, scale2, HEAD, D0, D1, ALIGN, False, BLOCK_N),
+        )
+    for start in tl.range(whole, N, BLOCK_N, num_stages=1):
+        o0, o1, top, total = _add_keys(
+            *(o0, o1, top, total, q0, q1, k_ptr, v_ptr, start),
+            *(k_r, v_r, N, scale2, HEAD, D0, D1, ALIGN, True, BLOCK_N),
+        )
     o0 = o0 / total[:, None]
     if D1 > 0:
         o1 = o1 / total[:, None]
     tl.store(lse_ptr + head * M + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < M)
     store_pair(o_ptr + (b * M * H + h) * HEAD, o0, o1, rows, H * HEAD, M, HEAD, D0, D1)
+
+
+@triton.jit
+def _add_dq(
+    dq0,
+    dq1,
+    q0,
+    q1,
+    g0,
+    g1,
+    lse2,
+    delta,
+    k_ptr,
+    v_ptr,
+    start,
+    k_r,
+    v_r,
+    N,
+    scale2,
+    HEAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq / scale after one more block of keys."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
+    v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, MASK)
+    s = rows_by_rows(q0, q1, k0, k1, D1)
+    if MASK:
+        s = tl.where(keys[None, :] < N, s, float("-inf"))
+    p = tl.exp2(s * scale2 - lse2[:, None])
+    ds = p * (rows_by_rows(g0, g1, v0, v1, D1) - delta[:, None])
+    return add_product(dq0, dq1, ds, k0, k1, D1)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -151,11 +225,10 @@ def attention_backward_dq_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of one block of queries, and its delta, which the next kernel reads. MASK: as in the forward kernel."""
+    """dq of one block of queries, and its delta, which the next kernel reads."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -169,17 +242,62 @@ def attention_backward_dq_kernel(
     lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0) * 1.4426950408889634
     scale2 = scale * 1.4426950408889634
     dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
-    for start in range(0, N, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
-        v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, MASK)
-        s = rows_by_rows(q0, q1, k0, k1, D1) * scale2
-        if MASK:
-            s = tl.where(keys[None, :] < N, s, float("-inf"))
-        p = tl.exp2(s - lse2[:, None])
-        ds = p * (rows_by_rows(g0, g1, v0, v1, D1) - delta[:, None])
-        dq0, dq1 = add_product(dq0, dq1, ds, k0, k1, D1)
+    whole = N // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        dq0, dq1 = _add_dq(
+            *(dq0, dq1, q0, q1, g0, g1, lse2, delta, k_ptr, v_ptr, start),
+            *(k_r, v_r, N, scale2, HEAD, D0, D1, ALIGN, False, BLOCK_N),
+        )
+    for start in tl.range(whole, N, BLOCK_N, num_stages=1):
+        dq0, dq1 = _add_dq(
+            *(dq0, dq1, q0, q1, g0, g1, lse2, delta, k_ptr, v_ptr, start),
+            *(k_r, v_r, N, scale2, HEAD, D0, D1, ALIGN, True, BLOCK_N),
+        )
     store_pair(dq_ptr + (b * M * H + h) * HEAD, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
+
+
+@triton.jit
+def _add_dk_dv(
+    dk0,
+    dk1,
+    dv0,
+    dv1,
+    k0,
+    k1,
+    v0,
+    v1,
+    q_ptr,
+    g_ptr,
+    lse_ptr,
+    delta_ptr,
+    start,
+    q_r,
+    g_r,
+    M,
+    scale2,
+    HEAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dk / scale and dv after one more block of queries. S is transposed, so P^T and dS^T need no transposition."""
+    rows = start + tl.arange(0, BLOCK_M)
+    q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
+    g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
+    if MASK:
+        # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
+        lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=rows < M, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + rows)
+        delta = tl.load(delta_ptr + rows)
+    p_T = tl.exp2(rows_by_rows(k0, k1, q0, q1, D1) * scale2 - (lse * 1.4426950408889634)[None, :])
+    dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+    ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
+    dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    return dk0, dk1, dv0, dv1
 
 
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "o"])
@@ -212,14 +330,10 @@ def attention_backward_dk_dv_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of one block of keys. S is computed transposed, so that P^T and dS^T need no transposition.
-
-    MASK: M is not a multiple of BLOCK_M. Keys beyond N affect only their own rows, which are not stored.
-    """
+    """dk and dv of one block of keys. Keys beyond N affect only their own rows, which are not stored."""
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -230,22 +344,19 @@ def attention_backward_dk_dv_kernel(
     dk0, dk1 = zeros_pair(BLOCK_N, D0, D1)
     dv0, dv1 = zeros_pair(BLOCK_N, D0, D1)
     scale2 = scale * 1.4426950408889634
-    for start in range(0, M, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
-        g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
-        if MASK:
-            # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
-            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0)
-            delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + head * M + rows)
-            delta = tl.load(delta_ptr + head * M + rows)
-        s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
-        p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
-        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
-        ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
-        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    lse_ptr += head * M
+    delta_ptr += head * M
+    whole = M // BLOCK_M * BLOCK_M
+    for start in range(0, whole, BLOCK_M):
+        dk0, dk1, dv0, dv1 = _add_dk_dv(
+            *(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start),
+            *(q_r, g_r, M, scale2, HEAD, D0, D1, ALIGN, False, BLOCK_M),
+        )
+    for start in tl.range(whole, M, BLOCK_M, num_stages=1):
+        dk0, dk1, dv0, dv1 = _add_dk_dv(
+            *(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start),
+            *(q_r, g_r, M, scale2, HEAD, D0, D1, ALIGN, True, BLOCK_M),
+        )
     out = (b * N * H + h) * HEAD
     store_pair(dk_ptr + out, dk0 * scale, dk1 * scale, keys, H * HEAD, N, HEAD, D0, D1)
     store_pair(dv_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
@@ -262,7 +373,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
         *(attention_forward_kernel, (triton.cdiv(m, block_m), b * h)),
         *(q, k, v, o, lse, scale),
         *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, d, *head_tiles(d), align, n % block_n != 0, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
@@ -290,7 +401,7 @@ def backward(
         *(attention_backward_dq_kernel, (triton.cdiv(m, block_m), b * h)),
         *(g, q, k, v, o, lse, dq, delta, scale),
         *(stride for three in strides for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, n % block_n != 0, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
@@ -299,7 +410,7 @@ def backward(
         *(attention_backward_dk_dv_kernel, (triton.cdiv(n, block_n), b * h)),
         *(g, q, k, v, lse, delta, dk, dv, scale),
         *(stride for three in strides[:4] for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, m % block_m != 0, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
@@ -319,7 +430,7 @@ def config(table: str, kernel: str, head_dim: int) -> tuple[int, int, int, int]:
 
 
 def signatures() -> list[dict]:
-    """Entries to compile ahead of time (`attention_tiles.signature_entry`): with masks, at REPORTED_HEAD_DIMS."""
+    """Entries to compile ahead of time (`attention_tiles.signature_entry`), at REPORTED_HEAD_DIMS."""
     kernels = {
         "forward": attention_forward_kernel,
         "dq": attention_backward_dq_kernel,
@@ -330,7 +441,7 @@ def signatures() -> list[dict]:
         dtype, archs = REPORTED_TYPES[name]
         block_m, block_n, warps, stages = config(name, kernel, d)
         constexprs = dict(zip(("D0", "D1"), head_tiles(d), strict=True))
-        constexprs |= {"HEAD": d, "ALIGN": 8, "MASK": True, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        constexprs |= {"HEAD": d, "ALIGN": 8, "BLOCK_M": block_m, "BLOCK_N": block_n}
         label = f"{dtype} d{d} {block_m}x{block_n}"
         found.append(signature_entry(kernels[kernel], label, dtype, constexprs, warps, stages, archs))
     return found

@@ -87,22 +87,25 @@ def attention_short_forward_kernel(
     q0, q1 = load_pair(q_ptr + (b * q_b + h * q_h) * ALIGN, rows, q_r * ALIGN, M, HEAD, D0, D1, True)
     scale2 = scale * 1.4426950408889634
     keys = tl.arange(0, N0)
-    k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, True)
-    v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, True)
-    s = tl.where(keys[None, :] < N, rows_by_rows(q0, q1, k0, k1, D1) * scale2, float("-inf"))
+    # A second tile has only what the first cannot hold, so the first is full.
+    k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, N1 == 0)
+    v0, v1 = load_pair(v_ptr, keys, v_r * ALIGN, N, HEAD, D0, D1, N1 == 0)
+    s = rows_by_rows(q0, q1, k0, k1, D1)
+    if N1 == 0:
+        s = tl.where(keys[None, :] < N, s, float("-inf"))
     top = tl.max(s, 1)
     if N1 > 0:
         more_keys = N0 + tl.arange(0, N1)
         k0, k1 = load_pair(k_ptr, more_keys, k_r * ALIGN, N, HEAD, D0, D1, True)
-        more_s = rows_by_rows(q0, q1, k0, k1, D1) * scale2
-        more_s = tl.where(more_keys[None, :] < N, more_s, float("-inf"))
+        more_s = tl.where(more_keys[None, :] < N, rows_by_rows(q0, q1, k0, k1, D1), float("-inf"))
         top = tl.maximum(top, tl.max(more_s, 1))
-    p = tl.exp2(s - top[:, None])
+    top *= scale2
+    p = tl.exp2(s * scale2 - top[:, None])
     total = tl.sum(p, 1)
     o0, o1 = zeros_pair(BLOCK_M, D0, D1)
     o0, o1 = add_product(o0, o1, p, v0, v1, D1)
     if N1 > 0:
-        p = tl.exp2(more_s - top[:, None])
+        p = tl.exp2(more_s * scale2 - top[:, None])
         total += tl.sum(p, 1)
         v0, v1 = load_pair(v_ptr, more_keys, v_r * ALIGN, N, HEAD, D0, D1, True)
         o0, o1 = add_product(o0, o1, p, v0, v1, D1)
@@ -113,12 +116,13 @@ def attention_short_forward_kernel(
 
 
 @triton.jit
-def _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1: tl.constexpr):
+def _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1: tl.constexpr, MASK: tl.constexpr):
     """P^T and (g v^T)^T of some keys, [keys, rows], transposed so that the sums over rows need no transposition."""
-    s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
-    # Needed: exp2(0 - lse) of a missing key can be infinite, and infinity times zero would make dq NaN.
-    s_T = tl.where(keys[:, None] < N, s_T, float("-inf"))
-    return tl.exp2(s_T - lse2[None, :]), rows_by_rows(v0, v1, g0, g1, D1)
+    s_T = rows_by_rows(k0, k1, q0, q1, D1)
+    if MASK:
+        # Needed: exp2(0 - lse) of a missing key can be infinite, and infinity times zero would make dq NaN.
+        s_T = tl.where(keys[:, None] < N, s_T, float("-inf"))
+    return tl.exp2(s_T * scale2 - lse2[None, :]), rows_by_rows(v0, v1, g0, g1, D1)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -183,11 +187,11 @@ def attention_short_backward_kernel(
         q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, True)
         g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, True)
         lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0) * 1.4426950408889634
-        p_T, dp_T = _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1)
+        p_T, dp_T = _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1, N1 == 0)
         total = tl.sum(p_T, 0)
         if N1 > 0:
             more_p_T, more_dp_T = _probabilities(
-                q0, q1, g0, g1, lse2, more_k0, more_k1, more_v0, more_v1, more_keys, N, scale2, D1
+                q0, q1, g0, g1, lse2, more_k0, more_k1, more_v0, more_v1, more_keys, N, scale2, D1, True
             )
             total += tl.sum(more_p_T, 0)
         # The sum over all keys is 1 except for the rounding of lse. Dividing by it removes that error, which

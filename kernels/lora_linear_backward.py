@@ -103,9 +103,9 @@ def lora_input_grad_kernel(
     store_tile(gx_ptr, acc, rows, n_tokens, n_in, columns, n_in)
 
 
-def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of fp32 parts [n, rows, columns] over n in a fixed order, in `dtype`."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+def add_parts(parts: torch.Tensor) -> torch.Tensor:
+    """Sum of fp32 parts [n, rows, columns] over n in a fixed order, in fp32."""
+    out = parts.new_empty(parts.shape[1:])
     n = out.numel()
     launch(lora_sum_kernel, (triton.cdiv(n, SUM_BLOCK),), parts, out, n, parts.shape[0], BLOCK=SUM_BLOCK)
     return out
@@ -125,7 +125,7 @@ def up_grads(
             g, up, t[:, offset:], u[:, offset:], parts, float(scale), *g.shape, g.stride(0), t.stride(0), up.shape[1],
             BLOCK_R=rank_block([up], 1), **blocks,
         )  # fmt: skip
-        grads.append(add_parts(parts, up.dtype))
+        grads.append(add_parts(parts))
         offset += up.shape[1]
     return u, grads
 
@@ -140,7 +140,7 @@ def down_grads(x: torch.Tensor, u: torch.Tensor, downs: list[torch.Tensor]) -> l
         lora_down_grad_kernel, (chunks, triton.cdiv(x.shape[1], blocks["BLOCK_N"])),
         x, u, parts, *x.shape, x.stride(0), *three_sizes(ranks), P=len(downs), BLOCK_R=block_r, **blocks,
     )  # fmt: skip
-    return list(add_parts(parts, downs[0].dtype).split(ranks))
+    return list(add_parts(parts).split(ranks))
 
 
 def input_grad(
@@ -171,7 +171,7 @@ def lora_linear_backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of one to three projections of x [T, I] from gs [T, O_p]; t is the forward pass's.
 
-    Returns (gx [T, I] in x's dtype or None, [dA_p], [dB_p]); all adapters are of one dtype, which dA and dB have.
+    Returns (gx [T, I] in x's dtype or None, [dA_p], [dB_p] in fp32); all adapters are of one dtype.
     """
     gs, x, t = [rows_contiguous(g) for g in gs], rows_contiguous(x), t.contiguous()
     weights, downs, ups = ([m.contiguous() for m in group] for group in (weights, downs, ups))

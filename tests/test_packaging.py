@@ -75,11 +75,11 @@ def hidden(name):
 metadata.Distribution.from_name = hidden
 import alignprop_fast
 from diffusers import StableDiffusionPipeline
-from alignprop_fast.generate.cost_table import _origin
+from alignprop_fast.generate.cost_table import step_origin
 from alignprop_fast.training.state import package_versions
 pipe = StableDiffusionPipeline.from_pretrained({str(tiny_sd_folder)!r}, local_files_only=True)
 sampler = alignprop_fast.DifferentiableSampler(pipe, 2)
-origin, found = _origin(sampler._blank_step(1, None)), package_versions()
+origin, found = step_origin(sampler._blank_step(1, None)), package_versions()
 print(alignprop_fast.__file__, origin["alignprop_fast"], found["alignprop-fast"], found["torch"], sep="\\n")
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -111,8 +111,8 @@ def make_config(options: TrainOptions, device: str, resume_from: str) -> AlignPr
 
     names = {config_field(each.name, option): each.name for each, option in declared(TrainOptions)}
     names.pop("")  # the options that the trainer does not have
-    for name in ("cuda_graphs", "compiled"):
-        if device == "cpu" and getattr(options, name):
+    for name, asked in (("cuda_graphs", options.cuda_graphs == "on"), ("compiled", options.compiled)):
+        if device == "cpu" and asked:
             raise ValueError(f"{flag(name)} needs a GPU, and there is none to run on: leave it out")
     try:
         return AlignPropConfig(

@@ -51,8 +51,11 @@ def open_rewards(options: TrainOptions, device: str) -> Rewards:
         ValueError, OSError: the reward is unknown, weights cannot be loaded, or there is nothing to watch.
     """
     from alignprop_fast.rewards.normalise import NormalisedSum
+    from alignprop_fast.rewards.relative import relative_to
 
     reward = _reward(options.reward, options.reward_model, options, device)
+    if options.reward_words is not None:
+        reward = relative_to(reward, options.reward_words)
     normalised = NormalisedSum(reward.parts) if options.normalise_rewards else None
     return Rewards(reward, normalised, _watch(options, reward, device))
 

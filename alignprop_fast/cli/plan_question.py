@@ -71,7 +71,7 @@ class Question:
 
     def _largest(self) -> int | None:
         """The largest batch size that fits in the worst case, 0 if none; None if a single table allows no fit."""
-        from alignprop_fast.sampling.gates import gate_count
+        from alignprop_fast.sampling.draw import gate_count
 
         if len(self.tables) < 2:
             return None
@@ -137,7 +137,7 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     Raises:
         ValueError, OSError: bad input, one line each.
     """
-    from alignprop_fast.sampling.gates import gate_count
+    from alignprop_fast.sampling.draw import gate_count
 
     chosen, place = _sized(options), _place(options)
     precision = place.precision if chosen.mixed_precision == "auto" else chosen.mixed_precision

@@ -39,7 +39,7 @@ def predict(table: CostTable, num_steps: int, truncation: str, batch: int, budge
         ValueError: an unknown rule.
     """
     from alignprop_fast.planner import Solver
-    from alignprop_fast.sampling.gates import gate_count
+    from alignprop_fast.sampling.draw import gate_count
 
     most, mean = gate_count(truncation, num_steps)
     solver = Solver(table, num_steps, most)
@@ -79,6 +79,7 @@ def write_json(path: Path, prediction: Prediction, facts: Mapping[str, Any]) -> 
         "expected": _numbers(expected, prediction.batch),
         "phases": dict(worst.phases),
         "kinds": dict(worst.kinds),
+        "cuda_graphs": worst.graphs,
         "options": {
             "resident": [dict(options) for options in worst.resident_options],
             "replayed": dict(worst.replay_options),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from alignprop_fast.doctor.checking import Case, Draw, Implementation, as_list, autograd_of
+from alignprop_fast.doctor.checking import Case, Draw, Implementation, autograd_of
 from alignprop_fast.ops import (
     backend,
     banded_conv,
@@ -19,7 +19,7 @@ from alignprop_fast.ops import (
     layer_norm,
     lora_linear_triton,
 )
-from alignprop_fast.ops.lora_linear_plain import Layer, backward_plain, forward_plain, lora_linear_reference
+from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference, plain_gradients, plain_outputs
 
 Tensor = torch.Tensor
 EPS = 1e-5
@@ -174,19 +174,22 @@ def _lora_reference(count: int, x: Tensor, *tensors: Tensor) -> Any:
 def _lora_plain(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
     x, *tensors = inputs
     layers = _layers(count, tensors)
-    ys = [forward_plain(x, layer) for layer in layers]
-    parts = [backward_plain(g, x, layer, (True,) * 3) for g, layer in zip(gs, layers, strict=True)]
-    dxs, d_downs, d_ups = (as_list(grads) for grads in zip(*parts, strict=True))
-    return [*ys, torch.stack(dxs).sum(0), *(grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair)]
+    return _in_order(plain_outputs(x, layers), *plain_gradients(gs, x, layers, True))
 
 
 def _lora_triton(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
     x, *tensors = inputs
     layers = _layers(count, tensors)
-    ys = lora_linear_triton.run_forward(x, layers)
-    dx, *adapters = lora_linear_triton.run_backward(gs, x, layers, True)
-    d_downs, d_ups = (as_list(grads) for grads in adapters)
-    return [*ys, *as_list(dx), *(grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair)]
+    return _in_order(lora_linear_triton.run_forward(x, layers), *lora_linear_triton.run_backward(gs, x, layers, True))
+
+
+def _in_order(
+    ys: Sequence[Tensor], dx: Tensor | None, d_downs: Sequence[Tensor | None], d_ups: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Outputs, the gradient of x, and those of A and B layer by layer."""
+    assert dx is not None
+    found = [*ys, dx, *(grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair)]
+    return [grad for grad in found if grad is not None]
 
 
 def _group_norm_silu(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
@@ -211,7 +214,7 @@ def _group_norm_silu(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
 
 def _group_normed(op: Any, groups: int, silu: bool, timed: bool, x: Tensor, *rest: Tensor) -> Tensor:
     *time, gamma, beta = rest
-    return op(x, groups, gamma, beta, EPS, silu=silu, time_embedding_BC=time[0] if timed else None)
+    return op(x, groups, gamma, beta, EPS, silu=silu, addend_BC=time[0] if timed else None)
 
 
 def _frozen_conv2d(draw: Draw, large: bool) -> Iterator[Case]:

@@ -20,8 +20,10 @@ from alignprop_fast.files import cache_folder
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.planner import (
     GRADES,
+    GRAPH_LAUNCH_SECONDS,
     CostTable,
     Gpu,
+    GraphCosts,
     Option,
     Segment,
     Stage,
@@ -70,7 +72,6 @@ class TrainingStep:
     resident: the model's modules that are on the device while the chain runs.
     keeps_gradients: whether gradients of earlier backward passes are kept while the chain runs.
     host_limit_bytes: the most host memory that offloading may take.
-    records_graphs: whether steps without gradient are recorded as CUDA graphs, which reserve their memory.
     """
 
     model: Any
@@ -87,7 +88,6 @@ class TrainingStep:
     optimizer_bytes: int | None = None
     keeps_gradients: bool = True
     host_limit_bytes: int = 0
-    records_graphs: bool = False
 
     @property
     def batch(self) -> int:
@@ -102,7 +102,7 @@ def measured_table(step: TrainingStep, decoders: Decoders, told: Told = nobody) 
     """
     device = step.model.device
     link = link_rate(device)
-    origin = {**_origin(step), "source": "measured", "device": device_name(device)}
+    origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
     rewards = _rewards(step, None)
@@ -119,12 +119,9 @@ def estimated_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told
         ValueError: the reward needs data.
     """
 
-    def roofline(flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        halves = dtype in (torch.bfloat16, torch.float16)
-        return roofline_seconds(flop, size_bytes, gpu, "bfloat16" if halves else "float32")
-
+    roofline = _Roofline(gpu)
     formula = operator_seconds(roofline)
-    origin = {**_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
+    origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     try:
         rewards = _rewards(step, formula)
     except Exception as error:  # the user's own code may raise anything
@@ -132,13 +129,41 @@ def estimated_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told
             f"the reward does not run without data ({str(error).partition(chr(10))[0]}): "
             "use --measure, or plan with a reward of this package of the same size"
         ) from error
-    table = _remembered(origin, lambda: _costs(step, origin, formula, gpu.link, decoders, told))
+
+    def costs() -> CostTable:
+        table = _costs(step, origin, formula, gpu.link, decoders, told)
+        return replace(table, graphs=GraphCosts(roofline.graph_ratio, roofline.graph_ratio, 0))
+
+    table = _remembered(origin, costs)
     return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, rewards)
+
+
+class _Roofline:
+    """Seconds of operators on a GPU, by the roofline model.
+
+    graph_ratio: seconds of all operators so far inside CUDA graphs, over those of single launches.
+    """
+
+    def __init__(self, gpu: Gpu):
+        self._gpu, self._seconds, self._seconds_in_graphs = gpu, 0.0, 0.0
+
+    def __call__(self, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
+        name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
+        seconds = roofline_seconds(flop, size_bytes, self._gpu, name)
+        self._seconds += seconds
+        self._seconds_in_graphs += roofline_seconds(
+            flop, size_bytes, self._gpu, name, launch_seconds=GRAPH_LAUNCH_SECONDS
+        )
+        return seconds
+
+    @property
+    def graph_ratio(self) -> float:
+        return self._seconds_in_graphs / self._seconds if self._seconds else 1.0
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
     """The remembered table of exactly this origin, or else costs(), which is then remembered."""
-    path = _cache_file(origin)
+    path = cache_file(origin)
     table = _read(path)
     if table is None:
         table = costs()
@@ -175,7 +200,7 @@ def _costs(
     told: Told,
 ) -> CostTable:
     """The table without the parts that `_completed` adds."""
-    x, model = _latents(step), step.model
+    x, model = latents(step), step.model
     image_bytes = _bytes([_images(step)])
     key = model.decode, *(item for item in origin.items() if item[0] != "batch")
     if key not in decoders:
@@ -200,11 +225,10 @@ def _completed(table: CostTable, step: TrainingStep, rewards: tuple[Stage, ...])
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
-    graphs = {"graphs": table.sampling_bytes} if step.records_graphs else {}
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(step), **table.fixed, **graphs},
+        fixed={**_fixed(step), **table.fixed},
         rewards=rewards,
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,
@@ -246,7 +270,7 @@ def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
         )
 
 
-def _latents(step: TrainingStep) -> torch.Tensor:
+def latents(step: TrainingStep) -> torch.Tensor:
     model = step.model
     scale = model.pipe.vae_scale_factor
     x = torch.zeros(step.batch, model.latent_channels, *(side // scale for side in step.size), device=model.device)
@@ -264,12 +288,13 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
     device = step.model.device  # read once, because diffusers searches all modules for it
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
+    copies_bytes = 0 if step.chain.copies is None else allocated_bytes(step.chain.copies.size_bytes, device)
     tensors = [t for module in step.resident for t in (*module.parameters(), *module.buffers())]
     tensors = [t for t in tensors if t.device.type == device.type]
     conditioning = [t for t in vars(step.cond).values() if isinstance(t, torch.Tensor)]
     return {
         "weights": _bytes(tensors) - adapters_bytes,
-        "adapters": adapters_bytes,
+        "adapters": adapters_bytes + copies_bytes,
         # Gradients are in fp32 also if adapters are in bf16 (see `FlatParameters`).
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
@@ -284,10 +309,10 @@ def _bytes(tensors: Sequence[torch.Tensor], narrowest: int = 1) -> int:
     return sum(allocated_bytes(t.numel() * max(narrowest, t.element_size()), t.device) for t in distinct)
 
 
-def _origin(step: TrainingStep) -> dict[str, str]:
+def step_origin(step: TrainingStep) -> dict[str, str]:
     """Everything except the device that the numbers of a table depend on."""
     model = step.model
-    trained = [(tuple(p.shape), str(p.dtype)) for p in step.chain.receivers]
+    trained = [(tuple(p.shape), str(p.dtype)) for p in (*step.chain.parameters, *step.chain.conditions)]
     # Quantised weights are buffers.
     named = (item for m in model.modules() for item in (*m.named_parameters(), *m.named_buffers()))
     weights = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
@@ -324,5 +349,5 @@ def _code() -> str:
     return _hash([file.read_bytes() for part in parts for file in sorted((package / part).rglob("*.py"))])
 
 
-def _cache_file(origin: Mapping[str, str]) -> Path:
+def cache_file(origin: Mapping[str, str]) -> Path:
     return cache_folder() / "tables" / f"{_hash(json.dumps(origin, sort_keys=True))}.json"

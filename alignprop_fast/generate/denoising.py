@@ -7,6 +7,7 @@ for the backward pass but no diffusion.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
-from alignprop_fast.runtime import Block, Chain, GradientSink, version, versions
-from alignprop_fast.sampling import StepTable, Update, rescaled_guidance
+from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
+from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update, rescaled_guidance
 
 
 class DenoisingChain(Chain):
@@ -31,10 +32,11 @@ class DenoisingChain(Chain):
         guidance: how its branches are combined.
         generator: draws the noise of each step; None: the global one.
         draw_noise: whether noise is drawn at each step.
-        input_gradient, gradient_sink: as in `Chain`.
+        truncation: its gates and leaps; None: the chain's gates have weight 1.
+        shift: what is added to the last latents.
+        gradient_sink: as in `Chain`.
         compare_with_base: whether gradient steps have a penalty, the distance to the base model.
-        fast: faster predictions for steps without gradient (experimental), or None.
-        fast_replays: whether replays use `fast` too.
+        fast: faster predictions, or None.
 
     Raises:
         ValueError: something requires a gradient but cannot get one, or the denoiser has dropout or DoRA adapters.
@@ -51,11 +53,11 @@ class DenoisingChain(Chain):
         generator: Generator,
         *,
         draw_noise: bool,
-        input_gradient: bool,
+        truncation: Truncation | None = None,
+        shift: torch.Tensor | None = None,
         compare_with_base: bool = False,
         gradient_sink: GradientSink | None = None,
         fast: FastPredict | None = None,
-        fast_replays: bool = False,
     ):
         conditions = _conditions(cond, guidance)
         if conditions and (compare_with_base or gradient_sink is not None):
@@ -65,16 +67,22 @@ class DenoisingChain(Chain):
                 "parameters: leave one of the two out"
             )
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
+        parameters = model.trainable()
+        # Autocast casts the adapters itself.
+        self.copies = None if autocast_dtype(model.device) else model.adapter_copies()
         super().__init__(
             len(table),
-            model.trainable(),
+            parameters,
             blocks,
             gradient_sink=gradient_sink,
-            input_gradient=input_gradient,
             has_penalty=compare_with_base,
+            stand_ins=None if self.copies is None else self.copies.stand_ins(parameters),
             conditions=conditions,
             leaves=list(leaves.values()),
         )
+        self.gates = {} if truncation is None else {gate.step: gate for gate in truncation.gates}
+        self.shift = shift
+        self.leaps = Leaps(truncation) if truncation is not None and truncation.leaps else None
         self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
         self.guidance, self.given_cond = guidance, cond
         self.cond = cond.exchanged(leaves)
@@ -85,45 +93,57 @@ class DenoisingChain(Chain):
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
-        # A recording would keep the graph of the conditions alive.
+        # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        self.fast_replays = fast_replays
-        self.fast_state = None if self.fast is None else self.fast.state()
+        is_number = not isinstance(self.scale, torch.Tensor)
+        self.fast_state = self.fast.state() if self.fast is not None and is_number else None
 
     def last_alone(self) -> DenoisingChain:
         """A chain of only the last step, which predicts the clean latents. Gradients go to autograd, not to a sink."""
         return DenoisingChain(
             self.model,
             self.blocks,
-            self.update.table.last_alone(),
+            self.update.table.alone(self.num_steps - 1)[0],
             self.timesteps[-1:],
             self.given_cond,
             self.guidance,
             None,
             draw_noise=self.draw_noise,
-            input_gradient=True,
             compare_with_base=self.has_penalty,
             fast=self.fast,
-            fast_replays=self.fast_replays,
         )
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.copies is None else self.copies.in_place()
 
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The denoiser's output: [K * B, C, h, w], unconditional branch first; or already guided, [B, C, h, w]."""
         y = self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond)
         return self._guided(y)
 
-    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         if self.fast is None:
             return self.predict(i, x)
-        y = self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, self.fast_state)
-        return self._guided(y)
+        state = self.fast_state if recorded else None
+        return self._guided(self.fast.sample(self.update.model_input(i, x), self.timesteps[i], self.cond, state))
 
-    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
-        if self.fast is None or not self.fast_replays:
-            return self.predict(i, x)
-        kept = tuple(sorted(options.items()))
-        seen, timestep = self.update.model_input(i, x), self.timesteps[i]
-        return self._guided(self.fast.replay(seen, timestep, self.cond, self.fast_state, self.parameters, kept))
+    def recorded_gradients(
+        self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options
+    ) -> Sequence[torch.Tensor | None] | None:
+        if self.fast is None or self.fast_state is None:
+            return None
+        through_input = self.input_scale(i) != 0
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(through_input)
+            seen = self.update.model_input(i, x)
+        kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
+        found = self.fast.gradients(
+            seen, self.timesteps[i], self.cond, self._guided, gy, self.stand_ins, self.fast_state, kind
+        )
+        if found is None or not through_input:
+            return found and [*found, None]
+        *grads, g_seen = found
+        return [*grads, *torch.autograd.grad(seen, x, g_seen)]
 
     def _guided(self, y: torch.Tensor) -> torch.Tensor:
         return rescaled_guidance(y, self.scale, self.rescale) if self.combines else y
@@ -131,10 +151,23 @@ class DenoisingChain(Chain):
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The scheduler's update, with noise in the shape of the latents if the chain draws noise."""
         noise = self.model.noise(self.update.latents(x), self.generator) if self.draw_noise else None
-        return self.update.advance(i, x, y, noise)
+        if self.leaps is None:
+            return self.update.advance(i, x, y, noise)
+        self.leaps.see(i, x, self.update.blended(y))
+        x_next = self.update.advance(i, x, y, noise)
+        self.leaps.land(i + 1, x_next)
+        return x_next
 
     def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.update.adjoint(i, g, y_dtype)
+        gate = self.gates.get(i)
+        return self.update.adjoint(i, g, y_dtype, 1.0 if gate is None else gate.weight)
+
+    def input_scale(self, i: int) -> float:
+        gate = self.gates.get(i)
+        return 1.0 if gate is None else gate.input_scale
+
+    def weighted(self, g: torch.Tensor) -> torch.Tensor:
+        return g if self.leaps is None else self.leaps.divided(g)
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean squared difference between the guided predictions of the model and of the base model.
@@ -153,7 +186,8 @@ class DenoisingChain(Chain):
         return self.update.start(x)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        return self.update.latents(x)
+        x = self.update.latents(x)
+        return x if self.shift is None else x + self.shift
 
     def state(self) -> Hashable:
         read = [*self.cond.tensors(), *self.leaves]

@@ -1,87 +1,105 @@
-"""Faster predictions of the denoiser: compiled, recorded as CUDA graphs, or both.
-
-Experimental: tested on an emulated GPU, not yet measured on a real one.
-"""
+"""Faster runs of the denoiser: compiled, recorded as CUDA graphs, or both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from alignprop_fast.models.pipeline_adapter import Conditioning
-from alignprop_fast.runtime import CompiledBlocks, GraphedCalls
+from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, step_gradients
 
+CUDA_GRAPHS = ("auto", "on", "off")
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+Guide = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FastPredict:
-    """A faster form of a model's `predict`. Compiled blocks run only in predictions without gradient.
+    """Faster forms of a model's `predict`. Compiled blocks run only in predictions without gradient.
 
     Args:
         model: an adapter of `models`.
         graphs: records predictions as CUDA graphs; None: kernels are launched one by one.
         compiled: runs the blocks through torch.compile, whose results differ by rounding; None: blocks are not
-        compiled.
+            compiled.
+        by_order: whether graphs are used even if they measure no faster.
+
+    Attributes:
+        compiled_pays: whether compiled blocks are used.
     """
 
-    def __init__(self, model: Any, graphs: GraphedCalls | None, compiled: CompiledBlocks | None):
+    def __init__(
+        self, model: Any, graphs: GraphedCalls | None, compiled: CompiledBlocks | None, by_order: bool = False
+    ):
         self.model, self.graphs, self.compiled = model, graphs, compiled
+        self.by_order, self.compiled_pays = by_order, True
 
     @classmethod
-    def wanted(cls, model: Any, cuda_graphs: bool, compiled: bool) -> FastPredict | None:
-        """From the options of a sampler; None if both are off.
+    def wanted(cls, model: Any, cuda_graphs: str, compiled: bool) -> FastPredict | None:
+        """From the options of a sampler; None if all are off.
 
         Raises:
-            ValueError: one is on, but the model is on the CPU.
+            ValueError: cuda_graphs is none of auto, on and off, or an option needs a GPU and the model is on the CPU.
         """
-        for name, on in (("cuda_graphs", cuda_graphs), ("compiled", compiled)):
-            if on and model.device.type == "cpu":
+        if cuda_graphs not in CUDA_GRAPHS:
+            raise ValueError(f"cuda_graphs is {cuda_graphs!r}: use {', '.join(CUDA_GRAPHS)}")
+        for name, asked in (("cuda_graphs", cuda_graphs == "on"), ("compiled", compiled)):
+            if asked and model.device.type == "cpu":
                 raise ValueError(f"{name} needs a GPU, but the model is on the CPU: leave it out")
-        if not cuda_graphs and not compiled:
+        graphs = None if cuda_graphs == "off" or model.device.type == "cpu" else GraphedCalls()
+        if graphs is None and not compiled:
             return None
         blocks = CompiledBlocks(model.step_groups()["transformers"]) if compiled else None
-        return cls(model, GraphedCalls() if cuda_graphs else None, blocks)
+        return cls(model, graphs, blocks, by_order=cuda_graphs == "on")
 
     def state(self) -> Hashable:
-        """The state for which a recording is valid: addresses of weights, settings of adapters. Pass it to both calls.
+        """The state for which a recording is valid: addresses of weights, and settings. Pass it to all calls.
 
-        Raises:
-            ValueError: graphs are on under autocast, which casts weights; a graph would not cast them again.
+        None: nothing is recorded. Under autocast that is so because it casts weights, which a graph would not repeat.
         """
-        if self.graphs is None:
+        if self.graphs is None or torch.is_autocast_enabled("cuda"):
             return None
-        if torch.is_autocast_enabled("cuda"):
-            raise ValueError("cuda_graphs does not support autocast: train adapters on a bf16 model, or leave it out")
-        return self.model.fingerprint()
+        kernels = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
+        return self.model.fingerprint(), kernels
 
-    def sample(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable) -> torch.Tensor:
-        """`predict` without gradient. The result holds until the next call."""
-        if self.graphs is None:
-            return self._compiled(x, timestep, cond)
-        run, inputs, own = _as_function(self._compiled, x, timestep, cond)
-        return self.graphs(run, inputs, (state, own))
+    def sample(
+        self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning, state: Hashable = None
+    ) -> torch.Tensor:
+        """`predict` without gradient, as a recording if there is a state. The result holds until the next call."""
+        if self.graphs is not None and state is not None:
+            tensors = cond.tensors()
+            run = partial(_sample, self._compiled, cond, list(map(id, tensors)))
+            kind = "sample", self.compiled_pays
+            found = self.graphs(run, (x, timestep, *tensors), (state, cond.settings()), kind)
+            if found is not None and found[0] is not None:
+                return found[0]
+        return self._compiled(x, timestep, cond)
 
-    def replay(
+    def gradients(
         self,
         x: torch.Tensor,
         timestep: torch.Tensor,
         cond: Conditioning,
-        state: Hashable,
+        guide: Guide,
+        gy: torch.Tensor,
         parameters: Sequence[torch.Tensor],
-        kept: Hashable,
-    ) -> torch.Tensor:
-        """`predict` with gradient for x, if it requires one, and for the parameters; both passes are recorded.
+        state: Hashable,
+        kind: Hashable,
+    ) -> Sequence[torch.Tensor | None] | None:
+        """Gradients of the parameters and, if x requires one, of x, from the gradient gy of guide(predict(x)).
 
-        kept: what the blocks now keep for the backward pass; each value has its own recording.
+        Forward and backward pass are one recording, so what the backward pass needs never leaves it. The results hold
+        until the next call. None: there is no memory for the recording.
+
+        kind: what guide does, and what the blocks now keep for the backward pass; each has its own recording.
         """
-        if self.graphs is None:
-            return self.model.predict(x, timestep, cond)
-        run, inputs, own = _as_function(self.model.predict, x, timestep, cond)
-        return self.graphs.with_gradient(run, inputs, parameters, (state, own), kept)
+        assert self.graphs is not None
+        tensors, wants_gx = cond.tensors(), x.requires_grad
+        run = partial(_gradients, self.model.predict, cond, list(map(id, tensors)), guide, parameters, wants_gx)
+        inputs = (x.detach(), timestep, gy, *tensors)
+        return self.graphs(run, inputs, (state, cond.settings()), ("gradients", kind, wants_gx))
 
     def forget_recordings(self) -> None:
         """Free the memory of all recordings; they are made again when needed."""
@@ -89,30 +107,41 @@ class FastPredict:
             self.graphs = GraphedCalls()
 
     def _compiled(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        if self.compiled is None:
+        if self.compiled is None or not self.compiled_pays:
             return self.model.predict(x, timestep, cond)
         with self.compiled.in_place():
             return self.model.predict(x, timestep, cond)
 
 
-def _as_function(
-    predict: Predict, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning
-) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Hashable]:
-    """predict(x, timestep, cond) as a function of tensors, those tensors, and everything else that it depends on."""
-    names, values = zip(*cond.added.items(), strict=True) if cond.added else ((), ())
-    run = partial(_predict_from_tensors, predict, cond, names)
-    return run, (x, timestep, cond.embeds, *values), (cond.branches, cond.embedded_guidance, names)
+# The recorded functions: `tensors` stand in for those of `cond`, whose ids are `ids`.
 
 
-def _predict_from_tensors(
+@torch.inference_mode()
+def _sample(
     predict: Predict,
     cond: Conditioning,
-    names: Sequence[str],
+    ids: Sequence[int],
     x: torch.Tensor,
     timestep: torch.Tensor,
-    embeds: torch.Tensor,
-    *added: torch.Tensor,
-) -> torch.Tensor:
-    """predict(x, timestep, cond) with these embeddings, and these added conditions by name, in place of cond's own."""
-    of_added = dict(zip(names, added, strict=True)) if names else cond.added
-    return predict(x, timestep, replace(cond, embeds=embeds, added=of_added))
+    *tensors: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    return (predict(x, timestep, cond.exchanged(dict(zip(ids, tensors, strict=True)))),)
+
+
+@torch.enable_grad()
+def _gradients(
+    predict: Predict,
+    cond: Conditioning,
+    ids: Sequence[int],
+    guide: Guide,
+    parameters: Sequence[torch.Tensor],
+    wants_gx: bool,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    gy: torch.Tensor,
+    *tensors: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    x = x.detach().requires_grad_(wants_gx)
+    y = guide(predict(x, timestep, cond.exchanged(dict(zip(ids, tensors, strict=True)))))
+    wanted = [*parameters, x] if wants_gx else parameters
+    return tuple(step_gradients(y, wanted, gy))

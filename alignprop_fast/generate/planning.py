@@ -10,24 +10,16 @@ from typing import Any
 import torch
 
 from alignprop_fast.generate.cost_table import Decoders, TrainingStep, estimated_table, measured_table
+from alignprop_fast.generate.graph_costs import estimated_graph_costs, graph_costs
 from alignprop_fast.generate.memory_budget import MemoryBudget
 from alignprop_fast.generate.render import Renderer
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, Plan, Solver, leanest
+from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, GraphCosts, Plan, Solver, leanest
 from alignprop_fast.runtime import Chain, Told, autocast_dtype, nobody
 
 
 def gradient_steps(chain: Chain, wanted: Iterable[int], wants_gradient: bool = False) -> list[int]:
-    """The wanted steps in ascending order; none if nothing could receive a gradient.
-
-    wants_gradient: the initial latents do.
-
-    Raises:
-        ValueError: a step is outside the chain.
-    """
-    steps = sorted(set(wanted))
-    if steps and not 0 <= steps[0] <= steps[-1] < chain.num_steps:
-        raise ValueError(f"gradient steps {steps} are outside the chain: use 0 to {chain.num_steps - 1}")
-    return steps if torch.is_grad_enabled() and (chain.receivers or wants_gradient) else []
+    """The wanted steps; none if nothing could receive a gradient. wants_gradient: the initial latents do."""
+    return list(wanted) if torch.is_grad_enabled() and (chain.receivers or wants_gradient) else []
 
 
 class StepPlanner:
@@ -44,6 +36,7 @@ class StepPlanner:
         self.model, self.budget, self.renderer, self.num_steps = model, budget, renderer, num_steps
         self.solvers: dict[tuple, Solver] = {}
         self.decoders: Decoders = {}
+        self.graphs: dict[tuple, GraphCosts | None] = {}
 
     @property
     def has_budget(self) -> bool:
@@ -60,28 +53,43 @@ class StepPlanner:
         # A chain that ends early is planned as a whole one, so one solver serves all lengths except a single step.
         num_steps = 1 if step.chain.num_steps == 1 else self.num_steps
         if not (self.has_budget and torch.is_grad_enabled() and (grad_steps or wants_gradient)):
-            return leanest(num_steps, grad_steps)
+            # Without a backward pass nothing was planned, so graphs would take memory that is not there.
+            return leanest(num_steps, grad_steps, self._graphs(step) if grad_steps else None)
         solver = self.solver(step, num_steps)
         return solver.plan(grad_steps, self.settled_bytes(step))
 
     def solver(self, step: TrainingStep, num_steps: int) -> Solver:
         """The solver for steps of this shape, under the autocast state at the time of the call."""
-        embeds, receivers = step.cond.embeds, len(step.chain.receivers)
-        cast = autocast_dtype(self.model.device)
-        key = (num_steps, step.batch, embeds.shape, embeds.dtype, receivers, cast)
+        key = (num_steps, *self._shape(step))
         if key not in self.solvers:
-            self.solvers[key] = Solver(measured_table(step, self.decoders), num_steps, num_steps)
+            self.solvers[key] = Solver(self._measured(step), num_steps, num_steps)
         table, limit_bytes = self.solvers[key].table, self.renderer.host_pool.limit_bytes
         if limit_bytes is not None and limit_bytes < (table.host_limit_bytes or 0):  # the driver refused more
             self.solvers[key] = Solver(replace(table, host_limit_bytes=limit_bytes), num_steps, num_steps)
         return self.solvers[key]
 
+    def _shape(self, step: TrainingStep) -> tuple:
+        """What the costs of a step depend on, in one sampler."""
+        embeds = step.cond.embeds
+        cast = autocast_dtype(self.model.device)
+        return step.batch, embeds.shape, embeds.dtype, len(step.chain.receivers), cast
+
+    def _measured(self, step: TrainingStep, told: Told = nobody) -> CostTable:
+        return replace(measured_table(step, self.decoders, told), graphs=self._graphs(step))
+
+    def _graphs(self, step: TrainingStep) -> GraphCosts | None:
+        key = self._shape(step)
+        if key not in self.graphs:
+            self.graphs[key] = graph_costs(step)
+        return self.graphs[key]
+
     def costs(self, step: TrainingStep, gpu: Gpu | None, told: Told = nobody) -> CostTable:
         """Costs of such a step: measured, or estimated for a GPU that need not be in this computer."""
         with torch.enable_grad():
             if gpu is None:
-                return measured_table(step, self.decoders, told)
-            return estimated_table(step, gpu, self.decoders, told)
+                return self._measured(step, told)
+            table = estimated_table(step, gpu, self.decoders, told)
+            return replace(table, graphs=estimated_graph_costs(step, table))
 
     def settled_bytes(self, step: TrainingStep) -> int:
         """The budget in bytes; on a GPU reduced to its free memory after such a step has run once."""
@@ -93,7 +101,7 @@ class StepPlanner:
         with torch.random.fork_rng(devices=[self.model.device]), torch.enable_grad():
             x = self.model.initial_latents(step.batch, step.size, None, None).requires_grad_()
             images = self.renderer.render(chain, leanest(1, (0,)), x).images
-            torch.autograd.grad(images.sum(), [x, *chain.receivers], allow_unused=True)
+            torch.autograd.grad(images.sum(), [x, *chain.parameters], allow_unused=True)
 
     def tighten(self, factor: float, last: Plan | None) -> int:
         """From now on plan with less memory than the last plan took; returns the new budget in bytes.

@@ -7,6 +7,7 @@ for the backward pass.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +25,19 @@ from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Gen
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
-from alignprop_fast.sampling import Draws, StepTable, Truncation, draw_gates, draw_truncation, make_table, trl_gates
+from alignprop_fast.sampling import (
+    Draws,
+    Gate,
+    StepTable,
+    Truncation,
+    checked,
+    draw_gates,
+    draw_truncation,
+    make_table,
+    trl_gates,
+)
 
-__all__ = ["DifferentiableSampler", "Draws", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
+__all__ = ["DifferentiableSampler", "Draws", "Gate", "Truncation", "draw_gates", "draw_truncation", "trl_gates"]
 
 
 class DifferentiableSampler:
@@ -60,11 +71,12 @@ class DifferentiableSampler:
         reward_bytes: of the reward's weights on the device; None: the reward's own `weight_bytes()`.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
             together; None: half of what is free.
-        cuda_graphs: experimental, not yet measured on a GPU: run evaluations without gradient as CUDA graphs, recorded
-            at their first use. A graph keeps its memory, and the planner counts it. Without a budget replays run as
-            graphs too, one for the forward and one for the backward pass.
-        compiled: experimental, not yet measured on a GPU: run the transformer blocks of evaluations without gradient
-            through torch.compile. Results then differ by rounding between a step without gradient and its replay.
+        cuda_graphs: whether evaluations without gradient and replays run as CUDA graphs, recorded at their first use.
+            "auto": on a GPU, where a measurement at first use says that they are faster and where the memory that they
+            keep has no better use; on the CPU never. "on": even if they measure no faster. "off": never.
+        compiled: let the transformer blocks of evaluations without gradient run through torch.compile, if a
+            measurement at first use says that it is faster. Results then differ by rounding between a step without
+            gradient and its replay.
         cache_text: encode each prompt once and remember its embedding. The text encoders are on the CPU in between. If
             they do not fit on the device beside the model, the model moves to the CPU while they encode.
         optimizer_bytes: of the optimizer's state, with a moving average of the weights if there is one; None: two fp32
@@ -98,7 +110,7 @@ class DifferentiableSampler:
         host_memory: int | str | None = None,
         cache_text: bool = False,
         compare_with_base: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: str = "auto",
         compiled: bool = False,
     ):
         self.model = adapt(pipe)
@@ -139,7 +151,7 @@ class DifferentiableSampler:
         latents: torch.Tensor | None = None,
         plan: Plan | None = None,
         metadata: Sequence[Any] | None = None,
-        truncation: Truncation | str | None = None,
+        truncation: Truncation | Sequence[Gate] | str | None = None,
         embeddings: Embeddings | None = None,
     ) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32. In fp32 they equal those of diffusers' own pipeline.
@@ -157,30 +169,24 @@ class DifferentiableSampler:
             latents: initial unit noise [B, C, h, w] instead of drawn noise; receives a gradient if it requires one.
             plan: run under this plan, with its gradient steps, instead of choosing one.
             metadata: of the B prompts, for measuring a `reward` that needs it; None: {} for each.
-            truncation: a rule of `draw_truncation` or its result, instead of grad_steps. The caller runs its
-                `renoisings`, each by `renoise`.
+            truncation: a rule of `draw_truncation`, its result, or gates, instead of grad_steps. The caller runs its
+                `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
-            ValueError: a gradient step is outside the chain, the numbers of prompts differ, the denoiser has dropout,
+            ValueError: the gates do not fit the chain, the numbers of prompts differ, the denoiser has dropout,
                 or something requires a gradient but cannot get one.
         """
-        if isinstance(truncation, str):
-            truncation = draw_truncation(truncation, len(self.table))
-        if truncation is None:
-            truncation = Truncation(tuple(range(len(self.table)) if grad_steps is None else grad_steps))
-        elif grad_steps is not None:
-            raise ValueError("grad_steps and truncation both set which steps carry gradient: give one of them")
-        self.truncation, last = truncation, truncation.last_step
-        table = self.table if last is None else self.table.ending_at(last)
+        self.truncation = self._truncation(truncation, grad_steps)
+        table = self._table_of(self.truncation)
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
-        chain = self._chain(cond, generator, table, truncation.input_gradient)
+        chain = self._chain(cond, generator, table, self.truncation)
         step = self._training_step(chain, cond, prompts, metadata)
         wants_gradient = latents is not None and latents.requires_grad
-        grad_steps = gradient_steps(chain, truncation.grad_steps, wants_gradient)
-        self.plan = plan or self.planner.plan(step, grad_steps, wants_gradient)
+        opened = gradient_steps(chain, self.truncation.grad_steps, wants_gradient)
+        self.plan = plan or self.planner.plan(step, opened, wants_gradient)
         x = table.init_scale * self.model.initial_latents(step.batch, self.size, generator, latents)
         return self._run(chain, self.plan, x)
 
@@ -192,24 +198,31 @@ class DifferentiableSampler:
         generator: Generator = None,
         metadata: Sequence[Any] | None = None,
         embeddings: Embeddings | None = None,
+        step: int | None = None,
     ) -> torch.Tensor:
-        """Images [B, 3, H, W] of latents that are noised to the level of the chain's last step and denoised by it.
+        """Images [B, 3, H, W] of latents that are noised to the level of one of the chain's steps and recovered by it.
 
-        The step predicts the clean latents and carries gradient. Source: Clark et al. 2024, DRaFT-LV; equation in
-        `draw_truncation`.
+        The step carries gradient. Sources: Clark et al. 2024, DRaFT-LV (the last step), and SRPO (any step); equation
+        in `StepTable.alone`.
 
         Args:
             latents: [B, C, h, w] of a finished chain, such as `self.latents`; treated as constants.
             prompts, negative_prompts, generator, metadata, embeddings: as in `__call__`; the generator draws the
                 noise.
+            step: 0 = noisiest; None: the last one.
+
+        Raises:
+            ValueError: the scheduler's steps cannot be taken alone.
         """
+        step = len(self.table) - 1 if step is None else step
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
-        chain = self._chain(cond, generator, self.table.last_alone(), True)
-        step = self._training_step(chain, cond, prompts, metadata)
-        self.plan = self.planner.plan(step, gradient_steps(chain, (0,)))
-        signal, level = self.table.level[-1]
-        x = latents.detach()
-        return self._run(chain, self.plan, signal * x + level * self.model.noise(x, generator))
+        (table, factor), (signal, level) = self.table.alone(step), self.table.level_of(step)
+        clean = latents.detach()
+        noise = self.model.noise(clean, generator)
+        chain = self._chain(cond, generator, table, shift=factor * noise if factor else None)
+        training_step = self._training_step(chain, cond, prompts, metadata)
+        self.plan = self.planner.plan(training_step, gradient_steps(chain, (0,)))
+        return self._run(chain, self.plan, signal * clean + level * noise)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[torch.Tensor, Any]:
         """(scores [B], info) of the sampler's reward, run under the plan of the last call."""
@@ -317,8 +330,29 @@ class DifferentiableSampler:
         self.latents = rendered.latents
         return rendered.images
 
+    def _truncation(
+        self, given: Truncation | Sequence[Gate] | str | None, grad_steps: Iterable[int] | None
+    ) -> Truncation:
+        if given is None:
+            given = Truncation.at(range(len(self.table)) if grad_steps is None else grad_steps)
+        elif grad_steps is not None:
+            raise ValueError("grad_steps and truncation both set which steps carry gradient: give one of them")
+        if isinstance(given, str):
+            given = draw_truncation(given, self.table)
+        truncation = given if isinstance(given, Truncation) else Truncation(tuple(given))
+        return replace(truncation, gates=checked(truncation.gates, len(self._table_of(truncation))))
+
+    def _table_of(self, truncation: Truncation) -> StepTable:
+        """The steps that the chain runs."""
+        return self.table if truncation.last_step is None else self.table.ending_at(truncation.last_step)
+
     def _chain(
-        self, cond: Conditioning, generator: Generator, table: StepTable, input_gradient: bool
+        self,
+        cond: Conditioning,
+        generator: Generator,
+        table: StepTable,
+        truncation: Truncation | None = None,
+        shift: torch.Tensor | None = None,
     ) -> DenoisingChain:
         return DenoisingChain(
             self.model,
@@ -329,12 +363,11 @@ class DifferentiableSampler:
             self.guidance,
             generator,
             draw_noise=self.draw_noise,
-            input_gradient=input_gradient,
+            truncation=truncation,
+            shift=shift,
             compare_with_base=self.compare_with_base,
             gradient_sink=self.gradient_sink,
             fast=self.fast,
-            # Recorded replays reserve the memory of what they keep; a budget has better uses for it.
-            fast_replays=not self.planner.has_budget,
         )
 
     def _timesteps_of(self, table: StepTable) -> torch.Tensor:
@@ -349,7 +382,7 @@ class DifferentiableSampler:
         """A training step without text, for measuring."""
         cond = self.text.blank(batch, negative_prompt)
         prompt, metadata = self.example
-        chain = self._chain(cond, None, self.table, True)
+        chain = self._chain(cond, None, self.table)
         return self._training_step(chain, cond, [prompt] * batch, [metadata] * batch)
 
     def _training_step(
@@ -370,5 +403,4 @@ class DifferentiableSampler:
             optimizer_bytes=self.optimizer_bytes,
             keeps_gradients=self.keeps_gradients,
             host_limit_bytes=self.renderer.host_pool.limit_bytes or 0,
-            records_graphs=self.fast is not None and self.fast.graphs is not None,
         )

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from alignprop_fast.models.lean.adapter_copies import AdapterCopies, key_of
 from alignprop_fast.models.lean.banded_decoder import banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
 from alignprop_fast.models.lora.adapters import learns
@@ -44,6 +45,11 @@ class Conditioning:
     def tensors(self) -> list[torch.Tensor]:
         held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+    def settings(self) -> Hashable:
+        """Everything besides `tensors()`."""
+        guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
+        return self.branches, guidance, tuple(self.added or ())
 
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
         """A copy with some tensors replaced, by their ids."""
@@ -102,6 +108,7 @@ class PipelineAdapter(ABC):
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
+        self._copies: AdapterCopies | None = None
         seen, drawn = self.denoiser.config.in_channels, self.channels_per_latent * self.latent_channels
         if seen != drawn:
             raise ValueError(
@@ -202,6 +209,14 @@ class PipelineAdapter(ABC):
             raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
+    def adapter_copies(self) -> AdapterCopies:
+        """Copies of the denoiser's learning adapters with their present values, in the same memory at every call."""
+        copies = self._copies
+        if copies is None or copies.key != key_of(self.denoiser):
+            self._copies = copies = AdapterCopies(self.denoiser)
+        copies.refresh()
+        return copies
+
     def has_learning_adapters(self) -> bool:
         """Whether the denoiser has PEFT adapters that require grad."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
@@ -272,9 +287,12 @@ class PipelineAdapter(ABC):
         )
 
     def fingerprint(self) -> Hashable:
-        """Addresses of the denoiser's weights and settings of its adapters; while equal, a recording stays valid."""
-        places = tuple((parameter.data_ptr(), parameter.dtype) for parameter in self.denoiser.parameters())
-        return places, self._adapter_settings()
+        """Addresses of the denoiser's weights, and settings that change its results. While equal, a recording of the
+        denoiser stays valid. Quantised weights are buffers."""
+        parameters = list(self.denoiser.parameters())
+        copies = [] if self._copies is None else self._copies.stand_ins(parameters)
+        tensors = (*parameters, *self.denoiser.buffers(), *copies)
+        return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors), self.settings()
 
     def modules(self, with_text: bool = True) -> Sequence[nn.Module]:
         """Modules that hold weights while the chain runs. with_text: the text encoders too."""

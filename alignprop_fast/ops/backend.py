@@ -8,7 +8,7 @@ process, with one line, and the plain path takes over (`ops.switched_off`).
 from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def backend(x: torch.Tensor, op: str) -> str:
     return "triton" if off is None else "reference"
 
 
-def is_traced(x: torch.Tensor) -> bool:
+def is_traced(x: object) -> bool:
     """Whether x is a placeholder for a later tensor, so that nothing can run, be timed or fail."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
@@ -85,19 +85,40 @@ def attempt(
     return result
 
 
-def or_plain(
-    op: str, plain: Callable[Arguments, Result]
-) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorator of a function that launches this op's kernels: `attempt` with the plain path as fallback."""
+class Launch(Generic[Arguments, Result]):
+    """Launches an op's kernels: by a direct call, or as a custom operator where torch.compile or fake tensors trace it.
 
-    def decorated(kernel: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    A call through the operator costs several times the host time of a direct one.
+
+    Attributes:
+        operator: the custom operator, alignprop_fast::`name`.
+
+    Args:
+        op: its name in `switched_off`.
+        kernel: launches the kernels; its annotations are the operator's.
+        plain: takes over if the kernels fail (`attempt`).
+        fake: the result for fake tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        op: str,
+        kernel: Callable[Arguments, Result],
+        plain: Callable[Arguments, Result],
+        fake: Callable[Arguments, Result],
+    ):
         @wraps(kernel)
-        def either(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        def direct(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
             return attempt(f"{op}.triton", kernel, plain, *arguments, **keywords)
 
-        return either
+        self._direct = direct
+        self.operator: Any = torch.library.custom_op(f"alignprop_fast::{name}", direct, mutates_args=())
+        self.operator.register_fake(fake)
 
-    return decorated
+    def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        run = self.operator if is_traced(arguments[0]) else self._direct
+        return run(*arguments, **keywords)
 
 
 def _is_capturing() -> bool:

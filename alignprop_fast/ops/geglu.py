@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import only_plain, or_plain
+from alignprop_fast.ops.backend import Launch, only_plain
 
 
 def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
@@ -38,37 +38,39 @@ def _plain_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     return duv
 
 
-@torch.library.custom_op("alignprop_fast::geglu_forward", mutates_args=())
-@or_plain("geglu", geglu_reference)
-def _triton_forward(uv: torch.Tensor) -> torch.Tensor:
+def _launch_forward(uv: torch.Tensor) -> torch.Tensor:
     from alignprop_fast.kernels import geglu as kernels
 
     return kernels.geglu_forward(uv)
 
 
-@_triton_forward.register_fake
-def _(uv: torch.Tensor) -> torch.Tensor:
-    return uv.new_empty((*uv.shape[:-1], uv.shape[-1] // 2))
-
-
-@torch.library.custom_op("alignprop_fast::geglu_backward", mutates_args=())
-@or_plain("geglu", _plain_backward)
-def _triton_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+def _launch_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     from alignprop_fast.kernels import geglu as kernels
 
     return kernels.geglu_backward(g, uv)
 
 
-@_triton_backward.register_fake
-def _(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+def _fake_forward(uv: torch.Tensor) -> torch.Tensor:
+    return uv.new_empty((*uv.shape[:-1], uv.shape[-1] // 2))
+
+
+def _fake_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     return uv.new_empty(uv.shape)
+
+
+_triton_forward = Launch("geglu_forward", "geglu", _launch_forward, geglu_reference, _fake_forward)
+_triton_backward = Launch("geglu_backward", "geglu", _launch_backward, _plain_backward, _fake_backward)
+
+
+def _forward(uv: torch.Tensor) -> torch.Tensor:
+    return (_triton_forward if backend(uv) == "triton" else geglu_reference)(uv)
 
 
 class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, uv: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(uv)
-        return (_triton_forward if backend(uv) == "triton" else geglu_reference)(uv)
+        return _forward(uv)
 
     @staticmethod
     @once_differentiable
@@ -79,4 +81,6 @@ class _GEGLU(torch.autograd.Function):
 
 def geglu(uv: torch.Tensor) -> torch.Tensor:
     """u * gelu(v) of uv = [u, v], [..., 2 D] -> [..., D]; keeps only uv for the backward pass."""
-    return geglu_reference(uv) if only_plain(uv) else _GEGLU.apply(uv)
+    if only_plain(uv):
+        return geglu_reference(uv)
+    return _GEGLU.apply(uv) if torch.is_grad_enabled() else _forward(uv)

@@ -1,6 +1,7 @@
 """group_norm_silu: y = silu(gamma * normalised(x + t) + beta) as one op; gamma and beta never learn.
 
-It keeps x, the small t and two numbers per group. Stock autograd also keeps x + t and the norm's output (silu's input).
+t is small: a time embedding, the bias of the convolution that made x, or their sum. The bias then costs no pass over x.
+It keeps x, t and two numbers per group. Stock autograd also keeps x + t and the norm's output (silu's input).
 Here one pass computes both again, because they are affine in x for a given mean and deviation (Wu & He 2018;
 Ramachandran 2017). channels_last tensors use csrc/ if it is built; all others use PyTorch's own group norm.
 """
@@ -33,10 +34,10 @@ def group_norm_silu_reference(
     beta: torch.Tensor,
     eps: float,
     silu: bool = True,
-    time_embedding_BC: torch.Tensor | None = None,
+    addend_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Plain PyTorch. x: [B, C, H, W]; gamma, beta: [C]; time_embedding_BC: [B, C]."""
-    y = F.group_norm(_add(x, time_embedding_BC), groups, gamma, beta, eps)
+    """Plain PyTorch. x: [B, C, H, W]; gamma, beta: [C]; addend_BC: [B or 1, C]."""
+    y = F.group_norm(_add(x, addend_BC), groups, gamma, beta, eps)
     return F.silu(y) if silu else y
 
 
@@ -77,7 +78,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         dx = torch.ops.aten.native_group_norm_backward(
             g, u, mean, rstd, gamma, b, c, h * w, ctx.groups, [True, False, False]
         )[0]
-        return dx, dx.sum((2, 3)) if ctx.needs_input_grad[1] else None, *[None] * 5
+        return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
 class _CompiledGroupNormSiLU(torch.autograd.Function):
@@ -98,7 +99,7 @@ class _CompiledGroupNormSiLU(torch.autograd.Function):
         y = torch.empty_like(x, memory_format=torch.channels_last)
         mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
         torch.ops.alignprop_fast.group_norm_silu_forward(
-            x, t_BC, gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
+            x, _per_image(t_BC, x), gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
         )
         ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
@@ -111,9 +112,10 @@ class _CompiledGroupNormSiLU(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         moments = mean.new_empty((*mean.shape, 2))
         torch.ops.alignprop_fast.group_norm_silu_backward(
-            _channels_last(g), x, t_BC, gamma, beta, mean, rstd, ctx.silu, dx, _partial(x, ctx.groups), moments
+            *(_channels_last(g), x, _per_image(t_BC, x), gamma, beta, mean, rstd, ctx.silu),
+            *(dx, _partial(x, ctx.groups), moments),
         )
-        return dx, dx.sum((2, 3)) if ctx.needs_input_grad[1] else None, *[None] * 5
+        return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
 def _normalised(
@@ -136,6 +138,15 @@ def _normalised(
 
 def _add(x: torch.Tensor, t_BC: torch.Tensor | None) -> torch.Tensor:
     return x if t_BC is None else x + t_BC[:, :, None, None]
+
+
+def _per_image(t_BC: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """One row for each image, as csrc/ reads them. Not kept: what is kept stays as small as the caller made it."""
+    return None if t_BC is None else t_BC.expand(x.shape[:2]).contiguous()
+
+
+def _addend_gradient(dx: torch.Tensor, t_BC: torch.Tensor) -> torch.Tensor:
+    return dx.sum((2, 3)).sum_to_size(t_BC.shape)
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
@@ -184,7 +195,7 @@ def _register_fakes() -> None:
 
 
 def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
-    """None if csrc/ serves x with gamma, beta and time embedding `small`, else the reason for PyTorch's kernels."""
+    """None if csrc/ serves x with gamma, beta and addend `small`, else the reason for PyTorch's kernels."""
     device, channels = x.device.type, x.shape[1]
     if x.dim() != 4 or not _is_channels_last(x) or x.numel() == 0:
         return "x is not channels_last"
@@ -211,9 +222,9 @@ def group_norm_silu(
     eps: float = 1e-5,
     *,
     silu: bool = True,
-    time_embedding_BC: torch.Tensor | None = None,
+    addend_BC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """silu(group_norm(x + time_embedding)), differentiable in x and the time embedding; keeps x, mean and deviation.
+    """silu(group_norm(x + addend)), differentiable in x and the addend; keeps x, the addend, mean and deviation.
 
     Args:
         x: [B, C, H, W] in any memory format; channels_last stays channels_last (on CUDA: if csrc/ is built).
@@ -221,13 +232,13 @@ def group_norm_silu(
         gamma, beta: [C], frozen: they get no gradient.
         eps: added to the variance.
         silu: False leaves the activation out.
-        time_embedding_BC: [B, C], added to every pixel before the norm.
+        addend_BC: [B, C] or [1, C], added to every pixel before the norm.
 
     Returns:
         [B, C, H, W] in x's dtype.
     """
     if only_plain(x):
-        return group_norm_silu_reference(x, groups, gamma, beta, eps, silu, time_embedding_BC)
-    t_BC = None if time_embedding_BC is None else time_embedding_BC.to(x.dtype).contiguous()
+        return group_norm_silu_reference(x, groups, gamma, beta, eps, silu, addend_BC)
+    t_BC = None if addend_BC is None else addend_BC.to(x.dtype).contiguous()
     function = _GroupNormSiLU if _why_aten(x, gamma, beta, t_BC) else _CompiledGroupNormSiLU
     return function.apply(x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)

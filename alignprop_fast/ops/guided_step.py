@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import or_plain
+from alignprop_fast.ops.backend import Launch
 
 # Guided and unguided predictions; the kernels read no more branches.
 MAX_BRANCHES = 2
@@ -41,9 +41,7 @@ def guided_step_adjoint_reference(
     return a * g, torch.cat([(weight * g).to(y_dtype) for weight in weights])
 
 
-@torch.library.custom_op("alignprop_fast::guided_step", mutates_args=())
-@or_plain("guided_step", guided_step_reference)
-def _triton_forward(
+def _launch_forward(
     x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
 ) -> torch.Tensor:
     from alignprop_fast.kernels import guided_step as kernels
@@ -51,16 +49,7 @@ def _triton_forward(
     return kernels.guided_step(x, y, z, a, tuple(weights), sigma)
 
 
-@_triton_forward.register_fake
-def _(
-    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("alignprop_fast::guided_step_adjoint", mutates_args=())
-@or_plain("guided_step", guided_step_adjoint_reference)
-def _triton_adjoint(
+def _launch_adjoint(
     g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from alignprop_fast.kernels import guided_step as kernels
@@ -68,9 +57,22 @@ def _triton_adjoint(
     return kernels.guided_step_adjoint(g, a, tuple(weights), y_dtype)
 
 
-@_triton_adjoint.register_fake
-def _(g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_forward(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: Sequence[float], sigma: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_adjoint(
+    g: torch.Tensor, a: float, weights: Sequence[float], y_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     return g.new_empty(g.shape), g.new_empty((len(weights) * g.shape[0], *g.shape[1:]), dtype=y_dtype)
+
+
+_triton_forward = Launch("guided_step", "guided_step", _launch_forward, guided_step_reference, _fake_forward)
+_triton_adjoint = Launch(
+    "guided_step_adjoint", "guided_step", _launch_adjoint, guided_step_adjoint_reference, _fake_adjoint
+)
 
 
 def guided_step(

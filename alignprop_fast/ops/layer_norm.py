@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import only_plain, or_plain
+from alignprop_fast.ops.backend import Launch, only_plain
 
 Tensor = torch.Tensor
 # A row must fit the registers of one thread block (kernels.layer_norm.MAX_WIDTH).
@@ -46,9 +46,7 @@ def _plain_backward(g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None
     return dx if h is None else dx.add_(h)
 
 
-@torch.library.custom_op("alignprop_fast::layer_norm_forward", mutates_args=())
-@or_plain("layer_norm", _plain_forward)
-def _triton_forward(
+def _launch_forward(
     x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from alignprop_fast.kernels import layer_norm as kernels
@@ -56,8 +54,15 @@ def _triton_forward(
     return kernels.layer_norm_forward(x, residual, gamma, beta, eps)
 
 
-@_triton_forward.register_fake
-def _(
+def _launch_backward(
+    g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    from alignprop_fast.kernels import layer_norm as kernels
+
+    return kernels.layer_norm_backward(g, h, x, gamma, mean, rstd)
+
+
+def _fake_forward(
     x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
@@ -66,19 +71,21 @@ def _(
     return y, x.new_empty(0) if residual is None else torch.empty_like(y), mean, rstd
 
 
-@torch.library.custom_op("alignprop_fast::layer_norm_backward", mutates_args=())
-@or_plain("layer_norm", _plain_backward)
-def _triton_backward(
-    g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor
-) -> Tensor:
-    from alignprop_fast.kernels import layer_norm as kernels
-
-    return kernels.layer_norm_backward(g, h, x, gamma, mean, rstd)
-
-
-@_triton_backward.register_fake
-def _(g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+def _fake_backward(g: Tensor, h: Tensor | None, x: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+_triton_forward = Launch("layer_norm_forward", "layer_norm", _launch_forward, _plain_forward, _fake_forward)
+_triton_backward = Launch("layer_norm_backward", "layer_norm", _launch_backward, _plain_backward, _fake_backward)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, x + residual (x without a residual), mean and rstd [T]."""
+    run = _triton_forward if backend(x) == "triton" else _plain_forward
+    y, total, mean, rstd = run(x, residual, gamma, beta, eps)
+    return y, x if residual is None else total, mean, rstd
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -86,9 +93,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        run = _triton_forward if backend(x) == "triton" else _plain_forward
-        y, total, mean, rstd = run(x, residual, gamma, beta, eps)
-        s = x if residual is None else total
+        y, s, mean, rstd = _forward(x, residual, gamma, beta, eps)
         ctx.save_for_backward(s, gamma, mean, rstd)
         ctx.added = residual is not None
         return y if residual is None else (y, s)
@@ -128,4 +133,7 @@ def layer_norm(
         s = x if residual is None else x + residual
         y = layer_norm_reference(s, gamma, beta, eps)
         return y if residual is None else (y, s)
-    return _LayerNorm.apply(x, residual, gamma, beta, eps)
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(x, residual, gamma, beta, eps)
+    y, s, _, _ = _forward(x, residual, gamma, beta, eps)
+    return y if residual is None else (y, s)

@@ -11,6 +11,7 @@ package's kernels, or cuBLAS with additional small products, whichever measured 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +31,11 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scales: tuple[float, ...], keep: Kind | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        layers = _layers(tensors, scales)
         # Without an adapter that learns, the gradient needs only the weights.
         learns = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if learns else None, *tensors)
         ctx.scales = scales
-
-        def compute() -> tuple[Tensor, ...]:
-            if chosen("forward", x, layers) == "plain":
-                return plain_outputs(x, layers)
-            return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
-
-        return reuse_or_compute(keep, compute)
+        return reuse_or_compute(keep, partial(_outputs, x, _layers(tensors, scales)))
 
     @staticmethod
     @once_differentiable
@@ -55,6 +49,12 @@ class _LoraLinear(torch.autograd.Function):
             dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
         rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
         return dx, None, None, *rest
+
+
+def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    if chosen("forward", x, layers) == "plain":
+        return plain_outputs(x, layers)
+    return attempt(fused.NAME, fused.run_forward, plain_outputs, x, layers)
 
 
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
@@ -73,6 +73,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], keep: Kind | None = None) -
     Returns:
         y [..., O] of each layer in x's dtype.
     """
+    if not torch.is_grad_enabled():
+        return _outputs(x, layers)
     tensors = [tensor for layer in layers for tensor in layer[:4]]
     return _LoraLinear.apply(x, tuple(layer.scale for layer in layers), keep, *tensors)
 

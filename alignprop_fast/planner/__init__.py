@@ -10,8 +10,9 @@ from alignprop_fast.planner.budget import (
     parse_budget,
     parse_bytes,
 )
+from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
-from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
+from alignprop_fast.planner.gpus import GPUS, GRAPH_LAUNCH_SECONDS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.host_memory import lockable_bytes
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
@@ -24,11 +25,14 @@ __all__ = [
     "AUTO",
     "GPUS",
     "GRADES",
+    "GRAPH_LAUNCH_SECONDS",
     "MOST_BATCH",
     "BlockOption",
     "BudgetInfeasible",
     "CostTable",
     "Gpu",
+    "GraphCosts",
+    "GraphUse",
     "Moment",
     "Option",
     "Options",

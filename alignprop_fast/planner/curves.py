@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alignprop_fast.planner.block_option import Options
+from alignprop_fast.planner.cuda_graphs import GraphUse
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
 from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.repeat import repeated
@@ -25,20 +26,28 @@ TAIL_LABELS = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """The fastest candidate for one number of resident steps, as rows of the two frontiers."""
+    """The fastest candidate for one number of resident steps and one use of CUDA graphs, as rows of the two frontiers.
+
+    need: room that it takes, with what its graphs keep reserved.
+    """
 
     seconds: float
     need: int
     resident: int
     row: int
     replay_row: int
+    use: GraphUse = GraphUse.NONE
 
 
 class Curves:
-    """Frontiers of one table: one for each number of resident steps, and one of a replay."""
+    """Frontiers of one table: one for each number of resident steps, and one of a replay.
+
+    Attributes:
+        recorded: has the frontier of replays that run as CUDA graphs, which may not offload.
+    """
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
-        self.table, self.num_steps = table, num_steps
+        self.table, self.num_steps, self.recorded = table, num_steps, self
         # Alive beside a step's own worst moment: the images, the sums of the gradients, and offloaded tensors in
         # transfer.
         self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
@@ -98,8 +107,12 @@ class Curves:
         fits = frontier.need <= room
         return np.flatnonzero(fits if limit is None else fits & (frontier.host <= limit))
 
-    def candidates(self, grad_steps: int, room: int) -> list[Candidate]:
+    def candidates(self, grad_steps: int, room: int, use: GraphUse = GraphUse.NONE) -> list[Candidate]:
         """The fastest for each number of resident steps: the last row that fits, since seconds descend."""
+        if use.replays:
+            return self._candidates_with_recorded_replays(grad_steps, room)
+        pool_bytes = self.table.pool_bytes(use, 0)
+        room -= pool_bytes
         replays = self._allowed(self.replay, room)
         found = []
         for resident in range(grad_steps + 1):
@@ -109,12 +122,46 @@ class Curves:
                 continue
             row, replay_row = int(rows[-1]), int(replays[-1]) if replayed else -1
             seconds = float(self.resident[resident].seconds[row])
-            seconds += (self.num_steps - resident) * self.table.sampling_seconds
+            seconds += (self.num_steps - resident) * self.table.sampling_seconds_of(use)
             need = int(self.resident[resident].need[row])
             if replayed:
                 seconds += replayed * float(self.replay.seconds[replay_row])
                 need = max(need, int(self.replay.need[replay_row]))
-            found.append(Candidate(seconds, need, resident, row, replay_row))
+            found.append(Candidate(seconds, need + pool_bytes, resident, row, replay_row, use))
+        return found
+
+    def _candidates_with_recorded_replays(self, grad_steps: int, room: int) -> list[Candidate]:
+        """For each number of resident steps the best pair of rows: a faster replay reserves more memory, which resident
+        steps, decoder and reward then lack.
+
+        A step without gradient runs inside the reserved memory. Its own is counted beside the resident steps all the
+        same, where the decoder needs more anyway.
+        """
+        use, replay, above = GraphUse.ALL, self.recorded.replay, self.recorded.above
+        pools = np.array([self.table.pool_bytes(use, int(need) - above) for need in replay.need])
+        found = []
+        for resident in range(grad_steps):
+            frontier, rows = self.resident[resident], self._allowed(self.resident[resident], np.inf)
+            fits = np.searchsorted(frontier.need[rows], room - pools, side="right") - 1
+            possible = np.flatnonzero((fits >= 0) & (pools + above <= room))
+            if len(possible) == 0:
+                continue
+            seconds = frontier.seconds[rows[fits[possible]]] + (
+                (grad_steps - resident) * self.table.replay_ratio_of(use) * replay.seconds[possible]
+            )
+            best = int(np.argmin(seconds))
+            replay_row = int(possible[best])
+            row = int(rows[fits[replay_row]])
+            found.append(
+                Candidate(
+                    float(seconds[best]) + (self.num_steps - resident) * self.table.sampling_seconds_of(use),
+                    int(pools[replay_row]) + max(int(frontier.need[row]), above),
+                    resident,
+                    row,
+                    replay_row,
+                    use,
+                )
+            )
         return found
 
     def least_need(self, grad_steps: int) -> int | None:
@@ -130,6 +177,7 @@ class Curves:
 
     def plan(self, steps: tuple[int, ...], candidate: Candidate) -> Plan:
         replayed = len(steps) - candidate.resident
+        replays = self.recorded if candidate.use.replays else self
         picks = self.resident[candidate.resident].picks[candidate.row]
         decoder, reward = tail_choices(self.table, self.tail.picks[picks[-1]])
         return Plan(
@@ -137,7 +185,8 @@ class Curves:
             resident_steps=steps[replayed:],
             replayed_steps=steps[:replayed],
             resident_options=tuple(self._resident_options(candidate.resident, picks)),
-            replay_options=self._options(self.replay.picks[candidate.replay_row]) if replayed else {},
+            replay_options=replays._options(replays.replay.picks[candidate.replay_row]) if replayed else {},
+            graphs=candidate.use,
             decoder=decoder,
             reward=reward,
             exact=not (self.resident[candidate.resident].thinned or self.replay.thinned or self.step is not None),

@@ -15,6 +15,7 @@ _GROUP_OF = {
     "gradients": "adapters and optimizer",
     "optimizer": "adapters and optimizer",
     "workspace": "workspace",
+    "graphs": "workspace",
     "conditioning": "kept",
     "latents": "kept",
     "images": "kept",

@@ -11,6 +11,7 @@ GIB = 2**30
 MATMUL_FRACTION = 0.7
 BANDWIDTH_FRACTION = 0.85
 LAUNCH_SECONDS = 4e-6
+GRAPH_LAUNCH_SECONDS = 1.5e-6  # inside a CUDA graph, where no host takes part
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def find_gpu(name: str) -> Gpu:
     raise ValueError(f"unknown GPU {name!r}{suggestion}; known are {', '.join(gpu.name for gpu in GPUS)}")
 
 
-def roofline_seconds(flops: float, num_bytes: float, gpu: Gpu, dtype: str, launches: int = 1) -> float:
+def roofline_seconds(
+    flops: float, num_bytes: float, gpu: Gpu, dtype: str, launches: int = 1, launch_seconds: float = LAUNCH_SECONDS
+) -> float:
     """Seconds of an operation: the largest of the times for arithmetic, memory traffic and launches.
 
     Roofline model (Williams, Waterman and Patterson 2009) at the assumed fractions of the data sheet.
@@ -102,7 +105,7 @@ def roofline_seconds(flops: float, num_bytes: float, gpu: Gpu, dtype: str, launc
         flops: multiplications and additions.
         num_bytes: bytes read and written.
         dtype: "bfloat16" and "float16" run on the tensor cores, "float32" outside them.
-        launches: number of kernel launches.
+        launches: number of kernel launches, each of launch_seconds.
 
     Raises:
         ValueError: the dtype is another one.
@@ -111,4 +114,4 @@ def roofline_seconds(flops: float, num_bytes: float, gpu: Gpu, dtype: str, launc
     if dtype not in rates:
         raise ValueError(f"no roofline for {dtype}: use one of {', '.join(rates)}")
     arithmetic = flops / (rates[dtype] * MATMUL_FRACTION)
-    return max(arithmetic, num_bytes / (gpu.bandwidth * BANDWIDTH_FRACTION), launches * LAUNCH_SECONDS)
+    return max(arithmetic, num_bytes / (gpu.bandwidth * BANDWIDTH_FRACTION), launches * launch_seconds)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from alignprop_fast.planner.block_option import EVERY_SEGMENT, BlockOption, Options
 from alignprop_fast.planner.budget import format_bytes
+from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
 
 
@@ -25,6 +26,7 @@ class Plan:
         segment to option for each resident step, in the same order).
     replayed_steps: they keep only their input latents and run again in the backward pass, under `replay_options`.
     decoder, reward: stage and options; reward is None if the table has no reward.
+    graphs: the evaluations that run as CUDA graphs, and graph_costs, what that saves.
     peak_bytes, seconds, host_bytes: predicted; zero if nothing was measured (no budget).
     phases: predicted bytes alive at the worst moment of each phase of the training step.
     kinds: predicted bytes at the peak by kind (fixed entries by name, latents, images, kept, transient); sums to it.
@@ -40,6 +42,8 @@ class Plan:
     replay_options: Options = field(default_factory=dict)
     decoder: StageChoice = StageChoice("image", {EVERY_SEGMENT: BlockOption.KEEP})
     reward: StageChoice | None = None
+    graphs: GraphUse = GraphUse.NONE
+    graph_costs: GraphCosts | None = None
     peak_bytes: int = 0
     seconds: float = 0.0
     host_bytes: int = 0
@@ -77,6 +81,10 @@ class Plan:
             ]
         )
 
+    def _graphs_in_words(self, costs: GraphCosts) -> str:
+        sampling, replay = costs.sampling_ratio, costs.replay_ratio
+        return f"{self.graphs} (in a graph an evaluation takes {sampling:.2f}, a replay {replay:.2f} of its time)"
+
     def _option_lines(self) -> list[str]:
         return [f"  {what}: {how}" for what, how in self.option_lines()]
 
@@ -89,17 +97,20 @@ class Plan:
         for what, stage in (("decoder", self.decoder), ("reward", self.reward)):
             if stage is not None:
                 lines.append((what, f"by {stage.name}: {summary(stage.options)}"))
+        if self.graph_costs is not None:
+            lines.append(("CUDA graphs", self._graphs_in_words(self.graph_costs)))
         return lines
 
 
-def leanest(num_steps: int, grad_steps: Sequence[int]) -> Plan:
-    """The plan without budget and measurements: every gradient step replayed, the decoder one image at a time.
+def leanest(num_steps: int, grad_steps: Sequence[int], graphs: GraphCosts | None = None) -> Plan:
+    """The plan without budget: every gradient step replayed, the decoder one image at a time.
 
     A replay keeps only the attention outputs of its transformer blocks. That takes a sixth of the bytes, and no
-    attention is computed twice.
+    attention is computed twice. graphs: CUDA graphs are used where these say that they save time.
     """
     options = {EVERY_SEGMENT: BlockOption.ATTENTION} if grad_steps else {}
-    return Plan(num_steps, (), tuple(grad_steps), replay_options=options)
+    use = GraphUse.NONE if graphs is None else graphs.fastest()
+    return Plan(num_steps, (), tuple(grad_steps), replay_options=options, graphs=use, graph_costs=graphs)
 
 
 def _which(steps: Sequence[int]) -> str:

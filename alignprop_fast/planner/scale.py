@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from alignprop_fast.planner.budget import BudgetInfeasible
+from alignprop_fast.planner.cuda_graphs import GraphCosts
 from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.solve import solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
@@ -34,6 +35,19 @@ class _Line:
     def sizes(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
         _require_equal("fixed entries", list(first), list(second))
         return {name: self.size(first[name], second[name]) for name in first}
+
+    def graphs(self, first: GraphCosts | None, second: GraphCosts | None) -> GraphCosts | None:
+        if first is None or second is None:
+            return None
+        return GraphCosts(
+            self.ratio(first.sampling_ratio, second.sampling_ratio),
+            self.ratio(first.replay_ratio, second.replay_ratio),
+            self.size(first.static_bytes, second.static_bytes),
+        )
+
+    def ratio(self, first: float, second: float) -> float:
+        """It stays near the two further out: a large batch does not wait for launches."""
+        return min(max(self.seconds(first, second), min(first, second)), max(first, second, 1.0))
 
     def segments(self, first: Sequence[Segment], second: Sequence[Segment]) -> tuple[Segment, ...]:
         _require_equal("segments", [segment.name for segment in first], [segment.name for segment in second])
@@ -109,6 +123,7 @@ def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, b
         reserve_bytes=line.size(one.reserve_bytes, two.reserve_bytes),
         transfer_bytes=line.size(one.transfer_bytes, two.transfer_bytes),
         optimizer_seconds=line.seconds(one.optimizer_seconds, two.optimizer_seconds),
+        graphs=line.graphs(one.graphs, two.graphs),
         origin={**one.origin, "batch_size": str(batch)},
     )
 

@@ -120,6 +120,9 @@ class _Walk:
         self.sums = table.sums_of(grad_steps)
         self.residents = [_Chain.of(table.step, options) for options in plan.resident_options]
         self.replay = _Chain.of(table.step if plan.replayed_steps else (), plan.replay_options)
+        own = self.replay.kept_at_peak + self.replay.transient
+        pool_bytes = table.pool_bytes(plan.graphs, own)
+        self.fixed = {**table.fixed, "graphs": pool_bytes} if pool_bytes else table.fixed
         self.transfer = table.transfer_bytes if any(chain.host for chain in (*self.residents, self.replay)) else 0
         self.decoder = _Part.of(table.decoders, plan.decoder)
         self.reward = _Part.of(table.rewards, plan.reward, table.reserve_bytes)
@@ -129,15 +132,15 @@ class _Walk:
     ) -> Moment:
         """Add a moment. peak: the kept and transient bytes it adds. kept_after: all kept bytes at its end."""
         kinds = {
-            **self.table.fixed,
-            "gradients": self.table.fixed.get("gradients", 0) + sums,
+            **self.fixed,
+            "gradients": self.fixed.get("gradients", 0) + sums,
             "latents": self.latents,
             "images": self.images,
             "kept": self.kept + peak[0],
             "transient": peak[1],
         }
         start, self.now, self.kept = self.now, self.now + seconds, kept_after
-        resting = sum(self.table.fixed.values()) + sums + self.latents + self.images + kept_after
+        resting = sum(self.fixed.values()) + sums + self.latents + self.images + kept_after
         return Moment(phase, label, kinds, resting, start, seconds)
 
     def moments(self) -> Iterator[Moment]:
@@ -162,8 +165,9 @@ class _Walk:
                 peak = (chain.kept_at_peak, chain.transient + self.transfer)
                 yield self.moment("resident steps", f"step {step}", peak, seconds, self.kept + chain.kept)
             else:
-                peak = (0, self.table.sampling_bytes)
-                yield self.moment("sampling", f"step {step}", peak, self.table.sampling_seconds, self.kept)
+                peak = (0, 0 if self.plan.graphs.sampling else self.table.sampling_bytes)
+                seconds = self.table.sampling_seconds_of(self.plan.graphs)
+                yield self.moment("sampling", f"step {step}", peak, seconds, self.kept)
 
     def _backward(self) -> Iterator[Moment]:
         for step, chain in zip(reversed(self.plan.resident_steps), reversed(self.residents), strict=True):
@@ -171,10 +175,12 @@ class _Walk:
             seconds = chain.seconds - min(self.table.sampling_seconds, chain.seconds)
             peak = (chain.kept_at_peak, chain.transient + self.transfer)
             yield self.moment("resident steps", f"step {step} backward", peak, seconds, self.kept, self.sums)
+        seconds = self.replay.seconds * self.table.replay_ratio_of(self.plan.graphs)
+        own = (0, 0) if self.plan.graphs.replays else (self.replay.kept_at_peak, self.replay.transient)
+        peak = (own[0], own[1] + self.transfer)
         for step in reversed(self.plan.replayed_steps):
-            peak = (self.replay.kept_at_peak, self.replay.transient + self.transfer)
             label = f"step {step} replayed"
-            yield self.moment("replayed steps", label, peak, self.replay.seconds, self.kept, self.sums)
+            yield self.moment("replayed steps", label, peak, seconds, self.kept, self.sums)
 
     def host_bytes(self) -> int:
         """The most bytes in host memory at once: of resident steps, decoder and reward, or of one replayed step."""
@@ -198,6 +204,7 @@ def price(table: CostTable, plan: Plan) -> Plan:
     }
     return replace(
         plan,
+        graph_costs=table.graphs,
         peak_bytes=worst.bytes,
         seconds=walk.now + table.optimizer_seconds,
         host_bytes=walk.host_bytes(),

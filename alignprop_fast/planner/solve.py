@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from alignprop_fast.planner.budget import BudgetInfeasible
+from alignprop_fast.planner.cuda_graphs import GraphUse
 from alignprop_fast.planner.curves import Curves
 from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.remedies import remedies
@@ -74,16 +75,19 @@ class Solver:
             if self.table.transfer_bytes or (limit is not None and found[0].most_host_bytes() > limit):
                 plain = _without_offload(self.table)
                 found += [] if plain is None else [Curves(plain, self.num_steps, most)]
+                found[0].recorded = found[-1]
             self._curves[most] = found
         return self._curves[most]
 
     def _fastest(self, steps: tuple[int, ...], budget_bytes: int) -> Plan | None:
         room = budget_bytes - self.table.base_bytes(len(steps))
         all_curves = self.curves(len(steps))
+        uses = [GraphUse.NONE] if self.table.graphs is None else list(GraphUse)
         found = [
             (candidate.seconds, candidate.need, which, candidate)
             for which, curves in enumerate(all_curves)
-            for candidate in curves.candidates(len(steps), room)
+            for use in uses
+            for candidate in curves.candidates(len(steps), room, use)
         ]
         if not found:
             return None

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from alignprop_fast.planner.block_option import BlockOption
+from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 
 
 def _require(holds: bool, what: str) -> None:
@@ -120,6 +121,7 @@ class CostTable:
     decoders, rewards: alternatives. Without rewards (no reward known) the reward takes reserve_bytes for a moment.
     optimizer_seconds: seconds of one update.
     host_limit_bytes: the most host memory that offloading may take; None for no limit.
+    graphs: what CUDA graphs save and take; None: plans use none.
     origin: model, shapes, dtype, device, package version and source ("measured", "estimated") of the table.
     """
 
@@ -136,6 +138,7 @@ class CostTable:
     sums_bytes: int = 0
     transfer_bytes: int = 0
     host_limit_bytes: int | None = None
+    graphs: GraphCosts | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,6 +153,25 @@ class CostTable:
     def sums_of(self, grad_steps: int) -> int:
         """Bytes of the sums of this number of steps' gradients; zero for one step, whose gradient is its own sum."""
         return self.sums_bytes if grad_steps > 1 else 0
+
+    def sampling_seconds_of(self, use: GraphUse) -> float:
+        """Seconds of one denoising step without gradient."""
+        ratio = self.graphs.sampling_ratio if self.graphs is not None and use.sampling else 1.0
+        return ratio * self.sampling_seconds
+
+    def replay_ratio_of(self, use: GraphUse) -> float:
+        """Seconds of a replayed step over those of its segments."""
+        return self.graphs.replay_ratio if self.graphs is not None and use.replays else 1.0
+
+    def pool_bytes(self, use: GraphUse, replay_bytes: int) -> int:
+        """Bytes that the graphs keep reserved during all of a training step: those of the largest one, as they never
+        run at the same time, and what is static.
+
+        replay_bytes: kept and transient bytes of one replayed step; 0 if there is none.
+        """
+        if self.graphs is None or not use.sampling:
+            return 0
+        return self.graphs.static_bytes + max(self.sampling_bytes, replay_bytes if use.replays else 0)
 
     def base_bytes(self, grad_steps: int) -> int:
         """Bytes alive during all of a training step with this number of gradient steps."""

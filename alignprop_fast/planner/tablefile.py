@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.planner.block_option import BlockOption
+from alignprop_fast.planner.cuda_graphs import GraphCosts
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 FORMAT_VERSION = 2
@@ -65,7 +66,8 @@ def _stages(entries: list[dict[str, Any]]) -> tuple[Stage, ...]:
 
 
 def _table(entries: dict[str, Any]) -> CostTable:
-    parts = {"step": _segments(entries["step"])}
+    graphs = entries.get("graphs")
+    parts: dict[str, Any] = {"step": _segments(entries["step"]), "graphs": graphs and GraphCosts(**graphs)}
     return CostTable(
         **{**entries, **parts, "decoders": _stages(entries["decoders"]), "rewards": _stages(entries["rewards"])}
     )

@@ -1,7 +1,7 @@
 """Runs a chain under a plan (keeps, replays, recomputes), and measures time and memory; no other folder does."""
 
 from alignprop_fast.ops.autotune import device_name
-from alignprop_fast.ops.errors import unless_out_of_memory
+from alignprop_fast.ops.errors import OutOfMemory, first_line, unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
 from alignprop_fast.runtime.block_costs import segments, transfer_bytes
 from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
@@ -11,6 +11,7 @@ from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, DecoderCosts, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
@@ -34,6 +35,7 @@ __all__ = [
     "LiveBytes",
     "Offloader",
     "Operator",
+    "OutOfMemory",
     "PeakMeter",
     "Stopwatch",
     "Told",
@@ -46,6 +48,7 @@ __all__ = [
     "device_memory",
     "device_name",
     "driver_bytes",
+    "first_line",
     "link_rate",
     "nobody",
     "operator_seconds",
@@ -58,6 +61,7 @@ __all__ = [
     "score_in_chunks",
     "segments",
     "step_costs",
+    "step_gradients",
     "trace",
     "transfer_bytes",
     "unless_out_of_memory",

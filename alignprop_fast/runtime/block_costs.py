@@ -99,9 +99,8 @@ class _BlockAlone:
         self.shared = {x.storage: self._memory(x) for x in self._likes() if x.storage not in owned}
 
     def work(self) -> Work:
-        trained = {id(leaf) for leaf in self.network.leaves}
-        own = [parameter for parameter in self.call.block.module.parameters() if id(parameter) in trained]
-        return replace(self.network, forward=self.forward, blocks=[self.call.block], leaves=[self.start, *own])
+        leaves = [self.start, *self.network.leaves]  # of the latter only those that the block reads get a gradient
+        return replace(self.network, forward=self.forward, blocks=[self.call.block], leaves=leaves)
 
     def forward(self) -> torch.Tensor:
         memory = {x.storage: self._memory(x) for x in self._likes() if x.storage in self.owned}

@@ -5,6 +5,7 @@ y_i = predict(i, x_i)        x_{i+1} = advance(i, x_i, y_i)        i = 0 (the no
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -42,8 +43,9 @@ class Chain(ABC):
         parameters: those of the network that need a gradient.
         blocks: the parts of the network for which a plan has options.
         gradient_sink: takes the parameters' gradients, and autograd gets none. None: autograd gets them.
-        input_gradient: whether the gradient passes through `predict` to x; otherwise only along the affine path.
         has_penalty: whether gradient steps have a `penalty`.
+        stand_ins: `predict` reads these instead of the parameters, one for each: copies in another dtype, or the
+            parameters themselves.
         conditions: other tensors that need a gradient, such as text embeddings. There are none with a sink.
         leaves: `predict` reads these instead of the conditions: the same values, detached, as leaves of the step's
             graph. One condition may be computed from another.
@@ -56,19 +58,24 @@ class Chain(ABC):
         blocks: Sequence[Block] = (),
         *,
         gradient_sink: GradientSink | None = None,
-        input_gradient: bool = True,
         has_penalty: bool = False,
+        stand_ins: Sequence[torch.Tensor] | None = None,
         conditions: Sequence[torch.Tensor] = (),
         leaves: Sequence[torch.Tensor] = (),
     ):
         self.num_steps, self.parameters, self.blocks = num_steps, parameters, blocks
-        self.gradient_sink, self.input_gradient, self.has_penalty = gradient_sink, input_gradient, has_penalty
+        self.gradient_sink, self.has_penalty = gradient_sink, has_penalty
+        self.stand_ins = parameters if stand_ins is None else stand_ins
         self.conditions, self.leaves = conditions, leaves
 
     @property
     def receivers(self) -> list[torch.Tensor]:
-        """All tensors except x that get a gradient from a step: the parameters, then the leaves."""
-        return [*self.parameters, *self.leaves]
+        """All tensors except x that get a gradient from a step: the parameters' stand-ins, then the leaves."""
+        return [*self.stand_ins, *self.leaves]
+
+    def reading(self) -> AbstractContextManager[None]:
+        """The context of every call of `predict` and of the backward pass through it."""
+        return nullcontext()
 
     @abstractmethod
     def predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
@@ -97,19 +104,36 @@ class Chain(ABC):
         Called in the backward pass, with gradients off.
         """
 
-    def sample(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def input_scale(self, i: int) -> float:
+        """Factor of the gradient that gradient step i gives x through `predict`; 0: it is not computed."""
+        return 1.0
+
+    def weighted(self, g: torch.Tensor) -> torch.Tensor:
+        """The gradient of the last state, with the weight of each sample. Called once, as the backward pass begins."""
+        return g
+
+    def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         """`predict` for a step without gradient, under inference mode; may be a faster form of it.
 
-        The result may be overwritten by the next call.
+        The result may be overwritten by the next call. recorded: whether it may run as a CUDA graph.
         """
         return self.predict(i, x)
 
-    def replay(self, i: int, x: torch.Tensor, options: Options) -> torch.Tensor:
-        """`predict` for a gradient step that runs again, recorded by autograd; may be a faster form of it.
+    def recorded_gradients(
+        self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options
+    ) -> Sequence[torch.Tensor | None] | None:
+        """`predict` of a gradient step that runs again, forward and back, as one CUDA graph; None if there is none.
 
-        options: the options of the blocks, by name, which are already applied.
+        Args:
+            x: the step's input state; the gradient reaches it if the chain has `input_gradient`.
+            gy: the gradient of `predict`'s result.
+            options: the options of the blocks, by name, which are already applied.
+
+        Returns:
+            the gradients of `receivers`, then that of x (None without `input_gradient`). They may be overwritten by
+            the next call.
         """
-        return self.predict(i, x)
+        return None
 
     def penalty(self, i: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a scalar, its gradient for y in the shape of y) of gradient step i.

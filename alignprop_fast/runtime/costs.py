@@ -16,6 +16,7 @@ from alignprop_fast.planner import Segment, Stage
 from alignprop_fast.runtime.block_costs import segments
 from alignprop_fast.runtime.blocks import Block
 from alignprop_fast.runtime.chain import Chain
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.measure import Workspaces
 from alignprop_fast.runtime.told import Told, nobody, within
 from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
@@ -61,7 +62,7 @@ def step_costs(
         device=x.device,
         operator_seconds=operator_seconds,
     )
-    with Workspaces(x.device) as held:
+    with Workspaces(x.device) as held, chain.reading():
         sampling = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
         told(0.1)
         options = segments(work, link, within(told, 0.1, 1))
@@ -75,7 +76,7 @@ def _sample(chain: Chain, x: torch.Tensor) -> torch.Tensor:
 
 def _all_at_once(y: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
     """A backward pass that keeps all gradients until its end."""
-    torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    step_gradients(y, leaves, torch.ones_like(y))
 
 
 def _one_by_one(y: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:

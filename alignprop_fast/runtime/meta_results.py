@@ -4,7 +4,7 @@ operator, and a plan needs those of one block a dozen times.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,11 @@ _Result = tuple[type, list[_Layout | None]]
 class Known:
     """What is known of an operator on tensors of certain layouts with certain numbers.
 
-    result: None: it must run. seconds: its estimate, once somebody has made one.
+    result: None: it must run. seconds: gives its estimate, once somebody has made one.
     """
 
     result: _Result | None
-    seconds: float | None = None
+    seconds: Callable[[], float] | None = None
 
 
 _known: dict[Hashable, Known] | None = None

@@ -19,6 +19,7 @@ from alignprop_fast.planner import Options, Plan
 from alignprop_fast.runtime.blocks import apply_options
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.changed import CHANGED
+from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.offload import Offloader
 
 
@@ -47,7 +48,7 @@ def run_penalised_chain(
         tape = _Tape(chain, plan, offloader, grad_steps, x.requires_grad)
         x, penalty = _ChainFunction.apply(tape, x, *chain.parameters, *chain.conditions)
         return chain.finish(x), penalty
-    with torch.no_grad():
+    with torch.no_grad(), chain.reading():
         x = _forward(_Tape(chain, plan, offloader, grad_steps, wants_gx=False), x)
         return chain.finish(x), x.new_zeros(())
 
@@ -65,11 +66,15 @@ class _Tape:
         self.penalty: torch.Tensor | None = None
         self.penalty_gradients: dict[int, torch.Tensor] = {}  # gradient of a step's penalty for its y
         self.state = chain.state() if grad_steps else ()
+        self.y_dtype = torch.float32  # of a gradient step's prediction
+        # Copies to host memory run on streams of their own, and wait for a driver's event: not part of a CUDA graph.
+        offloads = any(option.offload for option in plan.replay_options.values())
+        self.records_replays = plan.graphs.replays and not offloads and chain.gradient_sink is None
         self.used = False
 
     def input_gradient(self, i: int) -> bool:
         """Whether a gradient of step i's network input is needed by an earlier step or the initial latents."""
-        return self.chain.input_gradient and (i > self.first or self.wants_gx)
+        return self.chain.input_scale(i) != 0 and (i > self.first or self.wants_gx)
 
     def check_state(self) -> None:
         """Check the tensors that a replay reads; autograd checks only the versions of tensors that it saved.
@@ -90,7 +95,8 @@ class _ChainFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: _Tape, x: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tape, ctx.autocast = tape, _autocast_state(x.device)
-        out = _forward(tape, x)
+        with tape.chain.reading():
+            out = _forward(tape, x)
         # Not on the tape: as an output it refers to this node, and the node to the tape, which would make a cycle.
         penalty, tape.penalty = tape.penalty, None
         return out, x.new_zeros(()) if penalty is None else penalty
@@ -103,7 +109,7 @@ class _ChainFunction(torch.autograd.Function):
             raise RuntimeError("the chain frees itself in its backward pass: sample again before a second one")
         tape.used = True
         tape.check_state()
-        with ctx.autocast():
+        with ctx.autocast(), tape.chain.reading():
             gx, grads = _backward(tape, g, g_penalty)
         return None, gx if tape.wants_gx else None, *grads
 
@@ -112,14 +118,16 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
     chain = tape.chain
     for i in range(chain.num_steps):
         if i in tape.grad_steps and i in tape.plan.resident_steps:
-            tape.graphs[i] = _record(tape, i, x, tape.input_gradient(i))
+            start = x.detach().requires_grad_(tape.input_gradient(i))
+            tape.graphs[i] = start, _run(tape, i, start)
             y = tape.graphs[i][1].detach()
         else:
             if i in tape.grad_steps:
                 tape.inputs[i] = x
             with torch.inference_mode():
-                y = chain.sample(i, x)
+                y = chain.sample(i, x, tape.plan.graphs.sampling)
         if i in tape.grad_steps:
+            tape.y_dtype = y.dtype
             tape.penalise(i, x, y)
         # Outside inference mode, because a replay saves x for its backward pass, and inference tensors cannot be saved.
         x = chain.advance(i, x, y)
@@ -128,67 +136,68 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
 
 
 def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    chain = tape.chain
-    receivers = chain.receivers
-    sums: list[torch.Tensor | None] = [None] * len(receivers)
-    for i in range(chain.num_steps - 1, tape.first - 1, -1):
-        if i in tape.graphs:
-            x, y = tape.graphs.pop(i)
-        elif i in tape.inputs:
-            x, y = _record(tape, i, tape.inputs.pop(i), tape.input_gradient(i))
+    sums: list[torch.Tensor | None] = [None] * len(tape.chain.receivers)
+    g = tape.chain.weighted(g)
+    for i in range(tape.chain.num_steps - 1, tape.first - 1, -1):
+        if i in tape.grad_steps:
+            g = _step_backward(tape, i, g, g_penalty, sums)
         else:
-            g, _ = chain.adjoint(i, g, g.dtype)
-            continue
-        g, gy = chain.adjoint(i, g, y.dtype)
-        penalty_gradient = (g_penalty * tape.penalty_gradients.pop(i)).to(y.dtype) if tape.penalty_gradients else None
-        if penalty_gradient is not None and not x.requires_grad:
-            gy = gy + penalty_gradient
-        if chain.gradient_sink is None:
-            gx = _network_backward(x, y, gy, receivers, sums)
-        else:
-            gx = chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
-        del y, gy
-        if gx is not None:
-            g = g + gx
-            if penalty_gradient is not None:
-                x, y = _record(tape, i, x, False)
-                _network_backward(x, y, penalty_gradient, receivers, sums)
-                del y
-        del x, gx
+            g, _ = tape.chain.adjoint(i, g, g.dtype)
     # The sums keep their width; autograd rounds them to the dtype of a parameter's gradient (its `grad_dtype`).
     return g, sums
 
 
-def _record(tape: _Tape, i: int, x: torch.Tensor, input_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the network of step i with a graph. Returns its (input, output)."""
-    x = x.detach().requires_grad_(input_gradient)
-    chain, resident = tape.chain, i in tape.plan.resident_steps
-    options = _options(tape.plan, i)
-    with torch.enable_grad(), apply_options(options, chain.blocks, tape.offloader):
-        y = chain.predict(i, x) if resident else chain.replay(i, x, options)
-    if tape.offloader is not None:
-        tape.offloader.settle()
-    return x, y
-
-
-def _options(plan: Plan, i: int) -> Options:
-    """The options of gradient step i, by block."""
-    if i in plan.resident_steps:
-        return plan.resident_options[plan.resident_steps.index(i)]
-    return plan.replay_options
+def _step_backward(
+    tape: _Tape, i: int, g: torch.Tensor, g_penalty: torch.Tensor, sums: list[torch.Tensor | None]
+) -> torch.Tensor:
+    """Gradient step i: add its gradients to the sums; from the gradient of the state after it to that before it."""
+    wants_gx = tape.input_gradient(i)
+    x, y = tape.graphs.pop(i) if i in tape.graphs else (tape.inputs.pop(i).detach().requires_grad_(wants_gx), None)
+    if y is None and not tape.records_replays:
+        y = _run(tape, i, x)
+    g, gy = tape.chain.adjoint(i, g, tape.y_dtype)
+    penalty_gradient = (g_penalty * tape.penalty_gradients.pop(i)).to(gy.dtype) if tape.penalty_gradients else None
+    if penalty_gradient is not None and not wants_gx:
+        gy = gy + penalty_gradient
+    gx = _network_backward(tape, i, x, y, gy, sums)
+    del y, gy
+    if gx is not None:
+        g = torch.add(g, gx, alpha=tape.chain.input_scale(i))
+        if penalty_gradient is not None:
+            _network_backward(tape, i, x.detach(), None, penalty_gradient, sums)
+    return g
 
 
 def _network_backward(
+    tape: _Tape,
+    i: int,
     x: torch.Tensor,
-    y: torch.Tensor,
+    y: torch.Tensor | None,
     gy: torch.Tensor,
-    receivers: Sequence[torch.Tensor],
     sums: list[torch.Tensor | None],
 ) -> torch.Tensor | None:
-    """Add the receivers' gradients to `sums` (fp32 or wider) and return the gradient of x, if x requires one."""
-    wanted = [*receivers, x] if x.requires_grad else list(receivers)
-    grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
-    found = [(k, grad) for k, grad in enumerate(grads[: len(receivers)]) if grad is not None]
+    """Add the receivers' gradients of step i to the sums (fp32 or wider); return that of x, if x requires one.
+
+    y: None: the step runs again.
+    """
+    chain = tape.chain
+    if y is None and tape.records_replays and (found := _recorded_gradients(tape, i, x, gy)) is not None:
+        *grads, gx = found
+        _add(sums, grads, static=True)
+        return gx if x.requires_grad else None
+    if y is None:
+        y = _run(tape, i, x)
+    if chain.gradient_sink is not None:
+        return chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
+    wanted = [*chain.receivers, x] if x.requires_grad else chain.receivers
+    found = step_gradients(y, wanted, gy)
+    _add(sums, found[: len(sums)])
+    return found[-1] if x.requires_grad else None
+
+
+def _add(sums: list[torch.Tensor | None], grads: Sequence[torch.Tensor | None], static: bool = False) -> None:
+    """Add gradients to the sums. static: they are overwritten later, so a sum may not hold one of them."""
+    found = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
     added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
     if added:  # in one launch
         torch._foreach_add_(*map(list, zip(*added, strict=True)))
@@ -198,9 +207,30 @@ def _network_backward(
             # Wider, because sums of many low-precision terms lose small ones. New, because autograd may give one tensor
             # twice.
             wide = torch.promote_types(grad.dtype, torch.float32)
-            sums[k] = grad.to(wide, copy=grad.data_ptr() in taken)
+            sums[k] = grad.to(wide, copy=static or grad.data_ptr() in taken)
             taken.add(grad.data_ptr())
-    return grads[-1] if x.requires_grad else None
+
+
+def _run(tape: _Tape, i: int, x: torch.Tensor) -> torch.Tensor:
+    """The network's output at gradient step i, recorded by autograd."""
+    with torch.enable_grad(), apply_options(_options(tape.plan, i), tape.chain.blocks, tape.offloader):
+        y = tape.chain.predict(i, x)
+    if tape.offloader is not None:
+        tape.offloader.settle()
+    return y
+
+
+def _recorded_gradients(tape: _Tape, i: int, x: torch.Tensor, gy: torch.Tensor) -> Sequence[torch.Tensor | None] | None:
+    options = _options(tape.plan, i)
+    with apply_options(options, tape.chain.blocks):
+        return tape.chain.recorded_gradients(i, x, gy, options)
+
+
+def _options(plan: Plan, i: int) -> Options:
+    """The options of gradient step i, by block."""
+    if i in plan.resident_steps:
+        return plan.resident_options[plan.resident_steps.index(i)]
+    return plan.replay_options
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

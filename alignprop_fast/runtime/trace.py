@@ -23,7 +23,7 @@ from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
 from alignprop_fast.runtime.meta_results import Known
 from alignprop_fast.runtime.offload import Offloader
 
-Operator = Callable[[Any, Any, Any], float]
+Operator = Callable[[Any, Any, Any], Callable[[], float]]
 # ("before", i): the gap before block i, forward. ("forward", i), ("backward", i): block i. ("after", i): the gap before
 # block i, backward.
 Part = tuple[str, int]
@@ -36,7 +36,7 @@ class Work:
     forward: () -> output with its graph; runs inside `apply_options`.
     pull: (output, leaves): runs the backward pass, which consumes the output; None: forward only.
     leaves: the tensors that get a gradient.
-    operator_seconds: (function, arguments, result) -> estimated seconds; None: the device is timed.
+    operator_seconds: (function, arguments, result) -> () -> estimated seconds; None: the device is timed.
     output_kept: whether the output counts as kept.
     repeats: runs that are timed; the shortest one counts, because the first one warms up.
     """
@@ -206,7 +206,7 @@ class _Counts:
             seconds = operator_seconds(func, arguments, out)
             if known is not None:
                 known.seconds = seconds
-        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds
+        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds()
 
 
 def _timed(work: Work, options: Options) -> dict[Hashable, float]:

@@ -6,18 +6,23 @@ if TYPE_CHECKING:
     from alignprop_fast.ops.guided_step import guided_step, guided_step_adjoint
     from alignprop_fast.sampling.ddim import ddim_table
     from alignprop_fast.sampling.dpm_solver import dpm_solver_table
+    from alignprop_fast.sampling.draw import draw_gates, draw_truncation, gate_count
     from alignprop_fast.sampling.euler import euler_table
-    from alignprop_fast.sampling.gates import Draws, Truncation, draw_gates, draw_truncation, gate_count, trl_gates
+    from alignprop_fast.sampling.gates import Draws, Gate, Truncation, checked, trl_gates
     from alignprop_fast.sampling.guidance import rescaled_guidance
+    from alignprop_fast.sampling.leaps import Leaps
     from alignprop_fast.sampling.step_table import StepTable
     from alignprop_fast.sampling.table_of_schedule import make_table
     from alignprop_fast.sampling.update import Update
 
 __all__ = [
     "Draws",
+    "Gate",
+    "Leaps",
     "StepTable",
     "Truncation",
     "Update",
+    "checked",
     "ddim_table",
     "dpm_solver_table",
     "draw_gates",
@@ -33,15 +38,18 @@ __all__ = [
 
 _HOME = {
     "Draws": "sampling.gates",
+    "Gate": "sampling.gates",
+    "Leaps": "sampling.leaps",
     "StepTable": "sampling.step_table",
     "Truncation": "sampling.gates",
     "Update": "sampling.update",
+    "checked": "sampling.gates",
     "ddim_table": "sampling.ddim",
     "dpm_solver_table": "sampling.dpm_solver",
-    "draw_gates": "sampling.gates",
-    "draw_truncation": "sampling.gates",
+    "draw_gates": "sampling.draw",
+    "draw_truncation": "sampling.draw",
     "euler_table": "sampling.euler",
-    "gate_count": "sampling.gates",
+    "gate_count": "sampling.draw",
     "guided_step": "ops.guided_step",
     "guided_step_adjoint": "ops.guided_step",
     "make_table": "sampling.table_of_schedule",

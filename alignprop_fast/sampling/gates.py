@@ -1,19 +1,15 @@
-"""Truncation rules: which gradients of a chain are computed. They are drawn before the chain runs.
+"""Gates: which gradients of a chain are computed, and with which weights. They are known before the chain runs.
 
-With x_next = a x + b y and y = network(x), a step without gradient passes the gradient g of x_next only along its
-linear path: dx = a g. A gradient step adds the network's part: dtheta += b g dy/dtheta and, unless the rule stops this
-gradient, dx += b g dy/dx.
+With x_next = a x + b y and y = network(x), a closed step passes the gradient g of x_next only along its affine path:
+dx = a g. A gate at the step adds the network's part: dtheta += weight b g dy/dtheta and
+dx += input_scale weight b g dy/dx.
 """
 
+import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
 from typing import Protocol
-
-_RULES = "full, uniform, uniform-once, gaussian, last:K, lv:N, drtune, drtune:K or refl"
-DRTUNE_STEPS = 5
-DRTUNE_STOP = 0.4
-REFL_SHARE = 0.25
 
 
 class Draws(Protocol):
@@ -23,135 +19,96 @@ class Draws(Protocol):
 
     def gauss(self, mu: float, sigma: float, /) -> float: ...
 
+    def random(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An open step.
+
+    step: its index, 0 = noisiest.
+    weight: factor of the gradient of the network's output.
+    input_scale: factor of the gradient that comes back through the network's input; 0: it is not computed.
+    """
+
+    step: int
+    weight: float = 1.0
+    input_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Leap:
+    """The latents of a later step predicted from those of an earlier one, to see how far a surrogate is from the chain.
+
+        prediction = x_factor x_start + sum_i factor_i y_i
+
+    target: index of the step whose latents are predicted; the number of steps for the chain's result.
+    y_factors: pairs (i, factor_i), with i of `start` or later.
+    """
+
+    start: int
+    target: int
+    x_factor: float
+    y_factors: tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True)
 class Truncation:
     """The truncation of one chain.
 
-    grad_steps: indices (0 = noisiest) of the steps whose prediction carries gradient.
-    input_gradient: whether the gradient also passes through the network's input (dy/dx above).
+    gates: the open steps, ascending.
     last_step: the step at which the chain ends early with the clean latents that it predicts; None: the last step.
-    renoisings: how many times the picture is noised to the level of the chain's last step and denoised by that step
-        only, with gradient and with its own reward.
+    renoise_steps: for each of them the picture is noised to that step's level and recovered by the step alone, with
+        gradient and with its own reward.
+    leaps: if there are any, the gradient of each sample is divided by the sum of their errors: mean absolute
+        differences to the latents, each at least `least_error`.
     """
 
-    grad_steps: tuple[int, ...]
-    input_gradient: bool = True
+    gates: tuple[Gate, ...]
     last_step: int | None = None
-    renoisings: int = 0
+    renoise_steps: tuple[int, ...] = ()
+    leaps: tuple[Leap, ...] = ()
+    least_error: float = 0.0
+
+    @classmethod
+    def at(
+        cls, steps: Iterable[int], last_step: int | None = None, renoise_steps: tuple[int, ...] = ()
+    ) -> "Truncation":
+        """Gates with weight 1 and the whole input gradient."""
+        return cls(tuple(map(Gate, sorted(set(steps)))), last_step, renoise_steps)
+
+    @property
+    def grad_steps(self) -> tuple[int, ...]:
+        """Indices of the open steps."""
+        return tuple(gate.step for gate in self.gates)
+
+    @property
+    def terms(self) -> int:
+        """How many losses there are, whose mean counts: the chain's if it has gates, and one of each renoising."""
+        return bool(self.gates) + len(self.renoise_steps)
 
 
-def draw_truncation(rule: str, num_steps: int, draws: Draws = random) -> Truncation:
-    """The truncation of one chain of `num_steps` by a rule, drawn from `draws` if the rule is random.
-
-    Rules, in addition to those of `draw_gates`:
-        lv:N: DRaFT-LV (Clark et al. 2024): last:1, and N times more the gradient of the reward at
-
-                x0_n = (x_n - noise * eps(x_n)) / signal,   x_n = signal * stop(x0) + noise * z_n,   z_n ~ N(0, 1)
-
-            with signal and noise of the chain's last step. The paper sums these 1 + N gradients. We take their mean, so
-            that the learning rate keeps its meaning. Costs N more network evaluations and N more reward queries per
-            picture.
-        drtune, drtune:K: DRTune (Wu et al. 2024): y = network(stop(x)), so that gradients reach early steps only along
-            the linear path and cannot explode. The chain ends by predicting x0 at a step drawn from its last 40 %. Of
-            the steps up to there K (5), equally spaced from a drawn offset, carry gradient.
-        refl: ReFL (Xu et al. 2023): the chain ends by predicting x0 at a step drawn from its last quarter, and only
-            this step carries gradient.
-
-    Raises:
-        ValueError: the rule is unknown, or its number does not fit the chain.
-    """
-    name, _, argument = rule.partition(":")
-    if name == "lv" and argument.isdigit():
-        if int(argument) < 1:
-            raise ValueError(f"truncation {rule!r} noises no picture: use lv:1 or more, or last:1")
-        return Truncation((num_steps - 1,), renoisings=int(argument))
-    if rule == "drtune" or (name == "drtune" and argument.isdigit()):
-        return _drtune(_drtune_count(rule, num_steps), num_steps, draws)
-    if rule == "refl":
-        step = num_steps - draws.randint(1, max(1, round(REFL_SHARE * num_steps)))
-        return Truncation((step,), last_step=step)
-    return Truncation(draw_gates(rule, num_steps, draws))
-
-
-def _drtune_count(rule: str, num_steps: int) -> int:
-    """K of drtune:K, checked to be in range."""
-    argument = rule.partition(":")[2]
-    count = int(argument) if argument else min(DRTUNE_STEPS, num_steps)
-    if not 1 <= count <= num_steps:
-        raise ValueError(f"truncation {rule!r} asks for {count} of {num_steps} steps: use 1 to {num_steps}")
-    return count
-
-
-def _drtune(count: int, num_steps: int, draws: Draws) -> Truncation:
-    last = num_steps - draws.randint(1, max(1, round(DRTUNE_STOP * num_steps)))
-    count = min(count, last + 1)
-    stride = (last + 1) // count
-    first = draws.randint(0, last - (count - 1) * stride)
-    return Truncation(tuple(range(first, last + 1, stride))[:count], input_gradient=False, last_step=last)
-
-
-def draw_gates(rule: str, num_steps: int, draws: Draws = random) -> tuple[int, ...]:
-    """Indices (0 = noisiest) of the gradient steps of one chain of `num_steps`, for rules that only choose steps.
-
-    Rules:
-        full: every step.
-        last:K: the K steps nearest the image (DRaFT-K, Clark et al. 2024).
-        uniform: step i has gradient iff i >= r, with r ~ U{0..num_steps} drawn for each step (AlignProp, section 4.2
-            and its code): about half the steps, later ones more often.
-        uniform-once: the last K steps, K ~ U{1..num_steps} drawn once.
-        gaussian: the last K steps, K from a normal distribution of mean num_steps / 2 and deviation num_steps / 6,
-            rounded and clamped to 1..num_steps.
+def checked(gates: Iterable[Gate], num_steps: int) -> tuple[Gate, ...]:
+    """The gates in ascending order.
 
     Raises:
-        ValueError: the rule is unknown, or K is outside 1..num_steps.
+        ValueError: a step is outside the chain or given twice, or a number is not finite.
     """
-    if rule == "uniform-once":
-        return tuple(range(num_steps - draws.randint(1, num_steps), num_steps))
-    if rule == "gaussian":
-        length = round(draws.gauss(num_steps / 2, num_steps / 6))
-        return tuple(range(num_steps - min(max(length, 1), num_steps), num_steps))
-    name, _, argument = rule.partition(":")
-    if rule == "full":
-        return tuple(range(num_steps))
-    if rule == "uniform":
-        return trl_gates(num_steps, True, 0, (0, num_steps), draws)
-    if name == "last" and argument.isdigit():
-        if not 1 <= int(argument) <= num_steps:
-            raise ValueError(f"truncation {rule!r} asks for {argument} of {num_steps} steps: use 1 to {num_steps}")
-        return tuple(range(num_steps - int(argument), num_steps))
-    raise ValueError(f"unknown truncation {rule!r}: use {_RULES}, for example last:1")
-
-
-def gate_count(rule: str, num_steps: int) -> tuple[int, float]:
-    """The largest and the mean number of gradient steps that `draw_truncation` gives under the rule.
-
-    Draws no random number. Renoisings of lv:N are not counted, because each is a chain of one step that runs after the
-    first chain's backward pass.
-
-    Raises:
-        ValueError: as `draw_truncation`.
-    """
-    if rule == "uniform":
-        return num_steps, num_steps / 2  # step i has gradient with probability (i + 1) / (num_steps + 1)
-    if rule == "uniform-once":
-        return num_steps, (num_steps + 1) / 2
-    if rule == "gaussian":
-        length = NormalDist(num_steps / 2, num_steps / 6)
-        return num_steps, 1 + sum(1 - length.cdf(k - 0.5) for k in range(2, num_steps + 1))
-    state = random.getstate()
-    steps = len(draw_truncation(rule, num_steps).grad_steps)  # raises ValueError for a bad rule
-    random.setstate(state)
-    if not rule.startswith("drtune"):
-        return steps, float(steps)
-    count, latest = _drtune_count(rule, num_steps), max(1, round(DRTUNE_STOP * num_steps))
-    return count, fmean(min(count, num_steps - back + 1) for back in range(1, latest + 1))
+    ordered = tuple(sorted(gates, key=lambda gate: gate.step))
+    for before, gate in zip((None, *ordered), ordered, strict=False):
+        if not 0 <= gate.step < num_steps:
+            raise ValueError(f"gradient step {gate.step} is outside the chain: use 0 to {num_steps - 1}")
+        if before is not None and before.step == gate.step:
+            raise ValueError(f"two gates at step {gate.step}: give each step once")
+        if not (math.isfinite(gate.weight) and math.isfinite(gate.input_scale)):
+            raise ValueError(f"the gate at step {gate.step} has a number that is not finite: {gate}")
+    return ordered
 
 
 def trl_gates(
     num_steps: int, rand: bool, timestep: int, minmax: tuple[int, int], draws: Draws = random
 ) -> tuple[int, ...]:
-    """Gradient steps from trl 0.23.1's fields. Like trl it draws `randint` once per step, in the order of the steps.
+    """Open steps from trl 0.23.1's fields. Like trl it draws `randint` once per step, in the order of the steps.
 
     rand: step i has gradient iff i >= r with r ~ U{minmax[0]..minmax[1]}; otherwise iff i >= timestep.
 

@@ -45,10 +45,28 @@ class StepTable:
             history=tuple((0.0 if i == step else c, p, q) for i, (c, p, q) in enumerate(table.history)),
         )
 
-    def last_alone(self) -> "StepTable":
-        """A chain of only the last step, which predicts the clean latents. Raises ValueError as `ending_at`."""
+    def alone(self, step: int) -> tuple["StepTable", float]:
+        """A chain of only this step, from noised clean latents back to clean ones, and a factor f of their noise z:
+
+            clean = a (signal clean + noise z) + b y + f z
+
+        The last step predicts the clean latents (f = 0). Another one steps to the next level, whose known noise is
+        taken away again: Direct-Align, in SRPO (Shen et al. 2025, arXiv 2509.06942).
+
+        Raises:
+            ValueError: the table has no x0, or, before the last step, noise or history.
+        """
         last = len(self) - 1
-        return self.ending_at(last)._rows(last, last + 1)
+        if step == last:
+            return self.ending_at(last)._rows(last, last + 1), 0.0
+        if self.history or self.noisy:
+            raise ValueError(
+                "only the last step of a scheduler with noise or memory can be renoised: use ddim with eta 0, euler or "
+                "flow-euler, or another truncation, such as lv:1"
+            )
+        signal, noise = self._of_every_step(self.level)[step + 1]
+        row = self._rows(step, step + 1)
+        return replace(row, a=(row.a[0] / signal,), b=(row.b[0] / signal,)), -noise / signal
 
     def _rows(self, first: int, end: int) -> "StepTable":
         """The steps first to end - 1, unchanged."""
@@ -64,9 +82,9 @@ class StepTable:
             level=self.level[first:end],
         )
 
-    def last_level(self) -> tuple[float, float]:
-        """(signal, noise) of the last step's x. Raises ValueError as `ending_at`."""
-        return self._of_every_step(self.level)[-1]
+    def level_of(self, step: int) -> tuple[float, float]:
+        """(signal, noise) of the step's x. Raises ValueError as `ending_at`."""
+        return self._of_every_step(self.level)[step]
 
     def _of_every_step(self, entries: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
         if len(entries) != len(self):

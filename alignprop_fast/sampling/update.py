@@ -44,14 +44,19 @@ class Update:
         c, p, q = self.table.history[i]
         return torch.stack([x_next.add_(state[1], alpha=c), guided_step(x, y, None, p, self._weights(q))])
 
-    def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the state before step i and of y, from the gradient g of the state after it."""
-        a, b = self.table.a[i], self.table.b[i]
+    def adjoint(
+        self, i: int, g: torch.Tensor, y_dtype: torch.dtype, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the state before step i and of y, from the gradient g of the state after it.
+
+        weight: factor of the gradient of y.
+        """
+        a, b = self.table.a[i], self.table.b[i] * weight
         if not self.table.history:
             return guided_step_adjoint(g, a, self._weights(b), y_dtype)
         c, p, q = self.table.history[i]
         g_x, g_h = g
-        _, gy = guided_step_adjoint(b * g_x + q * g_h, 1.0, self.blend, y_dtype)
+        _, gy = guided_step_adjoint(b * g_x + weight * q * g_h, 1.0, self.blend, y_dtype)
         return torch.stack([a * g_x + p * g_h, c * g_x]), gy
 
     def blended(self, y: torch.Tensor) -> torch.Tensor:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 
-from alignprop_fast.sampling import Draws, Truncation, draw_truncation, trl_gates
+from alignprop_fast.sampling import Draws, StepTable, Truncation, draw_truncation, gate_count, trl_gates
 from alignprop_fast.training.config import AlignPropConfig
 
 
-def truncation_of(config: AlignPropConfig, draws: Draws = random) -> Truncation:
-    """The truncation by the config's `truncation`, or else by trl's three fields.
+def truncation_of(config: AlignPropConfig, table: StepTable, draws: Draws = random) -> Truncation:
+    """The truncation of a chain with this table by the config's `truncation`, or else by trl's three fields.
 
     Raises:
-        ValueError: the rule is unknown, or does not support this number of steps.
+        ValueError: the rule is unknown, or does not support this number of steps or this scheduler.
     """
     if config.truncation is not None:
-        return draw_truncation(config.truncation, config.sample_num_steps, draws)
+        return draw_truncation(config.truncation, table, draws)
     gates = trl_gates(
         config.sample_num_steps,
         config.truncated_backprop_rand,
@@ -23,7 +23,13 @@ def truncation_of(config: AlignPropConfig, draws: Draws = random) -> Truncation:
         config.truncated_rand_backprop_minmax,
         draws,
     )
-    return Truncation(gates)
+    return Truncation.at(gates)
+
+
+def check_rule(config: AlignPropConfig) -> None:
+    """Raises ValueError if the config's rule is unknown, or does not support this number of steps."""
+    if config.truncation is not None:
+        gate_count(config.truncation, config.sample_num_steps)
 
 
 def gate_draws(config: AlignPropConfig, processes: int, step: int, micro_batch: int) -> Draws:

@@ -71,6 +71,13 @@ class InputOptions:
         "of different scales. Logged scores are not divided.",
         Panel.REWARD,
     )
+    reward_words: str | None = option(
+        None,
+        "POSITIVE|NEGATIVE: score a picture by how much better it fits its prompt with the first text before it than "
+        "with the second, such as 'a sharp photo of|a blurry photo of' (SRPO). The reward runs twice.",
+        Panel.REWARD,
+        changes_plan=True,
+    )
     prompts: str = option("demo", PROMPTS_HELP, Panel.REWARD, commands=TRAIN | PICTURES, changes_plan=True)
     negative_prompt: str | None = option(
         None,

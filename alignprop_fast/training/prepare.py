@@ -54,8 +54,8 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         ValueError: as `DifferentiableSampler`, or CUDA graphs are asked for with the whole denoiser under autocast, or
             parameters of a text encoder or the VAE require grad.
     """
-    if config.cuda_graphs and not pipeline.use_lora and config.mixed_precision in _DTYPES:
-        raise ValueError("cuda_graphs does not support a denoiser under autocast: train adapters, or leave it out")
+    if config.cuda_graphs == "on" and not pipeline.use_lora and config.mixed_precision in _DTYPES:
+        raise ValueError("cuda_graphs='on' does not support a denoiser under autocast: train adapters, or leave it out")
     shapes = [p.shape for p in pipeline.unet.parameters() if p.requires_grad]
     merged = pipeline.use_lora and merges(config.optimizer)
     update_bytes = optimizer_bytes(config.optimizer, shapes, merged)

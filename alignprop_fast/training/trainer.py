@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from alignprop_fast.report.model_card import write_model_card
 from alignprop_fast.rewards.reward import as_reward, check_gradient
 from alignprop_fast.sampling import Truncation
 from alignprop_fast.training.config import AlignPropConfig
-from alignprop_fast.training.gates import gate_draws, truncation_of
+from alignprop_fast.training.gates import check_rule, gate_draws, truncation_of
 from alignprop_fast.training.metrics import (
     BatchMetrics,
     BatchShare,
@@ -85,7 +86,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         self.stateful = dict(stateful or {})
         config.check_packages()
         resume_from = find_resume(config)
-        truncation_of(config)  # a rule that cannot work must fail here, before the model is placed
+        check_rule(config)  # before the model is placed
         self.accelerator = make_accelerator(config)
         examine_once(self.accelerator.device, compute_dtype(config))
         set_seed(config.seed, device_specific=True)
@@ -94,6 +95,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             copy_of_first([parameter.data for parameter in self.trainable_layers])
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
         self.sampler = make_sampler(sd_pipeline, config, reward_function)
+        truncation_of(config, self.sampler.table, random.Random())  # a rule may not fit the scheduler
         reward = as_reward(reward_function)
         self._observer = reward if reward.observes else None
         # After the sampler, which changes the memory layout of convolutions.
@@ -196,13 +198,13 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         assert plan is not None and truncation is not None and latents is not None
         # Detached: a loss that is not finite gets no backward pass, and the term would hold its whole chain.
         base_mse = None if self.sampler.base_mse is None else self.sampler.base_mse.detach()
-        for _ in range(truncation.renoisings):
-            loss += self._repeatable(partial(self._renoised_term, pairs, latents))
+        for step in truncation.renoise_steps:
+            loss += self._repeatable(partial(self._renoised_term, pairs, latents, step))
         share = BatchShare(
             rewards=pairs["rewards"].float().cpu(),
             reward_parts=reward_parts(info),
             loss=loss.item(),
-            gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps),
+            gradient_steps=len(plan.resident_steps) + len(plan.replayed_steps) + len(truncation.renoise_steps),
             base_mse=None if base_mse is None else base_mse.float().item(),
             scores={} if self._observer is None else image_scores(info),
         )
@@ -236,11 +238,12 @@ class AlignPropTrainer(PyTorchModelHubMixin):
             loss = self._backward(rewards)
         return {**pairs, "images": pairs["images"].detach(), "rewards": rewards.detach()}, info, loss
 
-    def _renoised_term(self, pairs: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
-        """The share of the loss of the same pictures, noised and denoised by the last step."""
+    def _renoised_term(self, pairs: dict[str, Any], latents: torch.Tensor, step: int) -> torch.Tensor:
+        """The share of the loss of the same pictures, noised and recovered by one step."""
         prompts, metadata = list(pairs["prompts"]), pairs["prompt_metadata"]
         with self.autocast(), torch.enable_grad():
-            images = self.sampler.renoise(latents, prompts, self.config.negative_prompts, metadata=metadata)
+            negative = self.config.negative_prompts
+            images = self.sampler.renoise(latents, prompts, negative, metadata=metadata, step=step)
             return self._backward(self.compute_rewards({**pairs, "images": images}))
 
     def _backward(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -249,7 +252,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
         loss = self.calculate_loss(rewards)
         if self.sampler.base_mse is not None:
             loss = loss + self.config.kl_weight * self.sampler.base_mse
-        loss = loss / (1 + self.sampler.truncation.renoisings)
+        loss = loss / max(1, self.sampler.truncation.terms)
         # A loss that is not finite makes the step void; its gradient is worth no time.
         if loss.requires_grad and math.isfinite(loss.item()):
             self.update.backward(loss)
@@ -281,7 +284,7 @@ class AlignPropTrainer(PyTorchModelHubMixin):
     def _draw_truncation(self) -> Truncation:
         processes = self.accelerator.num_processes
         draws = gate_draws(self.config, processes, self.steps_done, self._micro_batch_index)
-        return truncation_of(self.config, draws)
+        return truncation_of(self.config, self.sampler.table, draws)
 
     def _generate_samples(
         self, batch_size: int, with_grad: bool = True, prompts: list[str] | None = None

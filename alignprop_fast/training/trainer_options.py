@@ -51,7 +51,9 @@ class TrainerOptions:
         "uniform-once, gaussian: the last K, with K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is "
         "fastest). lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). "
         "drtune, drtune:K: K (5) of all, which reaches early steps cheaply (DRTune). refl: one late step, drawn "
-        "at random (ReFL).",
+        "at random (ReFL). discount:GAMMA: all, with weights that fall toward the noise. leapalign, flowbp-sparse:K, "
+        "flowbp-bridge:K, flowbp-lagrange: two to K steps whose weights stand for all. srpo, srpo:N: the picture, "
+        "noised to N (1) drawn steps and recovered by each (docs/truncation.md).",
         Panel.TRAINING,
         changes_plan=True,
     )
@@ -165,17 +167,18 @@ class TrainerOptions:
         at_most=100,
         changes_plan=True,
     )
-    cuda_graphs: bool = option(
-        False,
-        "Experimental: run evaluations without gradient as CUDA graphs. Needs a GPU. Plans ignore its speed, "
-        "which is not measured yet.",
+    cuda_graphs: str = option(
+        "auto",
+        "Run evaluations without gradient and replays as CUDA graphs. auto: on a GPU, where a measurement at first use "
+        "says that they are faster and the memory that they keep has no better use. on: even if they are no faster.",
         Panel.DEVICE,
+        choices=("auto", "on", "off"),
         changes_plan=True,
     )
     compiled: bool = option(
         False,
-        "Experimental: run the transformer blocks of evaluations without gradient through torch.compile. Needs a GPU. "
-        "Plans ignore its speed, which is not measured yet.",
+        "Experimental: let the transformer blocks of evaluations without gradient run through torch.compile, if a "
+        "measurement at first use says that it is faster. Needs a GPU. Plans ignore its speed.",
         Panel.DEVICE,
     )
     deterministic: bool = option(

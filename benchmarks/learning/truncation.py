@@ -86,7 +86,7 @@ def run(rule: str, seconds: float, marks: int, reward: Any, scorer: Scorer, seed
                 trainer.step(trainer.steps_done, trainer.global_step)
                 used += time.process_time() - begin
                 assert trainer.sampler.truncation is not None
-                queries += options.batch_size * (1 + trainer.sampler.truncation.renoisings)
+                queries += options.batch_size * (1 + len(trainer.sampler.truncation.renoise_steps))
             done = {"seconds": round(used, 1), "optimizer_steps": trainer.steps_done, "reward_queries": queries}
             rows.append({"truncation": rule, **done, **scorer(trainer)})
             print(rows[-1], flush=True)

@@ -51,7 +51,8 @@ class _Own(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
         from alignprop_fast.ops import attention_triton
 
-        return attention_triton.backward(g, *ctx.saved_tensors, ctx.saved_tensors[0].shape[-1] ** -0.5)
+        q, k, v, o, lse = ctx.saved_tensors
+        return attention_triton.backward(g, q, k, v, o, lse, q.shape[-1] ** -0.5)
 
 
 def _restricted(backend: SDPBackend) -> Callable[..., torch.Tensor]:

@@ -1,9 +1,10 @@
-"""Registers, spills and shared memory of every shipped kernel and configuration, of Triton and csrc/, without a GPU.
+"""Registers, spills, shared memory and inner loops of every kernel of Triton and csrc/, compiled without a GPU.
 
     python -m benchmarks.ops.kernel_resources --arch 89 [--arch 90 ...] [--only geglu csrc ...] [--json FILE]
 
 Each module of `kernels` lists its configurations in `signatures()`. Each is compiled ahead of time, as launched at
-sizes divisible by 16, and read with Triton's cuobjdump. The exit code is 1 if a kernel spills on sm_86, 89 or 90, needs
+sizes divisible by 16, and read with Triton's cuobjdump and nvdisasm. For the inner loops it counts machine
+instructions (SASS), in Triton's kernels alone. The exit code is 1 if a kernel spills on sm_86, 89 or 90, needs
 more than 99 KiB of shared memory on sm_86, 89 or 120, does not compile, or is launched but in no signature.
 """
 
@@ -77,7 +78,7 @@ def compiled(entry: dict[str, Any], arch: int) -> Any:
 
 
 def resources(entry: dict[str, Any], arch: int) -> dict[str, Any]:
-    """Registers per thread, spilled bytes per thread (stack or local memory), shared bytes per block."""
+    """Registers per thread, spilled bytes per thread (stack or local memory), shared bytes per block, inner loops."""
     from triton import knobs
 
     binary = compiled(entry, arch)
@@ -86,6 +87,8 @@ def resources(entry: dict[str, Any], arch: int) -> dict[str, Any]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = parse_usage(report)
     return {
         "kernel": entry["kernel"].fn.__name__,
@@ -94,7 +97,29 @@ def resources(entry: dict[str, Any], arch: int) -> dict[str, Any]:
         "registers": used["REG"],
         "spills": max(used["STACK"], used["LOCAL"]),
         "shared_bytes": binary.metadata.shared + used["SHARED"],
+        "loop_instructions": inner_loops(listing),
     }
+
+
+def inner_loops(listing: str) -> list[int]:
+    """Instructions in each loop that contains no other, in the order of a listing of nvdisasm.
+
+    A loop is a branch backwards, with all that lies between its target and itself.
+    """
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    count = 0
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            target = re.search(r"\bBRA.*\((\.L_x_\d+)\)", line)
+            # Every program ends in a branch to itself, which is no loop.
+            if target and labels.get(target[1], count) < count - 1:
+                loops.append((labels[target[1]], count))
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    return [end - start for start, end in sorted(inner)]
 
 
 def csrc_resources(arch: int) -> list[dict[str, Any]]:
@@ -121,6 +146,7 @@ def csrc_resources(arch: int) -> list[dict[str, Any]]:
                     **{"arch": arch, "registers": used["REG"], "spills": max(used["STACK"], used["LOCAL"])},
                     # Dynamic shared memory, set at launch, is not included.
                     "shared_bytes": used["SHARED"],
+                    "loop_instructions": [],
                 }
             )
     return rows
@@ -152,7 +178,7 @@ def broken_limits(row: dict[str, Any]) -> str:
 def print_row(row: dict[str, Any], fault: str) -> None:
     print(
         f"{row['kernel']:32} {row['config']:34} {row['arch']:4} {row['registers']:9} {row['spills']:7} "
-        f"{row['shared_bytes']:8} {fault}",
+        f"{row['shared_bytes']:8} {' '.join(map(str, row['loop_instructions'])):14} {fault}",
         flush=True,
     )
 
@@ -164,7 +190,9 @@ def report(archs: list[int], only: list[str]) -> tuple[list[dict[str, Any]], lis
     seen: set[tuple[str, str, int]] = set()
     listed: set[str] = set()
     to_list: dict[str, str] = {}
-    print(f"{'kernel':32} {'configuration':34} {'sm':>4} {'registers':>9} {'spills':>7} {'shared':>8}")
+    print(
+        f"{'kernel':32} {'configuration':34} {'sm':>4} {'registers':>9} {'spills':>7} {'shared':>8} {'inner loops':14}"
+    )
     for module in modules(only):
         to_list |= dict.fromkeys(launched(module), module.__name__)
         for entry in module.signatures() if hasattr(module, "signatures") else []:

@@ -30,10 +30,13 @@ def measure(bench: Bench, batch: int, repeats: int) -> list[dict[str, Any]]:
     It has the seconds of a chain, the peak bytes above the weights, and the largest difference from the first way's
     image.
     """
-    samplers = {"eager": bench.sampler}
-    if bench.device.type == "cuda":
-        samplers["graphs"] = DifferentiableSampler(bench.pipe, bench.steps, GUIDANCE, ETA, None, cuda_graphs=True)
-        vars(samplers["graphs"].model)["encode"] = lambda batch: bench.conditioning(len(batch.prompts))
+    ways = {"eager": "off", "graphs": "on"} if bench.device.type == "cuda" else {"eager": "off"}
+    samplers = {
+        name: DifferentiableSampler(bench.pipe, bench.steps, GUIDANCE, ETA, None, cuda_graphs=way)
+        for name, way in ways.items()
+    }
+    for sampler in samplers.values():
+        vars(sampler.model)["encode"] = lambda batch: bench.conditioning(len(batch.prompts))
 
     def step(sampler: DifferentiableSampler) -> torch.Tensor:
         torch.manual_seed(0)

@@ -206,7 +206,7 @@ def _flop(run: Callable[[], Any]) -> float:
 
     def add(func: Any, arguments: Any, out: Any, known: Any) -> None:
         nonlocal total
-        total += count(func, arguments, out)
+        total += count(func, arguments, out)()
 
     with LiveBytes(add):
         run()

@@ -23,6 +23,7 @@ SHARED = sorted(values(DEFAULTS, Command.TRAIN).keys() & {field.name for field i
 OTHER = {
     "adapter_dtype": "bf16",
     "base_dtype": "int8",
+    "cuda_graphs": "off",
     "ema_decay": 0.5,
     "host_memory": 3 * 2**30,
     "log_with": "tensorboard",
@@ -115,9 +116,9 @@ def test_a_size_that_is_none_is_refused_by_its_flag(name, size):
         make_config(replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: size}), "cpu", "")
 
 
-@pytest.mark.parametrize("name", ["cuda_graphs", "compiled"])
-def test_what_needs_a_gpu_is_refused_on_the_cpu_by_its_flag(name):
-    options = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: True})
+@pytest.mark.parametrize(("name", "value"), [("cuda_graphs", "on"), ("compiled", True)])
+def test_what_needs_a_gpu_is_refused_on_the_cpu_by_its_flag(name, value):
+    options = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: value})
     with pytest.raises(ValueError, match=f"^{flag(name)} needs a GPU, .*: leave it out$"):
         make_config(options, "cpu", "")
     assert getattr(make_config(options, "cuda", ""), name)
@@ -140,9 +141,9 @@ def test_what_two_options_say_together_is_refused_by_their_flags():
 
 def test_every_command_reads_every_type(train):
     given = ("--reward-model", "a", "--reward-model", "b", "--no-cache-text", "--log-with", "wandb", "--height", 64)
-    given = (*given, "--scheduler", "DPM++2M", "--lora-alpha", "3", "--memory-budget", "9GiB", "--cuda-graphs")
+    given = (*given, "--scheduler", "DPM++2M", "--lora-alpha", "3", "--memory-budget", "9GiB", "--cuda-graphs", "off")
     expected = {"reward_model": ("a", "b"), "cache_text": False, "log_with": "wandb", "height": 64, "lora_alpha": 3.0}
-    expected |= {"scheduler": "dpm++2m", "memory_budget": "9GiB", "cuda_graphs": True}
+    expected |= {"scheduler": "dpm++2m", "memory_budget": "9GiB", "cuda_graphs": "off"}
     assert train(*given) == replace(DEFAULTS, **expected)
     assert train() == DEFAULTS
 

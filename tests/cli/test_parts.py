@@ -18,7 +18,7 @@ from alignprop_fast.demo import clip_path
 from alignprop_fast.generate import cost_table
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.models.lora.load_save import save_lora
-from alignprop_fast.planner import CostTable, Option, Segment, Stage
+from alignprop_fast.planner import CostTable, GraphUse, Option, Segment, Stage
 from alignprop_fast.training.declaration import Command, declared, taken
 from alignprop_fast.training.options import TrainOptions
 
@@ -35,6 +35,7 @@ CHANGES = {
     "adapter_dtype": ("bf16", {}),
     "reward": ("clip", {}),
     "reward_model": (("{clip}",), {"reward": "clip"}),
+    "reward_words": ("sharp|", {"reward": "clip"}),
     "prompts": ("{prompts}", {"reward": REWARD}),
     "negative_prompt": (None, GUIDED_FLUX),
     "num_inference_steps": (3, {}),
@@ -194,13 +195,14 @@ SLOW = pytest.mark.slow("makes the parts of six runs for each option")
 def test_train_and_plan_count_the_same(name, options, found, no_runs, steady_clock):
     """Exactly equal, because the same code counts. An estimate has other seconds and an assumed workspace for the GPU's
     libraries. The kept bytes of a reward's attention differ by up to an eighth, because torch's kernel for the CPU
-    keeps no probabilities."""
+    keeps no probabilities. Only a GPU has CUDA graphs."""
     value, beside = CHANGES[name]
     before, after = predicted(found, options(beside)), predicted(found, options({**beside, name: value}))
     for run, measured, estimated in (before, after):
         assert run == measured
         tables = [without_seconds(asdict(prediction.table)) for prediction in (run, estimated)]
         here, there = (leaves(table.pop("rewards")) for table in tables)
+        assert tables[0].pop("graphs") is None and tables[1].pop("graphs") is not None
         assert tables[0] == tables[1]
         assert there == [leaf if isinstance(leaf, str) else pytest.approx(leaf, rel=1 / 8) for leaf in here]
         assert run.worst.budget_bytes == estimated.worst.budget_bytes
@@ -226,9 +228,11 @@ def test_training_goes_on_from_a_lora_beside_the_model_and_a_plan_too(options, p
     assert found[0].fixed["adapters"] == found[1].fixed["adapters"] // 2
 
 
-def test_cuda_graphs_keep_the_memory_of_a_step(options, no_runs):
-    tables = [planned(options({"cuda_graphs": graphs}), gpu="4090").table for graphs in (False, True)]
-    assert sum(tables[1].fixed.values()) - sum(tables[0].fixed.values()) == tables[0].sampling_bytes > 0
+def test_plans_may_use_cuda_graphs_unless_they_are_off(options, no_runs):
+    auto, off = (planned(options({"cuda_graphs": way}), gpu="4090").table for way in ("auto", "off"))
+    assert off == replace(auto, graphs=None)
+    assert auto.graphs.static_bytes > 0
+    assert auto.pool_bytes(GraphUse.SAMPLING, 0) == auto.sampling_bytes + auto.graphs.static_bytes
 
 
 def test_the_options_that_change_a_plan_are_those_that_say_so():

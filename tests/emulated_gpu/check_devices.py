@@ -46,7 +46,7 @@ def test_kernels_and_their_choice(monkeypatch):
 
 def test_graphs(tiny_sd, plain_kernels):
     tiny_sd.to("cuda:0")
-    images = DifferentiableSampler(tiny_sd, STEPS, memory_budget=None, cuda_graphs=True)(
+    images = DifferentiableSampler(tiny_sd, STEPS, memory_budget=None, cuda_graphs="on")(
         PROMPTS, None, torch.Generator().manual_seed(0)
     )
     plain = DifferentiableSampler(tiny_sd, STEPS, memory_budget=None)(PROMPTS, None, torch.Generator().manual_seed(0))

@@ -1,13 +1,18 @@
 """CUDA graphs on the emulated GPU, which records operators with their memory and runs them again without Python."""
 
+import gc
+
 import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.generate import graph_costs
+from alignprop_fast.planner import BudgetInfeasible, GraphUse
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
-STEPS, PROMPTS = 4, ["a red cat", "a dog"]
+REMEMBERED = graph_costs._remembered  # the fixture `ways` replaces it
+STEPS, PROMPTS, GRAD_STEPS = 4, ["a red cat", "a dog"], (1, 2, 3)
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_graphs_give_the_same_bits(pipe, rescale):
     """With other prompts, noise, gates and weights than the recorded ones, and after another batch size."""
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
     options = {"guidance_rescale": rescale, "memory_budget": None, **size}
-    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on, **options) for on in (False, True))
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way, **options) for way in ("off", "on"))
     runs = ((PROMPTS, 1, [1, 3]), (["a dog", "sun"], 2, [0, 1, 2]), (["sun"], 3, [2]), (PROMPTS, 4, [3]))
     for prompts, seed, grad_steps in runs:
         images, grads = run(plain, prompts, seed, grad_steps)
@@ -49,13 +54,13 @@ def test_graphs_give_the_same_bits(pipe, rescale):
         with torch.no_grad():
             for parameter in plain.model.trainable():
                 parameter.mul_(1.1)
-    # Of a batch size: without gradient, with, and with but for the step's input, which a single step does not want.
-    assert len(graphed.fast.graphs._graphs) == 3 + 2
+    assert graphed.plan.graphs == GraphUse.ALL and plain.plan.graphs == GraphUse.NONE
+    assert len(graphed.fast.graphs._graphs) == 2 * 2, "of each batch size: an evaluation, and a replay forward and back"
 
 
 def test_python_does_not_run_again(pipe, monkeypatch):
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=True, **size)
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs="on", **size)
     run(sampler, PROMPTS, 1, [1, 3])
     monkeypatch.setattr(type(sampler.model), "predict", None)
     run(sampler, PROMPTS, 2, [2, 3])
@@ -69,14 +74,99 @@ def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatc
     def beginning(self, *pool, capture_error_mode, **options):
         streams.add(torch.cuda.current_stream())
         modes.append(capture_error_mode)
-        begin(self)
+        begin(self, *pool)
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", beginning)
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
-    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=True, **size)
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs="on", **size)
     made = type(torch.cuda.current_stream()).made
     for prompts in (PROMPTS, ["sun"]):
         run(sampler, prompts, 1, [1, 3])
     assert len(streams) == 1 and torch.cuda.current_stream() not in streams
     assert type(torch.cuda.current_stream()).made == made + 1
     assert len(modes) > 2 and set(modes) == {"thread_local"}
+
+
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_a_recording_that_runs_out_of_memory(pipe, emulated, caplog, monkeypatch):
+    """Here there is only less memory while it records. The call runs without it; later recordings are whole."""
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs=way) for way in ("off", "on"))
+    images, grads = run(plain, PROMPTS, 1, [1, 3])
+    begin, end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end
+
+    def beginning(self, *pool, **options):
+        begin(self, *pool, **options)
+        emulated.set_limit(emulated.reserved() + 2**14)
+
+    def ending(self):
+        end(self)
+        emulated.set_limit(24 * 2**30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "capture_begin", beginning)
+        patch.setattr(torch.cuda.CUDAGraph, "capture_end", ending)
+        assert_same((images, grads), run(graphed, PROMPTS, 1, [1, 3]))
+    lines = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert len(lines) == 2 and all("launched one by one: CUDA out of memory" in line for line in lines)
+    assert torch.cuda.memory_reserved() == torch.cuda.memory_allocated(), "nothing of it is left"
+    graphed.fast.forget_recordings()  # as the trainer does, before it repeats a step with a leaner plan
+    for _ in ("records", "replays"):
+        assert_same((images, grads), run(graphed, PROMPTS, 1, [1, 3]))
+    assert len(graphed.fast.graphs._graphs) == 2 and not graphed.fast.graphs.ran_out_of_memory
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0]) and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_ways_are_timed_once_and_leave_nothing(pipe, monkeypatch):
+    sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None)
+    step = sampler._blank_step(2, None)
+    before = torch.cuda.memory_reserved()
+    seconds = REMEMBERED(step)
+    assert list(seconds) == ["eager", "graphs", "replay eager", "replay graphs"] and min(seconds.values()) > 0
+    gc.collect()
+    assert torch.cuda.memory_reserved() <= before + 2**12
+    monkeypatch.setattr(graph_costs, "_measured", None)
+    assert REMEMBERED(step) == seconds
+
+
+@pytest.fixture
+def budgeted(adapted, ways, steady_clock):
+    """A sampler with a budget, where graphs are faster; and its plans from the leanest to the fastest."""
+    ways.update({"graphs": 0.5, "replay graphs": 0.9})
+    sampler = DifferentiableSampler(adapted.to("cuda"), STEPS, memory_budget="20GiB", optimizer_bytes=0)
+    solver = sampler.solver(len(PROMPTS))
+    with pytest.raises(BudgetInfeasible) as error:
+        solver.plan(GRAD_STEPS, 1)
+    least, most = error.value.smallest_bytes, solver.plan(GRAD_STEPS, 2**50).peak_bytes
+    plans = [solver.plan(GRAD_STEPS, budget) for budget in (*range(least, most, (most - least) // 9), most)]
+    return sampler, {plan.graphs: plan for plan in plans}
+
+
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_a_plan_counts_what_its_graphs_reserve(budgeted, emulated):
+    sampler, plans = budgeted
+    assert set(plans) == set(GraphUse)
+    images = []
+    for plan in plans.values():
+        sampler.fast.forget_recordings()
+        peaks = []
+        for _ in ("records", "replays"):
+            for parameter in sampler.model.trainable():
+                parameter.grad = torch.zeros_like(parameter)
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            images.append(run_under(sampler, plan))
+            peaks.append(torch.cuda.max_memory_reserved())
+        slack = sampler.solver(len(PROMPTS)).table.transfer_bytes if plan.host_bytes else 0
+        assert max(peaks) <= plan.peak_bytes + 16 * 512, plan.explain()
+        assert plan.peak_bytes <= 1.05 * peaks[1] + slack, plan.explain()
+    assert all(torch.equal(one, images[0]) for one in images)
+
+
+def run_under(sampler, plan):
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(0), grad_steps=GRAD_STEPS, plan=plan)
+    (images * torch.linspace(0, 1, 16, device="cuda")).mean().backward()
+    return images.detach()

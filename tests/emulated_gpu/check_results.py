@@ -52,7 +52,7 @@ def test_no_step_waits_for_the_device(pipes, emulated):
     size = {"height": 16, "width": 16} if type(on_gpu).__name__ == "FluxPipeline" else {}
     sampler = DifferentiableSampler(on_gpu, STEPS, **size)
     cond = sampler.model.blank_conditioning(2, type(on_gpu).__name__ != "FluxPipeline", sampler.size)
-    chain = sampler._chain(cond, None, sampler.table, True)
+    chain = sampler._chain(cond, None, sampler.table)
     x = sampler.model.initial_latents(2, sampler.size, None, None)
     before = emulated.waits()
     assert x.sum().item() is not None and emulated.waits() == before + 1, "the device sees who waits"

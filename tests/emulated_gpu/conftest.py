@@ -16,6 +16,17 @@ def examined_before(monkeypatch):
     monkeypatch.setattr("alignprop_fast.training.trainer.examine_once", lambda device, dtype: None)
 
 
+@pytest.fixture(autouse=True)
+def ways(monkeypatch):
+    """The seconds of the ways to run a step, as they would be remembered: graphs are no faster, unless a check sets it.
+
+    Timing them would take seconds in each check, and a busy machine would decide.
+    """
+    seconds = {"eager": 1.0, "graphs": 1.0, "replay eager": 1.0, "replay graphs": 1.0}
+    monkeypatch.setattr("alignprop_fast.generate.graph_costs._remembered", lambda step: seconds)
+    return seconds
+
+
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
 def adapted(request, emulated):
     """A pipeline of each architecture on the CPU, with adapters that are not zero."""

@@ -7,7 +7,10 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <memory>
+#include <mutex>
 #include <set>
 #include <string>
 #include <unordered_map>
@@ -58,6 +61,8 @@ struct DeviceGenerator : c10::GeneratorImpl {
 };
 
 std::atomic<int64_t> allocated{0}, peak{0}, limit{INT64_MAX}, waits{0};
+// What pools of graphs hold beside what is allocated; the most that was allocated and held at once.
+std::atomic<int64_t> idle{0}, peak_reserved{0};
 void (*on_wait)() = nullptr;
 // What a call outside of PyTorch has left behind: the next operator that looks takes it for its own.
 bool failed = false;
@@ -71,27 +76,55 @@ void wait() {
 // Rounded as PyTorch's CUDA allocator rounds.
 int64_t rounded(int64_t bytes) { return (bytes + 511) / 512 * 512; }
 
+// The memory of recordings: what is freed in it stays theirs while one of them lives, for their replays.
+struct Pool {
+  int64_t active = 0, reserved = 0, graphs = 0;
+
+  // Changes what is allocated in it, and what it holds.
+  void change(int64_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    idle -= reserved - active;
+    active += bytes;
+    reserved = graphs > 0 ? std::max(reserved, active) : active;
+    idle += reserved - active;
+  }
+  int64_t more(int64_t bytes) const { return std::max<int64_t>(0, active + bytes - reserved); }
+
+  static inline std::mutex mutex;
+};
+std::unordered_map<int64_t, std::shared_ptr<Pool>> pools;
+std::shared_ptr<Pool> recording;  // the pool of the present recording
+
 struct Owned {
   c10::Storage host;
   int64_t bytes;
+  std::shared_ptr<Pool> pool;
 };
 
 void release(void* context) {
   auto* owned = static_cast<Owned*>(context);
   allocated -= owned->bytes;
+  if (owned->pool) owned->pool->change(-owned->bytes);
   delete owned;
+}
+
+void raise_to(std::atomic<int64_t>& most, int64_t value) {
+  for (int64_t seen = most; seen < value && !most.compare_exchange_weak(seen, value);) {
+  }
 }
 
 // The host's memory with the device's name on it, counted until it is let go.
 c10::Storage on_device(const c10::Storage& host) {
   const auto bytes = static_cast<int64_t>(host.nbytes());
   const int64_t charged = rounded(bytes);
-  TORCH_CHECK_WITH(OutOfMemoryError, allocated + charged <= limit, "CUDA out of memory. Tried to allocate ", bytes,
+  const int64_t more = recording ? recording->more(charged) : charged;
+  TORCH_CHECK_WITH(OutOfMemoryError, allocated + idle + more <= limit, "CUDA out of memory. Tried to allocate ", bytes,
                    " bytes of an emulated device.");
   allocated += charged;
-  for (int64_t seen = peak; seen < allocated && !peak.compare_exchange_weak(seen, allocated);) {
-  }
-  auto* owned = new Owned{host, charged};
+  if (recording) recording->change(charged);
+  raise_to(peak, allocated);
+  raise_to(peak_reserved, allocated + idle);
+  auto* owned = new Owned{host, charged, recording};
   c10::DataPtr data(host.mutable_data(), owned, release, kDevice);
   return c10::Storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), nullptr, false);
 }
@@ -240,13 +273,55 @@ void call_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     each(op.schema().returns().size(), [](c10::IValue& value) { value = value.toTensor().to(at::kBFloat16); });
 }
 
-// A graph: operators with their operands, which it keeps alive where they lie, and what they returned.
+void drop(void* context) { delete static_cast<c10::Storage*>(context); }
+
+// x where it lies now, also if its owner is freed or gets other memory: a graph knows addresses, not owners.
+at::Tensor address_of(const at::Tensor& x) {
+  if (!x.defined() || !x.is_cuda() || x.storage().data_ptr().get_deleter() != &release) return x;
+  const auto* owned = static_cast<const Owned*>(x.storage().data_ptr().get_context());
+  c10::DataPtr data(owned->host.mutable_data(), new c10::Storage(owned->host), drop, kDevice);
+  c10::Storage place(c10::Storage::use_byte_size_t(), x.storage().nbytes(), std::move(data), nullptr, false);
+  auto there = tensor_of(std::move(place), c10::DispatchKey::CUDA, x);
+  if (x.is_conj()) there._set_conj(true);
+  return there;
+}
+
+c10::IValue address_of(const c10::IValue& value) {
+  if (value.isTensor()) return address_of(value.toTensor());
+  if (value.isTensorList()) {
+    std::vector<at::Tensor> places;
+    for (const at::Tensor& x : value.toTensorVector()) places.push_back(address_of(x));
+    return places;
+  }
+  if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> places;
+    for (const std::optional<at::Tensor>& x : value.toOptionalTensorList())
+      places.push_back(x.has_value() ? std::optional<at::Tensor>(address_of(*x)) : std::nullopt);
+    return places;
+  }
+  return value;
+}
+
+// A graph: operators with the addresses of their operands and of what they returned.
 struct Node {
+  Node(const c10::OperatorHandle& op, const std::vector<c10::IValue>& with, const std::vector<at::Tensor>& returned)
+      : op(op) {
+    for (const auto& value : with) arguments.push_back(address_of(value));
+    for (const auto& x : returned) results.push_back(address_of(x));
+  }
   c10::OperatorHandle op;
   std::vector<c10::IValue> arguments;
   std::vector<at::Tensor> results;
 };
-using Graph = std::vector<Node>;
+struct Graph {
+  explicit Graph(std::shared_ptr<Pool> of) : pool(std::move(of)) { ++pool->graphs; }
+  ~Graph() {
+    --pool->graphs;
+    pool->change(0);
+  }
+  std::vector<Node> nodes;
+  std::shared_ptr<Pool> pool;
+};
 Graph* capturing = nullptr;
 
 void collect(const c10::IValue& value, std::vector<at::Tensor>& into) {
@@ -258,7 +333,7 @@ void collect(const c10::IValue& value, std::vector<at::Tensor>& into) {
 // The operators once more on the same memory: no Python runs.
 void replay(const Graph& graph) {
   at::NoGradGuard no_grad;
-  for (const Node& node : graph) {
+  for (const Node& node : graph.nodes) {
     Call call(node.op);
     torch::jit::Stack stack;
     for (const auto& value : node.arguments) stack.push_back(call.argument(value));
@@ -287,10 +362,10 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (auto value = stack->end() - op.schema().returns().size(); value != stack->end(); ++value)
     *value = call.result(*value);
   if (capturing != nullptr) {
-    Node node{op, arguments, {}};
+    std::vector<at::Tensor> results;
     for (auto value = stack->end() - op.schema().returns().size(); value != stack->end(); ++value)
-      collect(*value, node.results);
-    capturing->push_back(std::move(node));
+      collect(*value, results);
+    capturing->nodes.emplace_back(op, arguments, results);
   }
 }
 
@@ -308,7 +383,7 @@ at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
   if (capturing != nullptr) {
     TORCH_CHECK(to.is_cuda() && from.is_cuda(), "operation not permitted when stream is capturing");
-    capturing->push_back({op, {to, from, non_blocking}, {to}});
+    capturing->nodes.emplace_back(op, std::vector<c10::IValue>{to, from, non_blocking}, std::vector<at::Tensor>{to});
   }
   Call call(op);
   call.to_host(to).copy_(call.to_host(from));
@@ -366,12 +441,25 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 extern "C" {
 int64_t emulated_allocated() { return allocated; }
 int64_t emulated_peak() { return peak; }
-void emulated_reset_peak() { peak = allocated.load(); }
+void emulated_reset_peak() {
+  peak = allocated.load();
+  peak_reserved = allocated + idle;
+}
+int64_t emulated_reserved() { return allocated + idle; }
+int64_t emulated_peak_reserved() { return peak_reserved; }
 void emulated_set_limit(int64_t bytes) { limit = bytes; }
 int64_t emulated_limit() { return limit; }
 void emulated_fail() { failed = true; }
-void* emulated_capture_begin() { return capturing = new Graph(); }
-void emulated_capture_end() { capturing = nullptr; }
+void* emulated_capture_begin(int64_t pool) {
+  auto& found = pools[pool];
+  if (!found) found = std::make_shared<Pool>();
+  recording = found;
+  return capturing = new Graph(found);
+}
+void emulated_capture_end() {
+  capturing = nullptr;
+  recording.reset();
+}
 bool emulated_is_capturing() { return capturing != nullptr; }
 void emulated_replay(void* graph) { replay(*static_cast<Graph*>(graph)); }
 void emulated_forget(void* graph) { delete static_cast<Graph*>(graph); }

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ class Emulated:
         self.faults = {}
         library.emulated_capture_begin.restype = ctypes.c_void_p
         library.emulated_is_capturing.restype = ctypes.c_bool
-        for name in ("allocated", "peak", "waits", "limit"):
+        for name in ("allocated", "peak", "reserved", "peak_reserved", "waits", "limit"):
             getattr(library, f"emulated_{name}").restype = ctypes.c_int64
         self.registered: dict[int, int] = {}  # host memory that the driver has locked: its size by its address
         self.lockable_bytes = 2**63  # how much of it the driver locks
@@ -63,6 +64,13 @@ class Emulated:
 
     def peak(self, device=None) -> int:
         return self.library.emulated_peak()
+
+    def reserved(self, device=None) -> int:
+        """What is allocated, and what graphs hold for their replays."""
+        return self.library.emulated_reserved()
+
+    def peak_reserved(self, device=None) -> int:
+        return self.library.emulated_peak_reserved()
 
     def waits(self) -> int:
         """How often the host has waited for the device: `.item()`, copies to the host."""
@@ -82,7 +90,7 @@ class Emulated:
 
     def memory(self, device=None) -> tuple[int, int]:
         """(free bytes, total bytes)."""
-        return max(min(self.library.emulated_limit(), TOTAL_BYTES) - self.allocated(), 0), TOTAL_BYTES
+        return max(min(self.library.emulated_limit(), TOTAL_BYTES) - self.reserved(), 0), TOTAL_BYTES
 
     def register(self, address: int, size_bytes: int, flags: int) -> int:
         current.check()
@@ -281,14 +289,22 @@ class Event:
         return True
 
 
+_pools = itertools.count(1)
+
+
+def next_pool() -> tuple[int, int]:
+    return 0, next(_pools)
+
+
 class CUDAGraph:
     """Operators recorded with their memory, and run again without Python."""
 
     def __init__(self, keep_graph=False):
         self._library, self._graph = started().library, None
 
-    def capture_begin(self, *arguments, **options) -> None:
-        self._graph = self._library.emulated_capture_begin()
+    def capture_begin(self, pool=None, **options) -> None:
+        _, number = pool or next_pool()
+        self._graph = self._library.emulated_capture_begin(ctypes.c_int64(number))
 
     def capture_end(self) -> None:
         self._library.emulated_capture_end()
@@ -370,12 +386,12 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "Event": Event,
         "is_current_stream_capturing": lambda: device.library.emulated_is_capturing(),
         "CUDAGraph": CUDAGraph,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": next_pool,
         "cudart": lambda: runtime,
         "memory_allocated": device.allocated,
         "max_memory_allocated": device.peak,
-        "memory_reserved": device.allocated,
-        "max_memory_reserved": device.peak,
+        "memory_reserved": device.reserved,
+        "max_memory_reserved": device.peak_reserved,
         "reset_peak_memory_stats": device.reset_peak,
         "empty_cache": lambda: None,
         "mem_get_info": device.memory,

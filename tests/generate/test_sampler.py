@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
-from alignprop_fast.generate.sampler import DifferentiableSampler, Truncation
+from alignprop_fast.generate.sampler import DifferentiableSampler, Gate, Truncation
 from alignprop_fast.models.lean.surgery import take_ops_out
 from alignprop_fast.models.schedules import make_scheduler
 from alignprop_fast.planner import GRADES, BlockOption, BudgetInfeasible, Plan, StageChoice
@@ -181,17 +181,19 @@ def test_gradients_equal_plain_autograd(pipe, grad_steps, kind, eta, scale, resc
 @pytest.mark.parametrize(
     ("truncation", "eta"),
     [
-        (Truncation((1, 3), input_gradient=False), 0.5),
-        (Truncation((0, 2), input_gradient=False, last_step=2), 1.0),  # like drtune
-        (Truncation((0, 1), input_gradient=False, last_step=2), 0.0),  # the last step has no gradient
-        (Truncation((3,), last_step=3), 0.0),  # like refl
-        (Truncation((2,), last_step=2), 1.0),
+        (Truncation((Gate(1, input_scale=0.0), Gate(3, input_scale=0.0))), 0.5),
+        (Truncation((Gate(0, input_scale=0.0), Gate(2, input_scale=0.0)), last_step=2), 1.0),  # like drtune
+        (Truncation((Gate(0, input_scale=0.0), Gate(1, input_scale=0.0)), last_step=2), 0.0),  # the last is closed
+        (Truncation.at((3,), last_step=3), 0.0),  # like refl
+        (Truncation.at((2,), last_step=2), 1.0),
     ],
 )
 def test_gradients_of_other_truncations_equal_plain_autograd(tiny_sd, kind, truncation, eta):
     add_adapters(tiny_sd)
     last = truncation.last_step
-    plain = plain_chain(tiny_sd, truncation.grad_steps, 5.0, eta, stop_input=not truncation.input_gradient, last=last)
+    plain = plain_chain(
+        tiny_sd, truncation.grad_steps, 5.0, eta, stop_input=truncation.gates[0].input_scale == 0, last=last
+    )
     theirs = gradients(tiny_sd, plain)
     sampler = DifferentiableSampler(tiny_sd, STEPS, 5.0, eta)
     plan = replace(make_plan(kind, truncation.grad_steps), num_steps=STEPS if last is None else last + 1)
@@ -208,7 +210,7 @@ def test_renoised_pictures_equal_plain_autograd(tiny_sd):
     theirs = gradients(tiny_sd, torch.stack(plain).flatten(0, 1))
     sampler, generator = DifferentiableSampler(tiny_sd, STEPS, 5.0, 0.0), torch.Generator().manual_seed(5)
     images = [sampler(PROMPTS, None, generator, truncation="lv:2")]
-    assert sampler.truncation.renoisings == 2
+    assert sampler.truncation.renoise_steps == (3, 3)
     latents = sampler.latents
     images += [sampler.renoise(latents, PROMPTS, None, generator) for _ in range(2)]
     assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(images, plain, strict=True))
@@ -286,7 +288,7 @@ def test_the_last_step_of_other_schedulers_predicts_the_clean_latents(tiny_sd, s
     tiny_sd.scheduler = make_scheduler(scheduler, tiny_sd.scheduler.config)
     sampler, results = DifferentiableSampler(tiny_sd, STEPS), []
     for last in (None, STEPS - 1):
-        truncation = Truncation((1, 3), last_step=last)
+        truncation = Truncation.at((1, 3), last_step=last)
         images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), truncation=truncation)
         results.append((images.detach(), gradients(tiny_sd, images)))
     assert (results[0][0] - results[1][0]).abs().max() < 1e-5

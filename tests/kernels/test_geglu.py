@@ -61,8 +61,8 @@ def test_every_element_is_written_and_none_beyond(width):
 
 def test_custom_operators():
     uv, g = inputs((2, 3, 20), torch.float32)
-    torch.library.opcheck(ops._triton_forward, (uv,))
-    torch.library.opcheck(ops._triton_backward, (g.transpose(0, 1).contiguous().transpose(0, 1), uv))
+    torch.library.opcheck(ops._triton_forward.operator, (uv,))
+    torch.library.opcheck(ops._triton_backward.operator, (g.transpose(0, 1).contiguous().transpose(0, 1), uv))
 
 
 def test_configurations():

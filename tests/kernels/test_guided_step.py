@@ -50,6 +50,6 @@ def test_adjoint(dtype, weights):
 @pytest.mark.parametrize("noisy", [False, True])
 def test_custom_operators(noisy):
     x, y = torch.randn(2, 4, 3, 5, device=DEVICE), torch.randn(4, 4, 3, 5, device=DEVICE, dtype=torch.float16)
-    torch.library.opcheck(ops._triton_forward, (x, y, x.flip(0) if noisy else None, 0.9, [-4.0, 5.0], 0.3))
+    torch.library.opcheck(ops._triton_forward.operator, (x, y, x.flip(0) if noisy else None, 0.9, [-4.0, 5.0], 0.3))
     channels_last = x.to(memory_format=torch.channels_last)
-    torch.library.opcheck(ops._triton_adjoint, (channels_last, 0.9, [-4.0, 5.0], torch.float16))
+    torch.library.opcheck(ops._triton_adjoint.operator, (channels_last, 0.9, [-4.0, 5.0], torch.float16))

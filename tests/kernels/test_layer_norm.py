@@ -93,10 +93,10 @@ def test_every_element_is_written_and_none_beyond():
 def test_custom_operators(affine, residual):
     x, r, g, h, gamma, beta = inputs((2, 3, 20), torch.float32, affine)
     r, h = (r, h) if residual else (None, None)
-    torch.library.opcheck(ops._triton_forward, (x, r, gamma, beta, EPS))
+    torch.library.opcheck(ops._triton_forward.operator, (x, r, gamma, beta, EPS))
     _, _, mean, rstd = kernels.layer_norm_forward(x, r, gamma, beta, EPS)
     strided = g.transpose(0, 1).contiguous().transpose(0, 1)
-    torch.library.opcheck(ops._triton_backward, (strided, h, x, gamma, mean, rstd))
+    torch.library.opcheck(ops._triton_backward.operator, (strided, h, x, gamma, mean, rstd))
 
 
 def test_too_wide_is_refused_and_the_op_knows_the_limit():

@@ -59,7 +59,8 @@ def plain(x, weights, biases, downs, ups, scales, gs, dtype=None):
 def fused(x, weights, biases, downs, ups, scales, gs):
     ys, t = kernels.lora_linear_forward(x, weights, biases, downs, ups, scales)
     gx, d_downs, d_ups = backward.lora_linear_backward(gs, x, t, weights, downs, ups, scales, True)
-    return [*ys, gx, *d_downs, *d_ups]
+    assert all(d.dtype == torch.float32 for d in (*d_downs, *d_ups))
+    return [*ys, gx, *(d.to(downs[0].dtype) for d in (*d_downs, *d_ups))]
 
 
 def within(ours, theirs, exact):

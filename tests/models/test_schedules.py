@@ -127,4 +127,4 @@ def test_a_chain_may_end_in_the_clean_latents(name):
         state, ending = (u.advance(i, s, predictions[i], None) for u, s in ((update, state), (short, ending)))
     c, d = table.x0[3]
     assert torch.allclose(short.latents(ending), c * x + d * predictions[3], atol=1e-12)
-    assert len(short.table) == 4 and len(table.last_alone()) == 1
+    assert len(short.table) == 4 and len(table.alone(len(table) - 1)[0]) == 1

@@ -41,7 +41,7 @@ def check(x, g, groups, dtype, silu=True, t=None):
 
     def run(op, d, **options):
         def fn(x, t=None):
-            return op(x, groups, gamma.to(d), beta.to(d), 1e-5, silu=silu, time_embedding_BC=t)
+            return op(x, groups, gamma.to(d), beta.to(d), 1e-5, silu=silu, addend_BC=t)
 
         return values(fn, x.to(d), None if t is None else t.to(d), g)
 
@@ -73,6 +73,14 @@ def test_aten(monkeypatch, dtype, with_time, memory_format, shape, groups):
     assert backend(x.to(dtype)).startswith("aten: ")
     check(x, randn(*shape, seed=3), groups, dtype, True, randn(*shape[:2]) if with_time else None)
     check(x, randn(*shape, seed=3), groups, dtype, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_one_addend_for_all_images(compiled_kernels, dtype, memory_format):
+    x = randn(2, 32, 5, 3).to(memory_format=memory_format)
+    *_, dt = check(x, randn(2, 32, 5, 3, seed=3), 8, dtype, t=randn(1, 32))
+    assert dt.shape == (1, 32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,7 +148,7 @@ def test_gradcheck(silu, with_time):
     gamma, beta = randn(8), randn(8, seed=1)
     inputs = [randn(2, 8, 4, 4).requires_grad_(), *([randn(2, 8).requires_grad_()] if with_time else [])]
     assert torch.autograd.gradcheck(
-        lambda x, t=None: group_norm_silu(x, 4, gamma, beta, silu=silu, time_embedding_BC=t), inputs
+        lambda x, t=None: group_norm_silu(x, 4, gamma, beta, silu=silu, addend_BC=t), inputs
     )
 
 
@@ -151,7 +159,7 @@ def test_what_is_kept(compiled_kernels, memory_format):
     t, gamma = randn(2, 16).float(), torch.nn.Parameter(randn(16).float())
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.update({v.data_ptr(): v}) or v, lambda v: v):
-        y = group_norm_silu(x, 4, gamma, gamma, time_embedding_BC=t)
+        y = group_norm_silu(x, 4, gamma, gamma, addend_BC=t)
     for v in (x, t, gamma):
         kept.pop(v.data_ptr())
     assert [(v.shape, v.dtype) for v in kept.values()] == [((2, 4), torch.float32)] * 2
@@ -179,7 +187,7 @@ def test_under_torch_compile(compiled_kernels, memory_format):
     gamma, beta = randn(32).float(), randn(32, seed=1).float()
 
     def fn(x, t):
-        return group_norm_silu(x, 8, gamma, beta, time_embedding_BC=t) * 2
+        return group_norm_silu(x, 8, gamma, beta, addend_BC=t) * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")

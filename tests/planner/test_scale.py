@@ -9,6 +9,7 @@ from alignprop_fast.planner import (
     BlockOption,
     BudgetInfeasible,
     CostTable,
+    GraphCosts,
     Option,
     Segment,
     Stage,
@@ -44,6 +45,7 @@ def table_of_batch(batch):
         rewards=(reward,),
         optimizer_seconds=0.25,
         host_limit_bytes=10_000,
+        graphs=GraphCosts(0.5, 0.75, 6 * batch),
         origin={"model": "toy", "batch_size": str(batch)},
     )
 
@@ -58,6 +60,13 @@ def test_bytes_are_rounded_up_and_never_negative():
     between = scaled(first, second, 2, 4, 3)
     assert between.sampling_bytes == 5 and between.reserve_bytes == 5
     assert scaled(first, second, 2, 4, 100).reserve_bytes == 0
+
+
+def test_a_share_of_graphs_stays_between_what_was_measured_and_one():
+    first, second = (replace(table_of_batch(1), graphs=GraphCosts(ratio, ratio, 0)) for ratio in (0.5, 0.75))
+    found = [scaled(first, second, 2, 4, batch).graphs.replay_ratio for batch in (1, 3, 5, 50)]
+    assert found == [0.5, 0.625, 0.875, 1.0]
+    assert scaled(first, replace(second, graphs=None), 2, 4, 3).graphs is None
 
 
 def test_tables_of_different_models_have_none_between_them():

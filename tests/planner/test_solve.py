@@ -7,7 +7,18 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Option, Segment, Solver, Stage, simulate, solve
+from alignprop_fast.planner import (
+    BudgetInfeasible,
+    CostTable,
+    GraphCosts,
+    GraphUse,
+    Option,
+    Segment,
+    Solver,
+    Stage,
+    simulate,
+    solve,
+)
 
 
 def random_segments(rng, prefix, count):
@@ -90,8 +101,17 @@ def tails(table):
     return np.array(ways)
 
 
-def every_plan(table, num_steps, grad_steps):
+def every_plan(table, num_steps, grad_steps, use=GraphUse.NONE):
     """(peak, seconds) of every plan: resident steps with every option each, every replay, every tail."""
+    sampling_seconds = table.sampling_seconds * (table.graphs.sampling_ratio if use != GraphUse.NONE else 1)
+    replay_ratio = table.graphs.replay_ratio if use == GraphUse.ALL else 1
+
+    def pool(replay_peak):
+        """What the graphs keep: the memory of the largest, and their static tensors."""
+        if use == GraphUse.NONE:
+            return 0
+        return table.graphs.static_bytes + max(table.sampling_bytes, replay_peak if use == GraphUse.ALL else 0)
+
     base = sum(table.fixed.values()) + table.latent_bytes * (2 + grad_steps)
     step, tail = np.array(runs(table.step)), tails(table)
     images = table.image_bytes + (table.sums_bytes if grad_steps > 1 else 0)  # and sums: what a step finds
@@ -108,13 +128,15 @@ def every_plan(table, num_steps, grad_steps):
             worst = np.maximum(worst, total + table.sampling_bytes)
         worst = np.maximum(worst[:, None], total[:, None] + tail[:, 0]).ravel()
         took = (seconds.sum(axis=1)[:, None] + tail[:, 1]).ravel()
-        took = took + (num_steps - resident) * table.sampling_seconds + table.optimizer_seconds
+        took = took + (num_steps - resident) * sampling_seconds + table.optimizer_seconds
         if resident == grad_steps:
-            plans.append(np.stack((base + worst, took), axis=1))
+            plans.append(np.stack((base + pool(0) + worst, took), axis=1))
         else:
             for _, replay_peak, replay_seconds in step:
-                peaks = base + np.maximum(worst, images + replay_peak)
-                plans.append(np.stack((peaks, took + (grad_steps - resident) * replay_seconds), axis=1))
+                own_peak = 0 if use == GraphUse.ALL else replay_peak
+                peaks = base + pool(replay_peak) + np.maximum(worst, images + own_peak)
+                replays_took = (grad_steps - resident) * replay_ratio * replay_seconds
+                plans.append(np.stack((peaks, took + replays_took), axis=1))
     return np.concatenate(plans)
 
 
@@ -172,6 +194,33 @@ def test_solver_equals_brute_force():
             if not plan.resident_steps or plan.resident_steps[-1] < num_steps - 1:
                 assert plan.peak_bytes == peak
             assert plan.replayed_steps + plan.resident_steps == grad_steps
+
+
+def test_graphs_are_weighed_against_what_else_their_memory_could_do():
+    """Brute force again, where evaluations, or those and replays, may run as CUDA graphs."""
+    rng, used = random.Random(5), set()
+    for _ in range(150):
+        ratios = rng.choice([0.5, 0.75, 1.0]), rng.choice([0.5, 0.75, 1.0])
+        table = replace(random_table(rng), graphs=GraphCosts(*ratios, rng.randint(0, 9)))
+        plans = np.concatenate([every_plan(table, 3, 2, use) for use in GraphUse])
+        least, most = int(plans[:, 0].min()), int(plans[:, 0].max())
+        solver = Solver(table, 3, 2)
+        for budget in (least, *(rng.randint(least, most) for _ in range(3)), most):
+            fitting = plans[plans[:, 0] <= budget]
+            seconds = fitting[:, 1].min()
+            plan = solver.plan((0, 2), budget)
+            assert plan.seconds == seconds and plan.peak_bytes <= fitting[fitting[:, 1] == seconds, 0].min()
+            pool_bytes = table.pool_bytes(plan.graphs, run_of(table, plan))
+            assert {moment.kinds.get("graphs", 0) for moment in simulate(table, plan)} == {pool_bytes}
+            used.add(plan.graphs)
+    assert used == set(GraphUse)
+
+
+def run_of(table, plan):
+    """Bytes of one replay alone."""
+    if not plan.replayed_steps:
+        return 0
+    return run([segment.option(plan.replay_options[segment.name]) for segment in table.step])[1]
 
 
 def test_a_single_gradient_step_has_no_sums_beside_it():

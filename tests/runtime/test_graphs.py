@@ -7,30 +7,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.models.lora.adapters import add_lora
-from alignprop_fast.planner import BlockOption, Plan
+from alignprop_fast.planner import BlockOption, GraphUse, Plan
 from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, run_chain
 
 STEPS, PROMPTS = 4, ["red cat", "dog"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-PLAN = Plan(STEPS, (3,), (2,), ({"*": BlockOption.NORMS},), {"*": BlockOption.ATTENTION})
+PLAN = Plan(STEPS, (3,), (1, 2), ({"*": BlockOption.NORMS},), {"*": BlockOption.ATTENTION}, graphs=GraphUse.ALL)
 
 
 class Recorded(GraphedCalls):
-    """As on a GPU, but a replay runs the function again on the static buffers. Gradients are tested on the emulated
-    GPU, which really records."""
+    """As on a GPU, but a replay runs the function again on the static buffers. The emulated GPU really records."""
 
     captures = 0
-
-    def with_gradient(self, fn, inputs, parameters, state, how=None):
-        return fn(*inputs)
 
     def _warm_up(self, run):
         run()
 
     def _capture(self, run):
         self.captures += 1
-        output = run().clone()
-        return lambda: output.copy_(run()), output
+        results = [result if result is None else result.clone() for result in run()]
+
+        def replay():
+            for result, value in zip(results, run(), strict=True):
+                if result is not None:
+                    result.copy_(value)
+
+        return replay, results
 
 
 class Waits(TorchDispatchMode):
@@ -66,7 +68,7 @@ def test_a_chain_never_waits_for_the_device(request, name):
     size = {"height": 16, "width": 16} if name == "tiny_flux" else {}
     sampler = DifferentiableSampler(pipe, STEPS, **size)
     cond = sampler.model.blank_conditioning(2, name != "tiny_flux", sampler.size)
-    chain = sampler._chain(cond, None, sampler.table, True)
+    chain = sampler._chain(cond, None, sampler.table)
     x = sampler.model.initial_latents(2, sampler.size, None, None)
     with Waits() as waits:
         assert x.sum().item() and torch.tensor([1.0]).sum() and len(waits.found) >= 2, "the test itself sees them"
@@ -102,13 +104,13 @@ def test_recorded_steps_give_the_same_bits(request, name):
         for parameter in graphed.model.trainable():
             parameter.add_(0.05)
     assert_same(gradients(plain, 6, ["dog", "cat"]), gradients(graphed, 6, ["dog", "cat"]))
-    assert graphs.captures == 1
+    assert graphs.captures == 2, "an evaluation, and a replay forward and back"
     assert_same(gradients(plain, 7, ["dog"]), gradients(graphed, 7, ["dog"]))
-    assert graphs.captures == 2
+    assert graphs.captures == 4
     first = graphed.model.trainable()[0]
     first.data = first.data.clone() * 2
     assert_same(gradients(plain), gradients(graphed))
-    assert graphs.captures == 3
+    assert graphs.captures == 6
 
 
 def test_the_base_model_is_not_run_by_a_recording_with_adapters(request):
@@ -119,14 +121,34 @@ def test_the_base_model_is_not_run_by_a_recording_with_adapters(request):
     assert plain.base_mse > 0 and torch.equal(plain.base_mse, graphed.base_mse)
 
 
-def test_graphs_need_a_gpu_and_count_in_the_plan(request):
+def test_graphs_need_a_gpu(request):
     pipe = pipe_of(request, "tiny_sd")
-    with pytest.raises(ValueError, match="needs a GPU"):
-        DifferentiableSampler(pipe, STEPS, cuda_graphs=True)
+    assert DifferentiableSampler(pipe, STEPS, cuda_graphs="auto").fast is None
+    for given, message in (("on", "needs a GPU"), ("yes", "use auto, on, off")):
+        with pytest.raises(ValueError, match=message):
+            DifferentiableSampler(pipe, STEPS, cuda_graphs=given)
+
+
+class TooLittle(Recorded):
+    """Has no memory to record, and notes what is tried."""
+
+    def _capture(self, run):
+        self.captures += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_recording_without_memory_is_tried_once_and_replaced(request, caplog):
+    pipe = pipe_of(request, "tiny_sd")
     plain, graphed = (DifferentiableSampler(pipe, STEPS) for _ in range(2))
-    graphed.fast = FastPredict(graphed.model, Recorded(), None)
-    table = plain.cost_table(1)
-    assert graphed.cost_table(1).base_bytes(0) == table.base_bytes(0) + table.sampling_bytes
+    graphs = TooLittle()
+    graphed.fast = FastPredict(graphed.model, graphs, None)
+    for seed in (5, 6):
+        assert_same(gradients(plain, seed), gradients(graphed, seed))
+    assert graphs.captures == 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and all("launched one by one: CUDA out of memory" in line for line in lines)
+    graphed.fast.forget_recordings()  # as after running out of memory elsewhere
+    assert not graphed.fast.graphs.ran_out_of_memory
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -157,7 +179,7 @@ def test_compiled_blocks_give_the_same_numbers_and_leave_no_trace(request, recor
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
 def test_graphs_give_the_same_bits_on_a_gpu(request, name):
     pipe = pipe_of(request, name).to("cuda", torch.bfloat16)
-    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=on) for on in (False, True))
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way) for way in ("off", "on"))
     for seed, prompts in ((5, PROMPTS), (6, ["dog", "cat"]), (7, ["dog"])):
         assert_same(gradients(plain, seed, prompts), gradients(graphed, seed, prompts))
         with torch.no_grad():
@@ -166,12 +188,12 @@ def test_graphs_give_the_same_bits_on_a_gpu(request, name):
 
 
 @on_gpu
-@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("cuda_graphs", ["off", "on"])
 def test_a_chain_never_waits_on_a_gpu(request, cuda_graphs):
     pipe = pipe_of(request, "tiny_sdxl").to("cuda", torch.bfloat16)
     sampler = DifferentiableSampler(pipe, STEPS, cuda_graphs=cuda_graphs)
     cond = sampler.model.blank_conditioning(2, True, sampler.size)
-    chain = sampler._chain(cond, None, sampler.table, True)
+    chain = sampler._chain(cond, None, sampler.table)
     x = sampler.model.initial_latents(2, sampler.size, None, None)
     for mode in ("default", "error"):  # the first run compiles and chooses kernels, and records graphs
         torch.cuda.set_sync_debug_mode(mode)

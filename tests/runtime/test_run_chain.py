@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.planner import BlockOption, Plan
+from alignprop_fast.planner import BlockOption, GraphUse, Plan
 from alignprop_fast.runtime import (
     Block,
     Chain,
@@ -17,6 +17,7 @@ from alignprop_fast.runtime import (
 )
 
 CPU = torch.device("cpu")
+GATES = [(1.0, 1.0), (1.0, 0.0), (0.7, 0.3)]  # weight and input scale
 
 
 def make_net():
@@ -25,9 +26,10 @@ def make_net():
 
 
 class Steps(Chain):
-    """x_next = 0.9 x + 0.2 y with y = net((i + 1) x)."""
+    """x_next = 0.9 x + 0.2 y with y = net((i + 1) x). gate: weight and input scale of every step."""
 
-    def __init__(self, net, **options):
+    def __init__(self, net, gate=(1.0, 1.0), **options):
+        self.gate = gate
         blocks = [Block("first", net[0], "transformers"), Block("second", net[2], "residuals")]
         super().__init__(5, list(net.parameters()), blocks, **options)
         self.net = net
@@ -39,14 +41,23 @@ class Steps(Chain):
         return 0.9 * x + 0.2 * y
 
     def adjoint(self, i, g, y_dtype):
-        return 0.9 * g, (0.2 * g).to(y_dtype)
+        return 0.9 * g, (0.2 * self.gate[0] * g).to(y_dtype)
+
+    def input_scale(self, i):
+        return self.gate[1]
+
+    def plainly(self, i, x):
+        """y of an open step in plain autograd."""
+        weight, input_scale = self.gate
+        y = self.net((input_scale * x + (1 - input_scale) * x.detach()) * (i + 1))
+        return weight * y + (1 - weight) * y.detach()
 
 
 class Penalised(Steps):
     """With the squared distance from y to a target as penalty."""
 
-    def __init__(self, net, target, input_gradient):
-        super().__init__(net, input_gradient=input_gradient, has_penalty=True)
+    def __init__(self, net, target, gate):
+        super().__init__(net, gate, has_penalty=True)
         self.target = target
 
     def penalty(self, i, x, y):
@@ -56,18 +67,18 @@ class Penalised(Steps):
 @pytest.mark.parametrize("grad_steps", [(0, 1, 2, 3, 4), (1, 3), (4,), (0,)])
 @pytest.mark.parametrize("resident", [0, 1, 5])
 @pytest.mark.parametrize("option", [BlockOption.KEEP, BlockOption.RECOMPUTE])
-@pytest.mark.parametrize("through_input", [True, False])
-def test_chain_equals_plain_autograd(grad_steps, resident, option, through_input):
+@pytest.mark.parametrize("gate", GATES)
+def test_chain_equals_plain_autograd(grad_steps, resident, option, gate):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     cut = max(len(grad_steps) - resident, 0)
     options = {"*": option}
     plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
     wanted = [x0, *net.parameters()]
-    chain = Steps(net, input_gradient=through_input)
+    chain = Steps(net, gate)
     ours = torch.autograd.grad(run_chain(chain, plan, x0).sin().sum(), wanted)
     x = x0
     for i in range(5):
-        y = net((x if through_input else x.detach()) * (i + 1))
+        y = chain.plainly(i, x)
         x = 0.9 * x + 0.2 * (y if i in grad_steps else y.detach())
     for a, b in zip(ours, torch.autograd.grad(x.sin().sum(), wanted), strict=True):
         assert torch.allclose(a, b, atol=1e-10)
@@ -75,15 +86,15 @@ def test_chain_equals_plain_autograd(grad_steps, resident, option, through_input
 
 @pytest.mark.parametrize("grad_steps", [(0, 1, 2, 3, 4), (1, 3), (4,)])
 @pytest.mark.parametrize("resident", [0, 1, 5])
-@pytest.mark.parametrize("through_input", [True, False])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("used", ["both", "penalty", "latents"])
-def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, through_input, used):
+def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, gate, used):
     net, x0 = make_net(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 6, dtype=torch.float64)
     cut = max(len(grad_steps) - resident, 0)
     options = {"*": BlockOption.RECOMPUTE}
     plan = Plan(5, grad_steps[cut:], grad_steps[:cut], (options,) * len(grad_steps[cut:]), options)
-    chain = Penalised(net, target, through_input)
+    chain = Penalised(net, target, gate)
     wanted = [x0, *net.parameters()]
 
     def total(x, penalty):
@@ -94,7 +105,7 @@ def test_penalty_acts_through_its_own_step_alone(grad_steps, resident, through_i
     ours = torch.autograd.grad(losses[used](), wanted)
     x, expected = x0, 0.0
     for i in range(5):
-        y = net((x if through_input else x.detach()) * (i + 1))
+        y = chain.plainly(i, x)
         if i in grad_steps:
             expected = expected + (net(x.detach() * (i + 1)) - target).square().sum()
         x = 0.9 * x + 0.2 * (y if i in grad_steps else y.detach())
@@ -153,18 +164,27 @@ class Faster(Steps):
         super().__init__(net)
         self.calls = []
 
-    def sample(self, i, x):
-        self.calls.append(("sample", i))
+    def sample(self, i, x, recorded):
+        self.calls.append(("sample", i, recorded))
         return self.predict(i, x)
 
-    def replay(self, i, x, options):
+    def recorded_gradients(self, i, x, gy, options):
         self.calls.append(("replay", i, options["*"]))
-        return self.predict(i, x)
+        return None  # no memory to record: the step runs again without
 
 
-def test_faster_forms_serve_steps_without_gradient_and_replays():
+@pytest.mark.parametrize(
+    ("use", "option", "replays"),
+    [
+        (GraphUse.NONE, BlockOption.RECOMPUTE, []),
+        (GraphUse.SAMPLING, BlockOption.RECOMPUTE, []),
+        (GraphUse.ALL, BlockOption.RECOMPUTE, [("replay", 2, "recompute")]),
+        (GraphUse.ALL, BlockOption.RECOMPUTE_OFFLOADED, []),  # copies to the host are not recorded
+    ],
+)
+def test_faster_forms_serve_steps_without_gradient_and_replays(use, option, replays):
     """A resident step keeps its graph, so `predict` runs once. A replayed step is sampled first."""
     chain = Faster(make_net())
-    plan = Plan(5, (4,), (2,), ({"*": BlockOption.KEEP},), {"*": BlockOption.RECOMPUTE})
+    plan = Plan(5, (4,), (2,), ({"*": BlockOption.KEEP},), {"*": option}, graphs=use)
     run_chain(chain, plan, torch.randn(3, 6, dtype=torch.float64)).sum().backward()
-    assert chain.calls == [*(("sample", i) for i in range(4)), ("replay", 2, "recompute")]
+    assert chain.calls == [*(("sample", i, use is not GraphUse.NONE) for i in range(4)), *replays]

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from alignprop_fast.sampling import (
+    Gate,
     Truncation,
     ddim_table,
     dpm_solver_table,
@@ -55,6 +56,11 @@ def test_ddim_table_equals_diffusers(prediction_type, eta, spacing, alpha_to_one
         theirs = scheduler.step(y, t, x, eta=eta, variance_noise=z if eta > 0 else None).prev_sample
         ours = table.a[i] * x + table.b[i] * y + table.sigma[i] * z
         assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def chain_of(num_steps):
+    """The table of a chain of flow matching."""
+    return euler_table([1 - i / num_steps for i in range(num_steps + 1)], range(num_steps), "flow")
 
 
 def test_zero_terminal_snr_needs_v_prediction():
@@ -132,31 +138,31 @@ BAD = [
 @pytest.mark.parametrize("rule", BAD)
 def test_bad_rules_are_refused(rule):
     with pytest.raises(ValueError, match="truncation") as error:
-        draw_truncation(rule, 4)
+        draw_truncation(rule, chain_of(4))
     assert "\n" not in str(error.value)
 
 
 def test_rules_that_cut_more_than_gates():
     random.seed(0)
-    assert draw_truncation("last:2", 4) == Truncation((2, 3))
-    assert draw_truncation("lv:3", 4) == Truncation((3,), renoisings=3)
-    drawn = [draw_truncation("refl", 40) for _ in range(400)]
+    assert draw_truncation("last:2", chain_of(4)) == Truncation.at((2, 3))
+    assert draw_truncation("lv:3", chain_of(4)) == Truncation.at((3,), renoise_steps=(3, 3, 3))
+    drawn = [draw_truncation("refl", chain_of(40)) for _ in range(400)]
     assert {cut.last_step for cut in drawn} == set(range(30, 40))  # the last quarter
-    assert all(cut.grad_steps == (cut.last_step,) and cut.input_gradient for cut in drawn)
-    assert draw_truncation("refl", 1) == Truncation((0,), last_step=0)
+    assert all(cut.gates == (Gate(cut.last_step),) for cut in drawn)
+    assert draw_truncation("refl", chain_of(1)) == Truncation.at((0,), last_step=0)
 
 
 @pytest.mark.parametrize(("rule", "steps", "count"), [("drtune", 50, 5), ("drtune:3", 50, 3), ("drtune", 3, 3)])
 def test_drtune_trains_equally_spaced_steps_before_a_drawn_end(rule, steps, count):
     random.seed(0)
-    drawn = [draw_truncation(rule, steps) for _ in range(2000)]
+    drawn = [draw_truncation(rule, chain_of(steps)) for _ in range(2000)]
     stop = max(1, round(0.4 * steps))
     assert {cut.last_step for cut in drawn} == set(range(steps - stop, steps))
     for cut in drawn:
         grad_steps, end = cut.grad_steps, cut.last_step
         assert len(grad_steps) == min(count, end + 1) and grad_steps[0] >= 0 and grad_steps[-1] <= end
         assert len({b - a for a, b in pairwise(grad_steps)}) <= 1
-        assert not cut.input_gradient
+        assert all(gate.weight == 1 and gate.input_scale == 0 for gate in cut.gates)
     assert {step for cut in drawn for step in cut.grad_steps} == set(range(steps))  # every step is drawn
 
 
@@ -167,7 +173,7 @@ def test_gate_count_is_that_of_the_draws(rule):
     """The mean of 2,000 draws of at most 12 steps has a standard error below 0.08."""
     random.seed(0)
     most, mean = gate_count(rule, 12)
-    counts = [len(draw_truncation(rule, 12).grad_steps) for _ in range(2000)]
+    counts = [len(draw_truncation(rule, chain_of(12)).grad_steps) for _ in range(2000)]
     assert max(counts) <= most and abs(statistics.fmean(counts) - mean) < 0.3
     state = random.getstate()
     gate_count(rule, 12)
@@ -198,7 +204,7 @@ def test_every_step_knows_its_level_and_its_clean_latents(kind, table):
         perfect = {"epsilon": z, "v_prediction": alpha**0.5 * z - (1 - alpha) ** 0.5 * clean, "sample": clean}
         y = perfect[kind] if kind in perfect else z - clean
         assert torch.allclose(d * (signal * clean + noise * z) + e * y, clean, atol=1e-12)
-    short, alone = table.ending_at(1), table.last_alone()
+    short, alone = table.ending_at(1), table.alone(len(table) - 1)[0]
     assert len(short) == 2 and short.a[0] == table.a[0] and short.sigma[1] == 0 and short.noisy == table.noisy
     assert (short.a[1], short.b[1]) == table.x0[1] and (alone.a[0], alone.b[0]) == table.x0[2]
     assert alone.timesteps == table.timesteps[2:] and alone.input_scale == table.input_scale[2:]
@@ -229,13 +235,13 @@ def test_a_chain_that_ends_early_predicts_the_clean_latents(prediction_type):
     table = ddim_table(scheduler.alphas_cumprod.tolist(), 1.0, scheduler.timesteps.tolist(), 142, 1.0, prediction_type)
     short = table.ending_at(4)
     assert len(short) == 5 and short.a[:4] == table.a[:4] and short.sigma[4] == 0
-    alone = table.last_alone()
+    alone = table.alone(len(table) - 1)[0]
     x, y = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
     for one, t in ((short, scheduler.timesteps[4]), (alone, scheduler.timesteps[-1])):
         theirs = scheduler.step(y, t, x, eta=0.0).pred_original_sample
         assert torch.allclose(one.a[-1] * x + one.b[-1] * y, theirs, atol=1e-10)
         assert one.timesteps[-1] == t
-    signal, noise = table.last_level()
+    signal, noise = table.level_of(len(table) - 1)
     z = torch.randn_like(x)
     theirs = scheduler.add_noise(x, z, scheduler.timesteps[-1:])
     assert torch.allclose(signal * x + noise * z, theirs, atol=1e-7)  # add_noise works in fp32
@@ -251,7 +257,7 @@ def test_a_table_without_x0_says_what_to_use():
 def test_the_number_of_gradient_steps_is_known_before_they_are_drawn(rule):
     """The mean of 4,000 draws of at most 10 steps; the tolerance is four standard errors at the widest spread."""
     random.seed(0)
-    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(4000)]
+    lengths = [len(draw_truncation(rule, chain_of(10)).grad_steps) for _ in range(4000)]
     most, mean = gate_count(rule, 10)
     assert max(lengths) <= most == {"last:3": 3, "drtune:3": 3, "lv:3": 1, "refl": 1}.get(rule, 10)
     assert abs(statistics.fmean(lengths) - mean) < 4 * 3.0 / 4000**0.5
@@ -271,7 +277,7 @@ def test_gradient_steps_of_rules_that_cut_more_are_counted_without_a_draw(rule):
     state = random.getstate()
     most, mean = gate_count(rule, 10)
     assert random.getstate() == state
-    lengths = [len(draw_truncation(rule, 10).grad_steps) for _ in range(2000)]
+    lengths = [len(draw_truncation(rule, chain_of(10)).grad_steps) for _ in range(2000)]
     assert max(lengths) == most
     assert abs(statistics.fmean(lengths) - mean) < 4 * 1.2 / 2000**0.5  # four standard errors at the widest spread
     with pytest.raises(ValueError, match="use 1 to 4"):

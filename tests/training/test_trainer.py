@@ -357,14 +357,14 @@ def test_fp16_without_a_gpu_is_refused(tiny_sd_folder, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they work on a GPU")
-@pytest.mark.parametrize("name", ["cuda_graphs", "compiled"])
-def test_what_needs_a_gpu_is_refused_without_one(tiny_sd_folder, tmp_path, name):
+@pytest.mark.parametrize(("name", "value"), [("cuda_graphs", "on"), ("compiled", True)])
+def test_what_needs_a_gpu_is_refused_without_one(tiny_sd_folder, tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name} needs a GPU, but the model is on the CPU: leave it out"):
-        make_trainer(tiny_sd_folder, make_config(tmp_path, **{name: True}))
+        make_trainer(tiny_sd_folder, make_config(tmp_path, **{name: value}))
 
 
 def test_graphs_are_refused_under_autocast(tiny_sd_folder, tmp_path):
-    config = make_config(tmp_path, mixed_precision="bf16", cuda_graphs=True)
+    config = make_config(tmp_path, mixed_precision="bf16", cuda_graphs="on")
     with pytest.raises(ValueError, match="train adapters, or leave it out"):
         make_trainer(tiny_sd_folder, config, use_lora=False)
 

@@ -6,6 +6,7 @@ option), the module's original forward runs. Attention gets another processor, a
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
@@ -23,6 +24,7 @@ from alignprop_fast.models.lean.attention import (
 )
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
 from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.group_norm_silu import backend as group_norm_backend
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linear, lora_linears
@@ -40,17 +42,29 @@ class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d` that does not keep its input while its weights are frozen."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _applies(input, self):
-            return super().forward(input)
-        return frozen_conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+        return self._convolved(input, self.bias) if self._frozen(input) else super().forward(input)
+
+    def before_norm(
+        self, input: torch.Tensor, addend_BC: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result, and what a group norm that follows must add to it: `addend_BC`, and the bias if it is left out.
+
+        On a GPU a bias is a pass of its own over the result. The norm adds it for nothing if csrc/ serves it or if it
+        has an addend anyway.
+        """
+        free = addend_BC is not None or group_norm_backend(input) == "csrc"
+        if self.bias is None or not free or not self._frozen(input):
+            return self(input), addend_BC
+        bias_BC = self.bias[None]
+        return self._convolved(input, None), bias_BC if addend_BC is None else addend_BC + bias_BC
+
+    def _frozen(self, x: torch.Tensor) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str) and _applies(x, self)
+
+    def _convolved(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        assert not isinstance(padding, str)
+        return frozen_conv2d(x, self.weight, bias, stride, padding, dilation, self.groups)
 
 
 class LeanLinear(nn.Linear):
@@ -64,10 +78,18 @@ class LeanLinear(nn.Linear):
         return lora_linear(input, self.weight, self.bias, keep=self.reused_as)
 
 
+class Copied(NamedTuple):
+    """What a LoRA layer computes with a copy of its adapter, while `active` is its setting (`adapter_copies`)."""
+
+    active: object
+    layer: Layer
+
+
 class LeanLoraLinear(LoraLinear):
     """PEFT's LoRA layer as one op that keeps x only once and casts the adapters instead of x."""
 
     reused_as: Kind | None = None
+    copied: Copied | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.as_layer(x)
@@ -75,9 +97,10 @@ class LeanLoraLinear(LoraLinear):
 
     def as_layer(self, x: torch.Tensor) -> Layer | None:
         """The op's result for x, or None if PEFT's own path must run."""
-        base = self.base_layer
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if not names or not _applies(x, base) or not self._plain(names):
+        if self.copied is not None and self.copied.active is self._active_adapter:
+            return self.copied.layer
+        base, names = self.base_layer, self.served_adapters()
+        if not names or autocasts(x):
             return None
         downs = [self.lora_A[name].weight for name in names]
         ups = [self.lora_B[name].weight for name in names]
@@ -87,15 +110,18 @@ class LeanLoraLinear(LoraLinear):
         up = torch.cat([up * self.scaling[name] for name, up in zip(names, ups, strict=True)], dim=1)
         return Layer(base.weight, base.bias, torch.cat(downs), up)
 
-    def _plain(self, names: list[str]) -> bool:
-        """Whether there are only low-rank adapters on a dense layer; PEFT's path serves DoRA, dropout and the like."""
-        return (
+    def served_adapters(self) -> list[str]:
+        """The active adapters, if the op serves them; none if PEFT's path must, as for DoRA and dropout."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = (
             not self.disable_adapters
             and not self.merged
             and isinstance(self.base_layer, nn.Linear)
+            and not any(p.requires_grad for p in self.base_layer.parameters(recurse=False))
             and not any(name in self.lora_variant or self.lora_bias[name] for name in names)
             and not any(self.lora_dropout[name].training and _rate(self.lora_dropout[name]) > 0 for name in names)
         )
+        return names if plain else []
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -112,7 +138,7 @@ class LeanGEGLU(GEGLU):
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
-    """`diffusers` ResnetBlock2D with norm and SiLU as one op, in the memory format of its input."""
+    """`diffusers` ResnetBlock2D with norm and SiLU as one op, which adds the bias of the convolution before it too."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
         # "group" in decoders means the default norm without a time embedding.
@@ -125,16 +151,18 @@ class LeanResnetBlock2D(ResnetBlock2D):
             or not _applies(input_tensor, self.norm1, self.norm2)
         ):
             return super().forward(input_tensor, temb)
-        h = self.conv1(_norm_silu(self.norm1, input_tensor))
+        h = _norm_silu(self.norm1, input_tensor)
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, temb)))
+        # A convolution with adapters is another class.
+        h, addend_BC = self.conv1.before_norm(h, temb) if type(self.conv1) is FrozenConv2d else (self.conv1(h), temb)
+        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, addend_BC)))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return shortcut + h if self.output_scale_factor == 1 else (shortcut + h) / self.output_scale_factor
 
 
-def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, time_embedding_BC: torch.Tensor | None = None) -> torch.Tensor:
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, time_embedding_BC=time_embedding_BC)
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, addend_BC: torch.Tensor | None = None) -> torch.Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, addend_BC=addend_BC)
 
 
 class LeanGroupNorm(nn.GroupNorm):
@@ -182,6 +210,7 @@ def take_ops_out(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, LeanLinear | LeanLoraLinear):
             vars(module).pop("reused_as", None)
+            vars(module).pop("copied", None)
     take_processors_out(root)
     _swap(root, _STOCK.get)
 

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
@@ -89,6 +90,41 @@ def test_decoder_values_stay(tiny_sd):
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
     for lean_value, value in zip(*reversed(results), strict=True):
         assert (lean_value - value).abs().max() <= 1e-4 * value.abs().max()
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes for each convolution whether it has a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.biased = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.convolution:
+            self.biased.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_bias_before_a_norm_goes_with_the_time_embedding(adapted):
+    """Only the second convolution adds its own bias, in one pass over the image less; a LoRA layer keeps its own."""
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=32, temb_channels=8, groups=8)
+    if adapted:
+        block = inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False), block)
+    block.requires_grad_(False)
+    x, temb = torch.randn(2, 32, 5, 4, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    results, biased = [], []
+    for swap in (take_ops_out, put_ops_in):
+        swap(block)
+        with Convolutions() as convolutions:
+            y = block(x, temb)
+        biased.append(convolutions.biased)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, temb))))
+    # LoRA's two convolutions have none.
+    assert biased == ([[True, False, False, True]] * 2 if adapted else [[True, True], [False, True]])
+    for lean_value, value in zip(*reversed(results), strict=True):
+        assert (lean_value - value).abs().max() <= 1e-5 * value.abs().max()
 
 
 def test_all_of_a_decoder_is_lean(tiny_sd, monkeypatch):

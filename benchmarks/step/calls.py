@@ -1,0 +1,148 @@
+"""How many operator calls one evaluation of a denoiser makes, beside stock diffusers with PEFT. Needs no GPU.
+
+    python -m benchmarks.step.calls --output benchmarks/results/meta/calls.csv
+    python -m benchmarks.step.calls --models sdxl --histogram 30
+
+The published architectures at their native sizes on meta tensors, with bf16 weights, adapters of rank 16 in fp32 on the
+attention's projections, batch 1: a guided pair, or one sample for FLUX. A call is an operator that computes: neither a
+view nor an allocation. The package's own ops run the code that they run on a GPU. Each of their kernels counts as one
+call, so an op with three kernels counts as three.
+
+kernels: the package, its LoRA products by its own kernels. products: by PyTorch's. Which of the two runs on a GPU is
+measured there, shape by shape. stock: unchanged diffusers and PEFT, each fused attention counted as one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alignprop_fast import kernels
+from alignprop_fast.models.architectures import NAMES, architecture
+from alignprop_fast.models.lean.surgery import take_ops_out
+from alignprop_fast.ops import backend, extension, group_norm_silu, lora_linear
+from alignprop_fast.ops.attention import attention
+from alignprop_fast.runtime import step_gradients
+from benchmarks.provenance import commit
+from benchmarks.rows import write_rows
+
+VARIANTS = ("stock", "products", "kernels")
+CSRC_KERNELS = 3  # statistics or sums, their join, the pass over x (group_norm_silu_cuda.cu)
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls by name while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "alignprop_fast":
+            self.counts[name] += CSRC_KERNELS
+            return None
+        if not func.is_view and name not in _ALLOCATIONS:
+            self.counts[name] += 1
+        out = func(*args, **(kwargs or {}))
+        if name == "convolution" and not args[1].is_contiguous():  # as a GPU's, unlike the meta device's
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
+
+    def launch(self, kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        """Stands for `kernels.launch.launch`."""
+        self.counts[kernel.__name__] += 1
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+
+@contextmanager
+def as_on_a_gpu(calls: Calls, products: str) -> Iterator[None]:
+    """Inside, ops take meta tensors for a GPU's; their kernels only count. products: of LoRA, "plain" or "triton"."""
+    if reason := extension.missing("cpu"):
+        raise SystemExit(f"csrc/ is not built ({reason}): python -m alignprop_fast.ops.extension")
+    group_norm_silu._register_fakes()
+    with ExitStack() as stack:
+        for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+            if hasattr(loaded := importlib.import_module(module.name), "launch"):
+                stack.enter_context(mock.patch.object(loaded, "launch", calls.launch))
+        for owner, name, stand_in in (
+            (backend, "backend", lambda x, op: "triton"),
+            (lora_linear, "chosen", partial(_chosen, products)),
+            (group_norm_silu, "_why_aten", lambda *tensors: None),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+
+
+def _chosen(products: str, direction: str, x: torch.Tensor, layers: Any) -> str:
+    return products if all(layer.down is not None for layer in layers) else "plain"
+
+
+def _fused_attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *rest: Any, scale: Any = None, **same: Any) -> Any:
+    """Stands for PyTorch's, which has no fused kernel on the meta device."""
+    assert attn_mask is None
+    return attention(q, k, v, scale)
+
+
+def count(name: str, variant: str) -> dict[str, Counter[str]]:
+    """Calls of one evaluation by name: "forward", and "both" passes with the gradients in fp32."""
+    model = architecture(name)
+    size = model.image_size(None, None)
+    cond = model.blank_conditioning(1, not model.embeds_guidance, size)
+    x = model.initial_latents(1, size, None, None).requires_grad_()
+    timestep, calls, trained = torch.tensor(500.0, device=model.device), Calls(), model.trainable()
+    with ExitStack() as stack:
+        if variant == "stock":
+            take_ops_out(model.denoiser)
+            model.denoiser.to(memory_format=torch.contiguous_format)
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _fused_attention))
+        else:
+            copies = model.adapter_copies()
+            trained = copies.stand_ins(trained)
+            stack.enter_context(copies.in_place())
+            stack.enter_context(as_on_a_gpu(calls, {"kernels": "triton", "products": "plain"}[variant]))
+        stack.enter_context(calls)
+        y = model.predict(x, timestep, cond)
+        forward = calls.counts.copy()
+        step_gradients(y, [x, *trained], torch.empty_like(y))
+    return {"forward": forward, "both": calls.counts.copy()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--histogram", type=int, default=0, metavar="N", help="also print the N most frequent calls")
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    args = parser.parse_args()
+    rows = []
+    for name in args.models:
+        for variant in args.variants:
+            found = count(name, variant)
+            totals = {part: counts.total() for part, counts in found.items()}
+            rows.append({"commit": commit(), "torch": torch.__version__, "model": name, "variant": variant, **totals})
+            print(f"{name:>12} {variant:>8}: " + ", ".join(f"{part} {total:,}" for part, total in totals.items()))
+            for call, times in found["both"].most_common(args.histogram):
+                print(f"{times:>10,} {call} (forward {found['forward'][call]:,})")
+    if args.output:
+        write_rows(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()
