@@ -1,4 +1,6 @@
-"""Writes files so that a crash leaves no partial file: under a temporary name in the same folder, then renamed."""
+"""Writes files so that a crash leaves no partial file: under a temporary name in the same folder, then renamed.
+
+And the folder of what this package keeps between its runs."""
 
 from __future__ import annotations
 
@@ -23,3 +25,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """The user's folder for measurements on this machine."""
+    return Path.home() / ".cache" / "alignprop_fast"

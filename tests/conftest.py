@@ -33,7 +33,8 @@ def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
     """Cost tables that tests measure do not mix with the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alignprop_fast.generate.cost_table.cache_folder", lambda: folder)
+        for module in ("alignprop_fast.generate.cost_table", "alignprop_fast.cli.kept_tables"):
+            patch.setattr(f"{module}.cache_folder", lambda: folder)
         yield
 
 

@@ -10,7 +10,7 @@ from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.options import command_line, given
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.screen import make_console
-from alignprop_fast.cli.support import check_writable, quiet_libraries, run_errors, setup_errors
+from alignprop_fast.cli.support import check_writable, run_errors, setup_errors
 from alignprop_fast.training.declaration import Command
 
 
@@ -40,7 +40,6 @@ def plan(ctx: typer.Context, options: PlanOptions) -> None:
         folder.check()
         for file in files:
             check_writable(file.parent)
-        quiet_libraries(console)
         if options.table is None:
             question = from_model(console, options)
         else:

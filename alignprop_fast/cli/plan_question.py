@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from alignprop_fast.cli import kept_tables
 from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_summary import Prediction, predict
-from alignprop_fast.cli.support import budget_here, pick_device
+from alignprop_fast.cli.screen import Waiting
+from alignprop_fast.cli.support import budget_here, pick_device, quiet_libraries
 from alignprop_fast.planner import (
     AUTO,
     GPUS,
@@ -25,21 +28,15 @@ from alignprop_fast.planner import (
     find_gpu,
     largest_batch,
     load_table,
+    lockable_bytes,
     scaled,
 )
-from alignprop_fast.prompts.rows import PromptRow, load_rows
+from alignprop_fast.prompts.rows import load_rows
 from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.generate.sampler import DifferentiableSampler
-    from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.training.config import AlignPropConfig
-
-# The options that --table allows; the table determines all others.
-_BESIDE_TABLE = {
-    *("num_inference_steps", "truncation", "memory_budget", "host_memory"),
-    *("table", "save_table", "json", "output_dir"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Question:
 
     def _largest(self) -> int | None:
         """The largest batch size that fits in the worst case, 0 if none; None if a single table allows no fit."""
-        from alignprop_fast.sampling import gate_count
+        from alignprop_fast.sampling.draw import gate_count
 
         if len(self.tables) < 2:
             return None
@@ -95,7 +92,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
     Raises:
         ValueError: the table or the budget is bad, or an option is given that the table determines.
     """
-    if idle := [name for name in given if name not in _BESIDE_TABLE]:
+    if idle := [name for name in given if name not in kept_tables.BESIDE_TABLE]:
         raise ValueError(
             f"--{idle[0].replace('_', '-')} is determined by --table: leave it out, or estimate without --table"
         )
@@ -135,12 +132,12 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
 
 
 def from_model(console: Console, options: PlanOptions) -> Question:
-    """The question about a model; its tables are estimated or measured now.
+    """The question about a model. Its tables are measured now, or estimated, now or for an earlier question.
 
     Raises:
         ValueError, OSError: bad input, one line each.
     """
-    from alignprop_fast.sampling import gate_count
+    from alignprop_fast.sampling.draw import gate_count
 
     chosen, place = _sized(options), _place(options)
     precision = place.precision if chosen.mixed_precision == "auto" else chosen.mixed_precision
@@ -149,12 +146,20 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     wanted_bytes, steps, batch = _wanted_bytes(config), chosen.num_inference_steps, chosen.batch_size
     gate_count(chosen.truncation, steps)
     name, budget_bytes, note = place.budget(wanted_bytes)
-    sampler = _sampler(chosen, config, place.device)
-    tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
-    if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
-        held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
-        budget_bytes = budget_bytes if held_bytes is None else held_bytes
-    height, width = sampler.size
+    tables = kept_tables.read(chosen) if place.is_named else None
+    if tables is None:
+        quiet_libraries(console)
+        sampler = _sampler(chosen, config, place.device)
+        tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
+        if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
+            held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
+            budget_bytes = budget_bytes if held_bytes is None else held_bytes
+        if place.is_named and _is_known(chosen):
+            kept_tables.keep(chosen, tables)
+    if place.gpu is not None:
+        host_bytes = lockable_bytes(None if config.host_memory is None else int(config.host_memory))
+        tables = {size: replace(table, host_limit_bytes=host_bytes) for size, table in tables.items()}
+    height, width = (int(tables[batch].origin[side]) for side in ("height", "width"))
     source = "measured" if place.gpu is None else "estimated"
     facts = {
         "model": chosen.model,
@@ -176,11 +181,13 @@ def from_model(console: Console, options: PlanOptions) -> Question:
 class _Place:
     """Where a training step is measured, or for which GPU it is estimated. device: a torch device; "meta" estimates.
 
+    is_named: whether the GPU is that of --gpu, whose data sheet does not depend on this computer.
     precision: the meaning of --mixed-precision auto there.
     """
 
     device: str
     gpu: Gpu | None
+    is_named: bool = False
 
     @property
     def precision(self) -> str:
@@ -194,12 +201,12 @@ class _Place:
 
 
 def _place(options: PlanOptions) -> _Place:
+    if not options.measure:
+        return _Place("meta", _gpu(options.gpu), is_named=options.gpu is not None)
     import torch
 
     from alignprop_fast.training.placement import make_deterministic
 
-    if not options.measure:
-        return _Place("meta", _gpu(options.gpu))
     if options.gpu is not None:
         raise ValueError("--measure uses this computer's device: leave out --gpu, or --measure")
     if options.deterministic and torch.cuda.is_available():
@@ -227,10 +234,10 @@ def _wanted_bytes(config: AlignPropConfig) -> int | None:
 
 
 def _gpu(name: str | None) -> Gpu:
-    import torch
-
     if name is not None:
         return find_gpu(name)
+    import torch
+
     known = ", ".join(gpu.name for gpu in GPUS)
     if not torch.cuda.is_available():
         raise ValueError(f"this computer has no GPU to plan for: name one by --gpu; known are {known}")
@@ -254,8 +261,6 @@ def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> Dif
         raise ValueError(f"{options.model} is an architecture without weights: give --measure a folder or a Hub id")
     row = load_rows(options.prompts)[0]
     rewards = open_rewards(options, device)
-    if device == "meta":
-        _try_without_data(options.reward, rewards.trained, row)
     if not device.startswith("cuda"):  # the budget is not this computer's free memory
         config = replace(config, memory_budget=None)
     pipeline = open_model(options, device)
@@ -265,19 +270,30 @@ def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> Dif
     return sampler
 
 
-def _try_without_data(name: str, reward: WeightedSum, row: PromptRow) -> None:
-    """Raises ValueError if the reward needs data."""
+def _is_known(options: PlanOptions) -> bool:
+    """Whether this package and local files determine the tables: no model of the Hub and no function of the user."""
+    from alignprop_fast.models.architectures import NAMES
+    from alignprop_fast.rewards.registry import parsed_spec
+    from alignprop_fast.rewards.user_function import is_function_name
+
+    specs = [spec for spec in (options.reward, options.watch_reward) if spec]
+    parts = [name for spec in specs for name, _ in parsed_spec(spec, [])[0]]
+    return (options.model in (*NAMES, "demo") or Path(options.model).expanduser().exists()) and not any(
+        map(is_function_name, parts)
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Counting has no data to share among threads, and on a busy machine they would wait for each other."""
     import torch
 
-    images_BCHW = torch.zeros(1, 3, 256, 256, device="meta", requires_grad=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        scores_B, _ = reward(images_BCHW, [row.prompt], [dict(row.metadata)])
-        torch.autograd.grad(scores_B.sum(), images_BCHW)
-    except Exception as error:  # the user's own code may raise anything
-        raise ValueError(
-            f"the reward {name!r} does not run without data ({str(error).partition(chr(10))[0]}): "
-            "use --measure, or plan with a reward of this package of the same size"
-        ) from error
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tables(
@@ -286,13 +302,13 @@ def _tables(
     """The tables of two batch sizes, or only of `batch` if the device lacks the memory for the other one."""
     from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 
-    how = "measuring" if gpu is None else "counting the operators of"
+    how = "measuring" if gpu is None else "counting operators"
     tables: dict[int, CostTable] = {}
-    for size in (batch, 2 if batch == 1 else 1):
-        with console.status(f"{how} a training step at batch size {size}; a large model takes a minute the first time"):
-            table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, negative_prompt))
-        if not isinstance(table, OutOfMemory):
-            tables[size] = table
-        elif size == batch:
-            raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
+    with Waiting(console, how, parts=2) as waiting, nullcontext() if gpu is None else _one_thread():
+        for size in kept_tables.batches(batch):
+            table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, negative_prompt, waiting.next_part()))
+            if not isinstance(table, OutOfMemory):
+                tables[size] = table
+            elif size == batch:
+                raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
     return tables

@@ -39,7 +39,7 @@ def predict(table: CostTable, num_steps: int, truncation: str, batch: int, budge
         ValueError: an unknown rule.
     """
     from alignprop_fast.planner import Solver
-    from alignprop_fast.sampling import gate_count
+    from alignprop_fast.sampling.draw import gate_count
 
     most, mean = gate_count(truncation, num_steps)
     solver = Solver(table, num_steps, most)
@@ -121,11 +121,16 @@ def _plans(prediction: Prediction) -> Table:
         "seconds per training step": lambda plan: f"{plan.seconds:.3g}",
         "images per hour": lambda plan: f"{_images_per_hour(plan, prediction.batch) or 0:.0f}",
         "peak": lambda plan: format_bytes(plan.peak_bytes),
-        "in host memory": lambda plan: format_bytes(plan.host_bytes) if plan.host_bytes else "nothing",
+        "in host memory": lambda plan: _in_host_memory(plan, prediction.table),
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(plan) for plan in columns.values()))
     return table
+
+
+def _in_host_memory(plan: Plan, table: CostTable) -> str:
+    limit = "" if table.host_limit_bytes is None else f" of {format_bytes(table.host_limit_bytes)}"
+    return f"{format_bytes(plan.host_bytes) if plan.host_bytes else 'nothing'}{limit}"
 
 
 def _counted(steps: tuple[int, ...]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console
@@ -70,6 +72,40 @@ def drop_output(stream: TextIO) -> None:
     """Discard a stream's waiting and later output."""
     with suppress(OSError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Waiting:
+    """A bar with the time left, in a terminal, for work that tells which share of it is done.
+
+    parts: how many parts of equal length the work has; each is told of by a function of its own.
+    """
+
+    def __init__(self, console: Console, what: str, parts: int):
+        self._bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task, self._begun = self._bar.add_task("", total=parts), 0
+
+    def __enter__(self) -> Waiting:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def next_part(self) -> Callable[[float], None]:
+        """A function to be told the share of the next part that is done, from 0 to 1."""
+        self._begun += 1
+        return partial(self._tell, self._begun - 1)
+
+    def _tell(self, before: int, done: float) -> None:
+        self._bar.update(self._task, completed=before + done)
 
 
 class Display:

@@ -14,7 +14,7 @@ import torch
 
 from alignprop_fast.doctor.report import Fact
 from alignprop_fast.ops import attention_packages, extension
-from alignprop_fast.runtime.host_memory import lockable_bytes
+from alignprop_fast.planner.host_memory import lockable_bytes
 from alignprop_fast.version import __version__
 
 GIB = 2**30

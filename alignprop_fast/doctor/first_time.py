@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from alignprop_fast.files import cache_folder
 from alignprop_fast.ops import extension, switched_off
-from alignprop_fast.ops.autotune import cache_folder, device_name
+from alignprop_fast.ops.autotune import device_name
 from alignprop_fast.version import __version__
 
 log = logging.getLogger(__name__)

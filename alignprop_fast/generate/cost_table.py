@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.files import cache_folder
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.planner import (
     GRADES,
@@ -35,24 +36,30 @@ from alignprop_fast.rewards.reward import Reward
 from alignprop_fast.runtime import (
     DECODER_STAGES,
     Block,
+    DecoderCosts,
     Operator,
+    Told,
     allocated_bytes,
     autocast_dtype,
-    cache_folder,
-    decoder_stages,
     device_name,
     link_rate,
+    nobody,
     operator_seconds,
     remembered_results,
     reward_stages,
     step_costs,
     transfer_bytes,
+    within,
 )
 from alignprop_fast.version import __version__
 
 # cuBLAS and cuDNN workspaces and the allocator's rounding, assumed if there is no device to measure them.
 _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
 _ON_TENSOR_CORES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
+
+
+# What decoders cost, by all that this depends on except the batch size.
+Decoders = dict[Hashable, DecoderCosts]
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class TrainingStep:
         return len(self.prompts)
 
 
-def measured_table(step: TrainingStep) -> CostTable:
+def measured_table(step: TrainingStep, decoders: Decoders, told: Told = nobody) -> CostTable:
     """Run each part of the step on its device under each option, or read earlier measurements.
 
     Call it under the step's own autocast state, because costs depend on it. The reward is measured each time, because
@@ -100,8 +107,8 @@ def measured_table(step: TrainingStep) -> CostTable:
     origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
-
-    return _completed(_remembered(origin, lambda: _costs(step, origin, None, link)), step, None)
+    rewards = _rewards(step, None)
+    return _completed(_remembered(origin, lambda: _costs(step, origin, None, link, decoders, told)), step, rewards)
 
 
 def roofline_on(
@@ -114,10 +121,13 @@ def roofline_on(
 
 
 @remembered_results()
-def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
+def estimated_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told = nobody) -> CostTable:
     """The table of a step on meta tensors, with the seconds of its operators on the GPU by the roofline model.
 
-    It is remembered like a measured one, because counting all operators of a large model takes a minute.
+    It is remembered like a measured one, because counting the operators of a large model takes seconds.
+
+    Raises:
+        ValueError: the reward needs data.
     """
 
     roofline = _Roofline(gpu)
@@ -125,13 +135,20 @@ def estimated_table(step: TrainingStep, gpu: Gpu) -> CostTable:
     origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     if step.chain.precision is not None:
         step.chain.precision.decide_by(partial(roofline_on, gpu))
+    try:
+        rewards = _rewards(step, formula)
+    except Exception as error:  # the user's own code may raise anything
+        raise ValueError(
+            f"the reward does not run without data ({str(error).partition(chr(10))[0]}): "
+            "use --measure, or plan with a reward of this package of the same size"
+        ) from error
 
     def costs() -> CostTable:
-        table = _costs(step, origin, formula, gpu.link)
+        table = _costs(step, origin, formula, gpu.link, decoders, told)
         return replace(table, graphs=GraphCosts(roofline.graph_ratio, roofline.graph_ratio, 0))
 
     table = _remembered(origin, costs)
-    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, formula)
+    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, rewards)
 
 
 class _Roofline:
@@ -184,11 +201,21 @@ def _read(path: Path) -> CostTable | None:
         return None
 
 
-def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | None, link: float | None) -> CostTable:
+def _costs(
+    step: TrainingStep,
+    origin: Mapping[str, str],
+    formula: Operator | None,
+    link: float | None,
+    decoders: Decoders,
+    told: Told,
+) -> CostTable:
     """The table without the parts that `_completed` adds."""
-    x = latents(step)
+    x, model = latents(step), step.model
     image_bytes = _bytes([_images(step)])
-    costs = step_costs(step.chain, x, formula, link)
+    key = model.decode, *(item for item in origin.items() if item[0] != "batch")
+    if key not in decoders:
+        decoders[key] = DecoderCosts(model.decode, model.decode_by_bands, step.decoder_blocks, formula)
+    costs = step_costs(step.chain, x, formula, link, within(told, 0, 0.7))
     return CostTable(
         fixed={"workspace": costs.workspace_bytes},
         latent_bytes=_bytes([step.chain.start(x)]),
@@ -199,14 +226,12 @@ def _costs(step: TrainingStep, origin: Mapping[str, str], formula: Operator | No
         sampling_seconds=costs.sampling_seconds,
         closed_bytes=costs.closed_bytes,
         closed_seconds=costs.closed_seconds,
-        decoders=decoder_stages(
-            step.model.decode, x, image_bytes, step.decoder_blocks, step.model.decode_by_bands, formula
-        ),
+        decoders=decoders[key].stages(x, image_bytes),
         origin=origin,
     )
 
 
-def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -> CostTable:
+def _completed(table: CostTable, step: TrainingStep, rewards: tuple[Stage, ...]) -> CostTable:
     if step.chain.has_penalty:
         table = _penalised(table, step)
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
@@ -217,7 +242,7 @@ def _completed(table: CostTable, step: TrainingStep, formula: Operator | None) -
         table,
         sums_bytes=sums_bytes,
         fixed={**_fixed(step), **table.fixed, **rounded},
-        rewards=_rewards(step, formula),
+        rewards=rewards,
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,
     )

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import TrainingStep, estimated_table, measured_table
+from alignprop_fast.generate.cost_table import Decoders, TrainingStep, estimated_table, measured_table
 from alignprop_fast.generate.graph_costs import estimated_graph_costs, graph_costs
 from alignprop_fast.generate.memory_budget import MemoryBudget
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, GraphCosts, Plan, Solver, leanest
-from alignprop_fast.runtime import Chain, autocast_dtype
+from alignprop_fast.runtime import Chain, Told, autocast_dtype, nobody
 
 
 def gradient_steps(chain: Chain, wanted: Iterable[int], wants_gradient: bool = False) -> list[int]:
@@ -35,6 +35,7 @@ class StepPlanner:
     def __init__(self, model: Any, budget: MemoryBudget, renderer: Renderer, num_steps: int):
         self.model, self.budget, self.renderer, self.num_steps = model, budget, renderer, num_steps
         self.solvers: dict[tuple, Solver] = {}
+        self.decoders: Decoders = {}
         self.graphs: dict[tuple, GraphCosts | None] = {}
 
     @property
@@ -73,8 +74,8 @@ class StepPlanner:
         cast = autocast_dtype(self.model.device)
         return step.batch, embeds.shape, embeds.dtype, len(step.chain.receivers), cast
 
-    def _measured(self, step: TrainingStep) -> CostTable:
-        return replace(measured_table(step), graphs=self._graphs(step))
+    def _measured(self, step: TrainingStep, told: Told = nobody) -> CostTable:
+        return replace(measured_table(step, self.decoders, told), graphs=self._graphs(step))
 
     def _graphs(self, step: TrainingStep) -> GraphCosts | None:
         key = self._shape(step)
@@ -82,12 +83,12 @@ class StepPlanner:
             self.graphs[key] = graph_costs(step)
         return self.graphs[key]
 
-    def costs(self, step: TrainingStep, gpu: Gpu | None) -> CostTable:
+    def costs(self, step: TrainingStep, gpu: Gpu | None, told: Told = nobody) -> CostTable:
         """Costs of such a step: measured, or estimated for a GPU that need not be in this computer."""
         with torch.enable_grad():
             if gpu is None:
-                return self._measured(step)
-            table = estimated_table(step, gpu)
+                return self._measured(step, told)
+            table = estimated_table(step, gpu, self.decoders, told)
             return replace(table, graphs=estimated_graph_costs(step, table))
 
     def settled_bytes(self, step: TrainingStep) -> int:

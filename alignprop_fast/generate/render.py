@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.planner import Plan
+from alignprop_fast.planner import Plan, lockable_bytes
 from alignprop_fast.runtime import (
     Chain,
     HostPool,
     Offloader,
     blocks_of,
-    lockable_bytes,
     raise_if_changed,
     run_decoder_stage,
     run_penalised_chain,

@@ -25,7 +25,7 @@ from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
-from alignprop_fast.runtime import Chain, GradientSink, blocks_of, raise_if_changed, score_in_chunks
+from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
 from alignprop_fast.sampling import (
     Draws,
     Gate,
@@ -297,11 +297,15 @@ class DifferentiableSampler:
         """
         return self.planner.solver(self._blank_step(batch, negative_prompt), len(self.table))
 
-    def cost_table(self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None) -> CostTable:
+    def cost_table(
+        self, batch: int, gpu: Gpu | None = None, negative_prompt: str | None = None, told: Told = nobody
+    ) -> CostTable:
         """Costs of a training step at this batch size: measured on the device or, for a model on meta tensors,
         estimated for a GPU that need not be in this computer.
+
+        told: is told which share of the work is done, from 0 to 1.
         """
-        return self.planner.costs(self._blank_step(batch, negative_prompt), gpu)
+        return self.planner.costs(self._blank_step(batch, negative_prompt), gpu, told)
 
     def tighten(self, factor: float = 0.9) -> int:
         """From now on plan with less memory than the last call took, because the device ran out; returns the budget.

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 
+from alignprop_fast.files import cache_folder
 from alignprop_fast.ops import switched_off
 from alignprop_fast.ops.errors import is_out_of_memory
 from alignprop_fast.version import __version__
@@ -201,11 +202,6 @@ def source_digest(folder: Path) -> str:
     for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def cache_folder() -> Path:
-    """The user's folder for measurements on this machine."""
-    return Path.home() / ".cache" / "alignprop_fast"
 
 
 def _file(key: str) -> Path:

@@ -13,6 +13,7 @@ from alignprop_fast.planner.budget import (
 from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, GRAPH_LAUNCH_SECONDS, LAUNCH_SECONDS, Gpu, find_gpu, roofline_seconds
+from alignprop_fast.planner.host_memory import lockable_bytes
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, simulate
@@ -49,6 +50,7 @@ __all__ = [
     "largest_batch",
     "leanest",
     "load_table",
+    "lockable_bytes",
     "option_of",
     "parse_budget",
     "parse_bytes",

@@ -1,6 +1,6 @@
 """Runs a chain under a plan (keeps, replays, recomputes), and measures time and memory; no other folder does."""
 
-from alignprop_fast.ops.autotune import cache_folder, device_name
+from alignprop_fast.ops.autotune import device_name
 from alignprop_fast.ops.errors import OutOfMemory, first_line, unless_out_of_memory
 from alignprop_fast.ops.versions import version, versions
 from alignprop_fast.runtime.block_costs import segments, transfer_bytes
@@ -8,18 +8,18 @@ from alignprop_fast.runtime.blocks import KEPT, Block, apply_options, blocks_of
 from alignprop_fast.runtime.chain import Chain, GradientSink
 from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
-from alignprop_fast.runtime.costs import DECODER_STAGES, decoder_stages, reward_stages, step_costs
+from alignprop_fast.runtime.costs import DECODER_STAGES, DecoderCosts, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
 from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.graphs import GraphedCalls
-from alignprop_fast.runtime.host_memory import lockable_bytes
 from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
 from alignprop_fast.runtime.meta_results import remembered_results
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
+from alignprop_fast.runtime.told import Told, nobody, within
 from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Block",
     "Chain",
     "CompiledBlocks",
+    "DecoderCosts",
     "GradientSink",
     "GraphedCalls",
     "HostPool",
@@ -37,20 +38,19 @@ __all__ = [
     "OutOfMemory",
     "PeakMeter",
     "Stopwatch",
+    "Told",
     "Trace",
     "Work",
     "allocated_bytes",
     "apply_options",
     "autocast_dtype",
     "blocks_of",
-    "cache_folder",
-    "decoder_stages",
     "device_memory",
     "device_name",
     "driver_bytes",
     "first_line",
     "link_rate",
-    "lockable_bytes",
+    "nobody",
     "operator_seconds",
     "raise_if_changed",
     "remembered_results",
@@ -68,4 +68,5 @@ __all__ = [
     "use_growing_segments",
     "version",
     "versions",
+    "within",
 ]

@@ -14,24 +14,27 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from alignprop_fast.planner import BlockOption, Option, Segment
+from alignprop_fast.runtime.told import Told, nobody
 from alignprop_fast.runtime.trace import Call, Interval, Like, Work, trace
 
 LEANEST = BlockOption.RECOMPUTE
 
 
-def segments(work: Work, link: float | None = None) -> tuple[Segment, ...]:
+def segments(work: Work, link: float | None = None, told: Told = nobody) -> tuple[Segment, ...]:
     """The segments of the work, each with all its options.
 
     If the network fits under the leanest option, one block alone fits under each.
 
     link: bytes/s to host memory. If given, each option also has a variant whose kept tensors are offloaded.
+    told: is told which share of the work is done.
 
     Raises:
         RuntimeError: out of memory (`ops.errors`): not even the leanest options fit.
     """
     lean = trace(work, {"*": LEANEST})
     alone: dict[Hashable, Mapping[BlockOption, Interval]] = {}
-    for interval in lean.intervals:
+    for index, interval in enumerate(lean.intervals):
+        told(0.3 + 0.7 * index / len(lean.intervals))
         if (call := interval.call) is not None and call.kind not in alone:
             alone[call.kind] = _alone(work, call, lean.owned, link is not None)
     return tuple(_segment(interval, alone, link) for interval in lean.intervals)

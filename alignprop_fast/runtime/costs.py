@@ -18,6 +18,7 @@ from alignprop_fast.runtime.blocks import Block
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.measure import Workspaces
+from alignprop_fast.runtime.told import Told, nobody, within
 from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,16 @@ class StepCosts:
 
 
 def step_costs(
-    chain: Chain, x: torch.Tensor, operator_seconds: Operator | None = None, link: float | None = None
+    chain: Chain,
+    x: torch.Tensor,
+    operator_seconds: Operator | None = None,
+    link: float | None = None,
+    told: Told = nobody,
 ) -> StepCosts:
     """Costs of one step of the chain at latents x [B, ...]; runs the prediction of step 0 and draws no random number.
 
-    operator_seconds: estimates the seconds (on meta tensors). link: bytes/s to host memory, for offloading.
+    operator_seconds: estimates the seconds (on meta tensors). link: bytes/s to host memory, for
+    offloading. told: is told which share of the work is done.
     """
     x = chain.start(x)
     start = x.detach().requires_grad_()
@@ -66,7 +72,8 @@ def step_costs(
         if chain.approximates:
             with chain.approximation():
                 closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
-        options = segments(work, link)
+        told(0.1)
+        options = segments(work, link, within(told, 0.1, 1))
     costs = StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
     return costs if closed is None else replace(costs, closed_bytes=closed.peak_bytes, closed_seconds=closed.seconds)
 
@@ -100,53 +107,74 @@ def _drop_grad(leaf: torch.Tensor) -> None:
     leaf.grad = None
 
 
-def decoder_stages(
-    decode: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    image_bytes: int,
-    blocks: Sequence[Block],
-    banded: Callable[[torch.Tensor], torch.Tensor],
-    operator_seconds: Operator | None = None,
-) -> tuple[Stage, ...]:
-    """The decoder on latents x [B, ...]: all images at once, or one by one or by bands, which recompute to go back.
+@dataclass(frozen=True)
+class Again:
+    """Costs of one image that is decoded without graph, and again in the backward pass."""
 
-    image_bytes: of all B decoded images. Stages for which the device lacks memory are left out.
+    segments: tuple[Segment, ...]
+    forward: Trace
 
-    Raises:
-        torch.OutOfMemoryError: the device lacks memory for all stages.
+
+class DecoderCosts:
+    """Measures a decoder. What one image costs is measured once, for all batch sizes.
+
+    Args:
+        decode, banded: from latents [B, ...] to images; banded in less memory.
+        blocks: of `decode`.
+        operator_seconds: as in `step_costs`.
     """
 
-    def work(fn: Callable[[torch.Tensor], torch.Tensor], count: int, blocks: Sequence[Block]) -> Work:
-        start = x[:count].detach().requires_grad_()
+    def __init__(
+        self,
+        decode: Callable[[torch.Tensor], torch.Tensor],
+        banded: Callable[[torch.Tensor], torch.Tensor],
+        blocks: Sequence[Block],
+        operator_seconds: Operator | None = None,
+    ):
+        self.operator_seconds = operator_seconds
+        self._ways: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Sequence[Block]]]
+        self._ways = {"image": (decode, blocks), "bands": (banded, ())}
+        self._one: dict[str, Again] = {}
+
+    def stages(self, x: torch.Tensor, image_bytes: int) -> tuple[Stage, ...]:
+        """The decoder on latents x [B, ...]: all images at once, or one by one or by bands, which recompute to go back.
+
+        image_bytes: of all B decoded images. Stages for which the device lacks memory are left out.
+
+        Raises:
+            torch.OutOfMemoryError: the device lacks memory for all stages.
+        """
+        again = {name: partial(self._again, name, x, image_bytes) for name in self._ways}
+        return _that_fit("decoder", {"batch": partial(self._batch, x), **again})
+
+    def _batch(self, x: torch.Tensor) -> Stage:
+        return Stage("batch", self._one_image("image", x).segments if len(x) == 1 else segments(self._work("image", x)))
+
+    def _again(self, name: str, x: torch.Tensor, image_bytes: int) -> Stage:
+        one = self._one_image(name, x[:1])
+        # While one image is decoded again, all images and the gradients of the others are alive.
+        others_bytes = image_bytes * (len(x) - 1) // len(x)
+        higher = tuple(_with_more_transient(segment, others_bytes) for segment in one.segments)
+        return Stage(name, higher, len(x), True, one.forward.peak_bytes, len(x) * one.forward.seconds)
+
+    def _one_image(self, name: str, x: torch.Tensor) -> Again:
+        if name not in self._one:
+            work = self._work(name, x)
+            self._one[name] = Again(segments(work), _without_graph(work))
+        return self._one[name]
+
+    def _work(self, name: str, x: torch.Tensor) -> Work:
+        start = x.detach().requires_grad_()
+        decode, blocks = self._ways[name]
         return Work(
-            forward=lambda: fn(start),
+            forward=partial(decode, start),
             pull=_all_at_once,
             leaves=[start],
             blocks=blocks,
             device=x.device,
-            operator_seconds=operator_seconds,
+            operator_seconds=self.operator_seconds,
             output_kept=False,
         )
-
-    @cache
-    def at_once(count: int) -> tuple[Segment, ...]:
-        return segments(work(decode, count, blocks))
-
-    def again(name: str, one: Work, segments: tuple[Segment, ...]) -> Stage:
-        forward = _without_graph(one)
-        # While one image is decoded again, all images and the gradients of the others are alive.
-        higher = tuple(_with_more_transient(segment, image_bytes * (len(x) - 1) // len(x)) for segment in segments)
-        return Stage(name, higher, len(x), True, forward.peak_bytes, len(x) * forward.seconds)
-
-    bands = work(banded, 1, ())
-    return _that_fit(
-        "decoder",
-        {
-            "batch": lambda: Stage("batch", at_once(len(x))),
-            "image": lambda: again("image", work(decode, 1, blocks), at_once(1)),
-            "bands": lambda: again("bands", bands, segments(bands)),
-        },
-    )
 
 
 def reward_stages(
@@ -176,14 +204,18 @@ def reward_stages(
             operator_seconds=operator_seconds,
         )
 
+    @cache
+    def whole(count: int) -> tuple[Segment, ...]:
+        return segments(work(count))
+
     def chunked(chunk: int) -> Stage:
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
-        found = tuple(_with_more_transient(segment, image_bytes) for segment in segments(work(chunk)))
+        found = tuple(_with_more_transient(segment, image_bytes) for segment in whole(chunk))
         return Stage(f"chunk:{chunk}", found, runs, True, forward.peak_bytes, runs * forward.seconds)
 
     image_bytes = images.numel() * images.element_size()
-    ways = {"batch": lambda: Stage("batch", segments(work(len(images))))}
+    ways = {"batch": lambda: Stage("batch", whole(len(images)))}
     chunk = 1
     while by_image and (chunk == 1 or chunk < len(images)):
         ways[f"chunk:{chunk}"] = partial(chunked, chunk)

@@ -5,7 +5,7 @@ counted, and those estimates are too slow.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,18 +24,18 @@ _IN_8_BITS = (aten._int_mm, aten._scaled_mm)
 
 
 def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Operator:
-    """(function, arguments, result) -> seconds, by roofline(FLOP, bytes, dtype) -> seconds."""
+    """(function, arguments, result) -> () -> seconds, by roofline(FLOP, bytes, dtype) -> seconds."""
 
-    def seconds(func: Any, arguments: Any, out: Any) -> float:
+    def seconds(func: Any, arguments: Any, out: Any) -> Callable[[], float]:
         if func.overloadpacket in _FREE or _is_view(func):
-            return 0.0
+            return float
         tensors = tensors_in(*arguments, out)
         if not tensors:
-            return 0.0
+            return float
         size_bytes = sum(t.numel() * t.element_size() for t in tensors)
         # int8 products have int32 results, and fp8 products bf16 ones.
         widest = tensors[0] if func.overloadpacket in _IN_8_BITS else max(tensors, key=lambda t: t.numel())
-        return roofline(_flop(func, arguments, out), size_bytes, widest.dtype)
+        return partial(roofline, _flop(func, arguments, out), size_bytes, widest.dtype)
 
     return seconds
 

@@ -12,7 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.meta_results import meta_result
+from alignprop_fast.runtime.meta_results import Known, meta_result
+
+OnOperator = Callable[[Any, Any, Any, Known | None], None]
 
 
 def tensors_in(*trees: Any) -> list[torch.Tensor]:
@@ -54,14 +56,12 @@ class LiveBytes(TorchDispatchMode):
 
     `enter(label)` starts a part of the block, and `peaks` holds the most bytes alive in each part. Bytes are charged to
     the part that allocated them, or to the one part that takes them (`take`). `on_operator` is called for each
-    operator: (function, arguments, result).
+    operator: (function, arguments, result, what is known of it).
 
     device: a GPU, whose allocator then gives the peaks, because kernels take workspaces that no result shows.
     """
 
-    def __init__(
-        self, on_operator: Callable[[Any, Any, Any], None] | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, on_operator: OnOperator | None = None, device: torch.device | None = None) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peaks: dict[Hashable, int] = {None: 0}
@@ -117,7 +117,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs, kwargs = tensors_in(args, kwargs), kwargs or {}
         on_meta = bool(inputs) and all(t.is_meta for t in inputs)
-        out = meta_result(func, args, kwargs, inputs) if on_meta else func(*args, **kwargs)
+        out, known = meta_result(func, args, kwargs, inputs) if on_meta else (func(*args, **kwargs), None)
         before = {id(t.untyped_storage()) for t in inputs}
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
@@ -130,7 +130,7 @@ class LiveBytes(TorchDispatchMode):
             self.live_bytes += size_bytes
         self.peaks[self._label] = max(self.peaks[self._label], self.live_bytes)
         if self._on_operator is not None:
-            self._on_operator(func, (args, kwargs), out)
+            self._on_operator(func, (args, kwargs), out, known)
         return out
 
     def __exit__(self, *exception: Any) -> None:

@@ -4,8 +4,9 @@ operator, and a plan needs those of one block a dozen times.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,20 @@ import torch
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 # The type of the result and the layout of each tensor in it. An empty list means the first argument itself.
 _Result = tuple[type, list[_Layout | None]]
-_known: dict[Hashable, _Result | None] | None = None  # None for an operator: it must run
+
+
+@dataclass
+class Known:
+    """What is known of an operator on tensors of certain layouts with certain numbers.
+
+    result: None: it must run. seconds: gives its estimate, once somebody has made one.
+    """
+
+    result: _Result | None
+    seconds: Callable[[], float] | None = None
+
+
+_known: dict[Hashable, Known] | None = None
 
 
 @contextmanager
@@ -27,27 +41,28 @@ def remembered_results() -> Iterator[None]:
         _known = None
 
 
-def meta_result(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
-    """func(*args, **kwargs) for an operator whose tensors, `inputs`, are all on the meta device.
+def meta_result(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> tuple[Any, Known | None]:
+    """func(*args, **kwargs) for an operator whose tensors, `inputs`, are all on the meta device, and what is known.
 
     Inside `remembered_results` it runs once for tensors of the same layouts with the same numbers. It always runs if it
     returns a view, or changes a layout or a storage.
     """
     if _known is None:
-        return func(*args, **kwargs)
+        return func(*args, **kwargs), None
     key = _key(func, args, kwargs)
-    if (known := _known.get(key)) is not None:
-        kind, layouts = known
+    known = _known.get(key)
+    if known is not None and known.result is not None:
+        kind, layouts = known.result
         if not layouts:
-            return args[0]
+            return args[0], known
         made = [None if layout is None else _made(*layout) for layout in layouts]
-        return made[0] if kind is torch.Tensor else kind(made)
+        return (made[0] if kind is torch.Tensor else kind(made)), known
     out = func(*args, **kwargs)
-    if key not in _known:
+    if known is None:
         # The tag is on set_, resize_ and their like, whose effect the layouts may not show.
         lasting = torch.Tag.inplace_view not in func.tags and key == _key(func, args, kwargs)
-        _known[key] = _described(func, args, out, inputs) if lasting else None
-    return out
+        known = _known[key] = Known(_described(func, args, out, inputs) if lasting else None)
+    return out, known
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Hashable:

@@ -20,9 +20,10 @@ from alignprop_fast.planner import BlockOption, Option, Options
 from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
+from alignprop_fast.runtime.meta_results import Known
 from alignprop_fast.runtime.offload import Offloader
 
-Operator = Callable[[Any, Any, Any], float]
+Operator = Callable[[Any, Any, Any], Callable[[], float]]
 # ("before", i): the gap before block i, forward. ("forward", i), ("backward", i): block i. ("after", i): the gap before
 # block i, backward.
 Part = tuple[str, int]
@@ -35,7 +36,7 @@ class Work:
     forward: () -> output with its graph; runs inside `apply_options`.
     pull: (output, leaves): runs the backward pass, which consumes the output; None: forward only.
     leaves: the tensors that get a gradient.
-    operator_seconds: (function, arguments, result) -> estimated seconds; None: the device is timed.
+    operator_seconds: (function, arguments, result) -> () -> estimated seconds; None: the device is timed.
     output_kept: whether the output counts as kept.
     around_block: the context in which a block runs alone.
     repeats: runs that are timed; the shortest one counts, because the first one warms up.
@@ -199,9 +200,15 @@ class _Counts:
         if not self._output_kept:
             self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
 
-    def _add_seconds(self, operator_seconds: Operator, func: Any, arguments: Any, out: Any) -> None:
-        seconds = operator_seconds(func, arguments, out)
-        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds
+    def _add_seconds(
+        self, operator_seconds: Operator, func: Any, arguments: Any, out: Any, known: Known | None
+    ) -> None:
+        seconds = None if known is None else known.seconds
+        if seconds is None:
+            seconds = operator_seconds(func, arguments, out)
+            if known is not None:
+                known.seconds = seconds
+        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds()
 
 
 def _timed(work: Work, options: Options) -> dict[Hashable, float]:

@@ -204,9 +204,9 @@ def _flop(run: Callable[[], Any]) -> float:
     total = 0.0
     count = operator_seconds(lambda flop, size_bytes, dtype: flop)
 
-    def add(func: Any, arguments: Any, out: Any) -> None:
+    def add(func: Any, arguments: Any, out: Any, known: Any) -> None:
         nonlocal total
-        total += count(func, arguments, out)
+        total += count(func, arguments, out)()
 
     with LiveBytes(add):
         run()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from alignprop_fast.cli import plan_question
 from alignprop_fast.demo import clip_path
 from alignprop_fast.planner import find_gpu, load_table
 from alignprop_fast.rewards.clip import ClipScore
@@ -99,6 +100,22 @@ def test_plans_come_from_saved_tables_too(plan, table):
     assert plan(*arguments, "--memory-budget", least)[0] == 0
     lean = json.loads(Path("plan.json").read_text())
     assert lean["peak_bytes"] <= facts["peak_bytes"] and lean["seconds_per_step"] > facts["seconds_per_step"]
+
+
+def test_another_budget_is_answered_without_the_model(plan, table, configs, monkeypatch):
+    """The `table` was estimated with the same options; a file that changes makes the answer outdated."""
+    arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--host-memory", "1GiB")
+    saved = ("--table", table, "--num-inference-steps", 4, "--host-memory", "1GiB")
+    monkeypatch.setattr(plan_question, "_sampler", lambda *_: pytest.fail("the model was made again"))
+    figures = []
+    for which in (arguments, saved):
+        assert plan(*which, "--memory-budget", "170MiB", "--json", "plan.json")[0] == 0
+        facts = json.loads(Path("plan.json").read_text())
+        figures.append([facts[name] for name in ("peak_bytes", "seconds_per_step", "options", "host_bytes")])
+    assert figures[0] == figures[1]
+    (configs / "model_index.json").touch()
+    with pytest.raises(pytest.fail.Exception):
+        plan(*arguments)
 
 
 def test_host_memory_limits_offloading(plan, table):

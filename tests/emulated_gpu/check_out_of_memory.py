@@ -11,7 +11,7 @@ from torch import nn
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.planner import BlockOption
-from alignprop_fast.runtime import Block, Work, decoder_stages, reward_stages, segments, trace
+from alignprop_fast.runtime import Block, DecoderCosts, Work, reward_stages, segments, trace
 
 GPU = torch.device("cuda")
 MIB = 2**20
@@ -76,7 +76,7 @@ def banded(x_BN):
 def test_a_decoder_stage_that_does_not_fit_is_left_out(emulated, limited, room, stages):
     x = torch.randn(4, 2**18, device=GPU)
     limited(room * MIB)
-    found = decoder_stages(decode, x, 4 * MIB, (), banded)
+    found = DecoderCosts(decode, banded, ()).stages(x, 4 * MIB)
     assert [stage.name for stage in found] == stages
 
 
@@ -84,7 +84,7 @@ def test_a_decoder_of_which_no_stage_fits_says_so(emulated, limited):
     x = torch.randn(4, 2**18, device=GPU)
     limited(MIB)
     with pytest.raises(torch.OutOfMemoryError, match="decoder fits neither at once nor in pieces"):
-        decoder_stages(decode, x, 4 * MIB, (), banded)
+        DecoderCosts(decode, banded, ()).stages(x, 4 * MIB)
 
 
 def test_a_reward_that_fits_in_chunks_alone(emulated, limited):

@@ -39,7 +39,7 @@ def layout(result):
 
 
 def run(func, args):
-    return meta_result(func, args, {}, tensors_in(args))
+    return meta_result(func, args, {}, tensors_in(args))[0]
 
 
 NEW = {

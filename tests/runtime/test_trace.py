@@ -5,6 +5,7 @@ share.
 """
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from alignprop_fast.runtime import (
     Work,
     apply_options,
     operator_seconds,
+    remembered_results,
     segments,
     trace,
     transfer_bytes,
@@ -100,6 +102,24 @@ def test_costs_of_mixtures_are_sums():
         options = {**options, "rest": BlockOption.KEEP}
         for ours, real in zip(predicted(found, options), counted(work, options), strict=True):
             assert ours == pytest.approx(real, rel=1e-3)
+
+
+def test_one_block_of_each_kind_stands_for_all():
+    """Of six blocks of two kinds: each runs once, and the first of each kind once more per option, and its offloaded
+    form. An option in all blocks takes what the network takes under it."""
+    work, calls = make_work("meta", operator_seconds(lambda flop, size_bytes, dtype: 1e-6)), Counter()
+    handles = [b.module.register_forward_hook(lambda *_, name=b.name: calls.update([name])) for b in work.blocks]
+    with remembered_results():
+        found = segments(work, link=1e9)
+        for handle in handles:
+            handle.remove()
+        wholes = {option: trace(work, {"*": option}) for option in GRADES}
+    first = {"first.0", "second.0"}
+    assert calls == {block.name: 1 + 2 * len(GRADES) * (block.name in first) for block in work.blocks}
+    for option, whole in wholes.items():
+        mixture = [segment.option(option if segment.name != "rest" else BlockOption.KEEP) for segment in found]
+        assert sum(each.kept_bytes for each in mixture) == sum(each.kept_bytes for each in whole.intervals)
+        assert sum(each.seconds for each in mixture) == pytest.approx(whole.seconds, rel=1e-9)
 
 
 def test_offloaded_options_say_what_stays_and_what_is_exposed():

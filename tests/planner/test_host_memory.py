@@ -2,8 +2,8 @@
 
 import pytest
 
-from alignprop_fast.runtime import lockable_bytes
-from alignprop_fast.runtime.host_memory import available_bytes
+from alignprop_fast.planner import lockable_bytes
+from alignprop_fast.planner.host_memory import available_bytes
 
 GIB = 2**30
 NO_LIMIT_V1 = 9223372036854771712
