@@ -93,15 +93,9 @@ def _no_dropout(q: Tensor) -> Tensors:
 
 @cache
 def _cuda_backends() -> dict[str, Backend]:
-    found = [
-        Backend("cudnn", _cudnn_forward, _cudnn_backward),
-        Backend("flash", _flash_forward, _flash_backward),
-        Backend("efficient", _efficient_forward, _efficient_backward),
-        Backend("triton", attention_triton.forward, attention_triton.backward),
-        *(backend for module, backend in _PACKAGES.items() if attention_packages.fault(module) is None),
-        PLAIN,
-    ]
-    return {one.name: one for one in found}
+    """Those of a GPU that are installed."""
+    missing = {one.name for module, one in _PACKAGES.items() if attention_packages.fault(module) is not None}
+    return {name: one for name, one in _BACKENDS.items() if name not in missing}
 
 
 CPU = Backend("cpu", _cpu_forward, _cpu_backward)
@@ -109,6 +103,17 @@ PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward)
 _PACKAGES = {
     attention_packages.FLASH3: Backend("flash3", attention_packages.flash3_forward, attention_packages.flash3_backward),
     attention_packages.FLASH4: Backend("flash4", attention_packages.flash4_forward, attention_packages.flash4_backward),
+}
+_BACKENDS = {
+    one.name: one
+    for one in (
+        Backend("cudnn", _cudnn_forward, _cudnn_backward),
+        Backend("flash", _flash_forward, _flash_backward),
+        Backend("efficient", _efficient_forward, _efficient_backward),
+        Backend("triton", attention_triton.forward, attention_triton.backward),
+        *_PACKAGES.values(),
+        PLAIN,
+    )
 }
 
 # PyTorch's own guards know GPUs and library versions on which a kernel is unavailable or wrong.
@@ -132,7 +137,7 @@ def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
 def _choose_on_gpu(direction: str, q: Tensor, k: Tensor) -> Backend:
     # Traced code does not run, so nothing can be timed.
     name = _untimed(q) if is_traced(q) else fastest(_problem(direction, q, k), _Candidates(direction, q, k), q.device)
-    return _cuda_backends()[name]
+    return _BACKENDS[name]
 
 
 def explain(direction: str, q: Tensor, k: Tensor) -> str:

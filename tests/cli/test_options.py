@@ -32,6 +32,7 @@ OTHER = {
     "memory_budget": 9 * 2**30,
     "mixed_precision": "bf16",
     "optimizer": "adafactor",
+    "sampling_precision": "bf16",
     "truncation": "full",
 }
 # Every bound of train's options, with the nearest value outside it.

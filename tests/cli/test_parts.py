@@ -47,6 +47,7 @@ CHANGES = {
     "batch_size": (2, {}),
     "optimizer": ("adafactor", {}),
     "ema_decay": (0.9, {}),
+    "sampling_precision": ("int8", {}),
     "truncation": ("last:1", {}),
     "kl_weight": (0.1, {}),
     "watch_reward": ("clip", {}),
@@ -130,7 +131,7 @@ def no_runs(monkeypatch):
     depend on nothing else."""
     described = {"source", "device", "data_sheet", "offload"}
 
-    def costs(task, origin, formula, link):
+    def costs(task, origin, *rest):
         known = {name: value for name, value in origin.items() if name not in described}
         size_bytes = int(cost_table._hash(sorted(known.items())), 16) % 2**20
         segment = Segment("rest", (Option("keep", size_bytes, size_bytes, 1.0),))

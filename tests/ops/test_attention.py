@@ -86,14 +86,11 @@ def test_the_choice_is_explained():
 def test_compiles_whole_as_on_a_gpu(monkeypatch, with_gradient):
     """Code under Dynamo does not see its tensors as fake; here the chosen implementation runs on the CPU."""
     monkeypatch.setattr(backends, "choose", backends._choose_on_gpu)
-    monkeypatch.setattr(backends, "_efficient_forward", backends._cpu_forward)
-    monkeypatch.setattr(backends, "_efficient_backward", backends._cpu_backward)
-    backends._cuda_backends.cache_clear()
+    monkeypatch.setitem(backends._BACKENDS, "efficient", backends.CPU)
     tensors = [t.cpu().requires_grad_(with_gradient) for t in qkv(1, 2, 16, 24, 32, torch.float32)]
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=False)
     try:
         with torch.set_grad_enabled(with_gradient):
             assert torch.allclose(compiled(*tensors), attention_reference(*tensors), atol=1e-6)
     finally:
-        backends._cuda_backends.cache_clear()
         torch._dynamo.reset()

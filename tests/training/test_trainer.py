@@ -189,7 +189,7 @@ def test_each_noising_of_a_picture_is_a_reward_query_and_counts_alike(tiny_sd_fo
     assert [len(scores) for scores in reward.scores] == [2, 2, 2]
     assert trainer.metrics.loss == pytest.approx(10 - np.mean(reward.scores), rel=1e-6)
     assert trainer.metrics.reward_mean == pytest.approx(np.mean(reward.scores[0]), rel=1e-6)
-    assert (trainer.metrics.gradient_steps, trainer.metrics.status) == (1, "ok")
+    assert (trainer.metrics.gradient_steps, trainer.metrics.status) == (3, "ok")
 
 
 @pytest.mark.parametrize("rule", ["drtune", "refl"])

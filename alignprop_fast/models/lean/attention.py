@@ -153,8 +153,9 @@ def _keys_and_values(attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor,
 @torch.inference_mode(False)
 @torch.no_grad()
 def project_text(root: nn.Module, text: torch.Tensor) -> TextProjections:
-    """The keys and values of the text in every attention below root that projects it."""
-    served = [] if autocasts(text) else over_a_text(root)
+    """The keys and values of the text in every attention below root that projects it as it is."""
+    changes = getattr(root, "encoder_hid_proj", None) is not None  # the UNet has a layer for the text of its own
+    served = [] if changes or autocasts(text) else over_a_text(root)
     return TextProjections(text, {attn: _project(text, attn.to_k, attn.to_v) for attn in served})
 
 

@@ -7,7 +7,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from alignprop_fast.demo import model_path
-from alignprop_fast.generate import cost_table
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models.lean.quantization import quantize_linears
@@ -109,7 +108,7 @@ def test_the_layers_in_8_bits_and_their_bytes_in_the_plan(tiny_sd, monkeypatch):
     # Only evaluations are measured: the options of steps and decoder take seconds.
     rest = (Segment("rest", (Option(BlockOption.KEEP, 0, 0, 0.0),)),)
     monkeypatch.setattr(costs, "segments", lambda *arguments: rest)
-    monkeypatch.setattr(cost_table, "decoder_stages", lambda *arguments: (Stage("batch", rest),))
+    monkeypatch.setattr(costs.DecoderCosts, "stages", lambda *arguments: (Stage("batch", rest),))
     table = sampler.cost_table(1)
     held = sum(t.numel() * t.element_size() for m in rounded.values() for t in m.rounded)
     assert table.fixed["rounded weights"] == held == sampler.precision.size_bytes
