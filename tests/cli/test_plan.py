@@ -255,4 +255,5 @@ def test_a_quantised_base_and_narrow_adapters_are_counted(plan, configs):
 
     plain, lean = fixed(), fixed("--base-dtype", "int8", "--adapter-dtype", "bf16")
     assert lean["weights"] < plain["weights"]
-    assert lean["adapters"] == plain["adapters"] // 2 and lean["optimizer"] == plain["optimizer"]
+    # 4 and 2 bytes a number, and 2 more for the copy in 16 bits that the layers read.
+    assert 3 * lean["adapters"] == 2 * plain["adapters"] and lean["optimizer"] == plain["optimizer"]

@@ -1,13 +1,14 @@
 """CUDA graphs on the emulated GPU, which records operators with their memory and runs them again without Python."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.generate import graph_costs
-from alignprop_fast.planner import BudgetInfeasible, GraphUse
+from alignprop_fast.planner import BudgetInfeasible, GraphUse, price
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
 
@@ -149,15 +150,19 @@ def test_ways_are_timed_once_and_leave_nothing(pipe, monkeypatch):
 
 @pytest.fixture
 def budgeted(adapted, ways, steady_clock):
-    """A sampler with a budget, where graphs are faster; and its plans from the leanest to the fastest."""
+    """A sampler with a budget, where graphs are faster; and a plan for each use of them."""
     ways.update({"graphs": 0.5, "replay graphs": 0.9})
     sampler = DifferentiableSampler(adapted.to("cuda"), STEPS, memory_budget="20GiB", optimizer_bytes=0)
     solver = sampler.solver(len(PROMPTS))
     with pytest.raises(BudgetInfeasible) as error:
         solver.plan(GRAD_STEPS, 1)
     least, most = error.value.smallest_bytes, solver.plan(GRAD_STEPS, 2**50).peak_bytes
-    plans = [solver.plan(GRAD_STEPS, budget) for budget in (*range(least, most, (most - least) // 9), most)]
-    return sampler, {plan.graphs: plan for plan in plans}
+    found = [solver.plan(GRAD_STEPS, budget) for budget in (least, (least + most) // 2, most)]
+    assert {plan.graphs for plan in found} >= {GraphUse.NONE, GraphUse.ALL}
+    plans = {plan.graphs: plan for plan in found}
+    # Where replays gain by graphs too, the solver may never stop at evaluations.
+    sampling = price(solver.table, replace(plans[GraphUse.NONE], graphs=GraphUse.SAMPLING))
+    return sampler, {GraphUse.SAMPLING: sampling, **plans}
 
 
 @pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
@@ -177,7 +182,8 @@ def test_a_plan_counts_what_its_graphs_reserve(budgeted, emulated):
             peaks.append(torch.cuda.max_memory_reserved())
         slack = sampler.solver(len(PROMPTS)).table.transfer_bytes if plan.host_bytes else 0
         assert max(peaks) <= plan.peak_bytes + 16 * 512, plan.explain()
-        assert plan.peak_bytes <= 1.05 * peaks[1] + slack, plan.explain()
+        if plan.graphs is not GraphUse.SAMPLING:  # not the solver's: what its graphs reserve may lie idle at the peak
+            assert plan.peak_bytes <= 1.05 * peaks[1] + slack, plan.explain()
     assert all(torch.equal(one, images[0]) for one in images)
 
 

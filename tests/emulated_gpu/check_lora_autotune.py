@@ -1,5 +1,7 @@
 """The choice between the LoRA kernels and plain products on the emulated GPU: wrong kernels do not win."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -40,13 +42,18 @@ def test_the_kernels_are_taken_where_they_are_right(direction):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_without_the_adapters_do_not_win(direction, monkeypatch):
-    kernel = getattr(lora_linear_trials, f"run_{direction}")
+    def without(layers):
+        return [layer._replace(up=0 * layer.up) for layer in layers]
 
-    def wrong(*arguments):
-        layers = [layer._replace(up=0 * layer.up) for layer in arguments[-1 if direction == "forward" else 2]]
-        return kernel(arguments[0], layers) if direction == "forward" else kernel(*arguments[:2], layers, True)
+    forwards, backward = dict(lora_linear_trials.FORWARDS), lora_linear_trials.run_backward
+    for name, forward in forwards.items():
+        wrong = partial(lambda run, x, layers: run(x, without(layers)), forward)
+        monkeypatch.setitem(lora_linear_trials.FORWARDS, name, wrong)
 
-    monkeypatch.setattr(lora_linear_trials, f"run_{direction}", wrong)
+    def wrong_back(gs, x, layers, wants_dx):
+        return backward(gs, x, without(layers), wants_dx)
+
+    monkeypatch.setattr(lora_linear_trials, "run_backward", wrong_back)
     x, layers = problem()
     assert lora_linear_trials.chosen(direction, x, layers) == "plain"
     told = autotune.explain(lora_linear_trials.problem(direction, x, layers), x.device)
