@@ -35,7 +35,7 @@ SCENE_SEEDS, NUM_SCENES = range(100, 112), 4_000
 SCENE_MIX = Mix(one=0.25, several=0.40, with_held_out=False)
 SETTINGS = {
     "vae": Settings(8_000, 8, learning_rate=3e-3, weight_decay=0.0, cooldown=0.8),
-    "unet": Settings(12_000, 64, 2e-3, cooldown=0.5, average_decay=0.999, checkpoint_every=50, muon=True),
+    "unet": Settings(5_400, 64, 2e-3, cooldown=0.5, average_decay=0.999, checkpoint_every=50, muon=True),
     "follow": Settings(1_500, 32, learning_rate=2e-4, weight_decay=0.0, average_decay=0.99, checkpoint_every=25),
     "match": Settings(1_500, 32, learning_rate=5e-5, weight_decay=0.0, average_decay=0.99, checkpoint_every=25),
     "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
