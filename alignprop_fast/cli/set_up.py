@@ -25,6 +25,7 @@ from alignprop_fast.cli.support import (
     pick_device,
     process_count,
 )
+from alignprop_fast.demo import BUNDLED
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows
 from alignprop_fast.training.options import TrainOptions
 
@@ -149,7 +150,7 @@ def _with_whole_paths(options: TrainOptions, folder: Path) -> TrainOptions:
     return replace(
         options,
         output_dir=str(folder),
-        model=existing_as_absolute(options.model, names=("demo",)),
+        model=existing_as_absolute(options.model, names=BUNDLED),
         model_config=None if options.model_config is None else existing_as_absolute(options.model_config),
         prompts=existing_as_absolute(options.prompts, PROMPT_SETS),
         reward_model=tuple(map(_absolute_model, options.reward_model)),

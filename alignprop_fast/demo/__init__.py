@@ -4,6 +4,9 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
+# Names of the bundled text-to-image models, and the variant of the UNet's weights in `model_path()` that each has.
+BUNDLED = {"demo": "", "demo-twin": "twin"}
+
 
 def model_path() -> Path:
     """Folder of the bundled `StableDiffusionPipeline` (64 x 64 pictures, fp16 safetensors)."""

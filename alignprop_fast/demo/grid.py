@@ -4,6 +4,7 @@ python -m alignprop_fast.demo.grid --output docs/pictures/demo_grid.png
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,14 +29,14 @@ PROMPTS = (
 COLUMNS, TILE_PIXELS, CAPTION_PIXELS, MARGIN = 4, 192, 24, 8
 
 
-def draw_grid(pictures: list[Image.Image], captions: tuple[str, ...]) -> Image.Image:
+def draw_grid(pictures: list[Image.Image], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
     """One sheet of enlarged pictures with their captions underneath."""
-    rows = -(-len(pictures) // COLUMNS)
+    rows = -(-len(pictures) // columns)
     cell_width, cell_height = TILE_PIXELS + MARGIN, TILE_PIXELS + CAPTION_PIXELS
-    sheet = Image.new("RGB", (COLUMNS * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = MARGIN + index % COLUMNS * cell_width, MARGIN + index // COLUMNS * cell_height
+        left, top = MARGIN + index % columns * cell_width, MARGIN + index // columns * cell_height
         sheet.paste(picture.resize((TILE_PIXELS, TILE_PIXELS), Image.Resampling.BICUBIC), (left, top))
         pen.text((left + TILE_PIXELS / 2, top + TILE_PIXELS + 3), caption, fill="black", anchor="ma", font=font)
     return sheet

@@ -127,7 +127,7 @@ def write_model_card(
     """Write `folder/README.md` and return its path. The card names `base_model` if it is a Hub id."""
     from huggingface_hub import ModelCardData
 
-    hub_id = None if base_model == "demo" or Path(base_model).expanduser().exists() else base_model
+    hub_id = base_model if "/" in base_model and not Path(base_model).expanduser().exists() else None
     data = ModelCardData(
         base_model=hub_id,
         datasets=dataset_name,

@@ -124,10 +124,13 @@ def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow_pickle: bool) -> Weights:
+def choose_weights(
+    files: Iterable[str], parts: Iterable[str], where: str, allow_pickle: bool, wanted: str | None = None
+) -> Weights:
     """Choose from a model's files ("unet/config.json"): full weights first, then a variant of them, then pickles.
 
-    Logs one line if the choice is not obvious. `where`: the model, for messages.
+    Logs one line if the choice is not obvious. `where`: the model, for messages. `wanted`: a variant to take where a
+    part has it, or "" for none.
 
     Raises:
         ValueError: a part has no weights, or only pickles and those are not allowed.
@@ -144,10 +147,11 @@ def choose_weights(files: Iterable[str], parts: Iterable[str], where: str, allow
         found[part] = {match[1]: f"{part}/{match[0]}" for match in matches}
         if not found[part]:
             pickles[part] = _pickle(part, names, where, allow_pickle)
-    variant = _variant({part: set(variants) for part, variants in found.items() if part not in pickles}, where)
+    held = {part: set(variants) for part, variants in found.items() if part not in pickles}
+    variant = _variant(held, where) if wanted is None else wanted or None
     names = [variants.get(variant) or variants[None] for part, variants in found.items() if part not in pickles]
     others = sorted({str(one) for variants in found.values() for one in variants if one not in (None, variant)})
-    if variant is None and others:
+    if wanted is None and variant is None and others:
         logger.warning("%s holds the full weights and a variant (%s): using the full ones", where, ", ".join(others))
     if pickles:
         logger.warning("%s: reading the pickles %s, tensors only", where, ", ".join(pickles.values()))
@@ -219,10 +223,10 @@ def check_safetensors(file: Path) -> None:
         raise ValueError(f"{file} is damaged ({file.stat().st_size} bytes): copy or download it again") from error
 
 
-def local_weights(folder: Path, parts: Iterable[str], allow_pickle: bool) -> Weights:
+def local_weights(folder: Path, parts: Iterable[str], allow_pickle: bool, wanted: str | None = None) -> Weights:
     """Choose the weights of a folder with `choose_weights` and check them."""
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    weights = choose_weights(files, parts, str(folder), allow_pickle)
+    weights = choose_weights(files, parts, str(folder), allow_pickle, wanted)
     check_weights(folder, weights)
     return weights
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.demo import BUNDLED, model_path
 from alignprop_fast.models.architectures import NAMES, published_pipeline
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
@@ -40,8 +41,8 @@ def load_pipeline(
     It has no safety checker. Every weight is frozen and the modules are in evaluation mode.
 
     Args:
-        model: a folder in the diffusers format, a single .safetensors file, a Hub id "owner/name", or "demo" for the
-            bundled model.
+        model: a folder in the diffusers format, a single .safetensors file, a Hub id "owner/name", or the name of a
+            bundled model: "demo", or "demo-twin", which draws in 4 steps without guidance.
         revision: of a Hub model.
         scheduler: one of SCHEDULERS, with those settings of the model's own scheduler that it knows. auto: DDIM without
             clipping, or flow-euler for models of flow matching.
@@ -63,7 +64,8 @@ def load_pipeline(
         raise _needless_config(model)
     elif isinstance(source, Path):
         index = read_index(source)
-        pipe = load_folder(source, index, local_weights(source, parts_with_weights(index), allow_pickle), dtype)
+        weights = local_weights(source, parts_with_weights(index), allow_pickle, BUNDLED.get(str(model)))
+        pipe = load_folder(source, index, weights, dtype)
     else:
         pipe = load_folder(*fetch(source, revision, allow_pickle), dtype)
     _check_complete(pipe, model)
@@ -172,10 +174,8 @@ def pick_scheduler(pipe: Any, name: str) -> Any:
 
 def _resolve(model: str | Path) -> Path | str:
     """A local folder or file, or the name of a Hub model."""
-    if model == "demo":
-        from alignprop_fast.demo import model_path
-
-        return Path(model_path())
+    if model in BUNDLED:
+        return model_path()
     path = Path(model).expanduser()
     if path.is_dir() or path.is_file():
         return path
@@ -183,7 +183,7 @@ def _resolve(model: str | Path) -> Path | str:
         return model
     raise FileNotFoundError(
         f"no model folder {model}: give a folder in the diffusers format, a .safetensors file, a Hub id such as "
-        "owner/name, or demo"
+        f"owner/name, {' or '.join(BUNDLED)}"
     )
 
 
