@@ -216,7 +216,10 @@ class DefaultDDPOStableDiffusionPipeline:
             load_lora(self.sd_pipeline, input_dir, self.adapter)
             return
         saved = type(self.unet).from_pretrained(Path(input_dir) / self._denoiser_name, local_files_only=True)
-        self.unet.load_state_dict(saved.state_dict())
+        try:
+            self.unet.load_state_dict(saved.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {input_dir} do not fit this model: load the one they were made for") from error
 
     @property
     def _denoiser_name(self) -> str:
