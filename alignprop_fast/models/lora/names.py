@@ -208,7 +208,7 @@ def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
 
 def _remedy(pipe: Any) -> str:
     """What to do about adapters that were made for another model."""
-    if pipe.config.get("_name_or_path") == str(model_path()):
+    if str(pipe.config.get("_name_or_path")) == str(model_path()):
         return "they are for the bundled model of before; train them again"
     return "load the model they were made for"
 
