@@ -92,7 +92,7 @@ class Trained:
 
 def by_reward(seed: int, folder: Path, console: Console) -> Trained:
     """The steps of `alignprop-fast demo`."""
-    options = replace(SETTINGS, seed=seed, output_dir=str(folder))
+    options = replace(SETTINGS, seed=seed, output_dir=str(folder), sample_every=SETTINGS.steps + 1)
     with OutputFolder(options.output_dir) as taken:
         trainer = set_up(options, console, taken).trainer
         start = time.process_time()
