@@ -38,8 +38,8 @@ class DefaultDDPOStableDiffusionPipeline:
     """A diffusers pipeline whose trainable parameters a trainer can get, save and load.
 
     Args:
-        pretrained_model_name: a folder in the diffusers format, a Hub id, "demo" or "demo-twin". If the folder also holds LoRA
-            weights, they are loaded and training continues from them.
+        pretrained_model_name: a folder in the diffusers format, a Hub id, "demo" or "demo-twin". If the folder also
+            holds LoRA weights, they are loaded and training continues from them.
         pretrained_model_revision: of a Hub model.
         use_lora: train adapters; otherwise the whole denoiser. Always true if the folder holds LoRA weights.
         scheduler, model_config, allow_pickle: as in `load_pipeline`.
