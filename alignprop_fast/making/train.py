@@ -5,7 +5,7 @@
     python -m alignprop_fast.making.train --data node_modules --output-dir demo-run
 
 Stages run in the order vae, unet, follow, match, clip, export. A stopped run continues where it was, even after kill
--9: give the same command. The result is `model/`, `twin/` and `clip/` in the output folder.
+-9: give the same command. The result is `model/` (the twin is the variant "twin" of its UNet) and `clip/`.
 """
 
 import argparse
@@ -36,8 +36,8 @@ SCENE_MIX = Mix(one=0.25, several=0.40, with_held_out=False)
 SETTINGS = {
     "vae": Settings(8_000, 8, learning_rate=3e-3, weight_decay=0.0, cooldown=0.8),
     "unet": Settings(5_400, 64, 2e-3, cooldown=0.5, average_decay=0.999, checkpoint_every=50, muon=True),
-    "follow": Settings(1_500, 32, learning_rate=2e-4, weight_decay=0.0, average_decay=0.99, checkpoint_every=25),
-    "match": Settings(1_500, 32, learning_rate=5e-5, weight_decay=0.0, average_decay=0.99, checkpoint_every=25),
+    "follow": Settings(600, 16, 1e-3, 0.0, cooldown=0.6, average_decay=0.99, checkpoint_every=25, muon=True),
+    "match": Settings(300, 16, 1e-4, 0.0, average_decay=0.98, checkpoint_every=25),
     "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")
@@ -158,13 +158,13 @@ class Run:
 
     @cached_property
     def export(self) -> None:
-        """Writes `model/`, and `twin/` and `clip/` where there are checkpoints of them."""
+        """Writes `model/`, with the twin as a variant of its UNet, and `clip/`: what has checkpoints."""
         vocabulary = self.folder / "tokenizer"
         export_pipeline(self.unet, vocabulary, self.folder / "model")
         stages = [stage for stage in ("match", "follow") if (self.folder / f"{stage}.pt").exists()]
         if stages:
-            twin = train_unet.with_parts(self.unet, unet=getattr(self, stages[0]))
-            export_pipeline(twin, vocabulary, self.folder / "twin")
+            twin = copy.deepcopy(getattr(self, stages[0])).half()
+            twin.save_pretrained(self.folder / "model" / "unet", variant="twin")
         if (self.folder / "clip.pt").exists():
             export_clip(self.clip, self.tokenizer, vocabulary, self.folder / "clip")
 

@@ -25,8 +25,8 @@ from alignprop_fast.making.loop import Modules, Settings, fit
 from alignprop_fast.making.train_unet import PREVIEW_PROMPTS, draw, spread_timesteps, tokenize, with_parts
 
 STEPS = 4
-SMALL_STEPS = 4  # of the teacher, for each step of the twin
-GUIDANCE_SCALE = 3.0  # of the teacher
+SMALL_STEPS = 3  # of the teacher, for each step of the twin
+GUIDANCE_SCALE = 2.0  # of the teacher
 MATCH_RANGE = (20, 980)  # timesteps at which critic and teacher look at a picture
 
 
