@@ -36,7 +36,7 @@ SCENE_MIX = Mix(one=0.25, several=0.40, with_held_out=False)
 SETTINGS = {
     "vae": Settings(8_000, 8, learning_rate=3e-3, weight_decay=0.0, cooldown=0.8),
     "unet": Settings(5_400, 64, 2e-3, cooldown=0.5, average_decay=0.999, checkpoint_every=50, muon=True),
-    "follow": Settings(600, 16, 1e-3, 0.0, cooldown=0.6, average_decay=0.99, checkpoint_every=25, muon=True),
+    "follow": Settings(400, 16, 1e-3, 0.0, cooldown=0.6, average_decay=0.99, checkpoint_every=25, muon=True),
     "match": Settings(300, 16, 1e-4, 0.0, average_decay=0.98, checkpoint_every=25),
     "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
