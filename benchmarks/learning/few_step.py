@@ -83,7 +83,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained pipeline. cpu_seconds: of the optimizer steps alone."""
+    """A trained pipeline. cpu_seconds: of the training, sample pictures and all."""
 
     pipe: Any
     steps: int
@@ -94,11 +94,9 @@ def by_reward(seed: int, folder: Path, console: Console) -> Trained:
     """The steps of `alignprop-fast demo`."""
     options = replace(SETTINGS, seed=seed, output_dir=str(folder), sample_every=SETTINGS.steps + 1)
     with OutputFolder(options.output_dir) as taken:
-        trainer = set_up(options, console, taken).trainer
-        start = time.process_time()
-        while trainer.steps_done < options.steps:
-            trainer.step(trainer.steps_done, trainer.steps_done)
-        return Trained(trainer.sd_pipeline.sd_pipeline, options.steps, time.process_time() - start)
+        session, start = set_up(options, console, taken), time.process_time()
+        session.run()
+        return Trained(session.trainer.sd_pipeline.sd_pipeline, options.steps, time.process_time() - start)
 
 
 def teacher_latents(teacher: Any, prompts: Sequence[str]) -> Tensor:
