@@ -29,6 +29,7 @@ from torch import Tensor
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.parts import sampling_of
 from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.demo import clip_path, counter_path
@@ -68,7 +69,7 @@ class Judge:
     @torch.no_grad()
     def marks(self, pipe: Any) -> tuple[dict[str, float], Tensor]:
         """Marks by name, and the pictures [SHOWN, 3, 64, 64] of the first held-out prompts."""
-        paint = Painter(pipe, SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
+        paint = Painter(pipe, *sampling_of(SETTINGS))
         pictures, prompts = paint([scene.caption for scene in self.scenes]), self.told * REPEATS
         told = paint(prompts)
         verdicts = judge_scenes(pictures, self.scenes, self.counter)
