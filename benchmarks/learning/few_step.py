@@ -30,6 +30,7 @@ from torch import Tensor
 
 from alignprop_fast.cli.demo import SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
+from alignprop_fast.cli.parts import sampling_of
 from alignprop_fast.cli.set_up import set_up
 from alignprop_fast.cli.support import quiet_libraries
 from alignprop_fast.demo import clip_path, counter_path
@@ -180,7 +181,7 @@ class Comparison:
 
 def four_steps(pipe: Any) -> Painter:
     pipe.set_progress_bar_config(disable=True)
-    return Painter(pipe, SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
+    return Painter(pipe, *sampling_of(SETTINGS))
 
 
 def compared_prompts() -> list[str]:
