@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.demo import BUNDLED
-
 
 @dataclass(frozen=True)
 class MadeFor:
@@ -22,6 +20,11 @@ class MadeFor:
 
 _USUAL = MadeFor(50, 5.0)
 _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
+_BY_NAME = {
+    "demo": MadeFor(12, 2.0),
+    "demo-twin": MadeFor(4, 1.0, is_distilled=True),
+    "z-image-turbo": _Z_IMAGE_TURBO,
+}
 
 
 def made_for(model: str, model_config: str | None = None) -> MadeFor:
@@ -33,14 +36,14 @@ def made_for(model: str, model_config: str | None = None) -> MadeFor:
     Raises:
         OSError: a Hub model cannot be reached.
     """
-    if model == "z-image-turbo":
-        return _Z_IMAGE_TURBO
+    if model in _BY_NAME:
+        return _BY_NAME[model]
     folder = Path(model_config or model).expanduser()
     if model_config is None and not folder.exists() and is_hub_id(model):
         from alignprop_fast.models.load.hub import fetch_configs
 
         folder = fetch_configs(model, "main")
-    if model in BUNDLED or _read(folder / "model_index.json").get("_class_name") != "ZImagePipeline":
+    if _read(folder / "model_index.json").get("_class_name") != "ZImagePipeline":
         return _USUAL
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     # Z-Image has shift 6.
