@@ -179,7 +179,8 @@ class _Problem(NamedTuple):
 
 
 def _problem(direction: str, q: Tensor, k: Tensor) -> _Problem:
-    return _Problem(direction, q.dtype, *q.shape, k.shape[2])
+    b, h, m, d = q.shape
+    return _Problem(direction, q.dtype, b, h, m, d, k.shape[2])
 
 
 def _untimed(q: Tensor) -> str:
