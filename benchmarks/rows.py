@@ -23,3 +23,30 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.getvalue().encode())
+
+
+class KeptRows:
+    """A CSV file that grows run by run, so that an interrupted benchmark goes on where it stopped.
+
+    Args:
+        path: of the file, read at each use: other processes may add rows between two uses.
+        keys: the columns that name a run.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self.path, self.keys = path, keys
+
+    def read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def has(self, *run: Any) -> bool:
+        """Whether there are rows with these values of the keys."""
+        wanted = [str(value) for value in run]
+        return any([row[key] for key in self.keys] == wanted for row in self.read())
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of one run."""
+        write_rows(self.path, [*self.read(), *rows])

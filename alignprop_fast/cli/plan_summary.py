@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ class Prediction:
     """A table's predictions for a training step.
 
     worst: the plan with the most gradient steps that the truncation rule may open. expected: the plan with their mean
-        number, rounded; the same plan if the number is fixed.
+        number, rounded; the same plan if the costs are fixed. Their seconds include what the rule does beside a whole
+        chain (`Rule.beside`).
     largest: the largest batch size whose worst case keeps the budget; None if unknown.
     """
 
@@ -39,14 +40,25 @@ def predict(table: CostTable, num_steps: int, truncation: str, batch: int, budge
         ValueError: an unknown rule.
     """
     from alignprop_fast.planner import Solver
-    from alignprop_fast.sampling.draw import gate_count
+    from alignprop_fast.sampling.draw import parse_rule
 
-    most, mean = gate_count(truncation, num_steps)
-    solver = Solver(table, num_steps, most)
-    worst = solver.plan(range(num_steps - most, num_steps), budget_bytes)
-    count = round(mean)
-    expected = worst if count == most else solver.plan(range(num_steps - count, num_steps), budget_bytes)
+    rule = parse_rule(truncation, num_steps)
+    (most, mean), (evaluations, chains) = rule.count(num_steps), rule.beside(num_steps)
+    solver, count = Solver(table, num_steps, most), round(mean)
+    worst = expected = solver.plan(range(num_steps - most, num_steps), budget_bytes)
+    if count < most:
+        expected = solver.plan(range(num_steps - count, num_steps), budget_bytes)
+    if evaluations or chains:
+        alone = Solver(table, 1, 1).plan((0,), budget_bytes)
+        chain_seconds = chains * (alone.seconds - table.optimizer_seconds)
+        worst = _with_more(table, worst, max(evaluations, 0.0), chain_seconds)
+        expected = _with_more(table, expected, evaluations, chain_seconds)
     return Prediction(table, worst, expected, batch)
+
+
+def _with_more(table: CostTable, plan: Plan, evaluations: float, seconds: float) -> Plan:
+    """The plan of a training step with more evaluations without gradient (or fewer) and more seconds."""
+    return replace(plan, seconds=plan.seconds + evaluations * table.closed_seconds_of(plan.graphs) + seconds)
 
 
 def print_prediction(console: Console, prediction: Prediction) -> None:
@@ -109,7 +121,7 @@ def _images_per_hour(plan: Plan, batch: int) -> float | None:
 
 def _plans(prediction: Prediction) -> Table:
     columns = {"worst case": prediction.worst}
-    if prediction.expected is not prediction.worst:
+    if prediction.expected != prediction.worst:
         columns["on average"] = prediction.expected
     table = Table("", *columns, box=SIMPLE_HEAD)
     rows = {

@@ -145,7 +145,7 @@ class DenoisingChain(Chain):
         state, name = self.fast_state if recorded else None, "exact" if precision is None else precision.name
         seen, timestep = self.update.model_input(i, x), self.timesteps[i]
         with self.texts.in_place():
-            return self._guided(self.fast.sample(seen, timestep, self.cond, state, name))
+            return self._guided(self.fast.sample(seen, timestep, self.cond, self.texts, state, name))
 
     def around_block(self) -> AbstractContextManager[None]:
         return self.texts.in_place(of_any_text=True)
@@ -168,7 +168,7 @@ class DenoisingChain(Chain):
             seen = self.update.model_input(i, x)
         kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
         found = self.fast.gradients(
-            seen, self.timesteps[i], self.cond, self._guided, gy, self.stand_ins, self.fast_state, kind
+            *(seen, self.timesteps[i], self.cond, self.texts, self._guided, gy, self.stand_ins, self.fast_state, kind)
         )
         if found is None or not through_input:
             return found and [*found, None]

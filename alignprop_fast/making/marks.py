@@ -185,6 +185,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=model_path(), help="folder of the pipeline")
+    parser.add_argument("--variant", help="of the weights, such as twin")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--repeats", type=int, default=2, help="pictures of each prompt")
@@ -197,7 +198,9 @@ def main() -> None:
     if arguments.real:
         painter: Any = RealPainter(arguments.real)
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(arguments.model, local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(
+            arguments.model, variant=arguments.variant, local_files_only=True
+        )
         pipe.set_progress_bar_config(disable=True)
         painter = Painter(pipe, arguments.steps, arguments.guidance_scale, arguments.seed)
     result = marks(painter, arguments.repeats, arguments.pictures)

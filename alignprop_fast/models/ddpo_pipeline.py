@@ -38,8 +38,8 @@ class DefaultDDPOStableDiffusionPipeline:
     """A diffusers pipeline whose trainable parameters a trainer can get, save and load.
 
     Args:
-        pretrained_model_name: a folder in the diffusers format, a Hub id, "demo" or "demo-twin". If the folder also holds LoRA
-            weights, they are loaded and training continues from them.
+        pretrained_model_name: a folder in the diffusers format, a Hub id, "demo" or "demo-twin". If the folder also
+            holds LoRA weights, they are loaded and training continues from them.
         pretrained_model_revision: of a Hub model.
         use_lora: train adapters; otherwise the whole denoiser. Always true if the folder holds LoRA weights.
         scheduler, model_config, allow_pickle: as in `load_pipeline`.
@@ -216,7 +216,10 @@ class DefaultDDPOStableDiffusionPipeline:
             load_lora(self.sd_pipeline, input_dir, self.adapter)
             return
         saved = type(self.unet).from_pretrained(Path(input_dir) / self._denoiser_name, local_files_only=True)
-        self.unet.load_state_dict(saved.state_dict())
+        try:
+            self.unet.load_state_dict(saved.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {input_dir} do not fit this model: load theirs") from error
 
     @property
     def _denoiser_name(self) -> str:

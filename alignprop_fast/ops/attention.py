@@ -71,4 +71,5 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
     Returns:
         [B, H, M, D] in q's dtype.
     """
-    return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, scale) if torch.is_grad_enabled() else _forward(q, k, v, scale)[0]

@@ -11,11 +11,13 @@ of the papers on leaps. For other predictions this is what the table itself inte
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 
 from alignprop_fast.sampling.gates import Leap
 from alignprop_fast.sampling.step_table import StepTable
+
+LEAST_LENGTH = 1e-9  # of a step, as a share of the whole path: less is rounding
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,25 @@ class Coordinates:
         steps = (b / scale for b, scale in zip(self.table.b, self.scales[1:], strict=True))
         return list(accumulate(steps, initial=0.0))
 
-    def length(self, i: int) -> float:
-        """t_(i+1) - t_i."""
-        return self.times[i + 1] - self.times[i]
+    @cached_property
+    def lengths(self) -> list[float]:
+        """t_(i+1) - t_i of every step.
+
+        Raises:
+            ValueError: one is zero, as that of DDIM's last step if its level is already that of the picture.
+        """
+        lengths = [after - before for before, after in pairwise(self.times)]
+        least = LEAST_LENGTH * abs(self.times[-1])
+        if still := [i for i, length in enumerate(lengths) if abs(length) < least]:
+            raise ValueError(
+                f"this truncation divides by the lengths of steps, and step {still[0]} has none: use another number of "
+                "inference steps, or another truncation, such as uniform"
+            )
+        return lengths
 
     def euler_weight(self, start: int, target: int) -> float:
         """The weight of a gate at `start` whose prediction stands for all steps up to `target`."""
-        return (self.times[target] - self.times[start]) / self.length(start)
+        return (self.times[target] - self.times[start]) / self.lengths[start]
 
     def integrals(self, points: Sequence[int], start: int, target: int) -> list[float]:
         """For each point the integral over [t_start, t_target] of its Lagrange polynomial through all points."""

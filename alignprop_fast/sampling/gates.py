@@ -96,7 +96,7 @@ def checked(gates: Iterable[Gate], num_steps: int) -> tuple[Gate, ...]:
     """
     ordered = tuple(sorted(gates, key=lambda gate: gate.step))
     for before, gate in zip((None, *ordered), ordered, strict=False):
-        if not 0 <= gate.step < num_steps:
+        if gate.step not in range(num_steps):
             raise ValueError(f"gradient step {gate.step} is outside the chain: use 0 to {num_steps - 1}")
         if before is not None and before.step == gate.step:
             raise ValueError(f"two gates at step {gate.step}: give each step once")

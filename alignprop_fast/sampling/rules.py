@@ -23,6 +23,11 @@ class Rule(ABC):
     def count(self, num_steps: int) -> tuple[int, float]:
         """The largest and the mean number of open steps. Renoisings are not counted: each is a chain of its own."""
 
+    def beside(self, num_steps: int) -> tuple[float, int]:
+        """What a training step costs beside a whole chain with `count` open steps: evaluations without gradient, in the
+        mean and negative if chains end early, and further chains of one open step with a reward each."""
+        return 0.0, 0
+
     def check(self, num_steps: int) -> None:  # noqa: B027  most rules fit every chain
         """Raises ValueError if the rule does not fit a chain of this length."""
 
@@ -121,6 +126,9 @@ class Renoised(Rule):
     def count(self, num_steps: int) -> tuple[int, float]:
         return 1, 1.0
 
+    def beside(self, num_steps: int) -> tuple[float, int]:
+        return 0.0, self.number
+
 
 @dataclass(frozen=True)
 class DRTune(Rule):
@@ -139,7 +147,7 @@ class DRTune(Rule):
 
     def draw(self, table: StepTable, draws: Draws) -> Truncation:
         num_steps = len(table)
-        last = num_steps - draws.randint(1, _latest_end(num_steps))
+        last = num_steps - draws.randint(1, _last_steps(DRTUNE_STOP, num_steps))
         number = min(self._number(num_steps), last + 1)
         stride = (last + 1) // number
         first = draws.randint(0, last - (number - 1) * stride)
@@ -148,27 +156,33 @@ class DRTune(Rule):
 
     def count(self, num_steps: int) -> tuple[int, float]:
         number = self._number(num_steps)
-        ends = range(1, _latest_end(num_steps) + 1)
+        ends = range(1, _last_steps(DRTUNE_STOP, num_steps) + 1)
         return number, fmean(min(number, num_steps - back + 1) for back in ends)
+
+    def beside(self, num_steps: int) -> tuple[float, int]:
+        return (1 - _last_steps(DRTUNE_STOP, num_steps)) / 2, 0
 
     def _number(self, num_steps: int) -> int:
         return min(DRTUNE_STEPS, num_steps) if self.number is None else self.number
 
 
-def _latest_end(num_steps: int) -> int:
-    """How many steps before the chain's end DRTune stops at most."""
-    return max(1, round(DRTUNE_STOP * num_steps))
+def _last_steps(share: float, num_steps: int) -> int:
+    """Of how many steps at the end of the chain a rule draws the last one to run."""
+    return max(1, round(share * num_steps))
 
 
 class ReFL(Rule):
     """ReFL (Xu et al. 2023): one open step, drawn from the last quarter, where the chain ends by predicting x0."""
 
     def draw(self, table: StepTable, draws: Draws) -> Truncation:
-        step = len(table) - draws.randint(1, max(1, round(REFL_SHARE * len(table))))
+        step = len(table) - draws.randint(1, _last_steps(REFL_SHARE, len(table)))
         return Truncation.at((step,), last_step=step)
 
     def count(self, num_steps: int) -> tuple[int, float]:
         return 1, 1.0
+
+    def beside(self, num_steps: int) -> tuple[float, int]:
+        return (1 - _last_steps(REFL_SHARE, num_steps)) / 2, 0
 
 
 def check_number(rule: str, number: int, least: int, num_steps: int) -> None:

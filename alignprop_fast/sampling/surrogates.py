@@ -46,7 +46,10 @@ class SRPO(Rule):
         return Truncation((), renoise_steps=steps)
 
     def count(self, num_steps: int) -> tuple[int, float]:
-        return 1, 1.0  # a renoising, which is planned as a chain with one open step
+        return 1, 1.0  # the first renoising, planned as the chain's last step
+
+    def beside(self, num_steps: int) -> tuple[float, int]:
+        return 1.0, self.number - 1  # the chain's own last step; decoding and scoring its picture is not counted
 
 
 def check_two_leaps(rule: str, num_steps: int) -> None:
@@ -132,7 +135,7 @@ class Sparse(Rule):
         return Truncation(tuple(Gate(step, weight, 0.0) for step in steps))
 
     def _weight(self, path: Coordinates, steps: Sequence[int]) -> float:
-        whole = path.times[-1] / sum(path.length(step) for step in steps)
+        whole = path.times[-1] / sum(path.lengths[step] for step in steps)
         return 1 + self.rescale * (whole - 1)
 
     def count(self, num_steps: int) -> tuple[int, float]:
@@ -199,7 +202,7 @@ class Lagrange(Rule):
         points = supports(start, target)
         lengths = list(zip(points, path.integrals(points, start, target), strict=True))
         gates = [
-            Gate(i, length / path.length(i) * (1.0 if i == start else LATER_SUPPORT), alpha if i == start else 0.0)
+            Gate(i, length / path.lengths[i] * (1.0 if i == start else LATER_SUPPORT), alpha if i == start else 0.0)
             for i, length in lengths[:OPEN_SUPPORTS]
         ]
         return gates, path.leap(start, target, lengths)

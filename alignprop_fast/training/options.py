@@ -13,8 +13,8 @@ from alignprop_fast.training.trainer_options import TrainerOptions
 
 PROMPTS_HELP = (
     "A .txt file with one prompt per line (# starts a comment); a .csv, .jsonl or .parquet file or a datasets folder "
-    "with a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, animals, "
-    "animals-heldout, general."
+    "with a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, "
+    "same-colour, same-colour-heldout, animals, animals-heldout, general."
 )
 TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
 

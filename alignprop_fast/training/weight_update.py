@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignprop_fast.planner.optimizer_state import merges
+from alignprop_fast.sampling.draw import parse_rule
 from alignprop_fast.training.averaged_weights import AveragedWeights
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.flat_parameters import FlatParameters
@@ -163,7 +164,8 @@ class WeightUpdate:
             )
         if self._accelerator.num_processes > 1 or self._accelerator.scaler is not None:
             raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
-        if (self.config.truncation or "").startswith("lv:"):
+        rule = self.config.truncation
+        if rule is not None and parse_rule(rule, self.config.sample_num_steps).beside(self.config.sample_num_steps)[1]:
             raise ValueError(
-                "optimizer_in_backward steps in one backward pass, and truncation lv:N has several: use last:1"
+                f"optimizer_in_backward steps in one backward pass, and truncation {rule} has several: use last:1"
             )

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks.rows import write_rows
+from benchmarks.rows import KeptRows, write_rows
 
 
 def test_rows_are_read_back(tmp_path):
@@ -20,3 +20,12 @@ def test_a_value_without_a_column_is_refused_and_the_old_file_stays(tmp_path):
     with pytest.raises(ValueError, match="'b'"):
         write_rows(file, [{"a": 1}, {"a": 2, "b": 3}])
     assert file.read_text().split() == ["a", "1"]
+
+
+def test_a_run_is_kept_under_its_keys(tmp_path):
+    kept = KeptRows(tmp_path / "rows.csv", ("rule", "seed"))
+    assert not kept.has("full", 0)
+    kept.add([{"rule": "full", "seed": 0, "score": 0.5}, {"rule": "full", "seed": 0, "score": 0.75}])
+    KeptRows(tmp_path / "rows.csv", ("rule", "seed")).add([{"rule": "full", "seed": 1, "score": 0.25}])
+    assert kept.has("full", 0) and kept.has("full", 1) and not kept.has("last:1", 0)
+    assert [row["score"] for row in kept.read()] == ["0.5", "0.75", "0.25"]

@@ -103,6 +103,22 @@ def test_plans_come_from_saved_tables_too(plan, table):
     assert lean["peak_bytes"] <= facts["peak_bytes"] and lean["seconds_per_step"] > facts["seconds_per_step"]
 
 
+def test_the_price_of_a_rule_has_its_renoisings_and_its_early_end(plan, table):
+    saved, found = load_table(table), {}
+    for rule in ("last:1", "lv:2", "srpo", "srpo:3", "refl", "leapalign", "last:2"):
+        arguments = ("--table", table, "--num-inference-steps", 8, "--truncation", rule)
+        assert plan(*arguments, "--json", "plan.json", "--output-dir", rule.replace(":", "_"))[0] == 0
+        facts = json.loads(Path("plan.json").read_text())
+        found[rule] = facts["seconds_per_step"], facts["expected"]["seconds_per_step"]
+    last = found["last:1"][0]
+    closed = found["srpo"][0] - last  # in a CUDA graph less than by the table
+    assert found["leapalign"] == found["last:2"] and found["last:1"][0] == found["last:1"][1]
+    assert 0 < closed <= saved.closed[1]
+    one = (found["srpo:3"][0] - found["srpo"][0]) / 2
+    assert closed < one < last and found["lv:2"][0] == pytest.approx(last + 2 * one)
+    assert found["refl"] == pytest.approx((last, last - closed / 2))  # the chain ends at one of the last two steps
+
+
 def test_another_budget_is_answered_without_the_model(plan, table, configs, monkeypatch):
     """The `table` was estimated with the same options; a file that changes makes the answer outdated."""
     arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--host-memory", "1GiB")

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from alignprop_fast.demo import clip_path, model_path, pictures_path
+from alignprop_fast.demo import clip_path, counter_path, model_path, pictures_path
+from alignprop_fast.models.lora.load_save import load_lora
 
-WEIGHT_LIMIT_BYTES = 12_000_000
+WEIGHT_LIMIT_BYTES = 16_000_000  # with CLIP and the counter
 PICTURE_LIMIT_BYTES = 10_000
 NUM_STEPS, GUIDANCE_SCALE = 20, 4.0
 VAE_ERROR_LIMIT = 0.03  # mean absolute error of pixels in [0, 1]
@@ -50,8 +52,9 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def test_sizes():
-    weights = [path for folder in (model_path(), clip_path()) for path in folder.rglob("*.safetensors")]
-    assert len(weights) == 4
+    folders = (model_path(), clip_path(), counter_path())
+    weights = [path for folder in folders for path in folder.rglob("*.safetensors")]
+    assert len(weights) == 6
     assert sum(path.stat().st_size for path in weights) <= WEIGHT_LIMIT_BYTES
     assert max(path.stat().st_size for path in pictures_path().iterdir()) <= PICTURE_LIMIT_BYTES
 
@@ -93,6 +96,14 @@ def test_clip_ranks_the_right_caption_first(clip):
     best = scores(clip, pictures, captions).argmax(1)
     accuracy = (best == torch.arange(len(pictures))).float().mean().item()
     assert accuracy >= CLIP_ACCURACY
+
+
+def test_adapters_of_the_model_of_before_are_told_to_be_so(pipe, tmp_path):
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # it was 112 wide
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 112), f"{module}.lora_B.weight": torch.ones(112, 2)}
+    save_file(factors, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="for the bundled model of before; train them again"):
+        load_lora(pipe, tmp_path)
 
 
 @pytest.mark.parametrize("folder", [model_path() / "tokenizer", clip_path()])

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.demo import BUNDLED
-
 
 @dataclass(frozen=True)
 class MadeFor:
@@ -24,7 +22,13 @@ _USUAL = MadeFor(50, 5.0)
 _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
 _KLEIN = MadeFor(4, 1.0, is_distilled=True)
 _KLEIN_BASE = MadeFor(50, 4.0)
-_BY_NAME = {"z-image-turbo": _Z_IMAGE_TURBO, "flux2-klein-4b": _KLEIN, "flux2-klein-9b": _KLEIN}
+_BY_NAME = {
+    "demo": MadeFor(12, 2.0),
+    "demo-twin": MadeFor(4, 1.0, is_distilled=True),
+    "z-image-turbo": _Z_IMAGE_TURBO,
+    "flux2-klein-4b": _KLEIN,
+    "flux2-klein-9b": _KLEIN,
+}
 
 
 def made_for(model: str, model_config: str | None = None) -> MadeFor:
@@ -43,7 +47,7 @@ def made_for(model: str, model_config: str | None = None) -> MadeFor:
         from alignprop_fast.models.load.hub import fetch_configs
 
         folder = fetch_configs(model, "main")
-    return _USUAL if model in BUNDLED else _of_folder(folder)
+    return _of_folder(folder)
 
 
 def _of_folder(folder: Path) -> MadeFor:

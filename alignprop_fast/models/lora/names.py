@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from alignprop_fast.demo import model_path
 from alignprop_fast.models.lora.factors import Lora
 from alignprop_fast.models.lora.keys import listed
 from alignprop_fast.models.lora.kohya_names import original_paths
@@ -215,9 +216,15 @@ def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
     wrong = [module for module, factors in lora.items() if factors.places != shapes[module]]
     if wrong:
         raise ValueError(
-            f"the adapters in {file} do not fit this model, which has {listed(wrong)} in another shape: load the model "
-            "they were made for"
+            f"the adapters in {file} do not fit this model, which has {listed(wrong)} in another shape: {_remedy(pipe)}"
         )
+
+
+def _remedy(pipe: Any) -> str:
+    """What to do about adapters that were made for another model."""
+    if str(pipe.config.get("_name_or_path")) == str(model_path()):
+        return "they are for the bundled model of before; train them again"
+    return "load the model they were made for"
 
 
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:

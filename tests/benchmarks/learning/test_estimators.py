@@ -1,9 +1,12 @@
 """Figures of an estimator from its draws: known gradients, and one real chain."""
 
+import math
+
 import pytest
 import torch
 
-from benchmarks.learning.estimators import Setting, compare, rows_of
+from benchmarks.learning.chains import Setting
+from benchmarks.learning.estimators import Chain, compare
 
 
 def test_figures_of_known_gradients():
@@ -20,10 +23,16 @@ def test_one_draw_has_no_noise():
     assert found["cosine"] == 0 and found["norm_ratio"] == 2 and found["noise"] == 0
 
 
-@pytest.mark.slow("chains of the bundled model, forward and back, fifteen times")
-def test_rows_of_a_real_chain(capsys):
-    rows = rows_of(Setting("demo", "ddim", 2, 1.0), ("full", "last:1", "flowbp-sparse:2", "srpo"), 2, 1, 0)
-    full, last, sparse, srpo = rows
+def test_a_gradient_that_the_noise_hides_has_no_cosine():
+    found = compare(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0]))
+    assert math.isnan(found["cosine"]) and math.isnan(found["norm_ratio"])
+
+
+@pytest.mark.slow("chains of the bundled model, forward and back, twenty times")
+@pytest.mark.parametrize("setting", [Setting("demo", 2, 1.0), Setting("demo", 2, 3.0, flow=True)], ids=["ddim", "flow"])
+def test_figures_of_a_real_chain(setting):
+    chain = Chain(setting, "clip", pictures=1, seed=0)
+    full, last, sparse, srpo = (chain.row(rule, 3) for rule in ("full", "last:1", "flowbp-sparse:2", "srpo"))
     assert full["cosine"] == pytest.approx(1) and full["norm_ratio"] == pytest.approx(1) and full["draws"] == 1
     assert last["norm_ratio"] > 0 and last["forward"] == 3 and last["backward"] == 1
     assert sparse["cosine"] > 0 and srpo["reward_queries"] == 2 and srpo["forward"] == 3

@@ -17,8 +17,10 @@ def test_turbo_draws_in_8_steps_without_guidance(turbo, tiny_z_image_folder, tin
     for model in (turbo, "z-image-turbo"):
         assert sampling_of(TrainOptions(model=model)) == (8, 0.0)
     assert made_for("x.safetensors", turbo).is_distilled
-    for model in (tiny_z_image_folder, tiny_sd_folder, "z-image", "demo", "nowhere"):
+    for model in (tiny_z_image_folder, tiny_sd_folder, "z-image", "nowhere"):
         assert sampling_of(TrainOptions(model=str(model))) == (50, 5.0)
+    assert sampling_of(TrainOptions(model="demo")) == (12, 2.0)
+    assert sampling_of(TrainOptions(model="demo-twin")) == (4, 1.0)
 
 
 def test_what_is_given_counts(turbo, caplog):
