@@ -32,7 +32,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch
 
 # table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). These are the largest
 # blocks that spill no register and fit into shared memory: 99 KiB, or 227 KiB on Hopper.
@@ -334,7 +334,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     align = common_alignment(q, k, v)
     block_m, block_n, warps, stages = config(table(q), "forward", d)
     launch(
-        *(attention_forward_kernel, (triton.cdiv(m, block_m), b * h)),
+        *(attention_forward_kernel, (cdiv(m, block_m), b * h)),
         *(q, k, v, o, lse, scale),
         *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
         *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
@@ -362,7 +362,7 @@ def backward(
     strides = [scaled_strides(t, align) for t in (g, q, k, v, o)]
     block_m, block_n, warps, stages = config(table(q), "dq", d)
     launch(
-        *(attention_backward_dq_kernel, (triton.cdiv(m, block_m), b * h)),
+        *(attention_backward_dq_kernel, (cdiv(m, block_m), b * h)),
         *(g, q, k, v, o, lse, dq, delta, scale),
         *(stride for three in strides for stride in three),
         *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
@@ -371,7 +371,7 @@ def backward(
     )
     block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
     launch(
-        *(attention_backward_dk_dv_kernel, (triton.cdiv(n, block_n), b * h)),
+        *(attention_backward_dk_dv_kernel, (cdiv(n, block_n), b * h)),
         *(g, q, k, v, lse, delta, dk, dv, scale),
         *(stride for three in strides[:4] for stride in three),
         *(h, m, n, d, *head_tiles(d), align, m % block_m != 0, block_m, block_n),

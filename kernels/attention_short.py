@@ -37,7 +37,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_KEYS = 128
 REDUCE_BLOCK = 512
@@ -241,8 +241,8 @@ def split_queries(blocks: int, heads: int, multiprocessors: int) -> tuple[int, i
     blocks: blocks of queries of one head. heads: B H.
     """
     splits = max(1, min(blocks, 2 * multiprocessors // heads))
-    per_split = triton.cdiv(blocks, splits)
-    return triton.cdiv(blocks, per_split), per_split
+    per_split = cdiv(blocks, splits)
+    return cdiv(blocks, per_split), per_split
 
 
 @cache
@@ -274,10 +274,10 @@ def forward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
 def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
     """(D0, D1, N0, N1) with only D or only N in two parts, because the sums of four parts do not fit the registers."""
     if head_dim > 64:
-        return *head_tiles(head_dim), max(16, triton.next_power_of_2(keys)), 0
+        return *head_tiles(head_dim), max(16, next_power_of_2(keys)), 0
     one_key_tile = sum(head_tiles(keys)) > 80
     n0, n1 = (128, 0) if one_key_tile else head_tiles(keys)
-    return max(16, triton.next_power_of_2(head_dim)), 0, n0, n1
+    return max(16, next_power_of_2(head_dim)), 0, n0, n1
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,7 +289,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     tiles = forward_tiles(d, n)
     block_m, warps, stages = config("short_forward", tiles)
     launch(
-        *(attention_short_forward_kernel, (triton.cdiv(m, block_m), b * h)),
+        *(attention_short_forward_kernel, (cdiv(m, block_m), b * h)),
         *(q, k, v, o, lse, scale),
         *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
         *(h, m, n, d, align, *tiles, block_m),
@@ -312,7 +312,7 @@ def backward(
     n = k.shape[2]
     tiles = backward_tiles(d, n)
     block_m, warps, stages = config("short_backward", tiles)
-    splits, per_split = split_queries(triton.cdiv(m, block_m), b * h, _multiprocessors(q.device))
+    splits, per_split = split_queries(cdiv(m, block_m), b * h, _multiprocessors(q.device))
     dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
     dk_parts, dv_parts = (torch.empty((splits, k.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
     align = common_alignment(g, q, k, v)
@@ -325,7 +325,7 @@ def backward(
         num_stages=stages,
     )
     launch(
-        *(attention_short_reduce_kernel, (triton.cdiv(k.numel(), REDUCE_BLOCK),)),
+        *(attention_short_reduce_kernel, (cdiv(k.numel(), REDUCE_BLOCK),)),
         dk_parts,
         dv_parts,
         dk,

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alignprop_fast.kernels.launch import next_power_of_2
+
 MAX_HEAD_DIM = 160
 # Head dimensions of SD1.5 (40, 80, 160), SDXL (64) and FLUX (128). fp16 takes as many registers as bf16.
 REPORTED_HEAD_DIMS = (40, 64, 80, 128, 160)
@@ -25,7 +27,7 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     d0 = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(0, head_dim - d0)
     # Beside D0 = 128, a second tile of 16 columns takes more registers than one of 32.
-    d1 = max(32 if d0 == 128 else 16, triton.next_power_of_2(rest)) if rest else 0
+    d1 = max(32 if d0 == 128 else 16, next_power_of_2(rest)) if rest else 0
     return (2 * d0, 0) if d1 == d0 else (d0, d1)
 
 

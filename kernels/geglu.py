@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch
 
 # (BLOCK, warps), largest first. A thread takes 8 elements, 16 bytes in bf16.
 CONFIGS = [(1024, 4), (512, 2), (256, 1)]
@@ -61,7 +61,7 @@ def geglu_forward(uv: torch.Tensor) -> torch.Tensor:
     block, warps = config(width)
     uv = uv.contiguous()
     y = uv.new_empty((*uv.shape[:-1], width))
-    blocks = triton.cdiv(width, block)
+    blocks = cdiv(width, block)
     rows = y.numel() // width
     launch(geglu_forward_kernel, (rows * blocks,), uv, y, width, blocks, BLOCK=block, num_warps=warps)
     return y
@@ -73,7 +73,7 @@ def geglu_backward(g: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     block, warps = config(width)
     g, uv = g.contiguous(), uv.contiguous()
     duv = torch.empty_like(uv)
-    blocks = triton.cdiv(width, block)
+    blocks = cdiv(width, block)
     rows = g.numel() // width
     launch(geglu_backward_kernel, (rows * blocks,), g, uv, duv, width, blocks, BLOCK=block, num_warps=warps)
     return duv

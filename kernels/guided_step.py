@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch
 
 BLOCK = 1024
 
@@ -56,7 +56,7 @@ def guided_step(
     n = x.numel()
     noise = x if z is None else z.contiguous()
     launch(
-        *(guided_step_kernel, (triton.cdiv(n, BLOCK),)),
+        *(guided_step_kernel, (cdiv(n, BLOCK),)),
         *(x, y, noise, out, a, weights[0], weights[-1], sigma, n),
         TWO=len(weights) == 2,
         NOISE=z is not None,
@@ -74,7 +74,7 @@ def guided_step_adjoint(
     dy = torch.empty((len(weights) * g.shape[0], *g.shape[1:]), dtype=y_dtype, device=g.device)
     n = g.numel()
     launch(
-        *(guided_step_adjoint_kernel, (triton.cdiv(n, BLOCK),)),
+        *(guided_step_adjoint_kernel, (cdiv(n, BLOCK),)),
         *(g, dx, dy, a, weights[0], weights[-1], n),
         TWO=len(weights) == 2,
         BLOCK=BLOCK,

@@ -21,3 +21,16 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, *
         return
     with torch.cuda.device(device):
         kernel[grid](*arguments, **options, **COMPILE_OPTIONS)
+
+
+# Triton's own versions of these two go through a wrapper for its compiler, which takes as long as allocating a tensor.
+
+
+def cdiv(n: int, block: int) -> int:
+    """n / block, rounded up."""
+    return -(-n // block)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

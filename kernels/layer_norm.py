@@ -15,11 +15,13 @@ FLOP, so memory is the bound. Registers hold a whole row, padded to a power of t
 (640, 1280), lanes idle; that costs issue slots, not bytes. It loses on few short rows, which do not fill the chip.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 # (largest padded width, tokens per program, warps); a thread takes 16 to 32 elements.
 CONFIGS = [(256, 8, 4), (512, 4, 4), (1024, 2, 4), (2048, 1, 4), (4096, 1, 8), (8192, 1, 16)]
@@ -102,11 +104,12 @@ def layer_norm_backward_kernel(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@cache
 def config(width: int) -> tuple[int, int, int]:
     """(BLOCK_C, ROWS, warps) for rows of this many channels. Raises ValueError above MAX_WIDTH."""
     for block, rows, warps in CONFIGS:
         if width <= block:
-            return triton.next_power_of_2(width), rows, warps
+            return next_power_of_2(width), rows, warps
     raise ValueError(f"layer_norm holds a row in registers: at most {MAX_WIDTH} channels, not {width}")
 
 
@@ -128,10 +131,11 @@ def layer_norm_forward(
     x = x.contiguous()
     y = torch.empty_like(x)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     launch(
         layer_norm_forward_kernel,
-        (triton.cdiv(rows, rows_each),),
+        (cdiv(rows, rows_each),),
         x,
         x if residual is None else residual.contiguous(),
         x if gamma is None else gamma.contiguous(),
@@ -168,7 +172,7 @@ def layer_norm_backward(
     dx = torch.empty_like(x)
     launch(
         layer_norm_backward_kernel,
-        (triton.cdiv(mean.numel(), rows_each),),
+        (cdiv(mean.numel(), rows_each),),
         g,
         g if h is None else h.contiguous(),
         x,

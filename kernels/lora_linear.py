@@ -27,11 +27,13 @@ over y. The fused product stays for GPUs where it measures faster. Registers and
 sizes; nothing here has been timed on a GPU.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_RANK = 128
 MAX_PROJECTIONS = 3
@@ -193,14 +195,18 @@ def lora_add_kernel(
     store_tile(y_ptr, y, rows, n_tokens, n_out, columns, n_out)
 
 
-def rank_block(matrices: list[torch.Tensor], dim: int) -> int:
-    """Padded rank of the adapters, whose rank is dimension `dim`. Raises ValueError beyond MAX_RANK."""
-    rank = max(m.shape[dim] for m in matrices)
+# Sizes depend on shapes alone. They are kept, because computing them takes longer than allocating a tensor.
+
+
+@cache
+def rank_block(rank: int) -> int:
+    """Padded rank. Raises ValueError beyond MAX_RANK."""
     if rank > MAX_RANK:
         raise ValueError(f"rank {rank} is above {MAX_RANK}, the largest that the lora_linear kernels take")
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
+@cache
 def config(name: str, dtype: torch.dtype, block_r: int) -> dict[str, int]:
     """Block sizes, warps and stages of one kernel at a padded rank; raises KeyError for float64."""
     kind = {torch.float32: "fp32", torch.float16: "half", torch.bfloat16: "half"}[dtype]
@@ -236,19 +242,20 @@ def narrow(
     x: torch.Tensor, adapters: list[torch.Tensor], ranks: list[int], t: torch.Tensor, scale: float, transposed: bool
 ) -> None:
     """Write scale x A^T of each A [R, I] into t [T, sum R]; transposed: of the only one, [I, R]."""
-    block_r = rank_block(adapters, int(transposed))
-    blocks = narrow_blocks(x.shape[0], x.dtype, block_r)
+    n_tokens, block_r = x.shape[0], rank_block(max(ranks))
+    blocks = narrow_blocks(n_tokens, x.dtype, block_r)
     launch(
-        lora_narrow_kernel, (triton.cdiv(x.shape[0], blocks["BLOCK_T"]),),
+        lora_narrow_kernel, (cdiv(n_tokens, blocks["BLOCK_T"]),),
         x, *three(adapters), t, float(scale), *x.shape, x.stride(0), t.stride(0), *three_sizes(ranks),
         P=len(adapters), TRANSPOSED=transposed, BLOCK_R=block_r, **blocks,
     )  # fmt: skip
 
 
+@cache
 def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, int]:
     """Block sizes, warps and stages of `narrow`, with enough programs if the tokens allow."""
     blocks = config("down", dtype, block_r)
-    return blocks if triton.cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else blocks | FEW_ROWS
+    return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else blocks | FEW_ROWS
 
 
 def lora_linear_forward(
@@ -265,16 +272,16 @@ def lora_linear_forward(
     """
     t = lora_down(x, downs)
     x, weights, ups = rows_contiguous(x), [w.contiguous() for w in weights], [b.contiguous() for b in ups]
-    outs = [w.shape[0] for w in weights]
+    outs, ranks = [w.shape[0] for w in weights], [b.shape[1] for b in ups]
     ys = [torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device) for n in outs]
     has_bias = sum(1 << p for p, bias in enumerate(biases) if bias is not None)
     given = [x if bias is None else bias.contiguous() for bias in biases]
-    blocks = config("product", x.dtype, rank_block(ups, 1))
-    programs = triton.cdiv(x.shape[0], blocks["BLOCK_T"]) * sum(triton.cdiv(n, blocks["BLOCK_N"]) for n in outs)
+    blocks = config("product", x.dtype, rank_block(max(ranks)))
+    programs = cdiv(x.shape[0], blocks["BLOCK_T"]) * sum([cdiv(n, blocks["BLOCK_N"]) for n in outs])
     launch(
         lora_product_kernel, (programs,),
         x, t, *three(weights), *three(given), *three(ups), *three(ys), *three([float(s) for s in scales]),
-        *x.shape, x.stride(0), *three_sizes(outs), *three_sizes([a.shape[0] for a in downs]),
+        *x.shape, x.stride(0), *three_sizes(outs), *three_sizes(ranks),
         BIAS=has_bias, **blocks,
     )  # fmt: skip
     return ys, t
@@ -290,14 +297,14 @@ def lora_linear_forward_split(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """As `lora_linear_forward`, but torch computes x W^T + b and a kernel adds s t B^T in place."""
     t, ys, offset = lora_down(x, downs), [], 0
-    blocks = config("add", x.dtype, rank_block(ups, 1))
+    blocks = config("add", x.dtype, rank_block(max(up.shape[1] for up in ups)))
     for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
         y, up = torch.nn.functional.linear(x, weight, bias), up.contiguous()
-        grid = (triton.cdiv(y.shape[0], blocks["BLOCK_T"]), triton.cdiv(y.shape[1], blocks["BLOCK_N"]))
+        grid = (cdiv(y.shape[0], blocks["BLOCK_T"]), cdiv(y.shape[1], blocks["BLOCK_N"]))
         launch(
             lora_add_kernel, grid,
             t[:, offset:], up, y, float(scale), *y.shape, t.stride(0), up.shape[1],
-            BLOCK_R=rank_block([up], 1), **blocks,
+            BLOCK_R=rank_block(up.shape[1]), **blocks,
         )  # fmt: skip
         offset += up.shape[1]
         ys.append(y)

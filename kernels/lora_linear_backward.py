@@ -1,10 +1,12 @@
 """Backward kernels of lora_linear; formulas, shapes, cost and block sizes are in `lora_linear`."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch
 from alignprop_fast.kernels.lora_linear import (
     FEW_PROGRAMS,
     FEW_ROWS,
@@ -98,10 +100,12 @@ def up_products(
     return u
 
 
-def chunk_tokens(n_tokens: int, columns: int, blocks: dict[str, int]) -> int:
+@cache
+def chunk_tokens(n_tokens: int, columns: int, dtype: torch.dtype, block_r: int) -> int:
     """Tokens of one chunk of partial sums: as many as give each processor a program, at most MAX_CHUNK."""
-    chunk, across = MAX_CHUNK, triton.cdiv(columns, blocks["BLOCK_N"])
-    while chunk > blocks["BLOCK_T"] and triton.cdiv(n_tokens, chunk) * across < FEW_PROGRAMS:
+    blocks = config("grad", dtype, block_r)
+    chunk, across = MAX_CHUNK, cdiv(columns, blocks["BLOCK_N"])
+    while chunk > blocks["BLOCK_T"] and cdiv(n_tokens, chunk) * across < FEW_PROGRAMS:
         chunk //= 2
     return chunk
 
@@ -119,16 +123,17 @@ def adapter_grads(
 
     Partial sums of all adapters lie side by side, so that one launch adds them.
     """
-    ranks, outs, block_r = [a.shape[0] for a in downs], [g.shape[1] for g in gs], rank_block(downs, 0)
+    ranks, outs = [a.shape[0] for a in downs], [g.shape[1] for g in gs]
+    block_r = rank_block(max(ranks))
     blocks = config("grad", x.dtype, block_r)
-    chunk = chunk_tokens(x.shape[0], min(x.shape[1], *outs), blocks)
-    chunks = triton.cdiv(x.shape[0], chunk)
+    chunk = chunk_tokens(x.shape[0], min(x.shape[1], *outs), x.dtype, block_r)
+    chunks = cdiv(x.shape[0], chunk)
     sizes = [sum(ranks) * x.shape[1], *(rank * out for rank, out in zip(ranks, outs, strict=True))]
     parts = torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
 
     def sum_by_chunks(x: torch.Tensor, u: torch.Tensor, ranks: list[int], start: int, scale: float) -> None:
         launch(
-            lora_grad_kernel, (chunks, triton.cdiv(x.shape[1], blocks["BLOCK_N"])),
+            lora_grad_kernel, (chunks, cdiv(x.shape[1], blocks["BLOCK_N"])),
             x, u, parts[:, start:], float(scale), *x.shape, x.stride(0), u.stride(0), parts.shape[1], chunk,
             *three_sizes(ranks), P=len(ranks), BLOCK_R=block_r, **blocks,
         )  # fmt: skip
@@ -145,7 +150,7 @@ def add_parts(parts: torch.Tensor) -> torch.Tensor:
     """Sum of fp32 parts [chunks, n] over the chunks in a fixed order, in fp32."""
     n_parts, n = parts.shape
     out = parts.new_empty(n)
-    launch(lora_sum_kernel, (triton.cdiv(n, SUM_BLOCK),), parts, out, n, n_parts, BLOCK=SUM_BLOCK, num_warps=1)
+    launch(lora_sum_kernel, (cdiv(n, SUM_BLOCK),), parts, out, n, n_parts, BLOCK=SUM_BLOCK, num_warps=1)
     return out
 
 
@@ -155,12 +160,13 @@ def input_grad(
     """gx [T, I]."""
     n_tokens, n_in = u.shape[0], weights[0].shape[1]
     gx = torch.empty(n_tokens, n_in, dtype=u.dtype, device=u.device)
-    blocks = config("product", u.dtype, rank_block(downs, 0))
-    programs = triton.cdiv(n_tokens, blocks["BLOCK_T"]) * triton.cdiv(n_in, blocks["BLOCK_N"])
+    ranks = [a.shape[0] for a in downs]
+    blocks = config("product", u.dtype, rank_block(max(ranks)))
+    programs = cdiv(n_tokens, blocks["BLOCK_T"]) * cdiv(n_in, blocks["BLOCK_N"])
     launch(
         lora_input_grad_kernel, (programs,),
         *three(gs), u, *three(weights), *three(downs), gx, n_tokens, n_in, *three([g.stride(0) for g in gs]),
-        *three_sizes([w.shape[0] for w in weights]), *three_sizes([a.shape[0] for a in downs]), P=len(gs), **blocks,
+        *three_sizes([w.shape[0] for w in weights]), *three_sizes(ranks), P=len(gs), **blocks,
     )  # fmt: skip
     return gx
 

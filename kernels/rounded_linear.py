@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import launch
+from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # (largest padded width, rows per program, warps); a thread takes 16 to 32 elements.
@@ -57,7 +57,7 @@ def config(width: int) -> tuple[int, int, int]:
     """(BLOCK_C, ROWS, warps) for rows of this many channels. Raises ValueError above MAX_WIDTH."""
     for block, rows, warps in CONFIGS:
         if width <= block:
-            return triton.next_power_of_2(width), rows, warps
+            return next_power_of_2(width), rows, warps
     raise ValueError(f"round_rows holds a row in registers: at most {MAX_WIDTH} channels, not {width}")
 
 
@@ -69,7 +69,7 @@ def round_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
     q = torch.empty_like(x, dtype=dtype)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     sizes = {"LARGEST": LARGEST[dtype], "ROWS": rows_each, "BLOCK_C": block, "num_warps": warps}
-    launch(round_rows_kernel, (triton.cdiv(rows, rows_each),), x, q, scale, rows, width, **sizes)
+    launch(round_rows_kernel, (cdiv(rows, rows_each),), x, q, scale, rows, width, **sizes)
     return q, scale
 
 
@@ -79,7 +79,7 @@ def scale_sums(
     """Launch on int32 sums [T, O], scales [T, 1] and [O, 1] in fp32, and bias [O] or None: y [T, O] in `dtype`."""
     rows, width = sums.shape
     y = torch.empty_like(sums, dtype=dtype)
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = cdiv(width, BLOCK)
     given = (sums, x_scale, w_scale, sums if bias is None else bias.contiguous(), y)
     launch(
         scale_sums_kernel, (rows * blocks,), *given, width, blocks, BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS

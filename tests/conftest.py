@@ -70,6 +70,14 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_flux_folder(tmp_path_factory.mktemp("models") / "tiny_flux")
 
 
+@pytest.fixture(scope="session")
+def tiny_z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `ZImagePipeline` folder: Qwen3, captions of their own lengths; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_z_image_folder
+
+    return make_z_image_folder(tmp_path_factory.mktemp("models") / "tiny_z_image")
+
+
 @pytest.fixture
 def tiny_sd(tiny_sd_folder: Path):
     """The pipeline of `tiny_sd_folder`, freshly loaded, fp32 on the CPU, DDIM, all weights frozen."""
@@ -100,6 +108,14 @@ def tiny_flux(tiny_flux_folder: Path):
     from diffusers import FluxPipeline
 
     return _fresh(FluxPipeline, tiny_flux_folder)
+
+
+@pytest.fixture
+def tiny_z_image(tiny_z_image_folder: Path):
+    """The pipeline of `tiny_z_image_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, all weights frozen."""
+    from diffusers import ZImagePipeline
+
+    return _fresh(ZImagePipeline, tiny_z_image_folder)
 
 
 def _fresh(pipeline_class, folder: Path):

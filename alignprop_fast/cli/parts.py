@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.rewards.normalise import NormalisedSum
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=TrainOptions)
 _WATCH_SEED = 1_000_000  # larger than the seeds of the sample pictures
@@ -41,7 +44,27 @@ class Rewards:
 def resolved(options: T, precision: str) -> T:
     """The options with `auto` and None replaced by what they stand for, as far as the trainer's config needs it."""
     alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
-    return replace(options, mixed_precision=precision, lora_alpha=alpha)
+    steps, scale = sampling_of(options)
+    return replace(
+        options, mixed_precision=precision, lora_alpha=alpha, num_inference_steps=steps, guidance_scale=scale
+    )
+
+
+def sampling_of(options: TrainOptions) -> tuple[int, float]:
+    """The number of denoising steps and the guidance scale: those given, or those that the model was made for.
+
+    Raises:
+        OSError: a Hub model cannot be reached.
+    """
+    from alignprop_fast.models.load.made_for import made_for
+
+    own = made_for(options.model, options.model_config)
+    scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    if own.is_distilled and scale > own.guidance_scale:
+        logger.warning(
+            "%s is distilled to draw without guidance; --guidance-scale %g runs it twice per step", options.model, scale
+        )
+    return options.num_inference_steps or own.steps, scale
 
 
 def open_rewards(options: TrainOptions, device: str) -> Rewards:

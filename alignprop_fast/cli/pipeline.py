@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alignprop_fast.cli.parts import sampling_of
+
 if TYPE_CHECKING:
     from alignprop_fast.generate.sampler import DifferentiableSampler
     from alignprop_fast.rewards.mixture import WeightedSum
@@ -54,8 +56,7 @@ def open_sampler(options: TrainOptions, pipe: Any) -> DifferentiableSampler:
 
     return DifferentiableSampler(
         pipe,
-        options.num_inference_steps,
-        options.guidance_scale,
+        *sampling_of(options),
         options.eta,
         true_cfg_scale=options.true_cfg_scale,
         height=options.height,

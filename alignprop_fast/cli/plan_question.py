@@ -122,7 +122,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
     return Question(
         tables={batch: table},
         batch=batch,
-        num_steps=options.num_inference_steps,
+        num_steps=config.sample_num_steps,
         truncation=options.truncation,
         budget_bytes=budget_bytes,
         title=f"table {file.name}: {origin.get('model', 'a model')}, batch {batch}, {device}",
@@ -143,7 +143,7 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     precision = place.precision if chosen.mixed_precision == "auto" else chosen.mixed_precision
     chosen = resolved(chosen, precision)
     config = make_config(chosen, place.device, "")
-    wanted_bytes, steps, batch = _wanted_bytes(config), chosen.num_inference_steps, chosen.batch_size
+    wanted_bytes, steps, batch = _wanted_bytes(config), config.sample_num_steps, chosen.batch_size
     gate_count(chosen.truncation, steps)
     name, budget_bytes, note = place.budget(wanted_bytes)
     tables = kept_tables.read(chosen) if place.is_named else None

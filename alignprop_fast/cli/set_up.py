@@ -235,4 +235,4 @@ def _predict(trainer: AlignPropTrainer, options: TrainOptions) -> Prediction | N
         if budget_bytes is None:
             return None
         table = sampler.solver(options.batch_size, options.negative_prompt).table
-    return predict(table, options.num_inference_steps, options.truncation, options.batch_size, budget_bytes)
+    return predict(table, trainer.config.sample_num_steps, options.truncation, options.batch_size, budget_bytes)

@@ -29,16 +29,18 @@ PROMPTS = (
 COLUMNS, TILE_PIXELS, CAPTION_PIXELS, MARGIN = 4, 192, 24, 8
 
 
-def draw_grid(pictures: list[Image.Image], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
+def draw_grid(
+    pictures: list[Image.Image], captions: Sequence[str], columns: int = COLUMNS, tile_pixels: int = TILE_PIXELS
+) -> Image.Image:
     """One sheet of enlarged pictures with their captions underneath."""
     rows = -(-len(pictures) // columns)
-    cell_width, cell_height = TILE_PIXELS + MARGIN, TILE_PIXELS + CAPTION_PIXELS
+    cell_width, cell_height = tile_pixels + MARGIN, tile_pixels + CAPTION_PIXELS
     sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = MARGIN + index % columns * cell_width, MARGIN + index // columns * cell_height
-        sheet.paste(picture.resize((TILE_PIXELS, TILE_PIXELS), Image.Resampling.BICUBIC), (left, top))
-        pen.text((left + TILE_PIXELS / 2, top + TILE_PIXELS + 3), caption, fill="black", anchor="ma", font=font)
+        sheet.paste(picture.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC), (left, top))
+        pen.text((left + tile_pixels / 2, top + tile_pixels + 3), caption, fill="black", anchor="ma", font=font)
     return sheet
 
 
@@ -48,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=model_path())
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(arguments.model)

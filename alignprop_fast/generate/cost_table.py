@@ -236,7 +236,7 @@ def _completed(table: CostTable, step: TrainingStep, rewards: tuple[Stage, ...])
         table = _penalised(table, step)
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
-    sums_bytes = 0 if added else 4 * sum(receiver.numel() for receiver in step.chain.receivers)
+    sums_bytes = 0 if added else _bytes(step.chain.receivers, narrowest=4)
     rounded = {} if step.chain.precision is None else {"rounded weights": step.chain.precision.size_bytes}
     return replace(
         table,
@@ -312,7 +312,7 @@ def _fixed(step: TrainingStep) -> dict[str, int]:
         "gradients": _bytes(trained, narrowest=4) if step.keeps_gradients else 0,
         "optimizer": 8 * numbers if step.optimizer_bytes is None else step.optimizer_bytes,
         "reward": step.reward_bytes,
-        "conditioning": _bytes(conditioning) + step.chain.texts.size_bytes,
+        "conditioning": _bytes([*conditioning, *step.chain.texts.tensors()]),
     }
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
 
 from alignprop_fast.generate.fast_predict import FastPredict
-from alignprop_fast.generate.guidance import Guidance
+from alignprop_fast.generate.guidance import Guidance, Scale
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
@@ -62,7 +63,8 @@ class DenoisingChain(Chain):
         fast: FastPredict | None = None,
         precision: SamplingPrecision | None = None,
     ):
-        conditions = _conditions(cond, guidance)
+        scale = guidance.cfg_scale
+        conditions = _conditions(cond, scale)
         if conditions and (compare_with_base or gradient_sink is not None):
             option = "compare_with_base" if compare_with_base else "an optimizer in the backward pass"
             raise ValueError(
@@ -89,7 +91,7 @@ class DenoisingChain(Chain):
         self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
         self.guidance, self.given_cond = guidance, cond
         self.cond = cond.exchanged(leaves)
-        self.scale, self.rescale = leaves.get(id(guidance.cfg_scale), guidance.cfg_scale), guidance.rescale
+        self.scale, self.rescale = leaves.get(id(scale), scale), guidance.rescale
         # The update blends the two branches of a prediction. `predict` does it instead if guidance is not linear in
         # them or its scale learns.
         if isinstance(self.scale, torch.Tensor) or cond.branches == 1 or self.rescale > 0:
@@ -99,8 +101,9 @@ class DenoisingChain(Chain):
         self.texts, self.precision = model.text_projections(self.cond), precision
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        is_number = not isinstance(self.scale, torch.Tensor)
-        self.fast_state = self.fast.state() if self.fast is not None and is_number else None
+        # It would also be for texts of these lengths alone.
+        records = not isinstance(self.scale, torch.Tensor) and not cond.lengths
+        self.fast_state = self.fast.state() if self.fast is not None and records else None
 
     def last_alone(self) -> DenoisingChain:
         """A chain of only the last step, which predicts the clean latents. Gradients go to autograd, not to a sink."""
@@ -117,6 +120,12 @@ class DenoisingChain(Chain):
             fast=self.fast,
             precision=self.precision,
         )
+
+    def of_longest_texts(self) -> DenoisingChain:
+        """This chain with texts as long as the model reads, for plans that hold for every batch."""
+        chain = copy(self)
+        chain.cond, chain.given_cond = self.cond.longest(), self.given_cond.longest()
+        return chain
 
     def reading(self) -> AbstractContextManager[None]:
         return nullcontext() if self.copies is None else self.copies.in_place()
@@ -136,7 +145,7 @@ class DenoisingChain(Chain):
         state, name = self.fast_state if recorded else None, "exact" if precision is None else precision.name
         seen, timestep = self.update.model_input(i, x), self.timesteps[i]
         with self.texts.in_place():
-            return self._guided(self.fast.sample(seen, timestep, self.cond, state, name))
+            return self._guided(self.fast.sample(seen, timestep, self.cond, self.texts, state, name))
 
     def around_block(self) -> AbstractContextManager[None]:
         return self.texts.in_place(of_any_text=True)
@@ -159,7 +168,7 @@ class DenoisingChain(Chain):
             seen = self.update.model_input(i, x)
         kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
         found = self.fast.gradients(
-            seen, self.timesteps[i], self.cond, self._guided, gy, self.stand_ins, self.fast_state, kind
+            *(seen, self.timesteps[i], self.cond, self.texts, self._guided, gy, self.stand_ins, self.fast_state, kind)
         )
         if found is None or not through_input:
             return found and [*found, None]
@@ -215,9 +224,8 @@ class DenoisingChain(Chain):
         return versions([self.model.denoiser]), self.model.settings(), tuple(map(version, read))
 
 
-def _conditions(cond: Conditioning, guidance: Guidance) -> list[torch.Tensor]:
-    """The denoiser's inputs that require a gradient, other than latents and its own parameters."""
-    scale = guidance.cfg_scale
+def _conditions(cond: Conditioning, scale: Scale) -> list[torch.Tensor]:
+    """What requires a gradient of the denoiser's inputs and the guidance scale, without latents and parameters."""
     read = [*cond.tensors(), *([scale] if isinstance(scale, torch.Tensor) else ())]
     found = {id(tensor): tensor for tensor in read if tensor.requires_grad}.values()
     return list(found) if torch.is_grad_enabled() else []

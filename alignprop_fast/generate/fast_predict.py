@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from alignprop_fast.models.lean.text_projections import TextProjections
 from alignprop_fast.models.pipeline_adapter import Conditioning
 from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, step_gradients
 
@@ -69,16 +71,18 @@ class FastPredict:
         x: torch.Tensor,
         timestep: torch.Tensor,
         cond: Conditioning,
+        texts: TextProjections,
         state: Hashable = None,
         precision: str = "exact",
     ) -> torch.Tensor:
         """`predict` without gradient, as a recording if there is a state. The result holds until the next call.
 
-        precision: the one that the caller has in place; each has its own recording.
+        texts: the projections of cond's text, which the caller has in place. precision: the one that the caller has in
+        place; each has its own recording.
         """
         if self.graphs is not None and state is not None:
-            tensors = cond.tensors()
-            run = partial(_sample, self._compiled, cond, list(map(id, tensors)))
+            tensors = [*cond.tensors(), *texts.tensors()]
+            run = partial(_sample, self._compiled, _StandIns(cond, texts, list(map(id, tensors))))
             kind = "sample", precision, self.compiled_pays
             found = self.graphs(run, (x, timestep, *tensors), (state, cond.settings()), kind)
             if found is not None and found[0] is not None:
@@ -90,6 +94,7 @@ class FastPredict:
         x: torch.Tensor,
         timestep: torch.Tensor,
         cond: Conditioning,
+        texts: TextProjections,
         guide: Guide,
         gy: torch.Tensor,
         parameters: Sequence[torch.Tensor],
@@ -101,12 +106,15 @@ class FastPredict:
         Forward and backward pass are one recording, so what the backward pass needs never leaves it. The results hold
         until the next call. None: there is no memory for the recording.
 
-        kind: what guide does, and what the blocks now keep for the backward pass; each has its own recording.
+        texts: the projections of cond's text. kind: what guide does, and what the blocks now keep for the backward
+        pass; each has its own recording.
         """
         assert self.graphs is not None
-        tensors, wants_gx = cond.tensors(), x.requires_grad
-        run = partial(_gradients, self.model.predict, cond, list(map(id, tensors)), guide, parameters, wants_gx)
-        inputs = (x.detach(), timestep, gy, *tensors)
+        tensors, wants_gx = [*cond.tensors(), *texts.tensors()], x.requires_grad
+        stand_ins = _StandIns(cond, texts, list(map(id, tensors)))
+        run = partial(_gradients, self.model.predict, stand_ins, guide, parameters, wants_gx)
+        # The gradient is last: both kinds of recording have the others at the same places, and share their memory.
+        inputs = (x.detach(), timestep, *tensors, gy)
         return self.graphs(run, inputs, (state, cond.settings()), ("gradients", kind, wants_gx))
 
     def forget_recordings(self) -> None:
@@ -121,35 +129,45 @@ class FastPredict:
             return self.model.predict(x, timestep, cond)
 
 
-# The recorded functions: `tensors` stand in for those of `cond`, whose ids are `ids`.
+@dataclass(frozen=True)
+class _StandIns:
+    """Runs a prediction with static tensors in the place of a chain's own, whose ids are `ids`."""
+
+    cond: Conditioning
+    texts: TextProjections
+    ids: Sequence[int]
+
+    def predict(
+        self, predict: Predict, x: torch.Tensor, timestep: torch.Tensor, tensors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        others = dict(zip(self.ids, tensors, strict=True))
+        with self.texts.exchanged(others).in_place():
+            return predict(x, timestep, self.cond.exchanged(others))
+
+
+# The recorded functions.
 
 
 @torch.inference_mode()
 def _sample(
-    predict: Predict,
-    cond: Conditioning,
-    ids: Sequence[int],
-    x: torch.Tensor,
-    timestep: torch.Tensor,
-    *tensors: torch.Tensor,
+    predict: Predict, stand_ins: _StandIns, x: torch.Tensor, timestep: torch.Tensor, *tensors: torch.Tensor
 ) -> tuple[torch.Tensor]:
-    return (predict(x, timestep, cond.exchanged(dict(zip(ids, tensors, strict=True)))),)
+    return (stand_ins.predict(predict, x, timestep, tensors),)
 
 
 @torch.enable_grad()
 def _gradients(
     predict: Predict,
-    cond: Conditioning,
-    ids: Sequence[int],
+    stand_ins: _StandIns,
     guide: Guide,
     parameters: Sequence[torch.Tensor],
     wants_gx: bool,
     x: torch.Tensor,
     timestep: torch.Tensor,
-    gy: torch.Tensor,
-    *tensors: torch.Tensor,
+    *tensors_and_gy: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
+    *tensors, gy = tensors_and_gy
     x = x.detach().requires_grad_(wants_gx)
-    y = guide(predict(x, timestep, cond.exchanged(dict(zip(ids, tensors, strict=True)))))
+    y = guide(stand_ins.predict(predict, x, timestep, tensors))
     wanted = [*parameters, x] if wants_gx else parameters
     return tuple(step_gradients(y, wanted, gy))

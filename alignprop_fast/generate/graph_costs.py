@@ -155,6 +155,6 @@ def _static_bytes(step: TrainingStep) -> int:
     """Inputs of both graphs (latents, time, conditioning, the gradient of the output), and their outputs."""
     x = latents(step)
     latents_bytes = allocated_bytes(x.numel() * x.element_size(), x.device)
-    conditioning = [allocated_bytes(t.numel() * t.element_size(), t.device) for t in step.cond.tensors()]
-    time_bytes = allocated_bytes(8, x.device)
-    return 2 * (sum(conditioning) + time_bytes) + (3 + 2 * step.cond.branches) * latents_bytes
+    held = [*step.cond.tensors(), *step.chain.texts.tensors()]
+    held_bytes = sum(allocated_bytes(t.numel() * t.element_size(), t.device) for t in held)
+    return held_bytes + allocated_bytes(8, x.device) + (2 + 2 * step.cond.branches) * latents_bytes

@@ -14,7 +14,8 @@ Scale = float | torch.Tensor
 class Guidance:
     """How predictions are guided towards the prompt.
 
-    cfg_scale: of classifier-free guidance, which needs predictions with and without the prompt; off at 1 or less.
+    scale: of classifier-free guidance, which needs predictions with and without the prompt, as the pipeline counts it.
+    unguided: the scale that means none; up to it guidance is off.
     embedded_scale: the input of a denoiser with distilled guidance (FLUX).
     rescale: phi of Lin et al. 2023; 0 turns it off.
     needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
@@ -22,21 +23,29 @@ class Guidance:
     A scale is a number, or a tensor of one number that requires a gradient.
     """
 
-    cfg_scale: Scale
+    scale: Scale
+    unguided: float
     embedded_scale: Scale
     rescale: float
     needs_negative: bool
 
     @classmethod
-    def of(cls, scale: Scale, true_cfg_scale: Scale, rescale: Any, embeds_guidance: bool) -> Guidance:
+    def of(
+        cls, scale: Scale, true_cfg_scale: Scale, rescale: Any, embeds_guidance: bool, unguided: float = 1.0
+    ) -> Guidance:
         """From a sampler's arguments. embeds_guidance: whether guidance is distilled into the denoiser.
 
         Raises:
             ValueError: a tensor holds several numbers, or requires a gradient but must be a number.
         """
         scale, true_cfg_scale = _one_number(scale), _one_number(true_cfg_scale)
-        cfg_scale = true_cfg_scale if embeds_guidance else scale
-        return cls(cfg_scale, scale, plain_number("guidance_rescale", rescale), embeds_guidance)
+        own = true_cfg_scale if embeds_guidance else scale
+        return cls(own, unguided, scale, plain_number("guidance_rescale", rescale), embeds_guidance)
+
+    @property
+    def cfg_scale(self) -> Scale:
+        """s in u + s (c - u), for predictions c and u with and without the prompt; off at 1 or less."""
+        return self.scale if self.unguided == 1 else self.scale + (1 - self.unguided)
 
     def is_on(self, has_negative: bool) -> bool:
         """Whether the denoiser runs with and without the prompt. has_negative: there is a negative prompt."""

@@ -51,13 +51,14 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline` or `FluxPipeline` with flow-match Euler. Give its
-            denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler
-            freezes VAE and text encoders, unless something in them is frozen already. The plan does not count what
-            learns there: use `reserve` for it.
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline` or `ZImagePipeline` with
+            flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
+            `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
+            frozen already. The plan does not count what learns there: use `reserve` for it.
         num_inference_steps: steps T of the chain.
-        guidance_scale: of classifier-free guidance; 1 or less turns it off. For FLUX it is the input of the denoiser's
-            distilled guidance. A number, or a tensor of one number that may require a gradient, like `true_cfg_scale`.
+        guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
+            0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one number that
+            may require a gradient, like `true_cfg_scale`.
         eta: noise of DDIM, 0 (none) to 1 (as in DDPM); not used by other schedulers.
         memory_budget: memory that live tensors may take on the device, weights included: bytes or "24GiB". "auto": on a
             GPU its free memory; elsewhere as None. None or "none": nothing is measured and every gradient step is
@@ -122,7 +123,9 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
-        self.guidance = Guidance.of(guidance_scale, true_cfg_scale, guidance_rescale, self.model.embeds_guidance)
+        self.guidance = Guidance.of(
+            guidance_scale, true_cfg_scale, guidance_rescale, self.model.embeds_guidance, self.model.unguided_scale
+        )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
         locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
@@ -178,7 +181,7 @@ class DifferentiableSampler:
             truncation: a rule of `draw_truncation`, its result, or gates, instead of grad_steps. The caller runs its
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
-                `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each.
+                `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
@@ -404,7 +407,7 @@ class DifferentiableSampler:
     ) -> TrainingStep:
         return TrainingStep(
             model=self.model,
-            chain=chain,
+            chain=chain.of_longest_texts(),
             cond=cond,
             size=self.size,
             decoder_blocks=self.renderer.decoder_blocks,

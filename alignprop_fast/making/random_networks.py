@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alignprop_fast.making.random_tokenizers import CONTEXT_LENGTH, clip_vocabulary, end_id, t5_vocabulary
+from alignprop_fast.making.random_tokenizers import (
+    CONTEXT_LENGTH,
+    QWEN_MARKS,
+    clip_vocabulary,
+    end_id,
+    qwen_vocabulary,
+    t5_vocabulary,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
@@ -70,6 +77,23 @@ def t5(width: int) -> torch.nn.Module:
             num_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def qwen3(width: int) -> torch.nn.Module:
+    from transformers import Qwen3Config, Qwen3Model
+
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
         )
     )
 

@@ -1,4 +1,4 @@
-"""Small tokenizers in the real formats of CLIP and T5, for pipelines with random weights."""
+"""Small tokenizers in the real formats of CLIP, T5 and Qwen, for pipelines with random weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT_LENGTH = 77
+QWEN_LENGTH = 2048
 _MERGES = ("t h", "th e</w>", "r e", "re d</w>", "c a", "ca t</w>", "d o", "do g</w>", "a n", "an d</w>")
+
+
+def _byte_letters() -> list[str]:
+    """The letters that stand for the 256 bytes in the vocabularies of GPT-2, CLIP and Qwen."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
 
 def clip_vocabulary() -> dict[str, int]:
     """Token to id in the order of CLIP's vocabulary: bytes, bytes that end a word, merges, the two special tokens."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = len([byte for byte in range(256) if byte not in printable])
-    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(rest)]
+    letters = _byte_letters()
     merged = [merge.replace(" ", "") for merge in _MERGES]
     tokens = letters + [letter + "</w>" for letter in letters] + merged + ["<|startoftext|>", "<|endoftext|>"]
     return {token: index for index, token in enumerate(tokens)}
@@ -87,3 +92,46 @@ def t5_tokenizer(folder: Path) -> Any:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return T5TokenizerFast.from_pretrained(folder)
+
+
+# In byte-level BPE a letter G with a dot stands for the space before a word.
+_QWEN_MERGES = (
+    *("h e", "t he", "e d", "r ed", "a t", "c at", "o g", "d og", "n d", "a nd"),
+    *("Ġ the", "Ġ red", "Ġ cat", "Ġ dog", "Ġ and"),
+)
+QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def qwen_vocabulary() -> dict[str, int]:
+    """Token to id in the order of Qwen's vocabulary: bytes, then merges; the marks come after them."""
+    merged = [merge.replace(" ", "") for merge in _QWEN_MERGES]
+    return {token: index for index, token in enumerate(dict.fromkeys([*_byte_letters(), *merged]))}
+
+
+def qwen_tokenizer(folder: Path) -> Any:
+    """A tokenizer like that of Qwen3, with a chat template that writes what Qwen3's writes for one message."""
+    from transformers import Qwen2TokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": QWEN_LENGTH,
+        "added_tokens_decoder": {
+            str(len(qwen_vocabulary()) + index): {"content": mark, "special": True, "normalized": False}
+            for index, mark in enumerate(QWEN_MARKS)
+        },
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": None,
+        "bos_token": None,
+        "chat_template": _QWEN_CHAT,
+    }
+    (folder / "vocab.json").write_text(json.dumps(qwen_vocabulary(), ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_QWEN_MERGES]) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return Qwen2TokenizerFast.from_pretrained(folder)

@@ -1,8 +1,8 @@
 """Pipelines with random weights, written as folders in the real diffusers format.
 
 Tests and benchmarks need models of a chosen size without a download. These folders have the same files with the same
-names as the published Stable Diffusion, SDXL, SD3.5 and FLUX models, so everything that reads those (diffusers, this
-package, trl) reads these.
+names as the published Stable Diffusion, SDXL, SD3.5, FLUX and Z-Image models, so everything that reads those
+(diffusers, this package, trl) reads these.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.making.random_networks import diffusion_scheduler, t5, text_config, unet, vae
-from alignprop_fast.making.random_tokenizers import clip_tokenizer, end_id, t5_tokenizer, write_clip_tokenizer
+from alignprop_fast.making.random_networks import diffusion_scheduler, qwen3, t5, text_config, unet, vae
+from alignprop_fast.making.random_tokenizers import (
+    clip_tokenizer,
+    end_id,
+    qwen_tokenizer,
+    t5_tokenizer,
+    write_clip_tokenizer,
+)
 
 
 def make_sd_folder(
@@ -199,6 +205,50 @@ def make_flux_folder(
     return _save(pipe, folder, {"tokenizer": "<|endoftext|>"})
 
 
+def make_z_image_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (16, 32),
+    text_width: int = 16,
+    norm_groups: int = 8,
+    turbo: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a `ZImagePipeline` like Z-Image, or like Z-Image-Turbo, with random weights.
+
+    The two differ in the scheduler's shift. Other arguments as in `make_sd3_folder`; head_width is a multiple of 8. The
+    pipeline's default picture has 1024 pixels for every model, so ask for a smaller one.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            dim=heads * head_width,
+            n_layers=num_layers,
+            n_refiner_layers=1,
+            n_heads=heads,
+            n_kv_heads=heads,
+            cap_feat_dim=text_width,
+            axes_dims=[head_width // 4, 3 * head_width // 8, 3 * head_width // 8],
+            axes_lens=[1536, 64, 64],
+        )
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            torch.nn.init.normal_(token, std=0.5)  # zero when made anew, but not in published weights
+        pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
+            vae=vae(vae_widths, norm_groups, scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=qwen3(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=transformer,
+        )
+    return _save(pipe, folder, {})
+
+
 def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
     pipe.save_pretrained(folder)
     for name, pad_token in pad_tokens.items():  # transformers 5 writes tokenizers that transformers 4 cannot read
@@ -208,7 +258,8 @@ def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
     index = folder / "model_index.json"
     # The class name in every published model; transformers 5 merged the two classes under the slow one's name.
     index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
-    _restore_prefix(folder / "text_encoder" / "model.safetensors")
+    if pad_tokens:
+        _restore_prefix(folder / "text_encoder" / "model.safetensors")
     return folder
 
 

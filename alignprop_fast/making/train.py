@@ -4,7 +4,7 @@
     pip install 'alignprop-fast[demo-train]'
     python -m alignprop_fast.making.train --data node_modules --output-dir demo-run
 
-Stages run in the order vae, unet, follow, match, clip, export. A stopped run continues where it was, even after kill
+Stages run in the order vae, unet, twin, clip, export. A stopped run continues where it was, even after kill
 -9: give the same command. The result is `model/` (the twin is the variant "twin" of its UNet) and `clip/`.
 """
 
@@ -26,7 +26,7 @@ from alignprop_fast.making.loop import Settings
 from alignprop_fast.making.networks import build_image_processor, write_tokenizer
 from alignprop_fast.making.scenes import Mix, make_pictures
 from alignprop_fast.making.sprites import load_sprites
-from alignprop_fast.making.train_twin import TwinTraining
+from alignprop_fast.making.train_twin import train_twin
 
 SEED, HELDOUT_SEED = 0, 1
 NUM_PICTURES, NUM_HELDOUT = 16_000, 1_000  # of CLIP and the counter
@@ -36,8 +36,7 @@ SCENE_MIX = Mix(one=0.25, several=0.40, with_held_out=False)
 SETTINGS = {
     "vae": Settings(8_000, 8, learning_rate=3e-3, weight_decay=0.0, cooldown=0.8),
     "unet": Settings(5_400, 64, 2e-3, cooldown=0.5, average_decay=0.999, checkpoint_every=50, muon=True),
-    "follow": Settings(400, 16, 1e-3, 0.0, cooldown=0.6, average_decay=0.99, checkpoint_every=25, muon=True),
-    "match": Settings(300, 16, 1e-4, 0.0, average_decay=0.98, checkpoint_every=25),
+    "twin": Settings(400, 16, 1e-3, 0.0, cooldown=0.6, average_decay=0.99, checkpoint_every=25, muon=True),
     "clip": Settings(steps=800, batch_size=96, learning_rate=1e-3, weight_decay=0.05, average_decay=0.99),
 }
 STAGES = (*SETTINGS, "export")
@@ -136,18 +135,9 @@ class Run:
         return train_unet.train_unet(latents, self.scenes[1], self.vae, self.tokenizer, settings, self.folder, SEED)
 
     @cached_property
-    def twin_training(self) -> TwinTraining:
-        return TwinTraining(self.unet, self.scenes[1], self.folder, SEED)
-
-    @cached_property
-    def follow(self) -> Any:
-        """The twin's UNet after its first stage."""
-        return self.twin_training.follow(self.settings("follow"))
-
-    @cached_property
-    def match(self) -> Any:
+    def twin(self) -> Any:
         """The twin's UNet."""
-        return self.twin_training.match(self.follow, self.settings("match"))
+        return train_twin(self.unet, self.scenes[1], self.settings("twin"), self.folder, SEED)
 
     @cached_property
     def clip(self) -> Any:
@@ -161,10 +151,8 @@ class Run:
         """Writes `model/`, with the twin as a variant of its UNet, and `clip/`: what has checkpoints."""
         vocabulary = self.folder / "tokenizer"
         export_pipeline(self.unet, vocabulary, self.folder / "model")
-        stages = [stage for stage in ("match", "follow") if (self.folder / f"{stage}.pt").exists()]
-        if stages:
-            twin = copy.deepcopy(getattr(self, stages[0])).half()
-            twin.save_pretrained(self.folder / "model" / "unet", variant="twin")
+        if (self.folder / "twin.pt").exists():
+            copy.deepcopy(self.twin).half().save_pretrained(self.folder / "model" / "unet", variant="twin")
         if (self.folder / "clip.pt").exists():
             export_clip(self.clip, self.tokenizer, vocabulary, self.folder / "clip")
 

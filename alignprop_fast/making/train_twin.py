@@ -1,19 +1,14 @@
 """Distils the bundled text-to-image network to its twin, which draws in 4 steps without guidance.
 
-The twin starts as the teacher's UNet and learns on its own chain of 4 DDIM steps, in two stages:
-
-1. follow: each step should land where the guided teacher lands from the same latents with `SMALL_STEPS` smaller steps
-   (progressive distillation, Salimans and Ho 2022, arXiv 2202.00512, here from the latents that the twin reaches).
-2. match: the pictures at the end of the chain should be as likely as the teacher's, by distribution matching (Yin et
-   al. 2024, arXiv 2311.18828, equation 7): a critic learns to denoise the twin's pictures, and the difference between
-   what critic and guided teacher make of a noisy picture is its gradient, which runs back through all 4 steps.
+The twin starts as the teacher's UNet and learns on its own chain of 4 DDIM steps: each step should land where the
+guided teacher lands from the same latents with `SMALL_STEPS` smaller steps (progressive distillation, Salimans and Ho
+2022, arXiv 2202.00512, here from the latents that the twin reaches).
 
 Latents are x = signal * clean + noise_level * noise with signal = cos(a) and noise_level = sin(a); the networks predict
 v = cos(a) * noise - sin(a) * clean, so that a DDIM step from angle a to b is x' = cos(a - b) x - sin(a - b) v.
 """
 
 import copy
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,12 +17,11 @@ import torch
 from torch import Tensor
 
 from alignprop_fast.making.loop import Modules, Settings, fit
-from alignprop_fast.making.train_unet import PREVIEW_PROMPTS, draw, spread_timesteps, tokenize, with_parts
+from alignprop_fast.making.train_unet import PREVIEW_PROMPTS, draw, tokenize, with_parts
 
 STEPS = 4
 SMALL_STEPS = 3  # of the teacher, for each step of the twin
 GUIDANCE_SCALE = 2.0  # of the teacher
-MATCH_RANGE = (20, 980)  # timesteps at which critic and teacher look at a picture
 
 
 def step_to(x_BCHW: Tensor, v_BCHW: Tensor, turn: Tensor) -> Tensor:
@@ -42,7 +36,7 @@ def velocity_to(x_BCHW: Tensor, there_BCHW: Tensor, turn: Tensor) -> Tensor:
 
 
 class Distillation:
-    """Losses of a twin that learns from a guided teacher.
+    """The loss of a twin that learns from a guided teacher.
 
     Args:
         pipe: the teacher, a `StableDiffusionPipeline` that predicts v.
@@ -75,11 +69,9 @@ class Distillation:
         return self.angles[timestep] - self.angles[max(timestep - length, -1)]
 
     @torch.no_grad()
-    def guided(self, x: Tensor, timesteps: Any, text: Tensor, empty: Tensor) -> Tensor:
-        """The teacher's v with guidance. timesteps: a number or [B]."""
-        if isinstance(timesteps, Tensor):
-            timesteps = timesteps.repeat(2)
-        with_text, without = self.teacher(x.repeat(2, 1, 1, 1), timesteps, torch.cat([text, empty])).sample.chunk(2)
+    def guided(self, x: Tensor, timestep: int, text: Tensor, empty: Tensor) -> Tensor:
+        """The teacher's v with guidance."""
+        with_text, without = self.teacher(x.repeat(2, 1, 1, 1), timestep, torch.cat([text, empty])).sample.chunk(2)
         return without + GUIDANCE_SCALE * (with_text - without)
 
     def teacher_lands(self, x: Tensor, timestep: int, text: Tensor, empty: Tensor) -> Tensor:
@@ -89,7 +81,7 @@ class Distillation:
             x = step_to(x, self.guided(x, now, text, empty), self.turn(now, now - then))
         return x
 
-    def follow_loss(self, twin: Any, generator: torch.Generator) -> Tensor:
+    def loss(self, twin: Any, generator: torch.Generator) -> Tensor:
         """Mean squared error of the twin's v, over the four steps of its own chain."""
         x, text, empty = self.draw_start(generator)
         losses = []
@@ -101,78 +93,22 @@ class Distillation:
             x = step_to(x, v.detach(), turn)
         return torch.stack(losses).mean()
 
-    def match_loss(self, twin: Any, critic: Any, generator: torch.Generator) -> Tensor:
-        """A loss whose gradient is the twin's by distribution matching and the critic's by its denoising error."""
-        x, text, empty = self.draw_start(generator)
-        for timestep in self.timesteps:
-            x = step_to(x, twin(x, timestep, text).sample, self.turn(timestep, self.stride))
-        picture = x.detach()
-        gradient = self.match_gradient(critic, picture, text, empty, generator)
-        return (x * gradient).mean() + self.critic_loss(critic, picture, text, generator)
 
-    @torch.no_grad()
-    def match_gradient(self, critic: Any, picture: Tensor, text: Tensor, empty: Tensor, generator: Any) -> Tensor:
-        """What critic and teacher make of the noisy picture: their difference, of about unit size per picture."""
-        low, high = MATCH_RANGE
-        timesteps = low + spread_timesteps(self.batch_size, high - low, generator)
-        turn = self.angles[timesteps]
-        noisy = self.noisy(picture, torch.randn(self.shape, generator=generator), turn)
-        real = step_to(noisy, self.guided(noisy, timesteps, text, empty), turn)
-        fake = step_to(noisy, critic(noisy, timesteps, text).sample, turn)
-        return (fake - real) / (picture - real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
+def train_twin(pipe: Any, captions: list[str], settings: Settings, folder: Path, seed: int) -> Any:
+    """The twin's averaged UNet, resumable from `twin.pt` in the folder; `twin.png` there is a preview."""
+    torch.manual_seed(seed)
+    modules: Modules = {"unet": trainable(pipe.unet)}
+    distillation = Distillation(pipe, captions, settings.batch_size)
 
-    def critic_loss(self, critic: Any, picture: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-        """Squared error of v on the twin's pictures."""
-        timesteps = spread_timesteps(self.batch_size, self.count, generator)
-        noise, turn = torch.randn(self.shape, generator=generator), self.angles[timesteps]
-        # v is the noisy picture a quarter turn further on.
-        v = self.noisy(picture, noise, turn + torch.pi / 2)
-        return (critic(self.noisy(picture, noise, turn), timesteps, text).sample - v).square().mean()
+    def loss_at(generator: torch.Generator) -> Tensor:
+        return distillation.loss(modules["unet"], generator)
 
-    @staticmethod
-    def noisy(picture: Tensor, noise: Tensor, angle_B: Tensor) -> Tensor:
-        angle = angle_B.reshape(-1, 1, 1, 1)
-        return angle.cos() * picture + angle.sin() * noise
+    def preview(step: int, averages: Modules) -> None:
+        twin = with_parts(pipe, unet=averages["unet"])
+        draw(twin, list(PREVIEW_PROMPTS), folder / "twin.png", STEPS, guidance_scale=1.0)
 
-
-@dataclass
-class TwinTraining:
-    """The two stages, each resumable from its checkpoint in `folder`."""
-
-    pipe: Any
-    captions: list[str]
-    folder: Path
-    seed: int
-
-    def follow(self, settings: Settings) -> Any:
-        """The averaged UNet after stage 1."""
-        torch.manual_seed(self.seed)
-        modules: Modules = {"unet": trainable(self.pipe.unet)}
-        distillation = Distillation(self.pipe, self.captions, settings.batch_size)
-
-        def loss_at(generator: torch.Generator) -> Tensor:
-            return distillation.follow_loss(modules["unet"], generator)
-
-        return self.fit(modules, loss_at, settings, "follow")
-
-    def match(self, unet: Any, settings: Settings) -> Any:
-        """The averaged UNet after stage 2. unet: of stage 1."""
-        torch.manual_seed(self.seed)
-        modules: Modules = {"unet": trainable(unet), "critic": trainable(self.pipe.unet)}
-        distillation = Distillation(self.pipe, self.captions, settings.batch_size)
-
-        def loss_at(generator: torch.Generator) -> Tensor:
-            return distillation.match_loss(modules["unet"], modules["critic"], generator)
-
-        return self.fit(modules, loss_at, settings, "match")
-
-    def fit(self, modules: Modules, loss_at: Any, settings: Settings, stage: str) -> Any:
-        averages = fit(modules, loss_at, settings, self.folder / f"{stage}.pt", self.seed, self.preview)
-        return averages["unet"].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-
-    def preview(self, step: int, averages: Modules) -> None:
-        twin = with_parts(self.pipe, unet=averages["unet"])
-        draw(twin, list(PREVIEW_PROMPTS), self.folder / "twin.png", STEPS, guidance_scale=1.0)
+    averages = fit(modules, loss_at, settings, folder / "twin.pt", seed, preview)
+    return averages["unet"].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def trainable(network: Any) -> Any:

@@ -15,6 +15,7 @@ def adapt(pipe: Any) -> "PipelineAdapter":
     Raises:
         ValueError: no adapter fits the pipeline, or it contains something that the chain does not support.
     """
+    import diffusers
     from diffusers import (
         FluxPipeline,
         StableDiffusion3Pipeline,
@@ -34,6 +35,10 @@ def adapt(pipe: Any) -> "PipelineAdapter":
         StableDiffusion3Pipeline: StableDiffusion3Adapter,
         FluxPipeline: FluxAdapter,
     }
+    if hasattr(diffusers, "ZImagePipeline"):  # since 0.36
+        from alignprop_fast.models.z_image import ZImageAdapter
+
+        adapters[diffusers.ZImagePipeline] = ZImageAdapter
     for pipeline_class, adapter_class in adapters.items():
         if isinstance(pipe, pipeline_class):
             check_pipeline(pipe, pipeline_class)

@@ -21,9 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_fast.models.published import CLIP_G, CLIP_L, clip_text, denoiser_network, t5_text, vae_network
+from alignprop_fast.models.classes import diffusers_class
+from alignprop_fast.models.published import (
+    CLIP_G,
+    CLIP_L,
+    clip_text,
+    denoiser_network,
+    qwen3_text,
+    t5_text,
+    vae_network,
+)
 
-NAMES = ("sd15", "sdxl", "sd35-medium", "flux-dev")
+NAMES = ("sd15", "sdxl", "sd35-medium", "flux-dev", "z-image", "z-image-turbo")
 
 
 _DIFFUSION = {
@@ -156,9 +165,23 @@ def _flux(name: str) -> Any:
     )
 
 
+def _z_image(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("ZImagePipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if name == "z-image-turbo" else 6.0),
+        vae=vae_network("z-image"),
+        text_encoder=qwen3_text(),
+        tokenizer=None,
+        transformer=denoiser_network("z-image"),
+    )
+
+
 _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sd15": _stable_diffusion,
     "sdxl": _stable_diffusion,
     "sd35-medium": _stable_diffusion_3,
     "flux-dev": _flux,
+    "z-image": _z_image,
+    "z-image-turbo": _z_image,
 }

@@ -2,12 +2,13 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
@@ -28,8 +29,11 @@ from alignprop_fast.prompts.limits import TextReader
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_SIZE = (1024, 1024)  # pixels, of pipelines that do not say it (Z-Image)
+
 Generator = torch.Generator | list[torch.Generator] | None
-Embeddings = Mapping[str, torch.Tensor]
+Embeddings = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
+"""Given embeddings by their names in the pipeline's own call, B rows each; in a list if rows differ in length."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,22 @@ class Conditioning:
     """The denoiser's input besides latents and time, for K branches (unconditional first): [K * B, ...] each.
 
     embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
+    lengths: tokens of each row of embeds; the rest of a row is padding. Empty: there is no padding that matters.
     """
 
     embeds: torch.Tensor
     added: Mapping[str, torch.Tensor] | None
     branches: int
     embedded_guidance: float | torch.Tensor = 1.0
+    lengths: tuple[int, ...] = ()
+
+    def texts(self) -> list[torch.Tensor]:
+        """The rows of embeds without padding."""
+        return [row[:length] for row, length in zip(self.embeds, self.lengths, strict=True)]
+
+    def longest(self) -> "Conditioning":
+        """A copy whose padding counts as text: no batch of these shapes costs more."""
+        return replace(self, lengths=(self.embeds.shape[1],) * len(self.lengths))
 
     def tensors(self) -> list[torch.Tensor]:
         held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
@@ -51,7 +65,7 @@ class Conditioning:
     def settings(self) -> Hashable:
         """Everything besides `tensors()`."""
         guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
-        return self.branches, guidance, tuple(self.added or ())
+        return self.branches, guidance, self.lengths, tuple(self.added or ())
 
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
         """A copy with some tensors replaced, by their ids."""
@@ -105,6 +119,8 @@ class PipelineAdapter(ABC):
     """Whether guidance is distilled into the denoiser, with its scale as input; two branches are then optional."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
     """Names of a prompt's embeddings in the pipeline's own call; `negative_` in front for a negative prompt."""
+    unguided_scale: ClassVar[float] = 1.0
+    """Up to this guidance scale the prediction is that with the prompt alone."""
     channels_per_latent: ClassVar[int] = 1
     """Channels of the denoiser's input per latent channel."""
 
@@ -167,13 +183,15 @@ class PipelineAdapter(ABC):
     def text_readers(self) -> list[TextReader]:
         """The tokenizers that read the prompts in `encode`, with their limits."""
 
-    def _reader(self, name: str, tokenizer: str, limit: int | None = None) -> list[TextReader]:
+    def _reader(
+        self, name: str, tokenizer: str, limit: int | None = None, in_chat: Callable[[str], str] | None = None
+    ) -> list[TextReader]:
         """The reader of that tokenizer, if the pipeline has it. limit: None: the tokenizer's own."""
         found = self.pipe.components.get(tokenizer)
         if found is None:
             return []
         converted = self.pipe.maybe_convert_prompt if isinstance(self.pipe, TextualInversionLoaderMixin) else None
-        return [TextReader(name, found, limit or found.model_max_length, converted)]
+        return [TextReader(name, found, limit or found.model_max_length, converted, in_chat)]
 
     @abstractmethod
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
@@ -198,6 +216,11 @@ class PipelineAdapter(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """The dtype in which the pipeline draws noise."""
+        return self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -345,14 +368,14 @@ class PipelineAdapter(ABC):
             raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one each")
         shape = (batch, self.latent_channels, *(side // self.pipe.vae_scale_factor for side in size))
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self.noise_dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: use {shape}")
         return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
 
     def noise(self, like: torch.Tensor, generator: Generator) -> torch.Tensor:
-        """Unit noise in the shape of `like`, drawn as in the scheduler (in the model's dtype)."""
-        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=self.dtype)
+        """Unit noise in the shape of `like`, drawn as in the scheduler."""
+        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=self.noise_dtype)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32 (or wider), from latents [B, C, h, w]."""
@@ -385,6 +408,8 @@ def text_encoders(pipe: Any) -> list[nn.Module]:
 
 def native_size(pipe: Any) -> tuple[int, int] | None:
     """(height, width) in pixels of the pictures that the model was trained on, if its configuration has them."""
+    if "unet" not in pipe.components and not hasattr(pipe, "default_sample_size"):
+        return _DEFAULT_SIZE
     latents = pipe.unet.config.sample_size if "unet" in pipe.components else pipe.default_sample_size
     if latents is None:
         return None
@@ -404,6 +429,13 @@ def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int,
     if native is None:
         raise ValueError("the model's configuration has no sample_size: give height and width")
     return height or native[0], width or native[1]
+
+
+def padded(texts: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Texts [N_i, C] as rows of one tensor [B, tokens, C], or longer if one of them is, and their lengths."""
+    lengths = tuple(map(len, texts))
+    tokens = max(tokens, *lengths)
+    return torch.stack([F.pad(text, (0, 0, 0, tokens - len(text))) for text in texts]), lengths
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.models.classes import diffusers_class
+
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64,
@@ -78,12 +80,26 @@ _FLUX_DEV = {
 }
 
 
+_Z_IMAGE = {
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
+
+
 _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("UNet2DConditionModel", UNETS["sd15"]),
     "sdxl": ("UNet2DConditionModel", UNETS["sdxl"]),
     "sd35-medium": ("SD3Transformer2DModel", _SD35_MEDIUM),
     "sd35-large": ("SD3Transformer2DModel", _SD35_LARGE),
     "flux-dev": ("FluxTransformer2DModel", _FLUX_DEV),
+    "z-image": ("ZImageTransformer2DModel", _Z_IMAGE),
 }
 
 
@@ -104,6 +120,7 @@ _VAES: dict[str, dict[str, Any]] = {
     "sdxl": {"scaling_factor": 0.13025},
     "sd35-medium": {**_FLOW_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
     "flux-dev": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "z-image": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
 }
 
 
@@ -137,11 +154,28 @@ _T5_XXL = {
 }
 
 
+_QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
 def denoiser_network(name: str) -> nn.Module:
+    class_name, config = _DENOISERS[name]
+    return diffusers_class(class_name)(**config)
+
+
+def is_installed(name: str) -> bool:
+    """Whether the installed diffusers has the class of that denoiser."""
     import diffusers
 
-    class_name, config = _DENOISERS[name]
-    return getattr(diffusers, class_name)(**config)
+    return hasattr(diffusers, _DENOISERS[name][0])
 
 
 def vae_network(name: str) -> nn.Module:
@@ -160,6 +194,12 @@ def t5_text() -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(T5Config(**_T5_XXL))
+
+
+def qwen3_text() -> nn.Module:
+    from transformers import Qwen3Config, Qwen3Model
+
+    return Qwen3Model(Qwen3Config(**_QWEN3_4B))
 
 
 _TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {

@@ -142,7 +142,8 @@ def _joined(entries: Sequence[Conditioning], device: torch.device) -> Conditioni
         return joined.to(device, non_blocking=True)
 
     added = first.added and {name: join([(entry.added or {})[name] for entry in entries]) for name in first.added}
-    return replace(first, embeds=join([entry.embeds for entry in entries]), added=added)
+    lengths = tuple(length for branch in zip(*(entry.lengths for entry in entries), strict=True) for length in branch)
+    return replace(first, embeds=join([entry.embeds for entry in entries]), added=added, lengths=lengths)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

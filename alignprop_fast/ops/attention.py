@@ -15,9 +15,11 @@ from alignprop_fast.ops.backend import attempt, is_traced
 from alignprop_fast.ops.reuse import reuse_or_compute
 
 
-def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """Plain PyTorch. q: [B, H, M, D]; k, v: [B, H, N, D]; returns [B, H, M, D]."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Plain PyTorch. q: [B, H, M, D]; k, v: [B, H, N, D]; mask: True for keys to read; returns [B, H, M, D]."""
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
@@ -69,4 +71,5 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
     Returns:
         [B, H, M, D] in q's dtype.
     """
-    return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, scale) if torch.is_grad_enabled() else _forward(q, k, v, scale)[0]

@@ -112,13 +112,14 @@ class Launch(Generic[Arguments, Result]):
         def direct(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
             return attempt(f"{op}.triton", kernel, plain, *arguments, **keywords)
 
-        self._direct = direct
+        self._name, self._kernel, self._plain = f"{op}.triton", kernel, plain
         self.operator: Any = torch.library.custom_op(f"alignprop_fast::{name}", direct, mutates_args=())
         self.operator.register_fake(fake)
 
     def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-        run = self.operator if is_traced(arguments[0]) else self._direct
-        return run(*arguments, **keywords)
+        if is_traced(arguments[0]):
+            return self.operator(*arguments, **keywords)
+        return attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
 
 
 def _is_capturing() -> bool:

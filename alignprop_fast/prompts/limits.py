@@ -18,19 +18,22 @@ class TextReader:
     """The tokenizer of a text encoder and its limit.
 
     name: of the encoder. limit: tokens that it reads, including the special tokens at the ends of a text. converted:
-    changes the text before tokenizing, if a pipeline writes learned tokens into it.
+    changes the text before tokenizing, if a pipeline writes learned tokens into it. in_chat: writes the text into a
+    chat, whose marks count too, and whose last ones a long text pushes out.
     """
 
     name: str
     tokenizer: Any
     limit: int
     converted: Callable[[str, Any], str] | None = None
+    in_chat: Callable[[str], str] | None = None
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All tokens of each text, without truncation."""
         if self.converted is not None and self._has_learned():
             texts = [self.converted(text, self.tokenizer) for text in texts]
-        return self.tokenizer(list(texts), truncation=False)["input_ids"]
+        texts = list(texts) if self.in_chat is None else [self.in_chat(text) for text in texts]
+        return self.tokenizer(texts, truncation=False)["input_ids"]
 
     def unsure(self, texts: Sequence[str]) -> list[str]:
         """The texts that may be longer than the limit, found without tokenizing each.
@@ -54,7 +57,8 @@ class TextReader:
         (tokens,) = self.tokens([text])
         if len(tokens) <= self.limit:
             return f"{self.name} reads all of its {len(tokens)} tokens"
-        left_out = self.tokenizer.decode(tokens[self.limit - 1 : -1])  # without the special token at the end
+        # A cut text ends with its mark all the same, but not in a chat.
+        left_out = self.tokenizer.decode(tokens[self.limit :] if self.in_chat else tokens[self.limit - 1 : -1])
         return f"{self.name} reads {self.limit} of its {len(tokens)} tokens, nothing from {_begin(left_out)} on"
 
 

@@ -21,6 +21,8 @@ _DEMO = _PROMPTS.parent / "demo"
 _FILES = {
     "demo": _DEMO / "prompts.txt",
     "demo-heldout": _DEMO / "prompts_heldout.txt",
+    "same-colour": _DEMO / "same_colour.txt",
+    "same-colour-heldout": _DEMO / "same_colour_heldout.txt",
     "animals": _PROMPTS / "animals.txt",
     "animals-heldout": _PROMPTS / "animals_heldout.txt",
     "general": _PROMPTS / "general.txt",
@@ -61,7 +63,8 @@ def load_prompts(spec: str | Path) -> list[str]:
 def load_rows(spec: str | Path) -> list[PromptRow]:
     """Prompts of a built-in set, a file or a folder, in its order; the other fields of a row are its metadata.
 
-    Sets: "demo" and "demo-heldout" (things the bundled model can draw), "animals" and "animals-heldout" (the 45 animals
+    Sets: "demo" and "demo-heldout" (things the bundled model can draw), "same-colour" and "same-colour-heldout" (things
+    on a background of their own colour), "animals" and "animals-heldout" (the 45 animals
     that DDPO and AlignProp train on, and the 6 that AlignProp holds out), "general" (62 scenes, objects, counts, places
     and styles of our own writing). No prompt is in a set and in its held-out set.
 

@@ -25,7 +25,8 @@ def segments(work: Work, link: float | None = None, told: Told = nobody) -> tupl
 
     If the network fits under the leanest option, one block alone fits under each.
 
-    link: bytes/s to host memory. If given, each option also has a variant whose kept tensors are offloaded.
+    link: bytes/s to host memory. If given, an option also has a variant whose kept tensors are offloaded, unless all
+        are too small to be moved.
     told: is told which share of the work is done.
 
     Raises:
@@ -54,7 +55,7 @@ def _segment(lean: Interval, alone: Mapping[Hashable, Mapping[BlockOption, Inter
     for name in block.grades():
         option = _changed(lean, found[LEANEST], found[name]).option(name)
         options.append(option)
-        if link is not None and option.kept_bytes:
+        if link is not None and found[name.offloaded].host_bytes:
             there = _changed(lean, found[LEANEST], found[name.offloaded]).option(name.offloaded)
             options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
     return Segment(block.name, tuple(options))

@@ -13,8 +13,8 @@ from alignprop_fast.training.trainer_options import TrainerOptions
 
 PROMPTS_HELP = (
     "A .txt file with one prompt per line (# starts a comment); a .csv, .jsonl or .parquet file or a datasets folder "
-    "with a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, animals, "
-    "animals-heldout, general."
+    "with a column 'prompt', whose other columns reach the reward as metadata; or a set: demo, demo-heldout, "
+    "same-colour, same-colour-heldout, animals, animals-heldout, general."
 )
 TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
 
@@ -25,8 +25,8 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3 or FLUX), a .safetensors file, a Hub id (owner/name), or a "
-        "bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX or Z-Image), a .safetensors file, a Hub id (owner/name), "
+        "or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -87,21 +87,23 @@ class InputOptions:
         field="negative_prompts",
         changes_plan=True,
     )
-    num_inference_steps: int = option(
-        50,
+    num_inference_steps: int | None = option(
+        None,
         "Denoising steps per picture; more take longer.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
+        shown="the model's own: 8 for Z-Image-Turbo, 50 for others",
         at_least=1,
         changes_plan=True,
     )
-    guidance_scale: float = option(
-        5.0,
-        "Classifier-free guidance; 1 or less turns it off.",
+    guidance_scale: float | None = option(
+        None,
+        "Classifier-free guidance, as the model's pipeline counts it; 1 or less turns it off, for Z-Image 0.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
+        shown="the model's own: 0 for Z-Image-Turbo, 5 for others",
         at_least=0,
         at_most=100,
         changes_plan=True,
@@ -109,7 +111,7 @@ class InputOptions:
     scheduler: str = option(
         "auto",
         "Solver of the denoising steps, with the settings of the model's own scheduler. auto: ddim, or flow-euler for "
-        "SD3 and FLUX, which support no other.",
+        "SD3, FLUX and Z-Image, which support no other.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         choices=("auto", "ddim", "euler", "euler-ancestral", "dpm++2m", "flow-euler"),

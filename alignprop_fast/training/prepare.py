@@ -6,7 +6,6 @@ data. This module decides for both what is on the device, in which precision and
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -111,8 +110,8 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
 
 
 def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    # diffusers warns of every cast, even if there is nothing to cast.
-    tensors = chain(module.parameters(), module.buffers())
-    if any(tensor.dtype != dtype for tensor in tensors if tensor.is_floating_point()):
-        module.to(dtype=dtype)
+    # Only what a file holds, as in loading in that dtype: Qwen3 computes the angles of its positions in fp32.
+    for tensor in module.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     module.to(device)

@@ -10,7 +10,7 @@ from alignprop_fast.training.declaration import Command, Panel, option
 TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
 
 _SIDE: dict[str, Any] = {
-    "help": "In pixels, a multiple of 8 (16 for SD3 and FLUX).",
+    "help": "In pixels, a multiple of 8 (16 for SD3, FLUX and Z-Image).",
     "panel": Panel.SAMPLING,
     "commands": TRAIN | PICTURES,
     "shown": "the model's own",

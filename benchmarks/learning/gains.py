@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alignprop_fast.cli.demo import HELDOUT_SEED, SETTINGS
+from alignprop_fast.cli.demo import HELDOUT_PROMPTS, HELDOUT_SEED, SETTINGS
 from alignprop_fast.cli.folder import OutputFolder
 from alignprop_fast.cli.session import Session
 from alignprop_fast.cli.set_up import set_up
@@ -32,7 +32,14 @@ from alignprop_fast.rewards import get_reward
 from benchmarks import RESULTS
 from benchmarks.rows import write_rows
 
-REWARDS = ("clip", "compressibility", "incompressibility", "colorfulness", "clip:1.0,compressibility:0.3")
+REWARDS = (
+    SETTINGS.reward,
+    "clip",
+    "compressibility",
+    "incompressibility",
+    "colorfulness",
+    "clip:1.0,compressibility:0.3",
+)
 SCORED = ("clip", "compressibility", "colorfulness")
 
 
@@ -55,7 +62,7 @@ def run(reward: str, args: argparse.Namespace, console: Console) -> list[dict[st
     with OutputFolder(folder) as taken:
         session = set_up(options, console, taken)
         scorers: dict[str, Any] = {name: get_reward(name) for name in SCORED}
-        sets = {"trained": session.prompts, "never seen": load_prompts("demo-heldout")}
+        sets = {"trained": session.prompts, "never seen": load_prompts(HELDOUT_PROMPTS)}
         before = {name: scores_of(session, prompts, scorers) for name, prompts in sets.items()}
         begin = time.perf_counter()
         session.run()

@@ -74,6 +74,8 @@ class Calls(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu(calls: Calls, products: str) -> Iterator[None]:
     """Inside, ops take meta tensors for a GPU's; their kernels only count. products: of LoRA, "plain" or "triton"."""
+    if reason := group_norm_silu._extension_missing("cpu"):
+        raise SystemExit(f"csrc/ is not built ({reason}): python -m alignprop_fast.ops.extension")
     with ExitStack() as stack:
         for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
             if hasattr(loaded := importlib.import_module(module.name), "launch"):
@@ -99,8 +101,6 @@ def _fused_attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *rest: Any, 
 
 def count(name: str, variant: str) -> dict[str, Counter[str]]:
     """Calls of one evaluation by name: "forward", and "both" passes with the gradients in fp32."""
-    if reason := group_norm_silu._extension_missing("cpu"):
-        raise SystemExit(f"csrc/ is not built ({reason}): python -m alignprop_fast.ops.extension")
     model = architecture(name)
     size = model.image_size(None, None)
     cond = model.blank_conditioning(1, not model.embeds_guidance, size)

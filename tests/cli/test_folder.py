@@ -11,6 +11,7 @@ from accelerate.tracking import TensorBoardTracker
 
 from alignprop_fast.cli.folder import LOCK, OutputFolder
 from alignprop_fast.cli.options import make_config
+from alignprop_fast.cli.parts import resolved
 from alignprop_fast.training.options import TrainOptions
 
 HOLDER = """
@@ -65,7 +66,7 @@ def test_the_folder_of_a_killed_process_is_free(tmp_path):
 def test_a_set_up_that_fails_leaves_things_as_they_were(tmp_path):
     with OutputFolder(tmp_path / "a" / "b") as folder:
         tracker = TensorBoardTracker(
-            make_config(TrainOptions(lora_alpha=4.0, mixed_precision="no"), "cpu", "").tracker_project_name, folder.path
+            make_config(resolved(TrainOptions(), "no"), "cpu", "").tracker_project_name, folder.path
         )
         tracker.start()
         tracker.finish()

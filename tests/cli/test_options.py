@@ -10,6 +10,7 @@ import yaml
 
 from alignprop_fast.cli import app as commands
 from alignprop_fast.cli.options import command_line, make_config
+from alignprop_fast.cli.parts import resolved
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.models.lora.targets import TARGETS
 from alignprop_fast.planner.optimizer_state import OPTIMIZERS
@@ -19,6 +20,7 @@ from alignprop_fast.training.options import TrainOptions
 from alignprop_fast.training.trainer_options import TrainerOptions
 
 DEFAULTS = TrainOptions()
+RESOLVED = resolved(DEFAULTS, "no")
 SHARED = sorted(values(DEFAULTS, Command.TRAIN).keys() & {field.name for field in fields(AlignPropConfig)})
 OTHER = {
     "adapter_dtype": "bf16",
@@ -63,17 +65,15 @@ def test_every_option_is_in_the_help_of_exactly_its_commands(command, monkeypatc
 
 @pytest.mark.parametrize("name", [name for name in SHARED if name not in ("output_dir", "lora_alpha")])
 def test_an_option_of_the_same_name_is_passed_on(name):
-    plain = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no")
     default = getattr(DEFAULTS, name)
     value = OTHER.get(name) or (not default if isinstance(default, bool) else 16 + (default or 0))
-    assert getattr(make_config(replace(plain, **{name: value}), "cuda", ""), name) == value
+    assert getattr(make_config(replace(RESOLVED, **{name: value}), "cuda", ""), name) == value
 
 
 def test_sizes_become_bytes_at_the_door():
-    plain = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no")
-    config = make_config(replace(plain, memory_budget="9GiB", host_memory="3 GiB"), "cpu", "")
+    config = make_config(replace(RESOLVED, memory_budget="9GiB", host_memory="3 GiB"), "cpu", "")
     assert (config.memory_budget, config.host_memory) == (9 * 2**30, 3 * 2**30)
-    words = [make_config(replace(plain, memory_budget=word), "cpu", "") for word in ("none", "auto")]
+    words = [make_config(replace(RESOLVED, memory_budget=word), "cpu", "") for word in ("none", "auto")]
     assert [config.memory_budget for config in words] == [None, "auto"]
 
 
@@ -114,12 +114,12 @@ def test_what_is_not_finite_is_refused(train, value):
 @pytest.mark.parametrize("size", ["0", "much"])
 def test_a_size_that_is_none_is_refused_by_its_flag(name, size):
     with pytest.raises(ValueError, match=f"^{flag(name)} '{size}' .*24GiB"):
-        make_config(replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: size}), "cpu", "")
+        make_config(replace(RESOLVED, **{name: size}), "cpu", "")
 
 
 @pytest.mark.parametrize(("name", "value"), [("cuda_graphs", "on"), ("compiled", True)])
 def test_what_needs_a_gpu_is_refused_on_the_cpu_by_its_flag(name, value):
-    options = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", **{name: value})
+    options = replace(RESOLVED, **{name: value})
     with pytest.raises(ValueError, match=f"^{flag(name)} needs a GPU, .*: leave it out$"):
         make_config(options, "cpu", "")
     assert getattr(make_config(options, "cuda", ""), name)
@@ -135,7 +135,7 @@ def test_an_infinite_norm_is_taken_also_as_yaml_writes_it(train, tmp_path):
 
 
 def test_what_two_options_say_together_is_refused_by_their_flags():
-    options = replace(DEFAULTS, lora_alpha=4.0, mixed_precision="no", steps=3, warmup_steps=3)
+    options = replace(RESOLVED, steps=3, warmup_steps=3)
     with pytest.raises(ValueError, match=r"^--warmup-steps is 3: use fewer than --steps=3$"):
         make_config(options, "cpu", "")
 
@@ -210,4 +210,5 @@ def test_the_files_of_earlier_runs_are_read(train, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(old, sort_keys=False))
     expected = {"output_dir": "o", "reward_model": ("a",), "steps": 7, "lora_alpha": 4.0, "mixed_precision": "no"}
+    expected |= {"num_inference_steps": 50, "guidance_scale": 5.0}
     assert train("--config", file) == replace(DEFAULTS, **expected, memory_budget="none")

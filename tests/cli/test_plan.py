@@ -10,6 +10,7 @@ from PIL import Image
 
 from alignprop_fast.cli import plan_question
 from alignprop_fast.demo import clip_path
+from alignprop_fast.models.architectures import NAMES
 from alignprop_fast.planner import find_gpu, load_table
 from alignprop_fast.rewards.clip import ClipScore
 
@@ -180,7 +181,7 @@ BAD = {
     "larger than the GPU": (["--memory-budget", "40GiB"], "more than RTX 4090 has (23.60 GiB)"),
     "too small": (["--memory-budget", "1MiB"], "the leanest plan needs"),
     "unknown GPU": (["--gpu", "RTX 4091"], "perhaps RTX 4090"),
-    "unknown model": (["--model", "sd16"], "of sd15, sdxl, sd35-medium, flux-dev the name is enough"),
+    "unknown model": (["--model", "sd16"], f"of {', '.join(NAMES)} the name is enough"),
     "no configuration": (["--model", "{tmp}/broken"], "copy it again"),
     "unknown reward": (["--reward", "hps"], "did you mean 'hpsv2'"),
     "a reward that needs data": (["--reward", "data_reward_of_test:score"], "--measure"),

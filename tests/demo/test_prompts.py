@@ -1,16 +1,12 @@
-"""The two prompt sets are what they claim: speakable by the model, and apart from each other."""
+"""The prompt sets are what they claim: speakable by the model, and apart from each other."""
 
 import pytest
 
-from alignprop_fast.demo import prompts_path
 from alignprop_fast.demo.vocabulary import THINGS, all_words
+from alignprop_fast.prompts.rows import load_prompts
 
 NOUNS = {form: thing.noun for thing in THINGS for form in (thing.noun, thing.plural)}
 FILLERS = {"a", "an", "and", "on", "background"}
-
-
-def read(heldout: bool) -> list[str]:
-    return prompts_path(heldout).read_text(encoding="utf-8").splitlines()
 
 
 def combinations(prompt: str) -> set[tuple[str, str]]:
@@ -21,15 +17,16 @@ def combinations(prompt: str) -> set[tuple[str, str]]:
     return {(noun, word) for noun in nouns for word in said if word != noun}
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_prompts_use_known_words_only(heldout):
-    prompts = read(heldout)
+@pytest.mark.parametrize("name", ["demo", "demo-heldout", "same-colour", "same-colour-heldout"])
+def test_prompts_use_known_words_only(name):
+    prompts = load_prompts(name)
     assert len(prompts) == len(set(prompts)) >= 16
     assert {word for prompt in prompts for word in prompt.split()} <= set(all_words())
 
 
-def test_heldout_prompts_are_new_combinations():
-    seen = set().union(*(combinations(prompt) for prompt in read(heldout=False)))
-    for prompt in read(heldout=True):
+@pytest.mark.parametrize("name", ["demo", "same-colour"])
+def test_heldout_prompts_are_new_combinations(name):
+    seen = set().union(*(combinations(prompt) for prompt in load_prompts(name)))
+    for prompt in load_prompts(f"{name}-heldout"):
         assert combinations(prompt), f"{prompt!r} combines nothing"
         assert combinations(prompt) - seen, f"every part of {prompt!r} is in the training prompts"

@@ -29,6 +29,7 @@ def run(sampler, prompts, seed, grad_steps):
     return images.detach(), grads
 
 
+RECORDED = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")  # not Z-Image, whose texts differ in length
 RESCALED = pytest.mark.slow("guidance is rescaled alike in every architecture, and not in FLUX")
 
 
@@ -56,7 +57,9 @@ def test_graphs_give_the_same_bits(pipe, rescale):
             for parameter in plain.model.trainable():
                 parameter.mul_(1.1)
     assert graphed.plan.graphs == GraphUse.ALL and plain.plan.graphs == GraphUse.NONE
-    assert len(graphed.fast.graphs._graphs) == 2 * 2, "of each batch size: an evaluation, and a replay forward and back"
+    # Of each batch size: an evaluation, and a replay forward and back. A new kind drops those before, and the second
+    # batch size did not come back.
+    assert len(graphed.fast.graphs._graphs) == 3
 
 
 @pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
@@ -74,14 +77,17 @@ def test_steps_in_8_bits_have_recordings_of_their_own(pipe, monkeypatch):
     assert len(samplers[1].fast.graphs._graphs) == 3, "evaluations of both kinds, and a replay"
 
 
+@pytest.mark.parametrize("adapted", RECORDED, indirect=True)
 def test_python_does_not_run_again(pipe, monkeypatch):
     size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget=None, cuda_graphs="on", **size)
-    run(sampler, PROMPTS, 1, [1, 3])
+    for seed in (1, 3):  # the first recording of a replay drops that of an evaluation
+        run(sampler, PROMPTS, seed, [1, 3])
     monkeypatch.setattr(type(sampler.model), "predict", None)
     run(sampler, PROMPTS, 2, [2, 3])
 
 
+@pytest.mark.parametrize("adapted", RECORDED, indirect=True)
 def test_all_recordings_share_a_stream_and_mind_no_other_thread(pipe, monkeypatch):
     """cuBLAS keeps a workspace for each stream that it meets; NCCL's watchdog asks the driver in its own thread."""
     streams, modes = set(), []
@@ -165,7 +171,6 @@ def budgeted(adapted, ways, steady_clock):
     return sampler, {GraphUse.SAMPLING: sampling, **plans}
 
 
-@pytest.mark.xfail(reason="plans of mixed options, and with graphs, count up to 11 % too little; cause not found")
 @pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
 def test_a_plan_counts_what_its_graphs_reserve(budgeted, emulated):
     sampler, plans = budgeted
@@ -179,7 +184,7 @@ def test_a_plan_counts_what_its_graphs_reserve(budgeted, emulated):
                 parameter.grad = torch.zeros_like(parameter)
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
-            images.append(run_under(sampler, plan))
+            images.append(run_under(sampler, plan).cpu())  # kept there, since the next peak must not count them
             peaks.append(torch.cuda.max_memory_reserved())
         slack = sampler.solver(len(PROMPTS)).table.transfer_bytes if plan.host_bytes else 0
         assert max(peaks) <= plan.peak_bytes + 16 * 512, plan.explain()

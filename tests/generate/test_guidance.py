@@ -23,6 +23,13 @@ def test_who_runs_two_branches(embeds, scale, true_scale, negative, on):
     assert guidance.cfg_scale == (true_scale if embeds else scale)
 
 
+@pytest.mark.parametrize(("scale", "on"), [(4.0, True), (0.5, True), (0.0, False)])
+def test_a_pipeline_that_counts_from_zero(scale, on):
+    """Z-Image: c + s (c - u) = u + (1 + s) (c - u)."""
+    guidance = Guidance.of(scale, 1.0, 0.0, False, unguided=0.0)
+    assert guidance.is_on(False) is on and guidance.cfg_scale == 1 + scale
+
+
 def test_a_tensor_stays_one_where_it_learns():
     learns = torch.tensor(3.0, requires_grad=True)
     assert Guidance.of(learns, 1.0, 0.0, False).cfg_scale is learns

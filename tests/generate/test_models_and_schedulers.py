@@ -7,6 +7,7 @@ predictions in steps without gradient. Tolerances as in test_sampler.py: 1e-5 an
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils._pytree import tree_map
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models.schedules import make_scheduler
@@ -51,7 +52,7 @@ def reference(pipe, grad_steps, **arguments):
         if time not in times:
             times.append(time)
         (y,) = own(*args, **kwargs)
-        return (y if times.index(time) in grad_steps else y.detach(),)
+        return (y if times.index(time) in grad_steps else tree_map(torch.detach, y),)
 
     model.forward = forward
     try:
@@ -59,7 +60,7 @@ def reference(pipe, grad_steps, **arguments):
             type(pipe)
             .__call__.__wrapped__(
                 pipe,
-                PROMPTS,
+                list(PROMPTS),  # Z-Image's pipeline writes into it
                 num_inference_steps=STEPS,
                 generator=torch.Generator().manual_seed(1),
                 output_type="pt",
@@ -145,3 +146,41 @@ def test_flux(tiny_flux, true_cfg_scale, negative, grad_steps):
     sampler = DifferentiableSampler(pipe, STEPS, **guidance, **SIZE)
     plan = make_plan(grad_steps)
     check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+
+
+@pytest.mark.parametrize(
+    ("scale", "negative", "grad_steps"),
+    [(4.0, ("dog", "cat " * 40), (0, 2)), (4.0, None, (0, 1, 2, 3)), (0.0, None, (1, 2))],
+)
+def test_z_image(tiny_z_image, scale, negative, grad_steps):
+    """With captions of different lengths, each padded to a multiple of 32 tokens by the network."""
+    pipe = add_adapters(tiny_z_image)
+    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": scale == 0})
+    theirs = reference(pipe, grad_steps, negative_prompt=negative and list(negative), guidance_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative and list(negative), torch.Generator().manual_seed(1), plan=plan))
+
+
+def test_what_else_learns_with_z_image(tiny_z_image):
+    """Captions, in a list as the pipeline takes them, and the guidance scale."""
+    captions, negative = tiny_z_image.encode_prompt(list(PROMPTS), negative_prompt=["dog", "cat " * 40])
+    leaves = [torch.tensor(3.0), *(text.detach() for text in (*captions, *negative))]
+    scale, *texts = (leaf.requires_grad_() for leaf in leaves)
+    embeddings = {"prompt_embeds": texts[:2], "negative_prompt_embeds": texts[2:]}
+    theirs = type(tiny_z_image).__call__.__wrapped__(
+        tiny_z_image,
+        **embeddings,
+        guidance_scale=scale,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+        **SIZE,
+    )
+    sampler = DifferentiableSampler(tiny_z_image, STEPS, scale, **SIZE)
+    plan = make_plan((0, 1, 2, 3))
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan, embeddings=embeddings)
+    assert (images - theirs.images).abs().max() < 1e-5
+    expected = torch.autograd.grad(reward(theirs.images), leaves)
+    for ours, grad in zip(torch.autograd.grad(reward(images), leaves), expected, strict=True):
+        assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()

@@ -130,7 +130,7 @@ MODEL_SHAPES = [(8192, 640), (2048, 1280), (8192, 320), (2048, 640), (512, 1280)
 def test_programs_for_an_h100(tokens, width):
     """132 processors, at rank 16, for the sums over tokens and for adding them; u is cut to the smallest tile."""
     blocks = kernels.config("grad", torch.bfloat16, 16)
-    chunk = backward.chunk_tokens(tokens, width, blocks)
+    chunk = backward.chunk_tokens(tokens, width, torch.bfloat16, 16)
     assert triton.cdiv(tokens, chunk) * triton.cdiv(width, blocks["BLOCK_N"]) >= 132
     assert triton.cdiv(16 * width, kernels.SUM_BLOCK) >= 132
     rows = kernels.narrow_blocks(tokens, torch.bfloat16, 16)["BLOCK_T"]

@@ -14,6 +14,7 @@ PUBLISHED = {
     "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
     "sd35-medium": (2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656),
     "flux-dev": (11_901_408_320, 83_819_683, 123_060_480 + 4_762_310_656),
+    **dict.fromkeys(("z-image", "z-image-turbo"), (6_154_908_736, 83_819_683, 4_022_468_096)),
 }
 
 
@@ -48,11 +49,11 @@ def test_default_dtype_is_left_alone():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev"):
+    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo"):
         architecture("sd16")
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"])
 def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):
     adapter = adapt(request.getfixturevalue(model))
     size = adapter.image_size(None, None)

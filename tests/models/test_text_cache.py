@@ -23,7 +23,7 @@ class Counted:
         return self._model.encode(batch)
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_z_image"])
 def pipe(request):
     return request.getfixturevalue(request.param)
 
@@ -45,6 +45,7 @@ def test_embeddings_are_those_of_each_prompt_alone(pipe, guided):
         for i, entry in enumerate(alone):
             assert torch.equal(rows[:, i], tensors(entry)[k])
     together = model.encode(PromptBatch(prompts, negatives, guided, SIZE))
+    assert found.lengths == together.lengths
     for mine, theirs in zip(tensors(found), tensors(together), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # other sums in a batch of three
 
@@ -70,13 +71,14 @@ def test_the_least_recently_used_goes_first(tiny_sd):
 
 def test_pictures_are_the_same_bits(pipe):
     """Cached embeddings, also beside other prompts, equal those of encoding now."""
-    sampler = DifferentiableSampler(pipe, num_inference_steps=2, cache_text=True)
+    size = dict(zip(("height", "width"), SIZE, strict=True))
+    sampler = DifferentiableSampler(pipe, num_inference_steps=2, cache_text=True, **size)
 
     def picture():
         return sampler(["a dog"], "bad", torch.Generator().manual_seed(1), grad_steps=())
 
     first = picture()
     sampler.encode_ahead(["red", "the cat"], "bad")
-    plain = DifferentiableSampler(pipe, num_inference_steps=2)
+    plain = DifferentiableSampler(pipe, num_inference_steps=2, **size)
     expected = plain(["a dog"], "bad", torch.Generator().manual_seed(1), grad_steps=())
     assert torch.equal(first, expected) and torch.equal(picture(), expected)

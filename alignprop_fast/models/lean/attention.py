@@ -38,9 +38,9 @@ class LeanAttnProcessor(AttnProcessor2_0):
         if attention_mask is not None or autocasts(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if encoder_hidden_states is None:
-            q, k, v = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+            q, k, v = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         else:
-            (q,), (k, v) = _project(hidden_states, attn.to_q), _keys_and_values(attn, encoder_hidden_states)
+            (q,), (k, v) = projected(hidden_states, attn.to_q), _keys_and_values(attn, encoder_hidden_states)
         o_BHMD = attention(_heads(q, attn.heads), _heads(k, attn.heads), _heads(v, attn.heads), attn.scale)
         return attn.to_out[1](attn.to_out[0](o_BHMD.transpose(1, 2).flatten(2)))
 
@@ -60,7 +60,7 @@ class LeanImageAttnProcessor(AttnProcessor2_0):
         if not plain or autocasts(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         x_BNC = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
-        q, k, v = (_heads(t, attn.heads) for t in _project(x_BNC, attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (_heads(t, attn.heads) for t in projected(x_BNC, attn.to_q, attn.to_k, attn.to_v))
         o_BNC = attention(q, k, v).transpose(1, 2).flatten(2)
         y_BNC = attn.to_out[1](attn.to_out[0](o_BNC))
         return hidden_states + y_BNC.transpose(1, 2).reshape(hidden_states.shape)
@@ -78,14 +78,14 @@ class LeanJointAttnProcessor(JointAttnProcessor2_0):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if autocasts(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        q, k, v = (_heads(x, attn.heads) for x in _project(hidden_states, attn.to_q, attn.to_k, attn.to_v))
-        q, k = _normed(q, attn.norm_q), _normed(k, attn.norm_k)
+        q, k, v = (_heads(x, attn.heads) for x in projected(hidden_states, attn.to_q, attn.to_k, attn.to_v))
+        q, k = normed(q, attn.norm_q), normed(k, attn.norm_k)
         if encoder_hidden_states is None:
             o = attention(q, k, v).transpose(1, 2).flatten(2)
             return attn.to_out[1](attn.to_out[0](o))
-        added = _project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        added = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (_heads(x, attn.heads) for x in added)
-        text_q, text_k = _normed(text_q, attn.norm_added_q), _normed(text_k, attn.norm_added_k)
+        text_q, text_k = normed(text_q, attn.norm_added_q), normed(text_k, attn.norm_added_k)
         q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
         o = attention(q, k, v).transpose(1, 2).flatten(2)
         o, text = o.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
@@ -105,11 +105,11 @@ class LeanFluxAttnProcessor(FluxAttnProcessor):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if attention_mask is not None or autocasts(hidden_states) or attn.fused_projections:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        linears = _project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        linears = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in linears)
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:
-            added = _project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            added = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             text_q, text_k, text_v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
             pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
             q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
@@ -122,11 +122,11 @@ class LeanFluxAttnProcessor(FluxAttnProcessor):
         return attn.to_out[1](attn.to_out[0](o)), attn.to_add_out(text)
 
 
-def _normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+def normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
     return x if norm is None else norm(x)
 
 
-def _project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+def projected(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     """Each layer's result on x; computed together if all layers are adapters that the op serves."""
     layers = _layers(x, linears)
     return tuple(linear(x) for linear in linears) if layers is None else lora_linears(x, layers, "qkv")
@@ -146,7 +146,7 @@ def _keys_and_values(attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor,
         return known
     layers = None if known is None else _layers(text, (attn.to_k, attn.to_v))
     if layers is None:
-        return _project(text, attn.to_k, attn.to_v)
+        return projected(text, attn.to_k, attn.to_v)
     return lora_linears(text, layers, "qkv", known)
 
 
@@ -156,7 +156,7 @@ def project_text(root: nn.Module, text: torch.Tensor) -> TextProjections:
     """The keys and values of the text in every attention below root that projects it as it is."""
     changes = getattr(root, "encoder_hid_proj", None) is not None  # the UNet has a layer for the text of its own
     served = [] if changes or autocasts(text) else over_a_text(root)
-    return TextProjections(text, {attn: _project(text, attn.to_k, attn.to_v) for attn in served})
+    return TextProjections(text, {attn: projected(text, attn.to_k, attn.to_v) for attn in served})
 
 
 def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
@@ -165,12 +165,13 @@ def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
 
 def is_plain(attn: nn.Module) -> bool:
     """Whether this is a transformer block's attention, with nothing before or after its projections."""
-    if isinstance(attn, FluxAttention):
-        return isinstance(attn.processor, FluxAttnProcessor) and attn.processor._attention_backend is None
+    processor: Any = getattr(attn, "processor", None)
+    if issubclass(type(processor), tuple(DISPATCHED)):
+        return processor._attention_backend is None
     if not isinstance(attn, Attention):
         return False
     norms = [attn.spatial_norm, attn.group_norm, attn.norm_cross]
-    if not isinstance(attn.processor, JointAttnProcessor2_0):
+    if not isinstance(processor, JointAttnProcessor2_0):
         norms += [attn.norm_q, attn.norm_k]
     return all(norm is None for norm in norms) and not attn.residual_connection and attn.rescale_output_factor == 1
 
@@ -209,24 +210,27 @@ def is_over_an_image(attn: nn.Module) -> bool:
 _LEAN: dict[type, type] = {
     AttnProcessor2_0: LeanAttnProcessor,
     JointAttnProcessor2_0: LeanJointAttnProcessor,
-    FluxAttnProcessor: LeanFluxAttnProcessor,
 }
+DISPATCHED: dict[Any, type] = {FluxAttnProcessor: LeanFluxAttnProcessor}
+"""Processors that are made for one model, where users can choose another backend. Files of single models add theirs."""
 _LEAN_OVER_AN_IMAGE: dict[type, type] = {AttnProcessor2_0: LeanImageAttnProcessor}
-_STOCK = {lean: stock for stock, lean in (*_LEAN.items(), *_LEAN_OVER_AN_IMAGE.items())}
 
 
 def put_processors_in(root: nn.Module) -> None:
     """Give every attention below root its processor from this module, if there is one."""
     modules: list[Any] = list(root.modules())
     for attn in modules:
-        lean = _LEAN if is_plain(attn) else _LEAN_OVER_AN_IMAGE if is_over_an_image(attn) else {}
+        plain = {**_LEAN, **DISPATCHED}
+        lean = plain if is_plain(attn) else _LEAN_OVER_AN_IMAGE if is_over_an_image(attn) else {}
         if lean and type(attn.processor) in lean:
             attn.set_processor(lean[type(attn.processor)]())
 
 
 def take_processors_out(root: nn.Module) -> None:
     """Undo `put_processors_in`."""
+    pairs = (*_LEAN.items(), *DISPATCHED.items(), *_LEAN_OVER_AN_IMAGE.items())
+    stock = {lean: own for own, lean in pairs}
     modules: list[Any] = list(root.modules())
     for attn in modules:
-        if type(getattr(attn, "processor", None)) in _STOCK:
-            attn.set_processor(_STOCK[type(attn.processor)]())
+        if type(getattr(attn, "processor", None)) in stock:
+            attn.set_processor(stock[type(attn.processor)]())

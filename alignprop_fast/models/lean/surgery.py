@@ -5,7 +5,7 @@ adapters, isinstance checks and copies do not change. If an op does not apply (w
 option), the module's original forward runs. Attention gets another processor, as diffusers provides.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -202,6 +202,12 @@ _LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LeanLayerNorm,
 }
 _STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear}
+KEPT: dict[type[nn.Module], Mapping[str, Kind]] = {
+    GEGLU: {"proj": "geglu"},
+    GELU: {"proj": "geglu"},
+    FluxSingleTransformerBlock: {"proj_mlp": "geglu", "proj_out": "out"},
+}
+"""Linear layers outside attention whose results a recomputed block may keep. Files of single models add theirs."""
 
 
 def put_ops_in(root: nn.Module) -> None:
@@ -230,11 +236,9 @@ def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
     for module in root.modules():
         if is_plain(module):
             yield from kept_linears(module)
-        elif isinstance(module, GEGLU | GELU):
-            yield module.proj, "geglu"
-        elif isinstance(module, FluxSingleTransformerBlock):
-            yield module.proj_mlp, "geglu"
-            yield module.proj_out, "out"
+        for layer, names in KEPT.items():
+            if isinstance(module, layer):
+                yield from ((module.get_submodule(name), kind) for name, kind in names.items())
 
 
 def _swap(root: nn.Module, other: Callable[[type[nn.Module]], type[nn.Module] | None]) -> None:

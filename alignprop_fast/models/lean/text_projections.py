@@ -7,7 +7,7 @@ the joint attention of SD3 and FLUX there is nothing to keep: the text changes f
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,15 @@ class TextProjections:
 
     @property
     def size_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.by_attention.values() for t in pair)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for pair in self.by_attention.values() for tensor in pair]
+
+    def exchanged(self, others: Mapping[int, torch.Tensor]) -> TextProjections:
+        """A copy with some tensors replaced, by their ids."""
+        pairs = {a: tuple(others.get(id(t), t) for t in pair) for a, pair in self.by_attention.items()}
+        return TextProjections(others.get(id(self.text), self.text), pairs)
 
     @contextmanager
     def in_place(self, of_any_text: bool = False) -> Iterator[None]:

@@ -123,6 +123,7 @@ _ALONE = (
 _DENOISERS = {
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
     "FluxPipeline": _any("double_blocks.0.", "^single_transformer_blocks.0."),
+    "ZImagePipeline": _any("layers.0.adaLN_modulation.0.weight"),
     "StableDiffusionPipeline": _any("input_blocks.0.0.weight", "^down_blocks.0."),
 }
 
@@ -144,7 +145,7 @@ def check_kind(file: Path, shapes: Shapes) -> str:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
-    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3 or FLUX.1 model")
+    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX.1 or Z-Image model")
 
 
 def has_text_encoders(shapes: Shapes) -> bool:

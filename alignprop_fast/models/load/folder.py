@@ -15,12 +15,19 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.models.classes import diffusers_class
 from alignprop_fast.models.load.file_kinds import check_bytes
 from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+SUPPORTED = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "ZImagePipeline",
+)
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 
 _BY_PICTURE = "needs a picture beside the prompt"
@@ -33,6 +40,7 @@ _OTHER_KINDS = {
         for name in ("Img2Img", "InstructPix2Pix", "Depth2Img", "3Img2Img")
     },
     **{f"Flux{name}Pipeline": _BY_PICTURE for name in ("Fill", "Kontext", "Control", "Img2Img", "Inpaint")},
+    **{f"ZImage{name}Pipeline": _BY_PICTURE for name in ("Img2Img", "Inpaint", "ControlNet", "Omni")},
 }
 
 # Parts whose weights the chain does not use. The other parts are tokenizers and schedulers, which have no weights.
@@ -70,7 +78,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or names a class that is not supported.
+        ValueError: the file is damaged, names a class that is not supported, or diffusers is too old for the class.
     """
     file = folder / "model_index.json"
     if not file.is_file():
@@ -110,6 +118,7 @@ def check_index(file: Path, where: str) -> dict[str, Any]:
         )
     if name not in SUPPORTED:
         raise ValueError(f"{where} holds a {name}, which is not supported: use one of {', '.join(SUPPORTED)}")
+    diffusers_class(name)
     return index
 
 

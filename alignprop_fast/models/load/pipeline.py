@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from alignprop_fast.models.load.folder import (
     read_index,
 )
 from alignprop_fast.models.load.hub import fetch, fetch_configs
+from alignprop_fast.models.load.made_for import is_hub_id
 from alignprop_fast.models.load.single_file import load_single_file
 from alignprop_fast.models.schedules import DIFFUSION, FLOW, check_family, check_scheduler, make_scheduler
 from alignprop_fast.ops.errors import first_line
@@ -179,7 +179,7 @@ def _resolve(model: str | Path) -> Path | str:
     path = Path(model).expanduser()
     if path.is_dir() or path.is_file():
         return path
-    if isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+    if isinstance(model, str) and is_hub_id(model):
         return model
     raise FileNotFoundError(
         f"no model folder {model}: give a folder in the diffusers format, a .safetensors file, a Hub id such as "

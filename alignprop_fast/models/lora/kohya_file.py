@@ -17,17 +17,8 @@ from alignprop_fast.models.lora.adapters import adapter_factors, the_adapter
 from alignprop_fast.models.lora.factors import Factors, Lora
 from alignprop_fast.models.lora.file import with_metadata
 from alignprop_fast.models.lora.keys import listed
-from alignprop_fast.models.lora.kohya_names import (
-    FLUX_BLOCKS,
-    FLUX_ENDS,
-    LAST,
-    MLP_RATIO,
-    MMDIT_BLOCKS,
-    MMDIT_ENDS,
-    PREFIX,
-    swapped,
-)
-from alignprop_fast.models.lora.names import is_flux
+from alignprop_fast.models.lora.kohya_names import LAYOUTS, MLP_RATIO, PREFIX, swapped
+from alignprop_fast.models.lora.names import families, family_of, published_names
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.pipeline_adapter import native_size
 
@@ -61,7 +52,7 @@ def kohya_content(lora: Lora, metadata: Mapping[str, str] | None = None, pipe: A
     alpha = next(factors.scale * factors.rank for factors in lora.values())
     kind = ""
     if any(module.startswith("transformer.") for module in lora):
-        kind = "_flux" if is_flux(lora, pipe) else "_sd3"
+        kind = "_" + family_of(lora, pipe).replace("-", "")
     header = {
         "format": "pt",
         "ss_network_module": f"networks.lora{kind}",
@@ -120,6 +111,8 @@ def _version_names(class_name: str, config: Any, has_second_text: bool) -> dict[
 
     Empty if these keys have no name for the family.
     """
+    if class_name == "ZImageTransformer2DModel":
+        return {}
     if class_name == "FluxTransformer2DModel":
         version, architecture = "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
     elif class_name == "SD3Transformer2DModel":
@@ -138,7 +131,7 @@ def _version_names(class_name: str, config: Any, has_second_text: bool) -> dict[
 
 
 def to_kohya(lora: Lora, pipe: Any = None) -> dict[str, torch.Tensor]:
-    """The tensors of a file in kohya's naming. `pipe`: the pipeline of the adapters, as in `is_flux`.
+    """The tensors of a file in kohya's naming. `pipe`: the pipeline of the adapters, as in `family_of`.
 
     Raises:
         ValueError: a module has no name in this naming, or its name would mean another module.
@@ -166,28 +159,24 @@ def _flat(module: str) -> str:
 
 
 def _reads_back(module: str) -> bool:
-    from alignprop_fast.models.lora.names import published_names
-
-    return any(published_names(family).modules(_flat(module)) == (module,) for family in ("unet", "flux", "sd3"))
+    return any(published_names(family).modules(_flat(module)) == (module,) for family in families())
 
 
 def _original(modules: Lora, pipe: Any) -> tuple[Lora, Lora]:
     """(a transformer's modules under the names of its original release, the remaining modules)."""
-    from alignprop_fast.models.lora.names import is_flux
-
     whole: Lora = {}
-    flux = is_flux(modules, pipe)
-    for old, (theirs, leaves) in (FLUX_BLOCKS if flux else MMDIT_BLOCKS).items():
+    blocks, ends = LAYOUTS[family_of(modules, pipe)]
+    for old, (theirs, leaves) in blocks.items():
         pattern = re.compile(rf"transformer\.{theirs}\.(\d+)\..*")
         for i in sorted({int(match[1]) for module in modules if (match := pattern.fullmatch(module))}):
             for leaf, parts in leaves.items():
                 names = [f"transformer.{theirs}.{i}.{part}" for part in parts]
                 held = [modules.pop(name, None) for name in names]
                 if any(factors is not None for factors in held):
-                    whole[f"{PREFIX}{old}_{i}_{leaf}"] = swapped(leaf, _joined(parts, held))
-    for old, theirs in {**(FLUX_ENDS if flux else MMDIT_ENDS), **LAST}.items():
+                    whole[f"{PREFIX}{old}_{i}_{leaf}"] = swapped(leaf, parts[0], _joined(parts, held))
+    for old, theirs in ends.items():
         if (factors := modules.pop(f"transformer.{theirs}", None)) is not None:
-            whole[PREFIX + old] = swapped(old, factors)
+            whole[PREFIX + old] = swapped(old, theirs, factors)
     return whole, modules
 
 

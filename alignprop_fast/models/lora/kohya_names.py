@@ -3,6 +3,7 @@
     unet.mid_block.attentions.0 ... to_q               ->  lora_unet_mid_block_attentions_0 ... to_q
     transformer.transformer_blocks.3.attn.to_out.0     ->  lora_unet_double_blocks_3_img_attn_proj     (FLUX)
     transformer.transformer_blocks.3.attn.{to_q,to_k,to_v}  ->  lora_unet_joint_blocks_3_x_block_attn_qkv   (SD3)
+    transformer.layers.3.attention.{to_q,to_k,to_v}    ->  lora_unet_layers_3_attention_qkv            (Z-Image)
 
 with the suffixes .lora_down.weight, .lora_up.weight and .alpha (scale = alpha / rank). UNets keep diffusers' block
 names, which all readers know. SGM's names, which kohya's scripts write for SDXL, are read too. The transformers have
@@ -19,6 +20,7 @@ file every part gets all of `down`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ import torch
 from alignprop_fast.models.lora.factors import Factors, Lora
 
 PREFIX = "lora_unet_"
+_Blocks = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
 
 _FLUX_DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -58,14 +61,20 @@ _MMDIT = {
     "x_block_adaLN_modulation_1": ("norm1.linear",),
     "context_block_adaLN_modulation_1": ("norm1_context.linear",),
 }
+_Z_IMAGE = {
+    "attention_qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention_out": ("attention.to_out.0",),
+    **{f"feed_forward_w{number}": (f"feed_forward.w{number}",) for number in (1, 2, 3)},
+    "adaLN_modulation_0": ("adaLN_modulation.0",),
+}
 _EMBEDDERS = {"time": "timestep", "vector": "text", "guidance": "guidance"}
-FLUX_ENDS = {
+_FLUX_ENDS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     **{f"{old}_in_in_layer": f"time_text_embed.{new}_embedder.linear_1" for old, new in _EMBEDDERS.items()},
     **{f"{old}_in_out_layer": f"time_text_embed.{new}_embedder.linear_2" for old, new in _EMBEDDERS.items()},
 }
-MMDIT_ENDS = {
+_MMDIT_ENDS = {
     "x_embedder_proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
     "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
@@ -73,14 +82,22 @@ MMDIT_ENDS = {
     "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
     "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
 }
-LAST = {"final_layer_linear": "proj_out", "final_layer_adaLN_modulation_1": "norm_out.linear"}
-FLUX_BLOCKS = {
+_LAST = {"final_layer_linear": "proj_out", "final_layer_adaLN_modulation_1": "norm_out.linear"}
+_FLUX_BLOCKS = {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
 }
-MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
+_MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
+_Z_IMAGE_BLOCKS = {name: (name, _Z_IMAGE) for name in ("layers", "noise_refiner", "context_refiner")}
+_Z_IMAGE_ENDS = {
+    "t_embedder_mlp_0": "t_embedder.mlp.0",
+    "t_embedder_mlp_2": "t_embedder.mlp.2",
+    "cap_embedder_1": "cap_embedder.1",
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer_linear": "all_final_layer.2-1.linear",
+    "final_layer_adaLN_modulation_1": "all_final_layer.2-1.adaLN_modulation.1",
+}
 MLP_RATIO = 4  # of every FLUX single-stream block
-_OLD_BLOCKS = {**FLUX_BLOCKS, **MMDIT_BLOCKS}
 _XLABS = {  # the names of XLabs' trainer for FLUX
     "double_blocks": {
         "qkv1": _FLUX_DOUBLE["img_attn_qkv"],
@@ -99,7 +116,13 @@ _SGM_ENDS = {
     "out_2": "conv_out",
 }
 _SGM_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
-_OLD_ENDS = {**FLUX_ENDS, **MMDIT_ENDS, **LAST, **_SGM_ENDS}
+LAYOUTS: dict[str, tuple[_Blocks, Mapping[str, str]]] = {
+    "unet": ({}, _SGM_ENDS),
+    "flux": (_FLUX_BLOCKS, {**_FLUX_ENDS, **_LAST}),
+    "sd3": (_MMDIT_BLOCKS, {**_MMDIT_ENDS, **_LAST}),
+    "z-image": (_Z_IMAGE_BLOCKS, _Z_IMAGE_ENDS),
+}
+"""The layers of the original releases by family: {block: (its name in diffusers, its layers)}, and those outside."""
 _SGM_RESIDUAL = {
     "in_layers_2": "conv1",
     "out_layers_3": "conv2",
@@ -108,19 +131,23 @@ _SGM_RESIDUAL = {
 }
 
 
-def original_paths(name: str, unet_layers: int) -> tuple[str, ...]:
+def original_paths(name: str, family: str, unet_layers: int) -> tuple[str, ...]:
     """The modules in diffusers of a layer of an original release; one matrix can be several modules.
 
     Any other name is returned unchanged.
 
-    name: with underscores for dots, such as double_blocks_3_img_attn_qkv. unet_layers: residual layers of a block.
+    name: with underscores for dots, such as double_blocks_3_img_attn_qkv. family: of the model, a key of LAYOUTS.
+    unet_layers: residual layers of a block.
     """
-    if name in _OLD_ENDS:
-        return (_OLD_ENDS[name],)
-    if match := re.fullmatch(r"((?:double|single|joint)_blocks)_(\d+)_(\w+)", name):
-        theirs, leaves = _OLD_BLOCKS[match[1]]
-        return tuple(f"{theirs}.{match[2]}.{part}" for part in {**leaves, **_XLABS.get(match[1], {})}.get(match[3], ()))
-    if match := re.fullmatch(r"(input|middle|output)_blocks?_(\d+)(?:_(\d+))?_(\D\w*)", name):
+    blocks, ends = LAYOUTS[family]
+    if name in ends:
+        return (ends[name],)
+    if (match := re.fullmatch(r"(\w+?)_(\d+)_(\w+)", name)) and match[1] in blocks:
+        theirs, leaves = blocks[match[1]]
+        parts = leaves.get(match[3]) or _XLABS.get(match[1], {}).get(match[3])
+        if parts is not None:
+            return tuple(f"{theirs}.{match[2]}.{part}" for part in parts)
+    if family == "unet" and (match := re.fullmatch(r"(input|middle|output)_blocks?_(\d+)(?:_(\d+))?_(\D\w*)", name)):
         return (_of_sgm(match[1], int(match[2]), match[3], match[4], unet_layers + 1),)
     return (name,)
 
@@ -149,7 +176,7 @@ def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> 
         ValueError: the number of rows does not fit these modules.
     """
     if len(modules) == 1:
-        return {modules[0]: swapped(name.replace(".", "_"), factors)}
+        return {modules[0]: swapped(name.replace(".", "_"), modules[0], factors)}
     width, rows = factors.down.shape[1], factors.up.shape[0]
     sizes = [width] * 3 + [rows - 3 * width] * (len(modules) - 3)
     if sum(sizes) != rows or min(sizes) <= 0:
@@ -163,9 +190,12 @@ def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> 
     return found
 
 
-def swapped(leaf: str, factors: Factors) -> Factors:
-    """If a norm has only shift and scale, the original release stores them in the opposite order."""
+def swapped(leaf: str, module: str, factors: Factors) -> Factors:
+    """If a norm has only shift and scale, the original release stores them in the opposite order.
+
+    leaf: the end of the layer's name there. module: its path in diffusers.
+    """
     is_last = "final_layer" in leaf or factors.up.shape[0] == 2 * factors.down.shape[1]
-    if not leaf.endswith("adaLN_modulation_1") or not is_last:
+    if not leaf.endswith("adaLN_modulation_1") or not is_last or "norm" not in module:
         return factors
     return Factors(factors.down, torch.cat(factors.up.chunk(2)[::-1]), factors.scale)

@@ -2,9 +2,9 @@
 
 A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
 original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
-Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL, FLUX.1 and their text
-encoders). Block numbers are then free, because models of other sizes have other numbers. If the shapes tell which
-published model it is, only its layers count.
+Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL and FLUX.1 with their
+text encoders, and Z-Image). Block numbers are then free, because models of other sizes have other numbers. If the
+shapes tell which published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alignprop_fast.models.lora.factors import Lora
 from alignprop_fast.models.lora.keys import listed
 from alignprop_fast.models.lora.kohya_names import original_paths
 from alignprop_fast.models.lora.targets import denoiser
-from alignprop_fast.models.published import layers, published_layers
+from alignprop_fast.models.published import is_installed, layers, published_layers
 
 _DENOISER, _T5 = "denoiser", "t5"  # placeholders for parts whose names differ between pipelines
 _PREFIXES = {
@@ -55,9 +55,10 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
         "text_encoder_2": _CLIPS,
         "text_encoder_3": ("t5-xxl",),
     },
+    "z-image": {"transformer": ("z-image",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
-_BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets)[._])(\d+)")
+_BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
 _IN_DIFFUSERS = re.compile(r"(?:unet|transformer|text_encoder(?:_[23])?)\.(?!.*\.processor\.)[\w.]+")
 
 
@@ -89,9 +90,12 @@ class Names:
         return ()
 
     @property
-    def is_flux(self) -> bool:
-        """Whether the denoiser is FLUX's; its blocks share module names with SD3's."""
-        return "x_embedder" in self.paths[self._part(_DENOISER)]
+    def family(self) -> str:
+        """unet, flux, z-image or sd3. The blocks of FLUX share module names with those of SD3."""
+        if "unet" in self.paths:
+            return "unet"
+        paths = self.paths["transformer"]
+        return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
         if kind == _DENOISER:
@@ -102,9 +106,7 @@ class Names:
 
     def _spellings(self, part: str, flat: str) -> list[tuple[str, ...]]:
         if part in ("unet", "transformer"):
-            if flat.startswith("joint_blocks_" if self.is_flux else ("double_blocks_", "single_blocks_")):
-                return []
-            return [original_paths(re.sub("_to_out$", "_to_out_0", flat), self.unet_layers)]
+            return [original_paths(re.sub("_to_out$", "_to_out_0", flat), self.family, self.unet_layers)]
         flat = re.sub("_to_(q|k|v|out)$", r"_\1_proj", flat)
         return [(flat,), (f"text_model_{flat}",)]
 
@@ -119,7 +121,7 @@ class Names:
 
 @functools.cache
 def published_names(family: str) -> Names:
-    """The layers of a family of published models: unet, flux or sd3."""
+    """The layers of a family of published models: unet, flux, sd3 or z-image."""
     paths = {
         part: {_BLOCK.sub(r"\1#", path) for network in networks for path in published_layers(network)}
         for part, networks in _PUBLISHED[family].items()
@@ -134,13 +136,21 @@ def names_of(pipe: Any) -> Names:
     return Names(paths, any_block=False, unet_layers=per_block if isinstance(per_block, int) else per_block[0])
 
 
-def is_flux(lora: Lora, pipe: Any = None) -> bool:
-    """Whether the adapters of a transformer are FLUX's and not SD3's.
+def families() -> list[str]:
+    """The families of published models that the installed diffusers has."""
+    return [family for family, parts in _PUBLISHED.items() if all(map(is_installed, parts.get("transformer", ())))]
+
+
+def family_of(lora: Lora, pipe: Any = None) -> str:
+    """The family of a transformer's adapters: flux, sd3 or z-image.
 
     The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more of
-    the shapes. If both fit equally, the answer is SD3.
+    the shapes. If both fit equally, the answer is the first of sd3, flux and z-image.
     """
-    return names_of(pipe).is_flux if pipe is not None else _fit(lora, "flux") > _fit(lora, "sd3")
+    if pipe is not None:
+        return names_of(pipe).family
+    found = [family for family in ("sd3", "flux", "z-image") if family in families()]
+    return max(found, key=lambda family: _fit(lora, family))
 
 
 def _fit(lora: Lora, family: str) -> tuple[int, int]:
@@ -178,8 +188,8 @@ def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[s
     Raises:
         ValueError: a name matches no module, or different modules in two families.
     """
-    families = [names_of(pipe)] if pipe is not None else [published_names(family) for family in _PUBLISHED]
-    readings = [{name: family.modules(name) for name in names} for family in families]
+    known = [names_of(pipe)] if pipe is not None else [published_names(family) for family in families()]
+    readings = [{name: family.modules(name) for name in names} for family in known]
     found = min(readings, key=lambda modules: sum(not those for those in modules.values()))
     if any(all(modules.values()) and modules != found for modules in readings):
         raise ValueError(f"{file} has names of T5, which differs between FLUX and SD3: load it together with its model")
@@ -208,7 +218,7 @@ def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
 
 def _remedy(pipe: Any) -> str:
     """What to do about adapters that were made for another model."""
-    if pipe.config.get("_name_or_path") == str(model_path()):
+    if str(pipe.config.get("_name_or_path")) == str(model_path()):
         return "they are for the bundled model of before; train them again"
     return "load the model they were made for"
 
@@ -219,8 +229,8 @@ def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
     names: of the modules in the file. Raises ValueError as `find_modules`.
     """
     networks: dict[str, list[str]] = {}
-    for family in _PUBLISHED.values():
-        for part, those in family.items():
+    for family in families():
+        for part, those in _PUBLISHED[family].items():
             networks.setdefault(part, []).extend(those)
     for part in {module.partition(".")[0] for module in lora} & networks.keys():
         places = {m.removeprefix(f"{part}."): f.places for m, f in lora.items() if m.startswith(f"{part}.")}
@@ -241,5 +251,5 @@ def _unknown(names: Collection[str], file: Path, pipe: Any) -> ValueError:
         )
     return ValueError(
         f"{file} has {listed(names)}, no name of kohya's files, diffusers' or others for a layer of this model: give a "
-        "LoRA for Stable Diffusion, SDXL, SD3 or FLUX as its trainer saved it"
+        "LoRA for Stable Diffusion, SDXL, SD3, FLUX or Z-Image as its trainer saved it"
     )

@@ -20,6 +20,7 @@ _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
     "SD3Transformer2DModel": ((*_ATTENTION, *_JOINT), _JOINT_FEED_FORWARD, ()),
     # proj_out of a single-stream block takes the outputs of both its attention and its feed-forward part.
     "FluxTransformer2DModel": ((*_ATTENTION, *_JOINT), (*_JOINT_FEED_FORWARD, "proj_mlp", "proj_out"), ()),
+    "ZImageTransformer2DModel": (_ATTENTION, ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"), ()),
 }
 
 

@@ -27,6 +27,7 @@ from alignprop_fast.models.lean.surgery import (
     put_ops_in,
     take_ops_out,
 )
+from alignprop_fast.models.lean.z_image import LeanZSingleStreamAttnProcessor
 from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.planner import GRADES, BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
@@ -59,20 +60,27 @@ def test_values_and_gradients_stay(unet):
 
 
 @pytest.mark.parametrize(
-    ("model", "processor"), [("tiny_sd3", LeanJointAttnProcessor), ("tiny_flux", LeanFluxAttnProcessor)]
+    ("model", "processor", "prompt"),
+    [
+        ("tiny_sd3", LeanJointAttnProcessor, "red cat"),
+        ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
+        # A prompt as long as the empty one, up to padding, needs no mask.
+        *(("tiny_z_image", LeanZSingleStreamAttnProcessor, prompt) for prompt in ("red cat", "red cat" * 12)),
+    ],
 )
-def test_values_and_gradients_of_transformers_stay(model, processor, request):
+def test_values_and_gradients_of_transformers_stay(model, processor, prompt, request):
     pipe = request.getfixturevalue(model)
-    targets = ["to_q", "to_v", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "net.0.proj"]
+    targets = ["to_q", "to_v", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "net.0.proj", "w2"]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)
-    cond = adapter.encode(PromptBatch(["red cat"], None, True, (16, 24)))
+    cond = adapter.encode(PromptBatch([prompt], None, True, (16, 24)))
     x = torch.randn(1, 16, 8, 12, requires_grad=True)
     wanted = [x, *adapter.trainable()]
     results = []
     for swap, option in ((take_ops_out, BlockOption.KEEP), *((put_ops_in, option) for option in GRADES)):
         swap(pipe.transformer)
-        assert (processor in {type(p) for p in pipe.transformer.attn_processors.values()}) == (swap is put_ops_in)
+        found = {type(attn.processor) for attn in pipe.transformer.modules() if hasattr(attn, "set_processor")}
+        assert (processor in found) == (swap is put_ops_in)
         with apply_options({"*": option}, blocks_of(adapter.denoiser, adapter.step_groups())):
             y = adapter.predict(x, torch.tensor(300.0), cond)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])

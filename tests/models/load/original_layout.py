@@ -202,6 +202,18 @@ def flux(state):
     return _renamed(state, blocks, FLUX_ENDS)
 
 
+def z_image(state):
+    """The weights of a Z-Image transformer under its original names."""
+    names = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
+    fused, rest = _fuse(state, {"attention.{to_q,to_k,to_v}": "attention.qkv"})
+    renamed = {}
+    for name, tensor in {**fused, **rest}.items():
+        for theirs, old in names.items():
+            name = name.replace(f".{theirs}.", f".{old}.")
+        renamed[name.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")] = tensor
+    return renamed
+
+
 def _renamed(state, blocks, ends):
     renamed = {}
     for name, tensor in state.items():

@@ -58,16 +58,19 @@ def test_a_file_of_another_kind(copied):
     assert "not a .safetensors file" in _one_line(error)
 
 
+FLOWS = ("sd3", "flux", "z_image")
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "z_image"])
 def test_every_scheduler_that_fits(kind, scheduler, request):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
-    if scheduler != "auto" and (scheduler == "flow-euler") != (kind in ("sd3", "flux")):
+    if scheduler != "auto" and (scheduler == "flow-euler") != (kind in FLOWS):
         with pytest.raises(ValueError, match="does not fit"):
             load_pipeline(folder, scheduler=scheduler)
         return
     pipe = load_pipeline(folder, scheduler=scheduler)
-    default = "flow-euler" if kind in ("sd3", "flux") else "ddim"
+    default = "flow-euler" if kind in FLOWS else "ddim"
     assert adapt(pipe).scheduler_name == (default if scheduler == "auto" else scheduler)
     assert not any(parameter.requires_grad for parameter in denoiser(pipe).parameters())
 

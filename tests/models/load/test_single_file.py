@@ -57,13 +57,15 @@ def test_sdxl_in_the_original_layout(tmp_path):
     assert_same(load_pipeline(file, model_config=without_weights(folder, tmp_path / "config")), folder)
 
 
+@pytest.mark.parametrize("kind", ["sd3", "z_image"])
 @pytest.mark.parametrize("prefix", ["", original_layout.UNET_PREFIX])
-def test_sd3_in_the_original_layout(tiny_sd3_folder, tmp_path, prefix):
-    state = original_layout.mmdit(weights(tiny_sd3_folder / "transformer"))
+def test_transformers_in_the_original_layout(kind, request, tmp_path, prefix):
+    folder, layout = request.getfixturevalue(f"tiny_{kind}_folder"), {"sd3": original_layout.mmdit}
+    state = {**layout, "z_image": original_layout.z_image}[kind](weights(folder / "transformer"))
     file = original_layout.write({prefix + k: v for k, v in state.items()}, tmp_path / "model.safetensors")
-    config = shutil.copytree(tiny_sd3_folder, tmp_path / "config", ignore=shutil.ignore_patterns("diffusion*"))
-    shutil.copytree(tiny_sd3_folder / "vae", config / "vae", dirs_exist_ok=True)
-    assert_same(load_pipeline(file, model_config=config), tiny_sd3_folder)
+    config = shutil.copytree(folder, tmp_path / "config", ignore=shutil.ignore_patterns("diffusion*"))
+    shutil.copytree(folder / "vae", config / "vae", dirs_exist_ok=True)
+    assert_same(load_pipeline(file, model_config=config), folder)
 
 
 def test_a_file_without_vae_takes_the_folders(tiny_sd_folder, tmp_path):
@@ -174,7 +176,7 @@ def test_the_folder_may_hold_a_variant_alone_or_lack_t5(tiny_sd3_folder, tiny_sd
     )
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image"])
 def test_a_transformer_alone_takes_the_rest_from_the_folder(kind, request, tmp_path):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
     state = {name: 2 * tensor for name, tensor in weights(folder / "transformer").items()}

@@ -28,6 +28,7 @@ class Shelf:
     sdxl: Path
     sd3: Path
     flux: Path
+    z_image: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -98,6 +99,11 @@ def _(shelf):
     return shelf.flux, None
 
 
+@read("folder of Z-Image or Z-Image-Turbo", "z_image")
+def _(shelf):
+    return shelf.z_image, None
+
+
 @read("folder with the fp16 variant alone", "", "holds no full weights of")
 def _(shelf):
     DiffusionPipeline.from_pretrained(shelf.sd).save_pretrained(shelf.here / "model", variant="fp16")
@@ -147,6 +153,11 @@ def _(shelf):
 @read("transformer of FLUX.1 alone in diffusers' names", "flux", ALONE)
 def _(shelf):
     return shelf.write(weights(shelf.flux / "transformer")), shelf.flux
+
+
+@read("transformer of Z-Image alone, in its original names or diffusers'", "z_image", ALONE)
+def _(shelf):
+    return shelf.write(original_layout.z_image(weights(shelf.z_image / "transformer"))), shelf.z_image
 
 
 @refused("one file without `--model-config`", "give the folder of a model of the same architecture as the model config")
@@ -261,7 +272,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3 or FLUX.1 model",
+        "give an SD, SDXL, SD3, FLUX.1 or Z-Image model",
     ),
 }
 BYTES = {
@@ -402,8 +413,8 @@ FORMATS = [case.format for case in CASES]
 
 
 @pytest.fixture
-def shelf(tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_flux_folder, tmp_path):
-    return Shelf(tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_flux_folder, tmp_path)
+def shelf(tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_flux_folder, tiny_z_image_folder, tmp_path):
+    return Shelf(tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_flux_folder, tiny_z_image_folder, tmp_path)
 
 
 def _named(answer):

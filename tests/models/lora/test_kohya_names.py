@@ -15,7 +15,7 @@ from alignprop_fast.models.lora.factors import Factors
 from alignprop_fast.models.lora.file import DOWN, UP, lora_content, lora_of, read_lora
 from alignprop_fast.models.lora.kohya_file import save_kohya_lora, to_kohya
 from alignprop_fast.models.lora.load_save import load_lora
-from alignprop_fast.models.lora.names import is_flux
+from alignprop_fast.models.lora.names import family_of
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import published_layers
 
@@ -147,7 +147,7 @@ def test_the_effect_on_weights_in_the_original_layout(request, kind, shapes):
 @pytest.mark.parametrize("shapes", [SD3, FLUX, FLUX_ATTENTION])
 def test_there_and_back_are_the_same_factors(shapes):
     lora = made(shapes)
-    assert is_flux(lora) == (shapes is not SD3)
+    assert family_of(lora) == ("sd3" if shapes is SD3 else "flux")
     back = lora_of(to_kohya(lora), "file")
     assert back.keys() == lora.keys()
     for module, factors in lora.items():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline, ZImagePipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -30,6 +30,7 @@ FLUX = [
     "transformer_blocks.0.attn.to_add_out",
     "single_transformer_blocks.1.proj_out",
 ]
+Z_IMAGE = ["layers.0.attention.to_q", "noise_refiner.0.attention.to_out.0", "context_refiner.0.feed_forward.w2"]
 ENDS = (".lora_down.weight", ".lora_up.weight")  # kohya's
 SHARED = ["transformer_blocks.0.attn.add_q_proj", "single_transformer_blocks.0.attn.to_q"]
 
@@ -125,6 +126,12 @@ def transformer_with_alpha(pipe, path):
     return written({**lora}, path, str)
 
 
+def ai_toolkit(pipe, path):
+    return written(
+        factors(pipe, Z_IMAGE), path, lambda name: name.replace("transformer.", "diffusion_model."), alpha=None
+    )
+
+
 def xlabs(pipe, path):
     whole = factors(pipe, [*FLUX, *SHARED])
     names = {
@@ -156,6 +163,7 @@ READ_BY_DIFFUSERS = {
     Format("FLUX, `lora_transformer_` (OneTrainer)", "read exactly"): ("flux", lora_transformer),
     Format("FLUX, diffusers' names with `.alpha`", "read exactly"): ("flux", transformer_with_alpha),
     Format("FLUX, XLabs' names", "read exactly"): ("flux", xlabs),
+    Format("Z-Image, ai-toolkit's names (`diffusion_model.`)", "read exactly"): ("z_image", ai_toolkit),
 }
 
 
@@ -186,7 +194,8 @@ def assert_same(found, expected):
 
 def fresh(request, kind):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
-    return {"sd": StableDiffusionPipeline, "flux": FluxPipeline}[kind].from_pretrained(folder, local_files_only=True)
+    classes = {"sd": StableDiffusionPipeline, "flux": FluxPipeline, "z_image": ZImagePipeline}
+    return classes[kind].from_pretrained(folder, local_files_only=True)
 
 
 @pytest.mark.parametrize("row", READ_BY_DIFFUSERS, ids=lambda row: row.name)
@@ -242,10 +251,11 @@ def test_as_peft_reads_it(request, tmp_path, row):
     assert len({tuple(delta.shape) for delta in deltas(ours).values()}) > 1
 
 
+TITLES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3 and SD3.5", "flux": "FLUX", "z_image": "Z-Image"}
 ORIGINAL = {
     **{
         Format(f"{title}, {writer}", "read exactly"): (kind, prefix)
-        for kind, title in {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3 and SD3.5", "flux": "FLUX"}.items()
+        for kind, title in TITLES.items()
         for writer, prefix in {
             "ComfyUI's names (`diffusion_model.`)": "diffusion_model.",
             "kohya's": "lora_unet_",
@@ -262,7 +272,8 @@ def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
     pipe = request.getfixturevalue(f"tiny_{kind}")
     model = denoiser(pipe)
     layout = {"sd": original_layout.unet, "sdxl": original_layout.unet}
-    to_old = {**layout, "sd3": original_layout.mmdit, "flux": original_layout.flux}[kind]
+    layout |= {"sd3": original_layout.mmdit, "flux": original_layout.flux, "z_image": original_layout.z_image}
+    to_old = layout[kind]
     generator, tensors, expected = torch.Generator().manual_seed(0), {}, {}
     old = to_old(model.state_dict())
     for name, weight in old.items():
@@ -289,7 +300,7 @@ def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
 
 PUBLISHED = {
     "unet": ("sd15", "sdxl"),
-    "transformer": ("sd35-medium", "sd35-large", "flux-dev"),
+    "transformer": ("sd35-medium", "sd35-large", "flux-dev", "z-image"),
     "text_encoder": ("clip-l", "clip-g"),
 }
 

@@ -1,0 +1,63 @@
+"""The number of steps and the guidance scale that a model was made for, read from its configuration without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """is_distilled: whether the model learned to draw without guidance."""
+
+    steps: int
+    guidance_scale: float
+    is_distilled: bool = False
+
+
+_USUAL = MadeFor(50, 5.0)
+_Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
+_BY_NAME = {
+    "demo": MadeFor(12, 2.0),
+    "demo-twin": MadeFor(4, 1.0, is_distilled=True),
+    "z-image-turbo": _Z_IMAGE_TURBO,
+}
+
+
+def made_for(model: str, model_config: str | None = None) -> MadeFor:
+    """The settings for a model, given as in `load_pipeline` or `load_outline`.
+
+    Of a Hub model the configuration files are fetched. What cannot be read has the usual settings; loading it says
+    what is wrong.
+
+    Raises:
+        OSError: a Hub model cannot be reached.
+    """
+    if model in _BY_NAME:
+        return _BY_NAME[model]
+    folder = Path(model_config or model).expanduser()
+    if model_config is None and not folder.exists() and is_hub_id(model):
+        from alignprop_fast.models.load.hub import fetch_configs
+
+        folder = fetch_configs(model, "main")
+    if _read(folder / "model_index.json").get("_class_name") != "ZImagePipeline":
+        return _USUAL
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    # Z-Image has shift 6.
+    is_turbo = scheduler.get("shift") == 3 and not scheduler.get("use_dynamic_shifting")
+    return _Z_IMAGE_TURBO if is_turbo else _USUAL
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether the text has the form of a Hub id, owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) is not None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

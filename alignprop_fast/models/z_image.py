@@ -1,0 +1,92 @@
+"""Z-Image and Z-Image-Turbo as a chain: flow matching, one stream of image and caption, captions of any length."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from torch import nn
+
+import alignprop_fast.models.lean.z_image  # noqa: F401  # enters this model's layers in the tables of ops
+from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances, padded
+from alignprop_fast.models.schedules import FLOW, dynamic_shift
+from alignprop_fast.prompts.limits import TextReader
+
+QWEN_TOKENS = 512
+
+
+class ZImageAdapter(PipelineAdapter):
+    """`ZImagePipeline` (Z-Image Team 2025, arXiv 2511.22699); see `PipelineAdapter`.
+
+    The transformer takes and returns a list with one entry for each picture, and its time is the share of noise that
+    is gone. Its output points from noise to picture, so `predict` negates it.
+    """
+
+    schedulers = FLOW
+    embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
+    text_parts = ("text_encoder", "tokenizer")
+    unguided_scale = 0.0
+
+    def __init__(self, pipe: Any):
+        if pipe.transformer.dtype == torch.float16:
+            raise ValueError("Z-Image overflows in fp16: use bf16 (--mixed-precision bf16) or fp32")
+        super().__init__(pipe)
+
+    @property
+    def denoiser(self) -> Any:
+        return self.pipe.transformer
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.pipe.vae_scale_factor
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
+        tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
+        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, **dynamic_shift(scheduler.config, tokens))
+
+    def encode(self, batch: PromptBatch) -> Conditioning:
+        # Copies, because `encode_prompt` writes its chat template into the lists.
+        prompts, negative_prompts = list(batch.prompts), batch.negative_prompts and list(batch.negative_prompts)
+        texts, negative = self.pipe.encode_prompt(
+            prompts,
+            self.device,
+            batch.guided,
+            negative_prompts,
+            max_sequence_length=QWEN_TOKENS,
+            **batch.embeddings,
+        )
+        return self._conditioning([*negative, *texts], batch.guided)
+
+    def text_readers(self) -> list[TextReader]:
+        return self._reader("Qwen3", "tokenizer", QWEN_TOKENS, self._in_chat)
+
+    def _in_chat(self, text: str) -> str:
+        """The text as `ZImagePipeline` gives it to the tokenizer."""
+        message = {"role": "user", "content": text}
+        return self.pipe.tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+
+    def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
+        width = self.denoiser.config.cap_feat_dim
+        text = torch.zeros(QWEN_TOKENS, width, dtype=self.dtype, device=self.device)
+        return self._conditioning([text] * ((1 + guided) * batch), guided)
+
+    @staticmethod
+    def _conditioning(texts: Sequence[torch.Tensor], guided: bool) -> Conditioning:
+        embeds, lengths = padded(texts, QWEN_TOKENS)
+        return Conditioning(embeds, None, 1 + guided, lengths=lengths)
+
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        x_BCFHW = torch.cat([x.to(self.dtype)] * cond.branches).unsqueeze(2)
+        time = ((1000 - timestep) / 1000).expand(len(x_BCFHW))
+        y = self.denoiser(list(x_BCFHW), time, cond.texts(), return_dict=False)[0]
+        return -torch.stack(y).squeeze(2)
+
+    def step_groups(self) -> dict[str, list[nn.Module]]:
+        return {"transformers": instances(self.denoiser, (ZImageTransformerBlock,))}

@@ -1,0 +1,30 @@
+"""Steps and guidance scale that a model was made for."""
+
+import pytest
+
+from alignprop_fast.cli.parts import sampling_of
+from alignprop_fast.making.random_weights import make_z_image_folder
+from alignprop_fast.models.load.made_for import made_for
+from alignprop_fast.training.options import TrainOptions
+
+
+@pytest.fixture(scope="module")
+def turbo(tmp_path_factory):
+    return str(make_z_image_folder(tmp_path_factory.mktemp("models") / "turbo", turbo=True))
+
+
+def test_turbo_draws_in_8_steps_without_guidance(turbo, tiny_z_image_folder, tiny_sd_folder):
+    for model in (turbo, "z-image-turbo"):
+        assert sampling_of(TrainOptions(model=model)) == (8, 0.0)
+    assert made_for("x.safetensors", turbo).is_distilled
+    for model in (tiny_z_image_folder, tiny_sd_folder, "z-image", "nowhere"):
+        assert sampling_of(TrainOptions(model=str(model))) == (50, 5.0)
+    assert sampling_of(TrainOptions(model="demo")) == (12, 2.0)
+    assert sampling_of(TrainOptions(model="demo-twin")) == (4, 1.0)
+
+
+def test_what_is_given_counts(turbo, caplog):
+    assert sampling_of(TrainOptions(model=turbo, num_inference_steps=4)) == (4, 0.0) and not caplog.records
+    assert sampling_of(TrainOptions(model=turbo, guidance_scale=2.0)) == (8, 2.0)
+    (record,) = caplog.records
+    assert "distilled to draw without guidance" in record.getMessage()
