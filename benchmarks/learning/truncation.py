@@ -45,7 +45,7 @@ from benchmarks.learning.chains import RULES, SETTINGS
 from benchmarks.rows import KeptRows
 
 PROMPTS = 12  # held-out prompts to score
-SECONDS = {"demo-12": 30.0, "demo-50": 120.0, "twin-4": 10.0}  # of training
+SECONDS = {"demo-12": 20.0, "demo-50": 80.0, "twin-4": 8.0}  # of training
 SCORES = ("score", "watched_score", "diversity")
 AXES = (("seconds", "score"), ("reward_queries", "score"), ("score", "watched_score"), ("score", "diversity"))
 Rows = Sequence[Mapping[str, str]]
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, help="CPU seconds of training per run, instead of the chain's own")
-    parser.add_argument("--marks", type=int, default=3, help="how many times to score during training")
+    parser.add_argument("--marks", type=int, default=2, help="how many times to score during training")
     parser.add_argument("--reward", default="colorfulness", help="trained")
     parser.add_argument("--watch", default="clip", help="watched, not trained for")
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "truncation.csv")
