@@ -1,6 +1,6 @@
 """A few-step model: four denoising steps, no guidance, every step with gradient.
 
-    python docs/examples/few_steps.py                            # the bundled model
+    python docs/examples/few_steps.py                            # the bundled few-step model
     python docs/examples/few_steps.py stabilityai/sdxl-turbo     # on a GPU
 
 Models such as SDXL Turbo draw in one to four steps without classifier-free guidance. Their chain is so short that the
@@ -21,10 +21,11 @@ from alignprop_fast.rewards import get_reward
 PROMPTS = ["a red apple", "a cat"]
 
 
-def main(model: str = "demo", steps: int = 3) -> list[float]:
+def main(model: str = "demo-twin", steps: int = 3) -> list[float]:
     """Train for so many optimizer steps on the same noise; returns the mean reward of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DefaultDDPOStableDiffusionPipeline(model, scheduler="euler-ancestral").sd_pipeline.to(device)
+    scheduler = "ddim" if model == "demo-twin" else "euler-ancestral"  # as the model was distilled
+    pipe = DefaultDDPOStableDiffusionPipeline(model, scheduler=scheduler).sd_pipeline.to(device)
     pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     sampler = DifferentiableSampler(pipe, num_inference_steps=4, guidance_scale=1.0)
     reward = get_reward("colorfulness", device=device)

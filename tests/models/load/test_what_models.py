@@ -413,7 +413,7 @@ def _(shelf):
 
 @refused(
     "link that leads to itself",
-    "give a folder in the diffusers format, a .safetensors file, a Hub id such as owner/name, or demo",
+    "give a folder in the diffusers format, a .safetensors file, a Hub id such as owner/name, demo or demo-twin",
 )
 def _(shelf):
     (shelf.here / "loop").symlink_to(shelf.here / "loop")
