@@ -22,7 +22,9 @@ names the head dimensions.
 
 Where it loses: computing S twice costs 7 units. Kernels that add dq atomically need 5, but are not deterministic.
 On Hopper it uses no bulk copies and no specialised warps, so cuDNN should be ahead at N >= 1024.
-Head dimensions that are not a multiple of 8 load element by element. fp32 runs without tensor cores.
+Head dimensions that are not a multiple of 8 load element by element. fp32 runs without tensor cores
+and, by estimate, slower than PyTorch's efficient kernel. It stays because in it the interpreter checks the formulas
+without rounding, and because it costs only a row of block sizes.
 """
 
 import torch

@@ -78,6 +78,14 @@ def tiny_z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_z_image_folder(tmp_path_factory.mktemp("models") / "tiny_z_image")
 
 
+@pytest.fixture(scope="session")
+def tiny_flux2_klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `Flux2KleinPipeline` folder, not distilled; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_flux2_klein_folder
+
+    return make_flux2_klein_folder(tmp_path_factory.mktemp("models") / "tiny_flux2_klein")
+
+
 @pytest.fixture
 def tiny_sd(tiny_sd_folder: Path):
     """The pipeline of `tiny_sd_folder`, freshly loaded, fp32 on the CPU, DDIM, all weights frozen."""
@@ -116,6 +124,14 @@ def tiny_z_image(tiny_z_image_folder: Path):
     from diffusers import ZImagePipeline
 
     return _fresh(ZImagePipeline, tiny_z_image_folder)
+
+
+@pytest.fixture
+def tiny_flux2_klein(tiny_flux2_klein_folder: Path):
+    """The pipeline of `tiny_flux2_klein_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import Flux2KleinPipeline
+
+    return _fresh(Flux2KleinPipeline, tiny_flux2_klein_folder)
 
 
 def _fresh(pipeline_class, folder: Path):

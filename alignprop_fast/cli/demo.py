@@ -19,7 +19,7 @@ from alignprop_fast.training.options import TrainOptions
 SETTINGS = TrainOptions(
     model="demo-twin",
     output_dir="alignprop-demo",
-    reward="clip:1.0,colorfulness:0.004",
+    reward="clip:1.0,colorfulness:0.002",
     prompts="same-colour",
     steps=24,
     batch_size=4,

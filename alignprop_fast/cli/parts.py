@@ -61,9 +61,7 @@ def sampling_of(options: TrainOptions) -> tuple[int, float]:
     own = made_for(options.model, options.model_config)
     scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
     if own.is_distilled and scale > own.guidance_scale:
-        logger.warning(
-            "%s is distilled to draw without guidance; --guidance-scale %g runs it twice per step", options.model, scale
-        )
+        logger.warning("%s is distilled to draw without guidance: leave --guidance-scale out", options.model)
     return options.num_inference_steps or own.steps, scale
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -91,7 +92,7 @@ def open_session(options: TrainOptions, console: Console, taken: OutputFolder, s
     check_adapters(pipeline.sd_pipeline)
     tell_sampler(trainer.sampler, rewards, rows[0])
     _read_prompts(trainer, options, rows, rewards)
-    prediction = _predict(trainer, options)
+    prediction = _predict(trainer, options, console)
     return Session(console, taken, options, rows, rewards, stopping, trainer, prediction)
 
 
@@ -226,13 +227,16 @@ def _read_prompts(trainer: AlignPropTrainer, options: TrainOptions, rows: list[P
     trainer.sampler.encode_ahead(prompts[:MOST_AHEAD], options.negative_prompt)
 
 
-def _predict(trainer: AlignPropTrainer, options: TrainOptions) -> Prediction | None:
+def _predict(trainer: AlignPropTrainer, options: TrainOptions, console: Console) -> Prediction | None:
     """The plan of a training step; None without a budget. A budget that is too small is refused before anything is
     written."""
-    sampler = trainer.sampler
+    sampler, start = trainer.sampler, time.perf_counter()
     with trainer.autocast():  # as in training steps
         budget_bytes = sampler.settled_budget(options.batch_size, options.negative_prompt)
         if budget_bytes is None:
             return None
         table = sampler.solver(options.batch_size, options.negative_prompt).table
-    return predict(table, trainer.config.sample_num_steps, options.truncation, options.batch_size, budget_bytes)
+    seconds = time.perf_counter() - start
+    found = predict(table, trainer.config.sample_num_steps, options.truncation, options.batch_size, budget_bytes)
+    console.print(f"measured: costs of a training step, in {seconds:.1f} s")
+    return found

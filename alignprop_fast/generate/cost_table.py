@@ -285,8 +285,7 @@ def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
 
 def latents(step: TrainingStep) -> torch.Tensor:
     model = step.model
-    scale = model.pipe.vae_scale_factor
-    x = torch.zeros(step.batch, model.latent_channels, *(side // scale for side in step.size), device=model.device)
+    x = torch.zeros(step.batch, *model.latent_shape(step.size), device=model.device)
     return x.to(torch.promote_types(model.dtype, torch.float32))
 
 

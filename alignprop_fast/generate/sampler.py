@@ -51,8 +51,8 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline` or `ZImagePipeline` with
-            flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ZImagePipeline` or
+            `Flux2KleinPipeline` with flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
             `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
             frozen already. The plan does not count what learns there: use `reserve` for it.
         num_inference_steps: steps T of the chain.
@@ -124,7 +124,11 @@ class DifferentiableSampler:
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.guidance = Guidance.of(
-            guidance_scale, true_cfg_scale, guidance_rescale, self.model.embeds_guidance, self.model.unguided_scale
+            guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
+            true_cfg_scale,
+            guidance_rescale,
+            self.model.embeds_guidance,
+            self.model.unguided_scale,
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)

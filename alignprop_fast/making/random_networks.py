@@ -65,6 +65,24 @@ def vae(
     )
 
 
+def flux2_vae(widths: tuple[int, ...], norm_groups: int) -> torch.nn.Module:
+    """FLUX.2's VAE, with statistics of its patches that are not those of a new batch norm."""
+    from diffusers import AutoencoderKLFlux2
+
+    levels = len(widths)
+    found = AutoencoderKLFlux2(
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=4,
+        norm_num_groups=norm_groups,
+    )
+    found.bn.running_mean.normal_(std=0.2)
+    found.bn.running_var.uniform_(0.5, 2)
+    return found
+
+
 def t5(width: int) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
@@ -81,21 +99,20 @@ def t5(width: int) -> torch.nn.Module:
     )
 
 
-def qwen3(width: int) -> torch.nn.Module:
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3(width: int, num_layers: int = 3, causal_lm: bool = False) -> torch.nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            tie_word_embeddings=True,
-        )
+    config = Qwen3Config(
+        vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
     )
+    return Qwen3ForCausalLM(config) if causal_lm else Qwen3Model(config)
 
 
 def diffusion_scheduler() -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.making.random_networks import diffusion_scheduler, qwen3, t5, text_config, unet, vae
+from alignprop_fast.making.random_networks import diffusion_scheduler, flux2_vae, qwen3, t5, text_config, unet, vae
 from alignprop_fast.making.random_tokenizers import (
     clip_tokenizer,
     end_id,
@@ -245,6 +245,48 @@ def make_z_image_folder(
             text_encoder=qwen3(text_width),
             tokenizer=qwen_tokenizer(folder / "tokenizer"),
             transformer=transformer,
+        )
+    return _save(pipe, folder, {})
+
+
+def make_flux2_klein_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 1,
+    num_single_layers: int = 2,
+    vae_widths: tuple[int, ...] = (16, 32),
+    text_width: int = 16,
+    norm_groups: int = 8,
+    distilled: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a `Flux2KleinPipeline` with random weights. Arguments as in `make_flux_folder`.
+
+    Its Qwen3 has 28 layers, because the pipeline reads the outputs of layers 9, 18 and 27.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=flux2_vae(vae_widths, norm_groups),
+            text_encoder=qwen3(text_width, num_layers=28, causal_lm=True),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=num_layers,
+                num_single_layers=num_single_layers,
+                attention_head_dim=head_width,
+                num_attention_heads=heads,
+                joint_attention_dim=3 * text_width,
+                axes_dims_rope=(head_width // 4,) * 4,
+                guidance_embeds=False,
+            ),
+            is_distilled=distilled,
         )
     return _save(pipe, folder, {})
 

@@ -39,6 +39,10 @@ def adapt(pipe: Any) -> "PipelineAdapter":
         from alignprop_fast.models.z_image import ZImageAdapter
 
         adapters[diffusers.ZImagePipeline] = ZImageAdapter
+    if hasattr(diffusers, "Flux2KleinPipeline"):  # since 0.37
+        from alignprop_fast.models.flux2 import Flux2KleinAdapter
+
+        adapters[diffusers.Flux2KleinPipeline] = Flux2KleinAdapter
     for pipeline_class, adapter_class in adapters.items():
         if isinstance(pipe, pipeline_class):
             check_pipeline(pipe, pipeline_class)

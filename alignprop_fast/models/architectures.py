@@ -32,7 +32,7 @@ from alignprop_fast.models.published import (
     vae_network,
 )
 
-NAMES = ("sd15", "sdxl", "sd35-medium", "flux-dev", "z-image", "z-image-turbo")
+NAMES = ("sd15", "sdxl", "sd35-medium", "flux-dev", "z-image", "z-image-turbo", "flux2-klein-4b", "flux2-klein-9b")
 
 
 _DIFFUSION = {
@@ -171,9 +171,22 @@ def _z_image(name: str) -> Any:
     return diffusers_class("ZImagePipeline")(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if name == "z-image-turbo" else 6.0),
         vae=vae_network("z-image"),
-        text_encoder=qwen3_text(),
+        text_encoder=qwen3_text(name),
         tokenizer=None,
         transformer=denoiser_network("z-image"),
+    )
+
+
+def _flux2_klein(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Flux2KleinPipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae_network(name),
+        text_encoder=qwen3_text(name),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+        is_distilled=True,
     )
 
 
@@ -184,4 +197,6 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "flux-dev": _flux,
     "z-image": _z_image,
     "z-image-turbo": _z_image,
+    "flux2-klein-4b": _flux2_klein,
+    "flux2-klein-9b": _flux2_klein,
 }

@@ -74,8 +74,10 @@ class Conditioning:
         return replace(self, embeds=others.get(id(self.embeds), self.embeds), added=added, embedded_guidance=guidance)
 
     def cast(self, dtype: torch.dtype) -> "Conditioning":
-        """A copy in the denoiser's dtype, because text encoders may have another."""
-        added = self.added and {name: tensor.to(dtype) for name, tensor in self.added.items()}
+        """A copy in the denoiser's dtype, because text encoders may have another. Whole numbers stay exact."""
+        added = self.added and {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.added.items()
+        }
         return replace(self, embeds=self.embeds.to(dtype), added=added)
 
 
@@ -184,7 +186,7 @@ class PipelineAdapter(ABC):
         """The tokenizers that read the prompts in `encode`, with their limits."""
 
     def _reader(
-        self, name: str, tokenizer: str, limit: int | None = None, in_chat: Callable[[str], str] | None = None
+        self, name: str, tokenizer: str, limit: int | None = None, in_chat: Callable[[str, Any], str] | None = None
     ) -> list[TextReader]:
         """The reader of that tokenizer, if the pipeline has it. limit: None: the tokenizer's own."""
         found = self.pipe.components.get(tokenizer)
@@ -213,9 +215,19 @@ class PipelineAdapter(ABC):
     def latent_channels(self) -> int:
         return self.pipe.vae.config.latent_channels
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """[C, h, w] of the chain's latents for a picture of this size in pixels."""
+        rows, columns = (side // self.pipe.vae_scale_factor for side in size)
+        return self.latent_channels, rows, columns
+
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
+
+    @property
+    def heeds_guidance(self) -> bool:
+        """Whether the guidance scale counts; a model may be distilled to draw without guidance, whatever the scale."""
+        return True
 
     @property
     def noise_dtype(self) -> torch.dtype:
@@ -366,7 +378,7 @@ class PipelineAdapter(ABC):
         """
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one each")
-        shape = (batch, self.latent_channels, *(side // self.pipe.vae_scale_factor for side in size))
+        shape = (batch, *self.latent_shape(size))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self.noise_dtype)
         elif tuple(latents.shape) != shape:

@@ -93,6 +93,27 @@ _Z_IMAGE = {
 }
 
 
+_FLUX2_KLEIN_4B = {
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "axes_dims_rope": (32, 32, 32, 32),
+    "guidance_embeds": False,
+}
+
+
+_FLUX2_KLEIN_9B = {
+    **_FLUX2_KLEIN_4B,
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
+
+
 _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("UNet2DConditionModel", UNETS["sd15"]),
     "sdxl": ("UNet2DConditionModel", UNETS["sdxl"]),
@@ -100,6 +121,8 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35-large": ("SD3Transformer2DModel", _SD35_LARGE),
     "flux-dev": ("FluxTransformer2DModel", _FLUX_DEV),
     "z-image": ("ZImageTransformer2DModel", _Z_IMAGE),
+    "flux2-klein-4b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_4B),
+    "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
 }
 
 
@@ -166,6 +189,9 @@ _QWEN3_4B = {
 }
 
 
+_QWEN3_8B = {**_QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+
+
 def denoiser_network(name: str) -> nn.Module:
     class_name, config = _DENOISERS[name]
     return diffusers_class(class_name)(**config)
@@ -181,6 +207,8 @@ def is_installed(name: str) -> bool:
 def vae_network(name: str) -> nn.Module:
     from diffusers import AutoencoderKL
 
+    if name.startswith("flux2"):
+        return diffusers_class("AutoencoderKLFlux2")(**VAE)
     return AutoencoderKL(**VAE, **_VAES[name])
 
 
@@ -196,10 +224,11 @@ def t5_text() -> nn.Module:
     return T5EncoderModel(T5Config(**_T5_XXL))
 
 
-def qwen3_text() -> nn.Module:
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3_text(name: str) -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-    return Qwen3Model(Qwen3Config(**_QWEN3_4B))
+    config = Qwen3Config(**(_QWEN3_8B if name == "flux2-klein-9b" else _QWEN3_4B))
+    return Qwen3ForCausalLM(config) if name.startswith("flux2") else Qwen3Model(config)
 
 
 _TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {

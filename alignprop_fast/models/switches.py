@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -20,7 +21,9 @@ _ANEW = "load the pipeline again without it"
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum", "quanto")
 _WITH_PICTURES = ("text_image", "image", "image_hint", "image_proj", "text_image_proj", "ip_image_proj")
 _METHODS = ("forward", "decode")
-_VAES = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
+_VAES: tuple[type, ...] = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
+if hasattr(diffusers, "AutoencoderKLFlux2"):  # since 0.36
+    _VAES += (diffusers.AutoencoderKLFlux2,)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Z-Image and Z-Image-Turbo as a chain: flow matching, one stream of image and caption, captions of any length."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +10,9 @@ from torch import nn
 
 import alignprop_fast.models.lean.z_image  # noqa: F401  # enters this model's layers in the tables of ops
 from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances, padded
+from alignprop_fast.models.qwen_chat import QWEN_TOKENS, in_chat
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
-
-QWEN_TOKENS = 512
 
 
 class ZImageAdapter(PipelineAdapter):
@@ -63,14 +63,7 @@ class ZImageAdapter(PipelineAdapter):
         return self._conditioning([*negative, *texts], batch.guided)
 
     def text_readers(self) -> list[TextReader]:
-        return self._reader("Qwen3", "tokenizer", QWEN_TOKENS, self._in_chat)
-
-    def _in_chat(self, text: str) -> str:
-        """The text as `ZImagePipeline` gives it to the tokenizer."""
-        message = {"role": "user", "content": text}
-        return self.pipe.tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
+        return self._reader("Qwen3", "tokenizer", QWEN_TOKENS, partial(in_chat, thinking=True))
 
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         width = self.denoiser.config.cap_feat_dim

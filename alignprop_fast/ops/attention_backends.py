@@ -13,6 +13,7 @@ deterministic backward passes, and cuDNN's is not used.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -161,9 +162,25 @@ def offered(direction: str, q: Tensor, k: Tensor) -> list[Backend]:
     return [one for name, one in _cuda_backends().items() if name not in refused]
 
 
-def _problem(direction: str, q: Tensor, k: Tensor) -> str:
+class _Problem(NamedTuple):
+    """What the fastest implementation depends on, as a key of `ops.autotune`."""
+
+    direction: str
+    dtype: torch.dtype
+    b: int
+    h: int
+    m: int
+    d: int
+    n: int
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"attention {self.direction} {dtype} B{self.b} H{self.h} M{self.m} N{self.n} D{self.d}"
+
+
+def _problem(direction: str, q: Tensor, k: Tensor) -> _Problem:
     b, h, m, d = q.shape
-    return f"attention {direction} {str(q.dtype).removeprefix('torch.')} B{b} H{h} M{m} N{k.shape[2]} D{d}"
+    return _Problem(direction, q.dtype, b, h, m, d, k.shape[2])
 
 
 def _untimed(q: Tensor) -> str:

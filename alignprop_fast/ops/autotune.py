@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -32,7 +32,7 @@ _LIBRARIES = ("triton", "flash_attn_3", "flash-attn-4")
 _KERNELS = Path(__file__).parents[1] / "kernels"
 
 _failures: dict[tuple[str, str], dict[str, str]] = {}
-_chosen: dict[tuple[str, str, int], str] = {}
+_chosen: dict[tuple[str, Hashable, int], str] = {}
 
 
 class Candidate(Protocol):
@@ -48,7 +48,7 @@ class Candidate(Protocol):
 Candidates = Mapping[str, Candidate]
 
 
-def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.device) -> str:
+def fastest(problem: Hashable, candidates: Callable[[], Candidates], device: torch.device) -> str:
     """Name of the fastest candidate with correct results on this problem.
 
     Candidates are checked and timed on first use. The times are remembered in the user's cache folder, by device and
@@ -56,7 +56,8 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
     torch's flag for deterministic algorithms the first candidate with correct results is used, regardless of its time.
 
     Args:
-        problem: operator, direction, dtype and shape, which distinguish this problem from others.
+        problem: operator, direction, dtype and shape, which distinguish this problem from others: a text, or a tuple
+            with a text, which a call that was answered before need not write.
         candidates: makes the implementations by name; the first is used without a trial. Names that it does not make
             are never chosen, even if they are remembered.
         device: where they run.
@@ -69,17 +70,17 @@ def fastest(problem: str, candidates: Callable[[], Candidates], device: torch.de
     # An implementation that was switched off since must not be chosen.
     memo = (key, problem, len(switched_off.everything()))
     if memo not in _chosen:
-        offered = candidates()
+        offered, text = candidates(), str(problem)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _best(_table(key).get(problem, {}), offered) or next(iter(offered))
-        _measure(key, problem, offered, device)
-        _chosen[memo] = _best(_table(key)[problem], offered) or _refuse(problem, _failures.pop((key, problem)))
+            return _best(_table(key).get(text, {}), offered) or next(iter(offered))
+        _measure(key, text, offered, device)
+        _chosen[memo] = _best(_table(key)[text], offered) or _refuse(text, _failures.pop((key, text)))
     return _chosen[memo]
 
 
-def explain(problem: str, device: torch.device) -> str:
+def explain(asked: Hashable, device: torch.device) -> str:
     """The times, in milliseconds, behind a choice of `fastest`; for a failed or wrong candidate, the reason."""
-    key = device_name(device)
+    key, problem = device_name(device), str(asked)
     lines = [f"{name} {time:.3f} ms" for name, time in _table(key).get(problem, {}).items()]
     lines += [f"{name}: {reason}" for name, reason in _failures.get((key, problem), {}).items()]
     return f"{problem} on {key}: " + (", ".join(lines) or "not measured yet")

@@ -95,12 +95,7 @@ class _CompiledGroupNormSiLU(torch.autograd.Function):
         eps: float,
         silu: bool,
     ) -> torch.Tensor:
-        x = _channels_last(x)
-        y = torch.empty_like(x, memory_format=torch.channels_last)
-        mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-        torch.ops.alignprop_fast.group_norm_silu_forward(
-            x, _per_image(t_BC, x), gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
-        )
+        x, y, mean, rstd = _compiled_forward(x, t_BC, groups, gamma, beta, eps, silu)
         ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
         return y
@@ -116,6 +111,26 @@ class _CompiledGroupNormSiLU(torch.autograd.Function):
             *(dx, _partial(x, ctx.groups), moments),
         )
         return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
+
+
+def _compiled_forward(
+    x: torch.Tensor,
+    t_BC: torch.Tensor | None,
+    groups: int,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    eps: float,
+    silu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x in channels_last, y, mean and rstd."""
+    x = _channels_last(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    torch.ops.alignprop_fast.group_norm_silu_forward(
+        x, _per_image(t_BC, x), gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
+    )
+    return x, y, mean, rstd
 
 
 def _normalised(
@@ -240,5 +255,7 @@ def group_norm_silu(
     if only_plain(x):
         return group_norm_silu_reference(x, groups, gamma, beta, eps, silu, addend_BC)
     t_BC = None if addend_BC is None else addend_BC.to(x.dtype).contiguous()
-    function = _GroupNormSiLU if _why_aten(x, gamma, beta, t_BC) else _CompiledGroupNormSiLU
-    return function.apply(x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)
+    arguments = (x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)
+    if _why_aten(x, gamma, beta, t_BC):
+        return _GroupNormSiLU.apply(*arguments)
+    return _CompiledGroupNormSiLU.apply(*arguments) if torch.is_grad_enabled() else _compiled_forward(*arguments)[1]

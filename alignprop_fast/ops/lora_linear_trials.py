@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,25 +21,43 @@ def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
 
     The kernels serve one to three layers that all have adapters, of one dtype and of rank at most 128.
     """
-    downs = [layer.down for layer in layers if layer.down is not None]
-    serves = (
-        not is_traced(x)
-        and backend(x, "lora_linear") == "triton"
-        and len(downs) == len(layers) <= MAX_LAYERS
-        and len({tensor.dtype for layer in layers for tensor in (layer.down, layer.up)}) == 1
-        and max(down.shape[0] for down in downs) <= MAX_RANK
-    )
-    if not serves:
+    if is_traced(x) or backend(x, "lora_linear") != "triton" or not _serves(layers):
         return "plain"
     return fastest(problem(direction, x, layers), lambda: _candidates(direction, x, layers), x.device)
 
 
-def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
+def _serves(layers: Sequence[Any]) -> bool:
+    if len(layers) > MAX_LAYERS or layers[0].down is None:
+        return False
+    dtype = layers[0].down.dtype
+    for layer in layers:
+        if layer.down is None or layer.down.shape[0] > MAX_RANK or not layer.down.dtype == layer.up.dtype == dtype:
+            return False
+    return True
+
+
+class Problem(NamedTuple):
+    """What the fastest products depend on, as a key of `ops.autotune`."""
+
+    direction: str
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    tokens: int
+    n_in: int
+    outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        outs, ranks = ("+".join(map(str, sizes)) for sizes in (self.outs, self.ranks))
+        dtypes = f"{self.dtype} {self.adapter_dtype}".replace("torch.", "")
+        return f"lora_linear {self.direction} {dtypes} T{self.tokens} I{self.n_in} O{outs} R{ranks}"
+
+
+def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> Problem:
     """The key under which `ops.autotune` remembers these shapes."""
-    outs = "+".join(str(layer.weight.shape[0]) for layer in layers)
-    ranks = "+".join(str(layer.down.shape[0]) for layer in layers)
-    dtypes = f"{x.dtype} {layers[0].down.dtype}".replace("torch.", "")
-    return f"lora_linear {direction} {dtypes} T{x.numel() // x.shape[-1]} I{x.shape[-1]} O{outs} R{ranks}"
+    outs, ranks = tuple([len(layer.weight) for layer in layers]), tuple([len(layer.down) for layer in layers])
+    n_in = x.shape[-1]
+    return Problem(direction, x.dtype, layers[0].down.dtype, x.numel() // n_in, n_in, outs, ranks)
 
 
 def _candidates(direction: str, x: Tensor, layers: Sequence[Any]) -> dict[str, Candidate]:

@@ -26,13 +26,13 @@ class TextReader:
     tokenizer: Any
     limit: int
     converted: Callable[[str, Any], str] | None = None
-    in_chat: Callable[[str], str] | None = None
+    in_chat: Callable[[str, Any], str] | None = None
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All tokens of each text, without truncation."""
         if self.converted is not None and self._has_learned():
             texts = [self.converted(text, self.tokenizer) for text in texts]
-        texts = list(texts) if self.in_chat is None else [self.in_chat(text) for text in texts]
+        texts = list(texts) if self.in_chat is None else [self.in_chat(text, self.tokenizer) for text in texts]
         return self.tokenizer(texts, truncation=False)["input_ids"]
 
     def unsure(self, texts: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 8 for Z-Image-Turbo, 50 for others",
+        shown="the model's own: 8 for Z-Image-Turbo, 4 for a distilled FLUX.2-klein, 50 for others",
         at_least=1,
         changes_plan=True,
     )
@@ -103,7 +103,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: 0 for Z-Image-Turbo, 5 for others",
+        shown="the model's own: none for Z-Image-Turbo and a distilled FLUX.2-klein, 4 for its base, 5 for others",
         at_least=0,
         at_most=100,
         changes_plan=True,

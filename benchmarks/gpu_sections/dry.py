@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 
 import torch
@@ -21,6 +21,6 @@ def make_small() -> None:
     cost_table.link_rate = partial(link_rate, size_bytes=2**16)
 
 
-def first(problem: str, candidates: Callable[[], Mapping[str, object]], device: torch.device) -> str:
+def first(problem: Hashable, candidates: Callable[[], Mapping[str, object]], device: torch.device) -> str:
     """Replaces the choice of the fastest."""
     return next(iter(candidates()))

@@ -93,10 +93,12 @@ def _chosen(products: str, direction: str, x: torch.Tensor, layers: Any) -> str:
     return products if all(layer.down is not None for layer in layers) else "plain"
 
 
-def _fused_attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *rest: Any, scale: Any = None, **same: Any) -> Any:
+def _fused_attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, scale: Any = None, **same: Any
+) -> Any:
     """Stands for PyTorch's, which has no fused kernel on the meta device."""
     assert attn_mask is None
-    return attention(q, k, v, scale)
+    return attention(query, key, value, scale)
 
 
 def count(name: str, variant: str) -> dict[str, Counter[str]]:

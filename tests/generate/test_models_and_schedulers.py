@@ -60,7 +60,7 @@ def reference(pipe, grad_steps, **arguments):
             type(pipe)
             .__call__.__wrapped__(
                 pipe,
-                list(PROMPTS),  # Z-Image's pipeline writes into it
+                prompt=list(PROMPTS),  # Z-Image's pipeline writes into it
                 num_inference_steps=STEPS,
                 generator=torch.Generator().manual_seed(1),
                 output_type="pt",
@@ -184,3 +184,12 @@ def test_what_else_learns_with_z_image(tiny_z_image):
     expected = torch.autograd.grad(reward(theirs.images), leaves)
     for ours, grad in zip(torch.autograd.grad(reward(images), leaves), expected, strict=True):
         assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
+
+
+@pytest.mark.parametrize(("scale", "grad_steps"), [(4.0, (0, 2)), (1.0, (0, 1, 2, 3))])
+def test_flux2_klein(tiny_flux2_klein, scale, grad_steps):
+    pipe = add_adapters(tiny_flux2_klein, [*JOINT_TARGETS, "to_qkv_mlp_proj"])
+    theirs = reference(pipe, grad_steps, guidance_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan))

@@ -15,6 +15,8 @@ PUBLISHED = {
     "sd35-medium": (2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656),
     "flux-dev": (11_901_408_320, 83_819_683, 123_060_480 + 4_762_310_656),
     **dict.fromkeys(("z-image", "z-image-turbo"), (6_154_908_736, 83_819_683, 4_022_468_096)),
+    "flux2-klein-4b": (3_875_544_576, 84_046_115, 4_022_468_096),
+    "flux2-klein-9b": (9_078_581_248, 84_046_115, 8_190_735_360),
 }
 
 
@@ -35,7 +37,7 @@ def test_a_step_and_the_decoder_run_on_meta(model):
     _, adapter = model
     height, width = (side + shift for side, shift in zip(adapter.image_size(None, None), (64, -64), strict=True))
     x = adapter.initial_latents(1, (height, width), None, None)
-    assert x.shape == (1, adapter.latent_channels, height // 8, width // 8)
+    assert x.shape == (1, *adapter.latent_shape((height, width)))
     cond = adapter.blank_conditioning(1, True, (height, width))
     y = adapter.predict(x, torch.tensor(500.0, device=adapter.device), cond)
     assert y.shape == (2, *x.shape[1:]) and y.dtype == torch.bfloat16 and y.device.type == "meta"
@@ -49,11 +51,11 @@ def test_default_dtype_is_left_alone():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo"):
+    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo, flux2-klein-4b"):
         architecture("sd16")
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"])
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein"])
 def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):
     adapter = adapt(request.getfixturevalue(model))
     size = adapter.image_size(None, None)

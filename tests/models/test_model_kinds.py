@@ -185,3 +185,9 @@ def test_noise_of_another_family(edited, kind, settings, message):
 def test_an_sdxl_of_two_text_encoders_of_their_own_widths(tmp_path):
     folder = make_sdxl_folder(tmp_path / "sdxl", second_text_width=32)
     assert_equal(ours(folder, 3, 5.0, eta=1.0), theirs(folder, 3, 5.0, eta=1.0))
+
+
+def test_z_image_in_fp16(tiny_z_image):
+    tiny_z_image.transformer.half()
+    with pytest.raises(ValueError, match="Z-Image overflows in fp16: use bf16"):
+        adapt(tiny_z_image)

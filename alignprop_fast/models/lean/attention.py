@@ -105,21 +105,27 @@ class LeanFluxAttnProcessor(FluxAttnProcessor):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if attention_mask is not None or autocasts(hidden_states) or attn.fused_projections:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        linears = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in linears)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if encoder_hidden_states is not None:
-            added = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_q, text_k, text_v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
-            pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
-            q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
-        if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
-        o = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        o = rotary_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         if encoder_hidden_states is None:
             return o
         text, o = o.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](o)), attn.to_add_out(text)
+
+
+def rotary_attention(
+    attn: Any, image: torch.Tensor, text: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """Attention [B, N, C] over text tokens, then image tokens, whose q and k are normed and turned (FLUX.1 and 2)."""
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in projected(image, attn.to_q, attn.to_k, attn.to_v))
+    q, k = attn.norm_q(q), attn.norm_k(k)
+    if text is not None:
+        added = projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_q, text_k, text_v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
+        pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
+        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+    if angles is not None:
+        q, k = (apply_rotary_emb(x, angles, sequence_dim=1) for x in (q, k))
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
 def normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
@@ -187,11 +193,12 @@ def _is_over_a_text(attn: Attention) -> bool:
 
 def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
     """The linear layers of a plain attention whose results a recomputed block may keep, with their kind."""
-    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv_mlp_proj"):
         if getattr(attn, name, None) is not None:
             yield getattr(attn, name), "qkv"
-    if getattr(attn, "to_out", None) is not None:  # in FLUX's single-stream blocks it belongs to the block
-        yield attn.to_out[0], "out"
+    out = getattr(attn, "to_out", None)  # in FLUX.1's single-stream blocks it belongs to the block
+    if out is not None:
+        yield out[0] if isinstance(out, nn.ModuleList) else out, "out"
     if getattr(attn, "to_add_out", None) is not None:
         yield attn.to_add_out, "out"
 

@@ -30,7 +30,7 @@ SMALLEST = 2**12  # weights in a layer that is worth packing
 _NF4_BLOCK = 64
 # Embeddings of time, text and size, and layers that modulate norms, are small and the model is sensitive to them.
 # Adapters learn.
-_SKIPPED = ("emb", "norm", "adaLN", "lora_")
+_SKIPPED = ("emb", "norm", "modulation", "lora_")
 
 
 class QuantizedWeight(torch.Tensor):

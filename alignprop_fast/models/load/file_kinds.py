@@ -121,6 +121,7 @@ _ALONE = (
     Kind("a VAE, not a model", _is_vae, "give the model with its denoiser"),
 )
 _DENOISERS = {
+    "Flux2KleinPipeline": _any("double_stream_modulation_img."),
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
     "FluxPipeline": _any("double_blocks.0.", "^single_transformer_blocks.0."),
     "ZImagePipeline": _any("layers.0.adaLN_modulation.0.weight"),
@@ -139,13 +140,13 @@ def check_kind(file: Path, shapes: Shapes) -> str:
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     found = [name for name, seen in _DENOISERS.items() if seen(shapes)]
     if found:
-        # In diffusers' names FLUX has everything that SD3 has, and single blocks.
-        return "FluxPipeline" if "FluxPipeline" in found else found[0]
+        # In diffusers' names FLUX.1 has everything that SD3 has, and single blocks; FLUX.2 also shared modulation.
+        return next(name for name in ("Flux2KleinPipeline", "FluxPipeline", *found) if name in found)
     for kind in _ALONE:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
-    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX.1 or Z-Image model")
+    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX or Z-Image model")
 
 
 def has_text_encoders(shapes: Shapes) -> bool:

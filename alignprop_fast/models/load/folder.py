@@ -27,6 +27,7 @@ SUPPORTED = (
     "StableDiffusion3Pipeline",
     "FluxPipeline",
     "ZImagePipeline",
+    "Flux2KleinPipeline",
 )
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 
@@ -40,6 +41,7 @@ _OTHER_KINDS = {
         for name in ("Img2Img", "InstructPix2Pix", "Depth2Img", "3Img2Img")
     },
     **{f"Flux{name}Pipeline": _BY_PICTURE for name in ("Fill", "Kontext", "Control", "Img2Img", "Inpaint")},
+    "Flux2KleinInpaintPipeline": _BY_PICTURE,
     **{f"ZImage{name}Pipeline": _BY_PICTURE for name in ("Img2Img", "Inpaint", "ControlNet", "Omni")},
 }
 

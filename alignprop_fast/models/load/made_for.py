@@ -20,10 +20,14 @@ class MadeFor:
 
 _USUAL = MadeFor(50, 5.0)
 _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
+_KLEIN = MadeFor(4, 1.0, is_distilled=True)
+_KLEIN_BASE = MadeFor(50, 4.0)
 _BY_NAME = {
     "demo": MadeFor(12, 2.0),
     "demo-twin": MadeFor(4, 1.0, is_distilled=True),
     "z-image-turbo": _Z_IMAGE_TURBO,
+    "flux2-klein-4b": _KLEIN,
+    "flux2-klein-9b": _KLEIN,
 }
 
 
@@ -43,7 +47,14 @@ def made_for(model: str, model_config: str | None = None) -> MadeFor:
         from alignprop_fast.models.load.hub import fetch_configs
 
         folder = fetch_configs(model, "main")
-    if _read(folder / "model_index.json").get("_class_name") != "ZImagePipeline":
+    return _of_folder(folder)
+
+
+def _of_folder(folder: Path) -> MadeFor:
+    index = _read(folder / "model_index.json")
+    if index.get("_class_name") == "Flux2KleinPipeline":
+        return _KLEIN if index.get("is_distilled") else _KLEIN_BASE
+    if index.get("_class_name") != "ZImagePipeline":
         return _USUAL
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     # Z-Image has shift 6.

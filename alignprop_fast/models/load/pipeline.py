@@ -142,8 +142,9 @@ def _outline(folder: Path, index: dict[str, Any]) -> Any:
     given = [name for name, entry in index.items() if isinstance(entry, list) and name in parameters]
     needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     parts = {name: _outline_part(folder, name, index.get(name)) for name in (*given, *needed)}
+    settings = {name: entry for name, entry in index.items() if name in parameters and name not in parts}
     switches = {"requires_safety_checker": False} if "requires_safety_checker" in parameters else {}
-    return pipe_class(**parts, **switches)
+    return pipe_class(**parts, **{**settings, **switches})
 
 
 def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> Any:

@@ -88,6 +88,33 @@ _FLUX_BLOCKS = {
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
 }
 _MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
+_FLUX2_BLOCKS: _Blocks = {
+    "double_blocks": (
+        "transformer_blocks",
+        {
+            **{name: parts for name, parts in _FLUX_DOUBLE.items() if "_attn_" in name},
+            "img_mlp_0": ("ff.linear_in",),
+            "img_mlp_2": ("ff.linear_out",),
+            "txt_mlp_0": ("ff_context.linear_in",),
+            "txt_mlp_2": ("ff_context.linear_out",),
+        },
+    ),
+    "single_blocks": (
+        "single_transformer_blocks",
+        {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    ),
+}
+_FLUX2_ENDS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in_in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img_lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt_lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation_lin": "single_stream_modulation.linear",
+}
 _Z_IMAGE_BLOCKS = {name: (name, _Z_IMAGE) for name in ("layers", "noise_refiner", "context_refiner")}
 _Z_IMAGE_ENDS = {
     "t_embedder_mlp_0": "t_embedder.mlp.0",
@@ -97,7 +124,7 @@ _Z_IMAGE_ENDS = {
     "final_layer_linear": "all_final_layer.2-1.linear",
     "final_layer_adaLN_modulation_1": "all_final_layer.2-1.adaLN_modulation.1",
 }
-MLP_RATIO = 4  # of every FLUX single-stream block
+MLP_RATIO = 4  # of every FLUX.1 single-stream block
 _XLABS = {  # the names of XLabs' trainer for FLUX
     "double_blocks": {
         "qkv1": _FLUX_DOUBLE["img_attn_qkv"],
@@ -119,6 +146,7 @@ _SGM_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
 LAYOUTS: dict[str, tuple[_Blocks, Mapping[str, str]]] = {
     "unet": ({}, _SGM_ENDS),
     "flux": (_FLUX_BLOCKS, {**_FLUX_ENDS, **_LAST}),
+    "flux2": (_FLUX2_BLOCKS, {**_FLUX2_ENDS, **_LAST}),
     "sd3": (_MMDIT_BLOCKS, {**_MMDIT_ENDS, **_LAST}),
     "z-image": (_Z_IMAGE_BLOCKS, _Z_IMAGE_ENDS),
 }
@@ -178,8 +206,8 @@ def split(name: str, modules: tuple[str, ...], factors: Factors, file: Path) -> 
     if len(modules) == 1:
         return {modules[0]: swapped(name.replace(".", "_"), modules[0], factors)}
     width, rows = factors.down.shape[1], factors.up.shape[0]
-    sizes = [width] * 3 + [rows - 3 * width] * (len(modules) - 3)
-    if sum(sizes) != rows or min(sizes) <= 0:
+    sizes = [width] * 3 + [MLP_RATIO * width] * (len(modules) - 3)
+    if sum(sizes) != rows:
         raise ValueError(f"{name} in {file} has {rows} rows for an input of {width}: load the model it was made for")
     found = {}
     for module, up in zip(modules, factors.up.split(sizes), strict=True):

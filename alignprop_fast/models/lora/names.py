@@ -3,8 +3,8 @@
 A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
 original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
 Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL and FLUX.1 with their
-text encoders, and Z-Image). Block numbers are then free, because models of other sizes have other numbers. If the
-shapes tell which published model it is, only its layers count.
+text encoders, and Z-Image). Block numbers are then free, because models of other sizes have other numbers. If
+the shapes tell which published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -91,10 +91,12 @@ class Names:
 
     @property
     def family(self) -> str:
-        """unet, flux, z-image or sd3. The blocks of FLUX share module names with those of SD3."""
+        """unet, flux, flux2, z-image or sd3. The blocks of FLUX share module names with those of SD3."""
         if "unet" in self.paths:
             return "unet"
         paths = self.paths["transformer"]
+        if "double_stream_modulation_img_linear" in paths:
+            return "flux2"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
@@ -106,7 +108,8 @@ class Names:
 
     def _spellings(self, part: str, flat: str) -> list[tuple[str, ...]]:
         if part in ("unet", "transformer"):
-            return [original_paths(re.sub("_to_out$", "_to_out_0", flat), self.family, self.unet_layers)]
+            spellings = dict.fromkeys((re.sub("_to_out$", "_to_out_0", flat), flat))
+            return [original_paths(spelling, self.family, self.unet_layers) for spelling in spellings]
         flat = re.sub("_to_(q|k|v|out)$", r"_\1_proj", flat)
         return [(flat,), (f"text_model_{flat}",)]
 
@@ -121,7 +124,7 @@ class Names:
 
 @functools.cache
 def published_names(family: str) -> Names:
-    """The layers of a family of published models: unet, flux, sd3 or z-image."""
+    """The layers of a family of published models, a key of `_PUBLISHED`."""
     paths = {
         part: {_BLOCK.sub(r"\1#", path) for network in networks for path in published_layers(network)}
         for part, networks in _PUBLISHED[family].items()
@@ -142,10 +145,11 @@ def families() -> list[str]:
 
 
 def family_of(lora: Lora, pipe: Any = None) -> str:
-    """The family of a transformer's adapters: flux, sd3 or z-image.
+    """The family of a transformer's adapters: sd3, flux, flux2 or z-image.
 
-    The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more of
-    the shapes. If both fit equally, the answer is the first of sd3, flux and z-image.
+    The pipeline decides, and only a pipeline tells flux2, whose original release has the names of flux. Without one,
+    the family that has more of the module names wins; on a tie, the one with more of the shapes. If both fit equally,
+    the answer is the first of these.
     """
     if pipe is not None:
         return names_of(pipe).family

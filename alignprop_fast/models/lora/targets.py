@@ -20,6 +20,12 @@ _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
     "SD3Transformer2DModel": ((*_ATTENTION, *_JOINT), _JOINT_FEED_FORWARD, ()),
     # proj_out of a single-stream block takes the outputs of both its attention and its feed-forward part.
     "FluxTransformer2DModel": ((*_ATTENTION, *_JOINT), (*_JOINT_FEED_FORWARD, "proj_mlp", "proj_out"), ()),
+    # The single-stream blocks join attention and feed-forward part in two matrices; # stands for a block's number.
+    "Flux2Transformer2DModel": (
+        (*_ATTENTION, *_JOINT, "to_qkv_mlp_proj", "single_transformer_blocks.#.attn.to_out"),
+        ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+        (),
+    ),
     "ZImageTransformer2DModel": (_ATTENTION, ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"), ()),
 }
 
@@ -43,8 +49,10 @@ def target_modules(model: Any, targets: str) -> list[str]:
     if targets not in TARGETS:
         raise ValueError(f"unknown LoRA targets {targets!r}: use {', '.join(TARGETS)}")
     attention, feed_forward, convolutions = _BY_CLASS[type(model).__name__]
-    return [
+    names = [
         *attention,
         *(feed_forward if targets != "attention" else ()),
         *(convolutions if targets == "all" else ()),
     ]
+    numbers = range(model.config.num_single_layers if any("#" in name for name in names) else 0)
+    return [one for name in names for one in ([name.replace("#", str(i)) for i in numbers] if "#" in name else [name])]

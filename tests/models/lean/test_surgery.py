@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
+from alignprop_fast.models.lean.flux2 import LeanFlux2AttnProcessor, LeanFlux2ParallelSelfAttnProcessor
 from alignprop_fast.models.lean.surgery import (
     FrozenConv2d,
     LeanGEGLU,
@@ -64,17 +65,30 @@ def test_values_and_gradients_stay(unet):
     [
         ("tiny_sd3", LeanJointAttnProcessor, "red cat"),
         ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
+        ("tiny_flux2_klein", LeanFlux2AttnProcessor, "red cat"),
+        ("tiny_flux2_klein", LeanFlux2ParallelSelfAttnProcessor, "red cat"),
         # A prompt as long as the empty one, up to padding, needs no mask.
         *(("tiny_z_image", LeanZSingleStreamAttnProcessor, prompt) for prompt in ("red cat", "red cat" * 12)),
     ],
 )
 def test_values_and_gradients_of_transformers_stay(model, processor, prompt, request):
     pipe = request.getfixturevalue(model)
-    targets = ["to_q", "to_v", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "net.0.proj", "w2"]
+    targets = [
+        "to_q",
+        "to_v",
+        "add_k_proj",
+        "to_add_out",
+        "proj_mlp",
+        "proj_out",
+        "net.0.proj",
+        "w2",
+        "to_qkv_mlp_proj",
+        "linear_in",
+    ]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)
     cond = adapter.encode(PromptBatch([prompt], None, True, (16, 24)))
-    x = torch.randn(1, 16, 8, 12, requires_grad=True)
+    x = torch.randn(1, *adapter.latent_shape((16, 24)), requires_grad=True)
     wanted = [x, *adapter.trainable()]
     results = []
     for swap, option in ((take_ops_out, BlockOption.KEEP), *((put_ops_in, option) for option in GRADES)):

@@ -85,6 +85,30 @@ FLUX_SINGLE = {
     "attn.norm_k.weight": "norm.key_norm.scale",
     "proj_out": "linear2",
 }
+FLUX2_DOUBLE = {
+    **{theirs: old for theirs, old in FLUX_DOUBLE.items() if theirs.startswith("attn.")},
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+FLUX2_SINGLE = {
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+}
+FLUX2_ENDS = {
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
 FLUX_ENDS = {
     "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
@@ -212,6 +236,16 @@ def z_image(state):
             name = name.replace(f".{theirs}.", f".{old}.")
         renamed[name.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")] = tensor
     return renamed
+
+
+def flux2(state):
+    """The weights of a FLUX.2 transformer under Black Forest Labs' names."""
+    state = {name: _swapped(tensor) if name.startswith("norm_out.") else tensor for name, tensor in state.items()}
+    blocks = {
+        "transformer_blocks": ("double_blocks", FLUX_DOUBLE_FUSED, FLUX2_DOUBLE),
+        "single_transformer_blocks": ("single_blocks", {}, FLUX2_SINGLE),
+    }
+    return _renamed(state, blocks, FLUX2_ENDS)
 
 
 def _renamed(state, blocks, ends):

@@ -3,7 +3,7 @@
 import pytest
 
 from alignprop_fast.cli.parts import sampling_of
-from alignprop_fast.making.random_weights import make_z_image_folder
+from alignprop_fast.making.random_weights import make_flux2_klein_folder, make_z_image_folder
 from alignprop_fast.models.load.made_for import made_for
 from alignprop_fast.training.options import TrainOptions
 
@@ -28,3 +28,10 @@ def test_what_is_given_counts(turbo, caplog):
     assert sampling_of(TrainOptions(model=turbo, guidance_scale=2.0)) == (8, 2.0)
     (record,) = caplog.records
     assert "distilled to draw without guidance" in record.getMessage()
+
+
+def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
+    distilled = make_flux2_klein_folder(tmp_path / "klein", distilled=True)
+    for model in (distilled, "flux2-klein-4b", "flux2-klein-9b"):
+        assert sampling_of(TrainOptions(model=str(model))) == (4, 1.0)
+    assert sampling_of(TrainOptions(model=str(tiny_flux2_klein_folder))) == (50, 4.0)

@@ -38,7 +38,7 @@ def picture(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     size = {"height": 16, "width": 16}
-    return pipe("red cat", **size, num_inference_steps=2, generator=generator, output_type="pt").images
+    return pipe(prompt="red cat", **size, num_inference_steps=2, generator=generator, output_type="pt").images
 
 
 def without_weights(folder, to):
@@ -60,8 +60,9 @@ def test_sdxl_in_the_original_layout(tmp_path):
 @pytest.mark.parametrize("kind", ["sd3", "z_image"])
 @pytest.mark.parametrize("prefix", ["", original_layout.UNET_PREFIX])
 def test_transformers_in_the_original_layout(kind, request, tmp_path, prefix):
-    folder, layout = request.getfixturevalue(f"tiny_{kind}_folder"), {"sd3": original_layout.mmdit}
-    state = {**layout, "z_image": original_layout.z_image}[kind](weights(folder / "transformer"))
+    folder, layouts = request.getfixturevalue(f"tiny_{kind}_folder"), {"sd3": original_layout.mmdit}
+    layouts["z_image"] = original_layout.z_image
+    state = layouts[kind](weights(folder / "transformer"))
     file = original_layout.write({prefix + k: v for k, v in state.items()}, tmp_path / "model.safetensors")
     config = shutil.copytree(folder, tmp_path / "config", ignore=shutil.ignore_patterns("diffusion*"))
     shutil.copytree(folder / "vae", config / "vae", dirs_exist_ok=True)
@@ -176,7 +177,7 @@ def test_the_folder_may_hold_a_variant_alone_or_lack_t5(tiny_sd3_folder, tiny_sd
     )
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image", "flux2_klein"])
 def test_a_transformer_alone_takes_the_rest_from_the_folder(kind, request, tmp_path):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
     state = {name: 2 * tensor for name, tensor in weights(folder / "transformer").items()}

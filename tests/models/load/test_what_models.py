@@ -29,6 +29,7 @@ class Shelf:
     sd3: Path
     flux: Path
     z_image: Path
+    flux2: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -104,6 +105,11 @@ def _(shelf):
     return shelf.z_image, None
 
 
+@read("folder of FLUX.2-klein", "flux2")
+def _(shelf):
+    return shelf.flux2, None
+
+
 @read("folder with the fp16 variant alone", "", "holds no full weights of")
 def _(shelf):
     DiffusionPipeline.from_pretrained(shelf.sd).save_pretrained(shelf.here / "model", variant="fp16")
@@ -158,6 +164,11 @@ def _(shelf):
 @read("transformer of Z-Image alone, in its original names or diffusers'", "z_image", ALONE)
 def _(shelf):
     return shelf.write(original_layout.z_image(weights(shelf.z_image / "transformer"))), shelf.z_image
+
+
+@read("transformer of FLUX.2-klein alone, in its original names or diffusers'", "flux2", ALONE)
+def _(shelf):
+    return shelf.write(original_layout.flux2(weights(shelf.flux2 / "transformer"))), shelf.flux2
 
 
 @refused("one file without `--model-config`", "give the folder of a model of the same architecture as the model config")
@@ -272,7 +283,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX.1 or Z-Image model",
+        "give an SD, SDXL, SD3, FLUX or Z-Image model",
     ),
 }
 BYTES = {
@@ -413,8 +424,9 @@ FORMATS = [case.format for case in CASES]
 
 
 @pytest.fixture
-def shelf(tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_flux_folder, tiny_z_image_folder, tmp_path):
-    return Shelf(tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder, tiny_flux_folder, tiny_z_image_folder, tmp_path)
+def shelf(request, tmp_path):
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein")
+    return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 
 def _named(answer):

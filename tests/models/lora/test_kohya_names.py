@@ -17,7 +17,7 @@ from alignprop_fast.models.lora.kohya_file import save_kohya_lora, to_kohya
 from alignprop_fast.models.lora.load_save import load_lora
 from alignprop_fast.models.lora.names import family_of
 from alignprop_fast.models.lora.targets import denoiser
-from alignprop_fast.models.published import published_layers
+from alignprop_fast.models.published import layers, published_layers
 
 from ..load import original_layout
 
@@ -315,3 +315,13 @@ def test_both_writings_are_the_same_adapters(tmp_path):
     assert one.keys() == two.keys()
     for module in one:
         torch.testing.assert_close(one[module].delta(), two[module].delta(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["z_image", "flux2_klein"])
+def test_every_layer_there_and_back(request, kind):
+    pipe = request.getfixturevalue(f"tiny_{kind}")
+    lora = made({path: shape[::-1] for path, shape in layers(pipe.transformer).items()})
+    back = lora_of(to_kohya(lora, pipe), "file", pipe=pipe)
+    assert back.keys() == lora.keys()
+    for module, factors in lora.items():
+        assert torch.equal(back[module].scaled_up() @ back[module].down, factors.scaled_up() @ factors.down), module

@@ -1,13 +1,15 @@
-"""What cheaper steps without gradient save, by the planner's estimate. Needs no GPU.
+"""What each lever saves of a training step, by the planner's estimate. Needs no GPU.
 
-    python -m benchmarks.step.closed_steps --output benchmarks/results/estimated/closed_steps.csv
+    python -m benchmarks.step.levers --output benchmarks/results/estimated/levers.csv
 
 A training step of 50 denoising steps, 25 of them without gradient, at the model's native size and batch 1, with
 adapters of rank 16 on the attention's projections, in bf16. FLUX does not fit an RTX 4090 in bf16, so there its base is
 stored in fp8 (int8 for the lever int8), and the lever needs no second copy of the weights.
 
-Levers: text, the default: keys and values of the text are projected once (none: in each step). Beside it, int8 and fp8:
-`--sampling-precision`; merged: adapters are added into a second copy of the weights, once per training step.
+Levers: text, always on: keys and values of the text are projected once (none: in each step). Each of the others alone
+beside it. int8 and fp8: `--sampling-precision`. merged (not built): adapters are added into a second copy of the
+weights, once per training step. graphs: `--cuda-graphs auto`. host: `--host-memory`; the other rows have none. all:
+fp8, graphs and 64 GiB of host memory. The budget is the card's whole memory.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from alignprop_fast.runtime import Operator, Work, operator_seconds, trace
 from benchmarks.rows import write_rows
 
 STEPS, GRAD_STEPS, RANK = 50, 25, 16
-META = torch.device("meta")
+META, GIB = torch.device("meta"), 2**30
 
 
 def sampler_of(model: str, base: str | None, precision: str = "exact") -> DifferentiableSampler:
@@ -85,12 +87,10 @@ def merging(sampler: DifferentiableSampler, gpu: Gpu) -> tuple[float, int]:
     return sum(roofline_seconds(RANK * size, 2 * size, gpu, "bfloat16") for size in sizes), sum(sizes)
 
 
-def planned(table: CostTable, gpu: Gpu, lever_seconds: float | None = None, size_bytes: int = 0) -> Plan:
+def planned(table: CostTable, gpu: Gpu, closed_seconds: float, size_bytes: int) -> Plan:
     """The plan with this many seconds per step without gradient, and these bytes more."""
-    if lever_seconds is not None:
-        more = {"conditioning": table.fixed["conditioning"] + size_bytes}
-        costs = {"closed_seconds": lever_seconds, "closed_bytes": table.sampling_bytes}
-        table = replace(table, fixed={**table.fixed, **more}, **costs)  # type: ignore[arg-type]
+    fixed = {**table.fixed, "conditioning": table.fixed["conditioning"] + size_bytes}
+    table = replace(table, fixed=fixed, closed_seconds=closed_seconds, closed_bytes=table.sampling_bytes)
     budget = budget_on(gpu.name, gpu.memory_bytes, None)[0]
     return Solver(table, STEPS, GRAD_STEPS).plan(range(STEPS - GRAD_STEPS, STEPS), budget)
 
@@ -101,24 +101,30 @@ def rows(model: str, gpu: Gpu) -> list[dict[str, Any]]:
         "fp8" if model == "flux-dev" and gpu.name == "RTX 4090" else None,
     )
     sampler = sampler_of(model, base)
-    table = sampler.cost_table(1, gpu)
+    given = sampler.cost_table(1, gpu)
+    table = replace(given, graphs=None, host_limit_bytes=0)
     exact = table.sampling_seconds
     text_seconds, text_bytes = text(sampler, formula)
-    found = [("none", exact + text_seconds, -text_bytes, 0.0), ("text", exact, 0, text_seconds)]
+    found = [("none", table, exact + text_seconds, -text_bytes, 0.0), ("text", table, exact, 0, text_seconds)]
     for kind in ("int8", "fp8"):
         rounded = sampler_of(model, base and kind, kind)
         assert rounded.precision is not None
-        found.append((kind, closed(rounded, gpu, formula), rounded.precision.size_bytes, 0.0))
+        found.append((kind, table, closed(rounded, gpu, formula), rounded.precision.size_bytes, 0.0))
+    fp8 = found[-1][2:4]
     if base is None:
         sampler.model.denoiser.disable_adapters()
         once, merged_bytes = merging(sampler, gpu)
-        found.append(("merged", closed(sampler, gpu, formula), merged_bytes, once))
+        found.append(("merged", table, closed(sampler, gpu, formula), merged_bytes, once))
+    found.append(("graphs", replace(table, graphs=given.graphs), exact, 0, 0.0))
+    found += [(f"host {gib} GiB", replace(table, host_limit_bytes=gib * GIB), exact, 0, 0.0) for gib in (16, 64)]
+    found.append(("all", replace(given, host_limit_bytes=64 * GIB), *fp8, 0.0))
     result = []
-    for lever, per_step, size_bytes, once in found:
-        plan = planned(table, gpu, None if lever == "text" else per_step, size_bytes)
+    for lever, costs, per_step, size_bytes, once in found:
+        plan = planned(costs, gpu, per_step, size_bytes)
         row: dict[str, Any] = {"model": model, "gpu": gpu.name, "base": base or "bf16", "lever": lever}
         row |= {"more_bytes": size_bytes, "closed_step_ms": round(per_step * 1e3, 2), "once_ms": round(once * 1e3, 2)}
-        result.append(row | {"training_step_seconds": round(plan.seconds + once, 3)})
+        row |= {"training_step_seconds": round(plan.seconds + once, 3), "host_gib": round(plan.host_bytes / GIB, 2)}
+        result.append(row | {"resident_steps": len(plan.resident_steps)})
         print(result[-1], flush=True)
     return result
 
