@@ -20,6 +20,21 @@ from alignprop_fast.sampling.rules import (
 from alignprop_fast.sampling.step_table import StepTable
 from alignprop_fast.sampling.surrogates import SRPO, Bridge, Discount, Lagrange, LeapAlign, Sparse
 
+FEW_STEPS = 8
+
+
+class Auto(Rule):
+    """auto: `full` for chains of up to FEW_STEPS steps, `uniform` for longer ones. docs/which-rule.md says why."""
+
+    def draw(self, table: StepTable, draws: Draws) -> Truncation:
+        return self._rule(len(table)).draw(table, draws)
+
+    def count(self, num_steps: int) -> tuple[int, float]:
+        return self._rule(num_steps).count(num_steps)
+
+    def _rule(self, num_steps: int) -> Rule:
+        return Full() if num_steps <= FEW_STEPS else Uniform()
+
 
 @dataclass(frozen=True)
 class Form:
@@ -43,6 +58,7 @@ class Form:
 
 
 RULES: dict[str, Form] = {
+    "auto": Form(Auto),
     "full": Form(Full),
     "uniform": Form(Uniform),
     "uniform-once": Form(UniformOnce),

@@ -236,7 +236,7 @@ class TrainOptions(TrainerOptions, WatchOptions, InputOptions):
     """
 
     output_dir: str = like(TrainerOptions, "output_dir", "alignprop-output")
-    truncation: str = like(TrainerOptions, "truncation", "uniform")
+    truncation: str = like(TrainerOptions, "truncation", "auto")
     save_every: int = option(
         10, "Optimizer steps between checkpoints; the last 5 are kept.", Panel.OUTPUT, field="save_freq", at_least=1
     )

@@ -47,9 +47,10 @@ class TrainerOptions:
     )
     truncation: str | None = option(
         None,
-        "Denoising steps that carry gradient. uniform: about half of them, drawn anew each time (AlignProp). "
-        "uniform-once, gaussian: the last K, with K drawn once. full: all. last:K: the last K (DRaFT-K; last:1 is "
-        "fastest). lv:N: the last, and again for N noisings of the picture, each with a reward query (DRaFT-LV). "
+        "Denoising steps that carry gradient. auto: full up to 8 steps, uniform for longer chains. uniform: about half "
+        "of them, drawn anew each time (AlignProp). uniform-once, gaussian: the last K, with K drawn once. full: all. "
+        "last:K: the last K (DRaFT-K; last:1 is fastest). lv:N: the last, and again for N noisings of the picture, "
+        "each with a reward query (DRaFT-LV). "
         "drtune, drtune:K: K (5) of all, which reaches early steps cheaply (DRTune). refl: one late step, drawn "
         "at random (ReFL). discount:GAMMA: all, with weights that fall toward the noise. leapalign, flowbp-sparse:K, "
         "flowbp-bridge:K, flowbp-lagrange: two to K steps whose weights stand for all. srpo, srpo:N: the picture, "

@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--draws", type=int, default=16, help="of each random rule, 3 or more")
     parser.add_argument("--pictures", type=int, default=4)
-    parser.add_argument("--reward", default=DEMO.reward)
+    parser.add_argument("--reward", default="clip")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "estimators.csv")
     parser.add_argument("--png", type=Path, default=ROOT / "docs" / "pictures" / "estimators.png")

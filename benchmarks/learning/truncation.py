@@ -76,7 +76,7 @@ class Curves:
         self.chain, self.args, self.setting = chain, args, SETTINGS[chain]
         self.seconds = args.seconds or SECONDS[chain]
         self.scorer = Scorer(args.reward, args.watch)
-        self.prompts = load_prompts(DEMO.prompts)
+        self.prompts = load_prompts("demo")
         self.before: dict[str, float] = {}  # scores of the model without adapters, which is where every run starts
 
     def trainer(self, rule: str, seed: int, folder: str) -> AlignPropTrainer:
@@ -145,25 +145,24 @@ def summary(rows: Rows) -> list[str]:
     names = ("score", "watched", "diversity")
     head = [
         "rule",
+        "runs",
         "optimizer steps",
-        *(f"{n}, {seconds:.0f} s" for n in names),
-        *(f"{n}, {queries:.0f} queries" for n in names),
+        *(f"{name}, {seconds:.0f} s" for name in names),
+        f"score, {queries:.0f} queries",
     ]
     lines = [head, ["---"] * len(head)]
     for rule, of_rule in runs.items():
         steps = fmean(float(run[-1]["optimizer_steps"]) for run in of_rule)
-        cells = [f"`{rule}`", f"{steps:.0f}"]
-        for axis, place in (("seconds", seconds), ("reward_queries", queries)):
-            for name in SCORES:
-                cells.append(_with_error([at(run, axis, place, name) for run in of_rule]))
-        lines.append(cells)
+        asked = [*(("seconds", seconds, name) for name in SCORES), ("reward_queries", queries, "score")]
+        cells = [_with_error([at(run, *place) for run in of_rule]) for place in asked]
+        lines.append([f"`{rule}`", str(len(of_rule)), f"{steps:.0f}", *cells])
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def _with_error(values: Sequence[float]) -> str:
-    """Mean and standard error in three digits."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{fmean(values):.3g} ({error:.2g})"
+    """The mean in three digits, and its standard error if there are several values."""
+    error = f" ({stdev(values) / len(values) ** 0.5:.2g})" if len(values) > 1 else ""
+    return f"{fmean(values):.3g}{error}"
 
 
 def plot(rows: Rows, axes: Sequence[tuple[str, str]], path: Path) -> None:
@@ -179,8 +178,8 @@ def plot(rows: Rows, axes: Sequence[tuple[str, str]], path: Path) -> None:
         panels[0].set_title(
             f"{chain}: {mine[0]['reward']}, watched {mine[0]['watched']}", loc="left", color=INK, fontsize=10
         )
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, labelcolor=INK)
+    lines = {line.get_label(): line for panel in grid[:, 0] for line in panel.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False, fontsize=8, labelcolor=INK)
     save_figure(figure, path)
 
 

@@ -180,6 +180,15 @@ def test_gate_count_is_that_of_the_draws(rule):
     assert random.getstate() == state
 
 
+def test_auto_opens_every_step_of_a_short_chain_and_draws_those_of_a_long_one():
+    assert draw_truncation("auto", chain_of(8)) == draw_truncation("full", chain_of(8))
+    assert gate_count("auto", 8) == (8, 8.0) and gate_count("auto", 9) == gate_count("uniform", 9)
+    random.seed(0)
+    expected = draw_truncation("uniform", chain_of(9))
+    random.seed(0)
+    assert draw_truncation("auto", chain_of(9)) == expected
+
+
 def test_gate_count_refuses_what_cannot_be_drawn():
     for rule in ("drtune:13", "lv:0", "none"):
         with pytest.raises(ValueError, match="truncation"):

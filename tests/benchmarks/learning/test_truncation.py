@@ -18,8 +18,8 @@ ROWS = [row for rule, speed in (("full", 1), ("last:1", 2)) for seed in (0, 1) f
 
 def test_the_table_compares_at_equal_seconds_and_at_equal_queries():
     _, _, full, last = ([cell.strip() for cell in line.split("|")[1:-1]] for line in summary(ROWS))
-    assert full[:3] == ["`full`", "10", "20 (0)"] and last[2] == "30 (0)"
-    assert full[5] == last[5] == "20 (0)"  # a score per query
+    assert full[:4] == ["`full`", "2", "10", "20 (0)"] and last[3] == "30 (0)"
+    assert full[6] == last[6] == "20 (0)"  # a score per query
     assert at(ROWS[:3], "seconds", 7.5, "score") == pytest.approx(17.5)
 
 
