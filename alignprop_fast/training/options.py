@@ -93,7 +93,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 8 for Z-Image-Turbo, 4 for a distilled FLUX.2-klein, 50 for others",
+        shown="the model's own: 4 for a distilled FLUX.2-klein, 8 for Z-Image-Turbo, 50 for most others",
         at_least=1,
         changes_plan=True,
     )

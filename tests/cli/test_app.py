@@ -39,7 +39,15 @@ def without_times(folder):
         ((), ("demo", "train", "plan", "sample", "evaluate", "merge", "doctor")),
         (
             ("train",),
-            ("--memory-budget", "--host-memory", "default: auto", "default: 50", "--resume", "24GiB", "Examples"),
+            (
+                "--memory-budget",
+                "--host-memory",
+                "default: auto",
+                "--num-inference-steps",
+                "--resume",
+                "24GiB",
+                "Examples",
+            ),
         ),
         (("plan",), ("--gpu", "--table", "--json", "--host-memory", "Examples")),
         (("sample",), ("--lora", "--images-per-prompt", "Examples")),

@@ -38,14 +38,14 @@ def images_and_gradients(pipe, **options):
 @pytest.mark.parametrize("options", [{}, {"compare_with_base": True}])
 def test_images_and_gradients_are_the_same_bits(tiny_sd, monkeypatch, options):
     """Gradients of adapters and of the embeddings too; and of the distance to the base model, which has other keys."""
-    pipe, project, texts = with_adapters(tiny_sd), attention._project, []
+    pipe, project, texts = with_adapters(tiny_sd), attention.projected, []
 
     def counting(x, *linears):
         if len(linears) == 2:
             texts.append(torch.is_grad_enabled())
         return project(x, *linears)
 
-    monkeypatch.setattr(attention, "_project", counting)
+    monkeypatch.setattr(attention, "projected", counting)
     twin = copy.deepcopy(pipe)
     found = images_and_gradients(pipe, **options)
     layers, with_gradient = len(attention.over_a_text(pipe.unet)), texts.count(True)
