@@ -52,7 +52,17 @@ def table(plan, configs, tmp_path):
 
 @pytest.mark.slow("estimates the bundled model")
 def test_it_answers_without_weights(plan, configs, tmp_path):
-    arguments = ("--model", configs, "--gpu", "RTX 4090", "--reward", "colorfulness,clip:0.1", *SHORT)
+    arguments = (
+        "--model",
+        configs,
+        "--gpu",
+        "RTX 4090",
+        "--reward",
+        "colorfulness,clip:0.1",
+        *SHORT,
+        "--truncation",
+        "uniform",
+    )
     code, out, err = plan(*arguments, "--reward-model", clip_path(), "--json", "plan.json", "--output-dir", "out")
     assert (code, err) == (0, "")
     for words in ("fits: predicted peak", "worst case", "on average", "largest batch", "residual blocks", "in all"):
