@@ -14,8 +14,8 @@ from alignprop_fast.cli.train import print_results
 from alignprop_fast.training.declaration import Command
 from alignprop_fast.training.options import TrainOptions
 
-# With these settings the bundled few-step model learns visibly within half a minute on one CPU core: what it draws on a
-# background of the same colour comes to stand out.
+# With these settings the bundled few-step model learns visibly within half a minute on one CPU core: most things on a
+# background of their own colour come to stand out.
 SETTINGS = TrainOptions(
     model="demo-twin",
     output_dir="alignprop-demo",
