@@ -7,6 +7,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
+from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
 SIZE = ("--height", "16", "--width", "24")
@@ -55,6 +56,18 @@ def test_a_single_file_asks_for_the_model_config(command, tiny_sd_folder, tmp_pa
     file = tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
     code, _, err = command("sample", "--model", file, *FEW, "--output-dir", tmp_path / "out")
     assert code == 2 and "--model-config FOLDER" in err and len(err.splitlines()) == 1
+
+
+def test_a_lora_of_another_model(command, tiny_z_image_folder, tiny_sd, tmp_path):
+    add_lora(tiny_sd, 2)
+    save_lora(tiny_sd, tmp_path / "lora")
+    code, _, err = command(
+        *("sample", "--model", tiny_z_image_folder, "--lora", tmp_path / "lora"),
+        *("--output-dir", tmp_path / "out", *FEW, *SIZE),
+    )
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "do not fit this model" in err and "load the model they were made for" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_without_a_name_in_one_of_the_files_are_refused_before_the_run(command, tiny_sd, tmp_path):
