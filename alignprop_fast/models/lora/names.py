@@ -91,12 +91,14 @@ class Names:
 
     @property
     def family(self) -> str:
-        """unet, flux, flux2, z-image or sd3. The blocks of FLUX share module names with those of SD3."""
+        """unet, flux, flux2, z-image, qwen-image or sd3. The blocks of FLUX share module names with those of SD3."""
         if "unet" in self.paths:
             return "unet"
         paths = self.paths["transformer"]
         if "double_stream_modulation_img_linear" in paths:
             return "flux2"
+        if "transformer_blocks_0_img_mod_1" in paths:
+            return "qwen-image"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
@@ -145,11 +147,11 @@ def families() -> list[str]:
 
 
 def family_of(lora: Lora, pipe: Any = None) -> str:
-    """The family of a transformer's adapters: sd3, flux, flux2 or z-image.
+    """The family of a transformer's adapters: sd3, flux, z-image, flux2 or qwen-image.
 
-    The pipeline decides, and only a pipeline tells flux2, whose original release has the names of flux. Without one,
-    the family that has more of the module names wins; on a tie, the one with more of the shapes. If both fit equally,
-    the answer is the first of these.
+    The pipeline decides, and only a pipeline tells the last two: the original release of flux2 has the names of flux,
+    and the blocks of qwen-image have flux's names and shapes. Without one, the family that has more of the module names
+    wins; on a tie, the one with more of the shapes. If both fit equally, the answer is the first of these.
     """
     if pipe is not None:
         return names_of(pipe).family
@@ -255,5 +257,5 @@ def _unknown(names: Collection[str], file: Path, pipe: Any) -> ValueError:
         )
     return ValueError(
         f"{file} has {listed(names)}, no name of kohya's files, diffusers' or others for a layer of this model: give a "
-        "LoRA for Stable Diffusion, SDXL, SD3, FLUX or Z-Image as its trainer saved it"
+        "LoRA for Stable Diffusion, SDXL, SD3, FLUX, Z-Image or Qwen-Image as its trainer saved it"
     )
