@@ -105,7 +105,7 @@ def count(name: str, variant: str) -> dict[str, Counter[str]]:
     """Calls of one evaluation by name: "forward", and "both" passes with the gradients in fp32."""
     model = architecture(name)
     size = model.image_size(None, None)
-    cond = model.blank_conditioning(1, not model.embeds_guidance, size)
+    cond = model.blank_conditioning(1, not model.has_true_cfg, size)
     x = model.initial_latents(1, size, None, None).requires_grad_()
     timestep, calls, trained = torch.tensor(500.0, device=model.device), Calls(), model.trainable()
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from alignprop_fast.models.lean.text_projections import TextProjections, known_projections
-from alignprop_fast.ops.attention import attention
+from alignprop_fast.ops.attention import attention, attention_reference
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.reuse import Kind
 
@@ -116,16 +116,40 @@ def rotary_attention(
     attn: Any, image: torch.Tensor, text: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor] | None
 ) -> torch.Tensor:
     """Attention [B, N, C] over text tokens, then image tokens, whose q and k are normed and turned (FLUX.1 and 2)."""
-    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in projected(image, attn.to_q, attn.to_k, attn.to_v))
-    q, k = attn.norm_q(q), attn.norm_k(k)
+    q, k, v = image_heads(attn, image)
     if text is not None:
-        added = projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
-        pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
-        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_heads(attn, text), (q, k, v), strict=True))
     if angles is not None:
         q, k = (apply_rotary_emb(x, angles, sequence_dim=1) for x in (q, k))
-    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    return attended(q, k, v)
+
+
+def image_heads(attn: Any, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v [B, N, H, D] of image tokens, q and k normed."""
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in projected(image, attn.to_q, attn.to_k, attn.to_v))
+    return normed(q, attn.norm_q), normed(k, attn.norm_k), v
+
+
+def text_heads(attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v [B, N, H, D] of text tokens, q and k normed."""
+    added = projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
+    return normed(q, attn.norm_added_q), normed(k, attn.norm_added_k), v
+
+
+def attended(
+    q_BNHD: torch.Tensor, k_BNHD: torch.Tensor, v_BNHD: torch.Tensor, mask_BN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The attention's result [B, N, C]. mask_BN: True for keys to read; None: all."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BNHD, v_BNHD))
+    o = attention(q, k, v) if mask_BN is None else attention_reference(q, k, v, mask=mask_BN[:, None, None, :])
+    return o.transpose(1, 2).flatten(2)
+
+
+def turned_pairs(x_BNHD: torch.Tensor, angles_BND: torch.Tensor) -> torch.Tensor:
+    """x turned by angles, complex numbers [B or 1, N, D / 2] that multiply pairs of neighbouring channels, in fp32."""
+    pairs = torch.view_as_complex(x_BNHD.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles_BND.unsqueeze(2)).flatten(3).type_as(x_BNHD)
 
 
 def normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:

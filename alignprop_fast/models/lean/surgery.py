@@ -193,7 +193,7 @@ class LeanLayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps)
 
 
-_LEAN: dict[type[nn.Module], type[nn.Module]] = {
+LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FrozenConv2d,
     GEGLU: LeanGEGLU,
     ResnetBlock2D: LeanResnetBlock2D,
@@ -201,7 +201,7 @@ _LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: LeanGroupNorm,
     nn.LayerNorm: LeanLayerNorm,
 }
-_STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear}
+"""The class with an op for each class that has one. Files of single models add theirs."""
 KEPT: dict[type[nn.Module], Mapping[str, Kind]] = {
     GEGLU: {"proj": "geglu"},
     GELU: {"proj": "geglu"},
@@ -212,7 +212,7 @@ KEPT: dict[type[nn.Module], Mapping[str, Kind]] = {
 
 def put_ops_in(root: nn.Module) -> None:
     """Put the ops into every module below root that has one. A second call changes nothing."""
-    _swap(root, _LEAN.get)
+    _swap(root, LEAN.get)
     for linear, kind in _kept_linears(root):
         if type(linear) is nn.Linear:
             linear.__class__ = LeanLinear
@@ -228,7 +228,7 @@ def take_ops_out(root: nn.Module) -> None:
             vars(module).pop("reused_as", None)
             vars(module).pop("copied", None)
     take_processors_out(root)
-    _swap(root, _STOCK.get)
+    _swap(root, ({lean: stock for stock, lean in LEAN.items()} | {LeanLinear: nn.Linear}).get)
 
 
 def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
