@@ -16,7 +16,8 @@ class PlanOptions(TrainOptions):
     model: str = like(
         InputOptions,
         "model",
-        help="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo, flux2-klein-4b, flux2-klein-9b or qwen-image: "
+        help="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo, flux2-klein-4b, flux2-klein-9b, flux2-dev or "
+        "qwen-image: "
         "the published architecture, no weights needed; a folder in the diffusers format, whose configuration files "
         "are enough; a Hub id (owner/name); or demo.",
     )

@@ -103,7 +103,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: none for distilled models and Qwen-Image, 4 for FLUX.2-klein's base, 5 for others",
+        shown="the model's own: none for distilled models and Qwen-Image, 4 for FLUX.2 (not distilled), 5 for others",
         at_least=0,
         at_most=100,
         changes_plan=True,

@@ -58,7 +58,7 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
         "text_encoder_3": ("t5-xxl",),
     },
     "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
-    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b")},
+    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev")},
     "z-image": {"transformer": ("z-image",)},
     "qwen-image": {"transformer": ("qwen-image",)},
 }
