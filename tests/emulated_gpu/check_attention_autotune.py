@@ -49,7 +49,7 @@ def test_keys_with_padding_go_to_one_that_takes_it_and_is_checked_with_it(emulat
     forward = attention_backends._BACKENDS["efficient"].forward
     ignoring = attention_backends.Backend("efficient", lambda q, k, v, scale, lengths: forward(q, k, v, scale), forward)
     monkeypatch.setattr(attention_backends, "offered", lambda *arguments: [ignoring])
-    with pytest.raises(RuntimeError, match="efficient: errors are"):
+    with pytest.raises(RuntimeError, match="'efficient': 'errors are"):
         attention_backends.choose("forward", q, k, padded=True)
 
 

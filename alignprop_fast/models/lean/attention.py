@@ -138,9 +138,11 @@ def _is_served(norm: nn.Module | None) -> bool:
 
 def projected_parts(attn: Any, norms: HeadNorms, image: torch.Tensor, text: torch.Tensor | None) -> list[Part]:
     """The image tokens as a part of the sequence, and the text tokens as another."""
-    parts = [Part(*projected(image, attn.to_q, attn.to_k, attn.to_v), norms.image)]
+    q, k, v = projected(image, attn.to_q, attn.to_k, attn.to_v)
+    parts = [Part(q, k, v, norms.image)]
     if text is not None:
-        parts.append(Part(*projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), norms.text))
+        q, k, v = projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        parts.append(Part(q, k, v, norms.text))
     return parts
 
 

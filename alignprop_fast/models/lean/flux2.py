@@ -53,7 +53,8 @@ class LeanFlux2ParallelSelfAttnProcessor(Flux2ParallelSelfAttnProcessor):
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projections = attn.to_qkv_mlp_proj(hidden_states)
         qkv, gates = projections.split([3 * attn.inner_dim, projections.shape[-1] - 3 * attn.inner_dim], dim=-1)
-        parts = turned([Part(*qkv.chunk(3, dim=-1), norms.image)], image_rotary_emb)
+        q, k, v = qkv.chunk(3, dim=-1)
+        parts = turned([Part(q, k, v, norms.image)], image_rotary_emb)
         o = attention_of_parts(parts, attn.inner_dim // attn.heads, norms.eps)
         return attn.to_out(torch.cat([o, attn.mlp_act_fn(gates)], dim=-1))
 
