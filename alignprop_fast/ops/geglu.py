@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import Launch, only_plain
+from alignprop_fast.ops.backend import Function, Launch, only_plain
 
 
 def geglu_reference(uv: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _forward(uv: torch.Tensor) -> torch.Tensor:
     return (_triton_forward if backend(uv) == "triton" else geglu_reference)(uv)
 
 
-class _GEGLU(torch.autograd.Function):
+class _GEGLU(Function):
     @staticmethod
     def forward(ctx: Any, uv: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(uv)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import Launch, only_plain
+from alignprop_fast.ops.backend import Function, Launch, only_plain
 
 Tensor = torch.Tensor
 # A row must fit the registers of one thread block (kernels.layer_norm.MAX_WIDTH).
@@ -88,7 +88,7 @@ def _forward(
     return y, x if residual is None else total, mean, rstd
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
