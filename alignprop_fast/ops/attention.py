@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
-from alignprop_fast.ops.backend import attempt, is_traced
+from alignprop_fast.ops.backend import Function, attempt, is_traced
 from alignprop_fast.ops.reuse import reuse_or_compute
 
 
@@ -46,7 +46,7 @@ def _backward(
     return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         o, lse = reuse_or_compute("attention", lambda: _forward(q, k, v, scale))

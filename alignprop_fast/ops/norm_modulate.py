@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import Launch, only_plain
+from alignprop_fast.ops.backend import Function, Launch, only_plain
 
 Tensor = torch.Tensor
 # A row must fit the registers of one thread block (kernels.norm_modulate.MAX_WIDTH).
@@ -201,7 +201,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, x if branch is None else total, mean, rstd
 
 
-class _NormModulate(torch.autograd.Function):
+class _NormModulate(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         _, branch, gate, weight, scale, shift, _, ctx.one, ctx.rms = inputs
@@ -292,7 +292,7 @@ def norm_modulate(
     return y if branch is None else (y, s)
 
 
-class _GatedSum(torch.autograd.Function):
+class _GatedSum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         ctx.save_for_backward(gate, branch if ctx.needs_input_grad[1] else None)
