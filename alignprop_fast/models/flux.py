@@ -7,6 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
+import alignprop_fast.models.lean.flux  # noqa: F401  # enters this model's layers in the table of ops
 from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PipelineAdapter, PromptBatch, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.prompts.limits import TextReader

@@ -6,6 +6,7 @@ import torch
 from diffusers.models.attention import JointTransformerBlock
 from torch import nn
 
+import alignprop_fast.models.lean.stable_diffusion_3  # noqa: F401  # enters this model's layers in the table of ops
 from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 from alignprop_fast.prompts.limits import TextReader

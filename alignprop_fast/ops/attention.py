@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
 from alignprop_fast.ops.attention_plain import is_key
-from alignprop_fast.ops.backend import attempt, is_traced
+from alignprop_fast.ops.backend import Function, attempt, is_traced
 from alignprop_fast.ops.qk_norm_rope import Form, Part, form_of, gradients, prepared, tensors_of
 from alignprop_fast.ops.reuse import reuse_or_compute
 
@@ -52,7 +52,7 @@ def _backward(
     return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
         o, lse = reuse_or_compute("attention", partial(_forward, q, k, v, scale, lengths))
@@ -84,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengt
     return _forward(q, k, v, scale, lengths)[0]
 
 
-class _AttentionOfParts(torch.autograd.Function):
+class _AttentionOfParts(Function):
     """Keeps the projections instead of q, k and v, which are made again in the backward pass."""
 
     @staticmethod

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import Launch
+from alignprop_fast.ops.backend import Function, Launch
 
 Tensor = torch.Tensor
 MAX_TRITON_HEAD_DIM = 256  # kernels.qk_norm_rope.MAX_HEAD_DIM
@@ -213,7 +213,7 @@ def gradients(form: Form, tensors: Sequence[Tensor], dq: Tensor, dk: Tensor, dv:
     return [*found, *[None] * (len(tensors) - len(found))]
 
 
-class _QKNormRope(torch.autograd.Function):
+class _QKNormRope(Function):
     @staticmethod
     def forward(ctx: Any, form: Form, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(*tensors)

@@ -115,5 +115,5 @@ def test_amd_gpus_call_themselves_cuda(monkeypatch):
 
     there = q.as_subclass(OnCuda)
     assert attention_backends.choose("forward", there, there) is attention_backends.PLAIN
-    assert backend.backend(there, "geglu") == "reference" and "AMD" in switched_off.everything()["kernels"]
+    assert backend.backend(there, "activation") == "reference" and "AMD" in switched_off.everything()["kernels"]
     switched_off.forget()

@@ -84,6 +84,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, prompt, req
         "w2",
         "to_qkv_mlp_proj",
         "linear_in",
+        "norm1.linear",
     ]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)
