@@ -41,6 +41,7 @@ def said(caplog):
         ("sd3", {"CLIP": (CLIP, 77, 602), "T5": (T5_SD3, 256, 601)}),
         ("flux", {"CLIP": (CLIP, 77, 602), "T5": (T5_FLUX, 512, 601)}),
         ("z_image", {"Qwen3": (QWEN, 512, 619)}),
+        ("flux2_klein", {"Qwen3": (QWEN, 512, 638)}),
     ],
 )
 def test_a_text_is_read_as_far_as_is_said_and_no_farther(request, caplog, name, limits):

@@ -146,7 +146,9 @@ def check_kind(file: Path, shapes: Shapes) -> str:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
-    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX or Z-Image model")
+    raise ValueError(
+        f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, FLUX.2 or Z-Image model"
+    )
 
 
 def has_text_encoders(shapes: Shapes) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.models.classes import diffusers_class
+from alignprop_fast.models.classes import diffusers_class, library_class
 from alignprop_fast.models.load.file_kinds import check_bytes
 from alignprop_fast.ops.errors import first_line
 
@@ -29,7 +29,7 @@ SUPPORTED = (
     "ZImagePipeline",
     "Flux2KleinPipeline",
 )
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 
 _BY_PICTURE = "needs a picture beside the prompt"
 _OTHER_KINDS = {
@@ -80,7 +80,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, names a class that is not supported, or diffusers is too old for the class.
+        ValueError: the file is damaged, names a class that is not supported, or diffusers or transformers is too old
+            for a class.
     """
     file = folder / "model_index.json"
     if not file.is_file():
@@ -121,6 +122,8 @@ def check_index(file: Path, where: str) -> dict[str, Any]:
     if name not in SUPPORTED:
         raise ValueError(f"{where} holds a {name}, which is not supported: use one of {', '.join(SUPPORTED)}")
     diffusers_class(name)
+    for part in parts_with_weights(index):
+        library_class(*index[part])
     return index
 
 
@@ -129,10 +132,15 @@ def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, entry in index.items()
-        if isinstance(entry, list)
-        and entry[0] in ("diffusers", "transformers")
-        and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
+        if _is_class(entry) and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
     ]
+
+
+def _is_class(entry: Any) -> bool:
+    match entry:
+        case ["diffusers" | "transformers", str()]:
+            return True
+    return False
 
 
 def choose_weights(

@@ -283,7 +283,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX or Z-Image model",
+        "give an SD, SDXL, SD3, FLUX, FLUX.2 or Z-Image model",
     ),
 }
 BYTES = {
