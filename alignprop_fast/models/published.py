@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_fast.models.classes import diffusers_class
+from alignprop_fast.models.classes import diffusers_class, library_class
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -260,10 +260,9 @@ def t5_text() -> nn.Module:
 
 
 def qwen3_text(name: str) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
-
-    config = Qwen3Config(**(_QWEN3_8B if name == "flux2-klein-9b" else _QWEN3_4B))
-    return Qwen3ForCausalLM(config) if name.startswith("flux2") else Qwen3Model(config)
+    class_name = "Qwen3ForCausalLM" if name.startswith("flux2") else "Qwen3Model"
+    found = library_class("transformers", class_name)
+    return found(found.config_class(**(_QWEN3_8B if name == "flux2-klein-9b" else _QWEN3_4B)))
 
 
 def qwen2_5_vl_text() -> nn.Module:

@@ -42,6 +42,7 @@ def said(caplog):
         ("sd3", {"CLIP": (CLIP, 77, 602), "T5": (T5_SD3, 256, 601)}),
         ("flux", {"CLIP": (CLIP, 77, 602), "T5": (T5_FLUX, 512, 601)}),
         ("z_image", {"Qwen3": (QWEN, 512, 619)}),
+        ("flux2_klein", {"Qwen3": (QWEN, 512, 638)}),
         ("qwen_image", {"Qwen2.5-VL": (QWEN_IMAGE, 546, 747)}),
     ],
 )

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from alignprop_fast.models import SUPPORTED
-from alignprop_fast.models.classes import diffusers_class
+from alignprop_fast.models.classes import diffusers_class, library_class
 from alignprop_fast.models.load.file_kinds import check_bytes
 from alignprop_fast.models.refused import MADE_FROM_OTHERS, why_not
 from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 
 # Parts whose weights the chain does not use. The other parts are tokenizers and schedulers, which have no weights.
 _UNUSED = ("safety_checker", "feature_extractor")
@@ -60,7 +60,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, names a class that is not supported, or diffusers is too old for the class.
+        ValueError: the file is damaged, names a class that is not supported, or diffusers or transformers is too old
+            for a class.
     """
     file = folder / "model_index.json"
     if not file.is_file():
@@ -101,6 +102,8 @@ def check_index(file: Path, where: str) -> dict[str, Any]:
     if name not in SUPPORTED:
         raise ValueError(f"{where} holds a {name}, which {why_not(name)}: use one of {', '.join(SUPPORTED)}")
     diffusers_class(name)
+    for part in parts_with_weights(index):
+        library_class(*index[part])
     return index
 
 
@@ -109,10 +112,15 @@ def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, entry in index.items()
-        if isinstance(entry, list)
-        and entry[0] in ("diffusers", "transformers")
-        and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
+        if _is_class(entry) and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
     ]
+
+
+def _is_class(entry: Any) -> bool:
+    match entry:
+        case ["diffusers" | "transformers", str()]:
+            return True
+    return False
 
 
 def choose_weights(
