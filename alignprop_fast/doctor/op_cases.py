@@ -9,15 +9,16 @@ import torch.nn.functional as F
 
 from alignprop_fast.doctor.checking import Case, Draw, Implementation, autograd_of
 from alignprop_fast.ops import (
+    activation,
     backend,
     banded_conv,
     banded_residual,
     frozen_conv2d,
-    geglu,
     group_norm_silu,
     guided_step,
     layer_norm,
     lora_linear_triton,
+    norm_modulate,
 )
 from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference, plain_gradients, plain_outputs
 
@@ -35,7 +36,8 @@ def kernel_cases(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
     large: shapes of SDXL instead of small ones. quick: only one real and one ragged shape of each.
     """
     yield from _layer_norm(draw, large, quick)
-    yield from _geglu(draw, large)
+    yield from _norm_modulate(draw, large)
+    yield from _activation(draw, large)
     yield from _guided_step(draw, large)
     yield from _lora_linear(draw, large)
     yield from _group_norm_silu(draw, large, quick)
@@ -64,9 +66,7 @@ def _layer_norm(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
         gamma, beta = (draw(shape[-1]) if wanted else None for wanted in (scale, shift))
         frozen = [t for t in (gamma, beta) if t is not None]
         learning = [x, draw(*shape)] if residual else [x]
-        implementation, off = (
-            _served(x, "layer_norm") if shape[-1] <= layer_norm.MAX_TRITON_WIDTH else ("reference", None)
-        )
+        implementation, off = _served(x, "norm_modulate")
         words = [word for word, there in (("scale", scale), ("shift", shift), ("residual", residual)) if there]
         yield Case(
             "layer_norm",
@@ -97,12 +97,36 @@ def _layer_norm_reference(
     return y if residual is None else (y, total)
 
 
-def _geglu(draw: Draw, large: bool) -> Iterator[Case]:
-    for shape in ((*TOKENS[large], 8 * WIDTH[large]), (*RAGGED, 130)):
-        uv = draw(*shape)
-        implementation, off = _served(uv, "geglu")
-        run = autograd_of(geglu.geglu, 1)
-        yield Case("geglu", _sizes(shape), draw.dtype, implementation, (uv,), 1, run, geglu.geglu_reference, off)
+def _norm_modulate(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (*TOKENS[large], WIDTH[large]), (*RAGGED, 130)
+    # (shape, RMS norm of a branch that is added to the tokens, or adaLN after a gated branch)
+    for shape, rms in ((real, False), (ragged, True)):
+        x, other, weight = draw(*shape), draw(*shape), draw(shape[-1])
+        modulations = tuple(draw(shape[0], 1, shape[-1]) for _ in range(3))
+        implementation, off = _served(x, "norm_modulate")
+        ours, reference = (
+            partial(_modulated, fn, rms) for fn in (norm_modulate.norm_modulate, norm_modulate.norm_modulate_reference)
+        )
+        inputs = (x, other, weight, *modulations)
+        name = f"{_sizes(shape)} {'RMS' if rms else 'adaLN'}"
+        yield Case("norm_modulate", name, draw.dtype, implementation, inputs, 2, autograd_of(ours, 2), reference, off)
+
+
+def _modulated(norm: Any, rms: bool, x: Tensor, other: Tensor, weight: Tensor, *modulations: Tensor) -> Any:
+    scale, shift, gate = modulations
+    if rms:
+        return norm(x, scale, other, weight, EPS, one=0.0, rms=True)
+    return norm(x, scale, shift, None, EPS, branch=other, gate=gate)
+
+
+def _activation(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (*TOKENS[large], 8 * WIDTH[large]), (*RAGGED, 130)
+    for name, shapes in {"geglu": [real, ragged], "swiglu": [ragged], "gelu_tanh": [ragged]}.items():
+        for shape in shapes:
+            x = draw(*shape)
+            implementation, off = _served(x, "activation")
+            run, reference = autograd_of(getattr(activation, name), 1), getattr(activation, f"{name}_reference")
+            yield Case(name, _sizes(shape), draw.dtype, implementation, (x,), 1, run, reference, off)
 
 
 def _guided_step(draw: Draw, large: bool) -> Iterator[Case]:

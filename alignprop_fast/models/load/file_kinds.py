@@ -122,6 +122,7 @@ _ALONE = (
 )
 _FLUX2, _TOLD_GUIDANCE = _any("double_stream_modulation_img."), _any("guidance_in.", "guidance_embedder.")
 _DENOISERS = {
+    "Krea2Pipeline": _any("text_fusion.projector."),
     "QwenImagePipeline": _any("transformer_blocks.0.img_mod.1."),
     "Flux2Pipeline": lambda shapes: _FLUX2(shapes) and _TOLD_GUIDANCE(shapes),
     "Flux2KleinPipeline": _FLUX2,
@@ -152,8 +153,8 @@ def check_kind(file: Path, shapes: Shapes) -> str:
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
     raise ValueError(
-        f"{file} holds no known denoiser (but {names}): "
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image model"
+        f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or "
+        "Qwen-Image model"
     )
 
 

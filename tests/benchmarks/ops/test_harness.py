@@ -12,7 +12,7 @@ import torch
 from benchmarks.ops import harness
 
 ROOT = Path(__file__).parents[3]
-BENCHES = ["geglu", "layer_norm", "group_norm_silu", "frozen_conv2d", "guided_step", "attention", "lora_linear"]
+BENCHES = ["activation", "norm_modulate", "group_norm_silu", "frozen_conv2d", "guided_step", "attention", "lora_linear"]
 CPU = torch.device("cpu")
 
 

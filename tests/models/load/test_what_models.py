@@ -32,6 +32,7 @@ class Shelf:
     flux2: Path
     flux2_dev: Path
     qwen_image: Path
+    krea2: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -117,6 +118,11 @@ def _(shelf):
     return shelf.qwen_image, None
 
 
+@read("folder of Krea 2", "krea2")
+def _(shelf):
+    return shelf.krea2, None
+
+
 @read("folder with the fp16 variant alone", "", "holds no full weights of")
 def _(shelf):
     DiffusionPipeline.from_pretrained(shelf.sd).save_pretrained(shelf.here / "model", variant="fp16")
@@ -186,6 +192,11 @@ def _(shelf):
 @read("transformer of Qwen-Image alone", "qwen_image", ALONE)
 def _(shelf):
     return shelf.write(weights(shelf.qwen_image / "transformer")), shelf.qwen_image
+
+
+@read("transformer of Krea 2 alone", "krea2", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.krea2 / "transformer")), shelf.krea2
 
 
 @refused("one file without `--model-config`", "give the folder of a model of the same architecture as the model config")
@@ -300,7 +311,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image model",
+        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
     ),
 }
 BYTES = {
@@ -430,7 +441,6 @@ def _(shelf):
 
 NOT_YET = {
     "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
-    "Krea 2": ("Krea2Pipeline", "its text is a stack of 12 layers of Qwen3-VL"),
     "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
     "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
@@ -463,7 +473,7 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image")
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
     return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 
