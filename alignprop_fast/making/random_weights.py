@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.making.random_networks import diffusion_scheduler, flux2_vae, qwen3, t5, text_config, unet, vae
+from alignprop_fast.making.random_networks import (
+    diffusion_scheduler,
+    flux2_vae,
+    qwen2_5_vl,
+    qwen3,
+    qwen_vae,
+    t5,
+    text_config,
+    unet,
+    vae,
+)
 from alignprop_fast.making.random_tokenizers import (
     clip_tokenizer,
     end_id,
@@ -287,6 +297,45 @@ def make_flux2_klein_folder(
                 guidance_embeds=False,
             ),
             is_distilled=distilled,
+        )
+    return _save(pipe, folder, {})
+
+
+def make_qwen_image_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (8, 16),
+    text_width: int = 32,
+    seed: int = 0,
+) -> Path:
+    """Write a `QwenImagePipeline` with random weights. Arguments as in `make_z_image_folder`.
+
+    text_width is a multiple of 32.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            ),
+            vae=qwen_vae(vae_widths),
+            text_encoder=qwen2_5_vl(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=QwenImageTransformer2DModel(
+                in_channels=16,
+                out_channels=4,
+                num_layers=num_layers,
+                attention_head_dim=head_width,
+                num_attention_heads=heads,
+                joint_attention_dim=text_width,
+                axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+            ),
         )
     return _save(pipe, folder, {})
 
