@@ -3,9 +3,9 @@
 A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
 original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
 Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL and FLUX.1 with their
-text encoders, FLUX.2 and Z-Image). Block numbers are then free, because models of other sizes have other numbers. Two
-models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the proportions of the
-layer tell them apart. If the shapes tell which published model it is, only its layers count.
+text encoders, FLUX.2, Z-Image and Qwen-Image). Block numbers are then free, because models of other sizes have other
+numbers. Two models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the
+proportions of the layer tell them apart. If the shapes tell which published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def families() -> list[str]:
 
 
 def family_of(lora: Lora, pipe: Any = None) -> str:
-    """The family of a transformer's adapters: sd3, flux, z-image, flux2 or qwen-image.
+    """The family of a transformer's adapters: sd3, flux, flux2, z-image or qwen-image.
 
     The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more
     of the shapes. If several fit equally, the answer is the first of these: qwen-image's attention is named as flux's.
@@ -279,13 +279,10 @@ def _remedy(pipe: Any) -> str:
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
     """If most modules of a part have the shapes of a published network, all modules must be among its layers.
 
-    Only families that read a name of the file count. names: of the modules in the file. Raises ValueError as
-    `find_modules`.
+    names: of the modules in the file. Raises ValueError as `find_modules`.
     """
     networks: dict[str, list[str]] = {}
     for family in families():
-        if not any(map(published_names(family).modules, set(names.values()))):
-            continue
         for part, those in _PUBLISHED[family].items():
             networks.setdefault(part, []).extend(those)
     for part in {module.partition(".")[0] for module in lora} & networks.keys():
