@@ -134,6 +134,24 @@ def qwen2_5_vl(width: int) -> torch.nn.Module:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes))
 
 
+def qwen3_vl(width: int) -> torch.nn.Module:
+    """Qwen3-VL without use for its eyes: a pipeline shows it no picture. It has three layers."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {
+        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [width // 8, width // 16, width // 16]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**eyes, "deepstack_visual_indexes": [0]}))
+
+
 def qwen_vae(widths: tuple[int, ...]) -> torch.nn.Module:
     """Qwen-Image's VAE, for videos. widths: of its levels, multiples of the first."""
     from diffusers import AutoencoderKLQwenImage

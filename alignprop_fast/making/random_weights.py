@@ -17,6 +17,7 @@ from alignprop_fast.making.random_networks import (
     flux2_vae,
     qwen2_5_vl,
     qwen3,
+    qwen3_vl,
     qwen_vae,
     t5,
     text_config,
@@ -336,6 +337,57 @@ def make_qwen_image_folder(
                 joint_attention_dim=text_width,
                 axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
             ),
+        )
+    return _save(pipe, folder, {})
+
+
+def make_krea2_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (8, 16),
+    text_width: int = 32,
+    distilled: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a `Krea2Pipeline` with random weights. Arguments as in `make_qwen_image_folder`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=num_layers,
+            attention_head_dim=head_width,
+            num_attention_heads=heads,
+            num_key_value_heads=1,
+            intermediate_size=2 * heads * head_width,
+            timestep_embed_dim=16,
+            text_hidden_dim=text_width,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=text_width,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+        )
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("scale_shift_table", "norm1.weight", "norm_q.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)  # zero when made anew, but not in published weights
+        pipe = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+            ),
+            vae=qwen_vae(vae_widths),
+            text_encoder=qwen3_vl(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=transformer,
+            text_encoder_select_layers=(1, 3),
+            is_distilled=distilled,
         )
     return _save(pipe, folder, {})
 

@@ -17,6 +17,7 @@ _ADAPTERS = {
     "Flux2KleinPipeline": "flux2.Flux2KleinAdapter",  # in diffusers since 0.37
     "ZImagePipeline": "z_image.ZImageAdapter",  # since 0.36
     "QwenImagePipeline": "qwen_image.QwenImageAdapter",  # since 0.35
+    "Krea2Pipeline": "krea2.Krea2Adapter",
 }
 SUPPORTED = tuple(_ADAPTERS)
 """Pipelines of diffusers that have an adapter, some of which only newer releases have."""

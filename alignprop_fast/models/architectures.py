@@ -29,6 +29,7 @@ from alignprop_fast.models.published import (
     denoiser_network,
     qwen2_5_vl_text,
     qwen3_text,
+    qwen3_vl_text,
     t5_text,
     vae_network,
 )
@@ -202,6 +203,20 @@ def _qwen_image(name: str) -> Any:
     )
 
 
+def _krea2(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Krea2Pipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+        ),
+        vae=vae_network(name),
+        text_encoder=qwen3_vl_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
 _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sd15": _stable_diffusion,
     "sdxl": _stable_diffusion,
@@ -212,5 +227,6 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "flux2-klein-4b": _flux2_klein,
     "flux2-klein-9b": _flux2_klein,
     "qwen-image": _qwen_image,
+    "krea2": _krea2,
 }
 NAMES = tuple(_BUILDERS)

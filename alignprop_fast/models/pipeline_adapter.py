@@ -449,10 +449,10 @@ def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int,
 
 
 def padded(texts: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Texts [N_i, C] as rows of one tensor [B, tokens, C], or longer if one of them is, and their lengths."""
+    """Texts [N_i, ...] as rows of one tensor [B, tokens, ...], or longer if one of them is, and their lengths."""
     lengths = tuple(map(len, texts))
     tokens = max(tokens, *lengths)
-    return torch.stack([F.pad(text, (0, 0, 0, tokens - len(text))) for text in texts]), lengths
+    return torch.stack([F.pad(text, (0, 0) * (text.ndim - 1) + (0, tokens - len(text))) for text in texts]), lengths
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

@@ -136,6 +136,7 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2-klein-4b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_4B),
     "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
     "qwen-image": ("QwenImageTransformer2DModel", _QWEN_IMAGE),
+    "krea2": ("Krea2Transformer2DModel", {}),  # the class's own defaults
 }
 
 
@@ -215,6 +216,12 @@ _QWEN2_5_7B = {
 }
 
 
+_QWEN3_VL_4B = {**_QWEN3_4B, "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]}}
+
+
+_QWEN3_EYES = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+
+
 _QWEN2_5_EYES = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
 
 
@@ -235,7 +242,7 @@ def vae_network(name: str) -> nn.Module:
 
     if name.startswith("flux2"):
         return diffusers_class("AutoencoderKLFlux2")(**VAE)
-    if name == "qwen-image":
+    if name in ("qwen-image", "krea2"):
         return diffusers_class("AutoencoderKLQwenImage")()
     return AutoencoderKL(**VAE, **_VAES[name])
 
@@ -263,6 +270,13 @@ def qwen2_5_vl_text() -> nn.Module:
 
     config = Qwen2_5_VLConfig(text_config=_QWEN2_5_7B, vision_config=_QWEN2_5_EYES, tie_word_embeddings=False)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl_text() -> nn.Module:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    eyes = {**_QWEN3_EYES, "deepstack_visual_indexes": [5, 11, 17]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=_QWEN3_VL_4B, vision_config=eyes, tie_word_embeddings=True))
 
 
 _TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {

@@ -16,6 +16,7 @@ UNSIZED = (
     "ZImagePipeline",
     "Flux2KleinPipeline",
     "QwenImagePipeline",
+    "Krea2Pipeline",
 )  # whose default pictures are large for every model
 
 

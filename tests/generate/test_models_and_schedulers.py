@@ -225,6 +225,18 @@ def test_what_else_learns_with_qwen_image(tiny_qwen_image):
         assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("scale", "negative", "grad_steps"), [(4.0, ["dog", "cat " * 9], (1, 2)), (0.0, None, (0, 1, 2, 3))]
+)
+def test_krea2(tiny_krea2, scale, negative, grad_steps):
+    pipe = add_adapters(tiny_krea2, [*UNET_TARGETS, "to_gate", "ff.down"])
+    pipe.register_to_config(is_distilled=scale == 0)
+    theirs = reference(pipe, grad_steps, negative_prompt=negative, guidance_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+
+
 @pytest.mark.parametrize(("scale", "grad_steps"), [(4.0, (0, 2)), (1.0, (0, 1, 2, 3))])
 def test_flux2_klein(tiny_flux2_klein, scale, grad_steps):
     pipe = add_adapters(tiny_flux2_klein, [*JOINT_TARGETS, "to_qkv_mlp_proj"])

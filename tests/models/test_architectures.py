@@ -57,7 +57,11 @@ def test_an_unknown_name_is_refused():
 
 
 @pytest.mark.parametrize(
-    "model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein", "tiny_qwen_image"]
+    "model",
+    [
+        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"),
+        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"),
+    ],
 )
 def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):
     adapter = adapt(request.getfixturevalue(model))

@@ -23,6 +23,7 @@ _USUAL = MadeFor(50, 5.0)
 _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
 _KLEIN = MadeFor(4, 1.0, is_distilled=True)
 _KLEIN_BASE = MadeFor(50, 4.0)
+_KREA2, _KREA2_DISTILLED = MadeFor(28, 4.5), MadeFor(8, 0.0, is_distilled=True)
 _QWEN_IMAGE = MadeFor(50, 1.0, has_true_cfg=True)
 _BY_NAME = {
     "demo": MadeFor(12, 2.0),
@@ -31,6 +32,7 @@ _BY_NAME = {
     "flux2-klein-4b": _KLEIN,
     "flux2-klein-9b": _KLEIN,
     "qwen-image": _QWEN_IMAGE,
+    "krea2": _KREA2,
 }
 
 
@@ -59,6 +61,8 @@ def _of_folder(folder: Path) -> MadeFor:
         return _KLEIN if index.get("is_distilled") else _KLEIN_BASE
     if index.get("_class_name") == "QwenImagePipeline":
         return _QWEN_IMAGE
+    if index.get("_class_name") == "Krea2Pipeline":
+        return _KREA2_DISTILLED if index.get("is_distilled") else _KREA2
     if index.get("_class_name") != "ZImagePipeline":
         return _USUAL
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")

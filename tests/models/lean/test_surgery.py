@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast.models import adapt
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.lean.flux2 import LeanFlux2AttnProcessor, LeanFlux2ParallelSelfAttnProcessor
+from alignprop_fast.models.lean.krea2 import LeanKrea2AttnProcessor
 from alignprop_fast.models.lean.qwen_image import LeanQwenDoubleStreamAttnProcessor
 from alignprop_fast.models.lean.surgery import (
     FrozenConv2d,
@@ -68,6 +69,7 @@ def test_values_and_gradients_stay(unet):
         ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2AttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2ParallelSelfAttnProcessor, "red cat"),
+        ("tiny_krea2", LeanKrea2AttnProcessor, "red cat"),
         ("tiny_qwen_image", LeanQwenDoubleStreamAttnProcessor, "red cat"),
         # Z-Image's prompt as long as the empty one, up to padding, needs no mask.
         *(("tiny_z_image", LeanZSingleStreamAttnProcessor, prompt) for prompt in ("red cat", "red cat" * 12)),
@@ -87,6 +89,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, prompt, req
         "to_qkv_mlp_proj",
         "linear_in",
         "norm1.linear",
+        "ff.gate",
     ]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)

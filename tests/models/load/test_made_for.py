@@ -37,6 +37,12 @@ def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
     assert sampling_of(TrainOptions(model=str(tiny_flux2_klein_folder))) == (50, 4.0)
 
 
+def test_krea2(tiny_krea2_folder):
+    assert (
+        sampling_of(TrainOptions(model=str(tiny_krea2_folder))) == sampling_of(TrainOptions(model="krea2")) == (28, 4.5)
+    )
+
+
 def test_qwen_image_has_no_guidance_scale(tiny_qwen_image_folder, caplog):
     for model in (tiny_qwen_image_folder, "qwen-image"):
         assert sampling_of(TrainOptions(model=str(model))) == (50, 1.0) and not caplog.records

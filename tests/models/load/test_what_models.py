@@ -31,6 +31,7 @@ class Shelf:
     z_image: Path
     flux2: Path
     qwen_image: Path
+    krea2: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -114,6 +115,11 @@ def _(shelf):
 @read("folder of Qwen-Image", "qwen_image")
 def _(shelf):
     return shelf.qwen_image, None
+
+
+@read("folder of Krea 2", "krea2")
+def _(shelf):
+    return shelf.krea2, None
 
 
 @read("folder with the fp16 variant alone", "", "holds no full weights of")
@@ -425,7 +431,6 @@ def _(shelf):
 NOT_YET = {
     "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
     "FLUX.2-dev": ("Flux2Pipeline", "its text encoder is Mistral 3"),
-    "Krea 2": ("Krea2Pipeline", "its text is a stack of 12 layers of Qwen3-VL"),
     "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
     "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
@@ -458,7 +463,7 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image")
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2")
     return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 

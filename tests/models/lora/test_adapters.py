@@ -176,7 +176,7 @@ def test_diffusers_makes_of_kohyas_file_what_peft_adds(make, loaded, tiny_sd, tm
 
 
 @pytest.mark.parametrize(
-    "model", ["tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein", "tiny_qwen_image"]
+    "model", ["tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"]
 )
 def test_of_other_models_too(model, request, tmp_path):
     pipe = request.getfixturevalue(model)
