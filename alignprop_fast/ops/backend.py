@@ -129,7 +129,8 @@ class Launch(Generic[Arguments, Result]):
         self.operator.register_fake(fake)
 
     def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-        if is_traced(arguments[0]):
+        first = arguments[0]
+        if is_traced(first[0] if isinstance(first, list) else first):
             return self.operator(*arguments, **keywords)
         return attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
 

@@ -165,7 +165,8 @@ class WeightUpdate:
         if self._accelerator.num_processes > 1 or self._accelerator.scaler is not None:
             raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
         rule = self.config.truncation
-        if rule is not None and parse_rule(rule, self.config.sample_num_steps).beside(self.config.sample_num_steps)[1]:
+        steps = self.config.sample_num_steps
+        if rule is not None and parse_rule(rule, steps).beside(steps).chains:
             raise ValueError(
                 f"optimizer_in_backward steps in one backward pass, and truncation {rule} has several: use last:1"
             )
