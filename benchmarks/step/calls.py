@@ -121,7 +121,7 @@ def count(name: str, variant: str) -> Counted:
     """One evaluation of a published model. For the floor no call counts, and a UNet has none."""
     model = architecture(name)
     size = model.image_size(None, None)
-    cond = model.blank_conditioning(1, not model.embeds_guidance, size)
+    cond = model.blank_conditioning(1, not model.has_true_cfg, size)
     x = model.initial_latents(1, size, None, None).requires_grad_()
     timestep, calls, trained = torch.tensor(500.0, device=model.device), Calls(), model.trainable()
     if variant == "floor":

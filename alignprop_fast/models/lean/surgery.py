@@ -201,7 +201,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: LeanGroupNorm,
     nn.LayerNorm: LeanLayerNorm,
 }
-"""The class that takes a stock class's place. Files of single models add theirs."""
+"""The class with an op for each class that has one. Files of single models add theirs."""
 KEPT: dict[type[nn.Module], Mapping[str, Kind]] = {
     GEGLU: {"proj": "geglu"},
     GELU: {"proj": "geglu"},

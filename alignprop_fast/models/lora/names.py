@@ -3,9 +3,9 @@
 A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
 original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
 Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL and FLUX.1 with their
-text encoders, FLUX.2 and Z-Image). Block numbers are then free, because models of other sizes have other numbers. Two
-models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the proportions of the
-layer tell them apart. If the shapes tell which published model it is, only its layers count.
+text encoders, FLUX.2, Z-Image and Qwen-Image). Block numbers are then free, because models of other sizes have other
+numbers. Two models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the
+proportions of the layer tell them apart. If the shapes tell which published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
     "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
     "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b")},
     "z-image": {"transformer": ("z-image",)},
+    "qwen-image": {"transformer": ("qwen-image",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -95,12 +96,14 @@ class Names:
 
     @property
     def family(self) -> str:
-        """unet, flux, flux2, z-image or sd3. The blocks of FLUX share module names with those of SD3."""
+        """unet, flux, flux2, z-image, qwen-image or sd3. The blocks of FLUX share module names with those of SD3."""
         if "unet" in self.paths:
             return "unet"
         paths = self.paths["transformer"]
         if "double_stream_modulation_img_linear" in paths:
             return "flux2"
+        if "transformer_blocks_0_img_mod_1" in paths:
+            return "qwen-image"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
@@ -163,10 +166,10 @@ def families() -> list[str]:
 
 
 def family_of(lora: Lora, pipe: Any = None) -> str:
-    """The family of a transformer's adapters: sd3, flux, flux2 or z-image.
+    """The family of a transformer's adapters: sd3, flux, flux2, z-image or qwen-image.
 
     The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more
-    of the shapes. If several fit equally, the answer is the first of these.
+    of the shapes. If several fit equally, the answer is the first of these: qwen-image's attention is named as flux's.
     """
     if pipe is not None:
         return names_of(pipe).family
@@ -301,5 +304,5 @@ def _unknown(names: Collection[str], file: Path, pipe: Any) -> ValueError:
         )
     return ValueError(
         f"{file} has {listed(names)}, no name of kohya's files, diffusers' or others for a layer of this model: give a "
-        "LoRA for Stable Diffusion, SDXL, SD3, FLUX, FLUX.2 or Z-Image as its trainer saved it"
+        "LoRA for Stable Diffusion, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image as its trainer saved it"
     )

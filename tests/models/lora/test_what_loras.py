@@ -264,7 +264,7 @@ def test_as_peft_reads_it(request, tmp_path, row):
 
 
 TITLES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3 and SD3.5", "flux": "FLUX"}
-TITLES |= {"z_image": "Z-Image", "flux2_klein": "FLUX.2"}
+TITLES |= {"z_image": "Z-Image", "flux2_klein": "FLUX.2", "qwen_image": "Qwen-Image"}
 ORIGINAL = {
     **{
         Format(f"{title}, {writer}", "read exactly"): (kind, prefix)
@@ -286,7 +286,7 @@ def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
     model = denoiser(pipe)
     layout = {"sd": original_layout.unet, "sdxl": original_layout.unet}
     layout |= {"sd3": original_layout.mmdit, "flux": original_layout.flux, "z_image": original_layout.z_image}
-    to_old = {**layout, "flux2_klein": original_layout.flux2}[kind]
+    to_old = {**layout, "flux2_klein": original_layout.flux2, "qwen_image": dict}[kind]
     generator, tensors, expected = torch.Generator().manual_seed(0), {}, {}
     old = to_old(model.state_dict())
     for name, weight in old.items():
