@@ -102,7 +102,7 @@ class Names:
         paths = self.paths["transformer"]
         if "double_stream_modulation_img_linear" in paths:
             return "flux2"
-        if "img_in" in paths:
+        if "transformer_blocks_0_img_mod_1" in paths:
             return "qwen-image"
         if "text_fusion_projector" in paths:
             return "krea2"
