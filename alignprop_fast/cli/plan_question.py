@@ -150,7 +150,7 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     tables = kept_tables.read(chosen) if place.is_named else None
     if tables is None:
         quiet_libraries(console)
-        sampler = _sampler(chosen, config, place.device)
+        sampler = sampler_to_plan(chosen, config, place.device)
         start = time.perf_counter()
         tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
         if place.gpu is None:
@@ -254,7 +254,7 @@ def _gpu(name: str | None) -> Gpu:
         ) from error
 
 
-def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
+def sampler_to_plan(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
     """The sampler that training makes from these options."""
     import torch
 
