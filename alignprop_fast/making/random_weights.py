@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.making.random_networks import diffusion_scheduler, flux2_vae, qwen3, t5, text_config, unet, vae
+from alignprop_fast.making.random_networks import (
+    diffusion_scheduler,
+    flux2_vae,
+    qwen2_5_vl,
+    qwen3,
+    qwen3_vl,
+    qwen_vae,
+    t5,
+    text_config,
+    unet,
+    vae,
+)
 from alignprop_fast.making.random_tokenizers import (
     clip_tokenizer,
     end_id,
@@ -286,6 +297,96 @@ def make_flux2_klein_folder(
                 axes_dims_rope=(head_width // 4,) * 4,
                 guidance_embeds=False,
             ),
+            is_distilled=distilled,
+        )
+    return _save(pipe, folder, {})
+
+
+def make_qwen_image_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (8, 16),
+    text_width: int = 32,
+    seed: int = 0,
+) -> Path:
+    """Write a `QwenImagePipeline` with random weights. Arguments as in `make_z_image_folder`.
+
+    text_width is a multiple of 32.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            ),
+            vae=qwen_vae(vae_widths),
+            text_encoder=qwen2_5_vl(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=QwenImageTransformer2DModel(
+                in_channels=16,
+                out_channels=4,
+                num_layers=num_layers,
+                attention_head_dim=head_width,
+                num_attention_heads=heads,
+                joint_attention_dim=text_width,
+                axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+            ),
+        )
+    return _save(pipe, folder, {})
+
+
+def make_krea2_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (8, 16),
+    text_width: int = 32,
+    distilled: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a `Krea2Pipeline` with random weights. Arguments as in `make_qwen_image_folder`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=num_layers,
+            attention_head_dim=head_width,
+            num_attention_heads=heads,
+            num_key_value_heads=1,
+            intermediate_size=2 * heads * head_width,
+            timestep_embed_dim=16,
+            text_hidden_dim=text_width,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=text_width,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+        )
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("scale_shift_table", "norm1.weight", "norm_q.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)  # zero when made anew, but not in published weights
+        pipe = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+            ),
+            vae=qwen_vae(vae_widths),
+            text_encoder=qwen3_vl(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=transformer,
+            text_encoder_select_layers=(1, 3),
             is_distilled=distilled,
         )
     return _save(pipe, folder, {})

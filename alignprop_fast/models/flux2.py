@@ -8,47 +8,35 @@ import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch import nn
 
 import alignprop_fast.models.lean.flux2  # noqa: F401  # enters this model's layers in the tables of ops
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances
+from alignprop_fast.models.flow_transformer import TokenAdapter
+from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS, in_chat
-from alignprop_fast.models.schedules import FLOW
 from alignprop_fast.prompts.limits import TextReader
 
 
-class Flux2KleinAdapter(PipelineAdapter):
+class Flux2KleinAdapter(TokenAdapter):
     """`Flux2KleinPipeline` (Black Forest Labs 2026), distilled or not; see `PipelineAdapter`.
 
     The chain's latents [B, 4 C, h, w] are the VAE's in patches of 2 x 2, normalised by its batch norm. The transformer
     sees each as one token. A distilled model draws without guidance, whatever the scale.
     """
 
-    schedulers = FLOW
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
     text_parts = ("text_encoder", "tokenizer")
-    channels_per_latent = 4
-
-    @property
-    def denoiser(self) -> Any:
-        return self.pipe.transformer
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor
+    blocks = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
 
     @property
     def heeds_guidance(self) -> bool:
         return not self.pipe.config.is_distilled
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        rows, columns = (side // self.size_multiple for side in size)
-        return self.channels_per_latent * self.latent_channels, rows, columns
+        return self.channels_per_latent * self.latent_channels, *self.grid(size)
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
-        _, rows, columns = self.latent_shape(size)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(rows * columns, num_inference_steps))
+        scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(self.tokens(size), num_inference_steps))
 
     def encode(self, batch: PromptBatch) -> Conditioning:
         negative = [("negative_prompt_embeds", batch.negative_prompts or [""] * len(batch.prompts))]
@@ -71,7 +59,7 @@ class Flux2KleinAdapter(PipelineAdapter):
 
     def _conditioning(self, embeds: torch.Tensor, guided: bool, size: tuple[int, int]) -> Conditioning:
         """The conditioning with positions [tokens, 4]: time, row, column, and place in the text."""
-        _, rows, columns = self.latent_shape(size)
+        rows, columns = self.grid(size)
         one = torch.arange(1)
         added = {
             "img_ids": torch.cartesian_prod(one, torch.arange(rows), torch.arange(columns), one),
@@ -79,23 +67,17 @@ class Flux2KleinAdapter(PipelineAdapter):
         }
         return Conditioning(embeds, {name: ids.to(embeds.device) for name, ids in added.items()}, 1 + guided)
 
-    def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        tokens_BNC = torch.cat([x.to(self.dtype)] * cond.branches).flatten(2).transpose(1, 2)
-        y = self.denoiser(
-            hidden_states=tokens_BNC,
-            timestep=timestep.expand(len(tokens_BNC)) / 1000,
-            guidance=None,
-            encoder_hidden_states=cond.embeds,
-            **(cond.added or {}),
-            return_dict=False,
-        )[0]
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
+        return {"guidance": None, "encoder_hidden_states": cond.embeds, **(cond.added or {})}
+
+    def pack(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return x_BCHW.flatten(2).transpose(1, 2)
+
+    def unpack(self, y_BNC: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y_BNC.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.pipe.vae.bn
         deviation = (norm.running_var + self.pipe.vae.config.batch_norm_eps).sqrt()
         patches = x * deviation.to(x.dtype)[:, None, None] + norm.running_mean.to(x.dtype)[:, None, None]
         return self.pipe._unpatchify_latents(patches)
-
-    def step_groups(self) -> dict[str, list[nn.Module]]:
-        return {"transformers": instances(self.denoiser, (Flux2TransformerBlock, Flux2SingleTransformerBlock))}

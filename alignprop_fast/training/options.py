@@ -25,8 +25,8 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3, FLUX or Z-Image), a .safetensors file, a Hub id (owner/name), "
-        "or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Z-Image or Qwen-Image), a .safetensors file, a Hub id "
+        "(owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -103,7 +103,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: none for Z-Image-Turbo and a distilled FLUX.2-klein, 4 for its base, 5 for others",
+        shown="the model's own: none for distilled models and Qwen-Image, 4 for FLUX.2-klein's base, 5 for others",
         at_least=0,
         at_most=100,
         changes_plan=True,
@@ -111,7 +111,7 @@ class InputOptions:
     scheduler: str = option(
         "auto",
         "Solver of the denoising steps, with the settings of the model's own scheduler. auto: ddim, or flow-euler for "
-        "SD3, FLUX and Z-Image, which support no other.",
+        "transformers, which support no other.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         choices=("auto", "ddim", "euler", "euler-ancestral", "dpm++2m", "flow-euler"),

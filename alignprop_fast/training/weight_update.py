@@ -125,7 +125,7 @@ class WeightUpdate:
 
     def _step(self) -> tuple[float, bool]:
         """The norm before clipping, and whether the optimizer has made its step."""
-        self.weights.gather_gradients()
+        self.weights.join_gradients()
         self._average_gradients()
         norm = float(self._accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
         # With gradient scaling (fp16) the step lowers the scale, and leaves the weights alone by itself.

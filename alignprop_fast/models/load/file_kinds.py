@@ -121,6 +121,7 @@ _ALONE = (
     Kind("a VAE, not a model", _is_vae, "give the model with its denoiser"),
 )
 _DENOISERS = {
+    "QwenImagePipeline": _any("transformer_blocks.0.img_mod.1."),
     "Flux2KleinPipeline": _any("double_stream_modulation_img."),
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
     "FluxPipeline": _any("double_blocks.0.", "^single_transformer_blocks.0."),
@@ -141,12 +142,16 @@ def check_kind(file: Path, shapes: Shapes) -> str:
     found = [name for name, seen in _DENOISERS.items() if seen(shapes)]
     if found:
         # In diffusers' names FLUX.1 has everything that SD3 has, and single blocks; FLUX.2 also shared modulation.
-        return next(name for name in ("Flux2KleinPipeline", "FluxPipeline", *found) if name in found)
+        # Qwen-Image has SD3's attention.
+        return next(one for one in ("QwenImagePipeline", "Flux2KleinPipeline", "FluxPipeline", *found) if one in found)
     for kind in _ALONE:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
-    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX or Z-Image model")
+    raise ValueError(
+        f"{file} holds no known denoiser (but {names}): "
+        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image model"
+    )
 
 
 def has_text_encoders(shapes: Shapes) -> bool:

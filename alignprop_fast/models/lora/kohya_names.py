@@ -124,6 +124,26 @@ _Z_IMAGE_ENDS = {
     "final_layer_linear": "all_final_layer.2-1.linear",
     "final_layer_adaLN_modulation_1": "all_final_layer.2-1.adaLN_modulation.1",
 }
+_QWEN_IMAGE_BLOCKS: _Blocks = {  # its original release has diffusers' names
+    "transformer_blocks": (
+        "transformer_blocks",
+        {
+            name.replace(".", "_"): (name,)
+            for name in (
+                *(f"attn.{leaf}" for leaf in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+                *(f"attn.add_{leaf}_proj" for leaf in ("q", "k", "v")),
+                *(f"{side}_{leaf}" for side in ("img", "txt") for leaf in ("mlp.net.0.proj", "mlp.net.2", "mod.1")),
+            )
+        },
+    )
+}
+_QWEN_IMAGE_ENDS = {
+    name.replace(".", "_"): name
+    for name in (
+        *("img_in", "txt_in", "norm_out.linear", "proj_out"),
+        *(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+    )
+}
 MLP_RATIO = 4  # of every FLUX.1 single-stream block
 _XLABS = {  # the names of XLabs' trainer for FLUX
     "double_blocks": {
@@ -149,6 +169,7 @@ LAYOUTS: dict[str, tuple[_Blocks, Mapping[str, str]]] = {
     "flux2": (_FLUX2_BLOCKS, {**_FLUX2_ENDS, **_LAST}),
     "sd3": (_MMDIT_BLOCKS, {**_MMDIT_ENDS, **_LAST}),
     "z-image": (_Z_IMAGE_BLOCKS, _Z_IMAGE_ENDS),
+    "qwen-image": (_QWEN_IMAGE_BLOCKS, _QWEN_IMAGE_ENDS),
 }
 """The layers of the original releases by family: {block: (its name in diffusers, its layers)}, and those outside."""
 _SGM_RESIDUAL = {

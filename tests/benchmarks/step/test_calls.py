@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.activation import geglu
 from alignprop_fast.ops.guided_step import guided_step
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linears
@@ -35,10 +35,10 @@ def layers():
 
 def test_norm_activation_and_step():
     x, gamma = torch.randn(2, 3, 8, requires_grad=True), torch.ones(8)
-    names = ("layer_norm_forward_kernel", "layer_norm_backward_kernel")
+    names = ("norm_modulate_forward_kernel", "norm_modulate_backward_kernel")
     assert calls_of(lambda: both([layer_norm(x, gamma, gamma)], [x])) == dict.fromkeys(names, 1)
     assert calls_of(lambda: layer_norm(x.detach(), gamma, gamma)) == {names[0]: 1}
-    names = ("geglu_forward_kernel", "geglu_backward_kernel")
+    names = ("activation_forward_kernel", "activation_backward_kernel")
     assert calls_of(lambda: both([geglu(x)], [x])) == dict.fromkeys(names, 1)
     latents, y = torch.ones(2, 4), torch.ones(4, 4)
     assert calls_of(lambda: guided_step(latents, y, None, 0.9, [-4.0, 5.0])) == {"guided_step_kernel": 1}

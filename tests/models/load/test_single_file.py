@@ -31,7 +31,20 @@ def assert_same(pipe, folder, dtype=torch.float32):
             mine, theirs = pipe.components[name].state_dict(), part.state_dict()
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
-    assert torch.equal(*(picture(one) for one in (pipe, other)))
+    assert torch.equal(*(picture(aligned(one)) for one in (pipe, other)))
+
+
+def aligned(pipe):
+    """The pipeline with copies of its weights.
+
+    On the CPU the rounding of a product depends on a weight's address. In a mapped file that is 8 bytes times a number
+    that depends on the names of the tensors, so two files of the same weights differ; torch aligns copies to 64 bytes.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            for parameter in part.parameters():
+                parameter.data = parameter.data.clone()
+    return pipe
 
 
 def picture(pipe):
@@ -57,12 +70,15 @@ def test_sdxl_in_the_original_layout(tmp_path):
     assert_same(load_pipeline(file, model_config=without_weights(folder, tmp_path / "config")), folder)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "z_image"])
-@pytest.mark.parametrize("prefix", ["", original_layout.UNET_PREFIX])
+LAYOUTS = {"sd3": original_layout.mmdit, "z_image": original_layout.z_image, "flux2_klein": original_layout.flux2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [("sd3", ""), ("z_image", original_layout.UNET_PREFIX), ("flux2_klein", "")]
+)
 def test_transformers_in_the_original_layout(kind, request, tmp_path, prefix):
-    folder, layouts = request.getfixturevalue(f"tiny_{kind}_folder"), {"sd3": original_layout.mmdit}
-    layouts["z_image"] = original_layout.z_image
-    state = layouts[kind](weights(folder / "transformer"))
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    state = LAYOUTS[kind](weights(folder / "transformer"))
     file = original_layout.write({prefix + k: v for k, v in state.items()}, tmp_path / "model.safetensors")
     config = shutil.copytree(folder, tmp_path / "config", ignore=shutil.ignore_patterns("diffusion*"))
     shutil.copytree(folder / "vae", config / "vae", dirs_exist_ok=True)
@@ -177,7 +193,7 @@ def test_the_folder_may_hold_a_variant_alone_or_lack_t5(tiny_sd3_folder, tiny_sd
     )
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image", "flux2_klein"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image", "flux2_klein", "qwen_image"])
 def test_a_transformer_alone_takes_the_rest_from_the_folder(kind, request, tmp_path):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
     state = {name: 2 * tensor for name, tensor in weights(folder / "transformer").items()}
