@@ -210,6 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     kept = KeptRows(args.csv, ("chain", "rule", "seed"))
+    if not args.plot:
+        kept.check(reward=args.reward)
     for seed in () if args.plot else args.seeds:
         for name in args.chains:
             measure(name, args.rules, seed, args, kept)

@@ -213,6 +213,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     kept = KeptRows(args.csv, ("chain", "rule", "seed"))
+    if not args.plot:
+        kept.check(reward=args.reward, watched=args.watch)
     for chain in () if args.plot else args.chains:
         curves = Curves(chain, args)
         for seed in args.seeds:  # first one seed of every rule: then all rules meet the same load of the machine
