@@ -35,9 +35,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, scales: tuple[float, ...], how: _How, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         keep, known = how
-        # Without an adapter that learns, the gradient needs only the weights.
+        # Without an adapter that learns, the gradient needs only the weights. They are not saved by autograd, because a
+        # checkpointed block repeats all that comes before the last tensor that is.
         learns = any(ctx.needs_input_grad[3:])
-        ctx.save_for_backward(x if learns else None, *tensors)
+        ctx.frozen = None if learns else tensors
+        if learns:
+            ctx.save_for_backward(x, *tensors)
         ctx.scales = scales
         layers = _layers(tensors, scales)
         return reuse_or_compute(keep, partial(_outputs, x, layers) if known is None else partial(_again, known))
@@ -45,7 +48,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors if ctx.frozen is None else (None, *ctx.frozen)
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
         learn = [(wants[5 + 4 * p], wants[6 + 4 * p]) for p in range(len(layers))]
         if x is None or not all(map(all, learn)) or chosen("backward", x, layers) == "plain":

@@ -295,14 +295,21 @@ def norm_modulate(
 class _GatedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, branch if ctx.needs_input_grad[1] else None)
+        # Autograd does not save a frozen gate, because a checkpointed block repeats all that comes before the last
+        # tensor that it saves.
+        learns = ctx.needs_input_grad[1]
+        ctx.gate = None if learns else gate
+        if learns:
+            ctx.save_for_backward(gate, branch)
         return torch.addcmul(x, gate, branch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gate is not None:
+            return g, None, g * ctx.gate
         gate, branch = ctx.saved_tensors
-        return g, None if branch is None else (g * branch).sum_to_size(gate.shape), g * gate
+        return g, (g * branch).sum_to_size(gate.shape), g * gate
 
 
 def gated_sum(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
