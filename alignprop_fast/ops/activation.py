@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import Launch, only_plain
+from alignprop_fast.ops.backend import Function, Launch, only_plain
 
 Tensor = torch.Tensor
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -127,7 +127,7 @@ def _forward(x: Tensor, u: Tensor | None, beside: Tensor | None, function: str) 
     return (_triton_forward if backend(x) == "triton" else _plain_forward)(x, u, beside, function)
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor | None, beside: Tensor | None, function: str) -> Tensor:
         ctx.save_for_backward(x, u)

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import lora_linear_triton as fused
-from alignprop_fast.ops.backend import attempt
+from alignprop_fast.ops.backend import Function, attempt
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_trials import chosen
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 _How = tuple[Kind | None, tuple[Tensor, ...] | None]
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scales: tuple[float, ...], how: _How, *tensors: Tensor | None

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import backend as backends
-from alignprop_fast.ops.backend import Launch, only_plain
+from alignprop_fast.ops.backend import Function, Launch, only_plain
 
 Tensor = torch.Tensor
 # A row must fit the registers of one thread block (kernels.norm_modulate.MAX_WIDTH).
@@ -190,7 +190,6 @@ def _fake_backward(
 
 _triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forward, _plain_forward, _fake_forward)
 _triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _plain_backward, _fake_backward)
-_Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, bool]
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,7 +200,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, x if branch is None else total, mean, rstd
 
 
-class _NormModulate(torch.autograd.Function):
+class _NormModulate(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         _, branch, gate, weight, scale, shift, _, ctx.one, ctx.rms = inputs
@@ -292,7 +291,7 @@ def norm_modulate(
     return y if branch is None else (y, s)
 
 
-class _GatedSum(torch.autograd.Function):
+class _GatedSum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         # Autograd does not save a frozen gate, because a checkpointed block repeats all that comes before the last

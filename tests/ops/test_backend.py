@@ -18,10 +18,12 @@ from alignprop_fast.kernels import guided_step as guided_step_kernels
 from alignprop_fast.kernels import lora_linear as lora_kernels
 from alignprop_fast.kernels import lora_linear_backward as backward_of_lora
 from alignprop_fast.kernels import norm_modulate as norm_kernels
+from alignprop_fast.kernels import qk_norm_rope as rope_kernels
 from alignprop_fast.ops import activation as activation_op
 from alignprop_fast.ops import attention_backends, attention_triton, backend, switched_off
 from alignprop_fast.ops import guided_step as guided_step_op
 from alignprop_fast.ops import layer_norm as layer_norm_op
+from alignprop_fast.ops import qk_norm_rope as rope_op
 from alignprop_fast.ops.attention import attention, attention_reference
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference
@@ -85,12 +87,29 @@ def run_attention(op):
     return gradients([(attention if op else attention_reference)(q, k, k)], tensors)
 
 
+def run_qk_norm_rope(op):
+    q, k, scale, angles = (randn(2, 5, 24) + 0.1 * i for i in range(4))
+    q.requires_grad_(), k.requires_grad_()
+    pair = (angles[..., :4].cos(), angles[..., :4].sin())
+    part = rope_op.Part(q, k, k, (scale[0, 0, :8], scale[0, 1, :8]), pair)
+    if op:
+        return gradients(rope_op.qk_norm_rope([part], 8, 1e-5)[:2], [q, k])
+    heads = [x.unflatten(-1, (3, 8)) for x in (q, k)]
+    return gradients(
+        [rope_op.qk_norm_rope_reference(x, g, pair, 1e-5) for x, g in zip(heads, part.scales, strict=True)], [q, k]
+    )
+
+
 # Op -> (runs it, or its reference; the module and the name of what starts its kernels, forward and backward).
 OPS = {
     "norm_modulate": (run_norm, norm_kernels, "norm_modulate_forward", norm_kernels, "norm_modulate_backward"),
     "activation": (run_activation, activation_kernels, "activation_forward", activation_kernels, "activation_backward"),
     "guided_step": (run_guided_step, guided_step_kernels, "guided_step", guided_step_kernels, "guided_step_adjoint"),
     "lora_linear": (run_lora_linear, lora_kernels, "lora_linear_forward", backward_of_lora, "lora_linear_backward"),
+    "qk_norm_rope": (
+        *(run_qk_norm_rope, rope_kernels, "qk_norm_rope_forward"),
+        *(rope_kernels, "qk_norm_rope_backward"),
+    ),
     "attention": (run_attention, attention_kernels, "attention_forward", attention_kernels, "attention_backward"),
 }
 
@@ -112,7 +131,7 @@ def by_the_kernels(monkeypatch):
     monkeypatch.setattr(backend, "backend", serves)
     monkeypatch.setattr("alignprop_fast.ops.lora_linear.chosen", lambda direction, x, layers: "triton")
     chosen = attention_backends.Backend("triton", attention_triton.forward, attention_triton.backward)
-    monkeypatch.setattr(attention_backends, "choose", lambda direction, q, k: chosen)
+    monkeypatch.setattr(attention_backends, "choose", lambda *arguments: chosen)
 
 
 def same(ours, theirs):

@@ -6,7 +6,6 @@ diffusers has these layers since 0.36, so nothing imports this file before a FLU
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2Attention,
     Flux2AttnProcessor,
@@ -19,12 +18,13 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TransformerBlock,
 )
 
-from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, rotary_attention
-from alignprop_fast.models.lean.modulation import clipped, fed_forward, modulated, serves
+from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, head_norms, rotary_attention, turned
+from alignprop_fast.models.lean.modulation import Stream, clipped, fed_forward, modulated, serves
 from alignprop_fast.models.lean.surgery import KEPT, LEAN
 from alignprop_fast.ops.activation import swiglu
-from alignprop_fast.ops.attention import attention
+from alignprop_fast.ops.attention import attention_of_parts
 from alignprop_fast.ops.norm_modulate import gated_sum
+from alignprop_fast.ops.qk_norm_rope import Part
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -41,9 +41,10 @@ class LeanFlux2AttnProcessor(Flux2AttnProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         text, image = encoder_hidden_states, hidden_states
-        if text is None or attention_mask is not None or autocasts(image) or attn.fused_projections:
+        norms = head_norms(attn, text is not None)
+        if text is None or norms is None or attention_mask is not None or autocasts(image) or attn.fused_projections:
             return super().__call__(attn, image, text, attention_mask, image_rotary_emb)
-        o = rotary_attention(attn, image, text, image_rotary_emb)
+        o = rotary_attention(attn, norms, image, text, image_rotary_emb)
         text, image = o.split([text.shape[1], image.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
@@ -58,15 +59,14 @@ class LeanFlux2ParallelSelfAttnProcessor(Flux2ParallelSelfAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if attention_mask is not None or autocasts(hidden_states):
+        norms = head_norms(attn, with_text=False)
+        if norms is None or attention_mask is not None or autocasts(hidden_states):
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projections = attn.to_qkv_mlp_proj(hidden_states)
         qkv, gates = projections.split([3 * attn.inner_dim, projections.shape[-1] - 3 * attn.inner_dim], dim=-1)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in qkv.chunk(3, dim=-1))
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
-        o = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        q, k, v = qkv.chunk(3, dim=-1)
+        parts = turned([Part(q, k, v, norms.image)], image_rotary_emb)
+        o = attention_of_parts(parts, attn.inner_dim // attn.heads, norms.eps)
         return attn.to_out(swiglu(gates, beside=o))
 
 
@@ -100,8 +100,11 @@ class LeanFlux2TransformerBlock(Flux2TransformerBlock):
             encoder_hidden_states=modulated(self.norm1_context, text, text_scale, text_shift),
             image_rotary_emb=image_rotary_emb,
         )
-        image = fed_forward(image, branch, (gate, *image_forward), self.norm2, self.ff)
-        text = fed_forward(text, text_branch, (text_gate, *text_forward), self.norm2_context, self.ff_context)
+        layers, text_layers = ((ff.linear_in, ff.act_fn, ff.linear_out) for ff in (self.ff, self.ff_context))
+        image, text = fed_forward(
+            Stream(image, branch, (gate, *image_forward), self.norm2, layers),
+            Stream(text, text_branch, (text_gate, *text_forward), self.norm2_context, text_layers),
+        )
         return clipped(text), image
 
 

@@ -12,10 +12,10 @@ from diffusers.models.transformers.transformer_z_image import (
     ZSingleStreamAttnProcessor,
 )
 
-from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, normed, projected
+from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, head_norms, projected_parts
 from alignprop_fast.models.lean.surgery import KEPT, LEAN, applies
 from alignprop_fast.ops.activation import swiglu
-from alignprop_fast.ops.attention import attention, attention_reference
+from alignprop_fast.ops.attention import attention_of_parts
 from alignprop_fast.ops.norm_modulate import norm_modulate
 
 
@@ -30,23 +30,16 @@ class LeanZSingleStreamAttnProcessor(ZSingleStreamAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         freqs_cis: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if autocasts(hidden_states) or freqs_cis is None:
+        norms = head_norms(attn, with_text=False)
+        if norms is None or autocasts(hidden_states) or freqs_cis is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        linears = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in linears)
-        q, k = (_rotated(normed(x, norm), freqs_cis) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if attention_mask is None:
-            o = attention(q, k, v)
-        else:  # captions of different lengths: True where a key [B, N] is no padding
-            o = attention_reference(q, k, v, mask=attention_mask[:, None, None, :])
-        return attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2)))
-
-
-def _rotated(x_BNHD: torch.Tensor, angles_BND: torch.Tensor) -> torch.Tensor:
-    """x turned by angles, complex numbers [B, N, D / 2] that multiply pairs of neighbouring channels, in fp32."""
-    pairs = torch.view_as_complex(x_BNHD.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles_BND.unsqueeze(2)).flatten(3).type_as(x_BNHD)
+        cos, sin = torch.view_as_real(freqs_cis).unbind(-1)
+        (part,) = projected_parts(attn, norms, hidden_states, None)
+        # Captions of different lengths: the mask [B, N] is True for the first tokens of a row, the rest is padding.
+        lengths = None if attention_mask is None else attention_mask.sum(1, dtype=torch.int32)
+        parts, head_dim = [part._replace(angles=(cos, sin))], part.q.shape[2] // attn.heads
+        o = attention_of_parts(parts, head_dim, norms.eps, lengths=lengths)
+        return attn.to_out[1](attn.to_out[0](o))
 
 
 class LeanFeedForward(FeedForward):
