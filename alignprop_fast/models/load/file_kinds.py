@@ -121,6 +121,7 @@ _ALONE = (
     Kind("a VAE, not a model", _is_vae, "give the model with its denoiser"),
 )
 _DENOISERS = {
+    "Krea2Pipeline": _any("text_fusion.projector."),
     "QwenImagePipeline": _any("transformer_blocks.0.img_mod.1."),
     "Flux2KleinPipeline": _any("double_stream_modulation_img."),
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
@@ -149,8 +150,8 @@ def check_kind(file: Path, shapes: Shapes) -> str:
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
     raise ValueError(
-        f"{file} holds no known denoiser (but {names}): "
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image model"
+        f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or "
+        "Qwen-Image model"
     )
 
 

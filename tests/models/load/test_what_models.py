@@ -188,6 +188,11 @@ def _(shelf):
     return shelf.write(weights(shelf.qwen_image / "transformer")), shelf.qwen_image
 
 
+@read("transformer of Krea 2 alone", "krea2", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.krea2 / "transformer")), shelf.krea2
+
+
 @refused("one file without `--model-config`", "give the folder of a model of the same architecture as the model config")
 def _(shelf):
     return whole_file(shelf.sd, shelf.here / "model.safetensors"), None
@@ -300,7 +305,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image model",
+        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
     ),
 }
 BYTES = {
