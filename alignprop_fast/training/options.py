@@ -103,7 +103,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2-klein's base, 4.5 for Krea 2, else 5",
+        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2's others, 4.5 for Krea 2, else 5",
         at_least=0,
         at_most=100,
         changes_plan=True,

@@ -58,7 +58,7 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
         "text_encoder_3": ("t5-xxl",),
     },
     "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
-    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b")},
+    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev")},
     "z-image": {"transformer": ("z-image",)},
     "qwen-image": {"transformer": ("qwen-image",)},
 }
@@ -170,9 +170,8 @@ def families() -> list[str]:
 def family_of(lora: Lora, pipe: Any = None) -> str:
     """The family of a transformer's adapters.
 
-    The pipeline decides, and only it tells Krea 2, and Qwen-Image, whose blocks have FLUX.1's names and shapes.
-    Without one, the family that has more of the module names wins; on a tie, the one with more of the shapes. If
-    several fit equally, the answer is the first of these.
+    The pipeline decides, and only it tells Krea 2. Without one, the family that has more of the module names wins; on a
+    tie, the one with more of the shapes. If several fit equally, the answer is the first of these.
     """
     if pipe is not None:
         return names_of(pipe).family

@@ -30,6 +30,7 @@ class Shelf:
     flux: Path
     z_image: Path
     flux2: Path
+    flux2_dev: Path
     qwen_image: Path
     krea2: Path
     here: Path
@@ -181,6 +182,11 @@ def _(shelf):
 @read("transformer of FLUX.2-klein alone, in its original names or diffusers'", "flux2", ALONE)
 def _(shelf):
     return shelf.write(original_layout.flux2(weights(shelf.flux2 / "transformer"))), shelf.flux2
+
+
+@read("transformer of FLUX.2-dev alone, in its original names or diffusers'", "flux2_dev", ALONE)
+def _(shelf):
+    return shelf.write(original_layout.flux2(weights(shelf.flux2_dev / "transformer"))), shelf.flux2_dev
 
 
 @read("transformer of Qwen-Image alone", "qwen_image", ALONE)
@@ -435,7 +441,6 @@ def _(shelf):
 
 NOT_YET = {
     "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
-    "FLUX.2-dev": ("Flux2Pipeline", "its text encoder is Mistral 3"),
     "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
     "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
@@ -468,7 +473,7 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2")
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
     return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 
