@@ -3,9 +3,9 @@
 A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
 original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
 Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL and FLUX.1 with their
-text encoders, FLUX.2 and Z-Image). Block numbers are then free, because models of other sizes have other numbers. Two
-models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the proportions of the
-layer tell them apart. If the shapes tell which published model it is, only its layers count.
+text encoders, FLUX.2, Z-Image and Qwen-Image). Block numbers are then free, because models of other sizes have other
+numbers. Two models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the
+proportions of the layer tell them apart. If the shapes tell which published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
     "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
     "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b")},
     "z-image": {"transformer": ("z-image",)},
+    "qwen-image": {"transformer": ("qwen-image",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -281,10 +282,12 @@ def _remedy(pipe: Any) -> str:
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
     """If most modules of a part have the shapes of a published network, all modules must be among its layers.
 
-    names: of the modules in the file. Raises ValueError as `find_modules`.
+    The networks are those of families that have all of the names. names: of the modules in the file. Raises ValueError
+    as `find_modules`.
     """
     networks: dict[str, list[str]] = {}
-    for family in families():
+    found = [family for family in families() if all(map(published_names(family).modules, names.values()))]
+    for family in found or families():
         for part, those in _PUBLISHED[family].items():
             networks.setdefault(part, []).extend(those)
     for part in {module.partition(".")[0] for module in lora} & networks.keys():
