@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_summary import Prediction, predict
-from alignprop_fast.cli.screen import Waiting
+from alignprop_fast.cli.screen import Waiting, say_measured
 from alignprop_fast.cli.support import budget_here, pick_device, quiet_libraries
 from alignprop_fast.planner import (
     AUTO,
@@ -152,7 +153,10 @@ def from_model(console: Console, options: PlanOptions) -> Question:
         with nullcontext() if place.gpu is None else _without_compiler():
             quiet_libraries(console)
             sampler = _sampler(chosen, config, place.device)
+        start = time.perf_counter()
         tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
+        if place.gpu is None:
+            say_measured(console, time.perf_counter() - start)
         if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
             held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
             budget_bytes = budget_bytes if held_bytes is None else held_bytes

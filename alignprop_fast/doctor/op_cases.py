@@ -19,6 +19,7 @@ from alignprop_fast.ops import (
     layer_norm,
     lora_linear_triton,
     norm_modulate,
+    qk_norm_rope,
 )
 from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference, plain_gradients, plain_outputs
 
@@ -38,6 +39,7 @@ def kernel_cases(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
     yield from _layer_norm(draw, large, quick)
     yield from _norm_modulate(draw, large)
     yield from _activation(draw, large)
+    yield from _qk_norm_rope(draw, large)
     yield from _guided_step(draw, large)
     yield from _lora_linear(draw, large)
     yield from _group_norm_silu(draw, large, quick)
@@ -127,6 +129,33 @@ def _activation(draw: Draw, large: bool) -> Iterator[Case]:
             implementation, off = _served(x, "activation")
             run, reference = autograd_of(getattr(activation, name), 1), getattr(activation, f"{name}_reference")
             yield Case(name, _sizes(shape), draw.dtype, implementation, (x,), 1, run, reference, off)
+
+
+def _qk_norm_rope(draw: Draw, large: bool) -> Iterator[Case]:
+    # (tokens of each part, heads, head dimension, pairs from two halves)
+    for lengths, heads, head_dim, halved in (((77, 1024) if large else (3, 40), 10, 64, False), ((29,), 3, 40, True)):
+        shapes = [(2, length, heads * head_dim) for length in lengths for _ in range(3)]
+        projections = [draw(*shape, std=2.0) for shape in shapes]
+        scales = [draw(head_dim) for _ in range(2)]
+        turns = [draw(1, length, head_dim // 2, dtype=torch.float32) for length in lengths]
+        angles = [t for turn in turns for t in (turn.cos(), turn.sin())]
+        inputs = (*projections, *scales, *angles)
+        implementation, off = _served(projections[0], "qk_norm_rope")
+        ours, reference = (
+            partial(_prepared, fn, len(lengths), head_dim, halved)
+            for fn in (qk_norm_rope.qk_norm_rope, qk_norm_rope.qk_norm_rope_reference)
+        )
+        name = f"2x{'+'.join(map(str, lengths))}x{heads}x{head_dim}{' halved' if halved else ''}"
+        run = autograd_of(ours, len(shapes))
+        yield Case("qk_norm_rope", name, draw.dtype, implementation, inputs, len(shapes), run, reference, off)
+
+
+def _prepared(op: Any, count: int, head_dim: int, halved: bool, *tensors: Tensor) -> Any:
+    """q, k and v of a sequence of some parts."""
+    (q_scale, k_scale), angles = tensors[3 * count : 3 * count + 2], tensors[3 * count + 2 :]
+    columns = (*(tensors[i : 3 * count : 3] for i in range(3)), angles[::2], angles[1::2])
+    parts = [qk_norm_rope.Part(q, k, v, (q_scale, k_scale), (c, s)) for q, k, v, c, s in zip(*columns, strict=True)]
+    return op(parts, head_dim, EPS, halved)
 
 
 def _guided_step(draw: Draw, large: bool) -> Iterator[Case]:

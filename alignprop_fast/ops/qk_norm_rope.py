@@ -8,7 +8,7 @@ values of all parts are written into one buffer each, in place of a concatenatio
 in the backward pass, so only the projections are kept. The scales gamma are frozen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +66,16 @@ def tensors_of(parts: Sequence[Part]) -> list[Tensor]:
 
 
 def qk_norm_rope_reference(
+    parts: Sequence[Part], head_dim: int, eps: float, halved: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain PyTorch; see `qk_norm_rope`."""
+    return _prepared_by(_plain_forward, form_of(parts, head_dim, eps, halved), tensors_of(parts))
+
+
+def normed_and_turned(
     x_BNHD: Tensor, scale: Tensor | None, angles: tuple[Tensor, Tensor] | None, eps: float, halved: bool = False
 ) -> Tensor:
-    """Plain PyTorch, for queries or keys of one part; returns [B, N, H, D]. The rotation is fp32 or wider."""
+    """Queries or keys of one part in plain PyTorch, [B, N, H, D]; the rotation is fp32 or wider."""
     x = x_BNHD if scale is None else F.rms_norm(x_BNHD, scale.shape, scale, eps)
     if angles is not None:
         cos, sin = angles
@@ -101,7 +108,7 @@ def _plain_forward(
     pairs = [(angles[2 * part], angles[2 * part + 1]) if angles else None for part in parts]
     q, k = (
         [
-            qk_norm_rope_reference(
+            normed_and_turned(
                 heads[3 * part + one], gammas[2 * part + one] if gammas else None, pairs[part], eps, halved
             )
             for part in parts
@@ -197,8 +204,14 @@ _triton_backward = Launch("qk_norm_rope_backward", "qk_norm_rope", _launch_backw
 
 def prepared(form: Form, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of the whole sequence, [B, S, H, D], without gradient. v of a single part is a view."""
+    served = backend(tensors[0], form.head_dim) == "triton"
+    return _prepared_by(_triton_forward if served else _plain_forward, form, tensors)
+
+
+def _prepared_by(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]], form: Form, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     projections, gammas, angles = form.split(tensors)
-    run = _triton_forward if backend(projections[0], form.head_dim) == "triton" else _plain_forward
     q, k, v = run(projections, gammas, angles, form.head_dim, form.eps, form.halved)
     return q, k, v if form.parts > 1 else projections[2].unflatten(-1, (-1, form.head_dim))
 
@@ -206,7 +219,7 @@ def prepared(form: Form, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Ten
 def gradients(form: Form, tensors: Sequence[Tensor], dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
     """Gradients of `tensors` from those of `prepared`; None for scales and angles."""
     projections, gammas, angles = form.split(tensors)
-    run = _triton_backward if backend(projections[0], form.head_dim) == "triton" else _plain_backward
+    run = _triton_backward if backend(tensors[0], form.head_dim) == "triton" else _plain_backward
     pairs = run(dq, dk, projections, gammas, angles, form.eps, form.halved)
     values = dv.split([x.shape[1] for x in projections[2::3]], dim=1)
     found = [t for part, value in enumerate(values) for t in (*pairs[2 * part : 2 * part + 2], value.flatten(2))]

@@ -24,12 +24,17 @@ def test_the_cpu_is_right():
     told = []
     report = examine(CPU, dtypes=[torch.float32], tell=told.append)
     assert report.exit_code == 0 and not report.off and not [c for c in report.checks if c.fault or c.note]
-    assert {"layer_norm", "geglu", "guided_step", "guided_step adjoint", "lora_linear", "group_norm_silu"} < {
-        check.op for check in report.checks
-    }
-    assert {"PyTorch", "attention", "frozen_conv2d", "norm_conv", "upsample_conv", "banded_residual"} < {
-        check.op for check in report.checks
-    }
+    assert {
+        "layer_norm",
+        "qk_norm_rope",
+        "geglu",
+        "guided_step",
+        "guided_step adjoint",
+        "lora_linear",
+        "group_norm_silu",
+    } < {check.op for check in report.checks}
+    assert {"PyTorch", "attention", "lora_linear", "group_norm_silu"} < {check.op for check in report.checks}
+    assert {"frozen_conv2d", "norm_conv", "upsample_conv", "banded_residual"} < {check.op for check in report.checks}
     keys = {word for check in report.checks if check.op == "attention" for word in check.case.split() if word[0] == "N"}
     assert keys == {"N77", "N576", "N4096", "N4429"}
     assert all(check.deterministic for check in report.checks)

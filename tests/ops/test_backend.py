@@ -92,12 +92,7 @@ def run_qk_norm_rope(op):
     q.requires_grad_(), k.requires_grad_()
     pair = (angles[..., :4].cos(), angles[..., :4].sin())
     part = rope_op.Part(q, k, k, (scale[0, 0, :8], scale[0, 1, :8]), pair)
-    if op:
-        return gradients(rope_op.qk_norm_rope([part], 8, 1e-5)[:2], [q, k])
-    heads = [x.unflatten(-1, (3, 8)) for x in (q, k)]
-    return gradients(
-        [rope_op.qk_norm_rope_reference(x, g, pair, 1e-5) for x, g in zip(heads, part.scales, strict=True)], [q, k]
-    )
+    return gradients((rope_op.qk_norm_rope if op else rope_op.qk_norm_rope_reference)([part], 8, 1e-5)[:2], [q, k])
 
 
 # Op -> (runs it, or its reference; the module and the name of what starts its kernels, forward and backward).

@@ -9,7 +9,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from alignprop_fast.ops.attention import attention_of_parts, attention_reference
-from alignprop_fast.ops.qk_norm_rope import Part, backend, qk_norm_rope, qk_norm_rope_reference
+from alignprop_fast.ops.qk_norm_rope import (
+    Part,
+    backend,
+    normed_and_turned,
+    qk_norm_rope,
+    qk_norm_rope_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -33,21 +39,6 @@ def inputs(lengths, heads, head_dim, dtype, normed=True, turned=True, wide=False
     return parts, [draw(2, sum(lengths), count, head_dim) for count in (heads[0], heads[1], heads[1])]
 
 
-def joined(parts, head_dim, halved=False):
-    """q, k and v of the sequence by the reference."""
-    found = []
-    for x, scale in ((0, 0), (1, 1), (2, None)):
-        each = [part[x].unflatten(-1, (-1, head_dim)) for part in parts]
-        if scale is not None:
-            scales = [part.scales and part.scales[scale] for part in parts]
-            each = [
-                qk_norm_rope_reference(t, gamma, part.angles, EPS, halved)
-                for t, gamma, part in zip(each, scales, parts, strict=True)
-            ]
-        found.append(torch.cat(each, 1))
-    return found
-
-
 def learning(parts):
     """The parts with projections that get gradients, and these projections."""
     parts = [Part(*(t.detach().requires_grad_() for t in part[:3]), *part[3:]) for part in parts]
@@ -57,7 +48,7 @@ def learning(parts):
 def plain(parts, gs, head_dim, halved=False):
     """(q, k, [v], dq, dk of each part), as the kernels return them."""
     parts, wanted = learning(parts)
-    outputs = joined(parts, head_dim, halved)
+    outputs = qk_norm_rope_reference(parts, head_dim, EPS, halved)
     grads = torch.autograd.grad(outputs, wanted, gs)
     outputs = outputs if len(parts) > 1 else outputs[:2]
     return [*(t.detach() for t in outputs), *(g for i, g in enumerate(grads) if i % 3 < 2)]
@@ -73,7 +64,7 @@ def test_values_and_gradients(dtype, halved, lengths):
         return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, wanted, given[1])]
 
     def reference(parts):
-        return joined(parts, 8, halved)
+        return qk_norm_rope_reference(parts, 8, EPS, halved)
 
     given = inputs(lengths, (4, 2), 8, dtype)
     ours = run(given, lambda parts: qk_norm_rope(parts, 8, EPS, halved))
@@ -91,11 +82,11 @@ def test_the_reference_is_diffusers(halved):
     cos, sin = (torch.cat([t[0]] * 2, -1) if halved else t[0].repeat_interleave(2, -1) for t in part.angles)
     x = part.q.unflatten(-1, (3, 8))
     theirs = apply_rotary_emb(norm(x), (cos, sin), use_real_unbind_dim=-2 if halved else -1, sequence_dim=1)
-    assert torch.equal(qk_norm_rope_reference(x, part.scales[0], part.angles, EPS, halved), theirs)
+    assert torch.equal(normed_and_turned(x, part.scales[0], part.angles, EPS, halved), theirs)
     if not halved:  # Z-Image's and Qwen-Image's form; products of complex numbers may round once less
         numbers = torch.complex(*part.angles)
         theirs = apply_rotary_emb(norm(x), numbers, use_real=False)
-        assert torch.allclose(qk_norm_rope_reference(x, part.scales[0], part.angles, EPS), theirs, atol=1e-6)
+        assert torch.allclose(normed_and_turned(x, part.scales[0], part.angles, EPS), theirs, atol=1e-6)
 
 
 def test_attention_of_parts_keeps_the_projections_and_what_attention_returns():
@@ -107,7 +98,7 @@ def test_attention_of_parts_keeps_the_projections_and_what_attention_returns():
     tokens, shared = 2 * 9, sum(t.numel() for part in parts for pair in part[3:] for t in pair)
     assert sum(t.numel() for t in saved.values()) == tokens * (3 * 32 + 32 + 2) + shared
     grads = torch.autograd.grad(o.square().sum(), wanted)
-    q, k, v = (t.transpose(1, 2) for t in joined(parts, 16))
+    q, k, v = (t.transpose(1, 2) for t in qk_norm_rope_reference(parts, 16, EPS))
     expected = attention_reference(q, k, v).transpose(1, 2).flatten(2)
     # Sums of 16 products in another order.
     assert torch.allclose(o, expected, atol=1e-5)

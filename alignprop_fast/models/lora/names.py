@@ -279,10 +279,12 @@ def _remedy(pipe: Any) -> str:
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
     """If most modules of a part have the shapes of a published network, all modules must be among its layers.
 
-    names: of the modules in the file. Raises ValueError as `find_modules`.
+    The networks are those of families that have all of the names. names: of the modules in the file. Raises ValueError
+    as `find_modules`.
     """
     networks: dict[str, list[str]] = {}
-    for family in families():
+    found = [family for family in families() if all(map(published_names(family).modules, names.values()))]
+    for family in found or families():
         for part, those in _PUBLISHED[family].items():
             networks.setdefault(part, []).extend(those)
     for part in {module.partition(".")[0] for module in lora} & networks.keys():
