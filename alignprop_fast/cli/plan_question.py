@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_summary import Prediction, predict
-from alignprop_fast.cli.screen import Waiting
+from alignprop_fast.cli.screen import Waiting, say_measured
 from alignprop_fast.cli.support import budget_here, pick_device, quiet_libraries
 from alignprop_fast.planner import (
     AUTO,
@@ -148,9 +150,13 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     name, budget_bytes, note = place.budget(wanted_bytes)
     tables = kept_tables.read(chosen) if place.is_named else None
     if tables is None:
-        quiet_libraries(console)
-        sampler = _sampler(chosen, config, place.device)
+        with nullcontext() if place.gpu is None else _without_compiler():
+            quiet_libraries(console)
+            sampler = _sampler(chosen, config, place.device)
+        start = time.perf_counter()
         tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
+        if place.gpu is None:
+            say_measured(console, time.perf_counter() - start)
         if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
             held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
             budget_bytes = budget_bytes if held_bytes is None else held_bytes
@@ -281,6 +287,22 @@ def _is_known(options: PlanOptions) -> bool:
     return (options.model in (*NAMES, "demo") or Path(options.model).expanduser().exists()) and not any(
         map(is_function_name, parts)
     )
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Inside, libraries that compile functions when they are imported (bitsandbytes) do not load torch's compiler.
+
+    It takes longer to load than everything else, and an estimate compiles nothing.
+    """
+    name = "TORCHDYNAMO_DISABLE"
+    added = name not in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if added:
+            del os.environ[name]
 
 
 @contextmanager

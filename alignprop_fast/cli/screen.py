@@ -74,6 +74,10 @@ def drop_output(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def say_measured(console: Console, seconds: float) -> None:
+    console.print(f"measured: costs of a training step, in {seconds:.1f} s")
+
+
 class Waiting:
     """A bar with the time left, in a terminal, for work that tells which share of it is done.
 

@@ -17,6 +17,7 @@ from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import Rewards, make_stopping, open_model, open_rewards, resolved, tell_sampler
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.results import check_adapters
+from alignprop_fast.cli.screen import say_measured
 from alignprop_fast.cli.session import Session
 from alignprop_fast.cli.support import (
     budget_here,
@@ -238,5 +239,5 @@ def _predict(trainer: AlignPropTrainer, options: TrainOptions, console: Console)
         table = sampler.solver(options.batch_size, options.negative_prompt).table
     seconds = time.perf_counter() - start
     found = predict(table, trainer.config.sample_num_steps, options.truncation, options.batch_size, budget_bytes)
-    console.print(f"measured: costs of a training step, in {seconds:.1f} s")
+    say_measured(console, seconds)
     return found

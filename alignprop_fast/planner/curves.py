@@ -6,6 +6,7 @@ of all segments of all resident steps. In large tables the frontier of one step 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -44,18 +45,26 @@ class Curves:
 
     Attributes:
         recorded: has the frontier of replays that run as CUDA graphs, which may not offload.
+
+    Args:
+        price: seconds that a byte in host memory is charged, so that rows with less of it are found too.
     """
 
-    def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int):
-        self.table, self.num_steps, self.recorded = table, num_steps, self
+    def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int, price: float = 0.0):
+        self.table, self.num_steps, self.most_grad_steps = table, num_steps, most_grad_steps
+        self.price, self.recorded = price, self
         # Alive beside a step's own worst moment: the images, the sums of the gradients, and offloaded tensors in
         # transfer.
         self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
-        self.replay = chain(table.step, Frontier.start(), REPLAY_LABELS, self.above)
-        self.tail = tail_frontier(table)
+        self.replay = chain(table.step, Frontier.start(0, price), REPLAY_LABELS, self.above)
+        self.tail = replace(tail_frontier(table), price=price)
         self.step: Frontier | None = None  # labels of one resident step, if its frontier is repeated
-        resident = self._exact(most_grad_steps)
-        self.resident = self._repeated(most_grad_steps) if resident is None else resident
+
+    @cached_property
+    def resident(self) -> list[Frontier]:
+        """The frontiers of 0, 1, ... resident steps with decoder and reward."""
+        exact = self._exact(self.most_grad_steps)
+        return self._repeated(self.most_grad_steps) if exact is None else exact
 
     def _tails(self) -> tuple[Frontier, Frontier]:
         """The tail beside a step without gradient, and the tail alone, for the case that every step is resident."""
@@ -91,7 +100,7 @@ class Curves:
         """
         rest, alone = (tail.pareto(TAIL_LABELS) for tail in self._tails())
         least = int(min(rest.need[0], alone.need[0]))
-        step = chain(self.table.step, Frontier.start(least), STEP_LABELS, self.above)
+        step = chain(self.table.step, Frontier.start(least, self.price), STEP_LABELS, self.above)
         self.step = replace(step, need=step.need - least)
         frontiers = [alone if self.num_steps == 0 else rest]
         for resident, steps in enumerate(repeated(self.step, most_grad_steps), start=1):
@@ -103,12 +112,15 @@ class Curves:
         return max(int(frontier.host.max()) for frontier in [self.replay, *self.resident])
 
     def _allowed(self, frontier: Frontier, room: float) -> np.ndarray:
+        """Rows that fit the room and the host limit, each faster than those before."""
         limit = self.table.host_limit_bytes
         fits = frontier.need <= room
-        return np.flatnonzero(fits if limit is None else fits & (frontier.host <= limit))
+        rows = np.flatnonzero(fits if limit is None else fits & (frontier.host <= limit))
+        fastest = np.minimum.accumulate(frontier.seconds[rows])
+        return rows[np.flatnonzero(np.diff(fastest, prepend=np.inf))]
 
     def candidates(self, grad_steps: int, room: int, use: GraphUse = GraphUse.NONE) -> list[Candidate]:
-        """The fastest for each number of resident steps: the last row that fits, since seconds descend."""
+        """The fastest for each number of resident steps: the last allowed row."""
         if use.replays:
             return self._candidates_with_recorded_replays(grad_steps, room)
         pool_bytes = self.table.pool_bytes(use, 0)
@@ -121,9 +133,7 @@ class Curves:
             if len(rows) == 0 or (replayed and len(replays) == 0):
                 continue
             row, replay_row = int(rows[-1]), int(replays[-1]) if replayed else -1
-            seconds = float(self.resident[resident].seconds[row])
-            seconds += replayed * self.table.sampling_seconds_of(use)
-            seconds += (self.num_steps - grad_steps) * self.table.closed_seconds_of(use)
+            seconds = float(self.resident[resident].seconds[row]) + self._sampling_seconds(grad_steps, resident, use)
             need = int(self.resident[resident].need[row])
             if replayed:
                 seconds += replayed * float(self.replay.seconds[replay_row])
@@ -155,7 +165,7 @@ class Curves:
             row = int(rows[fits[replay_row]])
             found.append(
                 Candidate(
-                    float(seconds[best]) + (self.num_steps - resident) * self.table.sampling_seconds_of(use),
+                    float(seconds[best]) + self._sampling_seconds(grad_steps, resident, use),
                     int(pools[replay_row]) + max(int(frontier.need[row]), above),
                     resident,
                     row,
@@ -165,15 +175,25 @@ class Curves:
             )
         return found
 
+    def _sampling_seconds(self, grad_steps: int, resident: int, use: GraphUse) -> float:
+        """Seconds of all evaluations without gradient: first runs of replayed steps, and closed steps."""
+        first, closed = self.table.sampling_seconds_of(use), self.table.closed_seconds_of(use)
+        return (grad_steps - resident) * first + (self.num_steps - grad_steps) * closed
+
     def least_need(self, grad_steps: int) -> int | None:
-        """The least room that has a candidate; None if the host limit excludes all."""
+        """The least room that has a candidate; None if the host limit excludes all.
+
+        A resident step needs no less than a replay. But if all steps are resident, none runs without gradient.
+        """
         replays = self._allowed(self.replay, np.inf)
+        ways = [(self._tails()[0], grad_steps > 0)]
+        if grad_steps == self.num_steps:
+            ways.append((self.resident[grad_steps], False))
         needs = []
-        for resident in range(grad_steps + 1):
-            rows = self._allowed(self.resident[resident], np.inf)
-            if len(rows) and (resident == grad_steps or len(replays)):
-                replay = self.replay.need[replays[0]] if resident < grad_steps else 0
-                needs.append(int(max(self.resident[resident].need[rows[0]], replay)))
+        for frontier, replayed in ways:
+            rows = self._allowed(frontier, np.inf)
+            if len(rows) and (len(replays) or not replayed):
+                needs.append(int(max(frontier.need[rows[0]], self.replay.need[replays[0]] if replayed else 0)))
         return min(needs, default=None)
 
     def plan(self, steps: tuple[int, ...], candidate: Candidate) -> Plan:

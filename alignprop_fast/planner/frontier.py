@@ -16,13 +16,14 @@ from alignprop_fast.planner.table import Segment
 
 @dataclass(frozen=True)
 class Frontier:
-    """Labels in ascending need and descending seconds, one row each.
+    """Labels in ascending need and descending cost, one row each.
 
     need: bytes at the worst moment, int64.
     seconds: float64.
     host: bytes in host memory, int64.
     picks: int16 matrix with a column for each decision, in order of time.
     thinned: some labels were dropped because there were too many; the others are correct but may not be the best.
+    price: seconds that a byte in host memory is charged when labels are compared.
     """
 
     need: np.ndarray
@@ -30,15 +31,20 @@ class Frontier:
     host: np.ndarray
     picks: np.ndarray
     thinned: bool = False
+    price: float = 0.0
 
     def __len__(self) -> int:
         return len(self.need)
 
+    @property
+    def cost(self) -> np.ndarray:
+        return self.seconds + self.price * self.host
+
     @classmethod
-    def start(cls, need: int = 0) -> "Frontier":
+    def start(cls, need: int = 0, price: float = 0.0) -> "Frontier":
         """The frontier of no segments: one label without decisions."""
         zero = np.zeros(1, np.int64)
-        return cls(zero + need, np.zeros(1), zero, np.zeros((1, 0), np.int16))
+        return cls(zero + need, np.zeros(1), zero, np.zeros((1, 0), np.int16), price=price)
 
     def indexed(self) -> "Frontier":
         """The same labels, each with one decision: its own row."""
@@ -50,7 +56,8 @@ class Frontier:
         return replace(self, picks=np.hstack((empty, self.picks)))
 
     def rows(self, rows: np.ndarray, thinned: bool = False) -> "Frontier":
-        return Frontier(self.need[rows], self.seconds[rows], self.host[rows], self.picks[rows], self.thinned or thinned)
+        thinned = self.thinned or thinned
+        return Frontier(self.need[rows], self.seconds[rows], self.host[rows], self.picks[rows], thinned, self.price)
 
     def at_least(self, need: int) -> "Frontier":
         """The frontier with a further moment that needs the given bytes by itself."""
@@ -58,22 +65,22 @@ class Frontier:
 
     def pareto(self, most: int) -> "Frontier":
         """At most the given number of labels that no other beats."""
-        return self.rows(*_best(self.need, self.seconds, most))
+        return self.rows(*_best(self.need, self.cost, most))
 
 
-def _best(need: np.ndarray, seconds: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
+def _best(need: np.ndarray, cost: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
     """Rows of the labels that no other beats, in ascending need, and whether some of them were dropped.
 
     If there are more than `most`, labels at even distances along the frontier are kept. The choice does not depend on a
-    budget, so a larger budget never gives a slower plan. The leanest and the fastest label are always kept.
+    budget, so a larger budget never gives a slower plan. The leanest and the cheapest label are always kept.
     """
     order = np.argsort(need)
-    fastest = np.minimum.accumulate(seconds[order])
-    rows = order[np.concatenate(([True], fastest[1:] < fastest[:-1]))]
-    rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # among equal needs the fastest is last
+    least = np.minimum.accumulate(cost[order])
+    rows = order[np.concatenate(([True], least[1:] < least[:-1]))]
+    rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # among equal needs the cheapest is last
     if len(rows) <= most:
         return rows, False
-    along = _fraction(need[rows]) + _fraction(-seconds[rows])
+    along = _fraction(need[rows]) + _fraction(-cost[rows])
     bucket = (along * (most // 2 - 1)).astype(np.int64)
     last = np.concatenate((bucket[1:] != bucket[:-1], [True]))
     last[0] = True
@@ -93,10 +100,10 @@ def in_front(segment: Segment, rest: Frontier, most: int, above: int = 0) -> Fro
     need = (kept + np.maximum(transient, rest.need)).ravel()
     seconds = (np.array([option.seconds for option in options])[:, None] + rest.seconds).ravel()
     host = (np.array([option.host_bytes for option in options], np.int64)[:, None] + rest.host).ravel()
-    rows, thinned = _best(need, seconds, most)
+    rows, thinned = _best(need, seconds + rest.price * host, most)
     chosen, after = np.divmod(rows, len(rest))
     picks = np.hstack((chosen.astype(np.int16)[:, None], rest.picks[after]))
-    return Frontier(need[rows], seconds[rows], host[rows], picks, rest.thinned or thinned)
+    return Frontier(need[rows], seconds[rows], host[rows], picks, rest.thinned or thinned, rest.price)
 
 
 def chain(segments: Sequence[Segment], rest: Frontier, most: int, above: int = 0) -> Frontier:
@@ -111,10 +118,11 @@ def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> 
     need = need.ravel()
     seconds = (first.seconds[:, None] + second.seconds).ravel()
     host = (first.host[:, None] + second.host).ravel()
-    rows, thinned = _best(need, seconds, most)
+    rows, thinned = _best(need, seconds + first.price * host, most)
     one, two = np.divmod(rows, len(second))
     picks = np.hstack((first.picks[one], second.picks[two]))
-    return Frontier(need[rows], seconds[rows], host[rows], picks, first.thinned or second.thinned or thinned)
+    thinned = first.thinned or second.thinned or thinned
+    return Frontier(need[rows], seconds[rows], host[rows], picks, thinned, first.price)
 
 
 def either(frontiers: Sequence[Frontier], most: int) -> Frontier:
@@ -128,4 +136,5 @@ def either(frontiers: Sequence[Frontier], most: int) -> Frontier:
         np.concatenate([frontier.host for frontier in wide]),
         np.hstack((which[:, None], np.vstack([frontier.picks for frontier in wide]))),
         any(frontier.thinned for frontier in wide),
+        wide[0].price,
     ).pareto(most)

@@ -17,12 +17,12 @@ MOST_LABELS = 512
 def hull(frontier: Frontier) -> np.ndarray:
     """Rows of the labels on the lower convex hull, in ascending need."""
     rows: list[int] = []
-    need, seconds = frontier.need.astype(float), frontier.seconds
+    need, cost = frontier.need.astype(float), frontier.cost
     for row in range(len(frontier)):
         while len(rows) >= 2:
             first, last = rows[-2], rows[-1]
-            rise = (seconds[last] - seconds[first]) * (need[row] - need[first])
-            if rise < (seconds[row] - seconds[first]) * (need[last] - need[first]):
+            rise = (cost[last] - cost[first]) * (need[row] - need[first])
+            if rise < (cost[row] - cost[first]) * (need[last] - need[first]):
                 break
             rows.pop()
         rows.append(row)
@@ -50,5 +50,5 @@ def repeated(step: Frontier, most_steps: int) -> Iterator[Frontier]:
             for values in (step.need, step.seconds, step.host)
         )
         picks = [np.broadcast_to(rows, (copies, len(free))).ravel() for rows in (lower, upper, times, free)]
-        labels = Frontier(need, seconds, host, np.stack(picks, axis=1).astype(np.int16), step.thinned)
+        labels = Frontier(need, seconds, host, np.stack(picks, axis=1).astype(np.int16), step.thinned, step.price)
         yield labels.pareto(MOST_LABELS)

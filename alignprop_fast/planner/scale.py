@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from alignprop_fast.planner.budget import BudgetInfeasible
 from alignprop_fast.planner.cuda_graphs import GraphCosts
 from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.solve import solve
+from alignprop_fast.planner.solve import Solver, solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 MOST_BATCH = 1024
@@ -148,19 +147,11 @@ def largest_batch(
         BudgetInfeasible: not even one image fits.
     """
 
-    def attempt(batch: int) -> Plan | None:
-        try:
-            return solve(table_of_batch(batch), num_steps, grad_steps, budget_bytes)
-        except BudgetInfeasible:
-            return None
-
-    fits, plan = 1, solve(table_of_batch(1), num_steps, grad_steps, budget_bytes)
-    fails = MOST_BATCH + 1
+    fits, fails = 0, MOST_BATCH + 1
     while fails - fits > 1:
-        batch = fits * 2 if fails > MOST_BATCH and fits * 2 <= MOST_BATCH else (fits + fails) // 2
-        larger = attempt(batch)
-        if larger is None:
-            fails = batch
+        batch = max(1, fits * 2) if fails > MOST_BATCH and fits * 2 <= MOST_BATCH else (fits + fails) // 2
+        if Solver(table_of_batch(batch), num_steps, len(grad_steps)).fits(len(grad_steps), budget_bytes):
+            fits = batch
         else:
-            fits, plan = batch, larger
-    return fits, plan
+            fails = batch
+    return fits, solve(table_of_batch(max(1, fits)), num_steps, grad_steps, budget_bytes)

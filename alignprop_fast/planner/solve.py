@@ -1,7 +1,9 @@
 """Finds the fastest plan within a memory budget, and the least budget that has a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from alignprop_fast.planner.budget import BudgetInfeasible
 from alignprop_fast.planner.cuda_graphs import GraphUse
@@ -11,6 +13,8 @@ from alignprop_fast.planner.remedies import remedies
 from alignprop_fast.planner.simulate import price
 from alignprop_fast.planner.table import CostTable, Segment, Stage
 
+HOST_PRICES = 4
+
 
 def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
     """The fastest plan whose predicted peak stays within the budget; among equally fast ones the leanest.
@@ -18,8 +22,8 @@ def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_by
     Each training step draws its gates again, so the plan holds for all gates with as many gradient steps: it leaves
     room for a step without graph after all resident ones, even if these gates have none there. (`peak_bytes` is the
     peak of these gates.) A larger budget never gives a slower plan. If the table limits host memory, plans that offload
-    more are excluded, and plans without offloading are considered instead. To solve for many budgets or gates, keep a
-    `Solver`.
+    more are excluded, and a few prices of host memory lead to plans that offload less. To solve for many budgets or
+    gates, keep a `Solver`.
 
     Args:
         table: costs at this batch size, resolution and dtype.
@@ -63,21 +67,36 @@ class Solver:
             raise BudgetInfeasible(budget_bytes, smallest.peak_bytes, remedies(smallest))
         return replace(plan, budget_bytes=budget_bytes)
 
-    def curves(self, grad_steps: int) -> list[Curves]:
-        """Frontiers for this number of gradient steps: with offloading and, if the host limit may exclude it, without.
+    def fits(self, grad_steps: int, budget_bytes: int) -> bool:
+        """Whether any plan for this number of gradient steps keeps the budget. Faster than `plan`."""
+        room = budget_bytes - self.table.base_bytes(grad_steps)
+        needs = (curves.least_need(grad_steps) for curves in self._made(self._most(grad_steps)))
+        return any(need is not None and need <= room for need in needs)
 
-        A single gradient step has its own frontiers, because it has no sums of gradients beside it.
-        """
-        most = self.most_grad_steps if grad_steps > 1 else min(self.most_grad_steps, 1)
+    def curves(self, grad_steps: int) -> list[Curves]:
+        """Frontiers for this number of gradient steps: with offloading and, if the host limit may exclude it, without
+        and with less of it."""
+        most = self._most(grad_steps)
         if most not in self._curves:
-            found = [Curves(self.table, self.num_steps, most)]
-            limit = self.table.host_limit_bytes
-            if self.table.transfer_bytes or (limit is not None and found[0].most_host_bytes() > limit):
-                plain = _without_offload(self.table)
-                found += [] if plain is None else [Curves(plain, self.num_steps, most)]
-                found[0].recorded = found[-1]
-            self._curves[most] = found
+            self._curves[most] = list(self._made(most))
         return self._curves[most]
+
+    def _most(self, grad_steps: int) -> int:
+        """A single gradient step has its own frontiers, because it has no sums of gradients beside it."""
+        return self.most_grad_steps if grad_steps > 1 else min(self.most_grad_steps, 1)
+
+    def _made(self, most: int) -> Iterator[Curves]:
+        free = Curves(self.table, self.num_steps, most)
+        yield free
+        limit = self.table.host_limit_bytes
+        is_limited = limit is not None and free.most_host_bytes() > limit
+        if (is_limited or self.table.transfer_bytes) and (plain := _without_offload(self.table)) is not None:
+            free.recorded = Curves(plain, self.num_steps, most)
+            yield free.recorded
+        for byte_seconds in _host_prices(self.table) if is_limited else []:
+            priced = Curves(self.table, self.num_steps, most, byte_seconds)
+            priced.recorded = free.recorded
+            yield priced
 
     def _fastest(self, steps: tuple[int, ...], budget_bytes: int) -> Plan | None:
         room = budget_bytes - self.table.base_bytes(len(steps))
@@ -102,6 +121,18 @@ class Solver:
         plan = self._fastest(steps, self.table.base_bytes(len(steps)) + min(needs))
         assert plan is not None
         return plan
+
+
+def _host_prices(table: CostTable) -> list[float]:
+    """Prices of a byte in host memory, in seconds: from the least that an option saves by one to the most."""
+    saved = [
+        (plain.seconds - option.seconds) / option.host_bytes
+        for segment in table.step
+        for option in segment.options
+        for plain in segment.options
+        if option.host_bytes and not plain.host_bytes and plain.seconds > option.seconds
+    ]
+    return list(np.geomspace(min(saved), max(saved), HOST_PRICES)) if saved else []
 
 
 def _without_offload(table: CostTable) -> CostTable | None:

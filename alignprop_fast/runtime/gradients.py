@@ -53,12 +53,12 @@ class GradientSums:
         found = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
         added = [(total, grad) for k, grad in found if (total := self.tensors[k]) is not None]
         first = [(k, grad) for k, grad in found if self.tensors[k] is None]
-        if added:  # in one launch
-            totals, terms = zip(*added, strict=True)
-            torch._foreach_add_(totals, widened(terms))
+        if added:
+            terms = widened([grad for _, grad in added])
+            torch._foreach_add_([total for total, _ in added], [term for term in terms if term is not None])
         placed = [(self._place(k), grad) for k, grad in first if k in self._placed]
         if placed:
-            torch._foreach_copy_(*map(list, zip(*placed, strict=True)))
+            torch._foreach_copy_([place for place, _ in placed], [grad for _, grad in placed])
         loose = [(k, grad) for k, grad in first if k not in self._placed]
         taken: set[int] = set()
         for (k, grad), wide in zip(loose, widened([grad for _, grad in loose]), strict=True):
@@ -75,8 +75,9 @@ class GradientSums:
             numbers = parameter.untyped_storage().nbytes() // parameter.itemsize
             wide = torch.promote_types(parameter.dtype, torch.float32)
             self._buffers[key] = parameter.new_empty(numbers, dtype=wide)
-        self.tensors[k] = self._buffers[key].as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
-        return self.tensors[k]
+        place = self._buffers[key].as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+        self.tensors[k] = place
+        return place
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -189,9 +189,9 @@ def _network_backward(
     if chain.gradient_sink is not None:
         return chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
     wanted = [*chain.receivers, x] if x.requires_grad else chain.receivers
-    grads = torch.autograd.grad(y, wanted, gy, allow_unused=True)
-    sums.add(grads[: len(chain.receivers)])
-    return grads[-1] if x.requires_grad else None
+    gradients = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    sums.add(gradients[: len(chain.receivers)])
+    return gradients[-1] if x.requires_grad else None
 
 
 def _run(tape: _Tape, i: int, x: torch.Tensor) -> torch.Tensor:

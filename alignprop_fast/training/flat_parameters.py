@@ -60,10 +60,10 @@ class FlatParameters:
             whole = _whole(group)
             if whole is None:
                 whole = torch.zeros_like(flat, dtype=flat.grad_dtype)
-                views = [_view(whole, parameter, parameter.storage_offset()) for parameter in group]
+                views = [_view(whole, parameter, int(parameter.storage_offset())) for parameter in group]
                 learned = [(view, p.grad) for view, p in zip(views, group, strict=True) if p.grad is not None]
                 if learned:
-                    torch._foreach_copy_(*map(list, zip(*learned, strict=True)))
+                    torch._foreach_copy_([view for view, _ in learned], [grad for _, grad in learned])
                 for view, parameter in zip(views, group, strict=True):
                     parameter.grad = view
             flat.grad = whole

@@ -3,7 +3,7 @@
     python -m benchmarks.step.levers --output benchmarks/results/estimated/levers.csv
 
 A training step of 50 denoising steps, 25 of them without gradient, at the model's native size and batch 1, with
-adapters of rank 16 on the attention's projections, in bf16. FLUX does not fit an RTX 4090 in bf16, so there its base is
+adapters on the attention's projections, in bf16. FLUX does not fit an RTX 4090 in bf16, so there its base is
 stored in fp8 (int8 for the lever int8), and the lever needs no second copy of the weights.
 
 Levers: text, always on: keys and values of the text are projected once (none: in each step). Each of the others alone
@@ -34,17 +34,17 @@ from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, budget_on, find
 from alignprop_fast.runtime import Operator, Work, operator_seconds, trace
 from benchmarks.rows import write_rows
 
-STEPS, GRAD_STEPS, RANK = 50, 25, 16
+STEPS, GRAD_STEPS = 50, 25
 META, GIB = torch.device("meta"), 2**30
 
 
-def sampler_of(model: str, base: str | None, precision: str = "exact") -> DifferentiableSampler:
+def sampler_of(model: str, rank: int, base: str | None, precision: str = "exact") -> DifferentiableSampler:
     pipe = architecture(model).pipe
     denoiser = pipe.components.get("unet") or pipe.transformer
     if base is not None:
         quantize_linears(denoiser, base, META, torch.bfloat16)
     if not getattr(denoiser, "peft_config", None):
-        add_lora(pipe, RANK, RANK)
+        add_lora(pipe, rank, rank)
     return DifferentiableSampler(pipe, STEPS, memory_budget=None, cache_text=True, sampling_precision=precision)
 
 
@@ -80,11 +80,11 @@ def text(sampler: DifferentiableSampler, formula: Operator) -> tuple[float, int]
     return seconds(project, formula), sum(t.numel() * t.element_size() for t in found)
 
 
-def merging(sampler: DifferentiableSampler, gpu: Gpu) -> tuple[float, int]:
+def merging(sampler: DifferentiableSampler, rank: int, gpu: Gpu) -> tuple[float, int]:
     """Estimated seconds of adding all adapters into second copies of their weights, and bytes of those copies."""
     layers = [m.base_layer for m in sampler.model.denoiser.modules() if isinstance(m, LeanLoraLinear)]
     sizes = [(2 * layer.in_features * layer.out_features) for layer in layers]
-    return sum(roofline_seconds(RANK * size, 2 * size, gpu, "bfloat16") for size in sizes), sum(sizes)
+    return sum(roofline_seconds(rank * size, 2 * size, gpu, "bfloat16") for size in sizes), sum(sizes)
 
 
 def planned(table: CostTable, gpu: Gpu, closed_seconds: float, size_bytes: int) -> Plan:
@@ -95,25 +95,25 @@ def planned(table: CostTable, gpu: Gpu, closed_seconds: float, size_bytes: int) 
     return Solver(table, STEPS, GRAD_STEPS).plan(range(STEPS - GRAD_STEPS, STEPS), budget)
 
 
-def rows(model: str, gpu: Gpu) -> list[dict[str, Any]]:
+def rows(model: str, rank: int, gpu: Gpu) -> list[dict[str, Any]]:
     formula, base = (
         operator_seconds(partial(roofline_on, gpu)),
         "fp8" if model == "flux-dev" and gpu.name == "RTX 4090" else None,
     )
-    sampler = sampler_of(model, base)
+    sampler = sampler_of(model, rank, base)
     given = sampler.cost_table(1, gpu)
     table = replace(given, graphs=None, host_limit_bytes=0)
     exact = table.sampling_seconds
     text_seconds, text_bytes = text(sampler, formula)
     found = [("none", table, exact + text_seconds, -text_bytes, 0.0), ("text", table, exact, 0, text_seconds)]
     for kind in ("int8", "fp8"):
-        rounded = sampler_of(model, base and kind, kind)
+        rounded = sampler_of(model, rank, base and kind, kind)
         assert rounded.precision is not None
         found.append((kind, table, closed(rounded, gpu, formula), rounded.precision.size_bytes, 0.0))
     fp8 = found[-1][2:4]
     if base is None:
         sampler.model.denoiser.disable_adapters()
-        once, merged_bytes = merging(sampler, gpu)
+        once, merged_bytes = merging(sampler, rank, gpu)
         found.append(("merged", table, closed(sampler, gpu, formula), merged_bytes, once))
     found.append(("graphs", replace(table, graphs=given.graphs), exact, 0, 0.0))
     found += [(f"host {gib} GiB", replace(table, host_limit_bytes=gib * GIB), exact, 0, 0.0) for gib in (16, 64)]
@@ -121,7 +121,7 @@ def rows(model: str, gpu: Gpu) -> list[dict[str, Any]]:
     result = []
     for lever, costs, per_step, size_bytes, once in found:
         plan = planned(costs, gpu, per_step, size_bytes)
-        row: dict[str, Any] = {"model": model, "gpu": gpu.name, "base": base or "bf16", "lever": lever}
+        row: dict[str, Any] = {"model": model, "rank": rank, "gpu": gpu.name, "base": base or "bf16", "lever": lever}
         row |= {"more_bytes": size_bytes, "closed_step_ms": round(per_step * 1e3, 2), "once_ms": round(once * 1e3, 2)}
         row |= {"training_step_seconds": round(plan.seconds + once, 3), "host_gib": round(plan.host_bytes / GIB, 2)}
         result.append(row | {"resident_steps": len(plan.resident_steps)})
@@ -132,10 +132,12 @@ def rows(model: str, gpu: Gpu) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="CSV file")
-    parser.add_argument("--models", nargs="+", default=["sdxl", "flux-dev"])
+    parser.add_argument("--models", nargs="+", default=["sd15", "sdxl", "flux-dev"])
     parser.add_argument("--gpus", nargs="+", default=["RTX 4090", "H100"])
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     arguments = parser.parse_args()
-    found = [row for model in arguments.models for gpu in arguments.gpus for row in rows(model, find_gpu(gpu))]
+    gpus = [find_gpu(name) for name in arguments.gpus]
+    found = [row for model in arguments.models for gpu in gpus for row in rows(model, arguments.rank, gpu)]
     write_rows(arguments.output, found)
 
 

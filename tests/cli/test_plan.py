@@ -164,7 +164,10 @@ def test_it_measures_a_model_with_weights(plan, tiny_sd_folder):
     arguments = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 2, "--batch-size", 1)
     code, out, err = plan(*arguments, "--measure", "--json", "plan.json")
     assert (code, err) == (0, "") and "(measured)" in out
-    assert json.loads(Path("plan.json").read_text())["source"] == "measured"
+    assert re.search(r"^measured: costs of a training step, in \d+\.\d s$", out, re.MULTILINE)
+    answer = json.loads(Path("plan.json").read_text())
+    assert answer["source"] == "measured"
+    assert f"{answer['seconds_per_step']:.3g}" in re.search("seconds per training step .*", out)[0].split()
 
 
 def test_training_begins_with_its_plan_and_ends_with_its_peak(command, plan, tiny_sd_folder):

@@ -106,7 +106,8 @@ def tails(table):
 
 def every_plan(table, num_steps, grad_steps, use=GraphUse.NONE):
     """(peak, seconds) of every plan: resident steps with every option each, every replay, every tail."""
-    sampling_seconds = table.sampling_seconds * (table.graphs.sampling_ratio if use != GraphUse.NONE else 1)
+    ratio = table.graphs.sampling_ratio if use != GraphUse.NONE else 1
+    sampling_seconds, closed_seconds = ratio * table.sampling_seconds, ratio * table.closed[1]
     replay_ratio = table.graphs.replay_ratio if use == GraphUse.ALL else 1
 
     def pool(replay_peak):
@@ -131,7 +132,8 @@ def every_plan(table, num_steps, grad_steps, use=GraphUse.NONE):
             worst = np.maximum(worst, total + table.sampling_bytes)
         worst = np.maximum(worst[:, None], total[:, None] + tail[:, 0]).ravel()
         took = (seconds.sum(axis=1)[:, None] + tail[:, 1]).ravel()
-        took = took + (num_steps - resident) * sampling_seconds + table.optimizer_seconds
+        took = took + (grad_steps - resident) * sampling_seconds + (num_steps - grad_steps) * closed_seconds
+        took = took + table.optimizer_seconds
         if resident == grad_steps:
             plans.append(np.stack((base + pool(0) + worst, took), axis=1))
         else:
@@ -205,6 +207,7 @@ def test_graphs_are_weighed_against_what_else_their_memory_could_do():
     for _ in range(150):
         ratios = rng.choice([0.5, 0.75, 1.0]), rng.choice([0.5, 0.75, 1.0])
         table = replace(random_table(rng), graphs=GraphCosts(*ratios, rng.randint(0, 9)))
+        table = replace(table, closed_bytes=table.sampling_bytes, closed_seconds=rng.randint(0, 8) / 8)
         plans = np.concatenate([every_plan(table, 3, 2, use) for use in GraphUse])
         least, most = int(plans[:, 0].min()), int(plans[:, 0].max())
         solver = Solver(table, 3, 2)
@@ -319,8 +322,8 @@ def names_of(segment):
 
 
 def test_under_a_host_limit_plans_come_close_to_brute_force():
-    """The solver drops plans above the limit instead of searching under it, so it may miss the fastest. It never goes
-    over the limit, nor below the fastest."""
+    """The solver searches by a few prices of host memory, so it may miss the fastest plan. It never goes over the
+    limit, nor below the fastest."""
     rng, equal, found = random.Random(6), 0, 0
     for _ in range(40):
         decoder = Segment("decoder", (Option("keep", 5, 10, 1.0),))
@@ -338,7 +341,7 @@ def test_under_a_host_limit_plans_come_close_to_brute_force():
                 continue
             assert plan.host_bytes <= table.host_limit_bytes and plan.seconds >= fastest
             equal, found = equal + (plan.seconds == fastest), found + 1
-    assert found > 200 and equal / found > 0.9
+    assert found > 200 and equal / found > 0.98
 
 
 def test_offloading_makes_room_for_what_is_on_its_way():

@@ -323,7 +323,7 @@ def test_both_writings_are_the_same_adapters(tmp_path):
         torch.testing.assert_close(one[module].delta(), two[module].delta(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["z_image", "flux2_klein", "qwen_image"])
+@pytest.mark.parametrize("kind", ["z_image", "flux2_klein", "qwen_image", "krea2"])
 def test_every_layer_there_and_back(request, kind):
     pipe = request.getfixturevalue(f"tiny_{kind}")
     lora = made({path: shape[::-1] for path, shape in layers(pipe.transformer).items()})
