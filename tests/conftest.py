@@ -95,6 +95,14 @@ def tiny_qwen_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2_dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `Flux2Pipeline` folder: Mistral 3, guidance embedding; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_flux2_dev_folder
+
+    return make_flux2_dev_folder(tmp_path_factory.mktemp("models") / "tiny_flux2_dev")
+
+
+@pytest.fixture(scope="session")
 def tiny_krea2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `Krea2Pipeline` folder, not distilled; ask for images of 16 x 16 or so."""
     from alignprop_fast.making.random_weights import make_krea2_folder
@@ -156,6 +164,14 @@ def tiny_qwen_image(tiny_qwen_image_folder: Path):
     from diffusers import QwenImagePipeline
 
     return _fresh(QwenImagePipeline, tiny_qwen_image_folder)
+
+
+@pytest.fixture
+def tiny_flux2_dev(tiny_flux2_dev_folder: Path):
+    """The pipeline of `tiny_flux2_dev_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import Flux2Pipeline
+
+    return _fresh(Flux2Pipeline, tiny_flux2_dev_folder)
 
 
 @pytest.fixture

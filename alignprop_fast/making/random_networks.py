@@ -115,6 +115,27 @@ def qwen3(width: int, num_layers: int = 3, causal_lm: bool = False) -> torch.nn.
     return Qwen3ForCausalLM(config) if causal_lm else Qwen3Model(config)
 
 
+def mistral3(width: int) -> torch.nn.Module:
+    """Mistral 3 with 30 layers, of which FLUX.2-dev reads the 10th, 20th and 30th, and without use for its eyes."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    eyes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    config = Mistral3Config(
+        text_config=text, vision_config={"model_type": "pixtral", **eyes}, tie_word_embeddings=False
+    )
+    return Mistral3ForConditionalGeneration(config)
+
+
 def qwen2_5_vl(width: int) -> torch.nn.Module:
     """Qwen2.5-VL without use for its eyes: a pipeline shows it no picture."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

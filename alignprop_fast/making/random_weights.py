@@ -15,6 +15,7 @@ import torch
 from alignprop_fast.making.random_networks import (
     diffusion_scheduler,
     flux2_vae,
+    mistral3,
     qwen2_5_vl,
     qwen3,
     qwen3_vl,
@@ -25,6 +26,7 @@ from alignprop_fast.making.random_networks import (
     vae,
 )
 from alignprop_fast.making.random_tokenizers import (
+    MISTRAL_CHAT,
     clip_tokenizer,
     end_id,
     qwen_tokenizer,
@@ -277,7 +279,7 @@ def make_flux2_klein_folder(
 
     Its Qwen3 has 28 layers, because the pipeline reads the outputs of layers 9, 18 and 27.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
@@ -287,19 +289,47 @@ def make_flux2_klein_folder(
             vae=flux2_vae(vae_widths, norm_groups),
             text_encoder=qwen3(text_width, num_layers=28, causal_lm=True),
             tokenizer=qwen_tokenizer(folder / "tokenizer"),
-            transformer=Flux2Transformer2DModel(
-                in_channels=16,
-                num_layers=num_layers,
-                num_single_layers=num_single_layers,
-                attention_head_dim=head_width,
-                num_attention_heads=heads,
-                joint_attention_dim=3 * text_width,
-                axes_dims_rope=(head_width // 4,) * 4,
-                guidance_embeds=False,
-            ),
+            transformer=_flux2_transformer(heads, head_width, num_layers, num_single_layers, text_width),
             is_distilled=distilled,
         )
     return _save(pipe, folder, {})
+
+
+def make_flux2_dev_folder(folder: str | Path, *, heads: int = 2, text_width: int = 16, seed: int = 0) -> Path:
+    """Write a `Flux2Pipeline` with random weights. Arguments as in `make_flux2_klein_folder`.
+
+    Its tokenizer is none of texts and pictures, as that of the published model, because those need torchvision.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = Flux2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=flux2_vae((16, 32), 8),
+            text_encoder=mistral3(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer", MISTRAL_CHAT),
+            transformer=_flux2_transformer(heads, 16, 1, 2, text_width, guidance_embeds=True),
+        )
+    return _save(pipe, folder, {})
+
+
+def _flux2_transformer(
+    heads: int, head_width: int, num_layers: int, num_single_layers: int, text_width: int, guidance_embeds: bool = False
+) -> torch.nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        attention_head_dim=head_width,
+        num_attention_heads=heads,
+        joint_attention_dim=3 * text_width,
+        axes_dims_rope=(head_width // 4,) * 4,
+        guidance_embeds=guidance_embeds,
+    )
 
 
 def make_qwen_image_folder(

@@ -27,6 +27,7 @@ from alignprop_fast.models.published import (
     CLIP_L,
     clip_text,
     denoiser_network,
+    mistral3_text,
     qwen2_5_vl_text,
     qwen3_text,
     qwen3_vl_text,
@@ -189,6 +190,18 @@ def _flux2_klein(name: str) -> Any:
     )
 
 
+def _flux2_dev(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Flux2Pipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae_network(name),
+        text_encoder=mistral3_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
 def _qwen_image(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -226,6 +239,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "z-image-turbo": _z_image,
     "flux2-klein-4b": _flux2_klein,
     "flux2-klein-9b": _flux2_klein,
+    "flux2-dev": _flux2_dev,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
 }

@@ -1,4 +1,4 @@
-"""Classes of diffusers and transformers by name, some of which only newer releases have."""
+"""Classes of diffusers and transformers by name, as only newer releases have some; the tokenizer of a processor."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def library_class(library: str, name: str) -> Any:
         raise ValueError(
             f"{library} {module.__version__} has no {name}: update it with pip install -U diffusers transformers"
         ) from error
+
+
+def tokenizer_of(part: Any) -> Any:
+    """The tokenizer of a pipeline's part, which may be a processor of texts and pictures."""
+    from transformers import ProcessorMixin
+
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part

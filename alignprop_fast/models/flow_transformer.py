@@ -62,6 +62,15 @@ class TokenAdapter(FlowTransformerAdapter):
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
         """The denoiser's arguments besides tokens and time, at latents x [B, C, h, w]."""
 
+    def guidance(self, cond: Conditioning) -> torch.Tensor | None:
+        """The guidance scale [K * B], if guidance is distilled into the denoiser with its scale as an input."""
+        if not self.denoiser.config.guidance_embeds:
+            return None
+        scale, rows, device = cond.embedded_guidance, len(cond.embeds), cond.embeds.device
+        if isinstance(scale, torch.Tensor):
+            return scale.to(device, torch.float32).expand(rows)
+        return torch.full((rows,), scale, device=device)
+
     def pack(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """[B, C, 2 R, 2 S] as [B, R S, 4 C]."""
         patches = x_BCHW.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, R, 2, S, 2]

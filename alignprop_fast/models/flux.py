@@ -58,13 +58,4 @@ class FluxAdapter(TokenAdapter):
         return Conditioning(embeds, added, 1 + guided)
 
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
-        guidance = self._guidance(cond) if self.denoiser.config.guidance_embeds else None
-        return {"guidance": guidance, "encoder_hidden_states": cond.embeds, **(cond.added or {})}
-
-    @staticmethod
-    def _guidance(cond: Conditioning) -> torch.Tensor:
-        """The guidance scale, once for each row."""
-        scale, rows, device = cond.embedded_guidance, len(cond.embeds), cond.embeds.device
-        if isinstance(scale, torch.Tensor):
-            return scale.to(device, torch.float32).expand(rows)
-        return torch.full((rows,), scale, device=device)
+        return {"guidance": self.guidance(cond), "encoder_hidden_states": cond.embeds, **(cond.added or {})}

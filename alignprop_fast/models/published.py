@@ -114,6 +114,16 @@ _FLUX2_KLEIN_9B = {
 }
 
 
+_FLUX2_DEV = {
+    **_FLUX2_KLEIN_4B,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+    "guidance_embeds": True,
+}
+
+
 _QWEN_IMAGE = {
     "patch_size": 2,
     "in_channels": 64,
@@ -135,6 +145,7 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "z-image": ("ZImageTransformer2DModel", _Z_IMAGE),
     "flux2-klein-4b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_4B),
     "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
+    "flux2-dev": ("Flux2Transformer2DModel", _FLUX2_DEV),
     "qwen-image": ("QwenImageTransformer2DModel", _QWEN_IMAGE),
     "krea2": ("Krea2Transformer2DModel", {}),  # the class's own defaults
 }
@@ -206,6 +217,17 @@ _QWEN3_4B = {
 _QWEN3_8B = {**_QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 
+_MISTRAL_24B = {
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+
 _QWEN2_5_7B = {
     "vocab_size": 152064,
     "hidden_size": 3584,
@@ -263,6 +285,12 @@ def qwen3_text(name: str) -> nn.Module:
     class_name = "Qwen3ForCausalLM" if name.startswith("flux2") else "Qwen3Model"
     found = library_class("transformers", class_name)
     return found(found.config_class(**(_QWEN3_8B if name == "flux2-klein-9b" else _QWEN3_4B)))
+
+
+def mistral3_text() -> nn.Module:
+    found = library_class("transformers", "Mistral3ForConditionalGeneration")
+    text = {"model_type": "mistral", **_MISTRAL_24B}
+    return found(found.config_class(text_config=text, tie_word_embeddings=False))  # its eyes are Pixtral's
 
 
 def qwen2_5_vl_text() -> nn.Module:

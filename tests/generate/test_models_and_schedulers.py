@@ -225,6 +225,15 @@ def test_what_else_learns_with_qwen_image(tiny_qwen_image):
         assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
 
 
+@pytest.mark.parametrize("grad_steps", [(0, 2), (0, 1, 2, 3)])
+def test_flux2_dev(tiny_flux2_dev, grad_steps):
+    pipe = add_adapters(tiny_flux2_dev, [*JOINT_TARGETS, "to_qkv_mlp_proj"])
+    theirs = reference(pipe, grad_steps, guidance_scale=3.5)
+    sampler = DifferentiableSampler(pipe, STEPS, 3.5, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan))
+
+
 @pytest.mark.parametrize(
     ("scale", "negative", "grad_steps"), [(4.0, ["dog", "cat " * 9], (1, 2)), (0.0, None, (0, 1, 2, 3))]
 )

@@ -17,7 +17,10 @@ PUBLISHED = {
     **dict.fromkeys(("z-image", "z-image-turbo"), (6_154_908_736, 83_819_683, 4_022_468_096)),
     "flux2-klein-4b": (3_875_544_576, 84_046_115, 4_022_468_096),
     "flux2-klein-9b": (9_078_581_248, 84_046_115, 8_190_735_360),
+    "flux2-dev": (32_223_281_152, 84_046_115, 24_011_361_280),
     "qwen-image": (20_430_401_088, 126_892_531, 8_292_166_656),
+    # We had no access to Krea 2's weights: this is the number of diffusers' default configuration.
+    "krea2": (12_820_073_036, 126_892_531, 4_437_815_808),
 }
 
 

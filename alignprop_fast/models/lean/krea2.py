@@ -9,7 +9,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2AttnProcessor, Krea2SwiGLU
 
 from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, projected
-from alignprop_fast.models.lean.surgery import KEPT
+from alignprop_fast.models.lean.surgery import KEPT, LEAN
+from alignprop_fast.ops.activation import swiglu
 from alignprop_fast.ops.attention import attention
 
 
@@ -32,9 +33,19 @@ class LeanKrea2AttnProcessor(Krea2AttnProcessor):
             q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
         k, v = (x.repeat_interleave(attn.num_heads // attn.num_kv_heads, dim=2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        # The mask is for texts of different lengths, whose padding lies between text and image.
         o = attention(q, k, v) if attention_mask is None else F.scaled_dot_product_attention(q, k, v, attention_mask)
         return attn.to_out[0](o.transpose(1, 2).flatten(2) * torch.sigmoid(attn.to_gate(hidden_states)))
 
 
+class LeanKrea2SwiGLU(Krea2SwiGLU):
+    """`diffusers` feed-forward part of Krea 2 that keeps only its two projections."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states
+        return super().forward(x) if autocasts(x) else self.down(swiglu(self.gate(x), self.up(x)))
+
+
 DISPATCHED[Krea2AttnProcessor] = LeanKrea2AttnProcessor
+LEAN[Krea2SwiGLU] = LeanKrea2SwiGLU
 KEPT[Krea2SwiGLU] = {"gate": "geglu", "up": "geglu", "down": "out"}

@@ -23,7 +23,7 @@ from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
 # Parts whose weights the chain does not use. The other parts are tokenizers and schedulers, which have no weights.
 _UNUSED = ("safety_checker", "feature_extractor")

@@ -22,7 +22,7 @@ class MadeFor:
 _USUAL = MadeFor(50, 5.0)
 _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
 _KLEIN = MadeFor(4, 1.0, is_distilled=True)
-_KLEIN_BASE = MadeFor(50, 4.0)
+_KLEIN_BASE = _FLUX2_DEV = MadeFor(50, 4.0)
 _KREA2, _KREA2_DISTILLED = MadeFor(28, 4.5), MadeFor(8, 0.0, is_distilled=True)
 _QWEN_IMAGE = MadeFor(50, 1.0, has_true_cfg=True)
 _BY_NAME = {
@@ -31,6 +31,7 @@ _BY_NAME = {
     "z-image-turbo": _Z_IMAGE_TURBO,
     "flux2-klein-4b": _KLEIN,
     "flux2-klein-9b": _KLEIN,
+    "flux2-dev": _FLUX2_DEV,
     "qwen-image": _QWEN_IMAGE,
     "krea2": _KREA2,
 }
@@ -59,6 +60,8 @@ def _of_folder(folder: Path) -> MadeFor:
     index = _read(folder / "model_index.json")
     if index.get("_class_name") == "Flux2KleinPipeline":
         return _KLEIN if index.get("is_distilled") else _KLEIN_BASE
+    if index.get("_class_name") == "Flux2Pipeline":
+        return _FLUX2_DEV
     if index.get("_class_name") == "QwenImagePipeline":
         return _QWEN_IMAGE
     if index.get("_class_name") == "Krea2Pipeline":

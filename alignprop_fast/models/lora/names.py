@@ -58,9 +58,10 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
         "text_encoder_3": ("t5-xxl",),
     },
     "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
-    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b")},
+    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev")},
     "z-image": {"transformer": ("z-image",)},
     "qwen-image": {"transformer": ("qwen-image",)},
+    "krea2": {"transformer": ("krea2",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -96,7 +97,7 @@ class Names:
 
     @property
     def family(self) -> str:
-        """unet, flux, flux2, z-image, qwen-image or sd3. The blocks of FLUX share module names with those of SD3."""
+        """A key of `LAYOUTS`. The blocks of FLUX share module names with those of SD3."""
         if "unet" in self.paths:
             return "unet"
         paths = self.paths["transformer"]
@@ -104,6 +105,8 @@ class Names:
             return "flux2"
         if "transformer_blocks_0_img_mod_1" in paths:
             return "qwen-image"
+        if "text_fusion_projector" in paths:
+            return "krea2"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
@@ -166,7 +169,7 @@ def families() -> list[str]:
 
 
 def family_of(lora: Lora, pipe: Any = None) -> str:
-    """The family of a transformer's adapters: sd3, flux, flux2, z-image or qwen-image.
+    """The family of a transformer's adapters.
 
     The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more
     of the shapes. If several fit equally, the answer is the first of these: qwen-image's attention is named as flux's.

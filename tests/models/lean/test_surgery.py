@@ -69,8 +69,8 @@ def test_values_and_gradients_stay(unet):
         ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2AttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2ParallelSelfAttnProcessor, "red cat"),
-        ("tiny_krea2", LeanKrea2AttnProcessor, "red cat"),
-        ("tiny_qwen_image", LeanQwenDoubleStreamAttnProcessor, "red cat"),
+        *(("tiny_krea2", LeanKrea2AttnProcessor, prompt) for prompt in ("", "red cat" * 12)),
+        *(("tiny_qwen_image", LeanQwenDoubleStreamAttnProcessor, prompt) for prompt in ("", "red cat" * 12)),
         # Z-Image's prompt as long as the empty one, up to padding, needs no mask.
         *(("tiny_z_image", LeanZSingleStreamAttnProcessor, prompt) for prompt in ("red cat", "red cat" * 12)),
     ],
@@ -89,6 +89,7 @@ def test_values_and_gradients_of_transformers_stay(model, processor, prompt, req
         "to_qkv_mlp_proj",
         "linear_in",
         "norm1.linear",
+        "img_mod.1",
         "ff.gate",
     ]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))

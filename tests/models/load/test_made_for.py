@@ -32,6 +32,7 @@ def test_what_is_given_counts(turbo, caplog):
 
 def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
     distilled = make_flux2_klein_folder(tmp_path / "klein", distilled=True)
+    assert sampling_of(TrainOptions(model="flux2-dev")) == (50, 4.0)
     for model in (distilled, "flux2-klein-4b", "flux2-klein-9b"):
         assert sampling_of(TrainOptions(model=str(model))) == (4, 1.0)
     assert sampling_of(TrainOptions(model=str(tiny_flux2_klein_folder))) == (50, 4.0)

@@ -30,6 +30,7 @@ class Shelf:
     flux: Path
     z_image: Path
     flux2: Path
+    flux2_dev: Path
     qwen_image: Path
     krea2: Path
     here: Path
@@ -183,9 +184,19 @@ def _(shelf):
     return shelf.write(original_layout.flux2(weights(shelf.flux2 / "transformer"))), shelf.flux2
 
 
+@read("transformer of FLUX.2-dev alone, in its original names or diffusers'", "flux2_dev", ALONE)
+def _(shelf):
+    return shelf.write(original_layout.flux2(weights(shelf.flux2_dev / "transformer"))), shelf.flux2_dev
+
+
 @read("transformer of Qwen-Image alone", "qwen_image", ALONE)
 def _(shelf):
     return shelf.write(weights(shelf.qwen_image / "transformer")), shelf.qwen_image
+
+
+@read("transformer of Krea 2 alone", "krea2", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.krea2 / "transformer")), shelf.krea2
 
 
 @refused("one file without `--model-config`", "give the folder of a model of the same architecture as the model config")
@@ -300,7 +311,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image model",
+        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
     ),
 }
 BYTES = {
@@ -430,7 +441,6 @@ def _(shelf):
 
 NOT_YET = {
     "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
-    "FLUX.2-dev": ("Flux2Pipeline", "its text encoder is Mistral 3"),
     "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
     "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
@@ -463,7 +473,7 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2")
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
     return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 
