@@ -46,7 +46,8 @@ def padding(lengths: Tensor | None) -> Tensors:
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=_bias(q, k, lengths), scale=scale)
+    bias = _bias(q, k, lengths)
+    return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _cpu_backward(
