@@ -232,7 +232,7 @@ Product = Kind | Literal["last"]
 
 def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Product]]:
     """The linear layers of a plain attention whose results a recomputed block may keep, with their kind."""
-    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv_mlp_proj"):
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_gate", "to_qkv_mlp_proj"):
         if getattr(attn, name, None) is not None:
             yield getattr(attn, name), "qkv"
     out = getattr(attn, "to_out", None)  # in FLUX.1's single-stream blocks it belongs to the block
