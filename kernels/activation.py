@@ -17,11 +17,13 @@ memory is the bound. It loses if D is not a multiple of 256 (idle lanes, unalign
 launch costs more than the work.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.launch import Prepared, cdiv
 
 # (BLOCK, warps), largest first. A thread takes 8 elements, 16 bytes in bf16.
 CONFIGS = [(1024, 4), (512, 2), (256, 1)]
@@ -120,41 +122,73 @@ def config(width: int) -> tuple[int, int]:
     return next((row for row in CONFIGS if width % row[0] == 0), CONFIGS[-1])
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x [..., D] as [T, D] with adjacent channels; a view if its rows lie at one distance, as parts of a matrix do."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+@cache
+def _distance(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
+    """The distance of the rows of x [..., D], if they have one and their channels are adjacent, else None."""
+    if strides[-1] != 1:
+        return None
+    distance, span = None, 1
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        if size == 1:
+            continue
+        if distance is None:
+            distance = stride
+        elif stride != distance * span:
+            return None
+        span *= size
+    return shape[-1] if distance is None else distance
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x [..., D] with adjacent channels and rows at one distance, and the distance. It copies no part of a matrix."""
+    distance = _distance(x.shape, x.stride())
+    return (x.contiguous(), x.shape[-1]) if distance is None else (x, distance)
+
+
+@cache
+def _forward(
+    rows: int, width: int, extra: int, strides: tuple[int, int, int], function: str, gated: bool, beside: bool
+) -> Prepared:
+    """Takes v, u, beside and y. strides: distances of the rows of the first three."""
+    block, warps = config(width)
+    blocks = cdiv(width, block) + cdiv(extra, block)
+    return Prepared(
+        *(activation_forward_kernel, (rows * blocks,), width, extra, *strides, blocks),
+        FUNCTION=function,
+        GATED=gated,
+        BESIDE=beside,
+        BLOCK=block,
+        num_warps=warps,
+    )
+
+
+@cache
+def _backward(rows: int, width: int, strides: tuple[int, int, int, int, int], function: str, gated: bool) -> Prepared:
+    """Takes g, v, u, dv and du. strides: distances of their rows."""
+    block, warps = config(width)
+    blocks = cdiv(width, block)
+    return Prepared(
+        *(activation_backward_kernel, (rows * blocks,), width, *strides, blocks),
+        FUNCTION=function,
+        GATED=gated,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def activation_forward(
     v: torch.Tensor, u: torch.Tensor | None, function: str, beside: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Launch the forward kernel: v, u [..., D], beside [..., E] -> y [..., E + D]."""
-    width, extra = v.shape[-1], 0 if beside is None else beside.shape[-1]
-    block, warps = config(width)
-    y = v.new_empty((*v.shape[:-1], extra + width))
-    v = rows_of(v)
-    u_rows, beside_rows = (v if x is None else rows_of(x) for x in (u, beside))
-    blocks = cdiv(width, block) + cdiv(extra, block)
-    launch(
-        activation_forward_kernel,
-        (v.shape[0] * blocks,),
-        v,
-        u_rows,
-        beside_rows,
-        y,
-        width,
-        extra,
-        v.stride(0),
-        u_rows.stride(0),
-        beside_rows.stride(0),
-        blocks,
-        FUNCTION=function,
-        GATED=u is not None,
-        BESIDE=beside is not None,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    *shape, width = v.shape
+    extra = 0 if beside is None else beside.shape[-1]
+    y = v.new_empty((*shape, extra + width))
+    v, v_at = rows_of(v)
+    u_rows, u_at = (v, v_at) if u is None else rows_of(u)
+    beside_rows, beside_at = (v, v_at) if beside is None else rows_of(beside)
+    strides = v_at, u_at, beside_at
+    start = _forward(v.numel() // width, width, extra, strides, function, u is not None, beside is not None)
+    start(v, u_rows, beside_rows, y)
     return y
 
 
@@ -163,26 +197,11 @@ def activation_backward(
 ) -> None:
     """Launch the backward kernel, which writes dv and du, whose rows lie at one distance, from g [..., D]."""
     width = v.shape[-1]
-    block, warps = config(width)
-    g, v, dv = rows_of(g), rows_of(v), rows_of(dv)
-    u_rows, du_rows = (other if x is None else rows_of(x) for x, other in ((u, v), (du, dv)))
-    blocks = cdiv(width, block)
-    launch(
-        activation_backward_kernel,
-        (v.shape[0] * blocks,),
-        g,
-        v,
-        u_rows,
-        dv,
-        du_rows,
-        width,
-        *(x.stride(0) for x in (g, v, u_rows, dv, du_rows)),
-        blocks,
-        FUNCTION=function,
-        GATED=u is not None,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    (g, g_at), (v, v_at), (dv, dv_at) = rows_of(g), rows_of(v), rows_of(dv)
+    u_rows, u_at = (v, v_at) if u is None else rows_of(u)
+    du_rows, du_at = (dv, dv_at) if du is None else rows_of(du)
+    strides = g_at, v_at, u_at, dv_at, du_at
+    _backward(v.numel() // width, width, strides, function, u is not None)(g, v, u_rows, dv, du_rows)
 
 
 def signatures() -> list[dict]:

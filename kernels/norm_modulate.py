@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
+from alignprop_fast.kernels.launch import Prepared, cdiv, next_power_of_2
 
 # (largest padded width, tokens per program, warps); a thread takes 16 to 32 elements.
 CONFIGS = [(256, 8, 4), (512, 4, 4), (1024, 2, 4), (2048, 1, 4), (4096, 1, 8), (8192, 1, 16)]
@@ -154,7 +154,6 @@ def norm_modulate_backward_kernel(
         tl.store(dbranch_ptr + at, dbranch.to(dbranch_ptr.dtype.element_ty), mask=inside)
 
 
-@cache
 def config(width: int) -> tuple[int, int, int]:
     """(BLOCK_C, ROWS, warps) for rows of this many channels. Raises ValueError above MAX_WIDTH."""
     for block, rows, warps in CONFIGS:
@@ -163,13 +162,70 @@ def config(width: int) -> tuple[int, int, int]:
     raise ValueError(f"norm_modulate holds a row in registers: at most {MAX_WIDTH} channels, not {width}")
 
 
-def _shared_rows(t: torch.Tensor | None, x: torch.Tensor, rows: int) -> tuple[torch.Tensor, int, int]:
-    """(pointer, tokens that share a row, distance of rows) of a modulation; without one x, which is not read."""
+# Tokens that share a row of a modulation, and the distance of its rows; None: there is no such modulation.
+_At = tuple[int, int] | None
+_UNREAD = (1, 0)
+
+
+def _shared_rows(t: torch.Tensor | None, x: torch.Tensor, rows: int) -> tuple[torch.Tensor, _At]:
+    """The memory of a modulation's rows, and how they lie; without one x, which is not read."""
     if t is None:
-        return x, 1, 0
+        return x, None
+    if t.ndim == 1:
+        return t.contiguous(), (rows, t.shape[0])
     flat = t.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    return flat, rows // flat.shape[0], flat.stride(0)
+    return flat, (rows // flat.shape[0], flat.stride(0))
+
+
+@cache
+def _forward(
+    rows: int,
+    width: int,
+    gate: _At,
+    scale: _At,
+    shift: _At,
+    eps: float,
+    one: float,
+    rms: bool,
+    branch: bool,
+    weight: bool,
+) -> Prepared:
+    """Takes x, branch, gate, weight, scale, shift, s, y, mean and rstd."""
+    block, rows_each, warps = config(width)
+    return Prepared(
+        *(norm_modulate_forward_kernel, (cdiv(rows, rows_each),)),
+        *(rows, width, *(gate or _UNREAD), *(scale or _UNREAD), *(shift or _UNREAD), eps, one),
+        RMS=rms,
+        BRANCH=branch,
+        GATE=gate is not None,
+        WEIGHT=weight,
+        SCALE=scale is not None,
+        SHIFT=shift is not None,
+        ROWS=rows_each,
+        BLOCK_C=block,
+        num_warps=warps,
+    )
+
+
+@cache
+def _backward(
+    rows: int, width: int, gate: _At, scale: _At, one: float, rms: bool, branch: bool, weight: bool
+) -> Prepared:
+    """Takes g, h, x, gate, weight, scale, mean, rstd, dx and dbranch."""
+    block, rows_each, warps = config(width)
+    return Prepared(
+        *(norm_modulate_backward_kernel, (cdiv(rows, rows_each),)),
+        *(rows, width, *(gate or _UNREAD), *(scale or _UNREAD), one),
+        RMS=rms,
+        BRANCH=branch,
+        GATE=gate is not None,
+        WEIGHT=weight,
+        SCALE=scale is not None,
+        ROWS=rows_each,
+        BLOCK_C=block,
+        num_warps=warps,
+    )
 
 
 def norm_modulate_forward(
@@ -190,43 +246,18 @@ def norm_modulate_forward(
     """
     width = x.shape[-1]
     rows = x.numel() // width
-    block, rows_each, warps = config(width)
     x = x.contiguous()
     y = torch.empty_like(x)
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(rows, dtype=torch.float32)
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
-    modulations = (_shared_rows(t, x, rows) for t in (gate, scale, shift))
-    (gates, *gate_at), (scales, *scale_at), (shifts, *shift_at) = modulations
-    launch(
-        norm_modulate_forward_kernel,
-        (cdiv(rows, rows_each),),
-        x,
-        x if branch is None else branch.contiguous(),
-        gates,
-        x if weight is None else weight.contiguous(),
-        scales,
-        shifts,
-        total,
-        y,
-        mean,
-        rstd,
-        rows,
-        width,
-        *gate_at,
-        *scale_at,
-        *shift_at,
-        eps,
-        one,
-        RMS=rms,
-        BRANCH=branch is not None,
-        GATE=gate is not None,
-        WEIGHT=weight is not None,
-        SCALE=scale is not None,
-        SHIFT=shift is not None,
-        ROWS=rows_each,
-        BLOCK_C=block,
-        num_warps=warps,
+    gates, gate_at = _shared_rows(gate, x, rows)
+    scales, scale_at = _shared_rows(scale, x, rows)
+    shifts, shift_at = _shared_rows(shift, x, rows)
+    start = _forward(rows, width, gate_at, scale_at, shift_at, eps, one, rms, branch is not None, weight is not None)
+    start(
+        *(x, x if branch is None else branch.contiguous(), gates, x if weight is None else weight.contiguous()),
+        *(scales, shifts, total, y, mean, rstd),
     )
     return y, total, mean, rstd
 
@@ -248,38 +279,16 @@ def norm_modulate_backward(
     Returns:
         (dx, dbranch): dbranch is empty without a gate, where it equals dx.
     """
-    width, rows = x.shape[-1], rstd.numel()
-    block, rows_each, warps = config(width)
+    rows = rstd.numel()
     g, x = g.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     dbranch = x.new_empty(0) if gate is None else torch.empty_like(x)
-    (gates, *gate_at), (scales, *scale_at) = (_shared_rows(t, x, rows) for t in (gate, scale))
-    launch(
-        norm_modulate_backward_kernel,
-        (cdiv(rows, rows_each),),
-        g,
-        g if h is None else h.contiguous(),
-        x,
-        gates,
-        x if weight is None else weight.contiguous(),
-        scales,
-        mean,
-        rstd,
-        dx,
-        dbranch,
-        rows,
-        width,
-        *gate_at,
-        *scale_at,
-        one,
-        RMS=rms,
-        BRANCH=h is not None,
-        GATE=gate is not None,
-        WEIGHT=weight is not None,
-        SCALE=scale is not None,
-        ROWS=rows_each,
-        BLOCK_C=block,
-        num_warps=warps,
+    gates, gate_at = _shared_rows(gate, x, rows)
+    scales, scale_at = _shared_rows(scale, x, rows)
+    start = _backward(rows, x.shape[-1], gate_at, scale_at, one, rms, h is not None, weight is not None)
+    start(
+        *(g, g if h is None else h.contiguous(), x, gates, x if weight is None else weight.contiguous()),
+        *(scales, mean, rstd, dx, dbranch),
     )
     return dx, dbranch
 

@@ -195,7 +195,7 @@ class DifferentiableSampler:
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts,
-                Qwen-Image's come with a mask if they differ in length.
+                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.

@@ -41,6 +41,7 @@ class Conditioning:
 
     embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
     lengths: tokens of each row of embeds; the rest of a row is padding. Empty: there is no padding that matters.
+    multiple: shapes in the denoiser follow the lengths rounded up to a multiple of it.
     """
 
     embeds: torch.Tensor
@@ -48,10 +49,13 @@ class Conditioning:
     branches: int
     embedded_guidance: float | torch.Tensor = 1.0
     lengths: tuple[int, ...] = ()
+    multiple: int = 1
 
-    def texts(self) -> list[torch.Tensor]:
-        """The rows of embeds without padding."""
-        return [row[:length] for row, length in zip(self.embeds, self.lengths, strict=True)]
+    @property
+    def extent(self) -> tuple[int, bool]:
+        """All that shapes know of the lengths: the longest, and whether all are alike; both after rounding up."""
+        rounded = [length + -length % self.multiple for length in self.lengths]
+        return max(rounded, default=0), len(set(rounded)) <= 1
 
     def longest(self) -> "Conditioning":
         """A copy whose padding counts as text: no batch of these shapes costs more."""
@@ -62,9 +66,9 @@ class Conditioning:
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
     def settings(self) -> Hashable:
-        """Everything besides `tensors()`."""
+        """Everything besides `tensors()` and `extent`."""
         guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
-        return self.branches, guidance, self.lengths, tuple(self.added or ())
+        return self.branches, guidance, tuple(self.added or ())
 
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
         """A copy with some tensors replaced, by their ids."""

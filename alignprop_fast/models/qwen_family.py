@@ -37,7 +37,9 @@ class QwenFamilyAdapter(TokenAdapter):
     def _texts(self, prompts: list[str], given: Embeddings, side: str) -> list[torch.Tensor]:
         """The embedded texts [N_i, ...] without padding, or those given for that side."""
         embeds, mask = given.get(f"{side}prompt_embeds"), given.get(f"{side}{self.text_mask}")
-        if isinstance(embeds, torch.Tensor) and mask is None:
+        if embeds is not None and not isinstance(embeds, torch.Tensor):
+            return list(embeds)
+        if embeds is not None and mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         embeds, mask = self.pipe.encode_prompt(
             prompts, self.device, prompt_embeds=embeds, prompt_embeds_mask=mask, max_sequence_length=QWEN_TOKENS

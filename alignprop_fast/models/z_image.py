@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 
 import alignprop_fast.models.lean.z_image  # noqa: F401  # enters this model's layers in the tables of ops
 from alignprop_fast.models.flow_transformer import FlowTransformerAdapter
+from alignprop_fast.models.lean.z_image_network import run_network
 from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch, padded
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS, in_chat
 from alignprop_fast.models.schedules import dynamic_shift
@@ -18,8 +19,8 @@ from alignprop_fast.prompts.limits import TextReader
 class ZImageAdapter(FlowTransformerAdapter):
     """`ZImagePipeline` (Z-Image Team 2025, arXiv 2511.22699); see `PipelineAdapter`.
 
-    The transformer takes and returns a list with one entry for each picture, and its time is the share of noise that
-    is gone. Its output points from noise to picture, so `predict` negates it.
+    The transformer's time is the share of noise that is gone. Its output points from noise to picture, so `predict`
+    negates it.
     """
 
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
@@ -65,10 +66,11 @@ class ZImageAdapter(FlowTransformerAdapter):
     @staticmethod
     def _conditioning(texts: Sequence[torch.Tensor], guided: bool) -> Conditioning:
         embeds, lengths = padded(texts, QWEN_TOKENS)
-        return Conditioning(embeds, None, 1 + guided, lengths=lengths)
+        added = {"lengths": torch.tensor(lengths, dtype=torch.int32).to(embeds.device)}
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF)
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        x_BCFHW = torch.cat([x.to(self.dtype)] * cond.branches).unsqueeze(2)
-        time = ((1000 - timestep) / 1000).expand(len(x_BCFHW))
-        y = self.denoiser(list(x_BCFHW), time, cond.texts(), return_dict=False)[0]
-        return -torch.stack(y).squeeze(2)
+        assert cond.added is not None
+        x_BCHW = torch.cat([x.to(self.dtype)] * cond.branches)
+        time = ((1000 - timestep) / 1000).expand(len(x_BCHW))
+        return -run_network(self.denoiser, x_BCHW, time, cond.embeds, cond.added["lengths"], *cond.extent)

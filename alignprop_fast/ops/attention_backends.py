@@ -46,13 +46,14 @@ def padding(lengths: Tensor | None) -> Tensors:
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_bias(q, k, lengths), scale=scale)
+    bias = _bias(q, k, lengths)
+    return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _cpu_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None
 ) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
         g, q, k, v, o, lse, 0.0, False, attn_mask=_bias(q, k, lengths), scale=scale
     )
 
@@ -67,24 +68,24 @@ def _bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[:2]
 
 
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_backward(
+    return aten._scaled_dot_product_flash_attention_backward.default(
         *(g, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, *_no_dropout(q)), scale=scale
     )
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    o, lse = aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, True, scale=scale)[:2]
     return o, lse.view(q.shape[:-1])
 
 
 def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
     # cuDNN may use a plan that was built for another layout of g and o (pytorch #191576, #171627).
     g, o = _laid_out_like(q, g), _laid_out_like(q, o)
-    return aten._scaled_dot_product_cudnn_attention_backward(
+    return aten._scaled_dot_product_cudnn_attention_backward.default(
         *(g, q, k, v, o, lse[..., None], *_no_dropout(q), None, None, None, q.shape[2], k.shape[2], 0.0, False),
         scale=scale,
     )
@@ -97,7 +98,7 @@ def _laid_out_like(q: Tensor, t: Tensor) -> Tensor:
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
     bias = _expanded(_bias(q, k, lengths), q, k)
-    o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+    o, lse = aten._scaled_dot_product_efficient_attention.default(q, k, v, bias, True, scale=scale)[:2]
     # The rows of its logsumexp are padded to a multiple of 32.
     return o, lse[..., : q.shape[2]].contiguous()
 
@@ -108,7 +109,7 @@ def _efficient_backward(
     bias = _expanded(_bias(q, k, lengths), q, k)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
     wanted = [True, True, True, False]
-    return aten._scaled_dot_product_efficient_attention_backward(
+    return aten._scaled_dot_product_efficient_attention_backward.default(
         *(g, q, k, v, bias, o, padded, *_no_dropout(q), 0.0, wanted, False), scale=scale
     )[:3]
 

@@ -39,16 +39,19 @@ class _LoraLinear(Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """tensors: those of the layers once more, because autograd sees only arguments."""
-        # Without an adapter that learns, the gradient needs only the weights.
+        # Without an adapter that learns, the gradient needs only the weights. They are not saved by autograd, because a
+        # checkpointed block repeats all that comes before the last tensor that is.
         learns = any(ctx.needs_input_grad[4:])
-        ctx.save_for_backward(x if learns else None, *tensors)
+        ctx.frozen = None if learns else tensors
+        if learns:
+            ctx.save_for_backward(x, *tensors)
         ctx.scales = tuple([layer.scale for layer in layers])
         return reuse_or_compute(keep, partial(_outputs, x, layers) if known is None else partial(_again, known))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors if ctx.frozen is None else (None, *ctx.frozen)
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
         learn = [(wants[6 + 4 * p], wants[7 + 4 * p]) for p in range(len(layers))]
         if x is None or not all(map(all, learn)) or chosen("backward", x, layers) == "plain":

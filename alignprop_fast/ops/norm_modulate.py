@@ -190,7 +190,6 @@ def _fake_backward(
 
 _triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forward, _plain_forward, _fake_forward)
 _triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _plain_backward, _fake_backward)
-_Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, bool]
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,14 +294,21 @@ def norm_modulate(
 class _GatedSum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, branch if ctx.needs_input_grad[1] else None)
+        # Autograd does not save a frozen gate, because a checkpointed block repeats all that comes before the last
+        # tensor that it saves.
+        learns = ctx.needs_input_grad[1]
+        ctx.gate = None if learns else gate
+        if learns:
+            ctx.save_for_backward(gate, branch)
         return torch.addcmul(x, gate, branch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gate is not None:
+            return g, None, g * ctx.gate
         gate, branch = ctx.saved_tensors
-        return g, None if branch is None else (g * branch).sum_to_size(gate.shape), g * gate
+        return g, (g * branch).sum_to_size(gate.shape), g * gate
 
 
 def gated_sum(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

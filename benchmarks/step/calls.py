@@ -180,10 +180,8 @@ def floor_bytes(model: Any, predict: Callable[[], Any]) -> int:
     floor = Floor()
     for block in groups["transformers"]:
         block.register_forward_pre_hook(floor.block_begins, with_kwargs=True)
-        # The last product of a single-stream block only adds to the next block's input.
-        single = type(block).__name__.endswith("SingleTransformerBlock")
         for linear, kind in products_of(block):
-            if not (single and kind == "out"):
+            if kind != "last":  # which only adds to the next block's input
                 linear.register_forward_hook(floor.product_ends)
     take_ops_out(model.denoiser)
     with mock.patch.object(F, "scaled_dot_product_attention", floor.attention):

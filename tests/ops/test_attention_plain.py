@@ -81,6 +81,7 @@ def on_another_device(monkeypatch):
     class Elsewhere(torch.Tensor):
         device = torch.device("mps")
         is_cuda = False
+        is_cpu = False
 
     switched_off.forget()
     yield lambda t: t.detach().clone().as_subclass(Elsewhere)
@@ -112,6 +113,7 @@ def test_amd_gpus_call_themselves_cuda(monkeypatch):
     class OnCuda(torch.Tensor):
         device = torch.device("cuda", 0)
         is_cuda = True
+        is_cpu = False
 
     there = q.as_subclass(OnCuda)
     assert attention_backends.choose("forward", there, there) is attention_backends.PLAIN

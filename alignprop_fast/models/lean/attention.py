@@ -5,7 +5,7 @@ the logsumexp for the backward pass. Norms of q and k and rotary positions belon
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
@@ -226,14 +226,18 @@ def _is_over_a_text(attn: Attention) -> bool:
     return attn.is_cross_attention and type(attn.processor) is LeanAttnProcessor
 
 
-def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
+Product = Kind | Literal["last"]
+"""A kind of product; "last": the block's last, after which nothing but sums follow."""
+
+
+def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Product]]:
     """The linear layers of a plain attention whose results a recomputed block may keep, with their kind."""
-    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv_mlp_proj"):
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_gate", "to_qkv_mlp_proj"):
         if getattr(attn, name, None) is not None:
             yield getattr(attn, name), "qkv"
     out = getattr(attn, "to_out", None)  # in FLUX.1's single-stream blocks it belongs to the block
     if out is not None:
-        yield out[0] if isinstance(out, nn.ModuleList) else out, "out"
+        yield (out[0], "out") if isinstance(out, nn.ModuleList) else (out, "last")
     if getattr(attn, "to_add_out", None) is not None:
         yield attn.to_add_out, "out"
 

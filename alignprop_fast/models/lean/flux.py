@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-from alignprop_fast.models.lean.modulation import clipped, fed_forward, serves
+from alignprop_fast.models.lean.modulation import Stream, clipped, fed_forward, serves
 from alignprop_fast.models.lean.surgery import LEAN
 from alignprop_fast.ops.activation import gelu_tanh
 from alignprop_fast.ops.norm_modulate import gated_sum
@@ -32,8 +32,10 @@ class LeanFluxTransformerBlock(FluxTransformerBlock):
         branch, text_branch = self.attn(
             hidden_states=image_normed, encoder_hidden_states=text_normed, image_rotary_emb=image_rotary_emb
         )
-        image = fed_forward(image, branch, [t[:, None] for t in of_image], self.norm2, self.ff)
-        text = fed_forward(text, text_branch, [t[:, None] for t in of_text], self.norm2_context, self.ff_context)
+        text, image = fed_forward(
+            Stream(text, text_branch, [t[:, None] for t in of_text], self.norm2_context, self.ff_context.net),
+            Stream(image, branch, [t[:, None] for t in of_image], self.norm2, self.ff.net),
+        )
         return clipped(text), image
 
 

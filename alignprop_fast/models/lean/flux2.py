@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, head_norms, rotary_attention, turned
-from alignprop_fast.models.lean.modulation import clipped, fed_forward, modulated, serves
+from alignprop_fast.models.lean.modulation import Stream, clipped, fed_forward, modulated, serves
 from alignprop_fast.models.lean.surgery import KEPT, LEAN
 from alignprop_fast.ops.activation import swiglu
 from alignprop_fast.ops.attention import attention_of_parts
@@ -100,8 +100,11 @@ class LeanFlux2TransformerBlock(Flux2TransformerBlock):
             encoder_hidden_states=modulated(self.norm1_context, text, text_scale, text_shift),
             image_rotary_emb=image_rotary_emb,
         )
-        image = fed_forward(image, branch, (gate, *image_forward), self.norm2, self.ff)
-        text = fed_forward(text, text_branch, (text_gate, *text_forward), self.norm2_context, self.ff_context)
+        layers, text_layers = ((ff.linear_in, ff.act_fn, ff.linear_out) for ff in (self.ff, self.ff_context))
+        text, image = fed_forward(
+            Stream(text, text_branch, (text_gate, *text_forward), self.norm2_context, text_layers),
+            Stream(image, branch, (gate, *image_forward), self.norm2, layers),
+        )
         return clipped(text), image
 
 

@@ -1,6 +1,7 @@
 """Adaptive norms of diffusion transformers (adaLN) as one op: norm, scale and shift, and the gated sum before them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers.models.normalization import (
@@ -28,16 +29,37 @@ def modulated(norm: nn.LayerNorm, x: torch.Tensor, scale: torch.Tensor, shift: t
     return norm_modulate(x, scale, shift, norm.weight, norm.eps)
 
 
-def fed_forward(
-    x: torch.Tensor, branch: torch.Tensor, modulation: Sequence[torch.Tensor], norm: nn.LayerNorm, forward: nn.Module
-) -> torch.Tensor:
-    """The second half of a block: x + gate * branch, then the feed-forward part with a norm before and a gate after it.
+class Stream(NamedTuple):
+    """Tokens in the second half of a block: x, and the attention's branch that is added to them; [B, N, C].
 
-    modulation: the branch's gate, the norm's shift and scale, and the last gate, [B, 1, C] each.
+    modulation: the branch's gate, the norm's shift and scale, and the gate of the feed-forward part, [B, 1, C] each.
+    layers: of the feed-forward part, in their order; the last one is a product.
     """
-    gate, shift, scale, last_gate = modulation
-    y, x = norm_modulate(x, scale, shift, norm.weight, norm.eps, branch=branch, gate=gate)
-    return gated_sum(x, last_gate, forward(y))
+
+    x: torch.Tensor
+    branch: torch.Tensor
+    modulation: Sequence[torch.Tensor]
+    norm: nn.LayerNorm
+    layers: Sequence[nn.Module]
+
+    def begun(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + gate * branch, and the feed-forward part of its norm without the last product."""
+        gate, shift, scale, _ = self.modulation
+        weight, eps = self.norm.weight, self.norm.eps
+        y, x = norm_modulate(self.x, scale, shift, weight, eps, branch=self.branch, gate=gate)
+        for layer in self.layers[:-1]:
+            y = layer(y)
+        return x, y
+
+
+def fed_forward(*streams: Stream) -> list[torch.Tensor]:
+    """The second half of a block, by streams, the longest last.
+
+    The products that end the streams come after all else, because a recomputed block stops before the last of them.
+    """
+    begun = [stream.begun() for stream in streams]
+    pairs = zip(streams, begun, strict=True)
+    return [gated_sum(x, stream.modulation[3], stream.layers[-1](y)) for stream, (x, y) in pairs]
 
 
 def clipped(x: torch.Tensor) -> torch.Tensor:

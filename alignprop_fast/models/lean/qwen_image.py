@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 
 from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, head_norms, projected_parts
-from alignprop_fast.models.lean.modulation import clipped, fed_forward, modulated, serves
+from alignprop_fast.models.lean.modulation import Stream, clipped, fed_forward, modulated, serves
 from alignprop_fast.models.lean.surgery import LEAN
 from alignprop_fast.ops.attention import attention_of_parts
 
@@ -79,8 +79,10 @@ class LeanQwenImageTransformerBlock(QwenImageTransformerBlock):
             encoder_hidden_states_mask=mask,
             image_rotary_emb=image_rotary_emb,
         )
-        image = fed_forward(image, branch, of_image, self.img_norm2, self.img_mlp)
-        text = fed_forward(text, text_branch, of_text, self.txt_norm2, self.txt_mlp)
+        text, image = fed_forward(
+            Stream(text, text_branch, of_text, self.txt_norm2, self.txt_mlp.net),
+            Stream(image, branch, of_image, self.img_norm2, self.img_mlp.net),
+        )
         return clipped(text), clipped(image)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.attention import JointTransformerBlock
 
-from alignprop_fast.models.lean.modulation import fed_forward, serves
+from alignprop_fast.models.lean.modulation import Stream, fed_forward, serves
 from alignprop_fast.models.lean.surgery import LEAN
 from alignprop_fast.ops.norm_modulate import gated_sum
 
@@ -31,10 +31,11 @@ class LeanJointTransformerBlock(JointTransformerBlock):
         if self.use_dual_attention:
             image = gated_sum(image, gate, branch)
             branch, gate = self.attn2(hidden_states=others[4]), others[5][:, None]
-        image = fed_forward(image, branch, (gate, *of_forward), self.norm2, self.ff)
+        of_image = Stream(image, branch, (gate, *of_forward), self.norm2, self.ff.net)
         if self.context_pre_only:
-            return None, image
-        return fed_forward(text, text_branch, of_text, self.norm2_context, self.ff_context), image
+            return None, fed_forward(of_image)[0]
+        text, image = fed_forward(Stream(text, text_branch, of_text, self.norm2_context, self.ff_context.net), of_image)
+        return text, image
 
     def _text_normed(self, text: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The normed text and its other modulations, of which the last block has none."""

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from alignprop_fast.models.lean.attention import (
+    Product,
     autocasts,
     is_plain,
     kept_linears,
@@ -202,10 +203,10 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LeanLayerNorm,
 }
 """The class that takes a stock class's place. Files of single models add theirs."""
-KEPT: dict[type[nn.Module], Mapping[str, Kind]] = {
+KEPT: dict[type[nn.Module], Mapping[str, Product]] = {
     GEGLU: {"proj": "geglu"},
     GELU: {"proj": "geglu"},
-    FluxSingleTransformerBlock: {"proj_mlp": "geglu", "proj_out": "out"},
+    FluxSingleTransformerBlock: {"proj_mlp": "geglu", "proj_out": "last"},
 }
 """Linear layers outside attention whose results a recomputed block may keep. Files of single models add theirs."""
 
@@ -217,8 +218,18 @@ def put_ops_in(root: nn.Module) -> None:
         if type(linear) is nn.Linear:
             linear.__class__ = LeanLinear
         if isinstance(linear, LeanLinear | LeanLoraLinear):
-            linear.reused_as = kind
+            linear.reused_as = _reused_as(linear, kind)
     put_processors_in(root)
+
+
+def _reused_as(linear: nn.Module, kind: Product) -> Kind | None:
+    """The kind of result under which a recomputed block keeps this layer's.
+
+    The last product of a block runs again only if an adapter has saved its input after it.
+    """
+    if kind != "last":
+        return kind
+    return "out" if isinstance(linear, LeanLoraLinear) else None
 
 
 def take_ops_out(root: nn.Module) -> None:
@@ -232,7 +243,7 @@ def take_ops_out(root: nn.Module) -> None:
     _swap(root, stock.get)
 
 
-def products_of(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
+def products_of(root: nn.Module) -> Iterator[tuple[nn.Module, Product]]:
     """The linear layers whose results a recomputed transformer block may keep, with their kind."""
     for module in root.modules():
         if is_plain(module):

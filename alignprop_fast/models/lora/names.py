@@ -61,6 +61,7 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
     "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev")},
     "z-image": {"transformer": ("z-image",)},
     "qwen-image": {"transformer": ("qwen-image",)},
+    "krea2": {"transformer": ("krea2",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -170,8 +171,8 @@ def families() -> list[str]:
 def family_of(lora: Lora, pipe: Any = None) -> str:
     """The family of a transformer's adapters.
 
-    The pipeline decides, and only it tells Krea 2. Without one, the family that has more of the module names wins; on a
-    tie, the one with more of the shapes. If several fit equally, the answer is the first of these.
+    The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more
+    of the shapes. If several fit equally, the answer is the first of these: qwen-image's attention is named as flux's.
     """
     if pipe is not None:
         return names_of(pipe).family

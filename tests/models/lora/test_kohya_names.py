@@ -323,12 +323,14 @@ def test_both_writings_are_the_same_adapters(tmp_path):
         torch.testing.assert_close(one[module].delta(), two[module].delta(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["z_image", "flux2_klein", "qwen_image", "krea2"])
-def test_every_layer_there_and_back(request, kind):
+@pytest.mark.parametrize(
+    ("kind", "told_by_names"), [("z_image", True), ("flux2_klein", True), ("qwen_image", False), ("krea2", False)]
+)
+def test_every_layer_there_and_back(request, kind, told_by_names):
     pipe = request.getfixturevalue(f"tiny_{kind}")
     lora = made({path: shape[::-1] for path, shape in layers(pipe.transformer).items()})
-    assert family_of(lora) == family_of(lora, pipe)
-    for at_hand in (pipe, None):
+    assert not told_by_names or family_of(lora) == family_of(lora, pipe)
+    for at_hand in (pipe, None) if told_by_names else (pipe,):
         back = lora_of(to_kohya(lora, at_hand), "file", pipe=at_hand)
         assert back.keys() == lora.keys()
         for module, factors in lora.items():
