@@ -1,32 +1,25 @@
 """Backward kernels of lora_linear; formulas, shapes, cost and block sizes are in `lora_linear`."""
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.lora_blocks import config, partial_sums, rank_block
 from alignprop_fast.kernels.lora_linear import (
-    FEW_PROGRAMS,
-    FEW_ROWS,
     SUM_BLOCK,
     add_rows_by_columns,
-    config,
     grouped,
     load_tile,
     lora_narrow_kernel,
     narrow,
     pick,
-    rank_block,
     rows_contiguous,
     signature_entries,
     store_tile,
     three,
     three_sizes,
 )
-
-MAX_CHUNK = 512  # tokens
 
 
 @triton.jit
@@ -100,16 +93,6 @@ def up_products(
     return u
 
 
-@cache
-def chunk_tokens(n_tokens: int, columns: int, dtype: torch.dtype, block_r: int) -> int:
-    """Tokens of one chunk of partial sums: as many as give each processor a program, at most MAX_CHUNK."""
-    blocks = config("grad", dtype, block_r)
-    chunk, across = MAX_CHUNK, cdiv(columns, blocks["BLOCK_N"])
-    while chunk > blocks["BLOCK_T"] and cdiv(n_tokens, chunk) * across < FEW_PROGRAMS:
-        chunk //= 2
-    return chunk
-
-
 def adapter_grads(
     x: torch.Tensor,
     u: torch.Tensor,
@@ -126,9 +109,7 @@ def adapter_grads(
     ranks, outs = [a.shape[0] for a in downs], [g.shape[1] for g in gs]
     block_r = rank_block(max(ranks))
     blocks = config("grad", x.dtype, block_r)
-    chunk = chunk_tokens(x.shape[0], min(x.shape[1], *outs), x.dtype, block_r)
-    chunks = cdiv(x.shape[0], chunk)
-    sizes = [sum(ranks) * x.shape[1], *(rank * out for rank, out in zip(ranks, outs, strict=True))]
+    chunk, chunks, sizes = partial_sums(*x.shape, outs, ranks, x.dtype)
     parts = torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
 
     def sum_by_chunks(x: torch.Tensor, u: torch.Tensor, ranks: list[int], start: int, scale: float) -> None:
@@ -198,7 +179,7 @@ def signatures() -> list[dict]:
     return signature_entries(
         {
             "down, transposed": (lora_narrow_kernel, one),
-            "down, transposed, few rows": (lora_narrow_kernel, one | FEW_ROWS),
+            "few, transposed, few rows": (lora_narrow_kernel, one),
             "grad": (lora_grad_kernel, {"P": 3}),
             "product": (lora_input_grad_kernel, {"P": 3}),
             "sum": (lora_sum_kernel, {"BLOCK": SUM_BLOCK, "num_warps": 1}),
