@@ -47,6 +47,12 @@ class KeptRows:
         wanted = [str(value) for value in run]
         return any([row[key] for key in self.keys] == wanted for row in self.read())
 
+    def check(self, **same: str) -> None:
+        """Raises SystemExit if rows have another value in one of these columns: tables and plots would mix them."""
+        for column, value in same.items():
+            if others := {row[column] for row in self.read()} - {value}:
+                raise SystemExit(f"{self.path} has runs with the {column} {min(others)}: give another --csv")
+
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the rows of one run."""
         write_rows(self.path, [*self.read(), *rows])

@@ -1,4 +1,4 @@
-"""Attention without mask, forward and backward (Dao et al. 2022; Dao 2023), deterministic.
+"""Attention, forward and backward (Dao et al. 2022; Dao 2023), deterministic.
 
 Forward, per head, with s the scale and i, j the indices of query and key:
 
@@ -11,14 +11,15 @@ Backward, for the gradient g of o, with P = exp(S - lse) computed again:
 
 Shapes: q, o, g, dq [B, H, M, D], k, v, dk, dv [B, H, N, D], lse and delta [B, H, M] in fp32, lse the natural logarithm.
 q, k, v, g and o may have any strides whose last is 1. Results are [B, H, M, D] over [B, M, H, D] memory.
+Keys may end in padding: batch element b has lengths[b] valid keys. The others have P = 0, and dk = dv = 0.
 The softmax and every sum are fp32. P and dS are rounded to the storage type before they enter a tensor core.
 
 FLOPs per head, in units of 2 M N D: forward 2; backward 7 (3 for dq, 4 for dk and dv, as S and g v^T are made twice),
 or 5 for few keys. Bytes per head, if each kernel reads every tensor once: forward 2 (M + N) D elements; backward
 6 (M + N) D; and 4 bytes per query for each of lse and delta. When M and N are long, arithmetic is the bound.
 
-`attention_general` serves any number of keys. Half types with at most 128 keys take `attention_short`; its docstring
-names the head dimensions.
+`attention_general` serves any number of keys, padded or not. Half types with at most 128 keys, none of them padding,
+take `attention_short`; its docstring names the head dimensions.
 
 Where it loses: computing S twice costs 7 units. Kernels that add dq atomically need 5, but are not deterministic.
 On Hopper it uses no bulk copies and no specialised warps, so cuDNN should be ahead at N >= 1024.
@@ -34,13 +35,18 @@ from alignprop_fast.kernels.attention_tiles import MAX_HEAD_DIM, rows_first
 
 
 def attention_forward(
-    q_BHMD: torch.Tensor, k_BHND: torch.Tensor, v_BHND: torch.Tensor, scale: float
+    q_BHMD: torch.Tensor,
+    k_BHND: torch.Tensor,
+    v_BHND: torch.Tensor,
+    scale: float,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v.
 
     Args:
         q_BHMD: [B, H, M, D], D up to 160; k_BHND, v_BHND: [B, H, N, D]; one dtype of fp32, fp16, bf16; last stride 1.
         scale: factor of the logits, above 0.
+        lengths: valid keys of each batch element, 1 to N, [B] in int32; None: N.
 
     Returns:
         o [B, H, M, D] over [B, M, H, D] memory, and lse [B, H, M] in fp32, the natural logarithm.
@@ -48,9 +54,10 @@ def attention_forward(
     Raises:
         ValueError: shapes, dtypes, strides or a scale other than these.
     """
-    _check(q_BHMD, k_BHND, v_BHND, scale)
-    kernels = attention_short if attention_short.serves_forward(q_BHMD, k_BHND) else attention_general
-    return kernels.forward(q_BHMD, k_BHND, v_BHND, scale)
+    _check(q_BHMD, k_BHND, v_BHND, scale, lengths)
+    if lengths is None and attention_short.serves_forward(q_BHMD, k_BHND):
+        return attention_short.forward(q_BHMD, k_BHND, v_BHND, scale)
+    return attention_general.forward(q_BHMD, k_BHND, v_BHND, scale, lengths)
 
 
 def attention_backward(
@@ -61,12 +68,13 @@ def attention_backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention_forward` for q, k and v.
 
     Args:
         g_BHMD: gradient of o, [B, H, M, D], any strides.
-        q, k, v: inputs of the forward pass. o, lse: its outputs, from this or any other implementation.
+        q, k, v, scale, lengths: inputs of the forward pass. o, lse: its outputs, from this or any other implementation.
 
     Returns:
         dq [B, H, M, D] over [B, M, H, D] memory; dk and dv [B, H, N, D] over [B, N, H, D] memory.
@@ -74,15 +82,15 @@ def attention_backward(
     Raises:
         ValueError: as `attention_forward`.
     """
-    _check(q, k, v, scale)
+    _check(q, k, v, scale, lengths)
     g = g_BHMD.to(q.dtype)
     g, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, o))
     if k.shape[2] == 1:
         # With one key the softmax is 1 for any logits, so dq and dk are exactly zero.
         return rows_first(q).zero_(), rows_first(k).zero_(), rows_first(v).copy_(g.sum(2, keepdim=True))
-    if attention_short.serves_backward(q, k):
+    if lengths is None and attention_short.serves_backward(q, k):
         return attention_short.backward(g, q, k, v, lse.contiguous(), scale)
-    return attention_general.backward(g, q, k, v, o, lse.contiguous(), scale)
+    return attention_general.backward(g, q, k, v, o, lse.contiguous(), scale, lengths)
 
 
 def signatures() -> list[dict]:
@@ -90,7 +98,7 @@ def signatures() -> list[dict]:
     return attention_general.signatures() + attention_short.signatures()
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None) -> None:
     if not scale > 0:
         # The kernels take the maximum of q k^T before they scale it.
         raise ValueError(f"scale must be above 0, not {scale}")
@@ -103,3 +111,5 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> N
         raise ValueError(f"q, k and v need one dtype of fp32, fp16, bf16, not {q.dtype}, {k.dtype}, {v.dtype}")
     if any(t.stride(-1) != 1 for t in (q, k, v)):
         raise ValueError("the last dimension of q, k and v must be contiguous; call .contiguous() on the others")
+    if lengths is not None and (lengths.shape != (b,) or lengths.dtype != torch.int32 or not lengths.is_contiguous()):
+        raise ValueError(f"lengths must be {b} contiguous numbers in int32, not {tuple(lengths.shape)} {lengths.dtype}")

@@ -8,6 +8,9 @@ runs give the same bits.
 The walk over keys takes whole blocks without masks, then what is left with masks. The second walk is a loop of at most
 one turn: in a straight line, the compiler holds more in registers and spills. Its one stage keeps the pipeline out of
 it. The walk over queries masks only loads, which costs three instructions, so it is one loop.
+
+Padded keys: each batch element has a number of valid keys, which takes the place of N in the walks over keys. Programs
+whose keys are all padding walk over no queries and store zeros.
 """
 
 from itertools import product
@@ -106,6 +109,7 @@ def attention_forward_kernel(
     v_ptr,
     o_ptr,
     lse_ptr,
+    lengths_ptr,
     scale,
     q_b,
     q_h,
@@ -123,6 +127,7 @@ def attention_forward_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -139,6 +144,8 @@ def attention_forward_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     # The hardware computes exponentials in base 2.
     scale2 = scale * 1.4426950408889634
+    if PADDED:
+        N = tl.load(lengths_ptr + b)
     whole = N // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         o0, o1, top, total = _add_keys(
@@ -203,6 +210,7 @@ def attention_backward_dq_kernel(
     lse_ptr,
     dq_ptr,
     delta_ptr,
+    lengths_ptr,
     scale,
     g_b,
     g_h,
@@ -226,6 +234,7 @@ def attention_backward_dq_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -243,6 +252,8 @@ def attention_backward_dq_kernel(
     lse2 = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0) * 1.4426950408889634
     scale2 = scale * 1.4426950408889634
     dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
+    if PADDED:
+        N = tl.load(lengths_ptr + b)
     whole = N // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         dq0, dq1 = _add_dq(
@@ -267,6 +278,7 @@ def attention_backward_dk_dv_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    lengths_ptr,
     scale,
     g_b,
     g_h,
@@ -287,13 +299,15 @@ def attention_backward_dk_dv_kernel(
     D0: tl.constexpr,
     D1: tl.constexpr,
     ALIGN: tl.constexpr,
+    PADDED: tl.constexpr,
     MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dk and dv of one block of keys. S is computed transposed, so that P^T and dS^T need no transposition.
 
-    MASK: M is not a multiple of BLOCK_M. Keys beyond N affect only their own rows, which are not stored.
+    MASK: M is not a multiple of BLOCK_M. Keys beyond the last affect only their own rows, which are not stored, or
+    stored as zeros if they are padding.
     """
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1).to(tl.int64)
@@ -305,7 +319,11 @@ def attention_backward_dk_dv_kernel(
     dk0, dk1 = zeros_pair(BLOCK_N, D0, D1)
     dv0, dv1 = zeros_pair(BLOCK_N, D0, D1)
     scale2 = scale * 1.4426950408889634
-    for start in range(0, M, BLOCK_M):
+    stop = M
+    if PADDED:
+        valid = tl.load(lengths_ptr + b)
+        stop = tl.where(tl.program_id(0) * BLOCK_N < valid, M, 0)
+    for start in range(0, stop, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
         g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
@@ -321,12 +339,19 @@ def attention_backward_dk_dv_kernel(
         dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
         ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
         dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    if PADDED:
+        inside = (keys < valid)[:, None]
+        dk0, dv0 = tl.where(inside, dk0, 0.0), tl.where(inside, dv0, 0.0)
+        if D1 > 0:
+            dk1, dv1 = tl.where(inside, dk1, 0.0), tl.where(inside, dv1, 0.0)
     out = (b * N * H + h) * HEAD
     store_pair(dk_ptr + out, dk0 * scale, dk1 * scale, keys, H * HEAD, N, HEAD, D0, D1)
     store_pair(dv_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse), as `attention.attention_forward`."""
     b, h, m, d = q.shape
     n = k.shape[2]
@@ -335,9 +360,9 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     block_m, block_n, warps, stages = config(table(q), "forward", d)
     launch(
         *(attention_forward_kernel, (cdiv(m, block_m), b * h)),
-        *(q, k, v, o, lse, scale),
+        *(q, k, v, o, lse, q if lengths is None else lengths, scale),
         *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
@@ -352,6 +377,7 @@ def backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), as `attention.attention_backward`."""
     b, h, m, d = q.shape
@@ -363,18 +389,18 @@ def backward(
     block_m, block_n, warps, stages = config(table(q), "dq", d)
     launch(
         *(attention_backward_dq_kernel, (cdiv(m, block_m), b * h)),
-        *(g, q, k, v, o, lse, dq, delta, scale),
+        *(g, q, k, v, o, lse, dq, delta, q if lengths is None else lengths, scale),
         *(stride for three in strides for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
     block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
     launch(
         *(attention_backward_dk_dv_kernel, (cdiv(n, block_n), b * h)),
-        *(g, q, k, v, lse, delta, dk, dv, scale),
+        *(g, q, k, v, lse, delta, dk, dv, q if lengths is None else lengths, scale),
         *(stride for three in strides[:4] for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, m % block_m != 0, block_m, block_n),
+        *(h, m, n, d, *head_tiles(d), align, lengths is not None, m % block_m != 0, block_m, block_n),
         num_warps=warps,
         num_stages=stages,
     )
@@ -394,19 +420,23 @@ def config(table: str, kernel: str, head_dim: int) -> tuple[int, int, int, int]:
 
 
 def signatures() -> list[dict]:
-    """Entries to compile ahead of time (`attention_tiles.signature_entry`), at REPORTED_HEAD_DIMS."""
+    """Entries to compile ahead of time (`attention_tiles.signature_entry`), at REPORTED_HEAD_DIMS.
+
+    With padding at 128 alone, the heads of the models whose texts are padded.
+    """
     kernels = {
         "forward": attention_forward_kernel,
         "dq": attention_backward_dq_kernel,
         "dk_dv": attention_backward_dk_dv_kernel,
     }
     found = []
-    for name, kernel, d in product(CONFIGS, kernels, REPORTED_HEAD_DIMS):
+    dims = [*((d, False) for d in REPORTED_HEAD_DIMS), (128, True)]
+    for name, kernel, (d, padded) in product(CONFIGS, kernels, dims):
         dtype, archs = REPORTED_TYPES[name]
         block_m, block_n, warps, stages = config(name, kernel, d)
         constexprs = dict(zip(("D0", "D1"), head_tiles(d), strict=True))
-        constexprs |= {"HEAD": d, "ALIGN": 8, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        constexprs |= {"HEAD": d, "ALIGN": 8, "PADDED": padded, "BLOCK_M": block_m, "BLOCK_N": block_n}
         constexprs |= {"MASK": True} if kernel == "dk_dv" else {}
-        label = f"{dtype} d{d} {block_m}x{block_n}"
+        label = f"{dtype} d{d}{' padded' if padded else ''} {block_m}x{block_n}"
         found.append(signature_entry(kernels[kernel], label, dtype, constexprs, warps, stages, archs))
     return found

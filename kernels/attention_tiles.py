@@ -156,12 +156,14 @@ def signature_entry(
 ) -> dict:
     """One entry of a kernel module's `signatures()`: everything needed to compile `kernel` ahead of time.
 
-    Pointers have type `dtype` ("bf16"), statistics and partial sums fp32. Other arguments are 32-bit integers, except
-    `scale`, which is fp32.
+    Pointers have type `dtype` ("bf16"), statistics and partial sums fp32, lengths int32. Other arguments are 32-bit
+    integers, except `scale`, which is fp32.
     """
     types = {}
     for name in kernel.arg_names:
-        if name.endswith("_ptr"):
+        if name == "lengths_ptr":
+            types[name] = "*i32"
+        elif name.endswith("_ptr"):
             types[name] = "*fp32" if name.startswith(("lse", "delta")) or "parts" in name else f"*{dtype}"
         elif name not in constexprs:
             types[name] = "fp32" if name == "scale" else "i32"

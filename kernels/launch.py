@@ -15,12 +15,31 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, *
 
     Triton launches on the current device, which can be another one than the tensors'.
     """
-    device = arguments[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    index = arguments[0].get_device()  # -1 on a CPU, where the interpreter runs
+    if index < 0 or index == torch.cuda.current_device():
         kernel[grid](*arguments, **options, **COMPILE_OPTIONS)
         return
-    with torch.cuda.device(device):
+    with torch.cuda.device(index):
         kernel[grid](*arguments, **options, **COMPILE_OPTIONS)
+
+
+class Prepared:
+    """A kernel that is ready to start on tensors: what follows from their sizes is computed once.
+
+    Keep it by these sizes (`functools.cache`): computing them anew takes longer than allocating a tensor.
+
+    Args:
+        grid: as of `launch`.
+        numbers: the arguments that follow the tensors.
+        options: constants of the kernel, warps and stages.
+    """
+
+    def __init__(self, kernel: triton.JITFunction, grid: tuple[int, ...], *numbers: float, **options: Any):
+        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Start it, as `launch`."""
+        launch(self._kernel, self._grid, *tensors, *self._numbers, **self._options)
 
 
 # Triton's own versions of these two go through a wrapper for its compiler, which takes as long as allocating a tensor.

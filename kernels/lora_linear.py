@@ -27,13 +27,16 @@ over y. The fused product stays for GPUs where it measures faster. Registers and
 sizes; nothing here has been timed on a GPU.
 """
 
+import math
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.launch import Prepared, cdiv
 from alignprop_fast.kernels.lora_blocks import FEW_PROGRAMS, MAX_PROJECTIONS, config, rank_block
 
 SUM_BLOCK = 32
@@ -170,100 +173,157 @@ def lora_add_kernel(
     store_tile(y_ptr, y, rows, n_tokens, n_out, columns, n_out)
 
 
-def three(items: list) -> list:
+def three(items: Sequence[Any]) -> Sequence[Any]:
     """Padded to three with the first, whose pointer is then never read."""
-    return [*items, *[items[0]] * (MAX_PROJECTIONS - len(items))]
+    return items if len(items) == MAX_PROJECTIONS else [*items, *[items[0]] * (MAX_PROJECTIONS - len(items))]
 
 
-def three_sizes(sizes: list[int]) -> list[int]:
+def three_sizes(sizes: Sequence[int]) -> list[int]:
     return [*sizes, *[0] * (MAX_PROJECTIONS - len(sizes))]
 
 
+def contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
 def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] with contiguous rows; a copy only if they are not contiguous."""
+    """t [..., columns] with contiguous rows, of any number of dimensions if it is contiguous, else of two."""
+    if t.is_contiguous():
+        return t
+    t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
-def lora_down(x: torch.Tensor, downs: list[torch.Tensor]) -> torch.Tensor:
-    """t = x [A_1; A_2; A_3]^T, [T, sum R] in x's dtype."""
-    x, downs = rows_contiguous(x), [a.contiguous() for a in downs]
-    ranks = [a.shape[0] for a in downs]
-    t = torch.empty(x.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
-    narrow(x, downs, ranks, t, 1.0, transposed=False)
+def lora_down(x: torch.Tensor, downs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """t = x [A_1; A_2; A_3]^T, [T, sum R] in x's dtype, of x [..., I]."""
+    x, downs = rows_contiguous(x), contiguous(downs)
+    ranks = tuple([a.shape[0] for a in downs])
+    n_in = x.shape[-1]
+    n_tokens = x.numel() // n_in
+    t = x.new_empty((n_tokens, sum(ranks)))
+    narrow(x.dtype, n_tokens, n_in, x.stride(-2), t.shape[1], ranks, 1.0)(x, *three(downs), t)
     return t
 
 
+@cache
 def narrow(
-    x: torch.Tensor, adapters: list[torch.Tensor], ranks: list[int], t: torch.Tensor, scale: float, transposed: bool
-) -> None:
-    """Write scale x A^T of each A [R, I] into t [T, sum R]; transposed: of the only one, [I, R]."""
-    n_tokens, block_r = x.shape[0], rank_block(max(ranks))
-    blocks = narrow_blocks(n_tokens, x.dtype, block_r)
-    launch(
+    dtype: torch.dtype,
+    n_tokens: int,
+    n_in: int,
+    x_stride: int,
+    t_stride: int,
+    ranks: tuple[int, ...],
+    scale: float,
+    transposed: bool = False,
+) -> Prepared:
+    """Writes scale x A^T of each A [R, I] into t [T, sum R], from (x, three A, t). transposed: of the one A, [I, R]."""
+    blocks = narrow_blocks(n_tokens, dtype, rank_block(max(ranks)))
+    return Prepared(
         lora_narrow_kernel, (cdiv(n_tokens, blocks["BLOCK_T"]),),
-        x, *three(adapters), t, float(scale), *x.shape, x.stride(0), t.stride(0), *three_sizes(ranks),
-        P=len(adapters), TRANSPOSED=transposed, BLOCK_R=block_r, **blocks,
+        float(scale), n_tokens, n_in, x_stride, t_stride, *three_sizes(ranks),
+        P=len(ranks), TRANSPOSED=transposed, BLOCK_R=rank_block(max(ranks)), **blocks,
     )  # fmt: skip
 
 
-@cache
 def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, int]:
     """Block sizes, warps and stages of `narrow`, with enough programs if the tokens allow."""
     blocks = config("down", dtype, block_r)
     return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else config("few", dtype, block_r)
 
 
+class _Forward:
+    """Launches of the forward pass on inputs of certain sizes. has_bias: bit p says that y_p has one.
+
+    Attributes:
+        down: writes t, from (x, three A, t).
+        product: writes each y, from (x, t, three W, three b, three B, three y).
+        t_shape, y_shapes: of the results.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        x_stride: int,
+        outs: tuple[int, ...],
+        ranks: tuple[int, ...],
+        scales: tuple[float, ...],
+        has_bias: int,
+    ):
+        *rows, n_in = shape
+        n_tokens, columns = math.prod(rows), sum(ranks)
+        blocks = config("product", dtype, rank_block(max(ranks)))
+        programs = cdiv(n_tokens, blocks["BLOCK_T"]) * sum(cdiv(n, blocks["BLOCK_N"]) for n in outs)
+        self.down = narrow(dtype, n_tokens, n_in, x_stride, columns, ranks, 1.0)
+        self.product = Prepared(
+            lora_product_kernel, (programs,),
+            *three([float(s) for s in scales]), n_tokens, n_in, x_stride, *three_sizes(outs), *three_sizes(ranks),
+            BIAS=has_bias, **blocks,
+        )  # fmt: skip
+        self.t_shape, self.y_shapes = (n_tokens, columns), [(*rows, n) for n in outs]
+
+
+_forward = cache(_Forward)
+
+
 def lora_linear_forward(
     x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    scales: list[float],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    scales: tuple[float, ...],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """One to three projections of x [T, I] in two launches; shapes as in the module docstring.
+    """One to three projections of x [..., I] in two launches; shapes as in the module docstring.
 
-    Weights and biases have x's dtype, adapters any. Returns ([y_p [T, O_p]], t [T, sum R]) in x's dtype.
+    Weights and biases have x's dtype, adapters any. Returns ([y_p [..., O_p]], t [T, sum R]) in x's dtype.
     """
-    t = lora_down(x, downs)
-    x, weights, ups = rows_contiguous(x), [w.contiguous() for w in weights], [b.contiguous() for b in ups]
-    outs, ranks = [w.shape[0] for w in weights], [b.shape[1] for b in ups]
-    ys = [torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device) for n in outs]
-    has_bias = sum(1 << p for p, bias in enumerate(biases) if bias is not None)
-    given = [x if bias is None else bias.contiguous() for bias in biases]
-    blocks = config("product", x.dtype, rank_block(max(ranks)))
-    programs = cdiv(x.shape[0], blocks["BLOCK_T"]) * sum([cdiv(n, blocks["BLOCK_N"]) for n in outs])
-    launch(
-        lora_product_kernel, (programs,),
-        x, t, *three(weights), *three(given), *three(ups), *three(ys), *three([float(s) for s in scales]),
-        *x.shape, x.stride(0), *three_sizes(outs), *three_sizes(ranks),
-        BIAS=has_bias, **blocks,
-    )  # fmt: skip
+    rows = rows_contiguous(x)
+    outs, ranks = tuple([w.shape[0] for w in weights]), tuple([b.shape[1] for b in ups])
+    has_bias = sum([1 << p for p, bias in enumerate(biases) if bias is not None])
+    plan = _forward(x.dtype, x.shape, rows.stride(-2), outs, ranks, scales, has_bias)
+    t, ys = x.new_empty(plan.t_shape), [x.new_empty(shape) for shape in plan.y_shapes]
+    plan.down(rows, *three(contiguous(downs)), t)
+    given = three([x if bias is None else bias.contiguous() for bias in biases])
+    plan.product(rows, t, *three(contiguous(weights)), *given, *three(contiguous(ups)), *three(ys))
     return ys, t
+
+
+@cache
+def _add(
+    dtype: torch.dtype, n_tokens: int, n_out: int, t_stride: int, rank: int, ranks: tuple[int, ...], scale: float
+) -> Prepared:
+    """Adds scale t B^T to y, from (t, B, y). rank: of B; ranks: of all."""
+    blocks = config("add", dtype, rank_block(max(ranks)))
+    grid = (cdiv(n_tokens, blocks["BLOCK_T"]), cdiv(n_out, blocks["BLOCK_N"]))
+    sizes = (float(scale), n_tokens, n_out, t_stride, rank)
+    return Prepared(lora_add_kernel, grid, *sizes, BLOCK_R=rank_block(rank), **blocks)
 
 
 def lora_linear_forward_split(
     x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    scales: list[float],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    scales: tuple[float, ...],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """As `lora_linear_forward`, but torch computes x W^T + b and a kernel adds s t B^T in place."""
     t, ys, offset = lora_down(x, downs), [], 0
-    blocks = config("add", x.dtype, rank_block(max(up.shape[1] for up in ups)))
+    ranks = tuple([up.shape[1] for up in ups])
     for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
-        y, up = torch.nn.functional.linear(x, weight, bias), up.contiguous()
-        grid = (cdiv(y.shape[0], blocks["BLOCK_T"]), cdiv(y.shape[1], blocks["BLOCK_N"]))
-        launch(
-            lora_add_kernel, grid,
-            t[:, offset:], up, y, float(scale), *y.shape, t.stride(0), up.shape[1],
-            BLOCK_R=rank_block(up.shape[1]), **blocks,
-        )  # fmt: skip
-        offset += up.shape[1]
+        y, rank = torch.nn.functional.linear(x, weight, bias), up.shape[1]
+        _add(x.dtype, t.shape[0], y.shape[-1], t.shape[1], rank, ranks, scale)(
+            from_column(t, offset), up.contiguous(), y
+        )
+        offset += rank
         ys.append(y)
     return ys, t
+
+
+def from_column(t: torch.Tensor, offset: int) -> torch.Tensor:
+    """t[:, offset:], of whose memory a kernel needs only the start."""
+    return t[:, offset:] if offset else t
 
 
 def signatures() -> list[dict]:

@@ -1,14 +1,19 @@
 """Backward kernels of lora_linear; formulas, shapes, cost and block sizes are in `lora_linear`."""
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.launch import Prepared, cdiv
 from alignprop_fast.kernels.lora_blocks import config, partial_sums, rank_block
 from alignprop_fast.kernels.lora_linear import (
     SUM_BLOCK,
     add_rows_by_columns,
+    contiguous,
+    from_column,
     grouped,
     load_tile,
     lora_narrow_kernel,
@@ -83,94 +88,146 @@ def lora_input_grad_kernel(
 
 
 def up_products(
-    gs: list[torch.Tensor], ups: list[torch.Tensor], scales: list[float], like: torch.Tensor
+    gs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: tuple[float, ...], like: torch.Tensor
 ) -> torch.Tensor:
     """u [T, sum R], with the memory and dtype of t."""
     u, offset = torch.empty_like(like), 0
+    n_tokens, columns = u.shape
     for g, up, scale in zip(gs, ups, scales, strict=True):
-        narrow(g, [up], [up.shape[1]], u[:, offset:], scale, transposed=True)
-        offset += up.shape[1]
+        n_out, rank = up.shape
+        narrow(g.dtype, n_tokens, n_out, g.stride(-2), columns, (rank,), scale, transposed=True)(
+            g, *three([up]), from_column(u, offset)
+        )
+        offset += rank
     return u
+
+
+class _Sums:
+    """Launches that take the sums over T for dA and dB of one to three adapters, on inputs of certain sizes.
+
+    Partial sums of all adapters lie side by side in one tensor [chunks, sum of sizes], so that one launch adds them.
+
+    Attributes:
+        sizes: numbers of all dA together, then of each dB.
+        down: the partial sums of dA, from (x, u, parts).
+        ups: those of each dB, from (g, t from the adapter's first column, parts from the dB's first column).
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        n_tokens: int,
+        n_in: int,
+        x_stride: int,
+        g_strides: tuple[int, ...],
+        outs: tuple[int, ...],
+        ranks: tuple[int, ...],
+        scales: tuple[float, ...],
+    ):
+        block_r, columns = rank_block(max(ranks)), sum(ranks)
+        blocks = config("grad", dtype, block_r)
+        chunk, self.chunks, self.sizes = partial_sums(n_tokens, n_in, outs, ranks, dtype)
+
+        def prepared(scale: float, width: int, stride: int, ranks: tuple[int, ...]) -> Prepared:
+            return Prepared(
+                lora_grad_kernel, (self.chunks, cdiv(width, blocks["BLOCK_N"])),
+                float(scale), n_tokens, width, stride, columns, sum(self.sizes), chunk,
+                *three_sizes(ranks), P=len(ranks), BLOCK_R=block_r, **blocks,
+            )  # fmt: skip
+
+        self.down = prepared(1.0, n_in, x_stride, ranks)
+        self.ups = [
+            prepared(scale, out, stride, (rank,))
+            for scale, out, stride, rank in zip(scales, outs, g_strides, ranks, strict=True)
+        ]
+
+
+_sums = cache(_Sums)
 
 
 def adapter_grads(
     x: torch.Tensor,
     u: torch.Tensor,
-    gs: list[torch.Tensor],
+    gs: Sequence[torch.Tensor],
     t: torch.Tensor,
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    scales: list[float],
+    ranks: tuple[int, ...],
+    scales: tuple[float, ...],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """([dA_p [R_p, I]], [dB_p [O_p, R_p]]), views of one tensor in fp32.
-
-    Partial sums of all adapters lie side by side, so that one launch adds them.
-    """
-    ranks, outs = [a.shape[0] for a in downs], [g.shape[1] for g in gs]
-    block_r = rank_block(max(ranks))
-    blocks = config("grad", x.dtype, block_r)
-    chunk, chunks, sizes = partial_sums(*x.shape, outs, ranks, x.dtype)
-    parts = torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
-
-    def sum_by_chunks(x: torch.Tensor, u: torch.Tensor, ranks: list[int], start: int, scale: float) -> None:
-        launch(
-            lora_grad_kernel, (chunks, cdiv(x.shape[1], blocks["BLOCK_N"])),
-            x, u, parts[:, start:], float(scale), *x.shape, x.stride(0), u.stride(0), parts.shape[1], chunk,
-            *three_sizes(ranks), P=len(ranks), BLOCK_R=block_r, **blocks,
-        )  # fmt: skip
-
-    sum_by_chunks(x, u, ranks, 0, 1.0)
-    for p, (g, rank, scale) in enumerate(zip(gs, ranks, scales, strict=True)):
-        sum_by_chunks(g, t[:, sum(ranks[:p]) :], [rank], sum(sizes[: p + 1]), scale)
-    d_downs, *d_ups = add_parts(parts).split(sizes)
+    """([dA_p [R_p, I]], [dB_p [O_p, R_p]]), views of one tensor in fp32."""
+    n_in, outs, strides = x.shape[-1], tuple([g.shape[-1] for g in gs]), tuple([g.stride(-2) for g in gs])
+    sums = _sums(x.dtype, t.shape[0], n_in, x.stride(-2), strides, outs, ranks, scales)
+    parts = x.new_empty((sums.chunks, sum(sums.sizes)), dtype=torch.float32)
+    sums.down(x, u, parts)
+    column, start = 0, sums.sizes[0]
+    for g, up, rank, size in zip(gs, sums.ups, ranks, sums.sizes[1:], strict=True):
+        up(g, from_column(t, column), from_column(parts, start))
+        column, start = column + rank, start + size
+    d_downs, *d_ups = add_parts(parts).split(sums.sizes)
+    d_downs = d_downs.view(-1, n_in)
     pairs = zip(d_ups, ranks, strict=True)
-    return list(d_downs.view(-1, x.shape[1]).split(ranks)), [d_up.view(rank, -1).T for d_up, rank in pairs]
+    return list(d_downs.split(ranks)) if len(ranks) > 1 else [d_downs], [d_up.view(rank, -1).T for d_up, rank in pairs]
+
+
+@cache
+def _add_parts(n_parts: int, n: int) -> Prepared:
+    return Prepared(lora_sum_kernel, (cdiv(n, SUM_BLOCK),), n, n_parts, BLOCK=SUM_BLOCK, num_warps=1)
 
 
 def add_parts(parts: torch.Tensor) -> torch.Tensor:
     """Sum of fp32 parts [chunks, n] over the chunks in a fixed order, in fp32."""
-    n_parts, n = parts.shape
-    out = parts.new_empty(n)
-    launch(lora_sum_kernel, (cdiv(n, SUM_BLOCK),), parts, out, n, n_parts, BLOCK=SUM_BLOCK, num_warps=1)
+    out = parts.new_empty(parts.shape[1])
+    _add_parts(*parts.shape)(parts, out)
     return out
 
 
-def input_grad(
-    gs: list[torch.Tensor], u: torch.Tensor, weights: list[torch.Tensor], downs: list[torch.Tensor]
-) -> torch.Tensor:
-    """gx [T, I]."""
-    n_tokens, n_in = u.shape[0], weights[0].shape[1]
-    gx = torch.empty(n_tokens, n_in, dtype=u.dtype, device=u.device)
-    ranks = [a.shape[0] for a in downs]
-    blocks = config("product", u.dtype, rank_block(max(ranks)))
+@cache
+def _input_grad(
+    dtype: torch.dtype,
+    n_tokens: int,
+    n_in: int,
+    g_strides: tuple[int, ...],
+    outs: tuple[int, ...],
+    ranks: tuple[int, ...],
+) -> Prepared:
+    """Writes gx, from (three g, u, three W, three A, gx)."""
+    blocks = config("product", dtype, rank_block(max(ranks)))
     programs = cdiv(n_tokens, blocks["BLOCK_T"]) * cdiv(n_in, blocks["BLOCK_N"])
-    launch(
-        lora_input_grad_kernel, (programs,),
-        *three(gs), u, *three(weights), *three(downs), gx, n_tokens, n_in, *three([g.stride(0) for g in gs]),
-        *three_sizes([w.shape[0] for w in weights]), *three_sizes(ranks), P=len(gs), **blocks,
+    return Prepared(
+        lora_input_grad_kernel, (programs,), n_tokens, n_in, *three(g_strides), *three_sizes(outs), *three_sizes(ranks),
+        P=len(outs), **blocks,
     )  # fmt: skip
+
+
+def input_grad(
+    gs: Sequence[torch.Tensor], u: torch.Tensor, weights: Sequence[torch.Tensor], downs: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """gx [..., I]."""
+    n_in, strides = weights[0].shape[1], tuple([g.stride(-2) for g in gs])
+    outs, ranks = tuple([w.shape[0] for w in weights]), tuple([a.shape[0] for a in downs])
+    gx = u.new_empty((*gs[0].shape[:-1], n_in))
+    _input_grad(u.dtype, u.shape[0], n_in, strides, outs, ranks)(*three(gs), u, *three(weights), *three(downs), gx)
     return gx
 
 
 def lora_linear_backward(
-    gs: list[torch.Tensor],
+    gs: Sequence[torch.Tensor],
     x: torch.Tensor,
     t: torch.Tensor,
-    weights: list[torch.Tensor],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    scales: list[float],
+    weights: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    scales: tuple[float, ...],
     wants_gx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of one to three projections of x [T, I] from gs [T, O_p]; t is the forward pass's.
+    """Gradients of one to three projections of x [..., I] from gs [..., O_p]; t is the forward pass's.
 
-    Returns (gx [T, I] in x's dtype or None, [dA_p], [dB_p] in fp32); all adapters are of one dtype.
+    Returns (gx in x's dtype with its number of elements, or None; [dA_p], [dB_p] in fp32); adapters are of one dtype.
     """
     gs, x, t = [rows_contiguous(g) for g in gs], rows_contiguous(x), t.contiguous()
-    weights, downs, ups = ([m.contiguous() for m in group] for group in (weights, downs, ups))
+    ups = contiguous(ups)
     u = up_products(gs, ups, scales, t)
-    gx = input_grad(gs, u, weights, downs) if wants_gx else None
-    return gx, *adapter_grads(x, u, gs, t, downs, ups, scales)
+    gx = input_grad(gs, u, contiguous(weights), contiguous(downs)) if wants_gx else None
+    return gx, *adapter_grads(x, u, gs, t, tuple([up.shape[1] for up in ups]), scales)
 
 
 def signatures() -> list[dict]:

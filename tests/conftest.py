@@ -86,6 +86,30 @@ def tiny_flux2_klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_flux2_klein_folder(tmp_path_factory.mktemp("models") / "tiny_flux2_klein")
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `QwenImagePipeline` folder: Qwen2.5-VL, texts of their own lengths, a VAE for videos."""
+    from alignprop_fast.making.random_weights import make_qwen_image_folder
+
+    return make_qwen_image_folder(tmp_path_factory.mktemp("models") / "tiny_qwen_image")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `Flux2Pipeline` folder: Mistral 3, guidance embedding; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_flux2_dev_folder
+
+    return make_flux2_dev_folder(tmp_path_factory.mktemp("models") / "tiny_flux2_dev")
+
+
+@pytest.fixture(scope="session")
+def tiny_krea2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `Krea2Pipeline` folder, not distilled; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_krea2_folder
+
+    return make_krea2_folder(tmp_path_factory.mktemp("models") / "tiny_krea2")
+
+
 @pytest.fixture
 def tiny_sd(tiny_sd_folder: Path):
     """The pipeline of `tiny_sd_folder`, freshly loaded, fp32 on the CPU, DDIM, all weights frozen."""
@@ -132,6 +156,30 @@ def tiny_flux2_klein(tiny_flux2_klein_folder: Path):
     from diffusers import Flux2KleinPipeline
 
     return _fresh(Flux2KleinPipeline, tiny_flux2_klein_folder)
+
+
+@pytest.fixture
+def tiny_qwen_image(tiny_qwen_image_folder: Path):
+    """The pipeline of `tiny_qwen_image_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import QwenImagePipeline
+
+    return _fresh(QwenImagePipeline, tiny_qwen_image_folder)
+
+
+@pytest.fixture
+def tiny_flux2_dev(tiny_flux2_dev_folder: Path):
+    """The pipeline of `tiny_flux2_dev_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import Flux2Pipeline
+
+    return _fresh(Flux2Pipeline, tiny_flux2_dev_folder)
+
+
+@pytest.fixture
+def tiny_krea2(tiny_krea2_folder: Path):
+    """The pipeline of `tiny_krea2_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import Krea2Pipeline
+
+    return _fresh(Krea2Pipeline, tiny_krea2_folder)
 
 
 def _fresh(pipeline_class, folder: Path):

@@ -62,6 +62,10 @@ def sampling_of(options: TrainOptions) -> tuple[int, float]:
     scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
     if own.is_distilled and scale > own.guidance_scale:
         logger.warning("%s is distilled to draw without guidance: leave --guidance-scale out", options.model)
+    if own.has_true_cfg and options.guidance_scale is not None:
+        logger.warning(
+            "%s is guided by --true-cfg-scale and --negative-prompt: leave --guidance-scale out", options.model
+        )
     return options.num_inference_steps or own.steps, scale
 
 

@@ -12,7 +12,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from alignprop_fast.planner import MOST_BATCH, CostTable, Moment, Plan, by_group, format_bytes, ranges, simulate
+from alignprop_fast.planner import (
+    MOST_BATCH,
+    CostTable,
+    Moment,
+    Plan,
+    by_group,
+    format_bytes,
+    ranges,
+    scoring_seconds,
+    simulate,
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,17 @@ def predict(table: CostTable, num_steps: int, truncation: str, batch: int, budge
     from alignprop_fast.sampling.draw import parse_rule
 
     rule = parse_rule(truncation, num_steps)
-    (most, mean), (evaluations, chains) = rule.count(num_steps), rule.beside(num_steps)
+    (most, mean), beside = rule.count(num_steps), rule.beside(num_steps)
     solver, count = Solver(table, num_steps, most), round(mean)
     worst = expected = solver.plan(range(num_steps - most, num_steps), budget_bytes)
     if count < most:
         expected = solver.plan(range(num_steps - count, num_steps), budget_bytes)
-    if evaluations or chains:
+    if any(beside):
         alone = Solver(table, 1, 1).plan((0,), budget_bytes)
-        chain_seconds = chains * (alone.seconds - table.optimizer_seconds)
-        worst = _with_more(table, worst, max(evaluations, 0.0), chain_seconds)
-        expected = _with_more(table, expected, evaluations, chain_seconds)
+        chain_seconds = beside.chains * (alone.seconds - table.optimizer_seconds)
+        more_seconds = chain_seconds + beside.pictures * scoring_seconds(table, worst)
+        worst = _with_more(table, worst, max(beside.evaluations, 0.0), more_seconds)
+        expected = _with_more(table, expected, beside.evaluations, more_seconds)
     return Prediction(table, worst, expected, batch)
 
 

@@ -9,15 +9,17 @@ import torch.nn.functional as F
 
 from alignprop_fast.doctor.checking import Case, Draw, Implementation, autograd_of
 from alignprop_fast.ops import (
+    activation,
     backend,
     banded_conv,
     banded_residual,
     frozen_conv2d,
-    geglu,
     group_norm_silu,
     guided_step,
     layer_norm,
     lora_linear_triton,
+    norm_modulate,
+    qk_norm_rope,
 )
 from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference, plain_gradients, plain_outputs
 
@@ -35,7 +37,9 @@ def kernel_cases(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
     large: shapes of SDXL instead of small ones. quick: only one real and one ragged shape of each.
     """
     yield from _layer_norm(draw, large, quick)
-    yield from _geglu(draw, large)
+    yield from _norm_modulate(draw, large)
+    yield from _activation(draw, large)
+    yield from _qk_norm_rope(draw, large)
     yield from _guided_step(draw, large)
     yield from _lora_linear(draw, large)
     yield from _group_norm_silu(draw, large, quick)
@@ -64,9 +68,7 @@ def _layer_norm(draw: Draw, large: bool, quick: bool) -> Iterator[Case]:
         gamma, beta = (draw(shape[-1]) if wanted else None for wanted in (scale, shift))
         frozen = [t for t in (gamma, beta) if t is not None]
         learning = [x, draw(*shape)] if residual else [x]
-        implementation, off = (
-            _served(x, "layer_norm") if shape[-1] <= layer_norm.MAX_TRITON_WIDTH else ("reference", None)
-        )
+        implementation, off = _served(x, "norm_modulate")
         words = [word for word, there in (("scale", scale), ("shift", shift), ("residual", residual)) if there]
         yield Case(
             "layer_norm",
@@ -97,12 +99,63 @@ def _layer_norm_reference(
     return y if residual is None else (y, total)
 
 
-def _geglu(draw: Draw, large: bool) -> Iterator[Case]:
-    for shape in ((*TOKENS[large], 8 * WIDTH[large]), (*RAGGED, 130)):
-        uv = draw(*shape)
-        implementation, off = _served(uv, "geglu")
-        run = autograd_of(geglu.geglu, 1)
-        yield Case("geglu", _sizes(shape), draw.dtype, implementation, (uv,), 1, run, geglu.geglu_reference, off)
+def _norm_modulate(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (*TOKENS[large], WIDTH[large]), (*RAGGED, 130)
+    # (shape, RMS norm of a branch that is added to the tokens, or adaLN after a gated branch)
+    for shape, rms in ((real, False), (ragged, True)):
+        x, other, weight = draw(*shape), draw(*shape), draw(shape[-1])
+        modulations = tuple(draw(shape[0], 1, shape[-1]) for _ in range(3))
+        implementation, off = _served(x, "norm_modulate")
+        ours, reference = (
+            partial(_modulated, fn, rms) for fn in (norm_modulate.norm_modulate, norm_modulate.norm_modulate_reference)
+        )
+        inputs = (x, other, weight, *modulations)
+        name = f"{_sizes(shape)} {'RMS' if rms else 'adaLN'}"
+        yield Case("norm_modulate", name, draw.dtype, implementation, inputs, 2, autograd_of(ours, 2), reference, off)
+
+
+def _modulated(norm: Any, rms: bool, x: Tensor, other: Tensor, weight: Tensor, *modulations: Tensor) -> Any:
+    scale, shift, gate = modulations
+    if rms:
+        return norm(x, scale, other, weight, EPS, one=0.0, rms=True)
+    return norm(x, scale, shift, None, EPS, branch=other, gate=gate)
+
+
+def _activation(draw: Draw, large: bool) -> Iterator[Case]:
+    real, ragged = (*TOKENS[large], 8 * WIDTH[large]), (*RAGGED, 130)
+    for name, shapes in {"geglu": [real, ragged], "swiglu": [ragged], "gelu_tanh": [ragged]}.items():
+        for shape in shapes:
+            x = draw(*shape)
+            implementation, off = _served(x, "activation")
+            run, reference = autograd_of(getattr(activation, name), 1), getattr(activation, f"{name}_reference")
+            yield Case(name, _sizes(shape), draw.dtype, implementation, (x,), 1, run, reference, off)
+
+
+def _qk_norm_rope(draw: Draw, large: bool) -> Iterator[Case]:
+    # (tokens of each part, heads, head dimension, pairs from two halves)
+    for lengths, heads, head_dim, halved in (((77, 1024) if large else (3, 40), 10, 64, False), ((29,), 3, 40, True)):
+        shapes = [(2, length, heads * head_dim) for length in lengths for _ in range(3)]
+        projections = [draw(*shape, std=2.0) for shape in shapes]
+        scales = [draw(head_dim) for _ in range(2)]
+        turns = [draw(1, length, head_dim // 2, dtype=torch.float32) for length in lengths]
+        angles = [t for turn in turns for t in (turn.cos(), turn.sin())]
+        inputs = (*projections, *scales, *angles)
+        implementation, off = _served(projections[0], "qk_norm_rope")
+        ours, reference = (
+            partial(_prepared, fn, len(lengths), head_dim, halved)
+            for fn in (qk_norm_rope.qk_norm_rope, qk_norm_rope.qk_norm_rope_reference)
+        )
+        name = f"2x{'+'.join(map(str, lengths))}x{heads}x{head_dim}{' halved' if halved else ''}"
+        run = autograd_of(ours, len(shapes))
+        yield Case("qk_norm_rope", name, draw.dtype, implementation, inputs, len(shapes), run, reference, off)
+
+
+def _prepared(op: Any, count: int, head_dim: int, halved: bool, *tensors: Tensor) -> Any:
+    """q, k and v of a sequence of some parts."""
+    (q_scale, k_scale), angles = tensors[3 * count : 3 * count + 2], tensors[3 * count + 2 :]
+    columns = (*(tensors[i : 3 * count : 3] for i in range(3)), angles[::2], angles[1::2])
+    parts = [qk_norm_rope.Part(q, k, v, (q_scale, k_scale), (c, s)) for q, k, v, c, s in zip(*columns, strict=True)]
+    return op(parts, head_dim, EPS, halved)
 
 
 def _guided_step(draw: Draw, large: bool) -> Iterator[Case]:

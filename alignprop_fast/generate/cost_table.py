@@ -159,11 +159,16 @@ class _Roofline:
 
     def __init__(self, gpu: Gpu):
         self._gpu, self._seconds, self._seconds_in_graphs = gpu, 0.0, 0.0
+        self._known: dict[tuple[float, int, torch.dtype], tuple[float, float]] = {}
 
     def __call__(self, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        seconds = roofline_on(self._gpu, flop, size_bytes, dtype)
+        key = flop, size_bytes, dtype
+        if key not in self._known:
+            in_graphs = roofline_on(self._gpu, *key, GRAPH_LAUNCH_SECONDS)
+            self._known[key] = roofline_on(self._gpu, *key), in_graphs
+        seconds, in_graphs = self._known[key]
         self._seconds += seconds
-        self._seconds_in_graphs += roofline_on(self._gpu, flop, size_bytes, dtype, GRAPH_LAUNCH_SECONDS)
+        self._seconds_in_graphs += in_graphs
         return seconds
 
     @property

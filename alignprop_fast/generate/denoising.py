@@ -19,7 +19,7 @@ from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
-from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update, rescaled_guidance
+from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update
 
 
 class DenoisingChain(Chain):
@@ -91,18 +91,18 @@ class DenoisingChain(Chain):
         self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
         self.guidance, self.given_cond = guidance, cond
         self.cond = cond.exchanged(leaves)
-        self.scale, self.rescale = leaves.get(id(scale), scale), guidance.rescale
+        self.scale = leaves.get(id(scale), scale)
         # The update blends the two branches of a prediction. `predict` does it instead if guidance is not linear in
         # them or its scale learns.
-        if isinstance(self.scale, torch.Tensor) or cond.branches == 1 or self.rescale > 0:
+        if isinstance(self.scale, torch.Tensor) or cond.branches == 1 or not guidance.is_linear:
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
         self.texts, self.precision = model.text_projections(self.cond), precision
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        # It would also be for texts of these lengths alone.
-        records = not isinstance(self.scale, torch.Tensor) and not cond.lengths
+        # Where shapes follow the lengths of texts exactly, nearly every batch would need one of its own.
+        records = not isinstance(self.scale, torch.Tensor) and (not cond.lengths or cond.multiple > 1)
         self.fast_state = self.fast.state() if self.fast is not None and records else None
 
     def last_alone(self) -> DenoisingChain:
@@ -166,7 +166,7 @@ class DenoisingChain(Chain):
         with torch.enable_grad():
             x = x.detach().requires_grad_(through_input)
             seen = self.update.model_input(i, x)
-        kind = self.scale, self.rescale, self.combines, tuple(sorted(options.items()))
+        kind = self.scale, self.guidance, self.combines, tuple(sorted(options.items()))
         found = self.fast.gradients(
             *(seen, self.timesteps[i], self.cond, self.texts, self._guided, gy, self.stand_ins, self.fast_state, kind)
         )
@@ -176,7 +176,7 @@ class DenoisingChain(Chain):
         return [*grads, *torch.autograd.grad(seen, x, g_seen)]
 
     def _guided(self, y: torch.Tensor) -> torch.Tensor:
-        return rescaled_guidance(y, self.scale, self.rescale) if self.combines else y
+        return self.guidance.guided(y, self.scale) if self.combines else y
 
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The scheduler's update, with noise in the shape of the latents if the chain draws noise."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.sampling import normed_guidance, rescaled_guidance
+
 Scale = float | torch.Tensor
 
 
@@ -19,6 +21,7 @@ class Guidance:
     embedded_scale: the input of a denoiser with distilled guidance (FLUX).
     rescale: phi of Lin et al. 2023; 0 turns it off.
     needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
+    keeps_norm: each patch of the guided prediction keeps the norm of that with the prompt, as in Qwen-Image.
 
     A scale is a number, or a tensor of one number that requires a gradient.
     """
@@ -28,24 +31,43 @@ class Guidance:
     embedded_scale: Scale
     rescale: float
     needs_negative: bool
+    keeps_norm: bool = False
 
     @classmethod
     def of(
-        cls, scale: Scale, true_cfg_scale: Scale, rescale: Any, embeds_guidance: bool, unguided: float = 1.0
+        cls,
+        scale: Scale,
+        true_cfg_scale: Scale,
+        rescale: Any,
+        has_true_cfg: bool,
+        unguided: float = 1.0,
+        keeps_norm: bool = False,
     ) -> Guidance:
-        """From a sampler's arguments. embeds_guidance: whether guidance is distilled into the denoiser.
+        """From a sampler's arguments, and `has_true_cfg`, `unguided_scale` and `keeps_norm` of its model.
 
         Raises:
-            ValueError: a tensor holds several numbers, or requires a gradient but must be a number.
+            ValueError: a tensor holds several numbers, or requires a gradient but must be a number; or the model
+                rescales in its own way.
         """
         scale, true_cfg_scale = _one_number(scale), _one_number(true_cfg_scale)
-        own = true_cfg_scale if embeds_guidance else scale
-        return cls(own, unguided, scale, plain_number("guidance_rescale", rescale), embeds_guidance)
+        own, rescale = true_cfg_scale if has_true_cfg else scale, plain_number("guidance_rescale", rescale)
+        if rescale and keeps_norm:
+            raise ValueError("this model keeps the norm of its predictions under guidance: leave guidance_rescale out")
+        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm)
 
     @property
     def cfg_scale(self) -> Scale:
         """s in u + s (c - u), for predictions c and u with and without the prompt; off at 1 or less."""
         return self.scale if self.unguided == 1 else self.scale + (1 - self.unguided)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the guided prediction is u + s (c - u) itself."""
+        return self.rescale == 0 and not self.keeps_norm
+
+    def guided(self, y: torch.Tensor, scale: Scale) -> torch.Tensor:
+        """The prediction [B, C, h, w] from those without and with the prompt [2 B, C, h, w], at this `cfg_scale`."""
+        return normed_guidance(y, scale) if self.keeps_norm else rescaled_guidance(y, scale, self.rescale)
 
     def is_on(self, has_negative: bool) -> bool:
         """Whether the denoiser runs with and without the prompt. has_negative: there is a negative prompt."""

@@ -51,20 +51,22 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ZImagePipeline` or
-            `Flux2KleinPipeline` with flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
-            `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
-            frozen already. The plan does not count what learns there: use `reserve` for it.
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `Flux2Pipeline`,
+            `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with flow-match Euler. Give
+            its denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler
+            freezes VAE and text encoders, unless something in them is frozen already. The plan does not count what
+            learns there: use `reserve` for it.
         num_inference_steps: steps T of the chain.
         guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
-            0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one number that
-            may require a gradient, like `true_cfg_scale`.
+            and Krea 2 0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one
+            number that may require a gradient, like `true_cfg_scale`.
         eta: noise of DDIM, 0 (none) to 1 (as in DDPM); not used by other schedulers.
         memory_budget: memory that live tensors may take on the device, weights included: bytes or "24GiB". "auto": on a
             GPU its free memory; elsewhere as None. None or "none": nothing is measured and every gradient step is
             replayed, which takes the least memory. On a GPU the budget is at most what is free at the first plan.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
-        true_cfg_scale: FLUX only: classifier-free guidance in addition to the distilled one, with negative prompts.
+        true_cfg_scale: FLUX.1 and Qwen-Image only: classifier-free guidance, off without negative prompts. Qwen-Image
+            has no other; FLUX.1 has the distilled one too.
         height, width: in pixels; None: the model's own size.
         draw_unused_noise: draw step noise even at eta = 0, as trl does. It only advances the random state.
         reserve: bytes (or "2GiB") of the budget for a reward phase that the sampler cannot see, if `reward` is None.
@@ -127,8 +129,9 @@ class DifferentiableSampler:
             guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
             true_cfg_scale,
             guidance_rescale,
-            self.model.embeds_guidance,
+            self.model.has_true_cfg,
             self.model.unguided_scale,
+            self.model.keeps_norm,
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
@@ -185,7 +188,8 @@ class DifferentiableSampler:
             truncation: a rule of `draw_truncation`, its result, or gates, instead of grad_steps. The caller runs its
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
-                `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts.
+                `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts,
+                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.

@@ -115,6 +115,84 @@ def qwen3(width: int, num_layers: int = 3, causal_lm: bool = False) -> torch.nn.
     return Qwen3ForCausalLM(config) if causal_lm else Qwen3Model(config)
 
 
+def mistral3(width: int) -> torch.nn.Module:
+    """Mistral 3 with 30 layers, of which FLUX.2-dev reads the 10th, 20th and 30th, and without use for its eyes."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    eyes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    config = Mistral3Config(
+        text_config=text, vision_config={"model_type": "pixtral", **eyes}, tie_word_embeddings=False
+    )
+    return Mistral3ForConditionalGeneration(config)
+
+
+def qwen2_5_vl(width: int) -> torch.nn.Module:
+    """Qwen2.5-VL without use for its eyes: a pipeline shows it no picture."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_scaling": {"type": "mrope", "mrope_section": [width // 8, width // 16, width // 16]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes))
+
+
+def qwen3_vl(width: int) -> torch.nn.Module:
+    """Qwen3-VL without use for its eyes: a pipeline shows it no picture. It has three layers."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {
+        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [width // 8, width // 16, width // 16]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**eyes, "deepstack_visual_indexes": [0]}))
+
+
+def qwen_vae(widths: tuple[int, ...]) -> torch.nn.Module:
+    """Qwen-Image's VAE, for videos. widths: of its levels, multiples of the first."""
+    from diffusers import AutoencoderKLQwenImage
+
+    *lower, _ = widths
+    found = AutoencoderKLQwenImage(
+        base_dim=widths[0],
+        z_dim=4,
+        dim_mult=[width // widths[0] for width in widths],
+        num_res_blocks=1,
+        temperal_downsample=[level > 0 for level in range(len(lower))],
+        latents_mean=[-0.75, 0.25, 0.5, -0.1],
+        latents_std=[2.5, 1.5, 2.0, 0.5],
+    )
+    for name, parameter in found.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.normal_(parameter, 1.0, 0.2)  # one when made anew, but not in published weights
+    return found
+
+
 def diffusion_scheduler() -> Any:
     from diffusers import DDIMScheduler
 

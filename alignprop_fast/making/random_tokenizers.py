@@ -105,6 +105,10 @@ _QWEN_CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+MISTRAL_CHAT = (
+    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "[/{{ message.role }}]{% endfor %}"
+)
 
 
 def qwen_vocabulary() -> dict[str, int]:
@@ -113,8 +117,8 @@ def qwen_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(dict.fromkeys([*_byte_letters(), *merged]))}
 
 
-def qwen_tokenizer(folder: Path) -> Any:
-    """A tokenizer like that of Qwen3, with a chat template that writes what Qwen3's writes for one message."""
+def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT) -> Any:
+    """A tokenizer like that of Qwen3. chat: the template; the default writes what Qwen3's writes for one message."""
     from transformers import Qwen2TokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,7 @@ def qwen_tokenizer(folder: Path) -> Any:
         "eos_token": "<|im_end|>",
         "unk_token": None,
         "bos_token": None,
-        "chat_template": _QWEN_CHAT,
+        "chat_template": chat,
     }
     (folder / "vocab.json").write_text(json.dumps(qwen_vocabulary(), ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_QWEN_MERGES]) + "\n", encoding="utf-8")

@@ -12,8 +12,21 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.making.random_networks import diffusion_scheduler, flux2_vae, qwen3, t5, text_config, unet, vae
+from alignprop_fast.making.random_networks import (
+    diffusion_scheduler,
+    flux2_vae,
+    mistral3,
+    qwen2_5_vl,
+    qwen3,
+    qwen3_vl,
+    qwen_vae,
+    t5,
+    text_config,
+    unet,
+    vae,
+)
 from alignprop_fast.making.random_tokenizers import (
+    MISTRAL_CHAT,
     clip_tokenizer,
     end_id,
     qwen_tokenizer,
@@ -266,7 +279,7 @@ def make_flux2_klein_folder(
 
     Its Qwen3 has 28 layers, because the pipeline reads the outputs of layers 9, 18 and 27.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
@@ -276,16 +289,134 @@ def make_flux2_klein_folder(
             vae=flux2_vae(vae_widths, norm_groups),
             text_encoder=qwen3(text_width, num_layers=28, causal_lm=True),
             tokenizer=qwen_tokenizer(folder / "tokenizer"),
-            transformer=Flux2Transformer2DModel(
+            transformer=_flux2_transformer(heads, head_width, num_layers, num_single_layers, text_width),
+            is_distilled=distilled,
+        )
+    return _save(pipe, folder, {})
+
+
+def make_flux2_dev_folder(folder: str | Path, *, heads: int = 2, text_width: int = 16, seed: int = 0) -> Path:
+    """Write a `Flux2Pipeline` with random weights. Arguments as in `make_flux2_klein_folder`.
+
+    Its tokenizer is none of texts and pictures, as that of the published model, because those need torchvision.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = Flux2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=flux2_vae((16, 32), 8),
+            text_encoder=mistral3(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer", MISTRAL_CHAT),
+            transformer=_flux2_transformer(heads, 16, 1, 2, text_width, guidance_embeds=True),
+        )
+    return _save(pipe, folder, {})
+
+
+def _flux2_transformer(
+    heads: int, head_width: int, num_layers: int, num_single_layers: int, text_width: int, guidance_embeds: bool = False
+) -> torch.nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        attention_head_dim=head_width,
+        num_attention_heads=heads,
+        joint_attention_dim=3 * text_width,
+        axes_dims_rope=(head_width // 4,) * 4,
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def make_qwen_image_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (8, 16),
+    text_width: int = 32,
+    seed: int = 0,
+) -> Path:
+    """Write a `QwenImagePipeline` with random weights. Arguments as in `make_z_image_folder`.
+
+    text_width is a multiple of 32.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            ),
+            vae=qwen_vae(vae_widths),
+            text_encoder=qwen2_5_vl(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=QwenImageTransformer2DModel(
                 in_channels=16,
+                out_channels=4,
                 num_layers=num_layers,
-                num_single_layers=num_single_layers,
                 attention_head_dim=head_width,
                 num_attention_heads=heads,
-                joint_attention_dim=3 * text_width,
-                axes_dims_rope=(head_width // 4,) * 4,
-                guidance_embeds=False,
+                joint_attention_dim=text_width,
+                axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
             ),
+        )
+    return _save(pipe, folder, {})
+
+
+def make_krea2_folder(
+    folder: str | Path,
+    *,
+    heads: int = 2,
+    head_width: int = 16,
+    num_layers: int = 2,
+    vae_widths: tuple[int, ...] = (8, 16),
+    text_width: int = 32,
+    distilled: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a `Krea2Pipeline` with random weights. Arguments as in `make_qwen_image_folder`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=num_layers,
+            attention_head_dim=head_width,
+            num_attention_heads=heads,
+            num_key_value_heads=1,
+            intermediate_size=2 * heads * head_width,
+            timestep_embed_dim=16,
+            text_hidden_dim=text_width,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=text_width,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+        )
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("scale_shift_table", "norm1.weight", "norm_q.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)  # zero when made anew, but not in published weights
+        pipe = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+            ),
+            vae=qwen_vae(vae_widths),
+            text_encoder=qwen3_vl(text_width),
+            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            transformer=transformer,
+            text_encoder_select_layers=(1, 3),
             is_distilled=distilled,
         )
     return _save(pipe, folder, {})

@@ -3,10 +3,25 @@
 The submodules are slow to import, so import only those you need. `adapt` picks the adapter that fits a pipeline.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignprop_fast.models.pipeline_adapter import PipelineAdapter
+
+_ADAPTERS = {
+    "StableDiffusionPipeline": "stable_diffusion.StableDiffusionAdapter",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl.StableDiffusionXLAdapter",
+    "StableDiffusion3Pipeline": "stable_diffusion_3.StableDiffusion3Adapter",
+    "FluxPipeline": "flux.FluxAdapter",
+    "Flux2Pipeline": "flux2.Flux2DevAdapter",  # in diffusers since 0.36
+    "Flux2KleinPipeline": "flux2.Flux2KleinAdapter",  # since 0.37
+    "ZImagePipeline": "z_image.ZImageAdapter",  # since 0.36
+    "QwenImagePipeline": "qwen_image.QwenImageAdapter",  # since 0.35
+    "Krea2Pipeline": "krea2.Krea2Adapter",
+}
+SUPPORTED = tuple(_ADAPTERS)
+"""Pipelines of diffusers that have an adapter, some of which only newer releases have."""
 
 
 def adapt(pipe: Any) -> "PipelineAdapter":
@@ -16,36 +31,15 @@ def adapt(pipe: Any) -> "PipelineAdapter":
         ValueError: no adapter fits the pipeline, or it contains something that the chain does not support.
     """
     import diffusers
-    from diffusers import (
-        FluxPipeline,
-        StableDiffusion3Pipeline,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-    )
 
-    from alignprop_fast.models.flux import FluxAdapter
-    from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
-    from alignprop_fast.models.stable_diffusion_3 import StableDiffusion3Adapter
-    from alignprop_fast.models.stable_diffusion_xl import StableDiffusionXLAdapter
+    from alignprop_fast.models.refused import why_not
     from alignprop_fast.models.switches import check_pipeline
 
-    adapters: dict[type, type[PipelineAdapter]] = {
-        StableDiffusionPipeline: StableDiffusionAdapter,
-        StableDiffusionXLPipeline: StableDiffusionXLAdapter,
-        StableDiffusion3Pipeline: StableDiffusion3Adapter,
-        FluxPipeline: FluxAdapter,
-    }
-    if hasattr(diffusers, "ZImagePipeline"):  # since 0.36
-        from alignprop_fast.models.z_image import ZImageAdapter
-
-        adapters[diffusers.ZImagePipeline] = ZImageAdapter
-    if hasattr(diffusers, "Flux2KleinPipeline"):  # since 0.37
-        from alignprop_fast.models.flux2 import Flux2KleinAdapter
-
-        adapters[diffusers.Flux2KleinPipeline] = Flux2KleinAdapter
-    for pipeline_class, adapter_class in adapters.items():
-        if isinstance(pipe, pipeline_class):
+    for name, place in _ADAPTERS.items():
+        pipeline_class = getattr(diffusers, name, None)
+        if pipeline_class is not None and isinstance(pipe, pipeline_class):
             check_pipeline(pipe, pipeline_class)
-            return adapter_class(pipe)
-    names = ", ".join(pipeline_class.__name__ for pipeline_class in adapters)
-    raise ValueError(f"{type(pipe).__name__} is not supported: use a pipeline of one of the classes {names}")
+            module, _, adapter_class = place.partition(".")
+            return getattr(import_module(f"alignprop_fast.models.{module}"), adapter_class)(pipe)
+    name = type(pipe).__name__
+    raise ValueError(f"{name} {why_not(name)}: use a pipeline of one of the classes {', '.join(SUPPORTED)}")

@@ -27,13 +27,13 @@ from alignprop_fast.models.published import (
     CLIP_L,
     clip_text,
     denoiser_network,
+    mistral3_text,
+    qwen2_5_vl_text,
     qwen3_text,
+    qwen3_vl_text,
     t5_text,
     vae_network,
 )
-
-NAMES = ("sd15", "sdxl", "sd35-medium", "flux-dev", "z-image", "z-image-turbo", "flux2-klein-4b", "flux2-klein-9b")
-
 
 _DIFFUSION = {
     "beta_start": 0.00085,
@@ -190,6 +190,46 @@ def _flux2_klein(name: str) -> Any:
     )
 
 
+def _flux2_dev(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Flux2Pipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae_network(name),
+        text_encoder=mistral3_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
+def _qwen_image(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("QwenImagePipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=vae_network(name),
+        text_encoder=qwen2_5_vl_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
+def _krea2(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Krea2Pipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+        ),
+        vae=vae_network(name),
+        text_encoder=qwen3_vl_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
 _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sd15": _stable_diffusion,
     "sdxl": _stable_diffusion,
@@ -199,4 +239,8 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "z-image-turbo": _z_image,
     "flux2-klein-4b": _flux2_klein,
     "flux2-klein-9b": _flux2_klein,
+    "flux2-dev": _flux2_dev,
+    "qwen-image": _qwen_image,
+    "krea2": _krea2,
 }
+NAMES = tuple(_BUILDERS)

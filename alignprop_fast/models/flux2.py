@@ -1,4 +1,4 @@
-"""FLUX.2-klein as a chain: flow matching, latents in patches that the VAE normalises, three layers of Qwen3 as text."""
+"""FLUX.2 as a chain: flow matching, latents in patches that the VAE normalises, text from layers of its encoder."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,71 +7,55 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch import nn
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 
 import alignprop_fast.models.lean.flux2  # noqa: F401  # enters this model's layers in the tables of ops
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances
-from alignprop_fast.models.qwen_chat import QWEN_TOKENS, in_chat
-from alignprop_fast.models.schedules import FLOW
+from alignprop_fast.models.classes import tokenizer_of
+from alignprop_fast.models.flow_transformer import TokenAdapter
+from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch
+from alignprop_fast.models.qwen_chat import in_chat
 from alignprop_fast.prompts.limits import TextReader
 
+TEXT_TOKENS = 512  # that are read, with the chat's marks
 
-class Flux2KleinAdapter(PipelineAdapter):
-    """`Flux2KleinPipeline` (Black Forest Labs 2026), distilled or not; see `PipelineAdapter`.
+
+class Flux2Adapter(TokenAdapter):
+    """What the pipelines of FLUX.2 (Black Forest Labs 2025) share; see `PipelineAdapter`.
 
     The chain's latents [B, 4 C, h, w] are the VAE's in patches of 2 x 2, normalised by its batch norm. The transformer
-    sees each as one token. A distilled model draws without guidance, whatever the scale.
+    sees each as one token.
     """
 
-    schedulers = FLOW
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
     text_parts = ("text_encoder", "tokenizer")
-    channels_per_latent = 4
-
-    @property
-    def denoiser(self) -> Any:
-        return self.pipe.transformer
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor
-
-    @property
-    def heeds_guidance(self) -> bool:
-        return not self.pipe.config.is_distilled
+    blocks = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        rows, columns = (side // self.size_multiple for side in size)
-        return self.channels_per_latent * self.latent_channels, rows, columns
+        return self.channels_per_latent * self.latent_channels, *self.grid(size)
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
-        _, rows, columns = self.latent_shape(size)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(rows * columns, num_inference_steps))
+        scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(self.tokens(size), num_inference_steps))
 
     def encode(self, batch: PromptBatch) -> Conditioning:
         negative = [("negative_prompt_embeds", batch.negative_prompts or [""] * len(batch.prompts))]
         texts = [*(negative if batch.guided else ()), ("prompt_embeds", batch.prompts)]
         found = [
             self.pipe.encode_prompt(
-                prompts, self.device, prompt_embeds=batch.embeddings.get(name), max_sequence_length=QWEN_TOKENS
+                prompts, self.device, prompt_embeds=batch.embeddings.get(name), max_sequence_length=TEXT_TOKENS
             )[0]
             for name, prompts in texts
         ]
         return self._conditioning(torch.cat(found), batch.guided, batch.size)
 
-    def text_readers(self) -> list[TextReader]:
-        return self._reader("Qwen3", "tokenizer", QWEN_TOKENS, partial(in_chat, thinking=False))
-
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         width = self.denoiser.config.joint_attention_dim
-        embeds = torch.zeros((1 + guided) * batch, QWEN_TOKENS, width, dtype=self.dtype, device=self.device)
+        embeds = torch.zeros((1 + guided) * batch, TEXT_TOKENS, width, dtype=self.dtype, device=self.device)
         return self._conditioning(embeds, guided, size)
 
     def _conditioning(self, embeds: torch.Tensor, guided: bool, size: tuple[int, int]) -> Conditioning:
         """The conditioning with positions [tokens, 4]: time, row, column, and place in the text."""
-        _, rows, columns = self.latent_shape(size)
+        rows, columns = self.grid(size)
         one = torch.arange(1)
         added = {
             "img_ids": torch.cartesian_prod(one, torch.arange(rows), torch.arange(columns), one),
@@ -79,17 +63,14 @@ class Flux2KleinAdapter(PipelineAdapter):
         }
         return Conditioning(embeds, {name: ids.to(embeds.device) for name, ids in added.items()}, 1 + guided)
 
-    def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        tokens_BNC = torch.cat([x.to(self.dtype)] * cond.branches).flatten(2).transpose(1, 2)
-        y = self.denoiser(
-            hidden_states=tokens_BNC,
-            timestep=timestep.expand(len(tokens_BNC)) / 1000,
-            guidance=None,
-            encoder_hidden_states=cond.embeds,
-            **(cond.added or {}),
-            return_dict=False,
-        )[0]
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
+        return {"guidance": self.guidance(cond), "encoder_hidden_states": cond.embeds, **(cond.added or {})}
+
+    def pack(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return x_BCHW.flatten(2).transpose(1, 2)
+
+    def unpack(self, y_BNC: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y_BNC.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.pipe.vae.bn
@@ -97,5 +78,30 @@ class Flux2KleinAdapter(PipelineAdapter):
         patches = x * deviation.to(x.dtype)[:, None, None] + norm.running_mean.to(x.dtype)[:, None, None]
         return self.pipe._unpatchify_latents(patches)
 
-    def step_groups(self) -> dict[str, list[nn.Module]]:
-        return {"transformers": instances(self.denoiser, (Flux2TransformerBlock, Flux2SingleTransformerBlock))}
+
+class Flux2KleinAdapter(Flux2Adapter):
+    """`Flux2KleinPipeline`, distilled or not. A distilled model draws without guidance, whatever the scale."""
+
+    @property
+    def heeds_guidance(self) -> bool:
+        return not self.pipe.config.is_distilled
+
+    def text_readers(self) -> list[TextReader]:
+        return self._reader("Qwen3", "tokenizer", TEXT_TOKENS, partial(in_chat, thinking=False))
+
+
+class Flux2DevAdapter(Flux2Adapter):
+    """`Flux2Pipeline`. As in FLUX.1, the denoiser is told the guidance scale, and `true_cfg_scale` adds guidance."""
+
+    has_true_cfg = True
+
+    def text_readers(self) -> list[TextReader]:
+        reader = self.pipe.tokenizer  # of texts and pictures; its tokenizer is without a chat
+        if reader is None:
+            return []
+        return [TextReader("Mistral 3", tokenizer_of(reader), TEXT_TOKENS, None, partial(self._in_chat, reader))]
+
+    def _in_chat(self, reader: Any, text: str, tokenizer: Any) -> str:
+        (messages,) = format_input([text], self.pipe.system_message)
+        written: str = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        return written.removeprefix(tokenizer.bos_token or "")  # tokenizing adds it again

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,7 +19,7 @@ from torch import nn
 
 from alignprop_fast.models.lean.adapter_copies import AdapterCopies, key_of
 from alignprop_fast.models.lean.attention import project_text
-from alignprop_fast.models.lean.banded_decoder import banded_stages
+from alignprop_fast.models.lean.banded_decoder import BANDED, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
 from alignprop_fast.models.lean.text_projections import TextProjections
 from alignprop_fast.models.lora.adapters import learns
@@ -42,6 +41,7 @@ class Conditioning:
 
     embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
     lengths: tokens of each row of embeds; the rest of a row is padding. Empty: there is no padding that matters.
+    multiple: shapes in the denoiser follow the lengths rounded up to a multiple of it.
     """
 
     embeds: torch.Tensor
@@ -49,10 +49,13 @@ class Conditioning:
     branches: int
     embedded_guidance: float | torch.Tensor = 1.0
     lengths: tuple[int, ...] = ()
+    multiple: int = 1
 
-    def texts(self) -> list[torch.Tensor]:
-        """The rows of embeds without padding."""
-        return [row[:length] for row, length in zip(self.embeds, self.lengths, strict=True)]
+    @property
+    def extent(self) -> tuple[int, bool]:
+        """All that shapes know of the lengths: the longest, and whether all are alike; both after rounding up."""
+        rounded = [length + -length % self.multiple for length in self.lengths]
+        return max(rounded, default=0), len(set(rounded)) <= 1
 
     def longest(self) -> "Conditioning":
         """A copy whose padding counts as text: no batch of these shapes costs more."""
@@ -63,9 +66,9 @@ class Conditioning:
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
     def settings(self) -> Hashable:
-        """Everything besides `tensors()`."""
+        """Everything besides `tensors()` and `extent`."""
         guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
-        return self.branches, guidance, self.lengths, tuple(self.added or ())
+        return self.branches, guidance, tuple(self.added or ())
 
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
         """A copy with some tensors replaced, by their ids."""
@@ -117,10 +120,14 @@ class PipelineAdapter(ABC):
     schedulers: ClassVar[Sequence[str]]
     text_parts: ClassVar[Sequence[str]]
     """Names of the pipeline's parts that encode prompts."""
-    embeds_guidance = False
-    """Whether guidance is distilled into the denoiser, with its scale as input; two branches are then optional."""
+    has_true_cfg = False
+    """Whether classifier-free guidance is that of `true_cfg_scale`, with negative prompts alone (FLUX, Qwen-Image)."""
+    keeps_norm = False
+    """Whether the guided prediction of each patch of 2 x 2 latents keeps the norm of that with the prompt."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
     """Names of a prompt's embeddings in the pipeline's own call; `negative_` in front for a negative prompt."""
+    text_mask: ClassVar[str | None] = None
+    """Name of the mask that may come with a prompt's embeddings: 1 for text, 0 for padding at the end."""
     unguided_scale: ClassVar[float] = 1.0
     """Up to this guidance scale the prediction is that with the prompt alone."""
     channels_per_latent: ClassVar[int] = 1
@@ -144,8 +151,9 @@ class PipelineAdapter(ABC):
                 name = type(module).__name__
                 logger.warning("all of the %s requires grad and learns: requires_grad_(False) keeps it out", name)
         for module in (self.denoiser, pipe.vae.decoder):
-            # Convolutions only: linear layers have no memory format.
-            module.to(memory_format=torch.channels_last)
+            convolutions: list[Any] = instances(module, (nn.Conv2d,))
+            for convolution in convolutions:
+                convolution.to(memory_format=torch.channels_last)
             put_ops_in(module)
 
     @property
@@ -303,7 +311,8 @@ class PipelineAdapter(ABC):
         ValueError: embeddings have unknown names, not one row per prompt, or are incomplete.
         """
         sides = [[f"{side}{name}" for name in self.embedding_names] for side in ("", "negative_")]
-        unknown = sorted(set(given) - {name for names in sides for name in names})
+        masks = {f"{side}{self.text_mask}" for side in ("", "negative_") if self.text_mask}
+        unknown = sorted(set(given) - {name for names in sides for name in names} - masks)
         if unknown:
             raise ValueError(f"unknown embeddings {', '.join(unknown)}: use {', '.join(sides[0] + sides[1])}")
         for names in sides:
@@ -401,7 +410,7 @@ class PipelineAdapter(ABC):
         A small decoder of another kind (TAESD) does not need it and runs whole.
         """
         decoder = self.pipe.vae.decoder
-        with banded_stages(decoder) if isinstance(decoder, Decoder) else nullcontext():
+        with banded_stages(decoder) if isinstance(decoder, tuple(BANDED)) else nullcontext():
             return self.decode(x)
 
     def _unscaled(self, x: torch.Tensor) -> torch.Tensor:
@@ -444,10 +453,10 @@ def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int,
 
 
 def padded(texts: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Texts [N_i, C] as rows of one tensor [B, tokens, C], or longer if one of them is, and their lengths."""
+    """Texts [N_i, ...] as rows of one tensor [B, tokens, ...], or longer if one of them is, and their lengths."""
     lengths = tuple(map(len, texts))
     tokens = max(tokens, *lengths)
-    return torch.stack([F.pad(text, (0, 0, 0, tokens - len(text))) for text in texts]), lengths
+    return torch.stack([F.pad(text, (0, 0) * (text.ndim - 1) + (0, tokens - len(text))) for text in texts]), lengths
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

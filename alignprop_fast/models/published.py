@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_fast.models.classes import diffusers_class
+from alignprop_fast.models.classes import diffusers_class, library_class
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -114,6 +114,28 @@ _FLUX2_KLEIN_9B = {
 }
 
 
+_FLUX2_DEV = {
+    **_FLUX2_KLEIN_4B,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+    "guidance_embeds": True,
+}
+
+
+_QWEN_IMAGE = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+
 _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("UNet2DConditionModel", UNETS["sd15"]),
     "sdxl": ("UNet2DConditionModel", UNETS["sdxl"]),
@@ -123,6 +145,9 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "z-image": ("ZImageTransformer2DModel", _Z_IMAGE),
     "flux2-klein-4b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_4B),
     "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
+    "flux2-dev": ("Flux2Transformer2DModel", _FLUX2_DEV),
+    "qwen-image": ("QwenImageTransformer2DModel", _QWEN_IMAGE),
+    "krea2": ("Krea2Transformer2DModel", {}),  # the class's own defaults
 }
 
 
@@ -192,6 +217,36 @@ _QWEN3_4B = {
 _QWEN3_8B = {**_QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 
+_MISTRAL_24B = {
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+
+_QWEN2_5_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+
+
+_QWEN3_VL_4B = {**_QWEN3_4B, "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]}}
+
+
+_QWEN3_EYES = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+
+
+_QWEN2_5_EYES = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+
+
 def denoiser_network(name: str) -> nn.Module:
     class_name, config = _DENOISERS[name]
     return diffusers_class(class_name)(**config)
@@ -209,6 +264,8 @@ def vae_network(name: str) -> nn.Module:
 
     if name.startswith("flux2"):
         return diffusers_class("AutoencoderKLFlux2")(**VAE)
+    if name in ("qwen-image", "krea2"):
+        return diffusers_class("AutoencoderKLQwenImage")()
     return AutoencoderKL(**VAE, **_VAES[name])
 
 
@@ -225,10 +282,29 @@ def t5_text() -> nn.Module:
 
 
 def qwen3_text(name: str) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+    class_name = "Qwen3ForCausalLM" if name.startswith("flux2") else "Qwen3Model"
+    found = library_class("transformers", class_name)
+    return found(found.config_class(**(_QWEN3_8B if name == "flux2-klein-9b" else _QWEN3_4B)))
 
-    config = Qwen3Config(**(_QWEN3_8B if name == "flux2-klein-9b" else _QWEN3_4B))
-    return Qwen3ForCausalLM(config) if name.startswith("flux2") else Qwen3Model(config)
+
+def mistral3_text() -> nn.Module:
+    found = library_class("transformers", "Mistral3ForConditionalGeneration")
+    text = {"model_type": "mistral", **_MISTRAL_24B}
+    return found(found.config_class(text_config=text, tie_word_embeddings=False))  # its eyes are Pixtral's
+
+
+def qwen2_5_vl_text() -> nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(text_config=_QWEN2_5_7B, vision_config=_QWEN2_5_EYES, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl_text() -> nn.Module:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    eyes = {**_QWEN3_EYES, "deepstack_visual_indexes": [5, 11, 17]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=_QWEN3_VL_4B, vision_config=eyes, tie_word_embeddings=True))
 
 
 _TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {

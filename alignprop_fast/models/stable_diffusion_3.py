@@ -4,32 +4,28 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
-from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances
-from alignprop_fast.models.schedules import FLOW, dynamic_shift
+import alignprop_fast.models.lean.stable_diffusion_3  # noqa: F401  # enters this model's layers in the table of ops
+from alignprop_fast.models.flow_transformer import FlowTransformerAdapter
+from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch
+from alignprop_fast.models.schedules import dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 
-class StableDiffusion3Adapter(PipelineAdapter):
+class StableDiffusion3Adapter(FlowTransformerAdapter):
     """`StableDiffusion3Pipeline` (Esser et al. 2024); see `PipelineAdapter`."""
 
-    schedulers = FLOW
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-
-    @property
-    def denoiser(self) -> Any:
-        return self.pipe.transformer
+    blocks = (JointTransformerBlock,)
 
     @property
     def size_multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.patch_size
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
-        tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
-        scheduler.set_timesteps(num_inference_steps, **dynamic_shift(scheduler.config, tokens))
+        scheduler.set_timesteps(num_inference_steps, **dynamic_shift(scheduler.config, self.tokens(size)))
 
     def encode(self, batch: PromptBatch) -> Conditioning:
         cond, uncond, pooled, uncond_pooled = self.pipe.encode_prompt(
@@ -71,6 +67,3 @@ class StableDiffusion3Adapter(PipelineAdapter):
             **(cond.added or {}),
             return_dict=False,
         )[0]
-
-    def step_groups(self) -> dict[str, list[nn.Module]]:
-        return {"transformers": instances(self.denoiser, (JointTransformerBlock,))}

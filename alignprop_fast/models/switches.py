@@ -21,9 +21,11 @@ _ANEW = "load the pipeline again without it"
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum", "quanto")
 _WITH_PICTURES = ("text_image", "image", "image_hint", "image_proj", "text_image_proj", "ip_image_proj")
 _METHODS = ("forward", "decode")
-_VAES: tuple[type, ...] = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
-if hasattr(diffusers, "AutoencoderKLFlux2"):  # since 0.36
-    _VAES += (diffusers.AutoencoderKLFlux2,)
+_NEWER_VAES = ("AutoencoderKLFlux2", "AutoencoderKLQwenImage")
+_VAES: tuple[type, ...] = (
+    *(AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL),
+    *(getattr(diffusers, name) for name in _NEWER_VAES if hasattr(diffusers, name)),
+)
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,28 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from torch import nn
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 
 import alignprop_fast.models.lean.z_image  # noqa: F401  # enters this model's layers in the tables of ops
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances, padded
+from alignprop_fast.models.flow_transformer import FlowTransformerAdapter
+from alignprop_fast.models.lean.z_image_network import run_network
+from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch, padded
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS, in_chat
-from alignprop_fast.models.schedules import FLOW, dynamic_shift
+from alignprop_fast.models.schedules import dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 
 
-class ZImageAdapter(PipelineAdapter):
+class ZImageAdapter(FlowTransformerAdapter):
     """`ZImagePipeline` (Z-Image Team 2025, arXiv 2511.22699); see `PipelineAdapter`.
 
-    The transformer takes and returns a list with one entry for each picture, and its time is the share of noise that
-    is gone. Its output points from noise to picture, so `predict` negates it.
+    The transformer's time is the share of noise that is gone. Its output points from noise to picture, so `predict`
+    negates it.
     """
 
-    schedulers = FLOW
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
     text_parts = ("text_encoder", "tokenizer")
     unguided_scale = 0.0
+    blocks = (ZImageTransformerBlock,)
 
     def __init__(self, pipe: Any):
         if pipe.transformer.dtype == torch.float16:
@@ -33,21 +34,12 @@ class ZImageAdapter(PipelineAdapter):
         super().__init__(pipe)
 
     @property
-    def denoiser(self) -> Any:
-        return self.pipe.transformer
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor
-
-    @property
     def noise_dtype(self) -> torch.dtype:
         return torch.float32
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
-        tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
         sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, **dynamic_shift(scheduler.config, tokens))
+        scheduler.set_timesteps(sigmas=sigmas, **dynamic_shift(scheduler.config, self.tokens(size)))
 
     def encode(self, batch: PromptBatch) -> Conditioning:
         # Copies, because `encode_prompt` writes its chat template into the lists.
@@ -73,13 +65,11 @@ class ZImageAdapter(PipelineAdapter):
     @staticmethod
     def _conditioning(texts: Sequence[torch.Tensor], guided: bool) -> Conditioning:
         embeds, lengths = padded(texts, QWEN_TOKENS)
-        return Conditioning(embeds, None, 1 + guided, lengths=lengths)
+        added = {"lengths": torch.tensor(lengths, dtype=torch.int32).to(embeds.device)}
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF)
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        x_BCFHW = torch.cat([x.to(self.dtype)] * cond.branches).unsqueeze(2)
-        time = ((1000 - timestep) / 1000).expand(len(x_BCFHW))
-        y = self.denoiser(list(x_BCFHW), time, cond.texts(), return_dict=False)[0]
-        return -torch.stack(y).squeeze(2)
-
-    def step_groups(self) -> dict[str, list[nn.Module]]:
-        return {"transformers": instances(self.denoiser, (ZImageTransformerBlock,))}
+        assert cond.added is not None
+        x_BCHW = torch.cat([x.to(self.dtype)] * cond.branches)
+        time = ((1000 - timestep) / 1000).expand(len(x_BCHW))
+        return -run_network(self.denoiser, x_BCHW, time, cond.embeds, cond.added["lengths"], *cond.extent)

@@ -1,9 +1,14 @@
-"""attention: o = softmax(s q k^T) v, without mask (Vaswani et al. 2017, eq. 1); keeps q, k, v, o and the logsumexp.
+"""attention: o = softmax(s q k^T) v (Vaswani et al. 2017, eq. 1); keeps q, k, v, o and the logsumexp.
 
 A recomputed segment reuses o and the logsumexp (`ops.reuse`). The backward pass computes the probabilities from them
 (Dao et al. 2022). So the quadratic part of attention never runs forward twice.
+
+Keys can end in padding, of another length for each batch element. Padding between two parts of a sequence needs no
+mask of its own: attention does not depend on the order of keys, so the padded part can come last.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,65 +16,120 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
-from alignprop_fast.ops.backend import attempt, is_traced
+from alignprop_fast.ops.attention_plain import is_key
+from alignprop_fast.ops.backend import Function, attempt, is_traced
+from alignprop_fast.ops.qk_norm_rope import Form, Part, form_of, gradients, prepared, tensors_of
 from alignprop_fast.ops.reuse import reuse_or_compute
+
+Tensor = torch.Tensor
 
 
 def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Plain PyTorch. q: [B, H, M, D]; k, v: [B, H, N, D]; mask: True for keys to read; returns [B, H, M, D]."""
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengths: Tensor | None = None
+) -> Tensor:
+    """Plain PyTorch. q: [B, H, M, D]; k, v: [B, H, N, D]; lengths: valid keys [B]; returns [B, H, M, D]."""
+    mask = None if lengths is None else is_key(lengths, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, ...]:
     """(o, lse) by the chosen implementation, or by plain PyTorch if it fails."""
-    chosen, arguments = backends.choose("forward", q, k), (q, k, v, scale)
+    chosen = backends.choose("forward", q, k, lengths is not None)
+    arguments = (q, k, v, scale, *backends.padding(lengths))
     if is_traced(q):
         return chosen.forward(*arguments)
     return attempt(f"attention.{chosen.name}.forward", chosen.forward, backends.PLAIN.forward, *arguments)
 
 
 def _backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None
+) -> tuple[Tensor, ...]:
     """(dq, dk, dv) by the chosen implementation, or by plain PyTorch if it fails."""
-    chosen, arguments = backends.choose("backward", q, k), (g, q, k, v, o, lse, scale)
+    chosen = backends.choose("backward", q, k, lengths is not None)
+    arguments = (g, q, k, v, o, lse, scale, *backends.padding(lengths))
     if is_traced(q):
         return chosen.backward(*arguments)
     return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        o, lse = reuse_or_compute("attention", lambda: _forward(q, k, v, scale))
-        ctx.save_for_backward(q, k, v, o, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
+        o, lse = reuse_or_compute("attention", partial(_forward, q, k, v, scale, lengths))
+        ctx.save_for_backward(q, k, v, o, lse, lengths)
         ctx.scale = scale
         return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        return *_backward(g, q, k, v, o, lse, ctx.scale), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse, lengths = ctx.saved_tensors
+        return *_backward(g, q, k, v, o, lse, ctx.scale, lengths), None, None
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v, differentiable in all three.
 
     Args:
         q: [B, H, M, D]; k, v: [B, H, N, D]; any strides with a contiguous last dimension.
         scale: None means D ** -0.5.
+        lengths: valid keys of each batch element, 1 to N, [B] in int32 on the device; the others are padding. None: N.
 
     Returns:
         [B, H, M, D] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, scale) if torch.is_grad_enabled() else _forward(q, k, v, scale)[0]
+    if torch.is_grad_enabled():
+        return _Attention.apply(q, k, v, scale, lengths)
+    return _forward(q, k, v, scale, lengths)[0]
+
+
+class _AttentionOfParts(Function):
+    """Keeps the projections instead of q, k and v, which are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, scale: float, lengths: Tensor | None, *tensors: Tensor) -> Tensor:
+        o, lse = reuse_or_compute("attention", partial(_forward_of_parts, form, scale, lengths, tensors))
+        ctx.save_for_backward(o, lse, lengths, *tensors)
+        ctx.form, ctx.scale = form, scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        o, lse, lengths, *tensors = ctx.saved_tensors
+        q, k, v = (x.transpose(1, 2) for x in prepared(ctx.form, tensors))
+        grads = (x.transpose(1, 2) for x in _backward(g, q, k, v, o, lse, ctx.scale, lengths))
+        return None, None, None, *gradients(ctx.form, tensors, *grads)
+
+
+def _forward_of_parts(
+    form: Form, scale: float, lengths: Tensor | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    q, k, v = (x.transpose(1, 2) for x in prepared(form, tensors))
+    return _forward(q, k, v, scale, lengths)
+
+
+def attention_of_parts(
+    parts: Sequence[Part], head_dim: int, eps: float, halved: bool = False, lengths: Tensor | None = None
+) -> Tensor:
+    """Attention over a sequence that consists of these parts, with `qk_norm_rope` before it, differentiable in both.
+
+    It keeps the projections, o and the logsumexp. The logits are scaled by D ** -0.5.
+
+    Args:
+        parts, head_dim, eps, halved: as for `qk_norm_rope`.
+        lengths: as for `attention`, counted over the whole sequence.
+
+    Returns:
+        [B, S, H D] in the projections' dtype.
+
+    Raises:
+        ValueError: as `qk_norm_rope`.
+    """
+    form, tensors, scale = form_of(parts, head_dim, eps, halved), tensors_of(parts), head_dim**-0.5
+    if torch.is_grad_enabled():
+        o_BHSD = _AttentionOfParts.apply(form, scale, lengths, *tensors)
+    else:
+        o_BHSD = _forward_of_parts(form, scale, lengths, tensors)[0]
+    return o_BHSD.transpose(1, 2).flatten(2)

@@ -1,7 +1,9 @@
 """The implementations that `attention` chooses from, all with the same signatures.
 
-    forward(q, k, v, scale) -> (o [B, H, M, D], lse [B, H, M]: natural logarithm, fp32 or wider)
-    backward(g, q, k, v, o, lse, scale) -> (dq, dk, dv)
+    forward(q, k, v, scale[, lengths]) -> (o [B, H, M, D], lse [B, H, M]: natural logarithm, fp32 or wider)
+    backward(g, q, k, v, o, lse, scale[, lengths]) -> (dq, dk, dv)
+
+lengths [B], valid keys of each batch element, goes only to those that take it.
 
 All use the same form of the logsumexp, so the backward pass of one can follow the forward pass of another. Each
 direction uses the fastest on this GPU at this shape: whether cuDNN or flash wins depends on the GPU, and with few keys
@@ -13,11 +15,12 @@ deterministic backward passes, and cuDNN's is not used.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from alignprop_fast.ops import attention_packages, attention_plain, attention_triton, autotune, switched_off
+from alignprop_fast.ops.attention_plain import is_key
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
 from alignprop_fast.ops.autotune import fastest
 from alignprop_fast.ops.backend import backend, is_traced, only_plain
@@ -29,40 +32,60 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of attention, in both directions."""
+    """One implementation of attention, in both directions. pads: whether it takes `lengths`."""
 
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, float], Tensors]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensors]
+    forward: Callable[..., Tensors]
+    backward: Callable[..., Tensors]
+    pads: bool = False
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+def padding(lengths: Tensor | None) -> Tensors:
+    """The last arguments of an implementation."""
+    return () if lengths is None else (lengths,)
 
 
-def _cpu_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, lse, 0.0, False, scale=scale)
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
+    bias = _bias(q, k, lengths)
+    return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _cpu_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None
+) -> Tensors:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        g, q, k, v, o, lse, 0.0, False, attn_mask=_bias(q, k, lengths), scale=scale
+    )
+
+
+def _bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Minus infinity for padded keys, [B, 1, 1, N]; its rows start at multiples of 16 bytes, as kernels demand."""
+    if lengths is None:
+        return None
+    keys = k.shape[2]
+    bias = q.new_zeros(len(q), 1, 1, keys + -keys % 16)[..., :keys]
+    return bias.masked_fill_(~is_key(lengths, keys), -torch.inf)
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[:2]
 
 
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention_backward(
+    return aten._scaled_dot_product_flash_attention_backward.default(
         *(g, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, *_no_dropout(q)), scale=scale
     )
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    o, lse = aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, True, scale=scale)[:2]
     return o, lse.view(q.shape[:-1])
 
 
 def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
     # cuDNN may use a plan that was built for another layout of g and o (pytorch #191576, #171627).
     g, o = _laid_out_like(q, g), _laid_out_like(q, o)
-    return aten._scaled_dot_product_cudnn_attention_backward(
+    return aten._scaled_dot_product_cudnn_attention_backward.default(
         *(g, q, k, v, o, lse[..., None], *_no_dropout(q), None, None, None, q.shape[2], k.shape[2], 0.0, False),
         scale=scale,
     )
@@ -73,18 +96,26 @@ def _laid_out_like(q: Tensor, t: Tensor) -> Tensor:
     return t if t.stride() == q.stride() else torch.empty_like(q).copy_(t)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
+    bias = _expanded(_bias(q, k, lengths), q, k)
+    o, lse = aten._scaled_dot_product_efficient_attention.default(q, k, v, bias, True, scale=scale)[:2]
     # The rows of its logsumexp are padded to a multiple of 32.
     return o, lse[..., : q.shape[2]].contiguous()
 
 
-def _efficient_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
+def _efficient_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None
+) -> Tensors:
+    bias = _expanded(_bias(q, k, lengths), q, k)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
     wanted = [True, True, True, False]
-    return aten._scaled_dot_product_efficient_attention_backward(
-        *(g, q, k, v, None, o, padded, *_no_dropout(q), 0.0, wanted, False), scale=scale
+    return aten._scaled_dot_product_efficient_attention_backward.default(
+        *(g, q, k, v, bias, o, padded, *_no_dropout(q), 0.0, wanted, False), scale=scale
     )[:3]
+
+
+def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
 
 
 def _no_dropout(q: Tensor) -> Tensors:
@@ -99,8 +130,8 @@ def _cuda_backends() -> dict[str, Backend]:
     return {name: one for name, one in _BACKENDS.items() if name not in missing}
 
 
-CPU = Backend("cpu", _cpu_forward, _cpu_backward)
-PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward)
+CPU = Backend("cpu", _cpu_forward, _cpu_backward, pads=True)
+PLAIN = Backend("plain", attention_plain.forward, attention_plain.backward, pads=True)
 _PACKAGES = {
     attention_packages.FLASH3: Backend("flash3", attention_packages.flash3_forward, attention_packages.flash3_backward),
     attention_packages.FLASH4: Backend("flash4", attention_packages.flash4_forward, attention_packages.flash4_backward),
@@ -110,8 +141,8 @@ _BACKENDS = {
     for one in (
         Backend("cudnn", _cudnn_forward, _cudnn_backward),
         Backend("flash", _flash_forward, _flash_backward),
-        Backend("efficient", _efficient_forward, _efficient_backward),
-        Backend("triton", attention_triton.forward, attention_triton.backward),
+        Backend("efficient", _efficient_forward, _efficient_backward, pads=True),
+        Backend("triton", attention_triton.forward, attention_triton.backward, pads=True),
         *_PACKAGES.values(),
         PLAIN,
     )
@@ -125,20 +156,22 @@ _GUARDS = {
 }
 
 
-def choose(direction: str, q: Tensor, k: Tensor) -> Backend:
+def choose(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> Backend:
     """The implementation for q [B, H, M, D] and k [B, H, N, D]; on a GPU measured once per shape (`ops.autotune`).
 
-    direction: "forward" or "backward".
+    direction: "forward" or "backward". padded: whether keys have lengths.
     """
     if only_plain(q):
         return PLAIN
-    return _choose_on_gpu(direction, q, k) if q.is_cuda else CPU
+    return _choose_on_gpu(direction, q, k, padded) if q.is_cuda else CPU
 
 
-def _choose_on_gpu(direction: str, q: Tensor, k: Tensor) -> Backend:
+def _choose_on_gpu(direction: str, q: Tensor, k: Tensor, padded: bool) -> Backend:
     # Traced code does not run, so nothing can be timed.
-    name = _untimed(q) if is_traced(q) else fastest(_problem(direction, q, k), _Candidates(direction, q, k), q.device)
-    return _BACKENDS[name]
+    if is_traced(q):
+        return _BACKENDS[_untimed(q, padded)]
+    candidates = _Candidates(direction, q, k, padded)
+    return _BACKENDS[fastest(_problem(direction, q, k, padded), candidates, q.device)]
 
 
 def explain(direction: str, q: Tensor, k: Tensor) -> str:
@@ -152,13 +185,13 @@ def explain(direction: str, q: Tensor, k: Tensor) -> str:
     return f"attention {direction}: {name}; {autotune.explain(_problem(direction, q, k), q.device)}{reasons}"
 
 
-def offered(direction: str, q: Tensor, k: Tensor) -> list[Backend]:
+def offered(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> list[Backend]:
     """The implementations that may serve this shape, plain PyTorch last, without those that are off or refused."""
     if only_plain(q):
         return [PLAIN]
     if not q.is_cuda:
         return [PLAIN] if switched_off.reason(f"attention.{CPU.name}.{direction}") else [CPU, PLAIN]
-    refused = _refused(direction, q, k)
+    refused = _refused(direction, q, k, padded)
     return [one for name, one in _cuda_backends().items() if name not in refused]
 
 
@@ -172,23 +205,25 @@ class _Problem(NamedTuple):
     m: int
     d: int
     n: int
+    padded: bool
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"attention {self.direction} {dtype} B{self.b} H{self.h} M{self.m} N{self.n} D{self.d}"
+        dtype, padded = str(self.dtype).removeprefix("torch."), " padded" if self.padded else ""
+        return f"attention {self.direction} {dtype} B{self.b} H{self.h} M{self.m} N{self.n} D{self.d}{padded}"
 
 
-def _problem(direction: str, q: Tensor, k: Tensor) -> _Problem:
+def _problem(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> _Problem:
     b, h, m, d = q.shape
-    return _Problem(direction, q.dtype, b, h, m, d, k.shape[2])
+    return _Problem(direction, q.dtype, b, h, m, d, k.shape[2], padded)
 
 
-def _untimed(q: Tensor) -> str:
+def _untimed(q: Tensor, padded: bool) -> str:
     """An implementation that serves this dtype and head size without a trial."""
-    return "flash" if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 else "efficient"
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return "flash" if half and q.shape[-1] <= 256 and not padded else "efficient"
 
 
-def _refused(direction: str, q: Tensor, k: Tensor) -> dict[str, str]:
+def _refused(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> dict[str, str]:
     """Implementations that are not tried on this shape, with the reason."""
     wants_gradient = direction == "backward"
     query, key = (t.detach().requires_grad_(wants_gradient) for t in (q, k))
@@ -199,7 +234,9 @@ def _refused(direction: str, q: Tensor, k: Tensor) -> dict[str, str]:
         found["cudnn"] = "its backward pass is not deterministic"
     if backend(q, "attention") != "triton":
         found["triton"] = switched_off.reason("triton") or "Triton does not serve it here"
-    for name in _cuda_backends():
+    for name, one in _cuda_backends().items():
+        if padded and not one.pads:
+            found[name] = "it takes no lengths of keys"
         if reason := switched_off.reason(f"attention.{name}.{direction}"):
             found[name] = reason
     return found
@@ -212,13 +249,15 @@ class _Candidates:
     direction: str
     q: Tensor
     k: Tensor
+    padded: bool
 
     def __call__(self) -> dict[str, ForwardTrial | BackwardTrial]:
-        first = _untimed(self.q)
-        in_order = sorted(offered(self.direction, self.q, self.k), key=lambda one: one.name != first)
-        trials = Trials(self.q, self.k, self._forward)
+        first = _untimed(self.q, self.padded)
+        candidates = offered(self.direction, self.q, self.k, self.padded)
+        in_order = sorted(candidates, key=lambda one: one.name != first)
+        trials = Trials(self.q, self.k, self._forward, self.padded)
         trial = ForwardTrial if self.direction == "forward" else BackwardTrial
         return {one.name: trial(one, trials) for one in in_order}
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-        return choose("forward", q, k).forward(q, k, v, scale)
+    def _forward(self, q: Tensor, k: Tensor, *rest: Any) -> Tensors:
+        return choose("forward", q, k, self.padded).forward(q, k, *rest)

@@ -5,7 +5,7 @@ Each trial has two sets of tensors: random ones, and ones whose logits are all n
 random data (pytorch #196678, cudnn-frontend #628).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -26,10 +26,10 @@ class Backend(Protocol):
     """See `attention_backends`."""
 
     @property
-    def forward(self) -> Callable[[Tensor, Tensor, Tensor, float], Tensors]: ...
+    def forward(self) -> Callable[..., Tensors]: ...
 
     @property
-    def backward(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensors]: ...
+    def backward(self) -> Callable[..., Tensors]: ...
 
 
 class Case:
@@ -38,9 +38,14 @@ class Case:
     Args:
         q, k: tensors of the shape, dtype and device in question; their values are not read.
         low: whether all logits are near -110.
+        padded: whether keys end in padding, half of them or less.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, low: bool):
+    def __init__(self, q: Tensor, k: Tensor, low: bool, padded: bool = False):
+        (b, h), n = q.shape[:2], k.shape[2]
+        # Another length for each batch element.
+        self.lengths = [n - (i + 1) * n // (2 * b) for i in range(b) for _ in range(h)] if padded else [n] * b * h
+        self.padding = (torch.tensor(self.lengths[::h], dtype=torch.int32, device=q.device),) if padded else ()
         self.low, self.scale = low, q.shape[-1] ** -0.5
         # A separate generator, because a trial must not change the program's random numbers.
         generator = torch.Generator(q.device).manual_seed(0)
@@ -56,14 +61,17 @@ class Case:
     def expected(self) -> tuple[Tensors, Tensors]:
         """(o, lse, dq, dk, dv) of some heads [P, ...] by the plain expression, in this dtype and in float64."""
         q, k, v, g = (self.some_heads(t) for t in (self.q, self.k, self.v, self.g))
-        exact = plain(q.double(), k.double(), v.double(), g.double(), self.scale)
-        return plain(q, k, v, g, self.scale), exact
+        lengths = [self.lengths[i] for i in self._heads()]
+        exact = plain(q.double(), k.double(), v.double(), g.double(), self.scale, lengths)
+        return plain(q, k, v, g, self.scale, lengths), exact
 
     def some_heads(self, t: Tensor) -> Tensor:
         """[P, ...] of [B, H, ...]: the first head, the last, and others at even distances."""
-        count = t.shape[0] * t.shape[1]
-        index = torch.linspace(0, count - 1, min(count, _MOST_HEADS)).long().tolist()
-        return torch.stack([t[i // t.shape[1], i % t.shape[1]] for i in index])
+        return torch.stack([t[i // t.shape[1], i % t.shape[1]] for i in self._heads()])
+
+    def _heads(self) -> list[int]:
+        count = len(self.lengths)
+        return torch.linspace(0, count - 1, min(count, _MOST_HEADS)).long().tolist()
 
     def fault(self, found: Tensors, first: int) -> str | None:
         """The fault of results, which correspond to `expected` from number `first` on; None if there is none."""
@@ -75,17 +83,19 @@ class Case:
         return f"errors are {ratio:.3g} times what is allowed{' where all logits are near -110' if self.low else ''}"
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Tensors:
+def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, lengths: Sequence[int]) -> Tensors:
     """(o, lse, dq, dk, dv) of softmax(scale q k^T) v, like autograd's, in the tensors' dtype.
 
-    q, g: [P, M, D]; k, v: [P, N, D]; lse: [P, M]. It goes by heads and rows, so that few scores are alive at once.
+    q, g: [P, M, D]; k, v: [P, N, D]; lse: [P, M]; lengths: valid keys of each head. It goes by heads and rows, so that
+    few scores are alive at once.
     """
-    return tuple(torch.stack(t) for t in zip(*map(_plain_head, q, k, v, g, [scale] * len(q)), strict=True))
+    return tuple(torch.stack(t) for t in zip(*map(_plain_head, q, k, v, g, [scale] * len(q), lengths), strict=True))
 
 
-def _plain_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Tensors:
+def _plain_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, length: int) -> Tensors:
     wide = torch.promote_types(q.dtype, torch.float32)
-    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    all_dk, all_dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    k, v, dk, dv = (t[:length] for t in (k, v, all_dk, all_dv))
     rows: list[Tensors] = []
     count = max(1, _MOST_SCORES // len(k))
     for q_rows, g_rows in zip(q.split(count), g.split(count), strict=True):
@@ -96,7 +106,7 @@ def _plain_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> Ten
         rows.append((weights @ v, scores.logsumexp(-1), d_scores @ k))
         dk += d_scores.T @ q_rows
         dv += weights.T @ g_rows
-    return *(torch.cat(parts) for parts in zip(*rows, strict=True)), dk, dv
+    return *(torch.cat(parts) for parts in zip(*rows, strict=True)), all_dk, all_dv
 
 
 class Trials:
@@ -105,19 +115,20 @@ class Trials:
     Args:
         q, k: see `Case`.
         forward: the forward pass that a backward pass will follow.
+        padded: see `Case`.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, forward: Callable[[Tensor, Tensor, Tensor, float], Tensors]):
-        self._q, self._k, self._forward = q, k, forward
+    def __init__(self, q: Tensor, k: Tensor, forward: Callable[..., Tensors], padded: bool = False):
+        self._q, self._k, self._forward, self._padded = q, k, forward, padded
 
     @cached_property
     def cases(self) -> tuple[Case, ...]:
-        return tuple(Case(self._q, self._k, low) for low in (False, True))
+        return tuple(Case(self._q, self._k, low, self._padded) for low in (False, True))
 
     @cached_property
     def forwards(self) -> tuple[Tensors, ...]:
         """(o, lse) of each case."""
-        return tuple(self._forward(case.q, case.k, case.v, case.scale) for case in self.cases)
+        return tuple(self._forward(case.q, case.k, case.v, case.scale, *case.padding) for case in self.cases)
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ class ForwardTrial:
         return next((fault for fault in faults if fault), None)
 
     def _of(self, case: Case) -> Tensors:
-        return self.backend.forward(case.q, case.k, case.v, case.scale)
+        return self.backend.forward(case.q, case.k, case.v, case.scale, *case.padding)
 
 
 @dataclass(frozen=True)
@@ -158,4 +169,4 @@ class BackwardTrial:
 
     def _of(self, case: Case, forward: Tensors, g: Tensor) -> Tensors:
         o, lse = forward
-        return self.backend.backward(g, case.q, case.k, case.v, o, lse, case.scale)
+        return self.backend.backward(g, case.q, case.k, case.v, o, lse, case.scale, *case.padding)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import switched_off
+from alignprop_fast.ops.backend import Function
 
 Pair = tuple[int, ...]
 
@@ -30,7 +31,7 @@ def frozen_conv2d_reference(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-class _FrozenConv2d(torch.autograd.Function):
+class _FrozenConv2d(Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import extension, switched_off
-from alignprop_fast.ops.backend import only_plain
+from alignprop_fast.ops.backend import Function, only_plain
 
 # Elements of one thread block or one task of a CPU thread, and the largest number of pieces of an image.
 CHUNK_ELEMENTS = {"cuda": 8192, "cpu": 65536}
@@ -41,7 +41,7 @@ def group_norm_silu_reference(
     return F.silu(y) if silu else y
 
 
-class _GroupNormSiLU(torch.autograd.Function):
+class _GroupNormSiLU(Function):
     """PyTorch's own kernels, for every memory format, dtype and device."""
 
     @staticmethod
@@ -81,7 +81,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
-class _CompiledGroupNormSiLU(torch.autograd.Function):
+class _CompiledGroupNormSiLU(Function):
     """The kernels of csrc/, for x in channels_last. Buffers are allocated here, so that memory meters see them."""
 
     @staticmethod

@@ -20,35 +20,41 @@ from torch.autograd.function import once_differentiable
 
 from alignprop_fast.kernels.lora_blocks import partial_sums
 from alignprop_fast.ops import lora_linear_triton as fused
-from alignprop_fast.ops.backend import attempt
+from alignprop_fast.ops.backend import Function, attempt
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_trials import chosen, problem, serves
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
-from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs, run_rounded
+from alignprop_fast.ops.rounded_linear import RoundedLayer, is_rounding, rounded_outputs, run_rounded
 
 Tensor = torch.Tensor
-_How = tuple[Kind | None, tuple[Tensor, ...] | None]
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], how: _How, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        layers: Sequence[Layer],
+        keep: Kind | None,
+        known: tuple[Tensor, ...] | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        keep, known = how
-        # Without an adapter that learns, the gradient needs only the weights.
-        learns = any(ctx.needs_input_grad[3:])
-        ctx.save_for_backward(x if learns else None, *tensors)
-        ctx.scales = scales
-        layers = _layers(tensors, scales)
+        """tensors: those of the layers once more, because autograd sees only arguments."""
+        # Without an adapter that learns, the gradient needs only the weights. They are not saved by autograd, because a
+        # checkpointed block repeats all that comes before the last tensor that is.
+        learns = any(ctx.needs_input_grad[4:])
+        ctx.frozen = None if learns else tensors
+        if learns:
+            ctx.save_for_backward(x, *tensors)
+        ctx.scales = tuple([layer.scale for layer in layers])
         return reuse_or_compute(keep, partial(_outputs, x, layers) if known is None else partial(_again, known))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors if ctx.frozen is None else (None, *ctx.frozen)
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
-        learn = [(wants[5 + 4 * p], wants[6 + 4 * p]) for p in range(len(layers))]
+        learn = [(wants[6 + 4 * p], wants[7 + 4 * p]) for p in range(len(layers))]
         served = x is not None and all(map(all, learn))
         if not served or chosen("backward", x, layers) == "plain":
             dx, d_downs, d_ups = plain_gradients(gs, x, layers, wants[0], learn)
@@ -57,7 +63,7 @@ class _LoraLinear(torch.autograd.Function):
         else:
             dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
         rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
-        return dx, None, None, *rest
+        return dx, None, None, None, *rest
 
 
 def _count_partial_sums(x: Tensor, layers: Sequence[Layer]) -> None:
@@ -102,13 +108,13 @@ def lora_linears(
     Returns:
         y [..., O] of each layer in x's dtype.
     """
-    if run_rounded(layers, x):
+    if is_rounding() and run_rounded(layers, x):
         return rounded_outputs(x, layers)
     exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
     if not torch.is_grad_enabled():
         return _outputs(x, exact)
     tensors = [tensor for layer in exact for tensor in layer[:4]]
-    return _LoraLinear.apply(x, tuple(layer.scale for layer in exact), (keep, known), *tensors)
+    return _LoraLinear.apply(x, exact, keep, known, *tensors)
 
 
 def lora_linear(

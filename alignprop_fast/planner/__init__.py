@@ -16,7 +16,7 @@ from alignprop_fast.planner.gpus import GPUS, GRAPH_LAUNCH_SECONDS, LAUNCH_SECON
 from alignprop_fast.planner.host_memory import lockable_bytes
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
-from alignprop_fast.planner.simulate import Moment, price, simulate
+from alignprop_fast.planner.simulate import Moment, price, scoring_seconds, simulate
 from alignprop_fast.planner.solve import Solver, solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 from alignprop_fast.planner.tablefile import load_table, save_table
@@ -59,6 +59,7 @@ __all__ = [
     "roofline_seconds",
     "save_table",
     "scaled",
+    "scoring_seconds",
     "simulate",
     "solve",
     "summary",

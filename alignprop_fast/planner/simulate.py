@@ -190,6 +190,12 @@ class _Walk:
         return max(residents + self.decoder.host + self.reward.host, self.replay.host)
 
 
+def scoring_seconds(table: CostTable, plan: Plan) -> float:
+    """Seconds to decode and score the images of a batch without gradient."""
+    decoder, reward = _Part.of(table.decoders, plan.decoder), _Part.of(table.rewards, plan.reward)
+    return decoder.forward_seconds + reward.forward_seconds
+
+
 def price(table: CostTable, plan: Plan) -> Plan:
     """The same plan with the table's predictions: peak, seconds, host bytes, phases and kinds.
 

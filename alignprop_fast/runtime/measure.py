@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.meta_results import Known, meta_result
+from alignprop_fast.runtime.meta_results import SEQUENCES, Known, meta_result
 
 OnOperator = Callable[[Any, Any, Any, Known | None], None]
 
@@ -24,7 +24,7 @@ def tensors_in(*trees: Any) -> list[torch.Tensor]:
     for tree in trees:
         if isinstance(tree, torch.Tensor):
             found.append(tree)
-        elif isinstance(tree, list | tuple):
+        elif isinstance(tree, SEQUENCES):
             found += tensors_in(*tree)
         elif isinstance(tree, dict):
             found += tensors_in(*tree.values())
@@ -77,6 +77,11 @@ class LiveBytes(TorchDispatchMode):
             torch.cuda.reset_peak_memory_stats(self._gpu)
             self._start_bytes = torch.cuda.memory_allocated(self._gpu)
         return super().__enter__()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks this of a mode. No: guarding each operator from torch.compile takes as long as counting it."""
+        return False
 
     @property
     def peak_bytes(self) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+# Not `list | tuple`, which Python would build anew at each of a million uses.
+SEQUENCES = (list, tuple)
 # The type of the result and the layout of each tensor in it. An empty list means the first argument itself.
 _Result = tuple[type, list[_Layout | None]]
 
@@ -72,12 +74,14 @@ def _key(func: Any, args: Any, kwargs: Any) -> Hashable:
 
 def _signature(value: Any) -> Hashable:
     """Layouts of tensors, and numbers with their types: 1, 1.0 and True are equal but give different dtypes."""
+    if value is None or type(value) is int:
+        return value
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
-    if isinstance(value, list | tuple):
-        return tuple(map(_signature, value))
+    if isinstance(value, SEQUENCES):
+        return tuple([_signature(item) for item in value])
     if isinstance(value, dict):
-        return tuple((name, _signature(item)) for name, item in value.items())
+        return tuple([(name, _signature(item)) for name, item in value.items()])
     return type(value), value if value == value else "nan"
 
 

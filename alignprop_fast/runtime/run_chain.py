@@ -19,7 +19,7 @@ from alignprop_fast.planner import Options, Plan
 from alignprop_fast.runtime.blocks import apply_options
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.changed import CHANGED
-from alignprop_fast.runtime.gradients import step_gradients
+from alignprop_fast.runtime.gradients import GradientSums
 from alignprop_fast.runtime.offload import Offloader
 
 
@@ -137,7 +137,7 @@ def _forward(tape: _Tape, x: torch.Tensor) -> torch.Tensor:
 
 
 def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    sums: list[torch.Tensor | None] = [None] * len(tape.chain.receivers)
+    sums = GradientSums(tape.chain.parameters, len(tape.chain.receivers))
     g = tape.chain.weighted(g)
     for i in range(tape.chain.num_steps - 1, tape.first - 1, -1):
         if i in tape.grad_steps:
@@ -145,12 +145,10 @@ def _backward(tape: _Tape, g: torch.Tensor, g_penalty: torch.Tensor) -> tuple[to
         else:
             g, _ = tape.chain.adjoint(i, g, g.dtype)
     # The sums keep their width; autograd rounds them to the dtype of a parameter's gradient (its `grad_dtype`).
-    return g, sums
+    return g, sums.tensors
 
 
-def _step_backward(
-    tape: _Tape, i: int, g: torch.Tensor, g_penalty: torch.Tensor, sums: list[torch.Tensor | None]
-) -> torch.Tensor:
+def _step_backward(tape: _Tape, i: int, g: torch.Tensor, g_penalty: torch.Tensor, sums: GradientSums) -> torch.Tensor:
     """Gradient step i: add its gradients to the sums; from the gradient of the state after it to that before it."""
     wants_gx = tape.input_gradient(i)
     x, y = tape.graphs.pop(i) if i in tape.graphs else (tape.inputs.pop(i).detach().requires_grad_(wants_gx), None)
@@ -175,7 +173,7 @@ def _network_backward(
     x: torch.Tensor,
     y: torch.Tensor | None,
     gy: torch.Tensor,
-    sums: list[torch.Tensor | None],
+    sums: GradientSums,
 ) -> torch.Tensor | None:
     """Add the receivers' gradients of step i to the sums (fp32 or wider); return that of x, if x requires one.
 
@@ -184,32 +182,16 @@ def _network_backward(
     chain = tape.chain
     if y is None and tape.records_replays and (found := _recorded_gradients(tape, i, x, gy)) is not None:
         *grads, gx = found
-        _add(sums, grads, static=True)
+        sums.add(grads, static=True)
         return gx if x.requires_grad else None
     if y is None:
         y = _run(tape, i, x)
     if chain.gradient_sink is not None:
         return chain.gradient_sink(x, y, gy, i == min(tape.grad_steps))
     wanted = [*chain.receivers, x] if x.requires_grad else chain.receivers
-    found = step_gradients(y, wanted, gy)
-    _add(sums, found[: len(sums)])
-    return found[-1] if x.requires_grad else None
-
-
-def _add(sums: list[torch.Tensor | None], grads: Sequence[torch.Tensor | None], static: bool = False) -> None:
-    """Add gradients to the sums. static: they are overwritten later, so a sum may not hold one of them."""
-    found = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
-    added = [(total, grad) for k, grad in found if (total := sums[k]) is not None]
-    if added:  # in one launch
-        torch._foreach_add_(*map(list, zip(*added, strict=True)))
-    taken: set[int] = set()
-    for k, grad in found:
-        if sums[k] is None:
-            # Wider, because sums of many low-precision terms lose small ones. New, because autograd may give one tensor
-            # twice.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            sums[k] = grad.to(wide, copy=static or grad.data_ptr() in taken)
-            taken.add(grad.data_ptr())
+    gradients = torch.autograd.grad(y, wanted, gy, allow_unused=True)
+    sums.add(gradients[: len(chain.receivers)])
+    return gradients[-1] if x.requires_grad else None
 
 
 def _run(tape: _Tape, i: int, x: torch.Tensor) -> torch.Tensor:

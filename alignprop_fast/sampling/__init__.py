@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from alignprop_fast.sampling.draw import draw_gates, draw_truncation, gate_count
     from alignprop_fast.sampling.euler import euler_table
     from alignprop_fast.sampling.gates import Draws, Gate, Truncation, checked, trl_gates
-    from alignprop_fast.sampling.guidance import rescaled_guidance
+    from alignprop_fast.sampling.guidance import normed_guidance, rescaled_guidance
     from alignprop_fast.sampling.leaps import Leaps
     from alignprop_fast.sampling.step_table import StepTable
     from alignprop_fast.sampling.table_of_schedule import make_table
@@ -32,6 +32,7 @@ __all__ = [
     "guided_step",
     "guided_step_adjoint",
     "make_table",
+    "normed_guidance",
     "rescaled_guidance",
     "trl_gates",
 ]
@@ -53,6 +54,7 @@ _HOME = {
     "guided_step": "ops.guided_step",
     "guided_step_adjoint": "ops.guided_step",
     "make_table": "sampling.table_of_schedule",
+    "normed_guidance": "sampling.guidance",
     "rescaled_guidance": "sampling.guidance",
     "trl_gates": "sampling.gates",
 }

@@ -16,3 +16,20 @@ def rescaled_guidance(y: torch.Tensor, scale: float | torch.Tensor, rescale: flo
     dims = tuple(range(1, y.ndim))
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return guided * (rescale * ratio + (1 - rescale))
+
+
+def normed_guidance(y: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance that keeps, in each patch of 2 x 2 latents, the norm of the conditional prediction.
+
+    y: [2 B, C, h, w], unconditional half first; returns [B, C, h, w]. Source: `QwenImagePipeline` of diffusers.
+    """
+    unconditional, conditional = y.chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    ratio = _patch_norm(conditional) / _patch_norm(guided)
+    return guided * ratio.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def _patch_norm(y_BCHW: torch.Tensor) -> torch.Tensor:
+    """[B, 1, h / 2, w / 2]."""
+    patches = y_BCHW.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h / 2, 2, w / 2, 2]
+    return torch.linalg.vector_norm(patches, dim=(1, 3, 5)).unsqueeze(1)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
+from typing import NamedTuple
 
 from alignprop_fast.sampling.gates import Draws, Gate, Truncation, trl_gates
 from alignprop_fast.sampling.step_table import StepTable
@@ -10,6 +11,19 @@ from alignprop_fast.sampling.step_table import StepTable
 DRTUNE_STEPS = 5
 DRTUNE_STOP = 0.4
 REFL_SHARE = 0.25
+
+
+class Beside(NamedTuple):
+    """What a training step costs beside a whole chain with `Rule.count` open steps.
+
+    evaluations: without gradient, in the mean; negative if chains end early.
+    chains: of one open step, each with its own reward.
+    pictures: decoded and scored without gradient.
+    """
+
+    evaluations: float = 0.0
+    chains: int = 0
+    pictures: int = 0
 
 
 class Rule(ABC):
@@ -23,10 +37,9 @@ class Rule(ABC):
     def count(self, num_steps: int) -> tuple[int, float]:
         """The largest and the mean number of open steps. Renoisings are not counted: each is a chain of its own."""
 
-    def beside(self, num_steps: int) -> tuple[float, int]:
-        """What a training step costs beside a whole chain with `count` open steps: evaluations without gradient, in the
-        mean and negative if chains end early, and further chains of one open step with a reward each."""
-        return 0.0, 0
+    def beside(self, num_steps: int) -> Beside:
+        """The costs that `count` leaves out."""
+        return Beside()
 
     def check(self, num_steps: int) -> None:  # noqa: B027  most rules fit every chain
         """Raises ValueError if the rule does not fit a chain of this length."""
@@ -126,8 +139,8 @@ class Renoised(Rule):
     def count(self, num_steps: int) -> tuple[int, float]:
         return 1, 1.0
 
-    def beside(self, num_steps: int) -> tuple[float, int]:
-        return 0.0, self.number
+    def beside(self, num_steps: int) -> Beside:
+        return Beside(chains=self.number)
 
 
 @dataclass(frozen=True)
@@ -159,8 +172,8 @@ class DRTune(Rule):
         ends = range(1, _last_steps(DRTUNE_STOP, num_steps) + 1)
         return number, fmean(min(number, num_steps - back + 1) for back in ends)
 
-    def beside(self, num_steps: int) -> tuple[float, int]:
-        return (1 - _last_steps(DRTUNE_STOP, num_steps)) / 2, 0
+    def beside(self, num_steps: int) -> Beside:
+        return Beside((1 - _last_steps(DRTUNE_STOP, num_steps)) / 2)
 
     def _number(self, num_steps: int) -> int:
         return min(DRTUNE_STEPS, num_steps) if self.number is None else self.number
@@ -181,8 +194,8 @@ class ReFL(Rule):
     def count(self, num_steps: int) -> tuple[int, float]:
         return 1, 1.0
 
-    def beside(self, num_steps: int) -> tuple[float, int]:
-        return (1 - _last_steps(REFL_SHARE, num_steps)) / 2, 0
+    def beside(self, num_steps: int) -> Beside:
+        return Beside((1 - _last_steps(REFL_SHARE, num_steps)) / 2)
 
 
 def check_number(rule: str, number: int, least: int, num_steps: int) -> None:

@@ -10,12 +10,13 @@ from math import isfinite
 
 from alignprop_fast.sampling.coordinates import Coordinates
 from alignprop_fast.sampling.gates import Draws, Gate, Leap, Truncation
-from alignprop_fast.sampling.rules import Rule, check_number
+from alignprop_fast.sampling.rules import Beside, Rule, check_number
 from alignprop_fast.sampling.step_table import StepTable
 
 LATE_BIAS = 2  # step i of T is drawn with probability in proportion to (i + 1) ** LATE_BIAS, as in FlowBP's code
 SUPPORTS = 3  # points of an interpolant
 OPEN_SUPPORTS = 2  # of them carry gradient
+SRPO_SHARES = (0.1, 0.5)  # of the chain, counted from the noise: the steps that srpo draws, as in its code
 LATER_SUPPORT = 0.25  # factor of the weight of those after the first
 
 
@@ -29,9 +30,11 @@ def check_factor(rule: str, factor: float) -> None:
 class SRPO(Rule):
     """srpo, srpo:N (1): SRPO's Direct-Align (Shen et al. 2025, arXiv 2509.06942).
 
-    The chain has no gradient. N times a step is drawn evenly, the picture is noised to its level and recovered by the
-    step (`StepTable.alone`), with gradient. The authors take steps of any length, and weights that fall with the
-    level; we take the chain's steps. Their reward is a difference: see `rewards.relative`.
+    The chain has no gradient. N times a step is drawn evenly from `SRPO_SHARES` of the chain, the picture is noised to
+    its level and recovered by the step (`StepTable.alone`), with gradient. The first step is never drawn: its input is
+    pure noise, so that its gradient has nothing to do with the picture and is the largest by far. The authors take
+    steps of any length, and weights that depend on the level; we take the chain's steps. Their reward is a difference:
+    see `rewards.relative`.
     """
 
     number: int = 1
@@ -39,17 +42,20 @@ class SRPO(Rule):
     def check(self, num_steps: int) -> None:
         if self.number < 1:
             raise ValueError(f"truncation 'srpo:{self.number}' noises no picture: use srpo:1 or more")
+        if num_steps < 2:
+            raise ValueError("truncation 'srpo' leaves out the first step, and this chain has no other: use last:1")
 
     def draw(self, table: StepTable, draws: Draws) -> Truncation:
         Coordinates(table)  # refuses schedulers with noise or memory
-        steps = tuple(draws.randint(0, len(table) - 1) for _ in range(self.number))
+        first, last = (max(1, round(share * len(table))) for share in SRPO_SHARES)
+        steps = tuple(draws.randint(first, last) for _ in range(self.number))
         return Truncation((), renoise_steps=steps)
 
     def count(self, num_steps: int) -> tuple[int, float]:
         return 1, 1.0  # the first renoising, planned as the chain's last step
 
-    def beside(self, num_steps: int) -> tuple[float, int]:
-        return 1.0, self.number - 1  # the chain's own last step; decoding and scoring its picture is not counted
+    def beside(self, num_steps: int) -> Beside:
+        return Beside(1.0, self.number - 1, pictures=1)  # the chain's own last step, and its picture
 
 
 def check_two_leaps(rule: str, num_steps: int) -> None:

@@ -20,9 +20,8 @@ class FlatParameters:
     """Trainable parameters, laid end to end in one flat parameter for each dtype and device.
 
     Nothing changes for their modules: the parameters are the same objects, with the same names, shapes and strides, and
-    their data are now views. Their gradients, in fp32 or wider, stay apart until `gather_gradients` moves them into the
-    flat ones for the optimizer. That is one copy a step, when nothing else is alive; gradient buffers that live all the
-    time would lie beside the chain's own sums at the peak.
+    their data are now views. A chain sums their gradients in memory of the same layout (`runtime.gradients`), which
+    becomes the flat gradient as it is. No buffer lives all the time: it would lie beside the chain's sums at the peak.
 
     Attributes:
         parameters: the parameters, as given.
@@ -45,29 +44,32 @@ class FlatParameters:
             tensor.grad_dtype = torch.promote_types(tensor.dtype, torch.float32)
 
     @torch.no_grad()
-    def gather_gradients(self) -> None:
-        """Move the parameters' gradients into those of `tensors`; a parameter without one counts as zero there.
+    def join_gradients(self) -> None:
+        """Give `tensors` their gradients, of which the parameters' are then views.
+
+        A parameter without a gradient gets zeros. Gradients that do not lie as the parameters do are copied.
 
         Raises:
             ValueError: a parameter is no view any more, so that the optimizer would step something else.
         """
         for flat, group in self._merged:
-            offsets = _offsets(group)
-            for parameter, offset in zip(group, offsets, strict=True):
-                if parameter.data_ptr() != flat.data_ptr() + offset * flat.element_size():
-                    raise ValueError(
-                        "the adapters were moved or cast after the trainer was made: place and load the model first"
-                    )
-            flat.grad = torch.zeros_like(flat, dtype=flat.grad_dtype)
-            views = [_view(flat.grad, p, offset) for p, offset in zip(group, offsets, strict=True)]
-            learned = [(view, p.grad) for view, p in zip(views, group, strict=True) if p.grad is not None]
-            if learned:
-                torch._foreach_copy_([view for view, _ in learned], [grad for _, grad in learned])
-            for parameter in group:
-                parameter.grad = None
+            if any(_storage(parameter) != _storage(flat) for parameter in group):
+                raise ValueError(
+                    "the adapters were moved or cast after the trainer was made: place and load the model first"
+                )
+            whole = _whole(group)
+            if whole is None:
+                whole = torch.zeros_like(flat, dtype=flat.grad_dtype)
+                views = [_view(whole, parameter, int(parameter.storage_offset())) for parameter in group]
+                learned = [(view, p.grad) for view, p in zip(views, group, strict=True) if p.grad is not None]
+                if learned:
+                    torch._foreach_copy_([view for view, _ in learned], [grad for _, grad in learned])
+                for view, parameter in zip(views, group, strict=True):
+                    parameter.grad = view
+            flat.grad = whole
 
     def zero_grad(self) -> None:
-        """Drop all gradients, gathered or not."""
+        """Drop all gradients."""
         for tensor in (*self.parameters, *self.tensors):
             tensor.grad = None
 
@@ -75,15 +77,27 @@ class FlatParameters:
 def _lay_together(group: list[nn.Parameter]) -> nn.Parameter:
     first = group[0]
     flat = torch.empty(sum(p.numel() for p in group), dtype=first.dtype, device=first.device)
-    for parameter, offset in zip(group, _offsets(group), strict=True):
+    for parameter, offset in zip(group, accumulate([0, *(p.numel() for p in group[:-1])]), strict=True):
         view = _view(flat, parameter, offset)
         view.copy_(parameter.detach())
         parameter.data = view
     return nn.Parameter(flat)
 
 
-def _offsets(group: list[nn.Parameter]) -> list[int]:
-    return [0, *accumulate(p.numel() for p in group[:-1])]
+def _whole(group: list[nn.Parameter]) -> torch.Tensor | None:
+    """All gradients of the group as one, if they lie end to end as their parameters do."""
+    first = group[0].grad
+    for parameter in group:
+        grad = parameter.grad
+        if first is None or grad is None or _storage(grad) != _storage(first) or grad.dtype != first.dtype:
+            return None
+        if (grad.storage_offset(), grad.stride()) != (parameter.storage_offset(), parameter.stride()):
+            return None
+    return None if first is None else first.as_strided((sum(p.numel() for p in group),), (1,))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _view(flat: torch.Tensor, parameter: nn.Parameter, offset: int) -> torch.Tensor:

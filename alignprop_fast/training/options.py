@@ -25,8 +25,8 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3, FLUX or Z-Image), a .safetensors file, a Hub id (owner/name), "
-        "or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Z-Image, Qwen-Image or Krea 2), a .safetensors file, a "
+        "Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -93,17 +93,17 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 4 for a distilled FLUX.2-klein, 8 for Z-Image-Turbo, 50 for most others",
+        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 50 for others",
         at_least=1,
         changes_plan=True,
     )
     guidance_scale: float | None = option(
         None,
-        "Classifier-free guidance, as the model's pipeline counts it; 1 or less turns it off, for Z-Image 0.",
+        "Classifier-free guidance, as the pipeline counts it; 1 or less turns it off (0 for Z-Image and Krea 2).",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: none for Z-Image-Turbo and a distilled FLUX.2-klein, 4 for its base, 5 for others",
+        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2's others, 4.5 for Krea 2, else 5",
         at_least=0,
         at_most=100,
         changes_plan=True,
@@ -111,7 +111,7 @@ class InputOptions:
     scheduler: str = option(
         "auto",
         "Solver of the denoising steps, with the settings of the model's own scheduler. auto: ddim, or flow-euler for "
-        "SD3, FLUX and Z-Image, which support no other.",
+        "transformers, which support no other.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         choices=("auto", "ddim", "euler", "euler-ancestral", "dpm++2m", "flow-euler"),

@@ -10,7 +10,7 @@ from alignprop_fast.training.declaration import Command, Panel, option
 TRAIN, PICTURES = Command.TRAIN, Command.PICTURES
 
 _SIDE: dict[str, Any] = {
-    "help": "In pixels, a multiple of 8 (16 for SD3, FLUX and Z-Image).",
+    "help": "In pixels, a multiple of 8 (16 for transformers).",
     "panel": Panel.SAMPLING,
     "commands": TRAIN | PICTURES,
     "shown": "the model's own",
@@ -160,8 +160,8 @@ class TrainerOptions:
     )
     true_cfg_scale: float = option(
         1.0,
-        "FLUX only: classifier-free guidance against the negative prompt, in addition to --guidance-scale, which is an "
-        "input of FLUX's network. 1 or less turns it off.",
+        "FLUX.1 and Qwen-Image only: classifier-free guidance against the negative prompt; 1 or less turns it off. "
+        "Qwen-Image has no other (diffusers' default is 4). For FLUX.1, --guidance-scale is an input of the network.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         at_least=0,

@@ -125,7 +125,7 @@ class WeightUpdate:
 
     def _step(self) -> tuple[float, bool]:
         """The norm before clipping, and whether the optimizer has made its step."""
-        self.weights.gather_gradients()
+        self.weights.join_gradients()
         self._average_gradients()
         norm = float(self._accelerator.clip_grad_norm_(self.weights.tensors, self.config.train_max_grad_norm))
         # With gradient scaling (fp16) the step lowers the scale, and leaves the weights alone by itself.
@@ -165,7 +165,8 @@ class WeightUpdate:
         if self._accelerator.num_processes > 1 or self._accelerator.scaler is not None:
             raise ValueError("optimizer_in_backward works in one process, in bf16 or fp32: leave it out here")
         rule = self.config.truncation
-        if rule is not None and parse_rule(rule, self.config.sample_num_steps).beside(self.config.sample_num_steps)[1]:
+        steps = self.config.sample_num_steps
+        if rule is not None and parse_rule(rule, steps).beside(steps).chains:
             raise ValueError(
                 f"optimizer_in_backward steps in one backward pass, and truncation {rule} has several: use last:1"
             )

@@ -9,7 +9,10 @@ from benchmarks.gpu_sections.lab import Lab
 from benchmarks.ops import harness
 from benchmarks.step import decoder_options
 
-OPS = ("attention", "lora_linear", "group_norm_silu", "layer_norm", "geglu", "guided_step", "frozen_conv2d")
+OPS = (
+    *("attention", "lora_linear", "group_norm_silu", "norm_modulate", "qk_norm_rope", "activation", "guided_step"),
+    "frozen_conv2d",
+)
 
 
 def decoder(lab: Lab) -> None:

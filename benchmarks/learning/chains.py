@@ -22,6 +22,7 @@ class Setting:
 
 SETTINGS = {
     "demo-12": Setting("demo", 12, 3.0),
+    "unguided-12": Setting("demo", 12, 1.0),  # draws worse, so that a reward about content has something to teach
     "demo-50": Setting("demo", 50, 3.0),
     "twin-4": Setting("demo-twin", 4, 1.0),
     "flow-12": Setting("demo", 12, 3.0, flow=True),

@@ -46,6 +46,7 @@ from benchmarks.learning.chains import RULES, SETTINGS, Setting
 from benchmarks.learning.rectified_flow import embeddings_of, rectified
 from benchmarks.rows import KeptRows
 
+CHAINS = ("demo-12", "demo-50", "flow-12", "twin-4")
 WARM_STEPS = 3  # of training, so that no adapter is zero
 
 
@@ -197,7 +198,7 @@ def _plot_chain(panel: Axes, chain: str, rows: Sequence[Mapping[str, str]]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chains", nargs="+", choices=SETTINGS, default=tuple(SETTINGS))
+    parser.add_argument("--chains", nargs="+", choices=SETTINGS, default=CHAINS)
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--draws", type=int, default=16, help="of each random rule, 3 or more")
     parser.add_argument("--pictures", type=int, default=4)
@@ -209,6 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     kept = KeptRows(args.csv, ("chain", "rule", "seed"))
+    if not args.plot:
+        kept.check(reward=args.reward)
     for seed in () if args.plot else args.seeds:
         for name in args.chains:
             measure(name, args.rules, seed, args, kept)

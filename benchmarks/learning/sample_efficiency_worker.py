@@ -25,7 +25,7 @@ from alignprop_fast.rewards import get_reward
 PROMPTS = 8  # from each of the bundled prompt sets, at even distances
 # Pictures of every evaluation, with other seeds than training: column, prompt set, pictures per prompt.
 JUDGED = (("reward", "demo", 4), ("heldout_reward", "demo-heldout", 2))
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 3.0, "eta": 1.0}
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 2.0, "eta": 1.0}
 
 
 def parse() -> argparse.Namespace:

@@ -45,7 +45,7 @@ from benchmarks.learning.chains import RULES, SETTINGS
 from benchmarks.rows import KeptRows
 
 PROMPTS = 12  # held-out prompts to score
-SECONDS = {"demo-12": 20.0, "demo-50": 80.0, "twin-4": 8.0}  # of training
+SECONDS = {"demo-12": 20.0, "unguided-12": 20.0, "demo-50": 80.0, "twin-4": 8.0}  # of training
 SCORES = ("score", "watched_score", "diversity")
 AXES = (("seconds", "score"), ("reward_queries", "score"), ("score", "watched_score"), ("score", "diversity"))
 Rows = Sequence[Mapping[str, str]]
@@ -54,8 +54,8 @@ Rows = Sequence[Mapping[str, str]]
 class Scorer:
     """Trained and watched reward and diversity of the held-out prompts with the current adapters."""
 
-    def __init__(self, reward: str, watched: str) -> None:
-        self.tasks = tasks_of("held out", spread(load_rows("demo-heldout"), PROMPTS), 2, HELDOUT_SEED)
+    def __init__(self, reward: str, watched: str, prompts: str) -> None:
+        self.tasks = tasks_of("held out", spread(load_rows(f"{prompts}-heldout"), PROMPTS), 2, HELDOUT_SEED)
         self.reward, self.watched, self.embed = get_reward(reward), get_reward(watched), ImageEmbedder()
 
     def __call__(self, trainer: AlignPropTrainer) -> dict[str, float]:
@@ -75,8 +75,8 @@ class Curves:
     def __init__(self, chain: str, args: argparse.Namespace) -> None:
         self.chain, self.args, self.setting = chain, args, SETTINGS[chain]
         self.seconds = args.seconds or SECONDS[chain]
-        self.scorer = Scorer(args.reward, args.watch)
-        self.prompts = load_prompts("demo")
+        self.scorer = Scorer(args.reward, args.watch, args.prompts)
+        self.prompts = load_prompts(args.prompts)
         self.before: dict[str, float] = {}  # scores of the model without adapters, which is where every run starts
 
     def trainer(self, rule: str, seed: int, folder: str) -> AlignPropTrainer:
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--marks", type=int, default=2, help="how many times to score during training")
     parser.add_argument("--reward", default="colorfulness", help="trained")
     parser.add_argument("--watch", default="clip", help="watched, not trained for")
+    parser.add_argument("--prompts", choices=("demo", "same-colour"), default="demo", help="each has held-out ones")
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu" / "truncation.csv")
     parser.add_argument("--png", type=Path, default=ROOT / "docs" / "pictures" / "truncation.png", help="curves")
     parser.add_argument("--kept-png", type=Path, default=ROOT / "docs" / "pictures" / "truncation_kept.png")
@@ -212,6 +213,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     kept = KeptRows(args.csv, ("chain", "rule", "seed"))
+    if not args.plot:
+        kept.check(reward=args.reward, watched=args.watch)
     for chain in () if args.plot else args.chains:
         curves = Curves(chain, args)
         for seed in args.seeds:  # first one seed of every rule: then all rules meet the same load of the machine

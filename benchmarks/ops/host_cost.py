@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from alignprop_fast.ops.activation import geglu, geglu_reference
 from alignprop_fast.ops.attention import attention
-from alignprop_fast.ops.geglu import geglu, geglu_reference
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.guided_step import guided_step
 from alignprop_fast.ops.layer_norm import layer_norm

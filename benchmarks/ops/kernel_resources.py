@@ -41,7 +41,7 @@ def modules(only: list[str]) -> list[ModuleType]:
 
 
 def launched(module: ModuleType) -> set[str]:
-    """Jitted functions of this module that can be launched: named `*_kernel`, or passed to `launch`."""
+    """Jitted functions of this module that can be launched: named `*_kernel`, or passed to `launch` or `Prepared`."""
     from triton.runtime.jit import JITFunction
 
     jitted = {
@@ -50,7 +50,7 @@ def launched(module: ModuleType) -> set[str]:
         if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__
     }
     nodes = ast.walk(ast.parse(inspect.getsource(module)))
-    launches = (n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "launch")
+    launches = (n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) in ("launch", "Prepared"))
     started = {name.id for call in launches for name in ast.walk(call.args[0]) if isinstance(name, ast.Name)}
     return {name for name in jitted if name.endswith("_kernel") or name in started}
 

@@ -1,4 +1,4 @@
-"""How many operator calls one evaluation of a denoiser makes, beside stock diffusers with PEFT. Needs no GPU.
+"""Operator calls and kept bytes of one evaluation of a denoiser, beside stock diffusers with PEFT. Needs no GPU.
 
     python -m benchmarks.step.calls --output benchmarks/results/meta/calls.csv
     python -m benchmarks.step.calls --models sdxl --histogram 30
@@ -8,8 +8,14 @@ attention's projections, batch 1: a guided pair, or one sample for FLUX. A call 
 view nor an allocation. The package's own ops run the code that they run on a GPU. Each of their kernels counts as one
 call, so an op with three kernels counts as three.
 
-kernels: the package, its LoRA products by its own kernels. products: by PyTorch's. Which of the two runs on a GPU is
-measured there, shape by shape. stock: unchanged diffusers and PEFT, each fused attention counted as one call.
+Kept are the bytes that are alive between the forward and the backward pass.
+
+stock: unchanged diffusers and PEFT, each fused attention counted as one call.
+products, kernels: the package under `keep`, its LoRA products by PyTorch or by its own kernels. Which of the two runs
+on a GPU is measured there, shape by shape.
+recompute: the package's kernels, with every block recomputed.
+floor: the bytes that a transformer must keep if no product of its blocks runs twice: the inputs of the blocks, the
+results of products that are read again, and the attention's output and logsumexp.
 """
 
 from __future__ import annotations
@@ -18,27 +24,29 @@ import argparse
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast import kernels
 from alignprop_fast.models.architectures import NAMES, architecture
-from alignprop_fast.models.lean.surgery import take_ops_out
+from alignprop_fast.models.lean.surgery import products_of, take_ops_out
 from alignprop_fast.ops import backend, group_norm_silu, lora_linear
 from alignprop_fast.ops.attention import attention
-from alignprop_fast.runtime import step_gradients
+from alignprop_fast.planner import BlockOption
+from alignprop_fast.runtime import LiveBytes, apply_options, blocks_of, step_gradients
 from benchmarks.provenance import commit
 from benchmarks.rows import write_rows
 
-VARIANTS = ("stock", "products", "kernels")
+VARIANTS = ("stock", "products", "kernels", "recompute", "floor")
 CSRC_KERNELS = 3  # statistics or sums, their join, the pass over x (group_norm_silu_cuda.cu)
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
@@ -101,13 +109,23 @@ def _fused_attention(
     return attention(query, key, value, scale)
 
 
-def count(name: str, variant: str) -> dict[str, Counter[str]]:
-    """Calls of one evaluation by name: "forward", and "both" passes with the gradients in fp32."""
+class Counted(NamedTuple):
+    """Calls of one evaluation by name, in the forward pass and in both with gradients in fp32; bytes kept between."""
+
+    forward: Counter[str]
+    both: Counter[str]
+    kept_bytes: int
+
+
+def count(name: str, variant: str) -> Counted:
+    """One evaluation of a published model. For the floor no call counts, and a UNet has none."""
     model = architecture(name)
     size = model.image_size(None, None)
-    cond = model.blank_conditioning(1, not model.embeds_guidance, size)
+    cond = model.blank_conditioning(1, not model.has_true_cfg, size)
     x = model.initial_latents(1, size, None, None).requires_grad_()
     timestep, calls, trained = torch.tensor(500.0, device=model.device), Calls(), model.trainable()
+    if variant == "floor":
+        return Counted(Counter(), Counter(), floor_bytes(model, partial(model.predict, x, timestep, cond)))
     with ExitStack() as stack:
         if variant == "stock":
             take_ops_out(model.denoiser)
@@ -117,12 +135,58 @@ def count(name: str, variant: str) -> dict[str, Counter[str]]:
             copies = model.adapter_copies()
             trained = copies.stand_ins(trained)
             stack.enter_context(copies.in_place())
-            stack.enter_context(as_on_a_gpu(calls, {"kernels": "triton", "products": "plain"}[variant]))
+            stack.enter_context(as_on_a_gpu(calls, "plain" if variant == "products" else "triton"))
+        live = stack.enter_context(LiveBytes())
         stack.enter_context(calls)
-        y = model.predict(x, timestep, cond)
-        forward = calls.counts.copy()
+        option = BlockOption.RECOMPUTE if variant == "recompute" else BlockOption.KEEP
+        with apply_options({"*": option}, blocks_of(model.denoiser, model.step_groups())):
+            y = model.predict(x, timestep, cond)
+        forward, kept_bytes = calls.counts.copy(), live.live_bytes
         step_gradients(y, [x, *trained], torch.empty_like(y))
-    return {"forward": forward, "both": calls.counts.copy()}
+    return Counted(forward, calls.counts.copy(), kept_bytes)
+
+
+class Floor:
+    """Adds up what a backward pass without repeated products needs of a forward pass through transformer blocks."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def add(self, tensor: torch.Tensor) -> None:
+        self.bytes += tensor.numel() * tensor.element_size()
+
+    def block_begins(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 3 and tensor.is_floating_point():
+                self.add(tensor)
+
+    def product_ends(self, linear: nn.Module, args: Any, y: torch.Tensor) -> None:
+        self.add(y)
+
+    def attention(self, query: torch.Tensor, *rest: Any, **same: Any) -> torch.Tensor:
+        """Stands for PyTorch's; with the logsumexp in fp32."""
+        o = _fused_attention(query, *rest, **same)
+        self.add(o)
+        self.bytes += 4 * o[..., 0].numel()
+        return o
+
+
+@torch.no_grad()
+def floor_bytes(model: Any, predict: Callable[[], Any]) -> int:
+    """The bytes that the blocks of a transformer must keep if none of their products runs twice; 0 for a UNet."""
+    groups = model.step_groups()
+    if set(groups) != {"transformers"}:
+        return 0
+    floor = Floor()
+    for block in groups["transformers"]:
+        block.register_forward_pre_hook(floor.block_begins, with_kwargs=True)
+        for linear, kind in products_of(block):
+            if kind != "last":  # which only adds to the next block's input
+                linear.register_forward_hook(floor.product_ends)
+    take_ops_out(model.denoiser)
+    with mock.patch.object(F, "scaled_dot_product_attention", floor.attention):
+        predict()
+    return floor.bytes
 
 
 def main() -> None:
@@ -136,11 +200,11 @@ def main() -> None:
     for name in args.models:
         for variant in args.variants:
             found = count(name, variant)
-            totals = {part: counts.total() for part, counts in found.items()}
+            totals = {"forward": found.forward.total(), "both": found.both.total(), "kept_bytes": found.kept_bytes}
             rows.append({"commit": commit(), "torch": torch.__version__, "model": name, "variant": variant, **totals})
-            print(f"{name:>12} {variant:>8}: " + ", ".join(f"{part} {total:,}" for part, total in totals.items()))
-            for call, times in found["both"].most_common(args.histogram):
-                print(f"{times:>10,} {call} (forward {found['forward'][call]:,})")
+            print(f"{name:>14} {variant:>9}: " + ", ".join(f"{part} {total:,}" for part, total in totals.items()))
+            for call, times in found.both.most_common(args.histogram):
+                print(f"{times:>10,} {call} (forward {found.forward[call]:,})")
     if args.output:
         write_rows(args.output, rows)
 

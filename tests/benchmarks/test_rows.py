@@ -29,3 +29,12 @@ def test_a_run_is_kept_under_its_keys(tmp_path):
     KeptRows(tmp_path / "rows.csv", ("rule", "seed")).add([{"rule": "full", "seed": 1, "score": 0.25}])
     assert kept.has("full", 0) and kept.has("full", 1) and not kept.has("last:1", 0)
     assert [row["score"] for row in kept.read()] == ["0.5", "0.75", "0.25"]
+
+
+def test_runs_of_another_reward_are_not_mixed_in(tmp_path):
+    kept = KeptRows(tmp_path / "rows.csv", ("rule",))
+    kept.check(reward="clip")
+    kept.add([{"rule": "full", "reward": "clip"}])
+    kept.check(reward="clip")
+    with pytest.raises(SystemExit, match="reward clip"):
+        kept.check(reward="colorfulness")

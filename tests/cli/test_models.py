@@ -7,6 +7,8 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
+from alignprop_fast.making.random_weights import make_z_image_folder
+from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
 SIZE = ("--height", "16", "--width", "24")
@@ -51,10 +53,49 @@ def test_bad_input_is_one_line(command, tiny_sd_folder, tmp_path, arguments, mes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheduler", "ddim"), "scheduler 'ddim' does not fit a ZImagePipeline: use flow-euler or auto"),
+        (("--height", "18"), "image size 18 x 24 is not a multiple of 4 pixels: round it"),
+        (("--mixed-precision", "fp16"), "--mixed-precision fp16 needs a GPU"),
+    ],
+)
+def test_bad_input_for_z_image(command, tiny_z_image_folder, tmp_path, arguments, message):
+    out = ("--output-dir", tmp_path / "out")
+    code, _, err = command("sample", "--model", tiny_z_image_folder, *FEW, *SIZE, *arguments, *out)
+    assert code == 2 and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_said_once_of_a_distilled_model(command, tmp_path):
+    folder = make_z_image_folder(tmp_path / "turbo", turbo=True)
+    texts = ("--prompt", "red cat", "--prompt", "cat " * 600)
+    code, out, err = command(
+        *("sample", "--model", folder, *FEW[:2], *texts, *SIZE, "--device", "cpu", "--guidance-scale", "2"),
+        *("--output-dir", tmp_path / "out"),
+    )
+    said = " ".join((out + err).split())
+    assert code == 0 and said.count("is distilled to draw without guidance: leave --guidance-scale out") == 1
+    assert said.count("Qwen3 reads 512 of its ") == 1
+
+
 def test_a_single_file_asks_for_the_model_config(command, tiny_sd_folder, tmp_path):
     file = tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
     code, _, err = command("sample", "--model", file, *FEW, "--output-dir", tmp_path / "out")
     assert code == 2 and "--model-config FOLDER" in err and len(err.splitlines()) == 1
+
+
+def test_a_lora_of_another_model(command, tiny_z_image_folder, tiny_sd, tmp_path):
+    add_lora(tiny_sd, 2)
+    save_lora(tiny_sd, tmp_path / "lora")
+    code, _, err = command(
+        *("sample", "--model", tiny_z_image_folder, "--lora", tmp_path / "lora"),
+        *("--output-dir", tmp_path / "out", *FEW, *SIZE),
+    )
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "do not fit this model" in err and "load the model they were made for" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_without_a_name_in_one_of_the_files_are_refused_before_the_run(command, tiny_sd, tmp_path):

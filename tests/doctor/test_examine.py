@@ -24,12 +24,17 @@ def test_the_cpu_is_right():
     told = []
     report = examine(CPU, dtypes=[torch.float32], tell=told.append)
     assert report.exit_code == 0 and not report.off and not [c for c in report.checks if c.fault or c.note]
-    assert {"layer_norm", "geglu", "guided_step", "guided_step adjoint", "lora_linear", "group_norm_silu"} < {
-        check.op for check in report.checks
-    }
-    assert {"PyTorch", "attention", "frozen_conv2d", "norm_conv", "upsample_conv", "banded_residual"} < {
-        check.op for check in report.checks
-    }
+    assert {
+        "layer_norm",
+        "qk_norm_rope",
+        "geglu",
+        "guided_step",
+        "guided_step adjoint",
+        "lora_linear",
+        "group_norm_silu",
+    } < {check.op for check in report.checks}
+    assert {"PyTorch", "attention", "lora_linear", "group_norm_silu"} < {check.op for check in report.checks}
+    assert {"frozen_conv2d", "norm_conv", "upsample_conv", "banded_residual"} < {check.op for check in report.checks}
     keys = {word for check in report.checks if check.op == "attention" for word in check.case.split() if word[0] == "N"}
     assert keys == {"N77", "N576", "N4096", "N4429"}
     assert all(check.deterministic for check in report.checks)
@@ -54,9 +59,13 @@ def test_a_wrong_op_is_off_and_its_reference_serves(monkeypatch):
 
 
 def test_wrong_where_nothing_takes_its_place_is_exit_code_1(monkeypatch):
-    monkeypatch.setattr("alignprop_fast.ops.geglu._plain_backward", lambda g, uv: torch.zeros_like(uv))
+    def zeros(g, x, *rest):
+        return torch.zeros_like(x), g.new_empty(0)
+
+    monkeypatch.setattr("alignprop_fast.ops.activation._plain_backward", zeros)
     report = examine(CPU, quick=True)
-    assert report.exit_code == 1 and all(line.startswith("geglu (reference") for line in report.wrong())
+    wrong = {line.split(" (reference")[0] for line in report.wrong()}
+    assert report.exit_code == 1 and wrong == {"geglu", "swiglu", "gelu_tanh"}
 
 
 def test_a_fault_in_a_section_is_a_row(monkeypatch):

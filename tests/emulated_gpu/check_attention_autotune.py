@@ -41,6 +41,18 @@ def test_the_fastest_is_taken_where_all_are_right():
         assert attention_backends.choose(direction, *qk()).name == "cudnn"
 
 
+def test_keys_with_padding_go_to_one_that_takes_it_and_is_checked_with_it(emulated, monkeypatch):
+    q, k = qk(torch.float32)
+    for direction in ("forward", "backward"):
+        assert attention_backends.choose(direction, q, k, padded=True).name == "efficient"
+    autotune.forget()
+    forward = attention_backends._BACKENDS["efficient"].forward
+    ignoring = attention_backends.Backend("efficient", lambda q, k, v, scale, lengths: forward(q, k, v, scale), forward)
+    monkeypatch.setattr(attention_backends, "offered", lambda *arguments: [ignoring])
+    with pytest.raises(RuntimeError, match="'efficient': 'errors are"):
+        attention_backends.choose("forward", q, k, padded=True)
+
+
 def one_head_wrong(results, arguments):
     return results[0].clone().index_fill_(1, torch.tensor([1], device="cuda"), 0.0), *results[1:]
 

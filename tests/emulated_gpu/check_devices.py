@@ -6,7 +6,8 @@ import torch
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.ops import autotune, switched_off
 from alignprop_fast.ops.attention import attention, attention_reference
-from alignprop_fast.ops.layer_norm import backend, layer_norm, layer_norm_reference
+from alignprop_fast.ops.layer_norm import layer_norm, layer_norm_reference
+from alignprop_fast.ops.norm_modulate import backend
 from alignprop_fast.runtime.offload import HostPool, Offloader
 
 STEPS, PROMPTS = 3, ["a red cat"]

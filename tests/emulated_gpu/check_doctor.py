@@ -58,7 +58,7 @@ def test_all_is_right_and_everything_is_in_the_report():
     names = attention_backends._cuda_backends()
     assert {f"{one} > {two}" for one, two in itertools.product(names, names)} < pairs
     triton = {check.op for check in rows(report, "triton")}
-    assert triton > {"layer_norm", "geglu", "guided_step", "guided_step adjoint", "lora_linear"}
+    assert triton > {"layer_norm", "norm_modulate", "geglu", "swiglu", "gelu_tanh", "guided_step", "lora_linear"}
     assert {check.dtype for check in report.checks} == {"bfloat16", "float32"}
     assert {fact.section for fact in report.facts} == {"software", "device", "ceilings", "speeds"}
     assert {"GPU", "memory", "free memory", "copy", "host link"} < {fact.name for fact in report.facts}
@@ -66,15 +66,15 @@ def test_all_is_right_and_everything_is_in_the_report():
 
 
 def test_a_wrong_kernel_is_switched_off(monkeypatch):
-    from alignprop_fast.kernels import geglu
+    from alignprop_fast.kernels import activation
 
     monkeypatch.setattr(attention, "SMALL", ())
-    right = geglu.geglu_backward
-    monkeypatch.setattr(geglu, "geglu_backward", lambda g, uv: right(g, uv) * 1.05)
+    right = activation.activation_backward
+    monkeypatch.setattr(activation, "activation_backward", lambda g, *rest: right(g * 1.05, *rest))
     report = examine(CUDA, quick=True)
-    assert report.exit_code == 0 and list(report.off) == ["geglu.triton"]
-    assert "gradient 0" in report.off["geglu.triton"] and report.remedies["geglu.triton"]
-    assert all(check.off == "geglu.triton" for check in report.checks if check.fault)
+    assert report.exit_code == 0 and list(report.off) == ["activation.triton"]
+    assert "gradient 0" in report.off["activation.triton"] and report.remedies["activation.triton"]
+    assert all(check.off == "activation.triton" for check in report.checks if check.fault)
     # From here on the plain path serves.
     again = examine(CUDA, quick=True)
     assert {check.implementation for check in again.checks if check.op == "geglu"} == {"reference"}
@@ -182,11 +182,13 @@ def test_before_the_first_step_once(elsewhere, caplog):
 
 def test_before_the_first_step_a_failure_is_off_and_not_remembered(elsewhere, caplog):
     with elsewhere.open("a") as file:
-        file.write("from alignprop_fast.kernels import geglu\ngeglu.geglu_forward = lambda uv: uv[..., ::2] * 0\n")
+        file.write(
+            "from alignprop_fast.kernels import activation\nactivation.activation_forward = lambda v, *rest: v * 0\n"
+        )
     state = torch.get_rng_state()
     first_time.examine_once(CUDA, torch.bfloat16)
     # Triton's probe uses the same kernel and sees it first.
-    assert set(switched_off.everything()) <= {"triton", "geglu.triton"} and switched_off.everything()
+    assert set(switched_off.everything()) <= {"triton", "activation.triton"} and switched_off.everything()
     assert "not right" in caplog.messages[-1] and torch.equal(state, torch.get_rng_state())
     assert not (first_time.cache_folder()).exists()
 

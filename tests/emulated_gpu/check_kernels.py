@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.ops import attention_backends, autotune, backend, switched_off
-from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.ops.activation import geglu
 from alignprop_fast.ops.layer_norm import layer_norm
 
 STEPS, PROMPTS = 2, ["a red cat"]
@@ -15,10 +15,14 @@ STEPS, PROMPTS = 2, ["a red cat"]
 @pytest.fixture
 def gradients(tiny_sd, emulated, monkeypatch):
     """(images, gradients) with or without the kernels; counts their launches."""
-    from alignprop_fast.kernels import geglu, guided_step, layer_norm
+    from alignprop_fast.kernels import activation, guided_step, norm_modulate
 
     launched = {}
-    for module, name in ((geglu, "geglu_backward"), (layer_norm, "layer_norm_backward"), (guided_step, "guided_step")):
+    for module, name in (
+        (activation, "activation_backward"),
+        (norm_modulate, "norm_modulate_backward"),
+        (guided_step, "guided_step"),
+    ):
         kernel = getattr(module, name)
 
         def counting(*arguments, kernel=kernel, name=name):
@@ -86,7 +90,7 @@ def test_without_a_compiler_the_chain_is_that_of_plain_operators(gradients, no_c
 
 
 def test_compiled_code_tries_nothing_and_has_the_same_way_back(emulated, monkeypatch):
-    from alignprop_fast.kernels import geglu as kernels
+    from alignprop_fast.kernels import activation as kernels
 
     monkeypatch.setattr(backend, "_probed", set())
     generator = torch.Generator().manual_seed(0)
@@ -104,10 +108,10 @@ def test_compiled_code_tries_nothing_and_has_the_same_way_back(emulated, monkeyp
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)]
     assert torch.allclose(*grads, atol=1e-5)
 
-    def fails(uv):
+    def fails(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(kernels, "geglu_forward", fails)
+    monkeypatch.setattr(kernels, "activation_forward", fails)
     assert torch.allclose(compiled(x), expected, atol=1e-5)
-    assert list(switched_off.everything()) == ["geglu.triton"]
+    assert list(switched_off.everything()) == ["activation.triton"]
     switched_off.forget()

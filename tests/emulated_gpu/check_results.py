@@ -10,8 +10,14 @@ from alignprop_fast.runtime import run_chain
 
 pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 
-STEPS, PROMPTS = 4, ["a red cat", "a dog" * 12]  # of different lengths for Z-Image
-UNSIZED = ("FluxPipeline", "ZImagePipeline", "Flux2KleinPipeline")  # whose default pictures are large for every model
+STEPS, PROMPTS = 4, ["a red cat", "a dog" * 12]  # of different lengths for Z-Image and Qwen-Image
+UNSIZED = (
+    "FluxPipeline",
+    "ZImagePipeline",
+    "Flux2KleinPipeline",
+    "QwenImagePipeline",
+    "Krea2Pipeline",
+)  # whose default pictures are large for every model
 
 
 @pytest.fixture

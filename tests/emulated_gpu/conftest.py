@@ -27,7 +27,12 @@ def ways(monkeypatch):
     return seconds
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein"])
+@pytest.fixture(
+    params=[
+        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"),
+        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"),
+    ]
+)
 def adapted(request, emulated):
     """A pipeline of each architecture on the CPU, with adapters that are not zero."""
     import torch

@@ -105,17 +105,24 @@ class Emulated:
         return 0
 
 
-def _attention(q, k, v, scale):
-    """(o, probabilities, logsumexp) of the formula, by plain operators."""
+def _scores(q, k, scale, bias):
     scores = (q.float() @ k.float().transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is None:
+        return scores
+    assert bias.shape == scores.shape and all(stride % 8 == 0 for stride in bias.stride()[:3]), "as the kernels demand"
+    return scores + bias.float()
+
+
+def _attention(q, k, v, scale, bias=None):
+    """(o, probabilities, logsumexp) of the formula, by plain operators."""
+    scores = _scores(q, k, scale, bias)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp()
     return (weights @ v.float()).to(q.dtype), weights, lse
 
 
-def _attention_gradients(g, q, k, v, o, lse, scale):
-    scores = (q.float() @ k.float().transpose(-2, -1)) * scale
-    weights = (scores - lse[..., None]).exp()
+def _attention_gradients(g, q, k, v, o, lse, scale, bias=None):
+    weights = (_scores(q, k, scale, bias) - lse[..., None]).exp()
     dv = weights.transpose(-2, -1) @ g.float()
     d_weights = g.float() @ v.float().transpose(-2, -1)
     d_scores = weights * (d_weights - (g.float() * o.float()).sum(-1, keepdim=True)) * scale
@@ -138,14 +145,14 @@ def _fused_attention():
         return _attention_gradients(g, q, k, v, o, lse, scale)
 
     def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
-        o, _, lse = _attention(q, k, v, scale)
+        o, _, lse = _attention(q, k, v, scale, bias)
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
         state = q.new_zeros((), dtype=torch.int64)
         return o, padded, state, state
 
     def efficient_backward(g, q, k, v, bias, o, lse, *rest, scale=None):
         assert lse.shape[-1] % 32 == 0
-        return *_attention_gradients(g, q, k, v, o, lse[..., : q.shape[2]], scale), q.new_empty(0)
+        return *_attention_gradients(g, q, k, v, o, lse[..., : q.shape[2]], scale, bias), q.new_empty(0)
 
     def cudnn(
         q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None

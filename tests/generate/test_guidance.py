@@ -7,7 +7,7 @@ from alignprop_fast.generate.guidance import Guidance
 
 
 @pytest.mark.parametrize(
-    ("embeds", "scale", "true_scale", "negative", "on"),
+    ("has_true_cfg", "scale", "true_scale", "negative", "on"),
     [
         (False, 5.0, 1.0, False, True),
         (False, 1.0, 1.0, True, False),
@@ -16,18 +16,30 @@ from alignprop_fast.generate.guidance import Guidance
         (True, 5.0, 1.0, True, False),
     ],
 )
-def test_who_runs_two_branches(embeds, scale, true_scale, negative, on):
-    """FLUX needs a negative prompt and a true scale; the others a scale above 1."""
-    guidance = Guidance.of(scale, true_scale, 0.0, embeds)
+def test_who_runs_two_branches(has_true_cfg, scale, true_scale, negative, on):
+    """FLUX and Qwen-Image need a negative prompt and a true scale; the others a scale above 1."""
+    guidance = Guidance.of(scale, true_scale, 0.0, has_true_cfg)
     assert guidance.is_on(negative) is on and guidance.embedded_scale == scale
-    assert guidance.cfg_scale == (true_scale if embeds else scale)
+    assert guidance.cfg_scale == (true_scale if has_true_cfg else scale)
 
 
 @pytest.mark.parametrize(("scale", "on"), [(4.0, True), (0.5, True), (0.0, False)])
 def test_a_pipeline_that_counts_from_zero(scale, on):
-    """Z-Image: c + s (c - u) = u + (1 + s) (c - u)."""
+    """Z-Image and Krea 2: c + s (c - u) = u + (1 + s) (c - u)."""
     guidance = Guidance.of(scale, 1.0, 0.0, False, unguided=0.0)
     assert guidance.is_on(False) is on and guidance.cfg_scale == 1 + scale
+
+
+def test_each_patch_keeps_the_norm_of_the_prediction_with_the_prompt():
+    y = torch.randn(4, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    guidance = Guidance.of(1.0, 3.0, 0.0, True, keeps_norm=True)
+    guided, plain = guidance.guided(y, guidance.cfg_scale), Guidance.of(3.0, 1.0, 0.0, False).guided(y, 3.0)
+    assert not guidance.is_linear
+    for rows, columns in ((slice(0, 2), slice(2, 4)), (slice(2, 4), slice(4, 6))):
+        (patch, own, linear) = (x[0, :, rows, columns] for x in (guided, y[2:], plain))
+        assert torch.allclose(patch, linear * own.norm() / linear.norm(), rtol=1e-12)
+    with pytest.raises(ValueError, match="leave guidance_rescale out"):
+        Guidance.of(1.0, 3.0, 0.5, True, keeps_norm=True)
 
 
 def test_a_tensor_stays_one_where_it_learns():

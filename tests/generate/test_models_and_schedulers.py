@@ -186,6 +186,66 @@ def test_what_else_learns_with_z_image(tiny_z_image):
         assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("scale", "negative", "grad_steps"),
+    [(4.0, ["dog", "cat " * 9], (1, 2)), (4.0, None, (0, 1, 2, 3)), (1.0, NEGATIVE, (0, 3))],
+)
+def test_qwen_image(tiny_qwen_image, scale, negative, grad_steps):
+    """Without a negative prompt it is not guided. Texts differ in length, and are longer in the unguided branch."""
+    pipe = add_adapters(tiny_qwen_image, [*JOINT_TARGETS, "txt_mlp.net.2"])
+    theirs = reference(pipe, grad_steps, negative_prompt=negative, true_cfg_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, true_cfg_scale=scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+
+
+def test_what_else_learns_with_qwen_image(tiny_qwen_image):
+    """Embeddings with their masks, and the scale of guidance that keeps the norm of predictions."""
+    given = {}
+    for side, texts in (("", PROMPTS), ("negative_", ["dog", "cat " * 9])):
+        embeds, mask = tiny_qwen_image.encode_prompt(texts)
+        given |= {f"{side}prompt_embeds": embeds.detach(), f"{side}prompt_embeds_mask": mask}
+    leaves = [torch.tensor(3.0), given["prompt_embeds"], given["negative_prompt_embeds"]]
+    scale, *_ = (leaf.requires_grad_() for leaf in leaves)
+    theirs = type(tiny_qwen_image).__call__.__wrapped__(
+        tiny_qwen_image,
+        **given,
+        true_cfg_scale=scale,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+        **SIZE,
+    )
+    sampler = DifferentiableSampler(tiny_qwen_image, STEPS, true_cfg_scale=scale, **SIZE)
+    plan = make_plan((0, 1, 2, 3))
+    images = sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan, embeddings=given)
+    assert (images - theirs.images).abs().max() < 1e-5
+    expected = torch.autograd.grad(reward(theirs.images), leaves)
+    for ours, grad in zip(torch.autograd.grad(reward(images), leaves), expected, strict=True):
+        assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
+
+
+@pytest.mark.parametrize("grad_steps", [(0, 2), (0, 1, 2, 3)])
+def test_flux2_dev(tiny_flux2_dev, grad_steps):
+    pipe = add_adapters(tiny_flux2_dev, [*JOINT_TARGETS, "to_qkv_mlp_proj"])
+    theirs = reference(pipe, grad_steps, guidance_scale=3.5)
+    sampler = DifferentiableSampler(pipe, STEPS, 3.5, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan))
+
+
+@pytest.mark.parametrize(
+    ("scale", "negative", "grad_steps"), [(4.0, ["dog", "cat " * 9], (1, 2)), (0.0, None, (0, 1, 2, 3))]
+)
+def test_krea2(tiny_krea2, scale, negative, grad_steps):
+    pipe = add_adapters(tiny_krea2, [*UNET_TARGETS, "to_gate", "ff.down"])
+    pipe.register_to_config(is_distilled=scale == 0)
+    theirs = reference(pipe, grad_steps, negative_prompt=negative, guidance_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+
+
 @pytest.mark.parametrize(("scale", "grad_steps"), [(4.0, (0, 2)), (1.0, (0, 1, 2, 3))])
 def test_flux2_klein(tiny_flux2_klein, scale, grad_steps):
     pipe = add_adapters(tiny_flux2_klein, [*JOINT_TARGETS, "to_qkv_mlp_proj"])

@@ -89,6 +89,31 @@ def test_any_shape(dtype, m, n, d):
     assert_right(general, *inputs(m, n, d, dtype))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of padded rows, which become zeros
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 40), (torch.float16, 16), (torch.bfloat16, 16)])
+@pytest.mark.parametrize("valid", [(70, 5), (64, 33)])
+def test_padded_keys(dtype, d, valid):
+    """Each batch element is attention over its valid keys, whatever the padding holds, with gradients of zero there."""
+    tensors = inputs(20, 70, d, dtype, b=2, h=1)
+    for b, count in enumerate(valid):
+        for padded in tensors[1:3]:
+            padded[b, :, count:] = 1e4
+    q, k, v, g = tensors
+    lengths = torch.tensor(valid, dtype=torch.int32, device=DEVICE)
+    o, lse = kernels.attention_forward(q, k, v, 0.2, lengths)
+    grads = kernels.attention_backward(g, q, k, v, o, lse, 0.2, lengths)
+    for b, count in enumerate(valid):
+        one = [t[b : b + 1] for t in tensors]
+        one[1:3] = (t[:, :, :count] for t in one[1:3])
+        same, exact = plain(*one, 0.2), plain(*(t.double() for t in one), 0.2)
+        found = [t[b : b + 1] for t in (o, lse, *grads)]
+        assert not any(t[:, :, count:].any() for t in found[3:])
+        found[3:] = (t[:, :, :count] for t in found[3:])
+        for name, x, y, z in zip(("o", "lse", "dq", "dk", "dv"), found, same, exact, strict=True):
+            error = (x.double() - z).abs().max()
+            assert error <= 2 * (y.double() - z).abs().max() + 1e-6, f"{name}: {error}"
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("m", "n", "d"), [(257, 257, 64), (4097 if DEVICE == "cuda" else 131, 257, 40)])
 def test_longer_sequences(dtype, m, n, d):
@@ -210,6 +235,8 @@ def test_what_it_cannot_do_it_says():
             kernels.attention_forward(*bad, 1.0)
         with pytest.raises(ValueError):
             kernels.attention_backward(g, *bad, g, g[..., 0], 1.0)
+    with pytest.raises(ValueError, match="lengths must be 1 contiguous numbers in int32"):
+        kernels.attention_forward(q, k, v, 1.0, torch.ones(1, dtype=torch.int64, device=DEVICE))
 
 
 def test_signatures_name_every_argument_and_every_kernel():

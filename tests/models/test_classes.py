@@ -1,11 +1,13 @@
-"""Classes that only newer releases of diffusers have."""
+"""Classes that only newer releases of diffusers and transformers have."""
 
 import json
+import shutil
 
 import pytest
 
 from alignprop_fast.models.load import folder
 from alignprop_fast.models.load.folder import read_index
+from alignprop_fast.models.load.pipeline import load_pipeline
 
 
 def test_a_release_without_the_class_is_refused_in_one_line(monkeypatch, tmp_path):
@@ -13,4 +15,22 @@ def test_a_release_without_the_class_is_refused_in_one_line(monkeypatch, tmp_pat
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NewPipeline"}))
     with pytest.raises(ValueError, match="has no NewPipeline: update it with pip install -U diffusers") as error:
         read_index(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_transformers_release_without_a_part_s_class(tiny_sd_folder, tmp_path):
+    index = json.loads((tiny_sd_folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["transformers", "NewModel"]}))
+    with pytest.raises(ValueError, match=r"transformers [\w.]+ has no NewModel: update it with pip") as error:
+        read_index(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("entry", [[], ["transformers"], ["transformers", None], "x"])
+def test_an_index_that_is_damaged_gets_its_line_when_it_is_loaded(tiny_sd_folder, tmp_path, entry):
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": entry}))
+    with pytest.raises(ValueError) as error:
+        load_pipeline(folder)
     assert "\n" not in str(error.value)

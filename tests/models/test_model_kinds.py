@@ -187,6 +187,12 @@ def test_an_sdxl_of_two_text_encoders_of_their_own_widths(tmp_path):
     assert_equal(ours(folder, 3, 5.0, eta=1.0), theirs(folder, 3, 5.0, eta=1.0))
 
 
+def test_qwen_image_with_padding_before_text(tiny_qwen_image):
+    given = {"prompt_embeds": torch.zeros(1, 3, 32), "prompt_embeds_mask": torch.tensor([[0, 1, 1]])}
+    with pytest.raises(ValueError, match="prompt_embeds_mask has padding before text: put all padding at the end"):
+        adapt(tiny_qwen_image).encode(PromptBatch(["red"], None, False, (16, 16), given))
+
+
 def test_z_image_in_fp16(tiny_z_image):
     tiny_z_image.transformer.half()
     with pytest.raises(ValueError, match="Z-Image overflows in fp16: use bf16"):

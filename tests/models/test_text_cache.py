@@ -23,7 +23,7 @@ class Counted:
         return self._model.encode(batch)
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_z_image"])
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_z_image", "tiny_qwen_image"])
 def pipe(request):
     return request.getfixturevalue(request.param)
 

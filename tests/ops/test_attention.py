@@ -44,6 +44,24 @@ def test_values_and_gradients(dtype, m, n, d):
         assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_keys_count_for_nothing(dtype):
+    """Each batch element is attention over its valid keys alone, whatever the padding holds."""
+    tensors, lengths = qkv(2, 3, 33, 40, 16, dtype), torch.tensor([40, 7], dtype=torch.int32, device=DEVICE)
+    for padded in tensors[1:]:
+        padded[1, :, 7:] = 1e4
+    ours = value_and_gradients(lambda q, k, v: attention(q, k, v, lengths=lengths), tensors)
+    same, exact = (
+        value_and_gradients(lambda *qkv: attention_reference(*qkv, lengths=lengths), [t.to(to) for t in tensors])
+        for to in (dtype, torch.float64)
+    )
+    for a, b, c in zip(ours, same, exact, strict=True):
+        assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 1e-6
+    assert not any(t[1, :, 7:].any() for t in ours[2:])
+    alone = attention(*(t[1:, :, :count] for t, count in zip(tensors, (33, 7, 7), strict=True)))
+    assert (ours[0][1] - alone[0]).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02)  # rounding of o
+
+
 def test_scale_is_passed_on():
     tensors = qkv(1, 2, 20, 30, 16)
     for a, b in zip(

@@ -21,9 +21,9 @@ def inputs(m, n, d, dtype):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype).transpose(1, 2) for s in shapes]
 
 
-def by_autograd(q, k, v, g):
+def by_autograd(q, k, v, g, lengths=None):
     learning = [t.detach().requires_grad_() for t in (q, k, v)]
-    o = attention_reference(*learning, 0.2)
+    o = attention_reference(*learning, 0.2, lengths)
     return [o.detach(), *torch.autograd.grad(o, learning, g)]
 
 
@@ -44,6 +44,16 @@ def test_values_and_gradients(monkeypatch, dtype, pieces, m, n, d):
     # Sums of 160 products in fp32.
     logits = 0.2 * q.double() @ k.double().mT
     assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-5)
+
+
+def test_padded_keys_in_pieces(monkeypatch):
+    monkeypatch.setattr(attention_plain, "LOGITS_BYTES", 4 * 6 * 20 * 7)
+    q, k, v, g = inputs(40, 20, 8, torch.float64)
+    lengths = torch.tensor([3, 20], dtype=torch.int32, device=DEVICE)
+    o, lse = attention_plain.forward(q, k, v, 0.2, lengths)
+    ours = [o, *attention_plain.backward(g, q, k, v, o, lse, 0.2, lengths)]
+    for a, b in zip(ours, by_autograd(q, k, v, g, lengths), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 def test_its_logsumexp_and_gradients_go_with_those_of_another():
@@ -71,6 +81,7 @@ def on_another_device(monkeypatch):
     class Elsewhere(torch.Tensor):
         device = torch.device("mps")
         is_cuda = False
+        is_cpu = False
 
     switched_off.forget()
     yield lambda t: t.detach().clone().as_subclass(Elsewhere)
@@ -102,8 +113,9 @@ def test_amd_gpus_call_themselves_cuda(monkeypatch):
     class OnCuda(torch.Tensor):
         device = torch.device("cuda", 0)
         is_cuda = True
+        is_cpu = False
 
     there = q.as_subclass(OnCuda)
     assert attention_backends.choose("forward", there, there) is attention_backends.PLAIN
-    assert backend.backend(there, "geglu") == "reference" and "AMD" in switched_off.everything()["kernels"]
+    assert backend.backend(there, "activation") == "reference" and "AMD" in switched_off.everything()["kernels"]
     switched_off.forget()

@@ -12,16 +12,18 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from alignprop_fast.kernels import activation as activation_kernels
 from alignprop_fast.kernels import attention as attention_kernels
-from alignprop_fast.kernels import geglu as geglu_kernels
 from alignprop_fast.kernels import guided_step as guided_step_kernels
-from alignprop_fast.kernels import layer_norm as layer_norm_kernels
 from alignprop_fast.kernels import lora_linear as lora_kernels
 from alignprop_fast.kernels import lora_linear_backward as backward_of_lora
+from alignprop_fast.kernels import norm_modulate as norm_kernels
+from alignprop_fast.kernels import qk_norm_rope as rope_kernels
+from alignprop_fast.ops import activation as activation_op
 from alignprop_fast.ops import attention_backends, attention_triton, backend, switched_off
-from alignprop_fast.ops import geglu as geglu_op
 from alignprop_fast.ops import guided_step as guided_step_op
 from alignprop_fast.ops import layer_norm as layer_norm_op
+from alignprop_fast.ops import qk_norm_rope as rope_op
 from alignprop_fast.ops.attention import attention, attention_reference
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer, lora_linear_reference
@@ -48,16 +50,16 @@ def gradients(outputs, inputs):
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, inputs, gs))
 
 
-def run_layer_norm(op):
+def run_norm(op):
     x, r, gamma, beta = randn(3, 5, 40).requires_grad_(), randn(3, 1, 40).expand(3, 5, 40), randn(40), randn(1, 40)[0]
     if op:
         return gradients(layer_norm_op.layer_norm(x, gamma, beta, 1e-5, r), [x])
     return gradients([layer_norm_op.layer_norm_reference(x + r, gamma, beta, 1e-5), x + r], [x])
 
 
-def run_geglu(op):
+def run_activation(op):
     uv = randn(3, 5, 24).requires_grad_()
-    return gradients([(geglu_op.geglu if op else geglu_op.geglu_reference)(uv)], [uv])
+    return gradients([(activation_op.geglu if op else activation_op.geglu_reference)(uv)], [uv])
 
 
 def run_guided_step(op):
@@ -85,12 +87,24 @@ def run_attention(op):
     return gradients([(attention if op else attention_reference)(q, k, k)], tensors)
 
 
+def run_qk_norm_rope(op):
+    q, k, scale, angles = (randn(2, 5, 24) + 0.1 * i for i in range(4))
+    q.requires_grad_(), k.requires_grad_()
+    pair = (angles[..., :4].cos(), angles[..., :4].sin())
+    part = rope_op.Part(q, k, k, (scale[0, 0, :8], scale[0, 1, :8]), pair)
+    return gradients((rope_op.qk_norm_rope if op else rope_op.qk_norm_rope_reference)([part], 8, 1e-5)[:2], [q, k])
+
+
 # Op -> (runs it, or its reference; the module and the name of what starts its kernels, forward and backward).
 OPS = {
-    "layer_norm": (run_layer_norm, layer_norm_kernels, "layer_norm_forward", layer_norm_kernels, "layer_norm_backward"),
-    "geglu": (run_geglu, geglu_kernels, "geglu_forward", geglu_kernels, "geglu_backward"),
+    "norm_modulate": (run_norm, norm_kernels, "norm_modulate_forward", norm_kernels, "norm_modulate_backward"),
+    "activation": (run_activation, activation_kernels, "activation_forward", activation_kernels, "activation_backward"),
     "guided_step": (run_guided_step, guided_step_kernels, "guided_step", guided_step_kernels, "guided_step_adjoint"),
     "lora_linear": (run_lora_linear, lora_kernels, "lora_linear_forward", backward_of_lora, "lora_linear_backward"),
+    "qk_norm_rope": (
+        *(run_qk_norm_rope, rope_kernels, "qk_norm_rope_forward"),
+        *(rope_kernels, "qk_norm_rope_backward"),
+    ),
     "attention": (run_attention, attention_kernels, "attention_forward", attention_kernels, "attention_backward"),
 }
 
@@ -112,7 +126,7 @@ def by_the_kernels(monkeypatch):
     monkeypatch.setattr(backend, "backend", serves)
     monkeypatch.setattr("alignprop_fast.ops.lora_linear.chosen", lambda direction, x, layers: "triton")
     chosen = attention_backends.Backend("triton", attention_triton.forward, attention_triton.backward)
-    monkeypatch.setattr(attention_backends, "choose", lambda direction, q, k: chosen)
+    monkeypatch.setattr(attention_backends, "choose", lambda *arguments: chosen)
 
 
 def same(ours, theirs):
@@ -186,15 +200,15 @@ def test_while_a_graph_is_captured_nothing_is_caught(monkeypatch):
 def test_triton_is_tried_once_per_device(monkeypatch, fails):
     """The probe on this device, as `backend` starts it for the first tensor on a GPU."""
     device, tried = torch.device(DEVICE), []
-    kernel = geglu_kernels.geglu_forward
+    kernel = activation_kernels.activation_forward
 
-    def forward(uv):
-        tried.append(uv.device.type)
+    def forward(v, *rest):
+        tried.append(v.device.type)
         if fails == "raises":
             raise FileNotFoundError(2, "No such file or directory", "gcc")
-        return 0.9 * kernel(uv) if fails == "lies" else kernel(uv)
+        return 0.9 * kernel(v, *rest) if fails == "lies" else kernel(v, *rest)
 
-    monkeypatch.setattr(geglu_kernels, "geglu_forward", forward)
+    monkeypatch.setattr(activation_kernels, "activation_forward", forward)
     monkeypatch.setattr(backend, "_probed", set())
     backend._probe(device)
     assert tried == [device.type] and device in backend._probed
@@ -204,10 +218,10 @@ def test_triton_is_tried_once_per_device(monkeypatch, fails):
 
 
 def test_a_full_device_proves_nothing_about_triton(monkeypatch):
-    def full(uv):
+    def full(*arguments):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(geglu_kernels, "geglu_forward", full)
+    monkeypatch.setattr(activation_kernels, "activation_forward", full)
     monkeypatch.setattr(backend, "_probed", set())
     with pytest.raises(torch.OutOfMemoryError):
         backend._probe(torch.device(DEVICE))
@@ -217,7 +231,7 @@ def test_a_full_device_proves_nothing_about_triton(monkeypatch):
 def test_an_empty_tensor_has_nothing_to_start_a_kernel_for():
     for shape in ((0, 8), (2, 0, 8)):
         x = randn(*shape).requires_grad_()
-        assert backend.backend(x, "geglu") == "reference"
-        same(gradients([geglu_op.geglu(x)], [x]), gradients([geglu_op.geglu_reference(x)], [x]))
+        assert backend.backend(x, "activation") == "reference"
+        same(gradients([activation_op.geglu(x)], [x]), gradients([activation_op.geglu_reference(x)], [x]))
         y = layer_norm_op.layer_norm(x, None, randn(8))
         assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape

@@ -6,7 +6,7 @@ Tolerance: error against the float64 reference at most twice that of plain PyTor
 import pytest
 import torch
 
-from alignprop_fast.ops.layer_norm import backend, layer_norm, layer_norm_reference
+from alignprop_fast.ops.layer_norm import layer_norm, layer_norm_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -96,12 +96,3 @@ def test_compiles_whole(device):
     assert ours.shape == x.shape and grads[0].shape == x.shape
     if device == "cpu":
         assert torch.allclose(ours, eager, atol=1e-6) and torch.allclose(*grads, atol=1e-5)
-
-
-def test_backend():
-    assert backend(torch.empty(2, 8)) == "reference"
-    if DEVICE == "cuda":
-        pytest.importorskip("triton")
-        assert backend(torch.empty(2, 8, device="cuda")) == "triton"
-        assert backend(torch.empty(2, 8193, device="cuda")) == "reference"
-        assert backend(torch.empty(2, 8, device="cuda", dtype=torch.float64)) == "reference"

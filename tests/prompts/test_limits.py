@@ -13,7 +13,9 @@ from alignprop_fast.prompts.limits import CutTexts, TextReader
 
 WORDS = ("the", "red", "cat", "dog", "and")  # a token each, for all tiny tokenizers alike
 CLIP, T5_SD3, T5_FLUX = 75, 255, 511  # words beside the marks: the limits of diffusers' pipelines
+QWEN_IMAGE, KREA2 = 412, 407  # beside the 134 tokens of the instructions, of which the pipelines drop 34
 QWEN = 506  # beside the 6 marks before the text; a text this long leaves no room for the 13 after it
+MISTRAL = 330  # beside the 182 of the system's message and the marks
 
 
 def words(count, seed=0):
@@ -41,6 +43,10 @@ def said(caplog):
         ("sd3", {"CLIP": (CLIP, 77, 602), "T5": (T5_SD3, 256, 601)}),
         ("flux", {"CLIP": (CLIP, 77, 602), "T5": (T5_FLUX, 512, 601)}),
         ("z_image", {"Qwen3": (QWEN, 512, 619)}),
+        ("flux2_klein", {"Qwen3": (QWEN, 512, 638)}),
+        ("flux2_dev", {"Mistral 3": (MISTRAL, 512, 789)}),
+        ("qwen_image", {"Qwen2.5-VL": (QWEN_IMAGE, 546, 747)}),
+        ("krea2", {"Qwen3-VL": (KREA2, 541, 734)}),
     ],
 )
 def test_a_text_is_read_as_far_as_is_said_and_no_farther(request, caplog, name, limits):

@@ -108,16 +108,22 @@ def test_the_number_of_open_steps_is_known(rule):
 def test_what_a_rule_costs_beside_a_whole_chain(rule):
     """Of srpo, whose chain has no gate, one renoising stands for the chain's last step. 2,000 draws, four errors."""
     found = [(len(cut.renoise_steps) - (not cut.gates), cut.last_step) for cut in draws_of(rule, FLOW, 2000)]
-    evaluations, chains = parse_rule(rule, 8).beside(8)
+    evaluations, chains, pictures = parse_rule(rule, 8).beside(8)
     left_out = [0 if last is None else last - 7 for _, last in found]
-    assert all(chains == number for number, _ in found)
+    assert all(chains == number for number, _ in found) and pictures == (rule[:4] == "srpo")
     assert evaluations == pytest.approx(sum(left_out) / 2000 + (rule[:4] == "srpo"), abs=4 * 1.0 / 2000**0.5)
+
+
+def test_srpo_noises_to_the_levels_of_its_paper_and_never_to_pure_noise():
+    assert {step for cut in draws_of("srpo:3", FLOW, 100) for step in cut.renoise_steps} == {1, 2, 3, 4}
+    assert draws_of("srpo", euler_table([1.0, 0.5, 0.0], [999, 500], "flow"), 1)[0].renoise_steps == (1,)
 
 
 @pytest.mark.parametrize(
     ("rule", "table", "said"),
     [
         ("srpo:0", FLOW, "srpo:1"),
+        ("srpo", euler_table([1.0, 0.0], [0], "flow"), "last:1"),
         ("srpo", ddim_table(ALPHAS, 0.99, list(range(7, -1, -1)), 1, 1.0), "ddim with eta 0"),
         ("leapalign:-1", FLOW, "at least 0"),
         ("leapalign:nan", FLOW, "at least 0"),

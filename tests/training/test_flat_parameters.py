@@ -41,8 +41,8 @@ def test_a_step_equals_that_of_separate_parameters(tiny_sd):
         for a, b in zip(mine, theirs, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        flat.gather_gradients()
-        assert all(parameter.grad is None for parameter in mine)
+        flat.join_gradients()
+        assert all(a.grad.untyped_storage()._cdata == flat.tensors[0].grad.untyped_storage()._cdata for a in mine)
         for optimizer in optimizers:
             optimizer.step()
         flat.zero_grad()
@@ -62,7 +62,7 @@ def test_strides_and_dtypes_are_kept():
     assert all(torch.equal(a, b) for a, b in zip(parameters, tensors, strict=True))
     parameters[0].grad, parameters[1].grad = torch.randn(4, 8, 3, 3), torch.ones(5, 3)
     wanted = parameters[0].detach() - 0.1 * parameters[0].grad
-    flat.gather_gradients()
+    flat.join_gradients()
     torch.optim.SGD(flat.tensors, lr=0.1).step()
     torch.testing.assert_close(parameters[0].detach(), wanted)
     assert torch.equal(parameters[2], tensors[2]), "no gradient counts as zero"
@@ -92,7 +92,7 @@ def test_micro_batches_add_up_in_fp32(merge):
     for grad in grads:
         Wide.apply(parameters[0], grad).backward()
         narrow += grad.bfloat16()
-    flat.gather_gradients()
+    flat.join_gradients()
     exact = torch.stack(grads).double().sum(0)
     assert flat.tensors[0].grad.dtype == torch.float32 and flat.tensors[0].dtype == torch.bfloat16
     torch.testing.assert_close(flat.tensors[0].grad[:4096].double(), exact, rtol=16 * 2**-24, atol=0)
@@ -120,14 +120,16 @@ def test_micro_batches_of_a_chain_in_bf16(tiny_sd):
     exact = 0.0
     for seed in range(4):
         backward(seed)
-        flat.gather_gradients()
+        place = parameters[0].grad.data_ptr()
+        flat.join_gradients()
         one = flat.tensors[0].grad
+        assert one.data_ptr() == place and parameters[0].grad.data_ptr() == place, "the chain's sum, not a copy"
         assert (one != one.bfloat16()).any(), "the chain's sum over its two steps is not rounded"
         exact = exact + one.double()
         flat.zero_grad()
     for seed in range(4):
         backward(seed)
-    flat.gather_gradients()
+    flat.join_gradients()
     found = flat.tensors[0].grad
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
@@ -162,4 +164,4 @@ def test_adapters_that_were_moved_are_noticed(tiny_sd):
     flat = FlatParameters(adapters(tiny_sd))
     tiny_sd.unet.to(torch.float64)
     with pytest.raises(ValueError, match="moved or cast after the trainer was made"):
-        flat.gather_gradients()
+        flat.join_gradients()

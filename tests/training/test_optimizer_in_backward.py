@@ -48,7 +48,10 @@ def trained(trainer, steps=2):
     return [parameter.detach().clone() for parameter in trainer.trainable_layers]
 
 
-@pytest.mark.parametrize("options", [{}, {"truncation": "last:1"}, {"train_gradient_accumulation_steps": 2}])
+SRPO = {"truncation": "srpo", "sample_eta": 0.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"truncation": "last:1"}, SRPO, {"train_gradient_accumulation_steps": 2}])
 def test_weights_are_those_of_a_step_after_it(tiny_sd_folder, tmp_path, options):
     """Without clipping the sums are equal, up to the order of their terms."""
     options = {"train_max_grad_norm": 1e9, **options}
@@ -127,5 +130,8 @@ def test_a_loss_that_is_not_finite_voids_the_step(tiny_sd_folder, tmp_path, brok
 def test_what_cannot_be_is_refused(tiny_sd_folder, tmp_path):
     with pytest.raises(ValueError, match="adapters gain nothing"):
         make_trainer(tiny_sd_folder, tmp_path, use_lora=True, optimizer_in_backward=True)
+    for rule in ("lv:1", "srpo:2"):
+        with pytest.raises(ValueError, match="one backward pass"):
+            make_trainer(tiny_sd_folder, tmp_path, optimizer_in_backward=True, truncation=rule, sample_eta=0.0)
     with pytest.raises(ValueError, match="all gradients at once"):
         AlignPropConfig(optimizer="prodigy", optimizer_in_backward=True)

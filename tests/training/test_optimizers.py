@@ -84,7 +84,7 @@ def test_bytes_of_state_are_as_predicted(name, merge):
     optimizer = make_optimizer(name, flat.tensors, learning_rate=0.01)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    flat.gather_gradients()
+    flat.join_gradients()
     optimizer.step()
     assert state_bytes(optimizer) == optimizer_bytes(name, shapes, merge)
     count = sum(parameter.numel() for parameter in parameters)

@@ -42,7 +42,7 @@ def test_the_sampler_refuses_such_a_vae_in_fp16(tiny_sdxl):
     adapt(tiny_sdxl)
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein"])
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image"])
 def test_loading_in_bf16_gives_the_bits_of_casting_after_loading(model, request):
     folder, config = request.getfixturevalue(f"tiny_{model}_folder"), AlignPropConfig(mixed_precision="bf16")
     found = [DefaultDDPOStableDiffusionPipeline(str(folder), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]

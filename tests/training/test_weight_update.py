@@ -85,7 +85,7 @@ def test_a_step_is_made_with_the_library_s_learning_rate(accelerator, name):
         assert rate == optimizer.param_groups[0]["lr"]
         for parameter, grad in zip(expected, gradients(expected, step), strict=True):
             parameter.grad = grad
-        flat.gather_gradients()
+        flat.join_gradients()
         optimizer.step()
         scheduler.step()
         with update.averaged():
@@ -104,7 +104,7 @@ def test_an_infinite_norm_clips_nothing(accelerator):
         for own, other, grad in zip(found, expected, gradients(found, 0), strict=True):
             own.grad, other.grad = scale * grad, scale * grad
         assert math.isfinite(update.step())
-        flat.gather_gradients()
+        flat.join_gradients()
         optimizer.step()
     assert all(map(torch.equal, found, expected))
 

@@ -1,21 +1,22 @@
 """Attention of diffusers' transformer blocks with this package's ops: one processor for each kind of block.
 
-Queries, keys and values that read the same tokens are projected at once. The attention keeps q, k, v, o and the
-logsumexp for the backward pass. Norms of q and k and rotary positions are diffusers' own.
+Queries, keys and values that read the same tokens are projected at once. The attention keeps these projections, o and
+the logsumexp for the backward pass. Norms of q and k and rotary positions belong to it (`ops.qk_norm_rope`).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
-from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
 from alignprop_fast.models.lean.text_projections import TextProjections, known_projections
-from alignprop_fast.ops.attention import attention
+from alignprop_fast.ops.attention import attention, attention_of_parts
 from alignprop_fast.ops.lora_linear import lora_linears
+from alignprop_fast.ops.qk_norm_rope import Part
 from alignprop_fast.ops.reuse import Kind
 
 
@@ -76,19 +77,15 @@ class LeanJointAttnProcessor(JointAttnProcessor2_0):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if autocasts(hidden_states):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        q, k, v = (_heads(x, attn.heads) for x in projected(hidden_states, attn.to_q, attn.to_k, attn.to_v))
-        q, k = normed(q, attn.norm_q), normed(k, attn.norm_k)
-        if encoder_hidden_states is None:
-            o = attention(q, k, v).transpose(1, 2).flatten(2)
+        text = encoder_hidden_states
+        norms = head_norms(attn, text is not None)
+        if norms is None or autocasts(hidden_states):
+            return super().__call__(attn, hidden_states, text, attention_mask)
+        parts = projected_parts(attn, norms, hidden_states, text)
+        o = attention_of_parts(parts, parts[0].q.shape[2] // attn.heads, norms.eps)
+        if text is None:
             return attn.to_out[1](attn.to_out[0](o))
-        added = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (_heads(x, attn.heads) for x in added)
-        text_q, text_k = normed(text_q, attn.norm_added_q), normed(text_k, attn.norm_added_k)
-        q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        o = attention(q, k, v).transpose(1, 2).flatten(2)
-        o, text = o.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        o, text = o.split([hidden_states.shape[1], text.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](o)), text if attn.context_pre_only else attn.to_add_out(text)
 
 
@@ -103,33 +100,71 @@ class LeanFluxAttnProcessor(FluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if attention_mask is not None or autocasts(hidden_states) or attn.fused_projections:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        o = rotary_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        if encoder_hidden_states is None:
+        text = encoder_hidden_states
+        norms = head_norms(attn, text is not None)
+        if norms is None or attention_mask is not None or autocasts(hidden_states) or attn.fused_projections:
+            return super().__call__(attn, hidden_states, text, attention_mask, image_rotary_emb)
+        o = rotary_attention(attn, norms, hidden_states, text, image_rotary_emb)
+        if text is None:
             return o
-        text, o = o.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        text, o = o.split([text.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](o)), attn.to_add_out(text)
 
 
+class HeadNorms(NamedTuple):
+    """Frozen RMSNorms of heads: the scales of q and k, those of the text's, and their epsilon. No scales: no norm."""
+
+    image: tuple[torch.Tensor, torch.Tensor] | None
+    text: tuple[torch.Tensor, torch.Tensor] | None
+    eps: float
+
+
+def head_norms(attn: Any, with_text: bool) -> HeadNorms | None:
+    """The norms of an attention's q and k, if the op serves them; else None, as for norms that learn."""
+    norms = [attn.norm_q, attn.norm_k, *([attn.norm_added_q, attn.norm_added_k] if with_text else [])]
+    if all(norm is None for norm in norms):
+        return HeadNorms(None, None, 0.0)
+    if not all(map(_is_served, norms)) or len({norm.eps for norm in norms}) > 1:
+        return None
+    q, k, *added = (norm.weight for norm in norms)
+    return HeadNorms((q, k), (added[0], added[1]) if added else None, norms[0].eps)
+
+
+def _is_served(norm: nn.Module | None) -> bool:
+    if not isinstance(norm, nn.RMSNorm | RMSNorm) or norm.weight is None or norm.weight.requires_grad:
+        return False
+    return norm.eps is not None and not (isinstance(norm, RMSNorm) and norm.bias is not None)
+
+
+def projected_parts(attn: Any, norms: HeadNorms, image: torch.Tensor, text: torch.Tensor | None) -> list[Part]:
+    """The image tokens as a part of the sequence, and the text tokens as another."""
+    q, k, v = projected(image, attn.to_q, attn.to_k, attn.to_v)
+    parts = [Part(q, k, v, norms.image)]
+    if text is not None:
+        q, k, v = projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        parts.append(Part(q, k, v, norms.text))
+    return parts
+
+
 def rotary_attention(
-    attn: Any, image: torch.Tensor, text: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor] | None
+    attn: Any,
+    norms: HeadNorms,
+    image: torch.Tensor,
+    text: torch.Tensor | None,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Attention [B, N, C] over text tokens, then image tokens, whose q and k are normed and turned (FLUX.1 and 2)."""
-    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in projected(image, attn.to_q, attn.to_k, attn.to_v))
-    q, k = attn.norm_q(q), attn.norm_k(k)
-    if text is not None:
-        added = projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (x.unflatten(-1, (attn.heads, -1)) for x in added)
-        pairs = ((attn.norm_added_q(text_q), q), (attn.norm_added_k(text_k), k), (text_v, v))
-        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
-    if angles is not None:
-        q, k = (apply_rotary_emb(x, angles, sequence_dim=1) for x in (q, k))
-    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    parts = turned(projected_parts(attn, norms, image, text)[::-1], angles)
+    return attention_of_parts(parts, parts[0].q.shape[2] // attn.heads, norms.eps)
 
 
-def normed(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-    return x if norm is None else norm(x)
+def turned(parts: Sequence[Part], angles: tuple[torch.Tensor, torch.Tensor] | None) -> list[Part]:
+    """The parts with their angles, from those of the sequence: cos and sin [N, D], the same for both of a pair."""
+    if angles is None:
+        return list(parts)
+    lengths = [part.q.shape[1] for part in parts]
+    cos, sin = (t[None, :, ::2].split(lengths, dim=1) for t in angles)
+    return [part._replace(angles=pair) for part, pair in zip(parts, zip(cos, sin, strict=True), strict=True)]
 
 
 def projected(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -191,14 +226,18 @@ def _is_over_a_text(attn: Attention) -> bool:
     return attn.is_cross_attention and type(attn.processor) is LeanAttnProcessor
 
 
-def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Kind]]:
+Product = Kind | Literal["last"]
+"""A kind of product; "last": the block's last, after which nothing but sums follow."""
+
+
+def kept_linears(attn: Any) -> Iterator[tuple[nn.Module, Product]]:
     """The linear layers of a plain attention whose results a recomputed block may keep, with their kind."""
-    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv_mlp_proj"):
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_gate", "to_qkv_mlp_proj"):
         if getattr(attn, name, None) is not None:
             yield getattr(attn, name), "qkv"
     out = getattr(attn, "to_out", None)  # in FLUX.1's single-stream blocks it belongs to the block
     if out is not None:
-        yield out[0] if isinstance(out, nn.ModuleList) else out, "out"
+        yield (out[0], "out") if isinstance(out, nn.ModuleList) else (out, "last")
     if getattr(attn, "to_add_out", None) is not None:
         yield attn.to_add_out, "out"
 

@@ -25,17 +25,17 @@ Forward = Callable[..., torch.Tensor]
 
 def bandable(decoder: nn.Module) -> list[nn.Module]:
     """The modules of a decoder that `banded` takes: its residual blocks and upsamplers, and the decoder itself."""
-    return [module for module in decoder.modules() if isinstance(module, ResnetBlock2D | Upsample2D | Decoder)]
+    return [module for module in decoder.modules() if isinstance(module, tuple(BANDED))]
 
 
 @contextmanager
 def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[None]:
     """Inside the `with` block each of the modules runs by bands of rows.
 
-    A module is a `ResnetBlock2D`, an `Upsample2D` or a `Decoder`, whose last norm, SiLU and convolution then run by
-    bands. A module that learns, runs under autocast or has an option that the ops do not cover is left unchanged.
-    Names, parameters and hooks are not touched. The backward pass may run outside the `with` block; a forward pass
-    that is repeated for it must run inside one again, as in `banded_stages`.
+    A module is of a kind in `BANDED`. Of a decoder itself, the last norm, SiLU and convolution run by bands. A module
+    that learns, runs under autocast or has an option that the ops do not cover is left unchanged. Names, parameters and
+    hooks are not touched. The backward pass may run outside the `with` block; a forward pass that is repeated for it
+    must run inside one again, as in `banded_stages`.
 
     Args:
         rows: height of a band in a block's output; None: 1/32 of its height, at least 16.
@@ -48,7 +48,7 @@ def banded(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[No
 
 
 @contextmanager
-def banded_stages(decoder: Decoder, rows: int | None = None) -> Iterator[None]:
+def banded_stages(decoder: Any, rows: int | None = None) -> Iterator[None]:
     """`banded`, with the middle block and each up block of the decoder checkpointed as a stage.
 
     This costs one more forward pass, and the backward pass holds the blocks of one stage at a time. The backward pass
@@ -81,21 +81,30 @@ def _with_forwards(changed: Sequence[tuple[nn.Module, Forward]]) -> Iterator[Non
 
 def _forwards(module: nn.Module, rows: int | None) -> list[tuple[nn.Module, Forward]]:
     """The modules to change for this one, each with its new forward."""
-    if isinstance(module, ResnetBlock2D):
-        return [(module, partial(_residual, module, module.forward, rows))] if _is_plain_residual(module) else []
-    if isinstance(module, Upsample2D):
-        return [(module, partial(_upsample, module, module.forward, rows))] if _is_plain_upsampler(module) else []
-    if not isinstance(module, Decoder):
-        raise TypeError(f"{type(module).__name__} cannot run by bands: leave it out")
-    norm, act, conv = module.conv_norm_out, module.conv_act, module.conv_out
+    for kind, forwards in BANDED.items():
+        if isinstance(module, kind):
+            return forwards(module, rows)
+    raise TypeError(f"{type(module).__name__} cannot run by bands: leave it out")
+
+
+def _of_residual(block: Any, rows: int | None) -> list[tuple[nn.Module, Forward]]:
+    return [(block, partial(_residual, block, block.forward, rows))] if _is_plain_residual(block) else []
+
+
+def _of_upsampler(layer: Any, rows: int | None) -> list[tuple[nn.Module, Forward]]:
+    return [(layer, partial(_upsample, layer, layer.forward, rows))] if _is_plain_upsampler(layer) else []
+
+
+def _of_decoder(decoder: Any, rows: int | None) -> list[tuple[nn.Module, Forward]]:
+    norm, act, conv = decoder.conv_norm_out, decoder.conv_act, decoder.conv_out
     if not _is_plain_norm_conv(norm, act, conv):
         return []
     layer = _norm_conv(norm, conv)
     # The convolution does all three steps, so the other two modules return their input.
-    return [(norm, _pass_on), (act, _pass_on), (conv, lambda x: norm_conv(x, layer, rows))]
+    return [(norm, pass_on), (act, pass_on), (conv, lambda x: norm_conv(x, layer, rows))]
 
 
-def _pass_on(x: torch.Tensor) -> torch.Tensor:
+def pass_on(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
@@ -139,7 +148,7 @@ def _is_plain_residual(block: ResnetBlock2D) -> bool:
         and block.conv1.out_channels == block.conv2.out_channels
         and _is_plain_norm_conv(block.norm1, block.nonlinearity, block.conv1)
         and _is_plain_norm_conv(block.norm2, block.nonlinearity, block.conv2)
-        and (block.conv_shortcut is None or (not _learns(block.conv_shortcut)))
+        and (block.conv_shortcut is None or (not learns(block.conv_shortcut)))
     )
 
 
@@ -152,7 +161,7 @@ def _is_plain_norm_conv(norm: nn.Module, activation: nn.Module, conv: nn.Module)
     return (
         isinstance(norm, nn.GroupNorm)
         and norm.affine
-        and not _learns(norm)
+        and not learns(norm)
         and isinstance(activation, nn.SiLU)
         and _is_plain_conv(conv)
     )
@@ -165,12 +174,21 @@ def _is_plain_conv(conv: nn.Module | None) -> bool:
         and conv.padding == conv.stride == conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
-        and not _learns(conv)
+        and not learns(conv)
     )
 
 
-def _learns(module: nn.Module) -> bool:
+def learns(module: nn.Module) -> bool:
     """Whether weights learn or autocast applies, which casts inside an op's forward but not inside its backward."""
     device_type = next(module.parameters()).device.type
     autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return autocasts or any(p.requires_grad for p in module.parameters())
+
+
+BANDED: dict[type[nn.Module], Callable[[Any, int | None], list[tuple[nn.Module, Forward]]]] = {
+    ResnetBlock2D: _of_residual,
+    Upsample2D: _of_upsampler,
+    Decoder: _of_decoder,
+}
+"""What runs by bands: for a module of that class and the rows of a band, the modules to change and their new forwards.
+Files of single models add theirs."""

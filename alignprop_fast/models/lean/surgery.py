@@ -16,14 +16,15 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from alignprop_fast.models.lean.attention import (
+    Product,
     autocasts,
     is_plain,
     kept_linears,
     put_processors_in,
     take_processors_out,
 )
+from alignprop_fast.ops.activation import geglu
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d
-from alignprop_fast.ops.geglu import geglu
 from alignprop_fast.ops.group_norm_silu import backend as group_norm_backend
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
 from alignprop_fast.ops.layer_norm import layer_norm
@@ -33,7 +34,7 @@ from alignprop_fast.ops.reuse import Kind
 from alignprop_fast.ops.rounded_linear import RoundedLayer, RoundedWeight, is_rounding
 
 
-def _applies(x: torch.Tensor, *modules: nn.Module) -> bool:
+def applies(x: torch.Tensor, *modules: nn.Module) -> bool:
     """Whether weights are frozen and autocast is off; it casts inside an op's forward but not inside its backward."""
     learning = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
     return not learning and not autocasts(x)
@@ -60,7 +61,7 @@ class FrozenConv2d(nn.Conv2d):
         return self._convolved(input, None), bias_BC if addend_BC is None else addend_BC + bias_BC
 
     def _frozen(self, x: torch.Tensor) -> bool:
-        return self.padding_mode == "zeros" and not isinstance(self.padding, str) and _applies(x, self)
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str) and applies(x, self)
 
     def _convolved(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         stride, padding, dilation = self.stride, self.padding, self.dilation
@@ -75,7 +76,7 @@ class LeanLinear(nn.Linear):
     rounded: RoundedWeight | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _applies(input, self):
+        if not applies(input, self):
             return super().forward(input)
         return lora_linears(input, [self.product(Layer(self.weight, self.bias))], self.reused_as)[0]
 
@@ -158,7 +159,7 @@ class LeanResnetBlock2D(ResnetBlock2D):
             or self.upsample is not None
             or self.downsample is not None
             or not isinstance(self.nonlinearity, nn.SiLU)
-            or not _applies(input_tensor, self.norm1, self.norm2)
+            or not applies(input_tensor, self.norm1, self.norm2)
         ):
             return super().forward(input_tensor, temb)
         h = _norm_silu(self.norm1, input_tensor)
@@ -179,7 +180,7 @@ class LeanGroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` that preserves channels_last while its weights are frozen."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.ndim != 4 or not self.affine or not _applies(input, self):
+        if input.ndim != 4 or not self.affine or not applies(input, self):
             return super().forward(input)
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, silu=False)
 
@@ -188,12 +189,12 @@ class LeanLayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` over the last dimension, while its weights are frozen."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if len(self.normalized_shape) != 1 or not _applies(input, self):
+        if len(self.normalized_shape) != 1 or not applies(input, self):
             return super().forward(input)
         return layer_norm(input, self.weight, self.bias, self.eps)
 
 
-_LEAN: dict[type[nn.Module], type[nn.Module]] = {
+LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FrozenConv2d,
     GEGLU: LeanGEGLU,
     ResnetBlock2D: LeanResnetBlock2D,
@@ -201,24 +202,34 @@ _LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: LeanGroupNorm,
     nn.LayerNorm: LeanLayerNorm,
 }
-_STOCK = {lean: stock for stock, lean in _LEAN.items()} | {LeanLinear: nn.Linear}
-KEPT: dict[type[nn.Module], Mapping[str, Kind]] = {
+"""The class that takes a stock class's place. Files of single models add theirs."""
+KEPT: dict[type[nn.Module], Mapping[str, Product]] = {
     GEGLU: {"proj": "geglu"},
     GELU: {"proj": "geglu"},
-    FluxSingleTransformerBlock: {"proj_mlp": "geglu", "proj_out": "out"},
+    FluxSingleTransformerBlock: {"proj_mlp": "geglu", "proj_out": "last"},
 }
 """Linear layers outside attention whose results a recomputed block may keep. Files of single models add theirs."""
 
 
 def put_ops_in(root: nn.Module) -> None:
     """Put the ops into every module below root that has one. A second call changes nothing."""
-    _swap(root, _LEAN.get)
-    for linear, kind in _kept_linears(root):
+    _swap(root, LEAN.get)
+    for linear, kind in products_of(root):
         if type(linear) is nn.Linear:
             linear.__class__ = LeanLinear
         if isinstance(linear, LeanLinear | LeanLoraLinear):
-            linear.reused_as = kind
+            linear.reused_as = _reused_as(linear, kind)
     put_processors_in(root)
+
+
+def _reused_as(linear: nn.Module, kind: Product) -> Kind | None:
+    """The kind of result under which a recomputed block keeps this layer's.
+
+    The last product of a block runs again only if an adapter has saved its input after it.
+    """
+    if kind != "last":
+        return kind
+    return "out" if isinstance(linear, LeanLoraLinear) else None
 
 
 def take_ops_out(root: nn.Module) -> None:
@@ -228,10 +239,11 @@ def take_ops_out(root: nn.Module) -> None:
             vars(module).pop("reused_as", None)
             vars(module).pop("copied", None)
     take_processors_out(root)
-    _swap(root, _STOCK.get)
+    stock = {lean: own for own, lean in LEAN.items()} | {LeanLinear: nn.Linear}
+    _swap(root, stock.get)
 
 
-def _kept_linears(root: nn.Module) -> Iterator[tuple[nn.Module, Kind]]:
+def products_of(root: nn.Module) -> Iterator[tuple[nn.Module, Product]]:
     """The linear layers whose results a recomputed transformer block may keep, with their kind."""
     for module in root.modules():
         if is_plain(module):

@@ -120,8 +120,12 @@ _ALONE = (
     Kind("an image encoder (CLIP)", _any("vision_model.", "^visual."), "give a text-to-image model"),
     Kind("a VAE, not a model", _is_vae, "give the model with its denoiser"),
 )
+_FLUX2, _TOLD_GUIDANCE = _any("double_stream_modulation_img."), _any("guidance_in.", "guidance_embedder.")
 _DENOISERS = {
-    "Flux2KleinPipeline": _any("double_stream_modulation_img."),
+    "Krea2Pipeline": _any("text_fusion.projector."),
+    "QwenImagePipeline": _any("transformer_blocks.0.img_mod.1."),
+    "Flux2Pipeline": lambda shapes: _FLUX2(shapes) and _TOLD_GUIDANCE(shapes),
+    "Flux2KleinPipeline": _FLUX2,
     "StableDiffusion3Pipeline": _any("joint_blocks.0.", "attn.add_k_proj.weight"),
     "FluxPipeline": _any("double_blocks.0.", "^single_transformer_blocks.0."),
     "ZImagePipeline": _any("layers.0.adaLN_modulation.0.weight"),
@@ -141,12 +145,17 @@ def check_kind(file: Path, shapes: Shapes) -> str:
     found = [name for name, seen in _DENOISERS.items() if seen(shapes)]
     if found:
         # In diffusers' names FLUX.1 has everything that SD3 has, and single blocks; FLUX.2 also shared modulation.
-        return next(name for name in ("Flux2KleinPipeline", "FluxPipeline", *found) if name in found)
+        # Qwen-Image has SD3's attention.
+        first = ("QwenImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline", "FluxPipeline")
+        return next(one for one in (*first, *found) if one in found)
     for kind in _ALONE:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
-    raise ValueError(f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX or Z-Image model")
+    raise ValueError(
+        f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or "
+        "Qwen-Image model"
+    )
 
 
 def has_text_encoders(shapes: Shapes) -> bool:

@@ -15,35 +15,15 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.models.classes import diffusers_class
+from alignprop_fast.models import SUPPORTED
+from alignprop_fast.models.classes import diffusers_class, library_class
 from alignprop_fast.models.load.file_kinds import check_bytes
+from alignprop_fast.models.refused import MADE_FROM_OTHERS, why_not
 from alignprop_fast.ops.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "ZImagePipeline",
-    "Flux2KleinPipeline",
-)
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
-
-_BY_PICTURE = "needs a picture beside the prompt"
-_OTHER_KINDS = {
-    "StableDiffusionXLImg2ImgPipeline": "refines a picture, as SDXL's refiner does",
-    "LatentConsistencyModelPipeline": "is distilled to few steps by its own rule (LCM)",
-    **{f"{name}InpaintPipeline": _BY_PICTURE for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3")},
-    **{
-        f"StableDiffusion{name}Pipeline": _BY_PICTURE
-        for name in ("Img2Img", "InstructPix2Pix", "Depth2Img", "3Img2Img")
-    },
-    **{f"Flux{name}Pipeline": _BY_PICTURE for name in ("Fill", "Kontext", "Control", "Img2Img", "Inpaint")},
-    "Flux2KleinInpaintPipeline": _BY_PICTURE,
-    **{f"ZImage{name}Pipeline": _BY_PICTURE for name in ("Img2Img", "Inpaint", "ControlNet", "Omni")},
-}
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
 # Parts whose weights the chain does not use. The other parts are tokenizers and schedulers, which have no weights.
 _UNUSED = ("safety_checker", "feature_extractor")
@@ -80,7 +60,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, names a class that is not supported, or diffusers is too old for the class.
+        ValueError: the file is damaged, names a class that is not supported, or diffusers or transformers is too old
+            for a class.
     """
     file = folder / "model_index.json"
     if not file.is_file():
@@ -114,13 +95,15 @@ def check_index(file: Path, where: str) -> dict[str, Any]:
         name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: copy or save the model again") from error
-    if name in _OTHER_KINDS:
+    if name in MADE_FROM_OTHERS:
         raise ValueError(
-            f"{where} holds a {name}, which {_OTHER_KINDS[name]}: use the text-to-image model that it was made from"
+            f"{where} holds a {name}, which {MADE_FROM_OTHERS[name]}: use the text-to-image model that it was made from"
         )
     if name not in SUPPORTED:
-        raise ValueError(f"{where} holds a {name}, which is not supported: use one of {', '.join(SUPPORTED)}")
+        raise ValueError(f"{where} holds a {name}, which {why_not(name)}: use one of {', '.join(SUPPORTED)}")
     diffusers_class(name)
+    for part in parts_with_weights(index):
+        library_class(*index[part])
     return index
 
 
@@ -129,10 +112,15 @@ def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, entry in index.items()
-        if isinstance(entry, list)
-        and entry[0] in ("diffusers", "transformers")
-        and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
+        if _is_class(entry) and not name.startswith(("tokenizer", "scheduler", "image_processor", *_UNUSED))
     ]
+
+
+def _is_class(entry: Any) -> bool:
+    match entry:
+        case ["diffusers" | "transformers", str()]:
+            return True
+    return False
 
 
 def choose_weights(

@@ -11,23 +11,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MadeFor:
-    """is_distilled: whether the model learned to draw without guidance."""
+    """is_distilled: whether the model learned to draw without guidance. has_true_cfg: that scale alone guides it."""
 
     steps: int
     guidance_scale: float
     is_distilled: bool = False
+    has_true_cfg: bool = False
 
 
 _USUAL = MadeFor(50, 5.0)
 _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
 _KLEIN = MadeFor(4, 1.0, is_distilled=True)
-_KLEIN_BASE = MadeFor(50, 4.0)
+_KLEIN_BASE = _FLUX2_DEV = MadeFor(50, 4.0)
+_KREA2, _KREA2_DISTILLED = MadeFor(28, 4.5), MadeFor(8, 0.0, is_distilled=True)
+_QWEN_IMAGE = MadeFor(50, 1.0, has_true_cfg=True)
 _BY_NAME = {
     "demo": MadeFor(12, 2.0),
     "demo-twin": MadeFor(4, 1.0, is_distilled=True),
     "z-image-turbo": _Z_IMAGE_TURBO,
     "flux2-klein-4b": _KLEIN,
     "flux2-klein-9b": _KLEIN,
+    "flux2-dev": _FLUX2_DEV,
+    "qwen-image": _QWEN_IMAGE,
+    "krea2": _KREA2,
 }
 
 
@@ -54,6 +60,12 @@ def _of_folder(folder: Path) -> MadeFor:
     index = _read(folder / "model_index.json")
     if index.get("_class_name") == "Flux2KleinPipeline":
         return _KLEIN if index.get("is_distilled") else _KLEIN_BASE
+    if index.get("_class_name") == "Flux2Pipeline":
+        return _FLUX2_DEV
+    if index.get("_class_name") == "QwenImagePipeline":
+        return _QWEN_IMAGE
+    if index.get("_class_name") == "Krea2Pipeline":
+        return _KREA2_DISTILLED if index.get("is_distilled") else _KREA2
     if index.get("_class_name") != "ZImagePipeline":
         return _USUAL
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")

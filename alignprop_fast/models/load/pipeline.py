@@ -10,6 +10,7 @@ import torch
 
 from alignprop_fast.demo import BUNDLED, model_path
 from alignprop_fast.models.architectures import NAMES, published_pipeline
+from alignprop_fast.models.classes import tokenizer_of
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
     PipelineLoading,
@@ -204,5 +205,7 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
             )
         if name.startswith(("text_encoder", "tokenizer")) and part is None and not name.endswith("_3"):  # SD3's T5
             raise ValueError(f"{model} has no {name}, which encodes the prompts: give a complete model")
-        if name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
-            raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")
+        if name.startswith("tokenizer") and part is not None:
+            tokenizer = tokenizer_of(part)
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):
+                raise ValueError(f"the {name} of {model} has no vocabulary: copy or download it again")

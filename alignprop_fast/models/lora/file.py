@@ -96,7 +96,7 @@ def lora_of(
     raw = {name: make_factors(file, name, pair.down, pair.up, 1.0) for name, pair in held.items()}
     lora: Lora = {}
     names: dict[str, str] = {}  # of each module in the file
-    for name, modules in find_modules(raw, file, pipe).items():
+    for name, modules in find_modules({name: one.places for name, one in raw.items()}, file, pipe).items():
         scale = _scale(file, modules[0], raw[name].rank, held[name].alpha, config)
         for module, factors in split(name, modules, replace(raw[name], scale=scale), file).items():
             if module in lora:

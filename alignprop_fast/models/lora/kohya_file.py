@@ -111,7 +111,7 @@ def _version_names(class_name: str, config: Any, has_second_text: bool) -> dict[
 
     Empty if these keys have no name for the family.
     """
-    if class_name in ("ZImageTransformer2DModel", "Flux2Transformer2DModel"):
+    if class_name not in ("FluxTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel"):
         return {}
     if class_name == "FluxTransformer2DModel":
         version, architecture = "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"

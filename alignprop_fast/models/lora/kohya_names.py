@@ -124,6 +124,34 @@ _Z_IMAGE_ENDS = {
     "final_layer_linear": "all_final_layer.2-1.linear",
     "final_layer_adaLN_modulation_1": "all_final_layer.2-1.adaLN_modulation.1",
 }
+_QWEN_IMAGE = (
+    *(f"attn.{leaf}" for leaf in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+    *(f"attn.add_{leaf}_proj" for leaf in ("q", "k", "v")),
+    *(f"{side}_{leaf}" for side in ("img", "txt") for leaf in ("mlp.net.0.proj", "mlp.net.2", "mod.1")),
+)
+_QWEN_IMAGE_ENDS = (
+    *("img_in", "txt_in", "norm_out.linear", "proj_out"),
+    *(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+)
+_KREA2 = (
+    *(f"attn.{leaf}" for leaf in ("to_q", "to_k", "to_v", "to_gate", "to_out.0")),
+    *(f"ff.{leaf}" for leaf in ("gate", "up", "down")),
+)
+_KREA2_ENDS = (
+    *("img_in", "time_mod_proj", "text_fusion.projector", "final_layer.linear"),
+    *(f"{part}.linear_{number}" for part in ("time_embed", "txt_in") for number in (1, 2)),
+)
+
+
+def _as_in_diffusers(blocks: Mapping[str, tuple[str, ...]], ends: tuple[str, ...]) -> tuple[_Blocks, Mapping[str, str]]:
+    """The layers of a family whose files have diffusers' names. blocks: their layers."""
+    flat = {
+        block.replace(".", "_"): (block, {leaf.replace(".", "_"): (leaf,) for leaf in leaves})
+        for block, leaves in blocks.items()
+    }
+    return flat, {end.replace(".", "_"): end for end in ends}
+
+
 MLP_RATIO = 4  # of every FLUX.1 single-stream block
 _XLABS = {  # the names of XLabs' trainer for FLUX
     "double_blocks": {
@@ -149,6 +177,14 @@ LAYOUTS: dict[str, tuple[_Blocks, Mapping[str, str]]] = {
     "flux2": (_FLUX2_BLOCKS, {**_FLUX2_ENDS, **_LAST}),
     "sd3": (_MMDIT_BLOCKS, {**_MMDIT_ENDS, **_LAST}),
     "z-image": (_Z_IMAGE_BLOCKS, _Z_IMAGE_ENDS),
+    "qwen-image": _as_in_diffusers({"transformer_blocks": _QWEN_IMAGE}, _QWEN_IMAGE_ENDS),
+    "krea2": _as_in_diffusers(
+        {
+            block: _KREA2
+            for block in ("transformer_blocks", "text_fusion.layerwise_blocks", "text_fusion.refiner_blocks")
+        },
+        _KREA2_ENDS,
+    ),
 }
 """The layers of the original releases by family: {block: (its name in diffusers, its layers)}, and those outside."""
 _SGM_RESIDUAL = {

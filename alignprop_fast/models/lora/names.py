@@ -3,8 +3,9 @@
 A name starts with a prefix for the part of the pipeline. Then comes the path of a layer, in diffusers or in the model's
 original release, with dots or underscores between its words. It is looked up among the layers of the given pipeline.
 Without a pipeline it is looked up among the layers of the published models (SD 1.x to 3.5, SDXL and FLUX.1 with their
-text encoders, and Z-Image). Block numbers are then free, because models of other sizes have other numbers. If
-the shapes tell which published model it is, only its layers count.
+text encoders, FLUX.2, Z-Image and Qwen-Image). Block numbers are then free, because models of other sizes have other
+numbers. Two models can give one name to different layers (FLUX.1 and FLUX.2: `single_blocks.0.linear1`); the
+proportions of the layer tell them apart. If the shapes tell which published model it is, only its layers count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +51,17 @@ _PREFIXES = {
 _CLIPS = ("clip-l", "clip-g")
 _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks of each family and part
     "unet": {"unet": ("sd15", "sdxl"), "text_encoder": _CLIPS, "text_encoder_2": _CLIPS},
-    "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
     "sd3": {
         "transformer": ("sd35-medium", "sd35-large"),
         "text_encoder": _CLIPS,
         "text_encoder_2": _CLIPS,
         "text_encoder_3": ("t5-xxl",),
     },
+    "flux": {"transformer": ("flux-dev",), "text_encoder": _CLIPS, "text_encoder_2": ("t5-xxl",)},
+    "flux2": {"transformer": ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev")},
     "z-image": {"transformer": ("z-image",)},
+    "qwen-image": {"transformer": ("qwen-image",)},
+    "krea2": {"transformer": ("krea2",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -91,12 +97,16 @@ class Names:
 
     @property
     def family(self) -> str:
-        """unet, flux, flux2, z-image or sd3. The blocks of FLUX share module names with those of SD3."""
+        """A key of `LAYOUTS`. The blocks of FLUX share module names with those of SD3."""
         if "unet" in self.paths:
             return "unet"
         paths = self.paths["transformer"]
         if "double_stream_modulation_img_linear" in paths:
             return "flux2"
+        if "transformer_blocks_0_img_mod_1" in paths:
+            return "qwen-image"
+        if "text_fusion_projector" in paths:
+            return "krea2"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
@@ -118,18 +128,32 @@ class Names:
         if not self.any_block:
             return paths.get(name)
         numbers = iter(number for _, number in _BLOCK.findall(name))
-        path = paths.get(_BLOCK.sub(r"\1#", name))
+        path = paths.get(_any_block(name))
         return path and re.sub("#", lambda _: next(numbers), path)
 
 
 @functools.cache
 def published_names(family: str) -> Names:
     """The layers of a family of published models, a key of `_PUBLISHED`."""
-    paths = {
-        part: {_BLOCK.sub(r"\1#", path) for network in networks for path in published_layers(network)}
-        for part, networks in _PUBLISHED[family].items()
-    }
+    paths: dict[str, list[str]] = {part: [] for part in _PUBLISHED[family]}
+    for module in _proportions(family):
+        part, _, path = module.partition(".")
+        paths[part].append(path)
     return Names({part: _by_name(those) for part, those in paths.items()}, any_block=True)
+
+
+@functools.cache
+def _proportions(family: str) -> Mapping[str, set[Fraction]]:
+    """{module, with # for the number of a block: outputs / inputs in the published networks of a family}."""
+    found: dict[str, set[Fraction]] = {}
+    for part, networks in _PUBLISHED[family].items():
+        for path, shape in (layer for network in networks for layer in published_layers(network).items()):
+            found.setdefault(f"{part}.{_any_block(path)}", set()).add(Fraction(shape[0], shape[1]))
+    return found
+
+
+def _any_block(path: str) -> str:
+    return _BLOCK.sub(r"\1#", path)
 
 
 def names_of(pipe: Any) -> Names:
@@ -145,15 +169,14 @@ def families() -> list[str]:
 
 
 def family_of(lora: Lora, pipe: Any = None) -> str:
-    """The family of a transformer's adapters: sd3, flux, flux2 or z-image.
+    """The family of a transformer's adapters.
 
-    The pipeline decides, and only a pipeline tells flux2, whose original release has the names of flux. Without one,
-    the family that has more of the module names wins; on a tie, the one with more of the shapes. If both fit equally,
-    the answer is the first of these.
+    The pipeline decides. Without one, the family that has more of the module names wins; on a tie, the one with more
+    of the shapes. If several fit equally, the answer is the first of these: qwen-image's attention is named as flux's.
     """
     if pipe is not None:
         return names_of(pipe).family
-    found = [family for family in ("sd3", "flux", "z-image") if family in families()]
+    found = [family for family in families() if "transformer" in _PUBLISHED[family]]
     return max(found, key=lambda family: _fit(lora, family))
 
 
@@ -186,17 +209,19 @@ def _by_name(paths: Iterable[str]) -> dict[str, str]:
     return {path.replace(".", "_"): path for path in paths}
 
 
-def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[str, tuple[str, ...]]:
+Places = tuple[int, ...]  # the shape of a layer's weight
+Modules = Mapping[str, tuple[str, ...]]  # the modules of each layer in a file, by its name there
+
+
+def find_modules(places: Mapping[str, Places], file: Path, pipe: Any = None) -> dict[str, tuple[str, ...]]:
     """{a layer's name in the file: its modules}, of the pipeline or of a published family.
+
+    places: the shapes of the file's layers by name, which tell families apart that share a name.
 
     Raises:
         ValueError: a name matches no module, or different modules in two families.
     """
-    known = [names_of(pipe)] if pipe is not None else [published_names(family) for family in families()]
-    readings = [{name: family.modules(name) for name in names} for family in known]
-    found = min(readings, key=lambda modules: sum(not those for those in modules.values()))
-    if any(all(modules.values()) and modules != found for modules in readings):
-        raise ValueError(f"{file} has names of T5, which differs between FLUX and SD3: load it together with its model")
+    found = _read_alone(places, file) if pipe is None else {name: names_of(pipe).modules(name) for name in places}
     unknown = [name for name, modules in found.items() if not modules]
     if pipe is None:
         # Names in diffusers' naming need no model to look them up.
@@ -204,6 +229,33 @@ def find_modules(names: Collection[str], file: Path, pipe: Any = None) -> dict[s
     if unknown:
         raise _unknown(unknown, file, pipe)
     return {name: modules or (name,) for name, modules in found.items()}
+
+
+def _read_alone(places: Mapping[str, Places], file: Path) -> Modules:
+    """The reading of the published family that has the most of the names, then the most of the proportions."""
+    readings = {family: {name: published_names(family).modules(name) for name in places} for family in families()}
+    ranks = {
+        family: (sum(map(bool, modules.values())), _proportional(family, modules, places))
+        for family, modules in readings.items()
+    }
+    first, *others = [readings[family] for family, rank in ranks.items() if rank == max(ranks.values())]
+    differ = {name for other in others for name in places if other[name] != first[name]}
+    if differ and all(first.values()):
+        raise ValueError(
+            f"{file} has {listed(differ)}, the name of different layers in several models: load it together with its "
+            "model"
+        )
+    return first
+
+
+def _proportional(family: str, modules: Modules, places: Mapping[str, Places]) -> int:
+    """How many layers have the proportions of their modules in the published models of a family."""
+    known = _proportions(family)
+    return sum(
+        Fraction(*places[name][:2]) in map(sum, product(*(known[_any_block(module)] for module in those)))
+        for name, those in modules.items()
+        if those
+    )
 
 
 def check_shapes(lora: Lora, file: Path, pipe: Any) -> None:
@@ -230,10 +282,12 @@ def _remedy(pipe: Any) -> str:
 def check_published(lora: Lora, names: Mapping[str, str], file: Path) -> None:
     """If most modules of a part have the shapes of a published network, all modules must be among its layers.
 
-    names: of the modules in the file. Raises ValueError as `find_modules`.
+    The networks are those of families that have all of the names. names: of the modules in the file. Raises ValueError
+    as `find_modules`.
     """
     networks: dict[str, list[str]] = {}
-    for family in families():
+    found = [family for family in families() if all(map(published_names(family).modules, names.values()))]
+    for family in found or families():
         for part, those in _PUBLISHED[family].items():
             networks.setdefault(part, []).extend(those)
     for part in {module.partition(".")[0] for module in lora} & networks.keys():
@@ -255,5 +309,5 @@ def _unknown(names: Collection[str], file: Path, pipe: Any) -> ValueError:
         )
     return ValueError(
         f"{file} has {listed(names)}, no name of kohya's files, diffusers' or others for a layer of this model: give a "
-        "LoRA for Stable Diffusion, SDXL, SD3, FLUX or Z-Image as its trainer saved it"
+        "LoRA for Stable Diffusion, SDXL, SD3, FLUX, FLUX.2, Z-Image or Qwen-Image as its trainer saved it"
     )

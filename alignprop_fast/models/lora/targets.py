@@ -26,6 +26,12 @@ _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
         ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
         (),
     ),
+    "QwenImageTransformer2DModel": (
+        (*_ATTENTION, *_JOINT),
+        ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        (),
+    ),
+    "Krea2Transformer2DModel": (_ATTENTION, ("ff.gate", "ff.up", "ff.down"), ()),
     "ZImageTransformer2DModel": (_ATTENTION, ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"), ()),
 }
 

@@ -12,7 +12,10 @@ import torch
 from benchmarks.ops import harness
 
 ROOT = Path(__file__).parents[3]
-BENCHES = ["geglu", "layer_norm", "group_norm_silu", "frozen_conv2d", "guided_step", "attention", "lora_linear"]
+BENCHES = [
+    *("activation", "norm_modulate", "qk_norm_rope", "group_norm_silu", "frozen_conv2d", "guided_step", "attention"),
+    "lora_linear",
+]
 CPU = torch.device("cpu")
 
 
@@ -135,4 +138,5 @@ def test_bench_runs_at_toy_size(name, monkeypatch, tmp_path):
     assert {"ours", "eager"} <= {row["implementation"] for row in rows}
     assert all(row["status"] == "ok" and float(row["p50_ms"]) > 0 and row["commit"] for row in rows)
     assert all(0 < float(row["kept_bytes"]) <= float(row["peak_bytes"]) for row in rows)
-    assert {shape.model.split()[0] for shape in bench.SHAPES} >= {"SD1.5", "SDXL"}
+    models = {"FLUX", "Z-Image"} if name == "qk_norm_rope" else {"SD1.5", "SDXL"}  # UNets have no such norm
+    assert {shape.model.split()[0] for shape in bench.SHAPES} >= models

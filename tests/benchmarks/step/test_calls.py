@@ -1,16 +1,20 @@
 """What an op starts outside tracing: its kernels, once each, and nothing else. No custom operator, cast or copy."""
 
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from alignprop_fast.ops.geglu import geglu
+from alignprop_fast.models import adapt
+from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.ops.activation import geglu
 from alignprop_fast.ops.guided_step import guided_step
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer
-from benchmarks.step.calls import Calls, as_on_a_gpu
+from benchmarks.step.calls import Calls, as_on_a_gpu, floor_bytes
 
 
 def calls_of(run, products="triton"):
@@ -35,10 +39,10 @@ def layers():
 
 def test_norm_activation_and_step():
     x, gamma = torch.randn(2, 3, 8, requires_grad=True), torch.ones(8)
-    names = ("layer_norm_forward_kernel", "layer_norm_backward_kernel")
+    names = ("norm_modulate_forward_kernel", "norm_modulate_backward_kernel")
     assert calls_of(lambda: both([layer_norm(x, gamma, gamma)], [x])) == dict.fromkeys(names, 1)
     assert calls_of(lambda: layer_norm(x.detach(), gamma, gamma)) == {names[0]: 1}
-    names = ("geglu_forward_kernel", "geglu_backward_kernel")
+    names = ("activation_forward_kernel", "activation_backward_kernel")
     assert calls_of(lambda: both([geglu(x)], [x])) == dict.fromkeys(names, 1)
     latents, y = torch.ones(2, 4), torch.ones(4, 4)
     assert calls_of(lambda: guided_step(latents, y, None, 0.9, [-4.0, 5.0])) == {"guided_step_kernel": 1}
@@ -58,3 +62,15 @@ def test_three_projections_by_products():
     found = calls_of(lambda: both(lora_linears(x, qkv), [x, *(t for layer in qkv for t in layer[2:4])]), "plain")
     # Forward x A^T, and for each x W^T and += t B^T; back g B, g^T t for each, x A^T, u^T x, and g W as sums.
     assert found == {"mm": 1 + 3 + 3 + 3 + 1 + 1 + 1, "addmm_": 3 + 2 + 1}
+
+
+def test_the_floor_is_what_products_and_attention_leave(tiny_flux):
+    model, size = adapt(tiny_flux), (16, 16)
+    cond = model.encode(PromptBatch(["red cat"], None, False, size))
+    x, config = torch.randn(1, *model.latent_shape(size)), model.denoiser.config
+    found = floor_bytes(model, partial(model.predict, x, torch.tensor(300.0), cond))
+    tokens, heads = cond.embeds.shape[1] + x[0, 0].numel() // 4, config.num_attention_heads
+    # Double-stream: input, q, k, v, output of the attention and its projection, 4 of the feed-forward part; else 9.
+    widths = 10 * config.num_layers + 9 * config.num_single_layers
+    logsumexps = config.num_layers + config.num_single_layers
+    assert found == 4 * tokens * heads * (widths * config.attention_head_dim + logsumexps)

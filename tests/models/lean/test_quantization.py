@@ -13,6 +13,7 @@ from alignprop_fast.models.lean.quantization import QuantizedLinear, QuantizedWe
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import load_lora, save_lora
 from alignprop_fast.models.lora.mix import load_loras, set_lora_weights
+from alignprop_fast.models.lora.targets import denoiser, denoiser_name
 
 KINDS = ["fp8", "int8"] + (["nf4"] if find_spec("bitsandbytes") else [])
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 def dense_twin(pipe):
     """The same pipeline with plain linear layers that hold the quantised values."""
-    twin = copy.deepcopy(pipe.unet)
+    twin = copy.deepcopy(denoiser(pipe))
     for module in twin.modules():
         if isinstance(module, QuantizedLinear):
             weight = module.weight.dequantized()
@@ -28,29 +29,37 @@ def dense_twin(pipe):
             module.__class__ = nn.Linear
             module.weight = nn.Parameter(weight, requires_grad=False)
     other = copy.copy(pipe)
-    other.unet = twin
+    setattr(other, denoiser_name(pipe), twin)
     return other
 
 
 def images_and_gradients(pipe):
-    sampler = DifferentiableSampler(pipe, num_inference_steps=3)
-    images = sampler(["a dog", "red"], generator=torch.Generator().manual_seed(0), grad_steps=[0, 2])
+    sampler = DifferentiableSampler(pipe, num_inference_steps=2, height=16, width=16)
+    images = sampler("a dog", generator=torch.Generator().manual_seed(0))
     (images * torch.linspace(0, 1, images.shape[-1])).mean().backward()
-    return images.detach(), [p.grad for p in pipe.unet.parameters() if p.requires_grad]
+    return images.detach(), [p.grad for p in denoiser(pipe).parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_chain_and_gradients_are_those_of_the_dequantised_model(tiny_sd, kind):
-    original = copy.deepcopy(tiny_sd.unet.state_dict())
-    names = quantize_linears(tiny_sd.unet, kind, CPU, torch.float32, smallest=0)
-    parameters = add_lora(tiny_sd, rank=4)
-    assert len(names) > 20 and not any("emb" in name or "norm" in name for name in names)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        *(("sd", kind) for kind in KINDS),
+        *((model, kind) for model in ("z_image", "flux2_klein") for kind in KINDS if kind != "int8"),
+    ],
+)
+def test_chain_and_gradients_are_those_of_the_dequantised_model(request, model, kind):
+    pipe = request.getfixturevalue(f"tiny_{model}")
+    original = copy.deepcopy(denoiser(pipe).state_dict())
+    names = quantize_linears(denoiser(pipe), kind, CPU, torch.float32, smallest=0)
+    parameters = add_lora(pipe, rank=4)
+    assert len(names) > 15 and not any("emb" in name or "norm" in name for name in names)
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=0.1)
-    twin = dense_twin(tiny_sd)
-    assert any((original[f"{name}.weight"] != twin.unet.state_dict().get(f"{name}.weight", 0)).any() for name in names)
-    (images, grads), (expected_images, expected_grads) = images_and_gradients(tiny_sd), images_and_gradients(twin)
+    twin = dense_twin(pipe)
+    changed = denoiser(twin).state_dict()
+    assert any((original[f"{name}.weight"] != changed.get(f"{name}.weight", 0)).any() for name in names)
+    (images, grads), (expected_images, expected_grads) = images_and_gradients(pipe), images_and_gradients(twin)
     torch.testing.assert_close(images, expected_images, rtol=0, atol=1e-6)
     assert len(grads) == len(expected_grads) == len(parameters)
     for grad, expected in zip(grads, expected_grads, strict=True):
@@ -76,9 +85,9 @@ def test_autograd_saves_no_dense_weight():
     quantize_linears(root, "int8", CPU, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        root(torch.randn(3, 256, requires_grad=True))
-    weights = [t for t in saved if t.ndim == 2 and set(t.shape) == {256, 320}]
-    assert len(weights) == 2 and all(isinstance(weight, QuantizedWeight) for weight in weights)
+        y = root(torch.randn(3, 256, requires_grad=True))
+    weights = [t for t in (*saved, *y.grad_fn.frozen) if t is not None and set(t.shape) == {256, 320}]
+    assert weights and all(isinstance(weight, QuantizedWeight) for weight in weights)
 
 
 @pytest.fixture

@@ -32,6 +32,21 @@ def test_what_is_given_counts(turbo, caplog):
 
 def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
     distilled = make_flux2_klein_folder(tmp_path / "klein", distilled=True)
+    assert sampling_of(TrainOptions(model="flux2-dev")) == (50, 4.0)
     for model in (distilled, "flux2-klein-4b", "flux2-klein-9b"):
         assert sampling_of(TrainOptions(model=str(model))) == (4, 1.0)
     assert sampling_of(TrainOptions(model=str(tiny_flux2_klein_folder))) == (50, 4.0)
+
+
+def test_krea2(tiny_krea2_folder):
+    assert (
+        sampling_of(TrainOptions(model=str(tiny_krea2_folder))) == sampling_of(TrainOptions(model="krea2")) == (28, 4.5)
+    )
+
+
+def test_qwen_image_has_no_guidance_scale(tiny_qwen_image_folder, caplog):
+    for model in (tiny_qwen_image_folder, "qwen-image"):
+        assert sampling_of(TrainOptions(model=str(model))) == (50, 1.0) and not caplog.records
+    sampling_of(TrainOptions(model="qwen-image", guidance_scale=4.0))
+    (record,) = caplog.records
+    assert "qwen-image is guided by --true-cfg-scale and --negative-prompt" in record.getMessage()

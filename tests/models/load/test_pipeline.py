@@ -58,11 +58,11 @@ def test_a_file_of_another_kind(copied):
     assert "not a .safetensors file" in _one_line(error)
 
 
-FLOWS = ("sd3", "flux", "z_image", "flux2_klein")
+FLOWS = ("sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", *FLOWS])
 def test_every_scheduler_that_fits(kind, scheduler, request):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
     if scheduler != "auto" and (scheduler == "flow-euler") != (kind in FLOWS):

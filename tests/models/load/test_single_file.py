@@ -193,7 +193,7 @@ def test_the_folder_may_hold_a_variant_alone_or_lack_t5(tiny_sd3_folder, tiny_sd
     )
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image", "flux2_klein"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image", "flux2_klein", "qwen_image"])
 def test_a_transformer_alone_takes_the_rest_from_the_folder(kind, request, tmp_path):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
     state = {name: 2 * tensor for name, tensor in weights(folder / "transformer").items()}

@@ -30,6 +30,9 @@ class Shelf:
     flux: Path
     z_image: Path
     flux2: Path
+    flux2_dev: Path
+    qwen_image: Path
+    krea2: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -110,6 +113,16 @@ def _(shelf):
     return shelf.flux2, None
 
 
+@read("folder of Qwen-Image", "qwen_image")
+def _(shelf):
+    return shelf.qwen_image, None
+
+
+@read("folder of Krea 2", "krea2")
+def _(shelf):
+    return shelf.krea2, None
+
+
 @read("folder with the fp16 variant alone", "", "holds no full weights of")
 def _(shelf):
     DiffusionPipeline.from_pretrained(shelf.sd).save_pretrained(shelf.here / "model", variant="fp16")
@@ -169,6 +182,21 @@ def _(shelf):
 @read("transformer of FLUX.2-klein alone, in its original names or diffusers'", "flux2", ALONE)
 def _(shelf):
     return shelf.write(original_layout.flux2(weights(shelf.flux2 / "transformer"))), shelf.flux2
+
+
+@read("transformer of FLUX.2-dev alone, in its original names or diffusers'", "flux2_dev", ALONE)
+def _(shelf):
+    return shelf.write(original_layout.flux2(weights(shelf.flux2_dev / "transformer"))), shelf.flux2_dev
+
+
+@read("transformer of Qwen-Image alone", "qwen_image", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.qwen_image / "transformer")), shelf.qwen_image
+
+
+@read("transformer of Krea 2 alone", "krea2", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.krea2 / "transformer")), shelf.krea2
 
 
 @refused("one file without `--model-config`", "give the folder of a model of the same architecture as the model config")
@@ -283,7 +311,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX or Z-Image model",
+        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
     ),
 }
 BYTES = {
@@ -411,6 +439,26 @@ def _(shelf):
     return folder, None
 
 
+NOT_YET = {
+    "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
+    "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
+    "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
+    "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
+    "SANA": ("SanaPipeline", "its autoencoder (DC-AE) and its linear attention have no ops here"),
+}
+
+
+def refuse_not_yet(title, pipeline, reason):
+    @refused(f"folder of {title}", f"holds a {pipeline}, which is not supported ({reason}")
+    def _(shelf):
+        shelf.bytes(json.dumps({"_class_name": pipeline}).encode(), "model_index.json")
+        return shelf.here, None
+
+
+for title, (pipeline, reason) in NOT_YET.items():
+    refuse_not_yet(title, pipeline, reason)
+
+
 @refused(
     "link that leads to itself",
     "give a folder in the diffusers format, a .safetensors file, a Hub id such as owner/name, demo or demo-twin",
@@ -425,7 +473,7 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein")
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
     return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 

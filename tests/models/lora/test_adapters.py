@@ -175,7 +175,9 @@ def test_diffusers_makes_of_kohyas_file_what_peft_adds(make, loaded, tiny_sd, tm
     assert_same(deltas(tiny_sd, name), deltas(other, name))
 
 
-@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein"])
+@pytest.mark.parametrize(
+    "model", ["tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"]
+)
 def test_of_other_models_too(model, request, tmp_path):
     pipe = request.getfixturevalue(model)
     other = fresh(pipe)

@@ -62,24 +62,47 @@ def test_names_of_no_layer(name):
 def test_all_unknown_names_are_listed_in_order_the_first_four():
     names = [f"lora_unet_x{i}" for i in range(6, 0, -1)]
     with pytest.raises(ValueError, match="x1, lora_unet_x2, lora_unet_x3, lora_unet_x4 and 2 more, no name"):
-        find_modules(["lora_unet_conv_in", *names], "file")
+        find_modules(square("lora_unet_conv_in", *names), "file")
+
+
+def square(*names):
+    return dict.fromkeys(names, (8, 8))
 
 
 def test_a_pipeline_has_its_own_layers_alone(tiny_sd, tiny_sdxl):
     name = "lora_unet_add_embedding_linear_2"
-    assert find_modules([name], "file", tiny_sdxl) == {name: ("unet.add_embedding.linear_2",)}
+    assert find_modules(square(name), "file", tiny_sdxl) == {name: ("unet.add_embedding.linear_2",)}
     with pytest.raises(ValueError, match=f"do not fit this model, which has no layer {name}: load"):
-        find_modules([name], "file", tiny_sd)
+        find_modules(square(name), "file", tiny_sd)
 
 
 def test_t5_alone_is_of_two_models(tiny_sd3, tiny_flux):
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
-    with pytest.raises(ValueError, match="which differs between FLUX and SD3: load it together with its model"):
-        find_modules([name], "file")
+    with pytest.raises(ValueError, match=f"has {name}, the name of different layers in several models: load it toge"):
+        find_modules(square(name), "file")
     path = "encoder.block.0.layer.0.SelfAttention.q"
     for pipe, part, other in (
         (tiny_sd3, "text_encoder_3", "lora_unet_joint_blocks_0_x_block_attn_proj"),
         (tiny_flux, "text_encoder_2", "lora_unet_single_blocks_0_linear2"),
     ):
-        assert find_modules([name], "file", pipe)[name] == (f"{part}.{path}",)
-        assert find_modules([name, other], "file")[name] == (f"{part}.{path}",)
+        assert find_modules(square(name), "file", pipe)[name] == (f"{part}.{path}",)
+        assert find_modules(square(name, other), "file")[name] == (f"{part}.{path}",)
+
+
+@pytest.mark.parametrize("width", [8, 3072])
+@pytest.mark.parametrize(
+    ("name", "flux", "flux2"),
+    [
+        ("single_blocks_0_linear1", (7, 1), (9, 1)),
+        ("single_blocks_0_linear2", (1, 5), (1, 4)),
+        ("double_blocks_0_img_mlp_0", (4, 1), (6, 1)),
+        ("double_blocks_0_txt_mlp_2", (1, 4), (1, 3)),
+    ],
+)
+def test_proportions_tell_flux_2_from_flux_1(name, flux, flux2, width):
+    """At every width, though FLUX.1-dev and FLUX.2-klein-4B have the same; attention is the same layer in both."""
+    attention = {"lora_unet_double_blocks_0_img_attn_proj": (width, width)}
+    for family, (rows, columns) in (("flux", flux), ("flux2", flux2)):
+        places = {f"lora_unet_{name}": (rows * width, columns * width), **attention}
+        expected = {one: published_names(family).modules(one) for one in places}
+        assert all(expected.values()) and find_modules(places, "file") == expected

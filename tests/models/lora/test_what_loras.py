@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline, ZImagePipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -132,6 +132,18 @@ def ai_toolkit(pipe, path):
     )
 
 
+def ai_toolkit_flux2(pipe, path):
+    """The names of the original release, its joined matrices included."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {"double_blocks.0.img_attn.qkv": 96, "single_blocks.1.linear1": 288, "double_blocks.0.txt_mlp.0": 192}
+    tensors = {}
+    for name, count in rows.items():
+        tensors[f"diffusion_model.{name}{DOWN}"] = torch.randn(2, 32, generator=generator)
+        tensors[f"diffusion_model.{name}{UP}"] = torch.randn(count, 2, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
 def xlabs(pipe, path):
     whole = factors(pipe, [*FLUX, *SHARED])
     names = {
@@ -164,6 +176,7 @@ READ_BY_DIFFUSERS = {
     Format("FLUX, diffusers' names with `.alpha`", "read exactly"): ("flux", transformer_with_alpha),
     Format("FLUX, XLabs' names", "read exactly"): ("flux", xlabs),
     Format("Z-Image, ai-toolkit's names (`diffusion_model.`)", "read exactly"): ("z_image", ai_toolkit),
+    Format("FLUX.2, ai-toolkit's names (`diffusion_model.`)", "read exactly"): ("flux2_klein", ai_toolkit_flux2),
 }
 
 
@@ -194,8 +207,7 @@ def assert_same(found, expected):
 
 def fresh(request, kind):
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
-    classes = {"sd": StableDiffusionPipeline, "flux": FluxPipeline, "z_image": ZImagePipeline}
-    return classes[kind].from_pretrained(folder, local_files_only=True)
+    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
 @pytest.mark.parametrize("row", READ_BY_DIFFUSERS, ids=lambda row: row.name)
@@ -252,7 +264,7 @@ def test_as_peft_reads_it(request, tmp_path, row):
 
 
 TITLES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3 and SD3.5", "flux": "FLUX"}
-TITLES |= {"z_image": "Z-Image", "flux2_klein": "FLUX.2"}
+TITLES |= {"z_image": "Z-Image", "flux2_klein": "FLUX.2", "qwen_image": "Qwen-Image"}
 ORIGINAL = {
     **{
         Format(f"{title}, {writer}", "read exactly"): (kind, prefix)
@@ -274,7 +286,7 @@ def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
     model = denoiser(pipe)
     layout = {"sd": original_layout.unet, "sdxl": original_layout.unet}
     layout |= {"sd3": original_layout.mmdit, "flux": original_layout.flux, "z_image": original_layout.z_image}
-    to_old = {**layout, "flux2_klein": original_layout.flux2}[kind]
+    to_old = {**layout, "flux2_klein": original_layout.flux2, "qwen_image": dict}[kind]
     generator, tensors, expected = torch.Generator().manual_seed(0), {}, {}
     old = to_old(model.state_dict())
     for name, weight in old.items():
@@ -301,7 +313,7 @@ def test_every_layer_under_the_original_releases_names(request, tmp_path, row):
 
 PUBLISHED = {
     "unet": ("sd15", "sdxl"),
-    "transformer": ("sd35-medium", "sd35-large", "flux-dev"),
+    "transformer": ("sd35-medium", "sd35-large", "flux-dev", "flux2-klein-9b", "z-image"),
     "text_encoder": ("clip-l", "clip-g"),
 }
 

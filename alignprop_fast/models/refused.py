@@ -1,0 +1,34 @@
+"""Pipelines of diffusers that have no adapter, with the reason."""
+
+_BY_PICTURE = "needs a picture beside the prompt"
+MADE_FROM_OTHERS = {
+    "StableDiffusionXLImg2ImgPipeline": "refines a picture, as SDXL's refiner does",
+    "LatentConsistencyModelPipeline": "is distilled to few steps by its own rule (LCM)",
+    **{f"{name}InpaintPipeline": _BY_PICTURE for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3")},
+    **{
+        f"StableDiffusion{name}Pipeline": _BY_PICTURE
+        for name in ("Img2Img", "InstructPix2Pix", "Depth2Img", "3Img2Img")
+    },
+    **{f"Flux{name}Pipeline": _BY_PICTURE for name in ("Fill", "Kontext", "Control", "Img2Img", "Inpaint")},
+    "Flux2KleinInpaintPipeline": _BY_PICTURE,
+    **{f"ZImage{name}Pipeline": _BY_PICTURE for name in ("Img2Img", "Inpaint", "ControlNet", "Omni")},
+    **{
+        f"QwenImage{name}Pipeline": _BY_PICTURE
+        for name in ("Edit", "EditPlus", "EditInpaint", "Img2Img", "Inpaint", "ControlNet", "Layered")
+    },
+}
+"""Pipelines whose text-to-image model may be supported."""
+
+_REASONS = {
+    "ChromaPipeline": "one network computes the modulation of all its blocks, and it masks T5's padding",
+    "Lumina2Pipeline": "its text encoder is Gemma 2, and its guidance keeps the norm of each row of latents",
+    "PixArtSigmaPipeline": "its network also predicts the variance of the noise",
+    "QwenImage21Pipeline": "its text encoder reads prompts through a processor of pictures",
+    "SanaPipeline": "its autoencoder (DC-AE) and its linear attention have no ops here",
+}
+
+
+def why_not(name: str) -> str:
+    """The end of a sentence that begins with the class of a pipeline without an adapter."""
+    reason = _REASONS.get(name)
+    return "is not supported" if reason is None else f"is not supported ({reason})"
