@@ -36,35 +36,10 @@ import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import Prepared, cdiv, next_power_of_2
+from alignprop_fast.kernels.launch import Prepared, cdiv
+from alignprop_fast.kernels.lora_blocks import FEW_PROGRAMS, MAX_PROJECTIONS, config, rank_block
 
-MAX_RANK = 128
-MAX_PROJECTIONS = 3
 SUM_BLOCK = 32
-# Programs that keep an H100 busy, and what "down" takes if it would have fewer: the fewest rows of a tile.
-FEW_PROGRAMS = 132
-FEW_ROWS = {"BLOCK_T": 16, "num_stages": 2}
-# Kind of input -> kernel -> block sizes. "product" computes y and gx in blocks of rows of T, columns, inner dimension.
-CONFIGS = {
-    "half": {
-        "product": {"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-        "down": {"BLOCK_T": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-        "add": {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-        "grad": {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    },
-    "fp32": {
-        "product": {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2},
-        "down": {"BLOCK_T": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
-        "add": {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        "grad": {"BLOCK_T": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-    },
-}
-# Above rank 32 in half precision, where the accumulators of three adapters would not fit the registers above.
-HIGH_RANK = 32
-HIGH_RANK_CONFIGS = {
-    "down": {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
-    "grad": {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-}
 
 
 @triton.jit
@@ -198,22 +173,6 @@ def lora_add_kernel(
     store_tile(y_ptr, y, rows, n_tokens, n_out, columns, n_out)
 
 
-@cache
-def rank_block(rank: int) -> int:
-    """Padded rank. Raises ValueError beyond MAX_RANK."""
-    if rank > MAX_RANK:
-        raise ValueError(f"rank {rank} is above {MAX_RANK}, the largest that the lora_linear kernels take")
-    return max(16, next_power_of_2(rank))
-
-
-def config(name: str, dtype: torch.dtype, block_r: int) -> dict[str, int]:
-    """Block sizes, warps and stages of one kernel at a padded rank; raises KeyError for float64."""
-    kind = {torch.float32: "fp32", torch.float16: "half", torch.bfloat16: "half"}[dtype]
-    if kind == "half" and block_r > HIGH_RANK and name in HIGH_RANK_CONFIGS:
-        return HIGH_RANK_CONFIGS[name]
-    return CONFIGS[kind][name]
-
-
 def three(items: Sequence[Any]) -> Sequence[Any]:
     """Padded to three with the first, whose pointer is then never read."""
     return items if len(items) == MAX_PROJECTIONS else [*items, *[items[0]] * (MAX_PROJECTIONS - len(items))]
@@ -269,7 +228,7 @@ def narrow(
 def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, int]:
     """Block sizes, warps and stages of `narrow`, with enough programs if the tokens allow."""
     blocks = config("down", dtype, block_r)
-    return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else blocks | FEW_ROWS
+    return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else config("few", dtype, block_r)
 
 
 class _Forward:
@@ -372,7 +331,7 @@ def signatures() -> list[dict]:
     wide = {"P": 3, "TRANSPOSED": False}
     launched = {
         "down": (lora_narrow_kernel, wide),
-        "down, few rows": (lora_narrow_kernel, wide | FEW_ROWS),
+        "few, few rows": (lora_narrow_kernel, wide),
         "product": (lora_product_kernel, {"BIAS": 7}),
         "add": (lora_add_kernel, {}),
     }
@@ -387,7 +346,7 @@ def signature_entries(launched: dict[str, tuple[triton.JITFunction, dict[str, in
             for step, (kernel, flags) in launched.items():
                 if rank > 16 and "BLOCK_R" not in kernel.arg_names:
                     continue  # the same at every rank
-                # A step is a name of CONFIGS and, after a comma, what sets it apart.
+                # A step is a name of `config` and, after a comma, what sets it apart.
                 of_table, *variant = step.split(",")
                 table = {} if of_table == "sum" else config(of_table, dtype, rank)
                 label = ",".join([f"{name} rank {rank}", *variant])

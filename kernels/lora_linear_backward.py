@@ -8,12 +8,10 @@ import triton
 import triton.language as tl
 
 from alignprop_fast.kernels.launch import Prepared, cdiv
+from alignprop_fast.kernels.lora_blocks import config, partial_sums, rank_block
 from alignprop_fast.kernels.lora_linear import (
-    FEW_PROGRAMS,
-    FEW_ROWS,
     SUM_BLOCK,
     add_rows_by_columns,
-    config,
     contiguous,
     from_column,
     grouped,
@@ -21,15 +19,12 @@ from alignprop_fast.kernels.lora_linear import (
     lora_narrow_kernel,
     narrow,
     pick,
-    rank_block,
     rows_contiguous,
     signature_entries,
     store_tile,
     three,
     three_sizes,
 )
-
-MAX_CHUNK = 512  # tokens
 
 
 @triton.jit
@@ -107,15 +102,6 @@ def up_products(
     return u
 
 
-def chunk_tokens(n_tokens: int, columns: int, dtype: torch.dtype, block_r: int) -> int:
-    """Tokens of one chunk of partial sums: as many as give each processor a program, at most MAX_CHUNK."""
-    blocks = config("grad", dtype, block_r)
-    chunk, across = MAX_CHUNK, cdiv(columns, blocks["BLOCK_N"])
-    while chunk > blocks["BLOCK_T"] and cdiv(n_tokens, chunk) * across < FEW_PROGRAMS:
-        chunk //= 2
-    return chunk
-
-
 class _Sums:
     """Launches that take the sums over T for dA and dB of one to three adapters, on inputs of certain sizes.
 
@@ -140,9 +126,7 @@ class _Sums:
     ):
         block_r, columns = rank_block(max(ranks)), sum(ranks)
         blocks = config("grad", dtype, block_r)
-        chunk = chunk_tokens(n_tokens, min(n_in, *outs), dtype, block_r)
-        self.chunks = cdiv(n_tokens, chunk)
-        self.sizes = [columns * n_in, *(rank * out for rank, out in zip(ranks, outs, strict=True))]
+        chunk, self.chunks, self.sizes = partial_sums(n_tokens, n_in, outs, ranks, dtype)
 
         def prepared(scale: float, width: int, stride: int, ranks: tuple[int, ...]) -> Prepared:
             return Prepared(
@@ -252,7 +236,7 @@ def signatures() -> list[dict]:
     return signature_entries(
         {
             "down, transposed": (lora_narrow_kernel, one),
-            "down, transposed, few rows": (lora_narrow_kernel, one | FEW_ROWS),
+            "few, transposed, few rows": (lora_narrow_kernel, one),
             "grad": (lora_grad_kernel, {"P": 3}),
             "product": (lora_input_grad_kernel, {"P": 3}),
             "sum": (lora_sum_kernel, {"BLOCK": SUM_BLOCK, "num_warps": 1}),

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from alignprop_fast.kernels.lora_blocks import partial_sums
 from alignprop_fast.ops import lora_linear_triton as fused
 from alignprop_fast.ops.backend import Function, attempt
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
-from alignprop_fast.ops.lora_linear_trials import chosen
+from alignprop_fast.ops.lora_linear_trials import chosen, problem, serves
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
 from alignprop_fast.ops.rounded_linear import RoundedLayer, is_rounding, rounded_outputs, run_rounded
 
@@ -54,12 +55,23 @@ class _LoraLinear(Function):
         x, *tensors = ctx.saved_tensors if ctx.frozen is None else (None, *ctx.frozen)
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
         learn = [(wants[6 + 4 * p], wants[7 + 4 * p]) for p in range(len(layers))]
-        if x is None or not all(map(all, learn)) or chosen("backward", x, layers) == "plain":
+        served = x is not None and all(map(all, learn))
+        if not served or chosen("backward", x, layers) == "plain":
             dx, d_downs, d_ups = plain_gradients(gs, x, layers, wants[0], learn)
+            if served and x.is_meta:
+                _count_partial_sums(x, layers)
         else:
             dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
         rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
         return dx, None, None, None, *rest
+
+
+def _count_partial_sums(x: Tensor, layers: Sequence[Layer]) -> None:
+    """Allocate for a moment what the kernels' partial sums take: plans without a GPU count memory on meta tensors."""
+    if serves(layers) and x.dtype != torch.float64:
+        shapes = problem("backward", x, layers)
+        _, chunks, sizes = partial_sums(shapes.tokens, shapes.n_in, shapes.outs, shapes.ranks, shapes.dtype)
+        torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
 
 
 def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:

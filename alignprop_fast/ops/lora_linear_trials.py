@@ -6,28 +6,25 @@ from typing import Any, NamedTuple
 
 import torch
 
+from alignprop_fast.kernels.lora_blocks import MAX_PROJECTIONS, MAX_RANK
 from alignprop_fast.ops.autotune import Candidate, difference, fastest
 from alignprop_fast.ops.backend import backend, is_traced
 from alignprop_fast.ops.lora_linear_plain import plain_gradients, plain_outputs
 from alignprop_fast.ops.lora_linear_triton import FORWARDS, run_backward
 
 Tensor = torch.Tensor
-MAX_RANK = 128
-MAX_LAYERS = 3
 
 
 def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """ "plain", "triton" or (forward) "split" for these layers of x [..., I]; on a GPU measured once per shape.
-
-    The kernels serve one to three layers that all have adapters, of one dtype and of rank at most 128.
-    """
-    if is_traced(x) or backend(x, "lora_linear") != "triton" or not _serves(layers):
+    """ "plain", "triton" or (forward) "split" for these layers of x [..., I]; on a GPU measured once per shape."""
+    if is_traced(x) or backend(x, "lora_linear") != "triton" or not serves(layers):
         return "plain"
     return fastest(problem(direction, x, layers), lambda: _candidates(direction, x, layers), x.device)
 
 
-def _serves(layers: Sequence[Any]) -> bool:
-    if len(layers) > MAX_LAYERS or layers[0].down is None:
+def serves(layers: Sequence[Any]) -> bool:
+    """Whether the kernels take them: one to three that all have adapters, of one dtype and of rank at most 128."""
+    if len(layers) > MAX_PROJECTIONS or layers[0].down is None:
         return False
     dtype = layers[0].down.dtype
     for layer in layers:

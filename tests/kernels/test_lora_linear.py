@@ -6,6 +6,7 @@ Tolerance: twice the error of plain PyTorch in the same dtype, plus 1e-6 (design
 import pytest
 import torch
 
+from alignprop_fast.kernels import lora_blocks
 from alignprop_fast.ops.lora_linear_plain import lora_linear_reference
 
 triton = pytest.importorskip("triton")
@@ -132,7 +133,7 @@ MODEL_SHAPES = [(8192, 640), (2048, 1280), (8192, 320), (2048, 640), (512, 1280)
 def test_programs_for_an_h100(tokens, width):
     """132 processors, at rank 16, for the sums over tokens and for adding them; u is cut to the smallest tile."""
     blocks = kernels.config("grad", torch.bfloat16, 16)
-    chunk = backward.chunk_tokens(tokens, width, torch.bfloat16, 16)
+    chunk = lora_blocks.chunk_tokens(tokens, width, torch.bfloat16, 16)
     assert triton.cdiv(tokens, chunk) * triton.cdiv(width, blocks["BLOCK_N"]) >= 132
     assert triton.cdiv(16 * width, kernels.SUM_BLOCK) >= 132
     rows = kernels.narrow_blocks(tokens, torch.bfloat16, 16)["BLOCK_T"]
@@ -147,6 +148,8 @@ def test_partial_sums_of_a_wide_layer_are_small(monkeypatch):
     x, u, g = (torch.empty(4608, n, device="meta", dtype=torch.bfloat16) for n in (3072, 128, 12288))
     backward.adapter_grads(x, u, [g], u, (128,), (1.0,))
     assert sizes[0].numel() * 4 <= 68 * 2**20
+    *_, chunks, numbers = lora_blocks.partial_sums(4608, 3072, [12288], [128], torch.bfloat16)
+    assert sizes[0].shape == (chunks, sum(numbers))
 
 
 def test_rank_above_the_limit():
