@@ -152,7 +152,7 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     if tables is None:
         with nullcontext() if place.gpu is None else _without_compiler():
             quiet_libraries(console)
-            sampler = _sampler(chosen, config, place.device)
+            sampler = sampler_to_plan(chosen, config, place.device)
         start = time.perf_counter()
         tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
         if place.gpu is None:
@@ -256,7 +256,7 @@ def _gpu(name: str | None) -> Gpu:
         ) from error
 
 
-def _sampler(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
+def sampler_to_plan(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
     """The sampler that training makes from these options."""
     import torch
 

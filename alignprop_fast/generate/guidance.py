@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.sampling import normed_guidance, rescaled_guidance
+from alignprop_fast.sampling import limited_guidance, normed_guidance, rescaled_guidance
 
 Scale = float | torch.Tensor
 
@@ -22,6 +22,8 @@ class Guidance:
     rescale: phi of Lin et al. 2023; 0 turns it off.
     needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
     keeps_norm: each patch of the guided prediction keeps the norm of that with the prompt, as in Qwen-Image.
+    norm_limit: the guided prediction of a picture has at most this many times the norm of that with the prompt, as in
+        Z-Image; 0: no limit.
 
     A scale is a number, or a tensor of one number that requires a gradient.
     """
@@ -32,6 +34,7 @@ class Guidance:
     rescale: float
     needs_negative: bool
     keeps_norm: bool = False
+    norm_limit: float = 0.0
 
     @classmethod
     def of(
@@ -42,6 +45,7 @@ class Guidance:
         has_true_cfg: bool,
         unguided: float = 1.0,
         keeps_norm: bool = False,
+        norm_limit: Any = 0.0,
     ) -> Guidance:
         """From a sampler's arguments, and `has_true_cfg`, `unguided_scale` and `keeps_norm` of its model.
 
@@ -53,7 +57,10 @@ class Guidance:
         own, rescale = true_cfg_scale if has_true_cfg else scale, plain_number("guidance_rescale", rescale)
         if rescale and keeps_norm:
             raise ValueError("this model keeps the norm of its predictions under guidance: leave guidance_rescale out")
-        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm)
+        norm_limit = plain_number("cfg_normalization", norm_limit)
+        if norm_limit and rescale:
+            raise ValueError("guidance_rescale and cfg_normalization both change the guided prediction: give one")
+        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm, norm_limit)
 
     @property
     def cfg_scale(self) -> Scale:
@@ -63,10 +70,12 @@ class Guidance:
     @property
     def is_linear(self) -> bool:
         """Whether the guided prediction is u + s (c - u) itself."""
-        return self.rescale == 0 and not self.keeps_norm
+        return self.rescale == 0 and self.norm_limit == 0 and not self.keeps_norm
 
     def guided(self, y: torch.Tensor, scale: Scale) -> torch.Tensor:
         """The prediction [B, C, h, w] from those without and with the prompt [2 B, C, h, w], at this `cfg_scale`."""
+        if self.norm_limit:
+            return limited_guidance(y, scale, self.norm_limit)
         return normed_guidance(y, scale) if self.keeps_norm else rescaled_guidance(y, scale, self.rescale)
 
     def is_on(self, has_negative: bool) -> bool:

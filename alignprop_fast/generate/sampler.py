@@ -65,6 +65,8 @@ class DifferentiableSampler:
             GPU its free memory; elsewhere as None. None or "none": nothing is measured and every gradient step is
             replayed, which takes the least memory. On a GPU the budget is at most what is free at the first plan.
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
+        cfg_normalization: Z-Image only, as in its pipeline: the norm of the guided prediction is at most this many
+            times that with the prompt; 0 turns it off.
         true_cfg_scale: FLUX.1 and Qwen-Image only: classifier-free guidance, off without negative prompts. Qwen-Image
             has no other; FLUX.1 has the distilled one too.
         height, width: in pixels; None: the model's own size.
@@ -106,6 +108,7 @@ class DifferentiableSampler:
         memory_budget: int | str | None = AUTO,
         *,
         guidance_rescale: float = 0.0,
+        cfg_normalization: float = 0.0,
         true_cfg_scale: float | torch.Tensor = 1.0,
         height: int | None = None,
         width: int | None = None,
@@ -125,6 +128,8 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
+        if cfg_normalization and not self.model.has_norm_limit:
+            raise ValueError("cfg_normalization is an option of Z-Image: leave it out for other models")
         self.guidance = Guidance.of(
             guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
             true_cfg_scale,
@@ -132,6 +137,7 @@ class DifferentiableSampler:
             self.model.has_true_cfg,
             self.model.unguided_scale,
             self.model.keeps_norm,
+            cfg_normalization,
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)

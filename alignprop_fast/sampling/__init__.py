@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from alignprop_fast.sampling.draw import draw_gates, draw_truncation, gate_count
     from alignprop_fast.sampling.euler import euler_table
     from alignprop_fast.sampling.gates import Draws, Gate, Truncation, checked, trl_gates
-    from alignprop_fast.sampling.guidance import normed_guidance, rescaled_guidance
+    from alignprop_fast.sampling.guidance import limited_guidance, normed_guidance, rescaled_guidance
     from alignprop_fast.sampling.leaps import Leaps
     from alignprop_fast.sampling.step_table import StepTable
     from alignprop_fast.sampling.table_of_schedule import make_table
@@ -31,6 +31,7 @@ __all__ = [
     "gate_count",
     "guided_step",
     "guided_step_adjoint",
+    "limited_guidance",
     "make_table",
     "normed_guidance",
     "rescaled_guidance",
@@ -53,6 +54,7 @@ _HOME = {
     "gate_count": "sampling.draw",
     "guided_step": "ops.guided_step",
     "guided_step_adjoint": "ops.guided_step",
+    "limited_guidance": "sampling.guidance",
     "make_table": "sampling.table_of_schedule",
     "normed_guidance": "sampling.guidance",
     "rescaled_guidance": "sampling.guidance",

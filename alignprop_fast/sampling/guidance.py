@@ -29,6 +29,18 @@ def normed_guidance(y: torch.Tensor, scale: float | torch.Tensor) -> torch.Tenso
     return guided * ratio.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
+def limited_guidance(y: torch.Tensor, scale: float | torch.Tensor, limit: float) -> torch.Tensor:
+    """Classifier-free guidance whose norm, by picture, is at most `limit` times that of the conditional prediction.
+
+    y: [2 B, C, h, w], unconditional half first; returns [B, C, h, w]. Source: `cfg_normalization` of diffusers'
+    `ZImagePipeline`.
+    """
+    unconditional, conditional = y.chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    most, norm = (torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) for x in (limit * conditional, guided))
+    return guided * (most / norm).clamp(max=1)
+
+
 def _patch_norm(y_BCHW: torch.Tensor) -> torch.Tensor:
     """[B, 1, h / 2, w / 2]."""
     patches = y_BCHW.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h / 2, 2, w / 2, 2]

@@ -136,7 +136,7 @@ def test_another_budget_is_answered_without_the_model(plan, table, configs, monk
     """The `table` was estimated with the same options; a file that changes makes the answer outdated."""
     arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--host-memory", "1GiB")
     saved = ("--table", table, "--num-inference-steps", 4, "--host-memory", "1GiB")
-    monkeypatch.setattr(plan_question, "_sampler", lambda *_: pytest.fail("the model was made again"))
+    monkeypatch.setattr(plan_question, "sampler_to_plan", lambda *_: pytest.fail("the model was made again"))
     figures = []
     for which in (arguments, saved):
         assert plan(*which, "--memory-budget", "170MiB", "--json", "plan.json")[0] == 0

@@ -162,6 +162,20 @@ def test_z_image(tiny_z_image, scale, negative, grad_steps):
     check(pipe, theirs, sampler(PROMPTS, negative and list(negative), torch.Generator().manual_seed(1), plan=plan))
 
 
+@pytest.mark.parametrize("limit", [0.5, 1.0])
+def test_z_image_with_a_limit_of_the_norm(tiny_z_image, limit):
+    pipe = add_adapters(tiny_z_image)
+    theirs = reference(pipe, (0, 2), guidance_scale=4.0, cfg_normalization=limit)
+    assert (theirs - reference(pipe, (0, 2), guidance_scale=4.0)).abs().max() > 1e-3
+    sampler = DifferentiableSampler(pipe, STEPS, 4.0, cfg_normalization=limit, **SIZE)
+    check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=make_plan((0, 2))))
+
+
+def test_a_limit_of_the_norm_is_an_option_of_z_image(tiny_sd):
+    with pytest.raises(ValueError, match="cfg_normalization is an option of Z-Image: leave it out for other models"):
+        DifferentiableSampler(tiny_sd, STEPS, cfg_normalization=1.0)
+
+
 def test_what_else_learns_with_z_image(tiny_z_image):
     """Captions, in a list as the pipeline takes them, and the guidance scale."""
     captions, negative = tiny_z_image.encode_prompt(list(PROMPTS), negative_prompt=["dog", "cat " * 40])

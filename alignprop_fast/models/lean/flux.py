@@ -32,9 +32,9 @@ class LeanFluxTransformerBlock(FluxTransformerBlock):
         branch, text_branch = self.attn(
             hidden_states=image_normed, encoder_hidden_states=text_normed, image_rotary_emb=image_rotary_emb
         )
-        image, text = fed_forward(
-            Stream(image, branch, [t[:, None] for t in of_image], self.norm2, self.ff.net),
+        text, image = fed_forward(
             Stream(text, text_branch, [t[:, None] for t in of_text], self.norm2_context, self.ff_context.net),
+            Stream(image, branch, [t[:, None] for t in of_image], self.norm2, self.ff.net),
         )
         return clipped(text), image
 

@@ -101,9 +101,9 @@ class LeanFlux2TransformerBlock(Flux2TransformerBlock):
             image_rotary_emb=image_rotary_emb,
         )
         layers, text_layers = ((ff.linear_in, ff.act_fn, ff.linear_out) for ff in (self.ff, self.ff_context))
-        image, text = fed_forward(
-            Stream(image, branch, (gate, *image_forward), self.norm2, layers),
+        text, image = fed_forward(
             Stream(text, text_branch, (text_gate, *text_forward), self.norm2_context, text_layers),
+            Stream(image, branch, (gate, *image_forward), self.norm2, layers),
         )
         return clipped(text), image
 

@@ -53,7 +53,10 @@ class Stream(NamedTuple):
 
 
 def fed_forward(*streams: Stream) -> list[torch.Tensor]:
-    """The second half of a block. The last products of all streams come last: a recomputed block stops before them."""
+    """The second half of a block, by streams, the longest last.
+
+    The products that end the streams come after all else, because a recomputed block stops before the last of them.
+    """
     begun = [stream.begun() for stream in streams]
     pairs = zip(streams, begun, strict=True)
     return [gated_sum(x, stream.modulation[3], stream.layers[-1](y)) for stream, (x, y) in pairs]

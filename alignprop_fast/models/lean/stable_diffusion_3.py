@@ -34,7 +34,7 @@ class LeanJointTransformerBlock(JointTransformerBlock):
         of_image = Stream(image, branch, (gate, *of_forward), self.norm2, self.ff.net)
         if self.context_pre_only:
             return None, fed_forward(of_image)[0]
-        image, text = fed_forward(of_image, Stream(text, text_branch, of_text, self.norm2_context, self.ff_context.net))
+        text, image = fed_forward(Stream(text, text_branch, of_text, self.norm2_context, self.ff_context.net), of_image)
         return text, image
 
     def _text_normed(self, text: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
