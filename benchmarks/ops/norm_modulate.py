@@ -26,30 +26,31 @@ def make(batch: int, form: int, tokens: int, width: int, dtype: torch.dtype, dev
     weight, beta = (randn(width, like=like) for _ in range(2))
     gate, scale, shift = (randn(batch, 1, width, like=like) for _ in range(3))
     n_bytes = x.numel() * dtype.itemsize
+    pairs = (("ours", norm_modulate), ("eager", norm_modulate_reference))
     implementations: dict[str, Implementation]
     if form == 2:
         implementations = {
-            name: lambda x, other, fn=fn: fn(x, gate, other, weight, EPS, one=0.0, rms=True)
-            for name, fn in (("ours", norm_modulate), ("eager", norm_modulate_reference))
+            name: lambda x, other, gate, weight, fn=fn: fn(x, gate, other, weight, EPS, one=0.0, rms=True)
+            for name, fn in pairs
         }
-        return Problem((x, other), 2, implementations, Work(3 * n_bytes), Work(3 * n_bytes))
+        return Problem((x, other, gate, weight), 2, implementations, Work(3 * n_bytes), Work(3 * n_bytes))
     if form == 1:
         implementations = {
-            name: lambda x, other, fn=fn: fn(x, scale, shift, None, EPS, branch=other, gate=gate)
-            for name, fn in (("ours", norm_modulate), ("eager", norm_modulate_reference))
+            name: lambda x, other, gate, scale, shift, fn=fn: fn(x, scale, shift, None, EPS, branch=other, gate=gate)
+            for name, fn in pairs
         }
-        return Problem((x, other), 2, implementations, Work(4 * n_bytes), Work(5 * n_bytes))
+        return Problem((x, other, gate, scale, shift), 2, implementations, Work(4 * n_bytes), Work(5 * n_bytes))
     implementations = {
-        "ours": lambda x, other: layer_norm(x, weight, beta, EPS, other),
-        "eager": lambda x, other: norm_modulate_reference(x, None, beta, weight, EPS, branch=other),
-        "ours, sum apart": lambda x, other: (layer_norm(s := x + other, weight, beta, EPS), s),
+        "ours": lambda x, other, weight, beta: layer_norm(x, weight, beta, EPS, other),
+        "eager": lambda x, other, weight, beta: norm_modulate_reference(x, None, beta, weight, EPS, branch=other),
+        "ours, sum apart": lambda x, other, weight, beta: (layer_norm(s := x + other, weight, beta, EPS), s),
     }
     if (liger := optional("liger_kernel.ops.layer_norm")) and device.type == "cuda":
-        implementations["liger"] = lambda x, other: (
-            liger.LigerLayerNormFunction.apply(s := x + other, weight, beta, EPS),
+        implementations["liger"] = lambda x, other, *affine: (
+            liger.LigerLayerNormFunction.apply(s := x + other, *affine, EPS),
             s,
         )
-    return Problem((x, other), 2, implementations, Work(4 * n_bytes), Work(4 * n_bytes))
+    return Problem((x, other, weight, beta), 2, implementations, Work(4 * n_bytes), Work(4 * n_bytes))
 
 
 if __name__ == "__main__":
