@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch asks this of a mode. No: guarding each operator from torch.compile takes as long as counting it."""
+        """Tell PyTorch not to guard each operator from torch.compile, which takes as long as counting it."""
         return False
 
     @property
