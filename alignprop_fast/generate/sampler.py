@@ -21,8 +21,10 @@ from alignprop_fast.generate.planning import StepPlanner, gradient_steps
 from alignprop_fast.generate.prompt_encoder import PromptEncoder
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
+from alignprop_fast.models.lora.learning import has_learning_adapters
+from alignprop_fast.models.pipeline_adapter import Generator
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
@@ -150,7 +152,7 @@ class DifferentiableSampler:
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
         self.optimizer_bytes = optimizer_bytes
         self.example: tuple[str, Any] = ("", {})  # prompt and metadata for measuring the reward
-        if compare_with_base and not self.model.has_learning_adapters():
+        if compare_with_base and not has_learning_adapters(self.model.denoiser):
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
 
 import alignprop_fast.models.lean.krea2  # noqa: F401  # enters this model's layers in the tables of ops
-from alignprop_fast.models.pipeline_adapter import Conditioning
+from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 from alignprop_fast.models.qwen_family import QwenFamilyAdapter
 from alignprop_fast.prompts.limits import TextReader

@@ -1,0 +1,88 @@
+"""What a denoiser is conditioned on: the text of a batch of pictures, before and after it is encoded."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+
+Embeddings = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
+"""Given embeddings by their names in the pipeline's own call, B rows each; in a list if rows differ in length."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The denoiser's input besides latents and time, for K branches (unconditional first): [K * B, ...] each.
+
+    embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
+    lengths: tokens of each row of embeds; the rest of a row is padding. Empty: there is no padding that matters.
+    multiple: shapes in the denoiser follow the lengths rounded up to a multiple of it.
+    """
+
+    embeds: torch.Tensor
+    added: Mapping[str, torch.Tensor] | None
+    branches: int
+    embedded_guidance: float | torch.Tensor = 1.0
+    lengths: tuple[int, ...] = ()
+    multiple: int = 1
+
+    @property
+    def extent(self) -> tuple[int, bool]:
+        """All that shapes know of the lengths: the longest, and whether all are alike; both after rounding up."""
+        rounded = [length + -length % self.multiple for length in self.lengths]
+        return max(rounded, default=0), len(set(rounded)) <= 1
+
+    def longest(self) -> "Conditioning":
+        """A copy whose padding counts as text: no batch of these shapes costs more."""
+        return replace(self, lengths=(self.embeds.shape[1],) * len(self.lengths))
+
+    def tensors(self) -> list[torch.Tensor]:
+        held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
+        return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+    def settings(self) -> Hashable:
+        """Everything besides `tensors()` and `extent`."""
+        guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
+        return self.branches, guidance, tuple(self.added or ())
+
+    def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
+        """A copy with some tensors replaced, by their ids."""
+        added = self.added and {name: others.get(id(tensor), tensor) for name, tensor in self.added.items()}
+        guidance = others.get(id(self.embedded_guidance), self.embedded_guidance)
+        return replace(self, embeds=others.get(id(self.embeds), self.embeds), added=added, embedded_guidance=guidance)
+
+    def cast(self, dtype: torch.dtype) -> "Conditioning":
+        """A copy in the denoiser's dtype, because text encoders may have another. Whole numbers stay exact."""
+        added = self.added and {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.added.items()
+        }
+        return replace(self, embeds=self.embeds.to(dtype), added=added)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The text of B pictures.
+
+    prompts: B texts. negative_prompts: B texts, or None for none.
+    guided: whether the denoiser runs with and without the prompts, in two branches.
+    size: (height, width) of the pictures in pixels, an input of SDXL.
+    embeddings: used instead of the texts, by the names of `PipelineAdapter.embedding_names`, B rows each.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str] | None
+    guided: bool
+    size: tuple[int, int]
+    embeddings: Embeddings = field(default_factory=dict)
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether there is a negative prompt, as a text or embedded."""
+        return self.negative_prompts is not None or "negative_prompt_embeds" in self.embeddings
+
+
+def padded(texts: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Texts [N_i, ...] as rows of one tensor [B, tokens, ...], or longer if one of them is, and their lengths."""
+    lengths = tuple(map(len, texts))
+    tokens = max(tokens, *lengths)
+    return torch.stack([F.pad(text, (0, 0) * (text.ndim - 1) + (0, tokens - len(text))) for text in texts]), lengths
