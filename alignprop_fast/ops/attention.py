@@ -110,11 +110,12 @@ def _forward_of_parts(
     return _forward(*_heads_first(*prepared(form, tensors)), scale, lengths)
 
 
-def _heads_first(q_BSHD: Tensor, *keys_and_values: Tensor) -> list[Tensor]:
+def _heads_first(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[B, H, S, D] each. Keys and values that several heads of q share are repeated for each of them."""
-    heads = q_BSHD.shape[2]
-    repeated = (x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2) for x in keys_and_values)
-    return [x.transpose(1, 2) for x in (q_BSHD, *repeated)]
+    sharing = q_BSHD.shape[2] // k_BSGD.shape[2]
+    if sharing > 1:
+        k_BSGD, v_BSGD = (x.repeat_interleave(sharing, dim=2) for x in (k_BSGD, v_BSGD))
+    return q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
 
 
 def _shared_by(g_BHSD: Tensor, heads: int) -> Tensor:

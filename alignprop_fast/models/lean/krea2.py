@@ -42,8 +42,8 @@ class LeanKrea2AttnProcessor(Krea2AttnProcessor):
         mask = attention_mask if lengths is None else is_key(lengths, x.shape[1])
         if (mask is not None and lengths is None) or not applies(x, attn.norm_q, attn.norm_k):
             return super().__call__(attn, x, mask, image_rotary_emb)
-        scales = _weight(attn.norm_q), _weight(attn.norm_k)
-        part = Part(*projected(x, attn.to_q, attn.to_k, attn.to_v), scales)
+        q, k, v = projected(x, attn.to_q, attn.to_k, attn.to_v)
+        part = Part(q, k, v, (_weight(attn.norm_q), _weight(attn.norm_k)))
         o = attention_of_parts(turned([part], image_rotary_emb), attn.head_dim, attn.norm_q.eps, lengths=lengths)
         return attn.to_out[0](o * torch.sigmoid(attn.to_gate(x)))
 
