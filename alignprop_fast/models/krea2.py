@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
+from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
 
-import alignprop_fast.models.lean.krea2  # noqa: F401  # enters this model's layers in the tables of ops
 from alignprop_fast.models.conditioning import Conditioning
+from alignprop_fast.models.lean.krea2_network import run_network
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 from alignprop_fast.models.qwen_family import QwenFamilyAdapter
 from alignprop_fast.prompts.limits import TextReader
@@ -24,7 +24,7 @@ class Krea2Adapter(QwenFamilyAdapter):
     """
 
     unguided_scale = 0.0
-    blocks = (Krea2TransformerBlock,)
+    blocks = (Krea2TextFusionBlock, Krea2TransformerBlock)
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
         if not self.pipe.config.is_distilled:
@@ -46,10 +46,14 @@ class Krea2Adapter(QwenFamilyAdapter):
         return self._blank((config.num_text_layers, config.text_hidden_dim), batch, guided, size)
 
     def _positions(self, text_tokens: int, size: tuple[int, int]) -> Mapping[str, torch.Tensor]:
-        ids = self.pipe.prepare_position_ids(text_tokens, *self.grid(size), torch.device("cpu"))
-        return {"position_ids": ids.long().to(self.device)}
+        places = self.pipe.prepare_position_ids(0, *self.grid(size), torch.device("cpu"))
+        return {"places": places.long().to(self.device)}
 
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
-        ids = (cond.added or {})["position_ids"]
-        left_out = cond.embeds.shape[1] - max(cond.lengths)
-        return {**self._text_inputs(cond, "encoder_attention_mask"), "position_ids": ids[left_out:]}
+        assert cond.added is not None
+        text, mask = self._text_and_mask(cond)
+        lengths = None if mask is None else mask.sum(1, dtype=torch.int32)
+        return {"text": text, "lengths": lengths, "places": cond.added["places"]}
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        return run_network(self.denoiser, **inputs)

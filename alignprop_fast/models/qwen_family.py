@@ -62,11 +62,11 @@ class QwenFamilyAdapter(TokenAdapter):
         """More inputs of the denoiser that the text and the size of the picture decide."""
         return {}
 
-    def _text_inputs(self, cond: Conditioning, mask_name: str) -> dict[str, torch.Tensor | None]:
+    def _text_and_mask(self, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Texts up to the longest, with a mask if others are shorter."""
-        longest = max(cond.lengths)
-        mask = None if min(cond.lengths) == longest else (cond.added or {})["mask"][:, :longest]
-        return {"encoder_hidden_states": cond.embeds[:, :longest], mask_name: mask}
+        longest, alike = cond.extent
+        mask = None if alike else (cond.added or {})["mask"][:, :longest]
+        return cond.embeds[:, :longest], mask
 
     @property
     def latent_channels(self) -> int:

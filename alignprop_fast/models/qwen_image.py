@@ -47,4 +47,5 @@ class QwenImageAdapter(QwenFamilyAdapter):
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
         rows, columns = x.shape[-2:]
         shapes = [[(1, rows // 2, columns // 2)]] * len(cond.embeds)
-        return {**self._text_inputs(cond, "encoder_hidden_states_mask"), "img_shapes": shapes}
+        text, mask = self._text_and_mask(cond)
+        return {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask, "img_shapes": shapes}

@@ -98,16 +98,29 @@ class _AttentionOfParts(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         o, lse, lengths, *tensors = ctx.saved_tensors
-        q, k, v = (x.transpose(1, 2) for x in prepared(ctx.form, tensors))
-        grads = (x.transpose(1, 2) for x in _backward(g, q, k, v, o, lse, ctx.scale, lengths))
-        return None, None, None, *gradients(ctx.form, tensors, *grads)
+        q, k, v = prepared(ctx.form, tensors)
+        grads = _backward(g, *_heads_first(q, k, v), o, lse, ctx.scale, lengths)
+        dq, dk, dv = (_shared_by(x, t.shape[2]).transpose(1, 2) for x, t in zip(grads, (q, k, v), strict=True))
+        return None, None, None, *gradients(ctx.form, tensors, dq, dk, dv)
 
 
 def _forward_of_parts(
     form: Form, scale: float, lengths: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    q, k, v = (x.transpose(1, 2) for x in prepared(form, tensors))
-    return _forward(q, k, v, scale, lengths)
+    return _forward(*_heads_first(*prepared(form, tensors)), scale, lengths)
+
+
+def _heads_first(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, S, D] each. Keys and values that several heads of q share are repeated for each of them."""
+    sharing = q_BSHD.shape[2] // k_BSGD.shape[2]
+    if sharing > 1:
+        k_BSGD, v_BSGD = (x.repeat_interleave(sharing, dim=2) for x in (k_BSGD, v_BSGD))
+    return q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
+
+
+def _shared_by(g_BHSD: Tensor, heads: int) -> Tensor:
+    """The gradient of that many heads, from those of all heads that share them."""
+    return g_BHSD if g_BHSD.shape[1] == heads else g_BHSD.unflatten(1, (heads, -1)).sum(2)
 
 
 def attention_of_parts(
