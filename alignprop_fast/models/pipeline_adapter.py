@@ -57,6 +57,12 @@ class Conditioning:
         rounded = [length + -length % self.multiple for length in self.lengths]
         return max(rounded, default=0), len(set(rounded)) <= 1
 
+    def of_prompts(self) -> "Conditioning":
+        """A copy of only the branch with the prompts, if all inputs have a row for each text."""
+        rows = len(self.embeds) // self.branches
+        added = self.added and {name: tensor[-rows:] for name, tensor in self.added.items()}
+        return replace(self, embeds=self.embeds[-rows:], added=added, branches=1, lengths=self.lengths[-rows:])
+
     def longest(self) -> "Conditioning":
         """A copy whose padding counts as text: no batch of these shapes costs more."""
         return replace(self, lengths=(self.embeds.shape[1],) * len(self.lengths))
@@ -124,8 +130,8 @@ class PipelineAdapter(ABC):
     """Whether classifier-free guidance is that of `true_cfg_scale`, with negative prompts alone (FLUX, Qwen-Image)."""
     keeps_norm = False
     """Whether the guided prediction of each patch of 2 x 2 latents keeps the norm of that with the prompt."""
-    has_norm_limit = False
-    """Whether the pipeline can limit the norm of the guided prediction (`cfg_normalization`)."""
+    limits_guidance = False
+    """Whether the pipeline can limit the norm and the steps of guidance (`cfg_normalization`, `cfg_truncation`)."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
     """Names of a prompt's embeddings in the pipeline's own call; `negative_` in front for a negative prompt."""
     text_mask: ClassVar[str | None] = None
