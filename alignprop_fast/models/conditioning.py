@@ -32,6 +32,12 @@ class Conditioning:
         rounded = [length + -length % self.multiple for length in self.lengths]
         return max(rounded, default=0), len(set(rounded)) <= 1
 
+    def of_prompts(self) -> "Conditioning":
+        """A copy of only the branch with the prompts, if all inputs have a row for each text."""
+        rows = len(self.embeds) // self.branches
+        added = self.added and {name: tensor[-rows:] for name, tensor in self.added.items()}
+        return replace(self, embeds=self.embeds[-rows:], added=added, branches=1, lengths=self.lengths[-rows:])
+
     def longest(self) -> "Conditioning":
         """A copy whose padding counts as text: no batch of these shapes costs more."""
         return replace(self, lengths=(self.embeds.shape[1],) * len(self.lengths))

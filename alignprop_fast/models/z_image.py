@@ -26,7 +26,7 @@ class ZImageAdapter(FlowTransformerAdapter):
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
     text_parts = ("text_encoder", "tokenizer")
     unguided_scale = 0.0
-    has_norm_limit = True
+    limits_guidance = True
     blocks = (ZImageTransformerBlock,)
 
     def __init__(self, pipe: Any):
