@@ -8,7 +8,6 @@ mask of its own: attention does not depend on the order of keys, so the padded p
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def _backward(
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
-        o, lse = reuse_or_compute("attention", partial(_forward, q, k, v, scale, lengths))
+        o, lse = reuse_or_compute("attention", _forward, q, k, v, scale, lengths)
         ctx.save_for_backward(q, k, v, o, lse, lengths)
         ctx.scale = scale
         return o
@@ -89,7 +88,7 @@ class _AttentionOfParts(Function):
 
     @staticmethod
     def forward(ctx: Any, form: Form, scale: float, lengths: Tensor | None, *tensors: Tensor) -> Tensor:
-        o, lse = reuse_or_compute("attention", partial(_forward_of_parts, form, scale, lengths, tensors))
+        o, lse = reuse_or_compute("attention", _forward_of_parts, form, scale, lengths, tensors)
         ctx.save_for_backward(o, lse, lengths, *tensors)
         ctx.form, ctx.scale = form, scale
         return o
