@@ -13,7 +13,6 @@ from alignprop_fast.models.lora.learning import (
     learning_adapters_off,
 )
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters are what is tested
 
 
