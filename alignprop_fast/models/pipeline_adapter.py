@@ -170,7 +170,8 @@ class PipelineAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        # Not `denoiser.device`, which searches all modules for hooks at each call. `check_pipeline` allows none.
+        return next(self.denoiser.parameters()).device
 
     def trainable(self) -> list[nn.Parameter]:
         """The denoiser's parameters that require a gradient.
