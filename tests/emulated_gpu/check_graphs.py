@@ -29,7 +29,7 @@ def run(sampler, prompts, seed, grad_steps):
     return images.detach(), grads
 
 
-RECORDED = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")  # not Z-Image and Qwen-Image, whose texts differ in length
+RECORDED = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")  # without those whose texts differ in length
 RESCALED = pytest.mark.slow("guidance is rescaled alike in every architecture, and not in FLUX")
 
 
