@@ -106,8 +106,8 @@ class DenoisingChain(Chain):
         self.texts, self.precision = model.text_projections(self.cond), precision
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        # Where shapes follow the lengths of texts exactly, nearly every batch would need one of its own.
-        records = not isinstance(self.scale, torch.Tensor) and (not cond.lengths or cond.multiple > 1)
+        # Where shapes follow the length of a text exactly, nearly every batch would need one of its own.
+        records = not isinstance(self.scale, torch.Tensor) and cond.recurs
         self.fast_state = self.fast.state() if self.fast is not None and records else None
 
     def last_alone(self) -> DenoisingChain:

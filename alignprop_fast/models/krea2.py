@@ -1,6 +1,5 @@
 """Krea 2 as a chain: flow matching, one stream of text and image, the text a stack of a language model's layers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,15 +44,10 @@ class Krea2Adapter(QwenFamilyAdapter):
         config = self.denoiser.config
         return self._blank((config.num_text_layers, config.text_hidden_dim), batch, guided, size)
 
-    def _positions(self, text_tokens: int, size: tuple[int, int]) -> Mapping[str, torch.Tensor]:
-        places = self.pipe.prepare_position_ids(0, *self.grid(size), torch.device("cpu"))
-        return {"places": places.long().to(self.device)}
-
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
-        assert cond.added is not None
         text, mask = self._text_and_mask(cond)
         lengths = None if mask is None else mask.sum(1, dtype=torch.int32)
-        return {"text": text, "lengths": lengths, "places": cond.added["places"]}
+        return {"text": text, "lengths": lengths, "grid": (x.shape[2] // 2, x.shape[3] // 2)}
 
     def run(self, **inputs: Any) -> torch.Tensor:
         return run_network(self.denoiser, **inputs)

@@ -67,7 +67,7 @@ class ZImageAdapter(FlowTransformerAdapter):
     def _conditioning(texts: Sequence[torch.Tensor], guided: bool) -> Conditioning:
         embeds, lengths = padded(texts, QWEN_TOKENS)
         added = {"lengths": torch.tensor(lengths, dtype=torch.int32).to(embeds.device)}
-        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF)
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF, fills=True)
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         assert cond.added is not None
