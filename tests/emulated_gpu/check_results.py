@@ -15,6 +15,7 @@ UNSIZED = (
     "FluxPipeline",
     "ZImagePipeline",
     "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
 )  # whose default pictures are large for every model
@@ -40,6 +41,8 @@ def run(pipe, budget):
 @pytest.mark.parametrize("budget", ["10GiB", "least", None])
 def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
     on_cpu, on_gpu = pipes
+    if budget is not None and type(on_gpu).__name__ == "Flux2Pipeline":
+        pytest.skip("its blocks are klein's, and measuring them takes half a minute")
     if budget == "least":
         from alignprop_fast.planner import BudgetInfeasible
 
