@@ -362,7 +362,6 @@ def qk_norm_rope_forward(
     heads = q.shape[2] // head_dim, k.shape[2] // head_dim
     out_q, out_k = (q.new_empty((batch, total, count, head_dim)) for count in heads)
     out_v = torch.empty_like(out_k) if joins else None
-    out = out_q, out_k, out_k if out_v is None else out_v
     start = 0
     for part in range(len(projections) // 3):
         q, k, v = projections[3 * part : 3 * part + 3]
