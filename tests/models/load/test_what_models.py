@@ -452,7 +452,7 @@ def _(shelf):
 
 NOT_YET = {
     "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
-    "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
+    "PixArt-Sigma": ("PixArtSigmaPipeline", "diffusers cannot add LoRA adapters to its network, nor load them"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
     "SANA": ("SanaPipeline", "its autoencoder (DC-AE) and its linear attention have no ops here"),
 }
