@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 STEPS, PROMPTS = 4, ["a red cat", "a dog" * 12]  # of different lengths for Z-Image and Qwen-Image
 UNSIZED = (
     "FluxPipeline",
+    "ChromaPipeline",
     "ZImagePipeline",
     "Flux2KleinPipeline",
     "Flux2Pipeline",
