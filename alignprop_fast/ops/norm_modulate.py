@@ -38,8 +38,9 @@ def norm_modulate_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain PyTorch; see `norm_modulate`."""
     s = _sum(x, branch, gate)
-    shape = s.shape[-1:]
-    y = torch.rms_norm(s, shape, weight, eps) if rms else torch.layer_norm(s, shape, weight, None, eps)
+    shape, wide = s.shape[-1:], s if weight is None else s.to(weight.dtype)
+    y = torch.rms_norm(wide, shape, weight, eps) if rms else torch.layer_norm(wide, shape, weight, None, eps)
+    y = y.to(s.dtype)
     if scale is not None:
         y = y * (one + scale)
     if shift is not None:
@@ -78,8 +79,8 @@ def _plain_forward(
     if rms:
         wide = _wide(s)
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        y, mean = (wide * rstd).to(s.dtype), None
-        y = y if weight is None else y * weight
+        xhat, mean = wide * rstd, None
+        y = xhat.to(s.dtype) if weight is None else (xhat.to(weight.dtype) * weight).to(s.dtype)
     else:
         # A shift of all tokens without a scale is the layer norm's own.
         beta = shift if scale is None and shift is not None and shift.ndim == 1 else None
@@ -258,7 +259,7 @@ def norm_modulate(
         x: [B, ..., C], any strides.
         scale, shift: of the result, in x's dtype: [B, 1, C], [1, 1, C], or a row for each token like x; a shift may
             also be [C]. None: no scale (also no `one`), no shift.
-        weight: [C], frozen, in x's dtype; None for a weight of one.
+        weight: [C], frozen, in x's dtype, for rms also in fp32; None for a weight of one.
         eps: added to the variance, for rms to the mean square.
         one: added to the scale.
         rms: RMS norm instead of layer norm.

@@ -27,7 +27,8 @@ MAX_TRITON_HEAD_DIM = 256  # kernels.qk_norm_rope.MAX_HEAD_DIM
 class Part(NamedTuple):
     """Projections of one part of the sequence, [B, N, H D] each; q can have more heads than k and v.
 
-    scales: gamma [D] of q and of k; None: no norm. angles: cos and sin [B or 1, N, D / 2], fp32; None: no rotation.
+    scales: gamma [D] of q and of k, in their dtype or fp32; None: no norm. angles: cos and sin [B or 1, N, D / 2] in
+    fp32; None: no rotation.
     """
 
     q: Tensor
@@ -78,7 +79,7 @@ def normed_and_turned(
     x_BNHD: Tensor, scale: Tensor | None, angles: tuple[Tensor, Tensor] | None, eps: float, halved: bool = False
 ) -> Tensor:
     """Queries or keys of one part in plain PyTorch, [B, N, H, D]; the rotation is fp32 or wider."""
-    x = x_BNHD if scale is None else F.rms_norm(x_BNHD, scale.shape, scale, eps)
+    x = x_BNHD if scale is None else F.rms_norm(x_BNHD.to(scale.dtype), scale.shape, scale, eps)
     if angles is not None:
         cos, sin = angles
         x = _turned(x.to(_wide(x)), cos, sin, halved)

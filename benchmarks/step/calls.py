@@ -101,7 +101,10 @@ def _fused_attention(
     query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, scale: Any = None, **same: Any
 ) -> Any:
     """Stands for PyTorch's, which has no fused kernel on the meta device."""
-    assert attn_mask is None
+    if attn_mask is not None:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=attn_mask, scale=scale
+        )[0]
     return attention(query, key, value, scale)
 
 
