@@ -182,7 +182,7 @@ def activation_forward(
     """Launch the forward kernel: v, u [..., D], beside [..., E] -> y [..., E + D]."""
     *shape, width = v.shape
     extra = 0 if beside is None else beside.shape[-1]
-    y = v.new_empty((*shape, extra + width))
+    y = v.new_empty(*shape, extra + width)
     v, v_at = rows_of(v)
     u_rows, u_at = (v, v_at) if u is None else rows_of(u)
     beside_rows, beside_at = (v, v_at) if beside is None else rows_of(beside)

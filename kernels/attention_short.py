@@ -297,7 +297,7 @@ class Backward:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv)."""
         dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
-        dk_parts, dv_parts = (q.new_empty(self._parts, dtype=torch.float32) for _ in range(2))
+        dk_parts, dv_parts = (q.new_empty(*self._parts, dtype=torch.float32) for _ in range(2))
         self._start(g, q, k, v, lse, dq, dk_parts, dv_parts)
         self._reduce(dk_parts, dv_parts, dk, dv)
         return dq, dk, dv

@@ -57,7 +57,7 @@ def rows_first(t_BHMD: torch.Tensor) -> torch.Tensor:
 def row_numbers(t_BHMD: torch.Tensor) -> torch.Tensor:
     """An uninitialised [B, H, M] in fp32."""
     b, h, m, _ = t_BHMD.shape
-    return t_BHMD.new_empty_strided((b, h, m), (h * m, m, 1), dtype=torch.float32)
+    return t_BHMD.new_empty(b, h, m, dtype=torch.float32)
 
 
 @cache

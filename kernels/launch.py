@@ -42,6 +42,7 @@ class Prepared:
         launch(self._kernel, self._grid, arguments + self._numbers, self._options)
 
 
+# Launchers give `new_empty` sizes one by one: reading a tuple of them takes as long as the allocation.
 # Triton's own versions of these two go through a wrapper for its compiler, which takes as long as allocating a tensor.
 
 

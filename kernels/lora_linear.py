@@ -200,7 +200,7 @@ def lora_down(x: torch.Tensor, downs: Sequence[torch.Tensor]) -> torch.Tensor:
     ranks = tuple([a.shape[0] for a in downs])
     n_in = x.shape[-1]
     n_tokens = x.numel() // n_in
-    t = x.new_empty((n_tokens, sum(ranks)))
+    t = x.new_empty(n_tokens, sum(ranks))
     narrow(x.dtype, n_tokens, n_in, x.stride(-2), t.shape[1], ranks, 1.0)(x, *three(downs), t)
     return t
 
@@ -231,18 +231,13 @@ def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, 
     return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else config("few", dtype, block_r)
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape, strides) of a contiguous tensor, from which torch makes one faster than from the shape alone."""
-    return shape, torch.empty(shape, device="meta").stride()
-
-
 class _Forward:
     """Launches of the forward pass on inputs of certain sizes.
 
     Attributes:
         down: writes t, from (x, three A, t).
         product: writes each y, from (x, t, three times W, b, B, y).
-        t, ys: shape and strides of the results.
+        t_shape, y_shapes: of the results.
     """
 
     def __init__(
@@ -265,7 +260,7 @@ class _Forward:
             *three([float(s) for s in scales]), n_tokens, n_in, x_stride, *three_sizes(outs), *three_sizes(ranks),
             BIAS=sum([1 << p for p, has in enumerate(has_bias) if has]), **blocks,
         )  # fmt: skip
-        self.t, *self.ys = [_dense(s) for s in ((n_tokens, columns), *((*rows, n) for n in outs))]
+        self.t_shape, self.y_shapes = (n_tokens, columns), [(*rows, n) for n in outs]
 
 
 _forward = cache(_Forward)
@@ -287,7 +282,7 @@ def lora_linear_forward(
     outs, ranks = tuple([w.shape[0] for w in weights]), tuple([b.shape[1] for b in ups])
     has_bias = tuple([bias is not None for bias in biases])
     plan = _forward(x.dtype, x.shape, rows.stride(-2), outs, ranks, scales, has_bias)
-    t, ys = x.new_empty_strided(*plan.t), tuple([x.new_empty_strided(*y) for y in plan.ys])
+    t, ys = x.new_empty(*plan.t_shape), tuple([x.new_empty(*shape) for shape in plan.y_shapes])
     plan.down(rows, *three(contiguous(downs)), t)
     given: list[torch.Tensor] = []
     for weight, bias, up, y in zip(weights, biases, ups, ys, strict=True):

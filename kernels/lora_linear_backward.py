@@ -156,7 +156,7 @@ def adapter_grads(
     """([dA_p [R_p, I]], [dB_p [O_p, R_p]]), views of one tensor in fp32."""
     n_in, outs, strides = x.shape[-1], tuple([g.shape[-1] for g in gs]), tuple([g.stride(-2) for g in gs])
     sums = _sums(x.dtype, t.shape[0], n_in, x.stride(-2), strides, outs, ranks, scales)
-    parts = x.new_empty((sums.chunks, sum(sums.sizes)), dtype=torch.float32)
+    parts = x.new_empty(sums.chunks, sum(sums.sizes), dtype=torch.float32)
     sums.down(x, u, parts)
     column, start = 0, sums.sizes[0]
     for g, up, rank, size in zip(gs, sums.ups, ranks, sums.sizes[1:], strict=True):
@@ -204,7 +204,7 @@ def input_grad(
     """gx [..., I]."""
     n_in, strides = weights[0].shape[1], tuple([g.stride(-2) for g in gs])
     outs, ranks = tuple([w.shape[0] for w in weights]), tuple([a.shape[0] for a in downs])
-    gx = u.new_empty((*gs[0].shape[:-1], n_in))
+    gx = u.new_empty(*gs[0].shape[:-1], n_in)
     _input_grad(u.dtype, u.shape[0], n_in, strides, outs, ranks)(*three(gs), u, *three(weights), *three(downs), gx)
     return gx
 

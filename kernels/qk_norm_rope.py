@@ -360,7 +360,7 @@ def qk_norm_rope_forward(
     q, k, _ = projections[:3]
     batch, total = len(q), sum(t.shape[1] for t in projections[::3])
     heads = q.shape[2] // head_dim, k.shape[2] // head_dim
-    out_q, out_k = (q.new_empty((batch, total, count, head_dim)) for count in heads)
+    out_q, out_k = (q.new_empty(batch, total, count, head_dim) for count in heads)
     out_v = torch.empty_like(out_k) if joins else None
     out = out_q, out_k, out_k if out_v is None else out_v
     start = 0
@@ -397,7 +397,7 @@ def qk_norm_rope_backward(
         q, k, _ = projections[3 * part : 3 * part + 3]
         cos, sin, of_angles = _angles(angles[2 * part : 2 * part + 2], q)
         gs = dq[:, start:], dk[:, start:]
-        outs = q.new_empty(q.shape), k.new_empty(k.shape)
+        outs = q.new_empty(*q.shape), k.new_empty(*k.shape)
         strides = (*dq.stride()[:3], *dk.stride()[:3], *q.stride()[:2], *k.stride()[:2], *of_angles)
         sizes = len(q), q.shape[1]
         run = _backward(sizes, heads, strides, head_dim, eps, halved, bool(gammas), bool(angles))

@@ -109,7 +109,7 @@ def _launch_forward(x: Tensor, u: Tensor | None, beside: Tensor | None, function
 
 
 def _launch_backward(g: Tensor, x: Tensor, u: Tensor | None, function: str) -> tuple[Tensor, Tensor | None]:
-    dx, du = x.new_empty(x.shape), None if u is None else u.new_empty(u.shape)
+    dx, du = x.new_empty(*x.shape), None if u is None else u.new_empty(*u.shape)
     grads = _parts(dx, du, function)
     _kernels().activation_backward(g, *_parts(x, u, function), *grads, function)
     return dx, du
