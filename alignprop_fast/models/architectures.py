@@ -167,6 +167,18 @@ def _flux(name: str) -> Any:
     )
 
 
+def _chroma(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("ChromaPipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae_network(name),
+        text_encoder=t5_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
 def _z_image(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -237,6 +249,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sdxl": _stable_diffusion,
     "sd35-medium": _stable_diffusion_3,
     "flux-dev": _flux,
+    "chroma": _chroma,
     "z-image": _z_image,
     "z-image-turbo": _z_image,
     "flux2-klein-4b": _flux2_klein,

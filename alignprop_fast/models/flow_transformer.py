@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
+from alignprop_fast.models.conditioning import Conditioning
+from alignprop_fast.models.pipeline_adapter import PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
 
+from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.krea2_network import run_network
-from alignprop_fast.models.pipeline_adapter import Conditioning
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 from alignprop_fast.models.qwen_family import QwenFamilyAdapter
 from alignprop_fast.prompts.limits import TextReader

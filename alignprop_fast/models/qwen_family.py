@@ -12,8 +12,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from torch import nn
 
 import alignprop_fast.models.lean.qwen_decoder  # noqa: F401  # enters the decoder's layers in the tables of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch, padded
 from alignprop_fast.models.flow_transformer import TokenAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PromptBatch, instances, padded
+from alignprop_fast.models.pipeline_adapter import instances
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 
 _MULTIPLE = 32  # tokens; a recorded step serves all batches whose longest text is as long after rounding up

@@ -7,8 +7,8 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
 import alignprop_fast.models.lean.qwen_image  # noqa: F401  # enters this model's layers in the tables of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.qwen_image_network import run_network
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 from alignprop_fast.models.qwen_family import QwenFamilyAdapter
 from alignprop_fast.prompts.limits import TextReader

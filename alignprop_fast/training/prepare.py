@@ -69,6 +69,8 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         config.memory_budget,
         guidance_rescale=config.guidance_rescale,
         true_cfg_scale=config.true_cfg_scale,
+        cfg_normalization=config.cfg_normalization,
+        cfg_truncation=config.cfg_truncation,
         height=config.height,
         width=config.width,
         draw_unused_noise=True,
