@@ -15,6 +15,7 @@ UNSIZED = (
     "FluxPipeline",
     "ZImagePipeline",
     "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
 )  # whose default pictures are large for every model
@@ -24,6 +25,11 @@ UNSIZED = (
 def pipes(adapted):
     """The same pipeline on the CPU and on the GPU."""
     return adapted, deepcopy(adapted).to("cuda")
+
+
+def skip_what_klein_shows(pipe):
+    if type(pipe).__name__ == "Flux2Pipeline":
+        pytest.skip("the blocks of FLUX.2-dev are klein's, and measuring them takes half a minute")
 
 
 def run(pipe, budget):
@@ -40,6 +46,8 @@ def run(pipe, budget):
 @pytest.mark.parametrize("budget", ["10GiB", "least", None])
 def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
     on_cpu, on_gpu = pipes
+    if budget is not None:
+        skip_what_klein_shows(on_gpu)
     if budget == "least":
         from alignprop_fast.planner import BudgetInfeasible
 
@@ -56,6 +64,7 @@ def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
 
 def test_no_step_waits_for_the_device(pipes, emulated):
     _, on_gpu = pipes
+    skip_what_klein_shows(on_gpu)
     size = {"height": 16, "width": 16} if type(on_gpu).__name__ in UNSIZED else {}
     sampler = DifferentiableSampler(on_gpu, STEPS, **size)
     cond = sampler.model.blank_conditioning(2, type(on_gpu).__name__ != "FluxPipeline", sampler.size)
