@@ -16,8 +16,10 @@ import torch
 
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance, Scale
+from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
-from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.models.lora.learning import learning_adapters_off
+from alignprop_fast.models.pipeline_adapter import Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
 from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update
@@ -104,8 +106,8 @@ class DenoisingChain(Chain):
         self.texts, self.precision = model.text_projections(self.cond), precision
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        # Where shapes follow the lengths of texts exactly, nearly every batch would need one of its own.
-        records = not isinstance(self.scale, torch.Tensor) and (not cond.lengths or cond.multiple > 1)
+        # Where shapes follow the length of a text exactly, nearly every batch would need one of its own.
+        records = not isinstance(self.scale, torch.Tensor) and cond.recurs
         self.fast_state = self.fast.state() if self.fast is not None and records else None
 
     def last_alone(self) -> DenoisingChain:
@@ -216,7 +218,7 @@ class DenoisingChain(Chain):
         step with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence
         b^2 |y - y'|^2 / (2 sigma^2). The base model is the model with its learning adapters off, not a second copy.
         """
-        with torch.inference_mode(), self.model.adapters_off():
+        with torch.inference_mode(), learning_adapters_off(self.model.denoiser):
             base = self._predict(i, x)  # the texts' projections are those with adapters
         wide = torch.promote_types(y.dtype, torch.float32)
         delta = self._update(i).blended(y.to(wide) - base.to(wide))

@@ -21,8 +21,10 @@ from alignprop_fast.generate.planning import StepPlanner, gradient_steps
 from alignprop_fast.generate.prompt_encoder import PromptEncoder
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
+from alignprop_fast.models.lora.learning import has_learning_adapters
+from alignprop_fast.models.pipeline_adapter import Generator
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
@@ -51,11 +53,11 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `Flux2Pipeline`,
-            `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with flow-match Euler. Give
-            its denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler
-            freezes VAE and text encoders, unless something in them is frozen already. The plan does not count what
-            learns there: use `reserve` for it.
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ChromaPipeline`,
+            `Flux2Pipeline`, `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with
+            flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
+            `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
+            frozen already. The plan does not count what learns there: use `reserve` for it.
         num_inference_steps: steps T of the chain.
         guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
             and Krea 2 0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one
@@ -155,7 +157,7 @@ class DifferentiableSampler:
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
         self.optimizer_bytes = optimizer_bytes
         self.example: tuple[str, Any] = ("", {})  # prompt and metadata for measuring the reward
-        if compare_with_base and not self.model.has_learning_adapters():
+        if compare_with_base and not has_learning_adapters(self.model.denoiser):
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
@@ -200,7 +202,8 @@ class DifferentiableSampler:
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts,
-                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`.
+                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`; Chroma's come with
+                `prompt_attention_mask`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.

@@ -25,8 +25,8 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Z-Image, Qwen-Image or Krea 2), a .safetensors file, a "
-        "Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Chroma, Z-Image, Qwen-Image or Krea 2), a .safetensors "
+        "file, a Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -93,7 +93,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 50 for others",
+        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 35 for Chroma, 50 for others",
         at_least=1,
         changes_plan=True,
     )

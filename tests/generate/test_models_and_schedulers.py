@@ -149,6 +149,19 @@ def test_flux(tiny_flux, true_cfg_scale, negative, grad_steps):
 
 
 @pytest.mark.parametrize(
+    ("scale", "negative", "grad_steps"), [(5.0, ["dog", "cat " * 9], (1, 2)), (1.0, None, (0, 1, 2, 3))]
+)
+def test_chroma(tiny_chroma, scale, negative, grad_steps):
+    """Texts of different lengths, whose padding the denoiser sees less than the rest."""
+    pipe = add_adapters(tiny_chroma, [*JOINT_TARGETS, "proj_mlp"])
+    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": scale == 1})
+    theirs = reference(pipe, grad_steps, negative_prompt=negative, guidance_scale=scale)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+
+
+@pytest.mark.parametrize(
     ("scale", "negative", "grad_steps"),
     [(4.0, ("dog", "cat " * 40), (0, 2)), (4.0, None, (0, 1, 2, 3)), (0.0, None, (1, 2))],
 )

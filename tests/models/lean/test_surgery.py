@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.lean.flux2 import LeanFlux2AttnProcessor, LeanFlux2ParallelSelfAttnProcessor
 from alignprop_fast.models.lean.krea2 import LeanKrea2AttnProcessor
@@ -31,7 +32,6 @@ from alignprop_fast.models.lean.surgery import (
     take_ops_out,
 )
 from alignprop_fast.models.lean.z_image import LeanZSingleStreamAttnProcessor
-from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.planner import GRADES, BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
 
@@ -67,6 +67,7 @@ def test_values_and_gradients_stay(unet):
     [
         ("tiny_sd3", LeanJointAttnProcessor, "red cat"),
         ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
+        ("tiny_chroma", LeanFluxAttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2AttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2ParallelSelfAttnProcessor, "red cat"),
         *(("tiny_krea2", LeanKrea2AttnProcessor, prompt) for prompt in ("", "red cat" * 12)),

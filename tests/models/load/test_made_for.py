@@ -44,6 +44,11 @@ def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
     assert sampled(model=str(tiny_flux2_klein_folder)) == (50, 4.0)
 
 
+def test_chroma(tiny_chroma_folder):
+    for model in (tiny_chroma_folder, "chroma"):
+        assert sampling_of(TrainOptions(model=str(model))) == (35, 5.0)
+
+
 def test_krea2(tiny_krea2_folder):
     assert sampled(model=str(tiny_krea2_folder)) == sampled(model="krea2") == (28, 4.5)
 
