@@ -73,6 +73,14 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_chroma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `ChromaPipeline` folder: T5 with a mask, modulation from one network; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_chroma_folder
+
+    return make_chroma_folder(tmp_path_factory.mktemp("models") / "tiny_chroma")
+
+
+@pytest.fixture(scope="session")
 def tiny_z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `ZImagePipeline` folder: Qwen3, captions of their own lengths; ask for images of 16 x 16 or so."""
     from alignprop_fast.making.random_weights import make_z_image_folder
@@ -142,6 +150,14 @@ def tiny_flux(tiny_flux_folder: Path):
     from diffusers import FluxPipeline
 
     return _fresh(FluxPipeline, tiny_flux_folder)
+
+
+@pytest.fixture
+def tiny_chroma(tiny_chroma_folder: Path):
+    """The pipeline of `tiny_chroma_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, all weights frozen."""
+    from diffusers import ChromaPipeline
+
+    return _fresh(ChromaPipeline, tiny_chroma_folder)
 
 
 @pytest.fixture

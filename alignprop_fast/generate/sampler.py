@@ -53,11 +53,11 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `Flux2Pipeline`,
-            `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with flow-match Euler. Give
-            its denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler
-            freezes VAE and text encoders, unless something in them is frozen already. The plan does not count what
-            learns there: use `reserve` for it.
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ChromaPipeline`,
+            `Flux2Pipeline`, `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with
+            flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
+            `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
+            frozen already. The plan does not count what learns there: use `reserve` for it.
         num_inference_steps: steps T of the chain.
         guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
             and Krea 2 0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one
@@ -69,6 +69,8 @@ class DifferentiableSampler:
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
         cfg_normalization: Z-Image only, as in its pipeline: the norm of the guided prediction is at most this many
             times that with the prompt; 0 turns it off.
+        cfg_truncation: Z-Image only, as in its pipeline: steps at which more than this share of the noise is gone run
+            without guidance, in about half the time; 1: all steps are guided.
         true_cfg_scale: FLUX.1 and Qwen-Image only: classifier-free guidance, off without negative prompts. Qwen-Image
             has no other; FLUX.1 has the distilled one too.
         height, width: in pixels; None: the model's own size.
@@ -111,6 +113,7 @@ class DifferentiableSampler:
         *,
         guidance_rescale: float = 0.0,
         cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
         true_cfg_scale: float | torch.Tensor = 1.0,
         height: int | None = None,
         width: int | None = None,
@@ -130,8 +133,9 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
-        if cfg_normalization and not self.model.has_norm_limit:
-            raise ValueError("cfg_normalization is an option of Z-Image: leave it out for other models")
+        for name, is_given in (("cfg_normalization", cfg_normalization != 0), ("cfg_truncation", cfg_truncation != 1)):
+            if is_given and not self.model.limits_guidance:
+                raise ValueError(f"{name} is an option of Z-Image: leave it out for other models")
         self.guidance = Guidance.of(
             guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
             true_cfg_scale,
@@ -140,6 +144,7 @@ class DifferentiableSampler:
             self.model.unguided_scale,
             self.model.keeps_norm,
             cfg_normalization,
+            cfg_truncation,
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
@@ -197,7 +202,8 @@ class DifferentiableSampler:
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts,
-                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`.
+                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`; Chroma's come with
+                `prompt_attention_mask`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
@@ -244,6 +250,8 @@ class DifferentiableSampler:
         (table, factor), (signal, level) = self.table.alone(step), self.table.level_of(step)
         clean = latents.detach()
         noise = self.model.noise(clean, generator)
+        if not self.guidance.reaches(table.timesteps[0]):
+            cond = cond.of_prompts()
         chain = self._chain(cond, generator, table, shift=factor * noise if factor else None)
         training_step = self._training_step(chain, cond, prompts, metadata)
         self.plan = self.planner.plan(training_step, gradient_steps(chain, (0,)))

@@ -218,6 +218,38 @@ def make_flux_folder(
     return _save(pipe, folder, {"tokenizer": "<|endoftext|>"})
 
 
+def make_chroma_folder(
+    folder: str | Path, *, heads: int = 2, head_width: int = 16, text_width: int = 32, seed: int = 0
+) -> Path:
+    """Write a `ChromaPipeline` with random weights. Arguments as in `make_flux_folder`.
+
+    T5 has text_width channels.
+    """
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = ChromaPipeline(
+            vae=vae((16, 32), 8, scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=t5(text_width),
+            tokenizer=t5_tokenizer(folder / "tokenizer"),
+            transformer=ChromaTransformer2DModel(
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=head_width,
+                num_attention_heads=heads,
+                joint_attention_dim=text_width,
+                axes_dims_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+                approximator_num_channels=16,
+                approximator_hidden_dim=32,
+                approximator_layers=2,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    return _save(pipe, folder, {})
+
+
 def make_z_image_folder(
     folder: str | Path,
     *,

@@ -14,6 +14,7 @@ _ADAPTERS = {
     "StableDiffusionXLPipeline": "stable_diffusion_xl.StableDiffusionXLAdapter",
     "StableDiffusion3Pipeline": "stable_diffusion_3.StableDiffusion3Adapter",
     "FluxPipeline": "flux.FluxAdapter",
+    "ChromaPipeline": "chroma.ChromaAdapter",  # since 0.34
     "Flux2Pipeline": "flux2.Flux2DevAdapter",  # in diffusers since 0.36
     "Flux2KleinPipeline": "flux2.Flux2KleinAdapter",  # since 0.37
     "ZImagePipeline": "z_image.ZImageAdapter",  # since 0.36

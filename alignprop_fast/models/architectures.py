@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.models.casting import cast_weights
 from alignprop_fast.models.classes import diffusers_class
 from alignprop_fast.models.published import (
     CLIP_G,
@@ -86,6 +87,7 @@ def published_pipeline(name: str, dtype: torch.dtype = torch.bfloat16, device: s
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+                cast_weights(module, dtype)
     return pipe
 
 
@@ -165,6 +167,18 @@ def _flux(name: str) -> Any:
     )
 
 
+def _chroma(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("ChromaPipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae_network(name),
+        text_encoder=t5_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
 def _z_image(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -235,6 +249,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sdxl": _stable_diffusion,
     "sd35-medium": _stable_diffusion_3,
     "flux-dev": _flux,
+    "chroma": _chroma,
     "z-image": _z_image,
     "z-image-turbo": _z_image,
     "flux2-klein-4b": _flux2_klein,

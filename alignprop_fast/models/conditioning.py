@@ -16,7 +16,8 @@ class Conditioning:
 
     embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
     lengths: tokens of each row of embeds; the rest of a row is padding. Empty: there is no padding that matters.
-    multiple: shapes in the denoiser follow the lengths rounded up to a multiple of it.
+    multiple: texts of different lengths are padded to the longest, rounded up to a multiple of it.
+    fills: whether the denoiser fills each text up to such a multiple with tokens that count as text (Z-Image).
     """
 
     embeds: torch.Tensor
@@ -25,12 +26,29 @@ class Conditioning:
     embedded_guidance: float | torch.Tensor = 1.0
     lengths: tuple[int, ...] = ()
     multiple: int = 1
+    fills: bool = False
 
     @property
     def extent(self) -> tuple[int, bool]:
-        """All that shapes know of the lengths: the longest, and whether all are alike; both after rounding up."""
+        """All that shapes know of the lengths: tokens of a row, and whether all rows are full of text.
+
+        Texts of one length are not padded, because without padding more implementations of attention serve.
+        """
         rounded = [length + -length % self.multiple for length in self.lengths]
-        return max(rounded, default=0), len(set(rounded)) <= 1
+        texts = rounded if self.fills else self.lengths
+        alike = len(set(texts)) <= 1
+        return max(texts if alike else rounded, default=0), alike
+
+    @property
+    def recurs(self) -> bool:
+        """Whether texts of other lengths have this extent too, so that a recording of the denoiser serves them."""
+        return self.extent[0] % self.multiple == 0
+
+    def of_prompts(self) -> "Conditioning":
+        """A copy of only the branch with the prompts, if all inputs have a row for each text."""
+        rows = len(self.embeds) // self.branches
+        added = self.added and {name: tensor[-rows:] for name, tensor in self.added.items()}
+        return replace(self, embeds=self.embeds[-rows:], added=added, branches=1, lengths=self.lengths[-rows:])
 
     def longest(self) -> "Conditioning":
         """A copy whose padding counts as text: no batch of these shapes costs more."""

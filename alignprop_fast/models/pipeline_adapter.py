@@ -48,8 +48,8 @@ class PipelineAdapter(ABC):
     """Whether classifier-free guidance is that of `true_cfg_scale`, with negative prompts alone (FLUX, Qwen-Image)."""
     keeps_norm = False
     """Whether the guided prediction of each patch of 2 x 2 latents keeps the norm of that with the prompt."""
-    has_norm_limit = False
-    """Whether the pipeline can limit the norm of the guided prediction (`cfg_normalization`)."""
+    limits_guidance = False
+    """Whether the pipeline can limit the norm and the steps of guidance (`cfg_normalization`, `cfg_truncation`)."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
     """Names of a prompt's embeddings in the pipeline's own call; `negative_` in front for a negative prompt."""
     text_mask: ClassVar[str | None] = None

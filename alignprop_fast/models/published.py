@@ -142,6 +142,7 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35-medium": ("SD3Transformer2DModel", _SD35_MEDIUM),
     "sd35-large": ("SD3Transformer2DModel", _SD35_LARGE),
     "flux-dev": ("FluxTransformer2DModel", _FLUX_DEV),
+    "chroma": ("ChromaTransformer2DModel", {}),  # the class's own defaults
     "z-image": ("ZImageTransformer2DModel", _Z_IMAGE),
     "flux2-klein-4b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_4B),
     "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
@@ -163,12 +164,16 @@ VAE: dict[str, Any] = {
 _FLOW_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
+_FLUX_VAE = {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
 _VAES: dict[str, dict[str, Any]] = {
     "sd15": {"scaling_factor": 0.18215, "force_upcast": False},
     "sdxl": {"scaling_factor": 0.13025},
     "sd35-medium": {**_FLOW_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
-    "flux-dev": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
-    "z-image": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "flux-dev": _FLUX_VAE,
+    "chroma": _FLUX_VAE,
+    "z-image": _FLUX_VAE,
 }
 
 

@@ -26,7 +26,7 @@ class ZImageAdapter(FlowTransformerAdapter):
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
     text_parts = ("text_encoder", "tokenizer")
     unguided_scale = 0.0
-    has_norm_limit = True
+    limits_guidance = True
     blocks = (ZImageTransformerBlock,)
 
     def __init__(self, pipe: Any):
@@ -67,7 +67,7 @@ class ZImageAdapter(FlowTransformerAdapter):
     def _conditioning(texts: Sequence[torch.Tensor], guided: bool) -> Conditioning:
         embeds, lengths = padded(texts, QWEN_TOKENS)
         added = {"lengths": torch.tensor(lengths, dtype=torch.int32).to(embeds.device)}
-        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF)
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF, fills=True)
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         assert cond.added is not None

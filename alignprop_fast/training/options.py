@@ -25,8 +25,8 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Z-Image, Qwen-Image or Krea 2), a .safetensors file, a "
-        "Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Chroma, Z-Image, Qwen-Image or Krea 2), a .safetensors "
+        "file, a Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -93,7 +93,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 50 for others",
+        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 35 for Chroma, 50 for others",
         at_least=1,
         changes_plan=True,
     )
@@ -237,6 +237,9 @@ class TrainOptions(TrainerOptions, WatchOptions, InputOptions):
 
     output_dir: str = like(TrainerOptions, "output_dir", "alignprop-output")
     truncation: str = like(TrainerOptions, "truncation", "auto")
+    true_cfg_scale: float | None = like(  # type: ignore[assignment]
+        TrainerOptions, "true_cfg_scale", None, shown="the model's own: 4 for Qwen-Image, 1 for FLUX.1"
+    )
     save_every: int = option(
         10, "Optimizer steps between checkpoints; the last 5 are kept.", Panel.OUTPUT, field="save_freq", at_least=1
     )

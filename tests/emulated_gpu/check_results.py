@@ -14,8 +14,10 @@ pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 STEPS, PROMPTS = 4, ["a red cat", "a dog" * 12]  # of different lengths for Z-Image and Qwen-Image
 UNSIZED = (
     "FluxPipeline",
+    "ChromaPipeline",
     "ZImagePipeline",
     "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
 )  # whose default pictures are large for every model
@@ -44,9 +46,12 @@ def test_images_and_gradients_are_those_of_the_cpu(pipes):
     """With a budget that keeps everything, one that runs everything again, and no budget."""
     on_cpu, on_gpu = pipes
     images, grads, _ = run(on_cpu, None)
-    with pytest.raises(BudgetInfeasible) as error:
-        run(on_gpu, 1)
-    for budget in ("10GiB", error.value.smallest_bytes, None):
+    budgets: list = [None]
+    if type(on_gpu).__name__ != "Flux2Pipeline":  # its blocks are klein's, and measuring them takes half a minute
+        with pytest.raises(BudgetInfeasible) as error:
+            run(on_gpu, 1)
+        budgets += ["10GiB", error.value.smallest_bytes]
+    for budget in budgets:
         ours, our_grads, plan = run(on_gpu, budget)
         # fp32 on both; attention and norms sum in another order.
         assert (images - ours).abs().max() <= 1e-5, budget

@@ -14,6 +14,7 @@ PUBLISHED = {
     "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
     "sd35-medium": (2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656),
     "flux-dev": (11_901_408_320, 83_819_683, 123_060_480 + 4_762_310_656),
+    "chroma": (8_899_983_424, 83_819_683, 4_762_310_656),  # the file of Chroma1-HD has 17.8 GB in bf16
     **dict.fromkeys(("z-image", "z-image-turbo"), (6_154_908_736, 83_819_683, 4_022_468_096)),
     "flux2-klein-4b": (3_875_544_576, 84_046_115, 4_022_468_096),
     "flux2-klein-9b": (9_078_581_248, 84_046_115, 8_190_735_360),
@@ -55,14 +56,14 @@ def test_default_dtype_is_left_alone():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo, flux2-klein-4b"):
+    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, chroma, z-image, z-image-turbo"):
         architecture("sd16")
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"),
+        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_z_image"),
         *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"),
     ],
 )

@@ -42,6 +42,7 @@ def said(caplog):
         ("sdxl", {"CLIP": (CLIP, 77, 602)}),
         ("sd3", {"CLIP": (CLIP, 77, 602), "T5": (T5_SD3, 256, 601)}),
         ("flux", {"CLIP": (CLIP, 77, 602), "T5": (T5_FLUX, 512, 601)}),
+        ("chroma", {"T5": (T5_FLUX, 512, 601)}),
         ("z_image", {"Qwen3": (QWEN, 512, 619)}),
         ("flux2_klein", {"Qwen3": (QWEN, 512, 638)}),
         ("flux2_dev", {"Mistral 3": (MISTRAL, 512, 789)}),

@@ -87,6 +87,13 @@ _FLUX_BLOCKS = {
     "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
     "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
 }
+_CHROMA_BLOCKS = {  # beside FLUX.1's
+    "distilled_guidance_layer_layers": (
+        "distilled_guidance_layer.layers",
+        {"in_layer": ("linear_1",), "out_layer": ("linear_2",)},
+    )
+}
+_CHROMA_ENDS = {f"distilled_guidance_layer_{end}": f"distilled_guidance_layer.{end}" for end in ("in_proj", "out_proj")}
 _MMDIT_BLOCKS = {"joint_blocks": ("transformer_blocks", _MMDIT)}
 _FLUX2_BLOCKS: _Blocks = {
     "double_blocks": (
@@ -173,7 +180,7 @@ _SGM_ENDS = {
 _SGM_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
 LAYOUTS: dict[str, tuple[_Blocks, Mapping[str, str]]] = {
     "unet": ({}, _SGM_ENDS),
-    "flux": (_FLUX_BLOCKS, {**_FLUX_ENDS, **_LAST}),
+    "flux": ({**_FLUX_BLOCKS, **_CHROMA_BLOCKS}, {**_FLUX_ENDS, **_CHROMA_ENDS, **_LAST}),
     "flux2": (_FLUX2_BLOCKS, {**_FLUX2_ENDS, **_LAST}),
     "sd3": (_MMDIT_BLOCKS, {**_MMDIT_ENDS, **_LAST}),
     "z-image": (_Z_IMAGE_BLOCKS, _Z_IMAGE_ENDS),

@@ -67,6 +67,7 @@ def test_values_and_gradients_stay(unet):
     [
         ("tiny_sd3", LeanJointAttnProcessor, "red cat"),
         ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
+        ("tiny_chroma", LeanFluxAttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2AttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2ParallelSelfAttnProcessor, "red cat"),
         *(("tiny_krea2", LeanKrea2AttnProcessor, prompt) for prompt in ("", "red cat" * 12)),

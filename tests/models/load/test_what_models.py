@@ -33,6 +33,7 @@ class Shelf:
     flux2_dev: Path
     qwen_image: Path
     krea2: Path
+    chroma: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -101,6 +102,11 @@ def _(shelf):
 @read("folder of FLUX.1", "flux")
 def _(shelf):
     return shelf.flux, None
+
+
+@read("folder of Chroma", "chroma")
+def _(shelf):
+    return shelf.chroma, None
 
 
 @read("folder of Z-Image or Z-Image-Turbo", "z_image")
@@ -187,6 +193,11 @@ def _(shelf):
 @read("transformer of FLUX.2-dev alone, in its original names or diffusers'", "flux2_dev", ALONE)
 def _(shelf):
     return shelf.write(original_layout.flux2(weights(shelf.flux2_dev / "transformer"))), shelf.flux2_dev
+
+
+@read("transformer of Chroma alone in diffusers' names", "chroma", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.chroma / "transformer")), shelf.chroma
 
 
 @read("transformer of Qwen-Image alone", "qwen_image", ALONE)
@@ -311,7 +322,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
+        "give an SD, SDXL, SD3, FLUX, Chroma, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
     ),
 }
 BYTES = {
@@ -440,9 +451,8 @@ def _(shelf):
 
 
 NOT_YET = {
-    "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
     "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
-    "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
+    "PixArt-Sigma": ("PixArtSigmaPipeline", "diffusers cannot add LoRA adapters to its network, nor load them"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
     "SANA": ("SanaPipeline", "its autoencoder (DC-AE) and its linear attention have no ops here"),
 }
@@ -473,7 +483,7 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2", "chroma")
     return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
 
 
