@@ -21,7 +21,8 @@ class Guidance:
     embedded_scale: the input of a denoiser with distilled guidance (FLUX).
     rescale: phi of Lin et al. 2023; 0 turns it off.
     needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
-    keeps_norm: each patch of the guided prediction keeps the norm of that with the prompt, as in Qwen-Image.
+    keeps_norm: the parts, such as patches, in which the guided prediction keeps the norm of that with the prompt, as in
+        Qwen-Image; empty: none.
     norm_limit: the guided prediction of a picture has at most this many times the norm of that with the prompt, as in
         Z-Image; 0: no limit.
 
@@ -33,7 +34,7 @@ class Guidance:
     embedded_scale: Scale
     rescale: float
     needs_negative: bool
-    keeps_norm: bool = False
+    keeps_norm: str = ""
     norm_limit: float = 0.0
 
     @classmethod
@@ -44,7 +45,7 @@ class Guidance:
         rescale: Any,
         has_true_cfg: bool,
         unguided: float = 1.0,
-        keeps_norm: bool = False,
+        keeps_norm: str = "",
         norm_limit: Any = 0.0,
     ) -> Guidance:
         """From a sampler's arguments, and `has_true_cfg`, `unguided_scale` and `keeps_norm` of its model.
@@ -76,7 +77,9 @@ class Guidance:
         """The prediction [B, C, h, w] from those without and with the prompt [2 B, C, h, w], at this `cfg_scale`."""
         if self.norm_limit:
             return limited_guidance(y, scale, self.norm_limit)
-        return normed_guidance(y, scale) if self.keeps_norm else rescaled_guidance(y, scale, self.rescale)
+        if self.keeps_norm:
+            return normed_guidance(y, scale, self.keeps_norm)
+        return rescaled_guidance(y, scale, self.rescale)
 
     def is_on(self, has_negative: bool) -> bool:
         """Whether the denoiser runs with and without the prompt. has_negative: there is a negative prompt."""

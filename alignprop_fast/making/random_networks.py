@@ -115,6 +115,26 @@ def qwen3(width: int, num_layers: int = 3, causal_lm: bool = False) -> torch.nn.
     return Qwen3ForCausalLM(config) if causal_lm else Qwen3Model(config)
 
 
+def gemma2(width: int) -> torch.nn.Module:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
 def mistral3(width: int) -> torch.nn.Module:
     """Mistral 3 with 30 layers, of which FLUX.2-dev reads the 10th, 20th and 30th, and without use for its eyes."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration

@@ -27,6 +27,7 @@ from alignprop_fast.models.published import (
     CLIP_L,
     clip_text,
     denoiser_network,
+    gemma2_text,
     mistral3_text,
     qwen2_5_vl_text,
     qwen3_text,
@@ -228,6 +229,18 @@ def _qwen_image(name: str) -> Any:
     )
 
 
+def _lumina2(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Lumina2Pipeline")(
+        transformer=denoiser_network(name),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae_network(name),
+        text_encoder=gemma2_text(),
+        tokenizer=None,
+    )
+
+
 def _krea2(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -255,5 +268,6 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "flux2-dev": _flux2_dev,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
+    "lumina2": _lumina2,
 }
 NAMES = tuple(_BUILDERS)

@@ -25,8 +25,9 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Chroma, Z-Image, Qwen-Image or Krea 2), a .safetensors "
-        "file, a Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Chroma, Z-Image, Qwen-Image, Krea 2 or Lumina 2), a "
+        ".safetensors file, a Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps "
+        "without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -93,7 +94,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 35 for Chroma, 50 for others",
+        shown="the model's own: 4 or 8 for distilled ones, 28 to 35 for Krea 2, Lumina 2 and Chroma, 50 for others",
         at_least=1,
         changes_plan=True,
     )
@@ -103,7 +104,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2's others, 4.5 for Krea 2, else 5",
+        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2 and Lumina 2, 4.5 for Krea 2, else 5",
         at_least=0,
         at_most=100,
         changes_plan=True,

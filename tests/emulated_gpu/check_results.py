@@ -18,6 +18,7 @@ UNSIZED = (
     "Flux2KleinPipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
+    "Lumina2Pipeline",
 )  # whose default pictures are large for every model
 
 

@@ -32,14 +32,20 @@ def test_a_pipeline_that_counts_from_zero(scale, on):
 
 def test_each_patch_keeps_the_norm_of_the_prediction_with_the_prompt():
     y = torch.randn(4, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    guidance = Guidance.of(1.0, 3.0, 0.0, True, keeps_norm=True)
+    guidance = Guidance.of(1.0, 3.0, 0.0, True, keeps_norm="patches")
     guided, plain = guidance.guided(y, guidance.cfg_scale), Guidance.of(3.0, 1.0, 0.0, False).guided(y, 3.0)
     assert not guidance.is_linear
     for rows, columns in ((slice(0, 2), slice(2, 4)), (slice(2, 4), slice(4, 6))):
         (patch, own, linear) = (x[0, :, rows, columns] for x in (guided, y[2:], plain))
         assert torch.allclose(patch, linear * own.norm() / linear.norm(), rtol=1e-12)
     with pytest.raises(ValueError, match="leave guidance_rescale out"):
-        Guidance.of(1.0, 3.0, 0.5, True, keeps_norm=True)
+        Guidance.of(1.0, 3.0, 0.5, True, keeps_norm="patches")
+
+
+def test_each_row_keeps_the_norm_of_the_prediction_with_the_prompt():
+    y = torch.randn(4, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    guided, linear = Guidance.of(3.0, 1.0, 0.0, False, keeps_norm="rows").guided(y, 3.0), y[:2] + 3 * (y[2:] - y[:2])
+    assert torch.allclose(guided, linear * y[2:].norm(dim=-1, keepdim=True) / linear.norm(dim=-1, keepdim=True))
 
 
 def test_a_tensor_stays_one_where_it_learns():

@@ -38,9 +38,11 @@ def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
     assert sampling_of(TrainOptions(model=str(tiny_flux2_klein_folder))) == (50, 4.0)
 
 
-def test_chroma(tiny_chroma_folder):
+def test_chroma_and_lumina2(tiny_chroma_folder, tiny_lumina2_folder):
     for model in (tiny_chroma_folder, "chroma"):
         assert sampling_of(TrainOptions(model=str(model))) == (35, 5.0)
+    for model in (tiny_lumina2_folder, "lumina2"):
+        assert sampling_of(TrainOptions(model=str(model))) == (30, 4.0)
 
 
 def test_krea2(tiny_krea2_folder):

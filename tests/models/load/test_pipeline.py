@@ -58,7 +58,7 @@ def test_a_file_of_another_kind(copied):
     assert "not a .safetensors file" in _one_line(error)
 
 
-FLOWS = ("sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2", "chroma")
+FLOWS = ("sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2", "chroma", "lumina2")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
