@@ -28,6 +28,7 @@ from alignprop_fast.kernels.attention_tiles import (
     head_tiles,
     load_pair,
     row_dots,
+    row_numbers,
     rows_by_rows,
     rows_first,
     scaled_strides,
@@ -35,7 +36,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
-from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.launch import Prepared, cdiv
 
 # table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). These are the largest
 # blocks that spill no register and fit into shared memory: 99 KiB, or 227 KiB on Hopper.
@@ -349,62 +350,77 @@ def attention_backward_dk_dv_kernel(
     store_pair(dv_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse), as `attention.attention_forward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    align = common_alignment(q, k, v)
-    block_m, block_n, warps, stages = config(table(q), "forward", d)
-    launch(
-        *(attention_forward_kernel, (cdiv(m, block_m), b * h)),
-        *(q, k, v, o, lse, q if lengths is None else lengths, scale),
-        *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return o, lse
+class Forward:
+    """The forward pass on tensors of certain sizes and strides; arguments as of `attention.attention_forward`."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None = None
+    ):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(q, k, v)
+        block_m, block_n, warps, stages = config(table(q), "forward", d)
+        self._start = Prepared(
+            *(attention_forward_kernel, (cdiv(m, block_m), b * h), scale),
+            *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
+            *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o, lse)."""
+        o, lse = rows_first(q), row_numbers(q)
+        self._start(q, k, v, o, lse, q if lengths is None else lengths)
+        return o, lse
 
 
-def backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), as `attention.attention_backward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
-    delta = torch.empty_like(lse)
-    align = common_alignment(g, q, k, v, o)
-    strides = [scaled_strides(t, align) for t in (g, q, k, v, o)]
-    block_m, block_n, warps, stages = config(table(q), "dq", d)
-    launch(
-        *(attention_backward_dq_kernel, (cdiv(m, block_m), b * h)),
-        *(g, q, k, v, o, lse, dq, delta, q if lengths is None else lengths, scale),
-        *(stride for three in strides for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
-    launch(
-        *(attention_backward_dk_dv_kernel, (cdiv(n, block_n), b * h)),
-        *(g, q, k, v, lse, delta, dk, dv, q if lengths is None else lengths, scale),
-        *(stride for three in strides[:4] for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, lengths is not None, m % block_m != 0, block_m, block_n),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return dq, dk, dv
+class Backward:
+    """The backward pass on tensors of certain sizes and strides; arguments as of `attention.attention_backward`."""
+
+    def __init__(
+        self,
+        g: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        scale: float,
+        lengths: torch.Tensor | None = None,
+    ):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(g, q, k, v, o)
+        strides = [stride for t in (g, q, k, v, o) for stride in scaled_strides(t, align)]
+        sizes = (h, m, n, d, *head_tiles(d), align, lengths is not None)
+        block_m, block_n, warps, stages = config(table(q), "dq", d)
+        self._start_dq = Prepared(
+            *(attention_backward_dq_kernel, (cdiv(m, block_m), b * h), scale, *strides, *sizes, block_m, block_n),
+            num_warps=warps,
+            num_stages=stages,
+        )
+        block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
+        self._start_dk_dv = Prepared(
+            *(attention_backward_dk_dv_kernel, (cdiv(n, block_n), b * h), scale, *strides[:12], *sizes),
+            *(m % block_m != 0, block_m, block_n),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def __call__(
+        self,
+        g: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq, dk, dv)."""
+        dq, dk, dv, delta = rows_first(q), rows_first(k), rows_first(v), torch.empty_like(lse)
+        valid = q if lengths is None else lengths
+        self._start_dq(g, q, k, v, o, lse, dq, delta, valid)
+        self._start_dk_dv(g, q, k, v, lse, delta, dk, dv, valid)
+        return dq, dk, dv
 
 
 def table(q: torch.Tensor) -> str:

@@ -30,6 +30,7 @@ from alignprop_fast.kernels.attention_tiles import (
     common_alignment,
     head_tiles,
     load_pair,
+    row_numbers,
     rows_by_rows,
     rows_first,
     scaled_strides,
@@ -37,7 +38,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
-from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
+from alignprop_fast.kernels.launch import Prepared, cdiv, next_power_of_2
 
 MAX_KEYS = 128
 REDUCE_BLOCK = 512
@@ -280,61 +281,72 @@ def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
     return max(16, next_power_of_2(head_dim)), 0, n0, n1
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse), as `attention.attention_forward`. Call it only if `serves_forward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    align = common_alignment(q, k, v)
-    tiles = forward_tiles(d, n)
-    block_m, warps, stages = config("short_forward", tiles)
-    launch(
-        *(attention_short_forward_kernel, (cdiv(m, block_m), b * h)),
-        *(q, k, v, o, lse, scale),
-        *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, d, align, *tiles, block_m),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return o, lse
+class Forward:
+    """As `attention_general.Forward`, where `serves_forward`."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(q, k, v)
+        tiles = forward_tiles(d, n)
+        block_m, warps, stages = _served("short_forward", tiles)
+        self._start = Prepared(
+            *(attention_short_forward_kernel, (cdiv(m, block_m), b * h), scale),
+            *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
+            *(h, m, n, d, align, *tiles, block_m),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o, lse)."""
+        o, lse = rows_first(q), row_numbers(q)
+        self._start(q, k, v, o, lse)
+        return o, lse
 
 
-def backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), as `attention.attention_backward`, without o. Call it only if `serves_backward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    tiles = backward_tiles(d, n)
-    block_m, warps, stages = config("short_backward", tiles)
-    splits, per_split = split_queries(cdiv(m, block_m), b * h, _multiprocessors(q.device))
-    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
-    dk_parts, dv_parts = (torch.empty((splits, k.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
-    align = common_alignment(g, q, k, v)
-    launch(
-        *(attention_short_backward_kernel, (splits, b * h)),
-        *(g, q, k, v, lse, dq, dk_parts, dv_parts, scale),
-        *(stride for t in (g, q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, per_split, d, align, *tiles, block_m),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    launch(
-        *(attention_short_reduce_kernel, (cdiv(k.numel(), REDUCE_BLOCK),)),
-        dk_parts,
-        dv_parts,
-        dk,
-        dv,
-        k.numel(),
-        splits,
-        BLOCK=REDUCE_BLOCK,
-    )
-    return dq, dk, dv
+class Backward:
+    """As `attention_general.Backward`, where `serves_backward`. It does not read o."""
+
+    def __init__(self, g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(g, q, k, v)
+        tiles = backward_tiles(d, n)
+        block_m, warps, stages = _served("short_backward", tiles)
+        splits, per_split = split_queries(cdiv(m, block_m), b * h, _multiprocessors(q.device))
+        self._parts = splits, k.numel()
+        self._start = Prepared(
+            *(attention_short_backward_kernel, (splits, b * h), scale),
+            *(stride for t in (g, q, k, v) for stride in scaled_strides(t, align)),
+            *(h, m, n, per_split, d, align, *tiles, block_m),
+            num_warps=warps,
+            num_stages=stages,
+        )
+        programs = cdiv(k.numel(), REDUCE_BLOCK)
+        self._reduce = Prepared(attention_short_reduce_kernel, (programs,), k.numel(), splits, BLOCK=REDUCE_BLOCK)
+
+    def __call__(
+        self,
+        g: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq, dk, dv)."""
+        dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
+        dk_parts, dv_parts = (q.new_empty(self._parts, dtype=torch.float32) for _ in range(2))
+        self._start(g, q, k, v, lse, dq, dk_parts, dv_parts)
+        self._reduce(dk_parts, dv_parts, dk, dv)
+        return dq, dk, dv
+
+
+def _served(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """`config` of tiles that are served."""
+    found = config(kernel, tiles)
+    assert found is not None
+    return found
 
 
 def config(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int] | None:

@@ -175,7 +175,7 @@ def lora_add_kernel(
 
 def three(items: Sequence[Any]) -> Sequence[Any]:
     """Padded to three with the first, whose pointer is then never read."""
-    return items if len(items) == MAX_PROJECTIONS else [*items, *[items[0]] * (MAX_PROJECTIONS - len(items))]
+    return (*items, *items, *items)[:MAX_PROJECTIONS]
 
 
 def three_sizes(sizes: Sequence[int]) -> list[int]:
@@ -231,13 +231,18 @@ def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, 
     return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else config("few", dtype, block_r)
 
 
+def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, strides) of a contiguous tensor, from which torch makes one faster than from the shape alone."""
+    return shape, torch.empty(shape, device="meta").stride()
+
+
 class _Forward:
-    """Launches of the forward pass on inputs of certain sizes. has_bias: bit p says that y_p has one.
+    """Launches of the forward pass on inputs of certain sizes.
 
     Attributes:
         down: writes t, from (x, three A, t).
         product: writes each y, from (x, t, three W, three b, three B, three y).
-        t_shape, y_shapes: of the results.
+        t, ys: shape and strides of the results.
     """
 
     def __init__(
@@ -248,7 +253,7 @@ class _Forward:
         outs: tuple[int, ...],
         ranks: tuple[int, ...],
         scales: tuple[float, ...],
-        has_bias: int,
+        has_bias: tuple[bool, ...],
     ):
         *rows, n_in = shape
         n_tokens, columns = math.prod(rows), sum(ranks)
@@ -258,9 +263,9 @@ class _Forward:
         self.product = Prepared(
             lora_product_kernel, (programs,),
             *three([float(s) for s in scales]), n_tokens, n_in, x_stride, *three_sizes(outs), *three_sizes(ranks),
-            BIAS=has_bias, **blocks,
+            BIAS=sum([1 << p for p, has in enumerate(has_bias) if has]), **blocks,
         )  # fmt: skip
-        self.t_shape, self.y_shapes = (n_tokens, columns), [(*rows, n) for n in outs]
+        self.t, *self.ys = [_dense(s) for s in ((n_tokens, columns), *((*rows, n) for n in outs))]
 
 
 _forward = cache(_Forward)
@@ -280,9 +285,9 @@ def lora_linear_forward(
     """
     rows = rows_contiguous(x)
     outs, ranks = tuple([w.shape[0] for w in weights]), tuple([b.shape[1] for b in ups])
-    has_bias = sum([1 << p for p, bias in enumerate(biases) if bias is not None])
+    has_bias = tuple([bias is not None for bias in biases])
     plan = _forward(x.dtype, x.shape, rows.stride(-2), outs, ranks, scales, has_bias)
-    t, ys = x.new_empty(plan.t_shape), [x.new_empty(shape) for shape in plan.y_shapes]
+    t, ys = x.new_empty_strided(*plan.t), [x.new_empty_strided(*y) for y in plan.ys]
     plan.down(rows, *three(contiguous(downs)), t)
     given = three([x if bias is None else bias.contiguous() for bias in biases])
     plan.product(rows, t, *three(contiguous(weights)), *given, *three(contiguous(ups)), *three(ys))

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,13 +216,19 @@ def tiny_lumina2(tiny_lumina2_folder: Path):
     return _fresh(Lumina2Pipeline, tiny_lumina2_folder)
 
 
+_loaded: dict[Path, Any] = {}
+
+
 def _fresh(pipeline_class, folder: Path):
-    pipe = pipeline_class.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval()
-    return pipe
+    """A copy of the folder's pipeline, which takes a third of the time of loading it again."""
+    if folder not in _loaded:
+        pipe = pipeline_class.from_pretrained(folder, local_files_only=True)
+        pipe.set_progress_bar_config(disable=True)
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+        _loaded[folder] = pipe
+    return deepcopy(_loaded[folder])
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +285,11 @@ def files_up_to():
 
 
 @pytest.fixture
-def command(capsys, fresh_process):
-    """Runs a command in this process; returns exit code, stdout and stderr."""
+def command(capsys, fresh_process, monkeypatch):
+    """Runs a command in this process; returns exit code, stdout and stderr. A run draws two sample pictures."""
     from alignprop_fast.cli.app import main
+
+    monkeypatch.setattr("alignprop_fast.cli.session.SAMPLE_PICTURES", 2)
 
     def run(*arguments):
         capsys.readouterr()

@@ -78,14 +78,10 @@ class Question:
         if len(self.tables) < 2:
             return None
         (small, one), (large, two) = sorted(self.tables.items())
-        steps = range(self.num_steps - gate_count(self.truncation, self.num_steps)[0], self.num_steps)
-        try:
-            batch, _ = largest_batch(
-                lambda batch: scaled(one, two, small, large, batch), self.num_steps, steps, self.budget_bytes
-            )
-        except BudgetInfeasible:
-            return 0
-        return batch
+        grad_steps = gate_count(self.truncation, self.num_steps)[0]
+        return largest_batch(
+            lambda batch: scaled(one, two, small, large, batch), self.num_steps, grad_steps, self.budget_bytes
+        )
 
 
 def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Question:

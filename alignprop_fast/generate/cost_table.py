@@ -302,7 +302,7 @@ def _images(step: TrainingStep) -> torch.Tensor:
 def _fixed(step: TrainingStep) -> dict[str, int]:
     """Bytes that are taken during the whole training step under every plan."""
     trained = step.chain.parameters
-    device = step.model.device  # read once, because diffusers searches all modules for it
+    device = step.model.device
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
     copies_bytes = 0 if step.chain.copies is None else allocated_bytes(step.chain.copies.size_bytes, device)

@@ -25,6 +25,7 @@ class Guidance:
         Qwen-Image; empty: none.
     norm_limit: the guided prediction of a picture has at most this many times the norm of that with the prompt, as in
         Z-Image; 0: no limit.
+    until: guidance is off in steps at which a larger share of the noise is gone, as in Z-Image; 1: it is never off.
 
     A scale is a number, or a tensor of one number that requires a gradient.
     """
@@ -36,6 +37,7 @@ class Guidance:
     needs_negative: bool
     keeps_norm: str = ""
     norm_limit: float = 0.0
+    until: float = 1.0
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Guidance:
         unguided: float = 1.0,
         keeps_norm: str = "",
         norm_limit: Any = 0.0,
+        until: Any = 1.0,
     ) -> Guidance:
         """From a sampler's arguments, and `has_true_cfg`, `unguided_scale` and `keeps_norm` of its model.
 
@@ -61,7 +64,8 @@ class Guidance:
         norm_limit = plain_number("cfg_normalization", norm_limit)
         if norm_limit and rescale:
             raise ValueError("guidance_rescale and cfg_normalization both change the guided prediction: give one")
-        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm, norm_limit)
+        until = plain_number("cfg_truncation", until)
+        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm, norm_limit, until)
 
     @property
     def cfg_scale(self) -> Scale:
@@ -80,6 +84,13 @@ class Guidance:
         if self.keeps_norm:
             return normed_guidance(y, scale, self.keeps_norm)
         return rescaled_guidance(y, scale, self.rescale)
+
+    def reaches(self, timestep: float) -> bool:
+        """Whether a step at this timestep, 1000 (noise) to 0, is guided. In fp32, as in Z-Image's pipeline."""
+        if self.until >= 1:
+            return True
+        gone = (1000 - torch.tensor(timestep, dtype=torch.float32)) / 1000
+        return gone.item() <= self.until
 
     def is_on(self, has_negative: bool) -> bool:
         """Whether the denoiser runs with and without the prompt. has_negative: there is a negative prompt."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.models.casting import cast_weights
 from alignprop_fast.models.classes import diffusers_class
 from alignprop_fast.models.published import (
     CLIP_G,
@@ -87,6 +88,7 @@ def published_pipeline(name: str, dtype: torch.dtype = torch.bfloat16, device: s
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+                cast_weights(module, dtype)
     return pipe
 
 

@@ -7,8 +7,8 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
 import alignprop_fast.models.lean.flux  # noqa: F401  # enters this model's layers in the table of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch
 from alignprop_fast.models.flow_transformer import TokenAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PromptBatch
 from alignprop_fast.prompts.limits import TextReader
 
 T5_TOKENS = 512

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
 
 import alignprop_fast.models.lean.lumina2  # noqa: F401  # enters this model's layers in the tables of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch, padded
 from alignprop_fast.models.flow_transformer import FlowTransformerAdapter
 from alignprop_fast.models.lean.lumina2_network import run_network, turns
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PromptBatch, padded
 from alignprop_fast.models.schedules import dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 

@@ -8,7 +8,6 @@ mask of its own: attention does not depend on the order of keys, so the padded p
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def _backward(
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
-        o, lse = reuse_or_compute("attention", partial(_forward, q, k, v, scale, lengths))
+        o, lse = reuse_or_compute("attention", _forward, q, k, v, scale, lengths)
         ctx.save_for_backward(q, k, v, o, lse, lengths)
         ctx.scale = scale
         return o
@@ -89,7 +88,7 @@ class _AttentionOfParts(Function):
 
     @staticmethod
     def forward(ctx: Any, form: Form, scale: float, padding: Tensor | None, *tensors: Tensor) -> Tensor:
-        o, lse = reuse_or_compute("attention", partial(_forward_of_parts, form, scale, padding, tensors))
+        o, lse = reuse_or_compute("attention", _forward_of_parts, form, scale, padding, tensors)
         ctx.save_for_backward(o, lse, padding, *tensors)
         ctx.form, ctx.scale = form, scale
         return o
@@ -98,16 +97,29 @@ class _AttentionOfParts(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         o, lse, padding, *tensors = ctx.saved_tensors
-        q, k, v = (x.transpose(1, 2) for x in prepared(ctx.form, tensors))
-        grads = (x.transpose(1, 2) for x in _backward(g, q, k, v, o, lse, ctx.scale, padding))
-        return None, None, None, *gradients(ctx.form, tensors, *grads)
+        q, k, v = prepared(ctx.form, tensors)
+        grads = _backward(g, *_heads_first(q, k, v), o, lse, ctx.scale, padding)
+        dq, dk, dv = (_shared_by(x, t.shape[2]).transpose(1, 2) for x, t in zip(grads, (q, k, v), strict=True))
+        return None, None, None, *gradients(ctx.form, tensors, dq, dk, dv)
 
 
 def _forward_of_parts(
     form: Form, scale: float, padding: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    q, k, v = (x.transpose(1, 2) for x in prepared(form, tensors))
-    return _forward(q, k, v, scale, padding)
+    return _forward(*_heads_first(*prepared(form, tensors)), scale, padding)
+
+
+def _heads_first(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, S, D] each. Keys and values that several heads of q share are repeated for each of them."""
+    sharing = q_BSHD.shape[2] // k_BSGD.shape[2]
+    if sharing > 1:
+        k_BSGD, v_BSGD = (x.repeat_interleave(sharing, dim=2) for x in (k_BSGD, v_BSGD))
+    return q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
+
+
+def _shared_by(g_BHSD: Tensor, heads: int) -> Tensor:
+    """The gradient of that many heads, from those of all heads that share them."""
+    return g_BHSD if g_BHSD.shape[1] == heads else g_BHSD.unflatten(1, (heads, -1)).sum(2)
 
 
 def attention_of_parts(

@@ -6,7 +6,6 @@ process, with one line, and the plain path takes over (`ops.switched_off`).
 """
 
 from collections.abc import Callable
-from functools import wraps
 from importlib.util import find_spec
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -89,12 +88,11 @@ class Function(torch.autograd.Function):
     """An op's autograd function, with a shorter way in.
 
     PyTorch's `apply` first searches the arguments for what functorch's transforms left in them, which takes as long as
-    an aten operator. These ops serve no such transform. torch.compile knows `apply` by its name and never runs it.
+    an aten operator. These ops serve no such transform, so this is the one behind it. torch.compile knows `apply` by
+    its name and never runs it.
     """
 
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+    apply = torch._C._FunctionBase.__dict__["apply"]
 
 
 class Launch(Generic[Arguments, Result]):
@@ -107,9 +105,9 @@ class Launch(Generic[Arguments, Result]):
 
     Args:
         op: its name in `switched_off`.
-        kernel: launches the kernels; its annotations are the operator's.
+        kernel: launches the kernels. Of several results, those that a call does not have are None.
         plain: takes over if the kernels fail (`attempt`).
-        fake: the result for fake tensors.
+        fake: the results for fake tensors, empty tensors instead of None; its annotations are the operator's.
     """
 
     def __init__(
@@ -118,14 +116,12 @@ class Launch(Generic[Arguments, Result]):
         op: str,
         kernel: Callable[Arguments, Result],
         plain: Callable[Arguments, Result],
-        fake: Callable[Arguments, Result],
+        fake: Callable[Arguments, Any],
     ):
-        @wraps(kernel)
-        def direct(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-            return attempt(f"{op}.triton", kernel, plain, *arguments, **keywords)
-
         self._name, self._kernel, self._plain = f"{op}.triton", kernel, plain
-        self.operator: Any = torch.library.custom_op(f"alignprop_fast::{name}", direct, mutates_args=())
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        name = f"alignprop_fast::{name}"
+        self.operator: Any = torch.library.custom_op(name, self._filled, mutates_args=(), schema=schema)
         self.operator.register_fake(fake)
 
     def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
@@ -133,6 +129,13 @@ class Launch(Generic[Arguments, Result]):
         if is_traced(first[0] if isinstance(first, list) else first):
             return self.operator(*arguments, **keywords)
         return attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
+
+    def _filled(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Any:
+        """As the operator, whose results are all tensors."""
+        results = attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(results[0].new_empty(0) if result is None else result for result in results)
 
 
 def _is_capturing() -> bool:

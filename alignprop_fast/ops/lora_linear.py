@@ -12,7 +12,6 @@ whichever measured faster (`ops.autotune`).
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class _LoraLinear(Function):
         if learns:
             ctx.save_for_backward(x, *tensors)
         ctx.scales = tuple([layer.scale for layer in layers])
-        return reuse_or_compute(keep, partial(_outputs, x, layers) if known is None else partial(_again, known))
+        return reuse_or_compute(keep, _outputs, x, layers, known)
 
     @staticmethod
     @once_differentiable
@@ -74,16 +73,13 @@ def _count_partial_sums(x: Tensor, layers: Sequence[Layer]) -> None:
         torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
 
 
-def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+def _outputs(x: Tensor, layers: Sequence[Layer], known: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    if known is not None:  # as new tensors, because other calls return the same ones
+        return tuple(y.detach() for y in known)
     name = chosen("forward", x, layers)
     if name == "plain":
         return plain_outputs(x, layers)
     return attempt(fused.NAME, fused.FORWARDS[name], plain_outputs, x, layers)
-
-
-def _again(known: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Known results as new tensors, because other calls return the same ones."""
-    return tuple(y.detach() for y in known)
 
 
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
@@ -112,7 +108,7 @@ def lora_linears(
         return rounded_outputs(x, layers)
     exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
     if not torch.is_grad_enabled():
-        return _outputs(x, exact)
+        return _outputs(x, exact, known)
     tensors = [tensor for layer in exact for tensor in layer[:4]]
     return _LoraLinear.apply(x, exact, keep, known, *tensors)
 

@@ -5,6 +5,7 @@ resident steps answers every budget. Replays have their own frontier. Small tabl
 of all segments of all resident steps. In large tables the frontier of one step is repeated.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from alignprop_fast.planner.block_option import Options
 from alignprop_fast.planner.cuda_graphs import GraphUse
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
 from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.repeat import repeated
+from alignprop_fast.planner.repeat import Repeated
 from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier
 
@@ -56,30 +57,35 @@ class Curves:
         # Alive beside a step's own worst moment: the images, the sums of the gradients, and offloaded tensors in
         # transfer.
         self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
-        self.replay = chain(table.step, Frontier.start(0, price), REPLAY_LABELS, self.above)
         self.tail = replace(tail_frontier(table), price=price)
-        self.step: Frontier | None = None  # labels of one resident step, if its frontier is repeated
+        self._resident: dict[int, Frontier] = {}
 
     @cached_property
-    def resident(self) -> list[Frontier]:
-        """The frontiers of 0, 1, ... resident steps with decoder and reward."""
-        exact = self._exact(self.most_grad_steps)
-        return self._repeated(self.most_grad_steps) if exact is None else exact
+    def replay(self) -> Frontier:
+        return chain(self.table.step, Frontier.start(0, self.price), REPLAY_LABELS, self.above)
 
+    def resident(self, count: int) -> Frontier:
+        """The frontier of this many resident steps with decoder and reward."""
+        if count not in self._resident:
+            self._resident[count] = self._repeated(count) if self._exact is None else self._exact[count]
+        return self._resident[count]
+
+    @cached_property
     def _tails(self) -> tuple[Frontier, Frontier]:
         """The tail beside a step without gradient, and the tail alone, for the case that every step is resident."""
         alone = self.tail.indexed()
         return alone.at_least(max(self.table.sampling_bytes, self.table.closed[0])), alone
 
-    def _exact(self, most_grad_steps: int) -> list[Frontier] | None:
+    @cached_property
+    def _exact(self) -> list[Frontier] | None:
         """For each number of resident steps, all segments in one chain; None if there are too many labels."""
-        if most_grad_steps * len(self.table.step) > EXACT_SEGMENTS:
+        if self.most_grad_steps * len(self.table.step) > EXACT_SEGMENTS:
             return None
-        with_sampling, alone = self._tails()
-        frontiers = self._in_one_chain(with_sampling, min(most_grad_steps, self.num_steps - 1))
-        if most_grad_steps == self.num_steps:
+        with_sampling, alone = self._tails
+        frontiers = self._in_one_chain(with_sampling, min(self.most_grad_steps, self.num_steps - 1))
+        if self.most_grad_steps == self.num_steps:
             frontiers += self._in_one_chain(alone, self.num_steps)[self.num_steps :]
-        return frontiers if len(frontiers) == most_grad_steps + 1 else None
+        return frontiers if len(frontiers) == self.most_grad_steps + 1 else None
 
     def _in_one_chain(self, tail: Frontier, most_resident: int) -> list[Frontier]:
         """Frontiers with 0, 1, ... resident steps in front of the tail; stops at too many labels."""
@@ -92,24 +98,34 @@ class Curves:
             frontiers.append(tail)
         return frontiers
 
-    def _repeated(self, most_grad_steps: int) -> list[Frontier]:
-        """The same from one step's frontier. Decisions: lower and upper label of the hull, how often, free label, tail.
+    @cached_property
+    def _steps(self) -> Repeated:
+        """Copies of a resident step, if its frontier is repeated.
 
         If a step's own worst moment exceeds the need of what follows, the bytes it adds depend on that need. The most
         that it can add is assumed, which is what it adds to the leanest tail.
         """
-        rest, alone = (tail.pareto(TAIL_LABELS) for tail in self._tails())
-        least = int(min(rest.need[0], alone.need[0]))
+        least = int(min(tail.need[0] for tail in self._tails))
         step = chain(self.table.step, Frontier.start(least, self.price), STEP_LABELS, self.above)
-        self.step = replace(step, need=step.need - least)
-        frontiers = [alone if self.num_steps == 0 else rest]
-        for resident, steps in enumerate(repeated(self.step, most_grad_steps), start=1):
-            tail = alone if resident == self.num_steps else rest
-            frontiers.append(together(steps, tail, steps.need[:, None] + tail.need, STEP_LABELS))
-        return frontiers
+        return Repeated(replace(step, need=step.need - least))
 
-    def most_host_bytes(self) -> int:
-        return max(int(frontier.host.max()) for frontier in [self.replay, *self.resident])
+    def _repeated(self, count: int) -> Frontier:
+        """Decisions: lower and upper label of the hull, how often, free label, tail."""
+        rest, alone = self._tails
+        tail = (alone if count == self.num_steps else rest).pareto(TAIL_LABELS)
+        if count == 0:
+            return tail
+        steps = self._steps.frontier(count)
+        return together(steps, tail, steps.need[:, None] + tail.need, STEP_LABELS)
+
+    def exceed_host_limit(self) -> bool:
+        """Whether the host limit excludes some of the plans."""
+        limit = self.table.host_limit_bytes
+        step_bytes = sum(max(option.host_bytes for option in segment.options) for segment in self.table.step)
+        if limit is None or max(self.most_grad_steps, 1) * step_bytes + self.tail.host.max() <= limit:
+            return False
+        counts = range(self.most_grad_steps, -1, -1)  # the most bytes first
+        return any(self.resident(count).host.max() > limit for count in counts) or self.replay.host.max() > limit
 
     def _allowed(self, frontier: Frontier, room: float) -> np.ndarray:
         """Rows that fit the room and the host limit, each faster than those before."""
@@ -129,12 +145,13 @@ class Curves:
         found = []
         for resident in range(grad_steps + 1):
             replayed = grad_steps - resident
-            rows = self._allowed(self.resident[resident], room)
+            frontier = self.resident(resident)
+            rows = self._allowed(frontier, room)
             if len(rows) == 0 or (replayed and len(replays) == 0):
                 continue
             row, replay_row = int(rows[-1]), int(replays[-1]) if replayed else -1
-            seconds = float(self.resident[resident].seconds[row]) + self._sampling_seconds(grad_steps, resident, use)
-            need = int(self.resident[resident].need[row])
+            seconds = float(frontier.seconds[row]) + self._sampling_seconds(grad_steps, resident, use)
+            need = int(frontier.need[row])
             if replayed:
                 seconds += replayed * float(self.replay.seconds[replay_row])
                 need = max(need, int(self.replay.need[replay_row]))
@@ -152,7 +169,8 @@ class Curves:
         pools = np.array([self.table.pool_bytes(use, int(need) - above) for need in replay.need])
         found = []
         for resident in range(grad_steps):
-            frontier, rows = self.resident[resident], self._allowed(self.resident[resident], np.inf)
+            frontier = self.resident(resident)
+            rows = self._allowed(frontier, np.inf)
             fits = np.searchsorted(frontier.need[rows], room - pools, side="right") - 1
             possible = np.flatnonzero((fits >= 0) & (pools + above <= room))
             if len(possible) == 0:
@@ -180,26 +198,33 @@ class Curves:
         first, closed = self.table.sampling_seconds_of(use), self.table.closed_seconds_of(use)
         return (grad_steps - resident) * first + (self.num_steps - grad_steps) * closed
 
-    def least_need(self, grad_steps: int) -> int | None:
-        """The least room that has a candidate; None if the host limit excludes all.
+    def leanest_bytes(self, grad_steps: int) -> int:
+        """No candidate needs less room than this."""
+        replay = chain(self.table.step if grad_steps else (), Frontier.start(), 2, self.above)
+        return int(max(replay.need[0], self.tail.need[0]))
 
-        A resident step needs no less than a replay. But if all steps are resident, none runs without gradient.
+    def fits(self, grad_steps: int, room: int) -> bool:
+        """Whether there is a candidate within the room."""
+        return self.leanest_bytes(grad_steps) <= room and any(need <= room for need in self.least_needs(grad_steps))
+
+    def least_needs(self, grad_steps: int) -> Iterator[int]:
+        """The least room that has a candidate with a replay, and one with resident steps alone if all carry gradient.
+
+        A resident step needs no less than a replay. But if all steps are resident, none runs without gradient. A way
+        that the host limit excludes is left out.
         """
-        replays = self._allowed(self.replay, np.inf)
-        ways = [(self._tails()[0], grad_steps > 0)]
+        tail = self._tails[0]
+        rows, replays = self._allowed(tail, np.inf), self._allowed(self.replay, np.inf)
+        if len(rows) and (len(replays) or not grad_steps):
+            yield int(max(tail.need[rows[0]], self.replay.need[replays[0]] if grad_steps else 0))
         if grad_steps == self.num_steps:
-            ways.append((self.resident[grad_steps], False))
-        needs = []
-        for frontier, replayed in ways:
-            rows = self._allowed(frontier, np.inf)
-            if len(rows) and (len(replays) or not replayed):
-                needs.append(int(max(frontier.need[rows[0]], self.replay.need[replays[0]] if replayed else 0)))
-        return min(needs, default=None)
+            resident = self.resident(grad_steps)
+            yield from map(int, resident.need[self._allowed(resident, np.inf)[:1]])
 
     def plan(self, steps: tuple[int, ...], candidate: Candidate) -> Plan:
         replayed = len(steps) - candidate.resident
         replays = self.recorded if candidate.use.replays else self
-        picks = self.resident[candidate.resident].picks[candidate.row]
+        picks = self.resident(candidate.resident).picks[candidate.row]
         decoder, reward = tail_choices(self.table, self.tail.picks[picks[-1]])
         return Plan(
             self.num_steps,
@@ -210,18 +235,18 @@ class Curves:
             graphs=candidate.use,
             decoder=decoder,
             reward=reward,
-            exact=not (self.resident[candidate.resident].thinned or self.replay.thinned or self.step is not None),
+            exact=not (self.resident(candidate.resident).thinned or self.replay.thinned or self._exact is None),
         )
 
     def _resident_options(self, resident: int, picks: np.ndarray) -> list[Options]:
-        if self.step is None:
+        if self._exact is not None:
             width = len(self.table.step)
             return [self._options(picks[width * step : width * (step + 1)]) for step in range(resident)]
         if resident == 0:
             return []
         lower, upper, times, free = (int(pick) for pick in picks[:4])
         rows = [lower] * (resident - 1 - times) + [upper] * times + [free]
-        return [self._options(self.step.picks[row]) for row in rows]
+        return [self._options(self._steps.step.picks[row]) for row in rows]
 
     def _options(self, picks: np.ndarray) -> Options:
         return {s.name: s.options[pick].name for s, pick in zip(self.table.step, picks, strict=True)}

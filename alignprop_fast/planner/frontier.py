@@ -65,10 +65,10 @@ class Frontier:
 
     def pareto(self, most: int) -> "Frontier":
         """At most the given number of labels that no other beats."""
-        return self.rows(*_best(self.need, self.cost, most))
+        return self.rows(*best(self.need, self.cost, most))
 
 
-def _best(need: np.ndarray, cost: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
+def best(need: np.ndarray, cost: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
     """Rows of the labels that no other beats, in ascending need, and whether some of them were dropped.
 
     If there are more than `most`, labels at even distances along the frontier are kept. The choice does not depend on a
@@ -100,7 +100,7 @@ def in_front(segment: Segment, rest: Frontier, most: int, above: int = 0) -> Fro
     need = (kept + np.maximum(transient, rest.need)).ravel()
     seconds = (np.array([option.seconds for option in options])[:, None] + rest.seconds).ravel()
     host = (np.array([option.host_bytes for option in options], np.int64)[:, None] + rest.host).ravel()
-    rows, thinned = _best(need, seconds + rest.price * host, most)
+    rows, thinned = best(need, seconds + rest.price * host, most)
     chosen, after = np.divmod(rows, len(rest))
     picks = np.hstack((chosen.astype(np.int16)[:, None], rest.picks[after]))
     return Frontier(need[rows], seconds[rows], host[rows], picks, rest.thinned or thinned, rest.price)
@@ -118,7 +118,7 @@ def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> 
     need = need.ravel()
     seconds = (first.seconds[:, None] + second.seconds).ravel()
     host = (first.host[:, None] + second.host).ravel()
-    rows, thinned = _best(need, seconds + first.price * host, most)
+    rows, thinned = best(need, seconds + first.price * host, most)
     one, two = np.divmod(rows, len(second))
     picks = np.hstack((first.picks[one], second.picks[two]))
     thinned = first.thinned or second.thinned or thinned

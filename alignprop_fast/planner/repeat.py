@@ -5,11 +5,9 @@ some at the next one. So R - 1 steps take two neighbouring vertices. One free st
 remaining bytes. The sums that are tried depend only on the frontier, not on a budget.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from alignprop_fast.planner.frontier import Frontier
+from alignprop_fast.planner.frontier import Frontier, best
 
 MOST_LABELS = 512
 
@@ -29,26 +27,31 @@ def hull(frontier: Frontier) -> np.ndarray:
     return np.array(rows)
 
 
-def repeated(step: Frontier, most_steps: int) -> Iterator[Frontier]:
-    """Frontiers of 1, 2, ... most_steps copies of a step; their needs add up.
+class Repeated:
+    """Frontiers of copies of a step, whose needs add up."""
 
-    Decisions are rows of `step`: lower vertex, upper vertex, how many copies take the upper one, free label.
-    """
-    vertices = hull(step)
-    lower_list, upper_list, free_list = [], [], []
-    for index in range(max(len(vertices) - 1, 1)):
-        window = vertices[max(index - 1, 0)], vertices[min(index + 2, len(vertices) - 1)]
-        free = np.arange(window[0], window[1] + 1)
-        free_list.append(free)
-        lower_list.append(np.full(len(free), vertices[index]))
-        upper_list.append(np.full(len(free), vertices[min(index + 1, len(vertices) - 1)]))
-    lower, upper, free = (np.concatenate(rows) for rows in (lower_list, upper_list, free_list))
-    for copies in range(1, most_steps + 1):
-        times = np.arange(copies)[:, None]
+    def __init__(self, step: Frontier):
+        self.step = step
+        vertices = hull(step)
+        lower, upper, free = [], [], []
+        for index in range(max(len(vertices) - 1, 1)):
+            window = vertices[max(index - 1, 0)], vertices[min(index + 2, len(vertices) - 1)]
+            free.append(np.arange(window[0], window[1] + 1))
+            lower.append(np.full(len(free[-1]), vertices[index]))
+            upper.append(np.full(len(free[-1]), vertices[min(index + 1, len(vertices) - 1)]))
+        self._lower, self._upper, self._free = (np.concatenate(rows) for rows in (lower, upper, free))
+
+    def frontier(self, copies: int) -> Frontier:
+        """The frontier of this many copies, at least one.
+
+        Decisions are rows of the step: lower vertex, upper vertex, how many copies take the upper one, free label.
+        """
+        lower, upper, free, times = self._lower, self._upper, self._free, np.arange(copies)[:, None]
         need, seconds, host = (
             ((copies - 1 - times) * values[lower] + times * values[upper] + values[free]).ravel()
-            for values in (step.need, step.seconds, step.host)
+            for values in (self.step.need, self.step.seconds, self.step.host)
         )
-        picks = [np.broadcast_to(rows, (copies, len(free))).ravel() for rows in (lower, upper, times, free)]
-        labels = Frontier(need, seconds, host, np.stack(picks, axis=1).astype(np.int16), step.thinned, step.price)
-        yield labels.pareto(MOST_LABELS)
+        rows, thinned = best(need, seconds + self.step.price * host, MOST_LABELS)
+        chosen, which = np.divmod(rows, len(free))
+        picks = np.stack((lower[which], upper[which], chosen, free[which]), axis=1).astype(np.int16)
+        return Frontier(need[rows], seconds[rows], host[rows], picks, self.step.thinned or thinned, self.step.price)

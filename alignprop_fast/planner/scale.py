@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from alignprop_fast.planner.cuda_graphs import GraphCosts
-from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.solve import Solver, solve
+from alignprop_fast.planner.solve import Solver
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 MOST_BATCH = 1024
@@ -134,24 +133,21 @@ def scaled(table_1: CostTable, table_2: CostTable, batch_1: int, batch_2: int, b
 
 
 def largest_batch(
-    table_of_batch: Callable[[int], CostTable], num_steps: int, grad_steps: Sequence[int], budget_bytes: int
-) -> tuple[int, Plan]:
-    """The largest batch size (at most 1024) that has a plan within the budget, and that plan.
+    table_of_batch: Callable[[int], CostTable], num_steps: int, grad_steps: int, budget_bytes: int
+) -> int:
+    """The largest batch size (at most 1024) that has a plan within the budget; 0 if not even one image fits.
 
     The search doubles the size and then bisects.
 
     Args:
         table_of_batch: the cost table at a batch size; its bytes must not fall as the batch grows.
-
-    Raises:
-        BudgetInfeasible: not even one image fits.
+        grad_steps: number of gradient steps.
     """
-
     fits, fails = 0, MOST_BATCH + 1
     while fails - fits > 1:
         batch = max(1, fits * 2) if fails > MOST_BATCH and fits * 2 <= MOST_BATCH else (fits + fails) // 2
-        if Solver(table_of_batch(batch), num_steps, len(grad_steps)).fits(len(grad_steps), budget_bytes):
+        if Solver(table_of_batch(batch), num_steps, grad_steps).fits(grad_steps, budget_bytes):
             fits = batch
         else:
             fails = batch
-    return fits, solve(table_of_batch(max(1, fits)), num_steps, grad_steps, budget_bytes)
+    return fits

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -70,8 +71,13 @@ class Solver:
     def fits(self, grad_steps: int, budget_bytes: int) -> bool:
         """Whether any plan for this number of gradient steps keeps the budget. Faster than `plan`."""
         room = budget_bytes - self.table.base_bytes(grad_steps)
-        needs = (curves.least_need(grad_steps) for curves in self._made(self._most(grad_steps)))
-        return any(need is not None and need <= room for need in needs)
+        made = self._made(self._most(grad_steps))
+        free = next(made)
+        if free.fits(grad_steps, room):
+            return True
+        # Those with a price have its leanest options.
+        others = made if free.leanest_bytes(grad_steps) <= room else islice(made, 1)
+        return any(curves.fits(grad_steps, room) for curves in others)
 
     def curves(self, grad_steps: int) -> list[Curves]:
         """Frontiers for this number of gradient steps: with offloading and, if the host limit may exclude it, without
@@ -88,12 +94,11 @@ class Solver:
     def _made(self, most: int) -> Iterator[Curves]:
         free = Curves(self.table, self.num_steps, most)
         yield free
-        limit = self.table.host_limit_bytes
-        is_limited = limit is not None and free.most_host_bytes() > limit
-        if (is_limited or self.table.transfer_bytes) and (plain := _without_offload(self.table)) is not None:
+        plain = _without_offload(self.table)
+        if plain is not None and (self.table.transfer_bytes or free.exceed_host_limit()):
             free.recorded = Curves(plain, self.num_steps, most)
             yield free.recorded
-        for byte_seconds in _host_prices(self.table) if is_limited else []:
+        for byte_seconds in _host_prices(self.table) if free.exceed_host_limit() else []:
             priced = Curves(self.table, self.num_steps, most, byte_seconds)
             priced.recorded = free.recorded
             yield priced
@@ -115,7 +120,7 @@ class Solver:
 
     def _smallest(self, steps: tuple[int, ...]) -> Plan:
         """The leanest plan."""
-        needs = [need for curves in self.curves(len(steps)) if (need := curves.least_need(len(steps))) is not None]
+        needs = [need for curves in self.curves(len(steps)) for need in curves.least_needs(len(steps))]
         if not needs:
             raise ValueError("the cost table's host limit leaves no plan: raise it, or add options without offload")
         plan = self._fastest(steps, self.table.base_bytes(len(steps)) + min(needs))

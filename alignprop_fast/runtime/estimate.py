@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from alignprop_fast.runtime.measure import tensors_in
+from alignprop_fast.runtime.meta_results import tensors_in
 from alignprop_fast.runtime.trace import Operator
 
 aten = torch.ops.aten

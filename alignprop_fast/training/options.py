@@ -238,6 +238,9 @@ class TrainOptions(TrainerOptions, WatchOptions, InputOptions):
 
     output_dir: str = like(TrainerOptions, "output_dir", "alignprop-output")
     truncation: str = like(TrainerOptions, "truncation", "auto")
+    true_cfg_scale: float | None = like(  # type: ignore[assignment]
+        TrainerOptions, "true_cfg_scale", None, shown="the model's own: 4 for Qwen-Image, 1 for FLUX.1"
+    )
     save_every: int = option(
         10, "Optimizer steps between checkpoints; the last 5 are kept.", Panel.OUTPUT, field="save_freq", at_least=1
     )

@@ -14,7 +14,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu")
+from .quick import PROMPTS
+
+TINY = ("--num-inference-steps", "2", "--batch-size", "2", "--device", "cpu", *PROMPTS)
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA = "kohya_lora_weights.safetensors"
 
@@ -109,7 +111,7 @@ def test_a_run_leaves_what_it_promises(command, tiny_sd, tiny_sd_folder, tmp_pat
     assert metadata["alignprop_base_model"] == tiny_sd_folder.name and str(tmp_path) not in str(metadata)
     # `sample` with those adapters draws exactly the pictures of the last step.
     code, _, err = command(
-        *("sample", "--model", tiny_sd_folder, "--lora", out, "--prompts", "demo", "--output-dir", tmp_path / "s"),
+        *("sample", "--model", tiny_sd_folder, "--lora", out, *PROMPTS, "--output-dir", tmp_path / "s"),
         *("--batch-size", 3, "--num-inference-steps", 2, "--device", "cpu"),
     )
     assert (code, err) == (0, "")
@@ -174,12 +176,12 @@ def test_yaml_and_command_line_combine(command, tiny_sd_folder, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"model: {tiny_sd_folder}\nreward: colorfulness\nsteps: 9\nnum_inference_steps: 2\nlearning_rate: 1e-4\n"
-        f"batch_size: 2\noutput_dir: {tmp_path / 'out'}\ntruncation: last:1\nmemory_budget: 8GiB\nseed:\n"
+        f"batch_size: 2\noutput_dir: {tmp_path / 'out'}\ntruncation: last:1\nmemory_budget: none\nseed:\n"
     )
     code, _, err = command("train", "--config", file, "--steps", 1)
     assert (code, err) == (0, "")
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    expected = {"steps": 1, "learning_rate": 1e-4, "truncation": "last:1", "memory_budget": "8GiB", "seed": 0}
+    expected = {"steps": 1, "learning_rate": 1e-4, "truncation": "last:1", "memory_budget": "none", "seed": 0}
     assert {name: config[name] for name in expected} == expected
     assert records(tmp_path / "out")[0]["gradient_steps"] == 1
 
@@ -350,10 +352,10 @@ def test_sample_overwrites_nothing(command, tmp_path, tiny_sd_folder):
 
 NAN_REWARD = """
 def score(images, prompts, metadata):
-    # One call checks the reward, four are for the pictures before training; NaN from the second step on.
+    # One call checks the reward, one is for the pictures before training; NaN from the second step on.
     score.calls += 1
     scores = images.mean(dim=(1, 2, 3))
-    return scores * (float("nan") if score.calls > 6 else 1.0), {}
+    return scores * (float("nan") if score.calls > 3 else 1.0), {}
 score.calls = 0
 """
 
@@ -494,7 +496,7 @@ def test_a_schedule_an_average_and_clipping_resume_exactly(command, tiny_sd_fold
     assert command("train", *middle, "--output-dir", out)[0] == 0
     assert {name: (out / name).read_bytes() for name in names} == first and without_times(out) == before
     # The pictures were drawn with the average.
-    draw = ("sample", "--model", tiny_sd_folder, "--num-inference-steps", 2, "--batch-size", 3, "--device", "cpu")
+    draw = ("sample", "--model", tiny_sd_folder, *TINY)
     assert command(*draw, "--lora", out / "ema", "--output-dir", tmp_path / "s")[0] == 0
     drawn = next((tmp_path / "s").glob("000_*_seed0.png"))
     assert drawn.read_bytes() == (out / "samples" / "step_0004" / "00.png").read_bytes()

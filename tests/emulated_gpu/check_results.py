@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.runtime import run_chain
 
 pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
@@ -16,6 +17,7 @@ UNSIZED = (
     "ChromaPipeline",
     "ZImagePipeline",
     "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
     "Lumina2Pipeline",
@@ -33,27 +35,29 @@ def run(pipe, budget):
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget=budget, **size)
     images = sampler(PROMPTS, None, torch.Generator().manual_seed(3), grad_steps=[1, 3])
     (images * torch.linspace(0, 1, 16, device=images.device)).mean().backward()
-    grads = [p.grad for p in sampler.model.trainable()]
+    trained = sampler.model.trainable()
+    grads = [p.grad for p in trained]
     assert all(g is not None and g.device == images.device for g in grads)
-    return images.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu(), sampler
+    for parameter in trained:
+        parameter.grad = None
+    return images.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu(), sampler.plan
 
 
-# A budget that keeps everything, one that runs everything again, and no budget.
-@pytest.mark.parametrize("budget", ["10GiB", "least", None])
-def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
+def test_images_and_gradients_are_those_of_the_cpu(pipes):
+    """With a budget that keeps everything, one that runs everything again, and no budget."""
     on_cpu, on_gpu = pipes
-    if budget == "least":
-        from alignprop_fast.planner import BudgetInfeasible
-
+    images, grads, _ = run(on_cpu, None)
+    budgets: list = [None]
+    if type(on_gpu).__name__ != "Flux2Pipeline":  # its blocks are klein's, and measuring them takes half a minute
         with pytest.raises(BudgetInfeasible) as error:
             run(on_gpu, 1)
-        budget = error.value.smallest_bytes
-    images, grads, _ = run(on_cpu, None)
-    ours, our_grads, sampler = run(on_gpu, budget)
-    # fp32 on both; attention and norms sum in another order.
-    assert (images - ours).abs().max() <= 1e-5
-    assert (grads - our_grads).abs().max() <= 1e-4 * grads.abs().max()
-    assert budget is None or sampler.plan.peak_bytes <= 10 * 2**30
+        budgets += ["10GiB", error.value.smallest_bytes]
+    for budget in budgets:
+        ours, our_grads, plan = run(on_gpu, budget)
+        # fp32 on both; attention and norms sum in another order.
+        assert (images - ours).abs().max() <= 1e-5, budget
+        assert (grads - our_grads).abs().max() <= 1e-4 * grads.abs().max(), budget
+        assert budget is None or plan.peak_bytes <= 10 * 2**30
 
 
 def test_no_step_waits_for_the_device(pipes, emulated):

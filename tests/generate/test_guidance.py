@@ -48,6 +48,13 @@ def test_each_row_keeps_the_norm_of_the_prediction_with_the_prompt():
     assert torch.allclose(guided, linear * y[2:].norm(dim=-1, keepdim=True) / linear.norm(dim=-1, keepdim=True))
 
 
+def test_guidance_ends_where_z_image_ends_it():
+    """In fp32, where (1000 - 700) / 1000 is above 0.3."""
+    guidance = Guidance.of(3.0, 1.0, 0.0, False, until=0.3)
+    assert [guidance.reaches(timestep) for timestep in (1000.0, 701.0, 700.0)] == [True, True, False]
+    assert Guidance.of(3.0, 1.0, 0.0, False).reaches(0.0)
+
+
 def test_a_tensor_stays_one_where_it_learns():
     learns = torch.tensor(3.0, requires_grad=True)
     assert Guidance.of(learns, 1.0, 0.0, False).cfg_scale is learns

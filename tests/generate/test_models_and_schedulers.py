@@ -174,18 +174,22 @@ def test_z_image(tiny_z_image, scale, negative, grad_steps):
     check(pipe, theirs, sampler(PROMPTS, negative and list(negative), torch.Generator().manual_seed(1), plan=plan))
 
 
-@pytest.mark.parametrize("limit", [0.5, 1.0])
-def test_z_image_with_a_limit_of_the_norm(tiny_z_image, limit):
+@pytest.mark.parametrize(
+    "limits", [{"cfg_normalization": 0.5}, {"cfg_truncation": 0.1}, {"cfg_normalization": 1.0, "cfg_truncation": 0.1}]
+)
+def test_z_image_with_limits_of_guidance(tiny_z_image, limits):
+    """0.1: of the steps with gradient the first is guided, the second is not."""
     pipe = add_adapters(tiny_z_image)
-    theirs = reference(pipe, (0, 2), guidance_scale=4.0, cfg_normalization=limit)
+    theirs = reference(pipe, (0, 2), guidance_scale=4.0, **limits)
     assert (theirs - reference(pipe, (0, 2), guidance_scale=4.0)).abs().max() > 1e-3
-    sampler = DifferentiableSampler(pipe, STEPS, 4.0, cfg_normalization=limit, **SIZE)
+    sampler = DifferentiableSampler(pipe, STEPS, 4.0, **limits, **SIZE)
     check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=make_plan((0, 2))))
 
 
-def test_a_limit_of_the_norm_is_an_option_of_z_image(tiny_sd):
-    with pytest.raises(ValueError, match="cfg_normalization is an option of Z-Image: leave it out for other models"):
-        DifferentiableSampler(tiny_sd, STEPS, cfg_normalization=1.0)
+@pytest.mark.parametrize("limit", [{"cfg_normalization": 1.0}, {"cfg_truncation": 0.5}])
+def test_limits_of_guidance_are_options_of_z_image(tiny_sd, limit):
+    with pytest.raises(ValueError, match=r"cfg_\w+ is an option of Z-Image: leave it out for other models"):
+        DifferentiableSampler(tiny_sd, STEPS, **limit)
 
 
 def test_what_else_learns_with_z_image(tiny_z_image):

@@ -5,8 +5,8 @@ import torch
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.architectures import NAMES, architecture, parameters
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.load.pipeline import load_pipeline
-from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 # Frozen denoiser, VAE, text encoders: elements in the published weights.
 PUBLISHED = {

@@ -8,7 +8,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
-from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.prompts.limits import CutTexts, TextReader
 
 WORDS = ("the", "red", "cat", "dog", "and")  # a token each, for all tiny tokenizers alike

@@ -10,6 +10,7 @@ import torch
 
 from alignprop_fast.demo import BUNDLED, model_path
 from alignprop_fast.models.architectures import NAMES, published_pipeline
+from alignprop_fast.models.casting import cast_weights
 from alignprop_fast.models.classes import tokenizer_of
 from alignprop_fast.models.load.folder import (
     LOADING_ERRORS,
@@ -110,9 +111,7 @@ def load_outline(
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-            # diffusers warns about every cast, even if there is nothing to cast.
-            if any(parameter.dtype != dtype for parameter in module.parameters()):
-                module.to(dtype)
+            cast_weights(module, dtype)
     return pipe
 
 

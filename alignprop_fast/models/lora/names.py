@@ -224,7 +224,7 @@ def find_modules(places: Mapping[str, Places], file: Path, pipe: Any = None) -> 
     Raises:
         ValueError: a name matches no module, or different modules in two families.
     """
-    found = _read_alone(places, file) if pipe is None else {name: names_of(pipe).modules(name) for name in places}
+    found = _read_alone(places, file) if pipe is None else _read_by(names_of(pipe), places)
     unknown = [name for name, modules in found.items() if not modules]
     if pipe is None:
         # Names in diffusers' naming need no model to look them up.
@@ -234,9 +234,13 @@ def find_modules(places: Mapping[str, Places], file: Path, pipe: Any = None) -> 
     return {name: modules or (name,) for name, modules in found.items()}
 
 
+def _read_by(names: Names, places: Iterable[str]) -> Modules:
+    return {name: names.modules(name) for name in places}
+
+
 def _read_alone(places: Mapping[str, Places], file: Path) -> Modules:
     """The reading of the published family that has the most of the names, then the most of the proportions."""
-    readings = {family: {name: published_names(family).modules(name) for name in places} for family in families()}
+    readings = {family: _read_by(published_names(family), places) for family in families()}
     ranks = {
         family: (sum(map(bool, modules.values())), _proportional(family, modules, places))
         for family, modules in readings.items()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.lean.flux2 import LeanFlux2AttnProcessor, LeanFlux2ParallelSelfAttnProcessor
 from alignprop_fast.models.lean.krea2 import LeanKrea2AttnProcessor
@@ -32,7 +33,6 @@ from alignprop_fast.models.lean.surgery import (
     take_ops_out,
 )
 from alignprop_fast.models.lean.z_image import LeanZSingleStreamAttnProcessor
-from alignprop_fast.models.pipeline_adapter import PromptBatch
 from alignprop_fast.planner import GRADES, BlockOption
 from alignprop_fast.runtime import Block, PeakMeter, apply_options, blocks_of
 
