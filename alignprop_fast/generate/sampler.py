@@ -55,9 +55,10 @@ class DifferentiableSampler:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
             ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ChromaPipeline`,
             `Flux2Pipeline`, `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline`, `Krea2Pipeline` or
-            `Lumina2Pipeline` with flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
-            `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
-            frozen already. The plan does not count what learns there: use `reserve` for it.
+            `Lumina2Pipeline` with flow-match Euler; a `SanaPipeline` with that or DPM-Solver++ 2M. Give its denoiser
+            adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler freezes VAE
+            and text encoders, unless something in them is frozen already. The plan does not count what learns there:
+            use `reserve` for it.
         num_inference_steps: steps T of the chain.
         guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
             and Krea 2 0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one

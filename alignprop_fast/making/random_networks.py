@@ -213,6 +213,24 @@ def qwen_vae(widths: tuple[int, ...]) -> torch.nn.Module:
     return found
 
 
+def dc_ae() -> torch.nn.Module:
+    """A deep-compression autoencoder with one block of linear attention; it shrinks by 8."""
+    from diffusers import AutoencoderDC
+
+    sides = ("encoder", "decoder")
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        **{f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) for side in sides},
+        **{f"{side}_block_out_channels": (8,) * 4 for side in sides},
+        **{f"{side}_layers_per_block": (1,) * 4 for side in sides},
+        **{f"{side}_qkv_multiscales": ((), (), (), (5,)) for side in sides},
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    )
+
+
 def diffusion_scheduler() -> Any:
     from diffusers import DDIMScheduler
 

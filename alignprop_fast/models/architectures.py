@@ -243,6 +243,20 @@ def _lumina2(name: str) -> Any:
     )
 
 
+def _sana(name: str) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    with torch.device("cpu"):  # it copies its levels there
+        scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    return diffusers_class("SanaPipeline")(
+        tokenizer=None,
+        text_encoder=gemma2_text(),
+        vae=vae_network(name),
+        transformer=denoiser_network(name),
+        scheduler=scheduler,
+    )
+
+
 def _krea2(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -271,5 +285,6 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "qwen-image": _qwen_image,
     "krea2": _krea2,
     "lumina2": _lumina2,
+    "sana": _sana,
 }
 NAMES = tuple(_BUILDERS)

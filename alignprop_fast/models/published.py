@@ -149,6 +149,7 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2-dev": ("Flux2Transformer2DModel", _FLUX2_DEV),
     "qwen-image": ("QwenImageTransformer2DModel", _QWEN_IMAGE),
     "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+    "sana": ("SanaTransformer2DModel", {}),  # of 1.6 B parameters
     "krea2": ("Krea2Transformer2DModel", {}),  # the class's own defaults
 }
 
@@ -176,6 +177,14 @@ _VAES: dict[str, dict[str, Any]] = {
     "chroma": _FLUX_VAE,
     "z-image": _FLUX_VAE,
     "lumina2": _FLUX_VAE,
+}
+
+
+_DC_AE: dict[str, Any] = {
+    **{f"{part}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 for part in ("encoder", "decoder")},
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
 }
 
 
@@ -282,6 +291,8 @@ def vae_network(name: str) -> nn.Module:
 
     if name.startswith("flux2"):
         return diffusers_class("AutoencoderKLFlux2")(**VAE)
+    if name == "sana":
+        return diffusers_class("AutoencoderDC")(**_DC_AE)
     if name in ("qwen-image", "krea2"):
         return diffusers_class("AutoencoderKLQwenImage")()
     return AutoencoderKL(**VAE, **_VAES[name])

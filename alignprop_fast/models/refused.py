@@ -22,7 +22,6 @@ MADE_FROM_OTHERS = {
 _REASONS = {
     "PixArtSigmaPipeline": "diffusers cannot add LoRA adapters to its network, nor load them",
     "QwenImage21Pipeline": "its text encoder reads prompts through a processor of pictures",
-    "SanaPipeline": "its autoencoder (DC-AE) and its linear attention have no ops here",
 }
 
 

@@ -21,6 +21,7 @@ UNSIZED = (
     "QwenImagePipeline",
     "Krea2Pipeline",
     "Lumina2Pipeline",
+    "SanaPipeline",
 )  # whose default pictures are large for every model
 
 

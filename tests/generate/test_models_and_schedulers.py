@@ -296,3 +296,21 @@ def test_lumina2(tiny_lumina2, scale, negative, grad_steps):
     sampler = DifferentiableSampler(pipe, STEPS, scale, **size)
     plan = make_plan(grad_steps)
     check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "scale", "negative", "grad_steps"),
+    [
+        ("dpm++2m", 4.5, ["dog", "cat " * 9], (1, 2)),
+        ("dpm++2m", 1.0, None, (0, 1, 2, 3)),
+        ("flow-euler", 4.5, None, (0, 2)),
+    ],
+)
+def test_sana(tiny_sana, scheduler, scale, negative, grad_steps):
+    pipe, size = add_adapters(tiny_sana), {"height": 32, "width": 64}
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+    guidance = {"negative_prompt": negative or "", "guidance_scale": scale}
+    theirs = reference(pipe, grad_steps, use_resolution_binning=False, **guidance, **size)
+    sampler = DifferentiableSampler(pipe, STEPS, scale, **size)
+    plan = make_plan(grad_steps)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))

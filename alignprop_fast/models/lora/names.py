@@ -63,6 +63,7 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
     "qwen-image": {"transformer": ("qwen-image",)},
     "krea2": {"transformer": ("krea2",)},
     "lumina2": {"transformer": ("lumina2",)},
+    "sana": {"transformer": ("sana",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -110,6 +111,8 @@ class Names:
             return "krea2"
         if "time_caption_embed_caption_embedder_1" in paths:
             return "lumina2"
+        if "caption_projection_linear_1" in paths:
+            return "sana"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
