@@ -4,7 +4,8 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,7 +42,8 @@ class _Living:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate inside the block, until they are freed.
 
-    `enter(label)` starts a part of the block, and `peaks` holds the most bytes alive in each part. Bytes are charged to
+    `enter(label)` starts a part of the block. `peaks` holds the most bytes alive in each part, `starts` those at its
+    (first) start. Bytes are charged to
     the part that allocated them, or to the one part that takes them (`take`). `on_operator` is called for each
     operator: (function, arguments, result, what is known of it).
 
@@ -52,6 +54,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live_bytes = 0
         self.peaks: dict[Hashable, int] = {None: 0}
+        self.starts: dict[Hashable, int] = {}
         self._label: Hashable = None
         self._alive: dict[int, _Living] = {}
         self._on_operator = on_operator
@@ -77,6 +80,7 @@ class LiveBytes(TorchDispatchMode):
     def enter(self, label: Hashable) -> None:
         self._leave()
         self._label = label
+        self.starts.setdefault(label, self.live_bytes)
         self.peaks[label] = max(self.peaks.get(label, 0), self.live_bytes)
 
     def _leave(self) -> None:
@@ -185,6 +189,24 @@ class Workspaces:
         if self.device.type == "cuda":
             gc.collect()
             self.size_bytes = max(torch.cuda.memory_allocated(self.device) - self._start_bytes, 0)
+
+
+@contextmanager
+def quick_collections(device: torch.device) -> Iterator[None]:
+    """Inside, where a GPU is measured, collections of garbage do not search what was there before.
+
+    A GPU's allocator counts garbage, so each of some hundred measurements collects it first. The imported libraries are
+    a million objects, and searching them takes a quarter of a second.
+    """
+    if device.type != "cuda" or gc.get_freeze_count():  # frozen already, by the program around this
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Stopwatch:
