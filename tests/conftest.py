@@ -131,6 +131,22 @@ def tiny_krea2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_krea2_folder(tmp_path_factory.mktemp("models") / "tiny_krea2")
 
 
+@pytest.fixture(scope="session")
+def tiny_lumina2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `Lumina2Pipeline` folder: Gemma 2, texts of their own lengths; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_lumina2_folder
+
+    return make_lumina2_folder(tmp_path_factory.mktemp("models") / "tiny_lumina2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `SanaPipeline` folder: Gemma 2, linear attention, DC-AE, DPM-Solver; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_sana_folder
+
+    return make_sana_folder(tmp_path_factory.mktemp("models") / "tiny_sana")
+
+
 @pytest.fixture
 def tiny_sd(tiny_sd_folder: Path):
     """The pipeline of `tiny_sd_folder`, freshly loaded, fp32 on the CPU, DDIM, all weights frozen."""
@@ -209,6 +225,22 @@ def tiny_krea2(tiny_krea2_folder: Path):
     from diffusers import Krea2Pipeline
 
     return _fresh(Krea2Pipeline, tiny_krea2_folder)
+
+
+@pytest.fixture
+def tiny_lumina2(tiny_lumina2_folder: Path):
+    """The pipeline of `tiny_lumina2_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import Lumina2Pipeline
+
+    return _fresh(Lumina2Pipeline, tiny_lumina2_folder)
+
+
+@pytest.fixture
+def tiny_sana(tiny_sana_folder: Path):
+    """The pipeline of `tiny_sana_folder`, freshly loaded, fp32 on the CPU, DPM-Solver for flow matching, frozen."""
+    from diffusers import SanaPipeline
+
+    return _fresh(SanaPipeline, tiny_sana_folder)
 
 
 _loaded: dict[Path, Any] = {}

@@ -22,7 +22,7 @@ class GuidedModel(Protocol):
     @property
     def has_true_cfg(self) -> bool: ...
     @property
-    def keeps_norm(self) -> bool: ...
+    def keeps_norm(self) -> str: ...
     @property
     def limits_guidance(self) -> bool: ...
 
@@ -36,7 +36,8 @@ class Guidance:
     embedded_scale: the input of a denoiser with distilled guidance (FLUX).
     rescale: phi of Lin et al. 2023; 0 turns it off.
     needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
-    keeps_norm: each patch of the guided prediction keeps the norm of that with the prompt, as in Qwen-Image.
+    keeps_norm: the parts, such as patches, in which the guided prediction keeps the norm of that with the prompt, as in
+        Qwen-Image; empty: none.
     norm_limit: the guided prediction of a picture has at most this many times the norm of that with the prompt, as in
         Z-Image; 0: no limit.
     until: guidance is off in steps at which a larger share of the noise is gone, as in Z-Image; 1: it is never off.
@@ -49,7 +50,7 @@ class Guidance:
     embedded_scale: Scale
     rescale: float
     needs_negative: bool
-    keeps_norm: bool = False
+    keeps_norm: str = ""
     norm_limit: float = 0.0
     until: float = 1.0
 
@@ -97,7 +98,9 @@ class Guidance:
         """The prediction [B, C, h, w] from those without and with the prompt [2 B, C, h, w], at this `cfg_scale`."""
         if self.norm_limit:
             return limited_guidance(y, scale, self.norm_limit)
-        return normed_guidance(y, scale) if self.keeps_norm else rescaled_guidance(y, scale, self.rescale)
+        if self.keeps_norm:
+            return normed_guidance(y, scale, self.keeps_norm)
+        return rescaled_guidance(y, scale, self.rescale)
 
     def reaches(self, timestep: float) -> bool:
         """Whether a step at this timestep, 1000 (noise) to 0, is guided. In fp32, as in Z-Image's pipeline."""

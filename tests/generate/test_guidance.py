@@ -15,11 +15,11 @@ class Model:
     heeds_guidance: bool = True
     unguided_scale: float = 1.0
     has_true_cfg: bool = False
-    keeps_norm: bool = False
+    keeps_norm: str = ""
     limits_guidance: bool = False
 
 
-QWEN_IMAGE = Model(has_true_cfg=True, keeps_norm=True)
+QWEN_IMAGE = Model(has_true_cfg=True, keeps_norm="patches")
 Z_IMAGE = Model(unguided_scale=0.0, limits_guidance=True)
 
 
@@ -57,6 +57,13 @@ def test_each_patch_keeps_the_norm_of_the_prediction_with_the_prompt():
         assert torch.allclose(patch, linear * own.norm() / linear.norm(), rtol=1e-12)
     with pytest.raises(ValueError, match="leave guidance_rescale out"):
         Guidance.of(QWEN_IMAGE, 1.0, 3.0, 0.5)
+
+
+def test_each_row_keeps_the_norm_of_the_prediction_with_the_prompt():
+    y = torch.randn(4, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    guided = Guidance.of(Model(keeps_norm="rows"), 3.0).guided(y, 3.0)
+    linear = y[:2] + 3 * (y[2:] - y[:2])
+    assert torch.allclose(guided, linear * y[2:].norm(dim=-1, keepdim=True) / linear.norm(dim=-1, keepdim=True))
 
 
 def test_guidance_ends_where_z_image_ends_it():
