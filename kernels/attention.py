@@ -28,10 +28,16 @@ and, by estimate, slower than PyTorch's efficient kernel. It stays because in it
 without rounding, and because it costs only a row of block sizes.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from alignprop_fast.kernels import attention_general, attention_short
 from alignprop_fast.kernels.attention_tiles import MAX_HEAD_DIM, rows_first
+
+# What runs on tensors of these layouts: checking and preparing them takes longer than an operator of PyTorch.
+_forwards: dict[tuple, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+_backwards: dict[tuple, Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
 
 def attention_forward(
@@ -54,10 +60,15 @@ def attention_forward(
     Raises:
         ValueError: shapes, dtypes, strides or a scale other than these.
     """
-    _check(q_BHMD, k_BHND, v_BHND, scale, lengths)
-    if lengths is None and attention_short.serves_forward(q_BHMD, k_BHND):
-        return attention_short.forward(q_BHMD, k_BHND, v_BHND, scale)
-    return attention_general.forward(q_BHMD, k_BHND, v_BHND, scale, lengths)
+    q, k, v = q_BHMD, k_BHND, v_BHND
+    key = (q.device, scale, *map(_layout, (q, k, v, lengths)))
+    run = _forwards.get(key)
+    if run is None:
+        _check(q, k, v, scale, lengths)
+        few = lengths is None and attention_short.serves_forward(q, k)
+        run = attention_short.Forward(q, k, v, scale) if few else attention_general.Forward(q, k, v, scale, lengths)
+        _forwards[key] = run
+    return run(q, k, v, lengths)
 
 
 def attention_backward(
@@ -82,15 +93,32 @@ def attention_backward(
     Raises:
         ValueError: as `attention_forward`.
     """
-    _check(q, k, v, scale, lengths)
     g = g_BHMD.to(q.dtype)
     g, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, o))
-    if k.shape[2] == 1:
-        # With one key the softmax is 1 for any logits, so dq and dk are exactly zero.
-        return rows_first(q).zero_(), rows_first(k).zero_(), rows_first(v).copy_(g.sum(2, keepdim=True))
-    if lengths is None and attention_short.serves_backward(q, k):
-        return attention_short.backward(g, q, k, v, lse.contiguous(), scale)
-    return attention_general.backward(g, q, k, v, o, lse.contiguous(), scale, lengths)
+    key = (q.device, scale, *map(_layout, (g, q, k, v, o, lengths)))
+    run = _backwards.get(key)
+    if run is None:
+        _check(q, k, v, scale, lengths)
+        if k.shape[2] == 1:
+            run = _of_one_key
+        elif lengths is None and attention_short.serves_backward(q, k):
+            run = attention_short.Backward(g, q, k, v, scale)
+        else:
+            run = attention_general.Backward(g, q, k, v, o, scale, lengths)
+        _backwards[key] = run
+    return run(g, q, k, v, o, lse.contiguous(), lengths)
+
+
+def _of_one_key(
+    g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With one key the softmax is 1 for any logits, so dq and dk are exactly zero."""
+    return rows_first(q).zero_(), rows_first(k).zero_(), rows_first(v).copy_(g.sum(2, keepdim=True))
+
+
+def _layout(t: torch.Tensor | None) -> tuple[torch.dtype, torch.Size, tuple[int, ...]] | None:
+    """What a launch depends on, besides the device and the scale."""
+    return None if t is None else (t.dtype, t.shape, t.stride())
 
 
 def signatures() -> list[dict]:

@@ -28,6 +28,7 @@ from alignprop_fast.kernels.attention_tiles import (
     head_tiles,
     load_pair,
     row_dots,
+    row_numbers,
     rows_by_rows,
     rows_first,
     scaled_strides,
@@ -35,7 +36,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
-from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.launch import Prepared, cdiv
 
 # table -> kernel -> rows of (largest padded head dimension; BLOCK_M, BLOCK_N, warps, stages). These are the largest
 # blocks that spill no register and fit into shared memory: 99 KiB, or 227 KiB on Hopper.
@@ -63,26 +64,9 @@ _PLAIN = ["H", "M", "N"] + [f"{t}_{axis}" for t in "qkvgo" for axis in "bhr"]
 
 @triton.jit
 def _add_keys(
-    o0,
-    o1,
-    top,
-    total,
-    q0,
-    q1,
-    k_ptr,
-    v_ptr,
-    start,
-    k_r,
-    v_r,
-    N,
-    scale2,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    o0, o1, top, total, q0, q1, k_ptr, v_ptr, start, k_r, v_r, N, scale2, HEAD: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(o, top, total) after one more block of keys. `top` is the running maximum of s scale2, `total` the sum."""
     keys = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
@@ -104,33 +88,10 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] not in "go"])
 def attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    lengths_ptr,
-    scale,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, scale, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One block of queries against all keys, with a running maximum and sum."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -166,28 +127,9 @@ def attention_forward_kernel(
 
 @triton.jit
 def _add_dq(
-    dq0,
-    dq1,
-    q0,
-    q1,
-    g0,
-    g1,
-    lse2,
-    delta,
-    k_ptr,
-    v_ptr,
-    start,
-    k_r,
-    v_r,
-    N,
-    scale2,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dq0, dq1, q0, q1, g0, g1, lse2, delta, k_ptr, v_ptr, start, k_r, v_r, N, scale2, HEAD: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dq / scale after one more block of keys."""
     keys = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
@@ -202,42 +144,11 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=_PLAIN)
 def attention_backward_dq_kernel(
-    g_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    dq_ptr,
-    delta_ptr,
-    lengths_ptr,
-    scale,
-    g_b,
-    g_h,
-    g_r,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    o_b,
-    o_h,
-    o_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    g_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, dq_ptr, delta_ptr, lengths_ptr, scale,
+    g_b, g_h, g_r, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, o_b, o_h, o_r, H, M, N,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dq of one block of queries, and its delta, which the next kernel reads."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -268,43 +179,39 @@ def attention_backward_dq_kernel(
     store_pair(dq_ptr + (b * M * H + h) * HEAD, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
 
 
+@triton.jit
+def _add_dk_dv(
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start, q_r, g_r, M, scale2,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """(dk / scale, dv) after one more block of queries. S is transposed, so that P^T and dS^T need no transposition."""
+    rows = start + tl.arange(0, BLOCK_M)
+    q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
+    g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
+    if MASK:
+        # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
+        lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=rows < M, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + rows)
+        delta = tl.load(delta_ptr + rows)
+    s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
+    p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
+    dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+    ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
+    dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    return dk0, dk1, dv0, dv1
+
+
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "o"])
 def attention_backward_dk_dv_kernel(
-    g_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    lengths_ptr,
-    scale,
-    g_b,
-    g_h,
-    g_r,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dk and dv of one block of keys. S is computed transposed, so that P^T and dS^T need no transposition.
+    g_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, scale,
+    g_b, g_h, g_r, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys.
 
     MASK: M is not a multiple of BLOCK_M. Keys beyond the last affect only their own rows, which are not stored, or
     stored as zeros if they are padding.
@@ -314,6 +221,8 @@ def attention_backward_dk_dv_kernel(
     b, h = head // H, head % H
     q_ptr += (b * q_b + h * q_h) * ALIGN
     g_ptr += (b * g_b + h * g_h) * ALIGN
+    lse_ptr += head * M
+    delta_ptr += head * M
     k0, k1 = load_pair(k_ptr + (b * k_b + h * k_h) * ALIGN, keys, k_r * ALIGN, N, HEAD, D0, D1, True)
     v0, v1 = load_pair(v_ptr + (b * v_b + h * v_h) * ALIGN, keys, v_r * ALIGN, N, HEAD, D0, D1, True)
     dk0, dk1 = zeros_pair(BLOCK_N, D0, D1)
@@ -324,21 +233,10 @@ def attention_backward_dk_dv_kernel(
         valid = tl.load(lengths_ptr + b)
         stop = tl.where(tl.program_id(0) * BLOCK_N < valid, M, 0)
     for start in range(0, stop, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
-        g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
-        if MASK:
-            # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
-            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0)
-            delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + head * M + rows)
-            delta = tl.load(delta_ptr + head * M + rows)
-        s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
-        p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
-        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
-        ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
-        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+        dk0, dk1, dv0, dv1 = _add_dk_dv(
+            *(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start),
+            *(q_r, g_r, M, scale2, HEAD, D0, D1, ALIGN, MASK, BLOCK_M),
+        )
     if PADDED:
         inside = (keys < valid)[:, None]
         dk0, dv0 = tl.where(inside, dk0, 0.0), tl.where(inside, dv0, 0.0)
@@ -349,62 +247,77 @@ def attention_backward_dk_dv_kernel(
     store_pair(dv_ptr + out, dv0, dv1, keys, H * HEAD, N, HEAD, D0, D1)
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse), as `attention.attention_forward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    align = common_alignment(q, k, v)
-    block_m, block_n, warps, stages = config(table(q), "forward", d)
-    launch(
-        *(attention_forward_kernel, (cdiv(m, block_m), b * h)),
-        *(q, k, v, o, lse, q if lengths is None else lengths, scale),
-        *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return o, lse
+class Forward:
+    """The forward pass on tensors of certain sizes and strides; arguments as of `attention.attention_forward`."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None = None
+    ):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(q, k, v)
+        block_m, block_n, warps, stages = config(table(q), "forward", d)
+        self._start = Prepared(
+            *(attention_forward_kernel, (cdiv(m, block_m), b * h), scale),
+            *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
+            *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o, lse)."""
+        o, lse = rows_first(q), row_numbers(q)
+        self._start(q, k, v, o, lse, q if lengths is None else lengths)
+        return o, lse
 
 
-def backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), as `attention.attention_backward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
-    delta = torch.empty_like(lse)
-    align = common_alignment(g, q, k, v, o)
-    strides = [scaled_strides(t, align) for t in (g, q, k, v, o)]
-    block_m, block_n, warps, stages = config(table(q), "dq", d)
-    launch(
-        *(attention_backward_dq_kernel, (cdiv(m, block_m), b * h)),
-        *(g, q, k, v, o, lse, dq, delta, q if lengths is None else lengths, scale),
-        *(stride for three in strides for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, lengths is not None, block_m, block_n),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
-    launch(
-        *(attention_backward_dk_dv_kernel, (cdiv(n, block_n), b * h)),
-        *(g, q, k, v, lse, delta, dk, dv, q if lengths is None else lengths, scale),
-        *(stride for three in strides[:4] for stride in three),
-        *(h, m, n, d, *head_tiles(d), align, lengths is not None, m % block_m != 0, block_m, block_n),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return dq, dk, dv
+class Backward:
+    """The backward pass on tensors of certain sizes and strides; arguments as of `attention.attention_backward`."""
+
+    def __init__(
+        self,
+        g: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        scale: float,
+        lengths: torch.Tensor | None = None,
+    ):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(g, q, k, v, o)
+        strides = [stride for t in (g, q, k, v, o) for stride in scaled_strides(t, align)]
+        sizes = (h, m, n, d, *head_tiles(d), align, lengths is not None)
+        block_m, block_n, warps, stages = config(table(q), "dq", d)
+        self._start_dq = Prepared(
+            *(attention_backward_dq_kernel, (cdiv(m, block_m), b * h), scale, *strides, *sizes, block_m, block_n),
+            num_warps=warps,
+            num_stages=stages,
+        )
+        block_m, block_n, warps, stages = config(table(q), "dk_dv", d)
+        self._start_dk_dv = Prepared(
+            *(attention_backward_dk_dv_kernel, (cdiv(n, block_n), b * h), scale, *strides[:12], *sizes),
+            *(m % block_m != 0, block_m, block_n),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def __call__(
+        self,
+        g: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq, dk, dv)."""
+        dq, dk, dv, delta = rows_first(q), rows_first(k), rows_first(v), torch.empty_like(lse)
+        valid = q if lengths is None else lengths
+        self._start_dq(g, q, k, v, o, lse, dq, delta, valid)
+        self._start_dk_dv(g, q, k, v, lse, delta, dk, dv, valid)
+        return dq, dk, dv
 
 
 def table(q: torch.Tensor) -> str:

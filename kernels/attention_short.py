@@ -30,6 +30,7 @@ from alignprop_fast.kernels.attention_tiles import (
     common_alignment,
     head_tiles,
     load_pair,
+    row_numbers,
     rows_by_rows,
     rows_first,
     scaled_strides,
@@ -37,7 +38,7 @@ from alignprop_fast.kernels.attention_tiles import (
     store_pair,
     zeros_pair,
 )
-from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
+from alignprop_fast.kernels.launch import Prepared, cdiv, next_power_of_2
 
 MAX_KEYS = 128
 REDUCE_BLOCK = 512
@@ -52,32 +53,10 @@ _PLAIN = ["H", "M", "N", "blocks_per_split"] + [f"{t}_{axis}" for t in "qkvg" fo
 
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "g"])
 def attention_short_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    scale,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, scale, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N,
+    HEAD: tl.constexpr, ALIGN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """One block of queries against all keys at once."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -125,41 +104,25 @@ def _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1: tl
     return tl.exp2(s_T * scale2 - lse2[None, :]), rows_by_rows(v0, v1, g0, g1, D1)
 
 
+@triton.jit
+def _add_tile(
+    dk0, dk1, dv0, dv1, dq0, dq1, p_T, dp_T, delta, q0, q1, g0, g1, k0, k1, D1: tl.constexpr
+):  # fmt: skip
+    """(dk, dv, dq) with what some rows and some keys add, without the scale."""
+    dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+    ds_T = (p_T * (dp_T - delta[None, :])).to(q0.dtype)
+    dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), k0, k1, D1)
+    return dk0, dk1, dv0, dv1, dq0, dq1
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def attention_short_backward_kernel(
-    g_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    dq_ptr,
-    dk_parts_ptr,
-    dv_parts_ptr,
-    scale,
-    g_b,
-    g_h,
-    g_r,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    blocks_per_split,
-    HEAD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
+    g_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, dq_ptr, dk_parts_ptr, dv_parts_ptr, scale,
+    g_b, g_h, g_r, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N, blocks_per_split,
+    HEAD: tl.constexpr, ALIGN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """dq of one split of the queries and its part of dk and dv: [splits, B, N, H, D] in fp32."""
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -202,15 +165,14 @@ def attention_short_backward_kernel(
             more_p_T = more_p_T / total[None, :]
             delta += tl.sum(more_p_T * more_dp_T, 0)
         dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
-        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
-        ds_T = (p_T * (dp_T - delta[None, :])).to(q0.dtype)
-        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
-        dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), k0, k1, D1)
+        dk0, dk1, dv0, dv1, dq0, dq1 = _add_tile(
+            dk0, dk1, dv0, dv1, dq0, dq1, p_T, dp_T, delta, q0, q1, g0, g1, k0, k1, D1
+        )
         if N1 > 0:
-            more_dv0, more_dv1 = add_product(more_dv0, more_dv1, more_p_T, g0, g1, D1)
-            ds_T = (more_p_T * (more_dp_T - delta[None, :])).to(q0.dtype)
-            more_dk0, more_dk1 = add_product(more_dk0, more_dk1, ds_T, q0, q1, D1)
-            dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), more_k0, more_k1, D1)
+            more_dk0, more_dk1, more_dv0, more_dv1, dq0, dq1 = _add_tile(
+                *(more_dk0, more_dk1, more_dv0, more_dv1, dq0, dq1, more_p_T, more_dp_T, delta),
+                *(q0, q1, g0, g1, more_k0, more_k1, D1),
+            )
         store_pair(dq_ptr, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
     # [splits, B, N, H, D]: this part starts at row (split B + b) N.
     out = ((split * (tl.num_programs(1) // H) + b) * N * H + h) * HEAD
@@ -280,61 +242,72 @@ def backward_tiles(head_dim: int, keys: int) -> tuple[int, int, int, int]:
     return max(16, next_power_of_2(head_dim)), 0, n0, n1
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse), as `attention.attention_forward`. Call it only if `serves_forward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    o, lse = rows_first(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    align = common_alignment(q, k, v)
-    tiles = forward_tiles(d, n)
-    block_m, warps, stages = config("short_forward", tiles)
-    launch(
-        *(attention_short_forward_kernel, (cdiv(m, block_m), b * h)),
-        *(q, k, v, o, lse, scale),
-        *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, d, align, *tiles, block_m),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return o, lse
+class Forward:
+    """As `attention_general.Forward`, where `serves_forward`."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(q, k, v)
+        tiles = forward_tiles(d, n)
+        block_m, warps, stages = _served("short_forward", tiles)
+        self._start = Prepared(
+            *(attention_short_forward_kernel, (cdiv(m, block_m), b * h), scale),
+            *(stride for t in (q, k, v) for stride in scaled_strides(t, align)),
+            *(h, m, n, d, align, *tiles, block_m),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o, lse)."""
+        o, lse = rows_first(q), row_numbers(q)
+        self._start(q, k, v, o, lse)
+        return o, lse
 
 
-def backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), as `attention.attention_backward`, without o. Call it only if `serves_backward`."""
-    b, h, m, d = q.shape
-    n = k.shape[2]
-    tiles = backward_tiles(d, n)
-    block_m, warps, stages = config("short_backward", tiles)
-    splits, per_split = split_queries(cdiv(m, block_m), b * h, _multiprocessors(q.device))
-    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
-    dk_parts, dv_parts = (torch.empty((splits, k.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
-    align = common_alignment(g, q, k, v)
-    launch(
-        *(attention_short_backward_kernel, (splits, b * h)),
-        *(g, q, k, v, lse, dq, dk_parts, dv_parts, scale),
-        *(stride for t in (g, q, k, v) for stride in scaled_strides(t, align)),
-        *(h, m, n, per_split, d, align, *tiles, block_m),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    launch(
-        *(attention_short_reduce_kernel, (cdiv(k.numel(), REDUCE_BLOCK),)),
-        dk_parts,
-        dv_parts,
-        dk,
-        dv,
-        k.numel(),
-        splits,
-        BLOCK=REDUCE_BLOCK,
-    )
-    return dq, dk, dv
+class Backward:
+    """As `attention_general.Backward`, where `serves_backward`. It does not read o."""
+
+    def __init__(self, g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
+        (b, h, m, d), n, align = q.shape, k.shape[2], common_alignment(g, q, k, v)
+        tiles = backward_tiles(d, n)
+        block_m, warps, stages = _served("short_backward", tiles)
+        splits, per_split = split_queries(cdiv(m, block_m), b * h, _multiprocessors(q.device))
+        self._parts = splits, k.numel()
+        self._start = Prepared(
+            *(attention_short_backward_kernel, (splits, b * h), scale),
+            *(stride for t in (g, q, k, v) for stride in scaled_strides(t, align)),
+            *(h, m, n, per_split, d, align, *tiles, block_m),
+            num_warps=warps,
+            num_stages=stages,
+        )
+        programs = cdiv(k.numel(), REDUCE_BLOCK)
+        self._reduce = Prepared(attention_short_reduce_kernel, (programs,), k.numel(), splits, BLOCK=REDUCE_BLOCK)
+
+    def __call__(
+        self,
+        g: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq, dk, dv)."""
+        dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
+        dk_parts, dv_parts = (q.new_empty(self._parts, dtype=torch.float32) for _ in range(2))
+        self._start(g, q, k, v, lse, dq, dk_parts, dv_parts)
+        self._reduce(dk_parts, dv_parts, dk, dv)
+        return dq, dk, dv
+
+
+def _served(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """`config` of tiles that are served."""
+    found = config(kernel, tiles)
+    assert found is not None
+    return found
 
 
 def config(kernel: str, tiles: tuple[int, int, int, int]) -> tuple[int, int, int] | None:

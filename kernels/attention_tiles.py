@@ -51,7 +51,13 @@ def scaled_strides(t: torch.Tensor, align: int) -> tuple[int, int, int]:
 def rows_first(t_BHMD: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor of the same shape and dtype, [B, H, M, D] over contiguous [B, M, H, D] memory."""
     b, h, m, d = t_BHMD.shape
-    return torch.empty((b, m, h, d), dtype=t_BHMD.dtype, device=t_BHMD.device).transpose(1, 2)
+    return t_BHMD.new_empty_strided((b, h, m, d), (m * h * d, d, h * d, 1))
+
+
+def row_numbers(t_BHMD: torch.Tensor) -> torch.Tensor:
+    """An uninitialised [B, H, M] in fp32."""
+    b, h, m, _ = t_BHMD.shape
+    return t_BHMD.new_empty_strided((b, h, m), (h * m, m, 1), dtype=torch.float32)
 
 
 @cache

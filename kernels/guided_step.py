@@ -13,11 +13,13 @@ Sums are fp32 for every storage dtype. Elements moved, with n those of x: forwar
 element takes 2 (K + 2) FLOP, so memory is the bound. It loses if x is tiny: the launch then costs more than the work.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch
+from alignprop_fast.kernels.launch import Prepared, cdiv
 
 BLOCK = 1024
 
@@ -47,21 +49,26 @@ def guided_step_adjoint_kernel(g_ptr, dx_ptr, dy_ptr, a, w0, w1, n, TWO: tl.cons
         tl.store(dy_ptr + n + i, (w1 * g).to(dy_ptr.dtype.element_ty), mask=inside)
 
 
+@cache
+def _forward(n: int, two: bool, noise: bool) -> Prepared:
+    """Takes x, y, noise, out, a, both weights and sigma."""
+    return Prepared(guided_step_kernel, (cdiv(n, BLOCK),), n, TWO=two, NOISE=noise, BLOCK=BLOCK)
+
+
+@cache
+def _adjoint(n: int, two: bool) -> Prepared:
+    """Takes g, dx, dy, a and both weights."""
+    return Prepared(guided_step_adjoint_kernel, (cdiv(n, BLOCK),), n, TWO=two, BLOCK=BLOCK)
+
+
 def guided_step(
     x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None, a: float, weights: tuple[float, ...], sigma: float
 ) -> torch.Tensor:
     """Launch the forward kernel; shapes as in the module docstring. Returns out in x's dtype."""
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty_like(x)
-    n = x.numel()
     noise = x if z is None else z.contiguous()
-    launch(
-        *(guided_step_kernel, (cdiv(n, BLOCK),)),
-        *(x, y, noise, out, a, weights[0], weights[-1], sigma, n),
-        TWO=len(weights) == 2,
-        NOISE=z is not None,
-        BLOCK=BLOCK,
-    )
+    _forward(x.numel(), len(weights) == 2, z is not None)(x, y, noise, out, a, weights[0], weights[-1], sigma)
     return out
 
 
@@ -72,13 +79,7 @@ def guided_step_adjoint(
     g = g.contiguous()
     dx = torch.empty_like(g)
     dy = torch.empty((len(weights) * g.shape[0], *g.shape[1:]), dtype=y_dtype, device=g.device)
-    n = g.numel()
-    launch(
-        *(guided_step_adjoint_kernel, (cdiv(n, BLOCK),)),
-        *(g, dx, dy, a, weights[0], weights[-1], n),
-        TWO=len(weights) == 2,
-        BLOCK=BLOCK,
-    )
+    _adjoint(g.numel(), len(weights) == 2)(g, dx, dy, a, weights[0], weights[-1])
     return dx, dy
 
 

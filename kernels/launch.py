@@ -10,17 +10,17 @@ import triton
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict) -> None:
     """Start a kernel on the device of its first argument, a tensor. An empty grid starts nothing.
 
     Triton launches on the current device, which can be another one than the tensors'.
     """
     index = arguments[0].get_device()  # -1 on a CPU, where the interpreter runs
     if index < 0 or index == torch.cuda.current_device():
-        kernel[grid](*arguments, **options, **COMPILE_OPTIONS)
+        kernel[grid](*arguments, **options)
         return
     with torch.cuda.device(index):
-        kernel[grid](*arguments, **options, **COMPILE_OPTIONS)
+        kernel[grid](*arguments, **options)
 
 
 class Prepared:
@@ -30,16 +30,16 @@ class Prepared:
 
     Args:
         grid: as of `launch`.
-        numbers: the arguments that follow the tensors.
+        numbers: the last arguments.
         options: constants of the kernel, warps and stages.
     """
 
     def __init__(self, kernel: triton.JITFunction, grid: tuple[int, ...], *numbers: float, **options: Any):
-        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
+        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options | COMPILE_OPTIONS
 
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        """Start it, as `launch`."""
-        launch(self._kernel, self._grid, *tensors, *self._numbers, **self._options)
+    def __call__(self, *arguments: Any) -> None:
+        """Start it with these as the first arguments, of which the first is a tensor."""
+        launch(self._kernel, self._grid, arguments + self._numbers, self._options)
 
 
 # Triton's own versions of these two go through a wrapper for its compiler, which takes as long as allocating a tensor.

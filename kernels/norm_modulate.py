@@ -167,10 +167,8 @@ _At = tuple[int, int] | None
 _UNREAD = (1, 0)
 
 
-def _shared_rows(t: torch.Tensor | None, x: torch.Tensor, rows: int) -> tuple[torch.Tensor, _At]:
-    """The memory of a modulation's rows, and how they lie; without one x, which is not read."""
-    if t is None:
-        return x, None
+def _shared_rows(t: torch.Tensor, x: torch.Tensor, rows: int) -> tuple[torch.Tensor, _At]:
+    """The memory of a modulation's rows, and how they lie."""
     if t.ndim == 1:
         return t.contiguous(), (rows, t.shape[0])
     flat = t.reshape(-1, x.shape[-1])
@@ -238,26 +236,27 @@ def norm_modulate_forward(
     eps: float,
     one: float,
     rms: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Launch the forward kernel on x [..., C].
 
     Returns:
-        (y, s, mean, rstd): y and s like x (s is empty without a branch), mean (empty for rms) and rstd [T] in fp32.
+        (y, s, mean, rstd): y and s like x (s is None without a branch), mean (None for rms) and rstd [T] in fp32.
     """
     width = x.shape[-1]
     rows = x.numel() // width
     x = x.contiguous()
     y = torch.empty_like(x)
-    total = x.new_empty(0) if branch is None else torch.empty_like(x)
+    total = None if branch is None else torch.empty_like(x)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
-    gates, gate_at = _shared_rows(gate, x, rows)
-    scales, scale_at = _shared_rows(scale, x, rows)
-    shifts, shift_at = _shared_rows(shift, x, rows)
+    mean = None if rms else torch.empty_like(rstd)
+    # Without a modulation x takes its place and is not read.
+    gates, gate_at = (x, None) if gate is None else _shared_rows(gate, x, rows)
+    scales, scale_at = (x, None) if scale is None else _shared_rows(scale, x, rows)
+    shifts, shift_at = (x, None) if shift is None else _shared_rows(shift, x, rows)
     start = _forward(rows, width, gate_at, scale_at, shift_at, eps, one, rms, branch is not None, weight is not None)
     start(
         *(x, x if branch is None else branch.contiguous(), gates, x if weight is None else weight.contiguous()),
-        *(scales, shifts, total, y, mean, rstd),
+        *(scales, shifts, x if total is None else total, y, rstd if mean is None else mean, rstd),
     )
     return y, total, mean, rstd
 
@@ -269,26 +268,26 @@ def norm_modulate_backward(
     gate: torch.Tensor | None,
     weight: torch.Tensor | None,
     scale: torch.Tensor | None,
-    mean: torch.Tensor,
+    mean: torch.Tensor | None,
     rstd: torch.Tensor,
     one: float,
     rms: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the backward kernel for gradients g of y and h of s (None: zero); x: the input of the norm, s.
 
     Returns:
-        (dx, dbranch): dbranch is empty without a gate, where it equals dx.
+        (dx, dbranch): dbranch is None without a gate, where it equals dx.
     """
     rows = rstd.numel()
     g, x = g.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    dbranch = x.new_empty(0) if gate is None else torch.empty_like(x)
-    gates, gate_at = _shared_rows(gate, x, rows)
-    scales, scale_at = _shared_rows(scale, x, rows)
+    dbranch = None if gate is None else torch.empty_like(x)
+    gates, gate_at = (x, None) if gate is None else _shared_rows(gate, x, rows)
+    scales, scale_at = (x, None) if scale is None else _shared_rows(scale, x, rows)
     start = _backward(rows, x.shape[-1], gate_at, scale_at, one, rms, h is not None, weight is not None)
     start(
         *(g, g if h is None else h.contiguous(), x, gates, x if weight is None else weight.contiguous()),
-        *(scales, mean, rstd, dx, dbranch),
+        *(scales, rstd if mean is None else mean, rstd, dx, dx if dbranch is None else dbranch),
     )
     return dx, dbranch
 

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
+from alignprop_fast.kernels.launch import Prepared, cdiv, next_power_of_2
 
 HEADS = 8  # walked over by one program
 # (largest padded head dimension, tokens per program, warps): a thread takes 16 elements.
@@ -285,6 +285,57 @@ def config(head_dim: int) -> tuple[int, int]:
     raise ValueError(f"qk_norm_rope holds a head in registers: at most {MAX_HEAD_DIM} channels, not {head_dim}")
 
 
+@cache
+def _forward(
+    sizes: tuple[int, int, int, int],
+    heads: tuple[int, int],
+    strides: tuple[int, ...],
+    head_dim: int,
+    eps: float,
+    halved: bool,
+    normed: bool,
+    turned: bool,
+    joins: bool,
+) -> Prepared:
+    """Takes q, k, v, both scales, cos, sin, and the sequence's q, k and v.
+
+    sizes: batch, first token of the part, its tokens, those of the sequence. strides: of q, k, v and the angles.
+    """
+    tokens, warps = config(head_dim)
+    batch, _, count, _ = sizes
+    return Prepared(
+        *(qk_norm_rope_forward_kernel, (cdiv(count, tokens), cdiv(max(heads), HEADS), batch)),
+        *(*strides, *sizes[1:], *heads, eps),
+        *(head_dim, next_power_of_2(head_dim // 2), halved, normed, turned, joins, HEADS, tokens),
+        num_warps=warps,
+    )
+
+
+@cache
+def _backward(
+    sizes: tuple[int, int],
+    heads: tuple[int, int],
+    strides: tuple[int, ...],
+    head_dim: int,
+    eps: float,
+    halved: bool,
+    normed: bool,
+    turned: bool,
+) -> Prepared:
+    """Takes dq, dk, q, k, both scales, cos, sin, and the gradients of q and k.
+
+    sizes: batch and tokens. strides: of the first four and the angles.
+    """
+    tokens, warps = config(head_dim)
+    batch, count = sizes
+    return Prepared(
+        *(qk_norm_rope_backward_kernel, (cdiv(count, tokens), cdiv(max(heads), HEADS), batch)),
+        *(*strides, count, *heads, eps),
+        *(head_dim, next_power_of_2(head_dim // 2), halved, normed, turned, HEADS, tokens),
+        num_warps=warps,
+    )
+
+
 def qk_norm_rope_forward(
     projections: list[torch.Tensor],
     gammas: list[torch.Tensor],
@@ -292,7 +343,7 @@ def qk_norm_rope_forward(
     head_dim: int,
     eps: float,
     halved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launch the forward kernel, once for each part of the sequence.
 
     Args:
@@ -302,30 +353,24 @@ def qk_norm_rope_forward(
         halved: whether a pair is one channel of each half; else two neighbours.
 
     Returns:
-        q, k and v of the sequence, [B, S, H, D]; v is empty if there is only one part.
+        q, k and v of the sequence, [B, S, H, D]; v is None if there is only one part.
     """
-    tokens, warps = config(head_dim)
     projections = [t if t.stride(-1) == 1 else t.contiguous() for t in projections]
-    parts, joins = len(projections) // 3, len(projections) > 3
-    q, k, v = projections[:3]
+    joins = len(projections) > 3
+    q, k, _ = projections[:3]
     batch, total = len(q), sum(t.shape[1] for t in projections[::3])
     heads = q.shape[2] // head_dim, k.shape[2] // head_dim
     out_q, out_k = (q.new_empty((batch, total, count, head_dim)) for count in heads)
-    out_v = torch.empty_like(out_k) if joins else q.new_empty(0)
+    out_v = torch.empty_like(out_k) if joins else None
+    out = out_q, out_k, out_k if out_v is None else out_v
     start = 0
-    for part in range(parts):
+    for part in range(len(projections) // 3):
         q, k, v = projections[3 * part : 3 * part + 3]
-        scales = gammas[2 * part : 2 * part + 2] or [q, k]
-        cos, sin, strides = _angles(angles[2 * part : 2 * part + 2], q)
-        launch(
-            *(qk_norm_rope_forward_kernel, (cdiv(q.shape[1], tokens), cdiv(max(heads), HEADS), batch)),
-            *(q, k, v, *scales, cos, sin, out_q, out_k, out_v),
-            *(stride for t in (q, k, v) for stride in t.stride()[:2]),
-            *(*strides, start, q.shape[1], total, *heads, eps),
-            *_constants(head_dim, halved, gammas, angles),
-            *(joins, HEADS, tokens),
-            num_warps=warps,
-        )
+        cos, sin, of_angles = _angles(angles[2 * part : 2 * part + 2], q)
+        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *of_angles)
+        sizes = batch, start, q.shape[1], total
+        run = _forward(sizes, heads, strides, head_dim, eps, halved, bool(gammas), bool(angles), joins)
+        run(q, k, v, *(gammas[2 * part : 2 * part + 2] or (q, k)), cos, sin, *out)
         start += q.shape[1]
     return out_q, out_k, out_v
 
@@ -344,37 +389,22 @@ def qk_norm_rope_backward(
     dq_BSHD, dk_BSHD: gradients of the forward pass's q and k, any strides. Others as there.
     """
     head_dim = dq_BSHD.shape[3]
-    tokens, warps = config(head_dim)
     dq, dk, *projections = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq_BSHD, dk_BSHD, *projections))
     heads = dq.shape[2], dk.shape[2]
     found: list[torch.Tensor] = []
     start = 0
     for part in range(len(projections) // 3):
         q, k, _ = projections[3 * part : 3 * part + 3]
-        scales = gammas[2 * part : 2 * part + 2] or [q, k]
-        cos, sin, strides = _angles(angles[2 * part : 2 * part + 2], q)
-        gs = [t[:, start:] for t in (dq, dk)]
-        outs = [t.new_empty(t.shape) for t in (q, k)]
-        launch(
-            *(qk_norm_rope_backward_kernel, (cdiv(q.shape[1], tokens), cdiv(max(heads), HEADS), len(q))),
-            *(*gs, q, k, *scales, cos, sin, *outs),
-            *(stride for g in gs for stride in g.stride()[:3]),
-            *(stride for t in (q, k) for stride in t.stride()[:2]),
-            *(*strides, q.shape[1], *heads, eps),
-            *_constants(head_dim, halved, gammas, angles),
-            *(HEADS, tokens),
-            num_warps=warps,
-        )
+        cos, sin, of_angles = _angles(angles[2 * part : 2 * part + 2], q)
+        gs = dq[:, start:], dk[:, start:]
+        outs = q.new_empty(q.shape), k.new_empty(k.shape)
+        strides = (*dq.stride()[:3], *dk.stride()[:3], *q.stride()[:2], *k.stride()[:2], *of_angles)
+        sizes = len(q), q.shape[1]
+        run = _backward(sizes, heads, strides, head_dim, eps, halved, bool(gammas), bool(angles))
+        run(*gs, q, k, *(gammas[2 * part : 2 * part + 2] or (q, k)), cos, sin, *outs)
         found += outs
         start += q.shape[1]
     return found
-
-
-def _constants(
-    head_dim: int, halved: bool, gammas: list[torch.Tensor], angles: list[torch.Tensor]
-) -> tuple[int, int, bool, bool, bool]:
-    """HEAD, PAIRS, HALVED, NORM, TURN."""
-    return head_dim, next_power_of_2(head_dim // 2), halved, bool(gammas), bool(angles)
 
 
 def _angles(pair: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int]]:

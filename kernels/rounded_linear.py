@@ -8,11 +8,13 @@ moved with x and y in bf16: 3 T C and 6 T O. An element takes about 4 FLOP, so m
 whole row of x, padded to a power of two. Both passes lose where the product gains less than they take: small C or O.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from alignprop_fast.kernels.launch import cdiv, launch, next_power_of_2
+from alignprop_fast.kernels.launch import Prepared, cdiv, next_power_of_2
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # (largest padded width, rows per program, warps); a thread takes 16 to 32 elements.
@@ -61,15 +63,28 @@ def config(width: int) -> tuple[int, int, int]:
     raise ValueError(f"round_rows holds a row in registers: at most {MAX_WIDTH} channels, not {width}")
 
 
+@cache
+def _rows(rows: int, width: int, dtype: torch.dtype) -> Prepared:
+    """Takes x, q and the scale."""
+    block, rows_each, warps = config(width)
+    sizes = {"LARGEST": LARGEST[dtype], "ROWS": rows_each, "BLOCK_C": block, "num_warps": warps}
+    return Prepared(round_rows_kernel, (cdiv(rows, rows_each),), rows, width, **sizes)
+
+
+@cache
+def _sums(rows: int, width: int, bias: bool) -> Prepared:
+    """Takes the sums, both scales, the bias and y."""
+    blocks = cdiv(width, BLOCK)
+    return Prepared(scale_sums_kernel, (rows * blocks,), width, blocks, BIAS=bias, BLOCK=BLOCK, num_warps=WARPS)
+
+
 def round_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch on x [T, C]: (q [T, C] in `dtype`, one of `LARGEST`; s [T, 1] in fp32)."""
     x = x.contiguous()
     rows, width = x.shape
-    block, rows_each, warps = config(width)
     q = torch.empty_like(x, dtype=dtype)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    sizes = {"LARGEST": LARGEST[dtype], "ROWS": rows_each, "BLOCK_C": block, "num_warps": warps}
-    launch(round_rows_kernel, (cdiv(rows, rows_each),), x, q, scale, rows, width, **sizes)
+    _rows(rows, width, dtype)(x, q, scale)
     return q, scale
 
 
@@ -79,11 +94,8 @@ def scale_sums(
     """Launch on int32 sums [T, O], scales [T, 1] and [O, 1] in fp32, and bias [O] or None: y [T, O] in `dtype`."""
     rows, width = sums.shape
     y = torch.empty_like(sums, dtype=dtype)
-    blocks = cdiv(width, BLOCK)
-    given = (sums, x_scale, w_scale, sums if bias is None else bias.contiguous(), y)
-    launch(
-        scale_sums_kernel, (rows * blocks,), *given, width, blocks, BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS
-    )
+    start = _sums(rows, width, bias is not None)
+    start(sums, x_scale, w_scale, sums if bias is None else bias.contiguous(), y)
     return y
 
 

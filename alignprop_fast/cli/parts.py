@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows, spread
 from alignprop_fast.training.options import TrainOptions
@@ -44,14 +44,19 @@ class Rewards:
 def resolved(options: T, precision: str) -> T:
     """The options with `auto` and None replaced by what they stand for, as far as the trainer's config needs it."""
     alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
-    steps, scale = sampling_of(options)
-    return replace(
-        options, mixed_precision=precision, lora_alpha=alpha, num_inference_steps=steps, guidance_scale=scale
-    )
+    return replace(options, mixed_precision=precision, lora_alpha=alpha, **sampling_of(options)._asdict())
 
 
-def sampling_of(options: TrainOptions) -> tuple[int, float]:
-    """The number of denoising steps and the guidance scale: those given, or those that the model was made for.
+class Sampling(NamedTuple):
+    """Options of that name, as a run uses them."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    true_cfg_scale: float
+
+
+def sampling_of(options: TrainOptions) -> Sampling:
+    """The number of denoising steps and the scales of guidance: those given, or those that the model was made for.
 
     Raises:
         OSError: a Hub model cannot be reached.
@@ -60,13 +65,19 @@ def sampling_of(options: TrainOptions) -> tuple[int, float]:
 
     own = made_for(options.model, options.model_config)
     scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    true_scale = own.true_cfg_scale if options.true_cfg_scale is None else options.true_cfg_scale
     if own.is_distilled and scale > own.guidance_scale:
         logger.warning("%s is distilled to draw without guidance: leave --guidance-scale out", options.model)
-    if own.has_true_cfg and options.guidance_scale is not None:
+    if own.true_cfg_scale > 1 and scale != own.guidance_scale:
         logger.warning(
             "%s is guided by --true-cfg-scale and --negative-prompt: leave --guidance-scale out", options.model
         )
-    return options.num_inference_steps or own.steps, scale
+    if true_scale > 1 and options.negative_prompt is None:
+        logger.warning(
+            "%s draws without guidance: add --negative-prompt ' ' to guide it, or --true-cfg-scale 1 if you want none",
+            options.model,
+        )
+    return Sampling(options.num_inference_steps or own.steps, scale, true_scale)
 
 
 def open_rewards(options: TrainOptions, device: str) -> Rewards:

@@ -54,11 +54,15 @@ def open_sampler(options: TrainOptions, pipe: Any) -> DifferentiableSampler:
     """
     from alignprop_fast.generate.sampler import DifferentiableSampler
 
+    own = sampling_of(options)
     return DifferentiableSampler(
         pipe,
-        *sampling_of(options),
+        own.num_inference_steps,
+        own.guidance_scale,
         options.eta,
-        true_cfg_scale=options.true_cfg_scale,
+        true_cfg_scale=own.true_cfg_scale,
+        cfg_normalization=options.cfg_normalization,
+        cfg_truncation=options.cfg_truncation,
         height=options.height,
         width=options.width,
     )

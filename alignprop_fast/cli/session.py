@@ -245,8 +245,9 @@ class Session:
                 write_adapters(pipe, self.averaged, self.options, self.prompts, steps)
         else:
             remove_adapters(self.folder / AVERAGED)  # of the same run before it was resumed
-        self.records.plot()
-        if self.after is self.before or steps < self.trainer.steps_done:  # resumed at its end, or adapters went back
+        if self.after is self.before:  # resumed at its end, so no step has plotted
+            self.records.plot()
+        if self.after is self.before or steps < self.trainer.steps_done:  # or the adapters went back
             self.after = self._draw_again()
         title = f"Before (above) and after (below) {steps} steps on {self.options.reward}"
         save_before_after(self.folder / "before_after.png", self.before, self.after, title)

@@ -189,7 +189,7 @@ def _check_reward(options: TrainOptions, rewards: Rewards, first: PromptRow, pip
     """
     import torch
 
-    from alignprop_fast.models.pipeline_adapter import picture_size
+    from alignprop_fast.models.picture_size import picture_size
 
     count = options.batch_size
     height, width = picture_size(pipe, options.height, options.width)

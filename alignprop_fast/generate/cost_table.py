@@ -45,6 +45,7 @@ from alignprop_fast.runtime import (
     link_rate,
     nobody,
     operator_seconds,
+    quick_collections,
     remembered_results,
     reward_stages,
     step_costs,
@@ -107,8 +108,13 @@ def measured_table(step: TrainingStep, decoders: Decoders, told: Told = nobody) 
     origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
+
+    def costs() -> CostTable:
+        with quick_collections(device):
+            return _costs(step, origin, None, link, decoders, told)
+
     rewards = _rewards(step, None)
-    return _completed(_remembered(origin, lambda: _costs(step, origin, None, link, decoders, told)), step, rewards)
+    return _completed(_remembered(origin, costs), step, rewards)
 
 
 def roofline_on(
@@ -302,7 +308,7 @@ def _images(step: TrainingStep) -> torch.Tensor:
 def _fixed(step: TrainingStep) -> dict[str, int]:
     """Bytes that are taken during the whole training step under every plan."""
     trained = step.chain.parameters
-    device = step.model.device  # read once, because diffusers searches all modules for it
+    device = step.model.device
     numbers = sum(parameter.numel() for parameter in trained)
     adapters_bytes = _bytes(trained)
     copies_bytes = 0 if step.chain.copies is None else allocated_bytes(step.chain.copies.size_bytes, device)

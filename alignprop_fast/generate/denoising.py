@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance, Scale
+from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
-from alignprop_fast.models.pipeline_adapter import Conditioning, Generator
+from alignprop_fast.models.lora.learning import learning_adapters_off
+from alignprop_fast.models.pipeline_adapter import Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
 from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update
@@ -98,11 +101,13 @@ class DenoisingChain(Chain):
             self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
         else:
             self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
+        self.unguided_update = Update(table, (1.0,))
+        self.truncated = [cond.branches == 2 and not guidance.reaches(timestep) for timestep in table.timesteps]
         self.texts, self.precision = model.text_projections(self.cond), precision
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
-        # Where shapes follow the lengths of texts exactly, nearly every batch would need one of its own.
-        records = not isinstance(self.scale, torch.Tensor) and (not cond.lengths or cond.multiple > 1)
+        # Where shapes follow the length of a text exactly, nearly every batch would need one of its own.
+        records = not isinstance(self.scale, torch.Tensor) and cond.recurs
         self.fast_state = self.fast.state() if self.fast is not None and records else None
 
     def last_alone(self) -> DenoisingChain:
@@ -136,7 +141,7 @@ class DenoisingChain(Chain):
             return self._predict(i, x)
 
     def _predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        return self._guided(self.model.predict(self.update.model_input(i, x), self.timesteps[i], self.cond))
+        return self._guided(i, self.model.predict(self.update.model_input(i, x), self.timesteps[i], self._cond(i)))
 
     def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         precision = self.precision if self.precision is not None and self.precision.is_in_place else None
@@ -145,7 +150,7 @@ class DenoisingChain(Chain):
         state, name = self.fast_state if recorded else None, "exact" if precision is None else precision.name
         seen, timestep = self.update.model_input(i, x), self.timesteps[i]
         with self.texts.in_place():
-            return self._guided(self.fast.sample(seen, timestep, self.cond, self.texts, state, name))
+            return self._guided(i, self.fast.sample(seen, timestep, self._cond(i), self.texts, state, name))
 
     def around_block(self) -> AbstractContextManager[None]:
         return self.texts.in_place(of_any_text=True)
@@ -168,29 +173,36 @@ class DenoisingChain(Chain):
             seen = self.update.model_input(i, x)
         kind = self.scale, self.guidance, self.combines, tuple(sorted(options.items()))
         found = self.fast.gradients(
-            *(seen, self.timesteps[i], self.cond, self.texts, self._guided, gy, self.stand_ins, self.fast_state, kind)
+            *(seen, self.timesteps[i], self._cond(i), self.texts, partial(self._guided, i)),
+            *(gy, self.stand_ins, self.fast_state, kind),
         )
         if found is None or not through_input:
             return found and [*found, None]
         *grads, g_seen = found
         return [*grads, *torch.autograd.grad(seen, x, g_seen)]
 
-    def _guided(self, y: torch.Tensor) -> torch.Tensor:
-        return self.guidance.guided(y, self.scale) if self.combines else y
+    def _guided(self, i: int, y: torch.Tensor) -> torch.Tensor:
+        return self.guidance.guided(y, self.scale) if self.combines and not self.truncated[i] else y
+
+    def _cond(self, i: int) -> Conditioning:
+        return self.cond.of_prompts() if self.truncated[i] else self.cond
+
+    def _update(self, i: int) -> Update:
+        return self.unguided_update if self.truncated[i] else self.update
 
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The scheduler's update, with noise in the shape of the latents if the chain draws noise."""
         noise = self.model.noise(self.update.latents(x), self.generator) if self.draw_noise else None
         if self.leaps is None:
-            return self.update.advance(i, x, y, noise)
-        self.leaps.see(i, x, self.update.blended(y))
-        x_next = self.update.advance(i, x, y, noise)
+            return self._update(i).advance(i, x, y, noise)
+        self.leaps.see(i, x, self._update(i).blended(y))
+        x_next = self._update(i).advance(i, x, y, noise)
         self.leaps.land(i + 1, x_next)
         return x_next
 
     def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         gate = self.gates.get(i)
-        return self.update.adjoint(i, g, y_dtype, 1.0 if gate is None else gate.weight)
+        return self._update(i).adjoint(i, g, y_dtype, 1.0 if gate is None else gate.weight)
 
     def input_scale(self, i: int) -> float:
         gate = self.gates.get(i)
@@ -206,11 +218,11 @@ class DenoisingChain(Chain):
         step with means a x + b y and a x + b y' and deviation sigma > 0 have KL divergence
         b^2 |y - y'|^2 / (2 sigma^2). The base model is the model with its learning adapters off, not a second copy.
         """
-        with torch.inference_mode(), self.model.adapters_off():
+        with torch.inference_mode(), learning_adapters_off(self.model.denoiser):
             base = self._predict(i, x)  # the texts' projections are those with adapters
         wide = torch.promote_types(y.dtype, torch.float32)
-        delta = self.update.blended(y.to(wide) - base.to(wide))
-        return delta.square().mean(), self.update.blended_adjoint(2 / delta.numel() * delta)
+        delta = self._update(i).blended(y.to(wide) - base.to(wide))
+        return delta.square().mean(), self._update(i).blended_adjoint(2 / delta.numel() * delta)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
         return self.update.start(x)

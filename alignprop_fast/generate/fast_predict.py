@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.text_projections import TextProjections
-from alignprop_fast.models.pipeline_adapter import Conditioning
 from alignprop_fast.runtime import CompiledBlocks, GraphedCalls, step_gradients
 
 CUDA_GRAPHS = ("auto", "on", "off")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from alignprop_fast.generate.guidance import Guidance
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PromptBatch
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch
 from alignprop_fast.models.text_cache import TextCache
 from alignprop_fast.prompts.limits import CutTexts
 

@@ -21,8 +21,10 @@ from alignprop_fast.generate.planning import StepPlanner, gradient_steps
 from alignprop_fast.generate.prompt_encoder import PromptEncoder
 from alignprop_fast.generate.render import Renderer
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, Generator
+from alignprop_fast.models.lora.learning import has_learning_adapters
+from alignprop_fast.models.pipeline_adapter import Generator
 from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
@@ -51,11 +53,12 @@ class DifferentiableSampler:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
-            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `Flux2Pipeline`,
-            `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with flow-match Euler. Give
-            its denoiser adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler
-            freezes VAE and text encoders, unless something in them is frozen already. The plan does not count what
-            learns there: use `reserve` for it.
+            ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ChromaPipeline`,
+            `Flux2Pipeline`, `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline`, `Krea2Pipeline` or
+            `Lumina2Pipeline` with flow-match Euler; a `SanaPipeline` with that or DPM-Solver++ 2M. Give its denoiser
+            adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler freezes VAE
+            and text encoders, unless something in them is frozen already. The plan does not count what learns there:
+            use `reserve` for it.
         num_inference_steps: steps T of the chain.
         guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
             and Krea 2 0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one
@@ -67,6 +70,8 @@ class DifferentiableSampler:
         guidance_rescale: phi of Lin et al. 2023; 0 turns it off.
         cfg_normalization: Z-Image only, as in its pipeline: the norm of the guided prediction is at most this many
             times that with the prompt; 0 turns it off.
+        cfg_truncation: Z-Image only, as in its pipeline: steps at which more than this share of the noise is gone run
+            without guidance, in about half the time; 1: all steps are guided.
         true_cfg_scale: FLUX.1 and Qwen-Image only: classifier-free guidance, off without negative prompts. Qwen-Image
             has no other; FLUX.1 has the distilled one too.
         height, width: in pixels; None: the model's own size.
@@ -109,6 +114,7 @@ class DifferentiableSampler:
         *,
         guidance_rescale: float = 0.0,
         cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
         true_cfg_scale: float | torch.Tensor = 1.0,
         height: int | None = None,
         width: int | None = None,
@@ -128,16 +134,8 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
-        if cfg_normalization and not self.model.has_norm_limit:
-            raise ValueError("cfg_normalization is an option of Z-Image: leave it out for other models")
         self.guidance = Guidance.of(
-            guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
-            true_cfg_scale,
-            guidance_rescale,
-            self.model.has_true_cfg,
-            self.model.unguided_scale,
-            self.model.keeps_norm,
-            cfg_normalization,
+            self.model, guidance_scale, true_cfg_scale, guidance_rescale, cfg_normalization, cfg_truncation
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
@@ -150,7 +148,7 @@ class DifferentiableSampler:
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
         self.optimizer_bytes = optimizer_bytes
         self.example: tuple[str, Any] = ("", {})  # prompt and metadata for measuring the reward
-        if compare_with_base and not self.model.has_learning_adapters():
+        if compare_with_base and not has_learning_adapters(self.model.denoiser):
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
@@ -195,7 +193,8 @@ class DifferentiableSampler:
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts,
-                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`.
+                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`. Those of Chroma and
+                Lumina 2 come with `prompt_attention_mask`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.
@@ -242,6 +241,8 @@ class DifferentiableSampler:
         (table, factor), (signal, level) = self.table.alone(step), self.table.level_of(step)
         clean = latents.detach()
         noise = self.model.noise(clean, generator)
+        if not self.guidance.reaches(table.timesteps[0]):
+            cond = cond.of_prompts()
         chain = self._chain(cond, generator, table, shift=factor * noise if factor else None)
         training_step = self._training_step(chain, cond, prompts, metadata)
         self.plan = self.planner.plan(training_step, gradient_steps(chain, (0,)))

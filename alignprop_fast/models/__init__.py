@@ -14,11 +14,14 @@ _ADAPTERS = {
     "StableDiffusionXLPipeline": "stable_diffusion_xl.StableDiffusionXLAdapter",
     "StableDiffusion3Pipeline": "stable_diffusion_3.StableDiffusion3Adapter",
     "FluxPipeline": "flux.FluxAdapter",
+    "ChromaPipeline": "chroma.ChromaAdapter",  # since 0.34
     "Flux2Pipeline": "flux2.Flux2DevAdapter",  # in diffusers since 0.36
     "Flux2KleinPipeline": "flux2.Flux2KleinAdapter",  # since 0.37
     "ZImagePipeline": "z_image.ZImageAdapter",  # since 0.36
     "QwenImagePipeline": "qwen_image.QwenImageAdapter",  # since 0.35
     "Krea2Pipeline": "krea2.Krea2Adapter",
+    "Lumina2Pipeline": "lumina2.Lumina2Adapter",  # since 0.33
+    "SanaPipeline": "sana.SanaAdapter",  # since 0.32
 }
 SUPPORTED = tuple(_ADAPTERS)
 """Pipelines of diffusers that have an adapter, some of which only newer releases have."""

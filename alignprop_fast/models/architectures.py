@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.models.casting import cast_weights
 from alignprop_fast.models.classes import diffusers_class
 from alignprop_fast.models.published import (
     CLIP_G,
     CLIP_L,
     clip_text,
     denoiser_network,
+    gemma2_text,
     mistral3_text,
     qwen2_5_vl_text,
     qwen3_text,
@@ -86,6 +88,7 @@ def published_pipeline(name: str, dtype: torch.dtype = torch.bfloat16, device: s
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+                cast_weights(module, dtype)
     return pipe
 
 
@@ -165,6 +168,18 @@ def _flux(name: str) -> Any:
     )
 
 
+def _chroma(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("ChromaPipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae_network(name),
+        text_encoder=t5_text(),
+        tokenizer=None,
+        transformer=denoiser_network(name),
+    )
+
+
 def _z_image(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -216,6 +231,32 @@ def _qwen_image(name: str) -> Any:
     )
 
 
+def _lumina2(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Lumina2Pipeline")(
+        transformer=denoiser_network(name),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae_network(name),
+        text_encoder=gemma2_text(),
+        tokenizer=None,
+    )
+
+
+def _sana(name: str) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    with torch.device("cpu"):  # it copies its levels there
+        scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    return diffusers_class("SanaPipeline")(
+        tokenizer=None,
+        text_encoder=gemma2_text(),
+        vae=vae_network(name),
+        transformer=denoiser_network(name),
+        scheduler=scheduler,
+    )
+
+
 def _krea2(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -235,6 +276,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "sdxl": _stable_diffusion,
     "sd35-medium": _stable_diffusion_3,
     "flux-dev": _flux,
+    "chroma": _chroma,
     "z-image": _z_image,
     "z-image-turbo": _z_image,
     "flux2-klein-4b": _flux2_klein,
@@ -242,5 +284,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "flux2-dev": _flux2_dev,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
+    "lumina2": _lumina2,
+    "sana": _sana,
 }
 NAMES = tuple(_BUILDERS)

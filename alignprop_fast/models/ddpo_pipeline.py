@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from alignprop_fast.models.casting import cast_weights
 from alignprop_fast.models.lean.quantization import is_quantized, quantize_linears
 from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
 from alignprop_fast.models.lora.adapters import (
@@ -146,7 +147,7 @@ class DefaultDDPOStableDiffusionPipeline:
             raise ValueError(
                 "a quantised base model cannot be trained: use adapters (use_lora), or leave base_dtype out"
             )
-        self.unet.to(dtype)
+        cast_weights(self.unet, dtype)
         quantize_linears(self.unet, kind, device, dtype)
 
     def get_trainable_layers(self, rank: int = 4, alpha: float = 4, targets: str = "attention") -> Any:

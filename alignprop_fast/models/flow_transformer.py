@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, instances
+from alignprop_fast.models.conditioning import Conditioning
+from alignprop_fast.models.pipeline_adapter import PipelineAdapter, instances
 from alignprop_fast.models.schedules import FLOW, dynamic_shift
 
 
@@ -50,13 +51,12 @@ class TokenAdapter(FlowTransformerAdapter):
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         tokens_BNC = self.pack(torch.cat([x.to(self.dtype)] * cond.branches))
-        y_BNC = self.denoiser(
-            hidden_states=tokens_BNC,
-            timestep=timestep.expand(len(tokens_BNC)) / 1000,
-            **self.inputs(x, cond),
-            return_dict=False,
-        )[0]
-        return self.unpack(y_BNC, x)
+        time_B = timestep.expand(len(tokens_BNC)) / 1000
+        return self.unpack(self.run(hidden_states=tokens_BNC, timestep=time_B, **self.inputs(x, cond)), x)
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        """The denoiser's output [B, N, 4 C]."""
+        return self.denoiser(**inputs, return_dict=False)[0]
 
     @abstractmethod
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """FLUX.1 as a chain: flow matching, packed latents, rotary positions, guidance distilled into the denoiser."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
 import alignprop_fast.models.lean.flux  # noqa: F401  # enters this model's layers in the table of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch
 from alignprop_fast.models.flow_transformer import TokenAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PromptBatch
 from alignprop_fast.prompts.limits import TextReader
 
 T5_TOKENS = 512
@@ -16,7 +17,7 @@ T5_TOKENS = 512
 class FluxAdapter(TokenAdapter):
     """`FluxPipeline` (Black Forest Labs 2024); see `PipelineAdapter`."""
 
-    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    text_parts: ClassVar[Sequence[str]] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     has_true_cfg = True
     blocks = (FluxTransformerBlock, FluxSingleTransformerBlock)
 
@@ -46,16 +47,14 @@ class FluxAdapter(TokenAdapter):
     def _conditioning(
         self, embeds: torch.Tensor, pooled: torch.Tensor, guided: bool, size: tuple[int, int]
     ) -> Conditioning:
-        """The conditioning with positions [tokens, 3]: text at the origin, image tokens by row and column."""
+        return Conditioning(embeds, {"pooled_projections": pooled, **self._positions(embeds, size)}, 1 + guided)
+
+    def _positions(self, embeds: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Positions [tokens, 3]: text at the origin, image tokens by row and column."""
         rows, columns = self.grid(size)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         image = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-        added = {
-            "pooled_projections": pooled,
-            "img_ids": image.to(embeds.device, embeds.dtype),
-            "txt_ids": embeds.new_zeros(embeds.shape[1], 3),
-        }
-        return Conditioning(embeds, added, 1 + guided)
+        return {"img_ids": image.to(embeds.device, embeds.dtype), "txt_ids": embeds.new_zeros(embeds.shape[1], 3)}
 
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
         return {"guidance": self.guidance(cond), "encoder_hidden_states": cond.embeds, **(cond.added or {})}

@@ -11,8 +11,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, forma
 
 import alignprop_fast.models.lean.flux2  # noqa: F401  # enters this model's layers in the tables of ops
 from alignprop_fast.models.classes import tokenizer_of
+from alignprop_fast.models.conditioning import Conditioning, PromptBatch
 from alignprop_fast.models.flow_transformer import TokenAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch
 from alignprop_fast.models.qwen_chat import in_chat
 from alignprop_fast.prompts.limits import TextReader
 

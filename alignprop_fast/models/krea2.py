@@ -1,14 +1,13 @@
 """Krea 2 as a chain: flow matching, one stream of text and image, the text a stack of a language model's layers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
+from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
 
-import alignprop_fast.models.lean.krea2  # noqa: F401  # enters this model's layers in the tables of ops
-from alignprop_fast.models.pipeline_adapter import Conditioning
+from alignprop_fast.models.conditioning import Conditioning
+from alignprop_fast.models.lean.krea2_network import run_network
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 from alignprop_fast.models.qwen_family import QwenFamilyAdapter
 from alignprop_fast.prompts.limits import TextReader
@@ -24,7 +23,7 @@ class Krea2Adapter(QwenFamilyAdapter):
     """
 
     unguided_scale = 0.0
-    blocks = (Krea2TransformerBlock,)
+    blocks = (Krea2TextFusionBlock, Krea2TransformerBlock)
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, size: tuple[int, int]) -> None:
         if not self.pipe.config.is_distilled:
@@ -45,11 +44,10 @@ class Krea2Adapter(QwenFamilyAdapter):
         config = self.denoiser.config
         return self._blank((config.num_text_layers, config.text_hidden_dim), batch, guided, size)
 
-    def _positions(self, text_tokens: int, size: tuple[int, int]) -> Mapping[str, torch.Tensor]:
-        ids = self.pipe.prepare_position_ids(text_tokens, *self.grid(size), torch.device("cpu"))
-        return {"position_ids": ids.long().to(self.device)}
-
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
-        ids = (cond.added or {})["position_ids"]
-        left_out = cond.embeds.shape[1] - max(cond.lengths)
-        return {**self._text_inputs(cond, "encoder_attention_mask"), "position_ids": ids[left_out:]}
+        text, mask = self._text_and_mask(cond)
+        lengths = None if mask is None else mask.sum(1, dtype=torch.int32)
+        return {"text": text, "lengths": lengths, "grid": (x.shape[2] // 2, x.shape[3] // 2)}
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        return run_network(self.denoiser, **inputs)

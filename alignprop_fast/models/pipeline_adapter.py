@@ -2,108 +2,32 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.torch_utils import randn_tensor
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch
 from alignprop_fast.models.lean.adapter_copies import AdapterCopies, key_of
 from alignprop_fast.models.lean.attention import project_text
 from alignprop_fast.models.lean.banded_decoder import BANDED, banded_stages
 from alignprop_fast.models.lean.surgery import put_ops_in
 from alignprop_fast.models.lean.text_projections import TextProjections
-from alignprop_fast.models.lora.adapters import learns
+from alignprop_fast.models.lora.learning import adapter_settings, check_learning
+from alignprop_fast.models.picture_size import picture_size
 from alignprop_fast.models.schedules import check_scheduler, schedule
 from alignprop_fast.prompts.limits import TextReader
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_SIZE = (1024, 1024)  # pixels, of pipelines that do not say it (Z-Image)
-
 Generator = torch.Generator | list[torch.Generator] | None
-Embeddings = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
-"""Given embeddings by their names in the pipeline's own call, B rows each; in a list if rows differ in length."""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """The denoiser's input besides latents and time, for K branches (unconditional first): [K * B, ...] each.
-
-    embedded_guidance: the guidance scale, an input of guidance-distilled denoisers; others ignore it.
-    lengths: tokens of each row of embeds; the rest of a row is padding. Empty: there is no padding that matters.
-    multiple: shapes in the denoiser follow the lengths rounded up to a multiple of it.
-    """
-
-    embeds: torch.Tensor
-    added: Mapping[str, torch.Tensor] | None
-    branches: int
-    embedded_guidance: float | torch.Tensor = 1.0
-    lengths: tuple[int, ...] = ()
-    multiple: int = 1
-
-    @property
-    def extent(self) -> tuple[int, bool]:
-        """All that shapes know of the lengths: the longest, and whether all are alike; both after rounding up."""
-        rounded = [length + -length % self.multiple for length in self.lengths]
-        return max(rounded, default=0), len(set(rounded)) <= 1
-
-    def longest(self) -> "Conditioning":
-        """A copy whose padding counts as text: no batch of these shapes costs more."""
-        return replace(self, lengths=(self.embeds.shape[1],) * len(self.lengths))
-
-    def tensors(self) -> list[torch.Tensor]:
-        held = (self.embeds, *(self.added or {}).values(), self.embedded_guidance)
-        return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
-
-    def settings(self) -> Hashable:
-        """Everything besides `tensors()` and `extent`."""
-        guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
-        return self.branches, guidance, tuple(self.added or ())
-
-    def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
-        """A copy with some tensors replaced, by their ids."""
-        added = self.added and {name: others.get(id(tensor), tensor) for name, tensor in self.added.items()}
-        guidance = others.get(id(self.embedded_guidance), self.embedded_guidance)
-        return replace(self, embeds=others.get(id(self.embeds), self.embeds), added=added, embedded_guidance=guidance)
-
-    def cast(self, dtype: torch.dtype) -> "Conditioning":
-        """A copy in the denoiser's dtype, because text encoders may have another. Whole numbers stay exact."""
-        added = self.added and {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.added.items()
-        }
-        return replace(self, embeds=self.embeds.to(dtype), added=added)
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """The text of B pictures.
-
-    prompts: B texts. negative_prompts: B texts, or None for none.
-    guided: whether the denoiser runs with and without the prompts, in two branches.
-    size: (height, width) of the pictures in pixels, an input of SDXL.
-    embeddings: used instead of the texts, by the names of `PipelineAdapter.embedding_names`, B rows each.
-    """
-
-    prompts: list[str]
-    negative_prompts: list[str] | None
-    guided: bool
-    size: tuple[int, int]
-    embeddings: Embeddings = field(default_factory=dict)
-
-    @property
-    def has_negative(self) -> bool:
-        """Whether there is a negative prompt, as a text or embedded."""
-        return self.negative_prompts is not None or "negative_prompt_embeds" in self.embeddings
 
 
 class PipelineAdapter(ABC):
@@ -122,10 +46,10 @@ class PipelineAdapter(ABC):
     """Names of the pipeline's parts that encode prompts."""
     has_true_cfg = False
     """Whether classifier-free guidance is that of `true_cfg_scale`, with negative prompts alone (FLUX, Qwen-Image)."""
-    keeps_norm = False
-    """Whether the guided prediction of each patch of 2 x 2 latents keeps the norm of that with the prompt."""
-    has_norm_limit = False
-    """Whether the pipeline can limit the norm of the guided prediction (`cfg_normalization`)."""
+    keeps_norm: ClassVar[str] = ""
+    """The parts in which the guided prediction keeps the norm of that with the prompt (`normed_guidance`), if any."""
+    limits_guidance = False
+    """Whether the pipeline can limit the norm and the steps of guidance (`cfg_normalization`, `cfg_truncation`)."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")
     """Names of a prompt's embeddings in the pipeline's own call; `negative_` in front for a negative prompt."""
     text_mask: ClassVar[str | None] = None
@@ -246,18 +170,16 @@ class PipelineAdapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        # Not `denoiser.device`, which searches all modules for hooks at each call. `check_pipeline` allows none.
+        return next(self.denoiser.parameters()).device
 
     def trainable(self) -> list[nn.Parameter]:
         """The denoiser's parameters that require a gradient.
 
         Raises:
-            ValueError: dropout is active, so that a replayed step would differ from the first run; or DoRA is used.
+            ValueError: as `check_learning`.
         """
-        if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in self.denoiser.modules()):
-            raise ValueError("dropout is on in the denoiser: set lora_dropout to 0, or call its eval()")
-        if any(getattr(config, "use_dora", False) for config in getattr(self.denoiser, "peft_config", {}).values()):
-            raise ValueError("DoRA adapters are not supported: make the LoraConfig with use_dora=False")
+        check_learning(self.denoiser)
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
     def adapter_copies(self) -> AdapterCopies:
@@ -267,28 +189,6 @@ class PipelineAdapter(ABC):
             self._copies = copies = AdapterCopies(self.denoiser)
         copies.refresh()
         return copies
-
-    def has_learning_adapters(self) -> bool:
-        """Whether the denoiser has PEFT adapters that require grad."""
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        return any(learns(layer, name) for layer in layers for name in layer.active_adapters)
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """Inside the `with` block the adapters that learn are off, so the model is the base model.
-
-        Frozen adapters stay on, for example a style that is used while another adapter is trained.
-        """
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        before = [layer._active_adapter for layer in layers]
-        try:
-            for layer in layers:
-                # Set only the names, because `set_adapter` also changes requires_grad, which a running chain relies on.
-                layer._active_adapter = [name for name in layer.active_adapters if not learns(layer, name)]
-            yield
-        finally:
-            for layer, active in zip(layers, before, strict=True):
-                layer._active_adapter = active
 
     def _is_chosen(self) -> bool:
         """Whether a part of VAE or text encoders is frozen. Quantised weights cannot learn and do not count."""
@@ -328,14 +228,8 @@ class PipelineAdapter(ABC):
     def settings(self) -> Hashable:
         """Settings that change the denoiser's results besides weights, to compare: adapters, and FreeU of a UNet."""
         blocks = getattr(self.denoiser, "up_blocks", ())
-        return self._adapter_settings(), tuple(getattr(b, n, None) for b in blocks for n in ("s1", "s2", "b1", "b2"))
-
-    def _adapter_settings(self) -> Hashable:
-        """Which adapters are on or merged into the weights, and their strengths."""
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        return tuple(
-            (m.disable_adapters, *m.active_adapters, *m.merged_adapters, *getattr(m, "scaling", {}).values())
-            for m in layers
+        return adapter_settings(self.denoiser), tuple(
+            getattr(b, n, None) for b in blocks for n in ("s1", "s2", "b1", "b2")
         )
 
     def fingerprint(self) -> Hashable:
@@ -427,38 +321,6 @@ class PipelineAdapter(ABC):
 def text_encoders(pipe: Any) -> list[nn.Module]:
     """Every text encoder of a pipeline: one for Stable Diffusion, two for SDXL and FLUX, up to three for SD3."""
     return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
-
-
-def native_size(pipe: Any) -> tuple[int, int] | None:
-    """(height, width) in pixels of the pictures that the model was trained on, if its configuration has them."""
-    if "unet" not in pipe.components and not hasattr(pipe, "default_sample_size"):
-        return _DEFAULT_SIZE
-    latents = pipe.unet.config.sample_size if "unet" in pipe.components else pipe.default_sample_size
-    if latents is None:
-        return None
-    rows, columns = (latents, latents) if isinstance(latents, int) else latents
-    return rows * pipe.vae_scale_factor, columns * pipe.vae_scale_factor
-
-
-def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """(height, width) in pixels; for None the model's own.
-
-    Raises:
-        ValueError: the model's configuration has no size.
-    """
-    if height and width:
-        return height, width
-    native = native_size(pipe)
-    if native is None:
-        raise ValueError("the model's configuration has no sample_size: give height and width")
-    return height or native[0], width or native[1]
-
-
-def padded(texts: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Texts [N_i, ...] as rows of one tensor [B, tokens, ...], or longer if one of them is, and their lengths."""
-    lengths = tuple(map(len, texts))
-    tokens = max(tokens, *lengths)
-    return torch.stack([F.pad(text, (0, 0) * (text.ndim - 1) + (0, tokens - len(text))) for text in texts]), lengths
 
 
 def instances(root: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

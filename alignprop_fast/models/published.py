@@ -142,11 +142,14 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35-medium": ("SD3Transformer2DModel", _SD35_MEDIUM),
     "sd35-large": ("SD3Transformer2DModel", _SD35_LARGE),
     "flux-dev": ("FluxTransformer2DModel", _FLUX_DEV),
+    "chroma": ("ChromaTransformer2DModel", {}),  # the class's own defaults
     "z-image": ("ZImageTransformer2DModel", _Z_IMAGE),
     "flux2-klein-4b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_4B),
     "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
     "flux2-dev": ("Flux2Transformer2DModel", _FLUX2_DEV),
     "qwen-image": ("QwenImageTransformer2DModel", _QWEN_IMAGE),
+    "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+    "sana": ("SanaTransformer2DModel", {}),  # of 1.6 B parameters
     "krea2": ("Krea2Transformer2DModel", {}),  # the class's own defaults
 }
 
@@ -163,12 +166,25 @@ VAE: dict[str, Any] = {
 _FLOW_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
+_FLUX_VAE = {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
 _VAES: dict[str, dict[str, Any]] = {
     "sd15": {"scaling_factor": 0.18215, "force_upcast": False},
     "sdxl": {"scaling_factor": 0.13025},
     "sd35-medium": {**_FLOW_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
-    "flux-dev": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
-    "z-image": {**_FLOW_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "flux-dev": _FLUX_VAE,
+    "chroma": _FLUX_VAE,
+    "z-image": _FLUX_VAE,
+    "lumina2": _FLUX_VAE,
+}
+
+
+_DC_AE: dict[str, Any] = {
+    **{f"{part}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 for part in ("encoder", "decoder")},
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
 }
 
 
@@ -199,6 +215,17 @@ _T5_XXL = {
     "num_layers": 24,
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
+}
+
+
+_GEMMA2_2B = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
 }
 
 
@@ -264,6 +291,8 @@ def vae_network(name: str) -> nn.Module:
 
     if name.startswith("flux2"):
         return diffusers_class("AutoencoderKLFlux2")(**VAE)
+    if name == "sana":
+        return diffusers_class("AutoencoderDC")(**_DC_AE)
     if name in ("qwen-image", "krea2"):
         return diffusers_class("AutoencoderKLQwenImage")()
     return AutoencoderKL(**VAE, **_VAES[name])
@@ -279,6 +308,12 @@ def t5_text() -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(T5Config(**_T5_XXL))
+
+
+def gemma2_text() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(**_GEMMA2_2B))
 
 
 def qwen3_text(name: str) -> nn.Module:

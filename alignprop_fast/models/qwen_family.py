@@ -1,6 +1,6 @@
 """What Qwen-Image and Krea 2 share: texts with a mask, and a VAE that is made for videos."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,9 +12,12 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from torch import nn
 
 import alignprop_fast.models.lean.qwen_decoder  # noqa: F401  # enters the decoder's layers in the tables of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings, PromptBatch, padded
 from alignprop_fast.models.flow_transformer import TokenAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings, PromptBatch, instances, padded
+from alignprop_fast.models.pipeline_adapter import instances
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
+
+_MULTIPLE = 32  # tokens; a recorded step serves all batches whose longest text is as long after rounding up
 
 
 class QwenFamilyAdapter(TokenAdapter):
@@ -52,20 +55,17 @@ class QwenFamilyAdapter(TokenAdapter):
         return self._conditioning([text] * ((1 + guided) * batch), guided, size)
 
     def _conditioning(self, texts: Sequence[torch.Tensor], guided: bool, size: tuple[int, int]) -> Conditioning:
+        """Of texts without padding, for pictures of this size in pixels."""
         embeds, lengths = padded(texts, QWEN_TOKENS)
         mask = torch.arange(embeds.shape[1]) < torch.tensor(lengths)[:, None]
-        added = {"mask": mask.to(embeds.device), **self._positions(embeds.shape[1], size)}
-        return Conditioning(embeds, added, 1 + guided, lengths=lengths)
+        added = {"mask": mask.to(embeds.device)}
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=_MULTIPLE)
 
-    def _positions(self, text_tokens: int, size: tuple[int, int]) -> Mapping[str, torch.Tensor]:
-        """More inputs of the denoiser that the text and the size of the picture decide."""
-        return {}
-
-    def _text_inputs(self, cond: Conditioning, mask_name: str) -> dict[str, torch.Tensor | None]:
-        """Texts up to the longest, with a mask if others are shorter."""
-        longest = max(cond.lengths)
-        mask = None if min(cond.lengths) == longest else (cond.added or {})["mask"][:, :longest]
-        return {"encoder_hidden_states": cond.embeds[:, :longest], mask_name: mask}
+    def _text_and_mask(self, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Texts as far as shapes go, with a mask if some are shorter."""
+        longest, alike = cond.extent
+        mask = None if alike else (cond.added or {})["mask"][:, :longest]
+        return cond.embeds[:, :longest], mask
 
     @property
     def latent_channels(self) -> int:

@@ -1,13 +1,14 @@
 """Qwen-Image as a chain: flow matching, texts of any length, guidance that keeps the norm of each prediction."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
 import alignprop_fast.models.lean.qwen_image  # noqa: F401  # enters this model's layers in the tables of ops
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings
+from alignprop_fast.models.conditioning import Conditioning, Embeddings
+from alignprop_fast.models.lean.qwen_image_network import run_network
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS
 from alignprop_fast.models.qwen_family import QwenFamilyAdapter
 from alignprop_fast.prompts.limits import TextReader
@@ -17,7 +18,7 @@ class QwenImageAdapter(QwenFamilyAdapter):
     """`QwenImagePipeline` (Qwen Team 2025, arXiv 2508.02324); see `PipelineAdapter`."""
 
     has_true_cfg = True
-    keeps_norm = True
+    keeps_norm = "patches"
     blocks = (QwenImageTransformerBlock,)
 
     def _texts(self, prompts: list[str], given: Embeddings, side: str) -> list[torch.Tensor]:
@@ -38,13 +39,15 @@ class QwenImageAdapter(QwenFamilyAdapter):
     def blank_conditioning(self, batch: int, guided: bool, size: tuple[int, int]) -> Conditioning:
         return self._blank((self.denoiser.config.joint_attention_dim,), batch, guided, size)
 
-    def _positions(self, text_tokens: int, size: tuple[int, int]) -> Mapping[str, torch.Tensor]:
-        """None: the network makes them, and remembers them from its first call, which must not be in inference mode."""
+    def _conditioning(self, texts: Sequence[torch.Tensor], guided: bool, size: tuple[int, int]) -> Conditioning:
+        # The network remembers the positions from its first call, which must not be in inference mode.
         with torch.inference_mode(False):
             self.denoiser.pos_embed([(1, *self.grid(size))], max_txt_seq_len=1, device=self.device)
-        return {}
+        return super()._conditioning(texts, guided, size)
 
     def inputs(self, x: torch.Tensor, cond: Conditioning) -> dict[str, Any]:
-        rows, columns = x.shape[-2:]
-        shapes = [[(1, rows // 2, columns // 2)]] * len(cond.embeds)
-        return {**self._text_inputs(cond, "encoder_hidden_states_mask"), "img_shapes": shapes}
+        text, mask = self._text_and_mask(cond)
+        return {"text": text, "mask": mask, "grid": (x.shape[2] // 2, x.shape[3] // 2)}
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        return run_network(self.denoiser, **inputs)

@@ -8,7 +8,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch, instances, text_encoders
+from alignprop_fast.models.conditioning import Conditioning, PromptBatch
+from alignprop_fast.models.pipeline_adapter import PipelineAdapter, instances, text_encoders
 from alignprop_fast.models.schedules import DIFFUSION
 from alignprop_fast.prompts.limits import TextReader
 

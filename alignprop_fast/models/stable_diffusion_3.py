@@ -6,8 +6,8 @@ import torch
 from diffusers.models.attention import JointTransformerBlock
 
 import alignprop_fast.models.lean.stable_diffusion_3  # noqa: F401  # enters this model's layers in the table of ops
+from alignprop_fast.models.conditioning import Conditioning, PromptBatch
 from alignprop_fast.models.flow_transformer import FlowTransformerAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch
 from alignprop_fast.models.schedules import dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PipelineAdapter, PromptBatch
+from alignprop_fast.models.conditioning import Conditioning, PromptBatch
+from alignprop_fast.models.pipeline_adapter import PipelineAdapter
 from alignprop_fast.models.stable_diffusion import StableDiffusionAdapter
 from alignprop_fast.prompts.limits import TextReader
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch, text_encoders
+from alignprop_fast.models.conditioning import Conditioning, PromptBatch
+from alignprop_fast.models.pipeline_adapter import text_encoders
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 
 import alignprop_fast.models.lean.z_image  # noqa: F401  # enters this model's layers in the tables of ops
+from alignprop_fast.models.conditioning import Conditioning, PromptBatch, padded
 from alignprop_fast.models.flow_transformer import FlowTransformerAdapter
 from alignprop_fast.models.lean.z_image_network import run_network
-from alignprop_fast.models.pipeline_adapter import Conditioning, PromptBatch, padded
 from alignprop_fast.models.qwen_chat import QWEN_TOKENS, in_chat
 from alignprop_fast.models.schedules import dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
@@ -26,7 +26,7 @@ class ZImageAdapter(FlowTransformerAdapter):
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds",)
     text_parts = ("text_encoder", "tokenizer")
     unguided_scale = 0.0
-    has_norm_limit = True
+    limits_guidance = True
     blocks = (ZImageTransformerBlock,)
 
     def __init__(self, pipe: Any):
@@ -67,7 +67,7 @@ class ZImageAdapter(FlowTransformerAdapter):
     def _conditioning(texts: Sequence[torch.Tensor], guided: bool) -> Conditioning:
         embeds, lengths = padded(texts, QWEN_TOKENS)
         added = {"lengths": torch.tensor(lengths, dtype=torch.int32).to(embeds.device)}
-        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF)
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=SEQ_MULTI_OF, fills=True)
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         assert cond.added is not None

@@ -11,7 +11,8 @@ activation can write its result beside another tensor, which saves the pass that
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -77,36 +78,40 @@ def _plain_forward(x: Tensor, u: Tensor | None, beside: Tensor | None, function:
     return _joined(y if gate is None else gate * y, beside)
 
 
-def _plain_backward(g: Tensor, x: Tensor, u: Tensor | None, function: str) -> tuple[Tensor, Tensor]:
-    """The gradients of x and u (empty without u)."""
+def _plain_backward(g: Tensor, x: Tensor, u: Tensor | None, function: str) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and u (None without u)."""
     v, gate = _parts(x, u, function)
     if gate is None:
-        return _BACKWARD[function](g, v), g.new_empty(0)
+        return _BACKWARD[function](g, v), None
     if u is not None:
         return _BACKWARD[function](g * gate, v), g * _FUNCTIONS[function](v)
     if torch.compiler.is_compiling():
         # The tracer refuses a strided `out`; compiled code writes in place anyway.
         dv, du = _BACKWARD[function](g * gate, v), g * _FUNCTIONS[function](v)
-        return torch.cat([du, dv] if function == _SECOND else [dv, du], dim=-1), g.new_empty(0)
+        return torch.cat([du, dv] if function == _SECOND else [dv, du], dim=-1), None
     dx = x.new_empty(x.shape)
     into_v, into_u = _parts(dx, None, function)
     torch.mul(g, _FUNCTIONS[function](v), out=into_u)
     _BACKWARD_INTO[function](g * gate, v, grad_input=into_v)
-    return dx, g.new_empty(0)
+    return dx, None
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Imported at the first call: Triton may be missing."""
+    from alignprop_fast.kernels import activation as kernels
+
+    return kernels
 
 
 def _launch_forward(x: Tensor, u: Tensor | None, beside: Tensor | None, function: str) -> Tensor:
-    from alignprop_fast.kernels import activation as kernels
-
-    return kernels.activation_forward(*_parts(x, u, function), function, beside)
+    return _kernels().activation_forward(*_parts(x, u, function), function, beside)
 
 
-def _launch_backward(g: Tensor, x: Tensor, u: Tensor | None, function: str) -> tuple[Tensor, Tensor]:
-    from alignprop_fast.kernels import activation as kernels
-
-    dx, du = _fake_backward(g, x, u, function)
-    grads = _parts(dx, None if u is None else du, function)
-    kernels.activation_backward(g, *_parts(x, u, function), *grads, function)
+def _launch_backward(g: Tensor, x: Tensor, u: Tensor | None, function: str) -> tuple[Tensor, Tensor | None]:
+    dx, du = x.new_empty(x.shape), None if u is None else u.new_empty(u.shape)
+    grads = _parts(dx, du, function)
+    _kernels().activation_backward(g, *_parts(x, u, function), *grads, function)
     return dx, du
 
 

@@ -8,7 +8,6 @@ mask of its own: attention does not depend on the order of keys, so the padded p
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,21 +31,21 @@ def attention_reference(
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, ...]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None) -> tuple[Tensor, ...]:
     """(o, lse) by the chosen implementation, or by plain PyTorch if it fails."""
-    chosen = backends.choose("forward", q, k, lengths is not None)
-    arguments = (q, k, v, scale, *backends.padding(lengths))
+    chosen = backends.choose_for("forward", q, k, padding)
+    arguments = (q, k, v, scale) if padding is None else (q, k, v, scale, padding)
     if is_traced(q):
         return chosen.forward(*arguments)
     return attempt(f"attention.{chosen.name}.forward", chosen.forward, backends.PLAIN.forward, *arguments)
 
 
 def _backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, padding: Tensor | None
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dv) by the chosen implementation, or by plain PyTorch if it fails."""
-    chosen = backends.choose("backward", q, k, lengths is not None)
-    arguments = (g, q, k, v, o, lse, scale, *backends.padding(lengths))
+    chosen = backends.choose_for("backward", q, k, padding)
+    arguments = (g, q, k, v, o, lse, scale) if padding is None else (g, q, k, v, o, lse, scale, padding)
     if is_traced(q):
         return chosen.backward(*arguments)
     return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
@@ -55,7 +54,7 @@ def _backward(
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
-        o, lse = reuse_or_compute("attention", partial(_forward, q, k, v, scale, lengths))
+        o, lse = reuse_or_compute("attention", _forward, q, k, v, scale, lengths)
         ctx.save_for_backward(q, k, v, o, lse, lengths)
         ctx.scale = scale
         return o
@@ -71,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengt
     """softmax(scale q k^T) v, differentiable in all three.
 
     Args:
-        q: [B, H, M, D]; k, v: [B, H, N, D]; any strides with a contiguous last dimension.
+        q: [B, H, M, D]; k, v: [B, H, N, D]; any strides. They are copied if the last dimension is not contiguous.
         scale: None means D ** -0.5.
         lengths: valid keys of each batch element, 1 to N, [B] in int32 on the device; the others are padding. None: N.
 
@@ -79,6 +78,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengt
         [B, H, M, D] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:  # the kernels of libraries give garbage
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, scale, lengths)
     return _forward(q, k, v, scale, lengths)[0]
@@ -88,30 +89,48 @@ class _AttentionOfParts(Function):
     """Keeps the projections instead of q, k and v, which are made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, form: Form, scale: float, lengths: Tensor | None, *tensors: Tensor) -> Tensor:
-        o, lse = reuse_or_compute("attention", partial(_forward_of_parts, form, scale, lengths, tensors))
-        ctx.save_for_backward(o, lse, lengths, *tensors)
+    def forward(ctx: Any, form: Form, scale: float, padding: Tensor | None, *tensors: Tensor) -> Tensor:
+        o, lse = reuse_or_compute("attention", _forward_of_parts, form, scale, padding, tensors)
+        ctx.save_for_backward(o, lse, padding, *tensors)
         ctx.form, ctx.scale = form, scale
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        o, lse, lengths, *tensors = ctx.saved_tensors
-        q, k, v = (x.transpose(1, 2) for x in prepared(ctx.form, tensors))
-        grads = (x.transpose(1, 2) for x in _backward(g, q, k, v, o, lse, ctx.scale, lengths))
-        return None, None, None, *gradients(ctx.form, tensors, *grads)
+        o, lse, padding, *tensors = ctx.saved_tensors
+        q, k, v = prepared(ctx.form, tensors)
+        grads = _backward(g, *_heads_first(q, k, v), o, lse, ctx.scale, padding)
+        dq, dk, dv = (_shared_by(x, t.shape[2]).transpose(1, 2) for x, t in zip(grads, (q, k, v), strict=True))
+        return None, None, None, *gradients(ctx.form, tensors, dq, dk, dv)
 
 
 def _forward_of_parts(
-    form: Form, scale: float, lengths: Tensor | None, tensors: Sequence[Tensor]
+    form: Form, scale: float, padding: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    q, k, v = (x.transpose(1, 2) for x in prepared(form, tensors))
-    return _forward(q, k, v, scale, lengths)
+    return _forward(*_heads_first(*prepared(form, tensors)), scale, padding)
+
+
+def _heads_first(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, S, D] each. Keys and values that several heads of q share are repeated for each of them."""
+    sharing = q_BSHD.shape[2] // k_BSGD.shape[2]
+    if sharing > 1:
+        k_BSGD, v_BSGD = (x.repeat_interleave(sharing, dim=2) for x in (k_BSGD, v_BSGD))
+    return q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
+
+
+def _shared_by(g_BHSD: Tensor, heads: int) -> Tensor:
+    """The gradient of that many heads, from those of all heads that share them."""
+    return g_BHSD if g_BHSD.shape[1] == heads else g_BHSD.unflatten(1, (heads, -1)).sum(2)
 
 
 def attention_of_parts(
-    parts: Sequence[Part], head_dim: int, eps: float, halved: bool = False, lengths: Tensor | None = None
+    parts: Sequence[Part],
+    head_dim: int,
+    eps: float,
+    halved: bool = False,
+    lengths: Tensor | None = None,
+    marks: Tensor | None = None,
 ) -> Tensor:
     """Attention over a sequence that consists of these parts, with `qk_norm_rope` before it, differentiable in both.
 
@@ -120,6 +139,8 @@ def attention_of_parts(
     Args:
         parts, head_dim, eps, halved: as for `qk_norm_rope`.
         lengths: as for `attention`, counted over the whole sequence.
+        marks: ones and zeros [B, S] instead of lengths. The logit of query i and key j gets marks_i marks_j added, so
+            that marked tokens see less of the others, as in diffusers' Chroma.
 
     Returns:
         [B, S, H D] in the projections' dtype.
@@ -127,9 +148,10 @@ def attention_of_parts(
     Raises:
         ValueError: as `qk_norm_rope`.
     """
+    padding = lengths if marks is None else marks
     form, tensors, scale = form_of(parts, head_dim, eps, halved), tensors_of(parts), head_dim**-0.5
     if torch.is_grad_enabled():
-        o_BHSD = _AttentionOfParts.apply(form, scale, lengths, *tensors)
+        o_BHSD = _AttentionOfParts.apply(form, scale, padding, *tensors)
     else:
-        o_BHSD = _forward_of_parts(form, scale, lengths, tensors)[0]
+        o_BHSD = _forward_of_parts(form, scale, padding, tensors)[0]
     return o_BHSD.transpose(1, 2).flatten(2)

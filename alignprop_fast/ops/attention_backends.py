@@ -1,9 +1,10 @@
 """The implementations that `attention` chooses from, all with the same signatures.
 
-    forward(q, k, v, scale[, lengths]) -> (o [B, H, M, D], lse [B, H, M]: natural logarithm, fp32 or wider)
-    backward(g, q, k, v, o, lse, scale[, lengths]) -> (dq, dk, dv)
+    forward(q, k, v, scale[, padding]) -> (o [B, H, M, D], lse [B, H, M]: natural logarithm, fp32 or wider)
+    backward(g, q, k, v, o, lse, scale[, padding]) -> (dq, dk, dv)
 
-lengths [B], valid keys of each batch element, goes only to those that take it.
+padding is the number of valid keys of each batch element, lengths [B], or marks [B, N] (see `attention_of_parts`). It
+goes only to those that take it; on a GPU, marks go to one alone.
 
 All use the same form of the logsumexp, so the backward pass of one can follow the forward pass of another. Each
 direction uses the fastest on this GPU at this shape: whether cuDNN or flash wins depends on the GPU, and with few keys
@@ -18,9 +19,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from alignprop_fast.ops import attention_packages, attention_plain, attention_triton, autotune, switched_off
-from alignprop_fast.ops.attention_plain import is_key
+from alignprop_fast.ops.attention_plain import is_key, is_marks
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
 from alignprop_fast.ops.autotune import fastest
 from alignprop_fast.ops.backend import backend, is_traced, only_plain
@@ -32,7 +34,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of attention, in both directions. pads: whether it takes `lengths`."""
+    """One implementation of attention, in both directions. pads: whether it takes lengths."""
 
     name: str
     forward: Callable[..., Tensors]
@@ -40,35 +42,34 @@ class Backend:
     pads: bool = False
 
 
-def padding(lengths: Tensor | None) -> Tensors:
-    """The last arguments of an implementation."""
-    return () if lengths is None else (lengths,)
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
-    bias = _bias(q, k, lengths)
-    return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=bias, scale=scale)
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None = None) -> Tensors:
+    bias = _bias(q, k, padding)
+    return torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _cpu_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, padding: Tensor | None = None
 ) -> Tensors:
     return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        g, q, k, v, o, lse, 0.0, False, attn_mask=_bias(q, k, lengths), scale=scale
+        g, q, k, v, o, lse, 0.0, False, attn_mask=_bias(q, k, padding), scale=scale
     )
 
 
-def _bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """Minus infinity for padded keys, [B, 1, 1, N]; its rows start at multiples of 16 bytes, as kernels demand."""
-    if lengths is None:
+def _bias(q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor | None:
+    """What is added to the logits: minus infinity for padded keys, [B, 1, 1, N], or one where both tokens are marked,
+    [B, 1, N, N]. Rows start at multiples of 16 bytes, as kernels demand."""
+    if padding is None:
         return None
     keys = k.shape[2]
+    if is_marks(padding):
+        marks = padding.to(q.dtype)
+        return (marks[:, None, :, None] * F.pad(marks, (0, -keys % 16))[:, None, None])[..., :keys]
     bias = q.new_zeros(len(q), 1, 1, keys + -keys % 16)[..., :keys]
-    return bias.masked_fill_(~is_key(lengths, keys), -torch.inf)
+    return bias.masked_fill_(~is_key(padding, keys), -torch.inf)
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[:2]
+    return torch._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
 
 
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
@@ -78,7 +79,7 @@ def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: 
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    o, lse = aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, True, scale=scale)[:2]
+    o, lse = torch._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
     return o, lse.view(q.shape[:-1])
 
 
@@ -96,18 +97,18 @@ def _laid_out_like(q: Tensor, t: Tensor) -> Tensor:
     return t if t.stride() == q.stride() else torch.empty_like(q).copy_(t)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> Tensors:
-    bias = _expanded(_bias(q, k, lengths), q, k)
-    o, lse = aten._scaled_dot_product_efficient_attention.default(q, k, v, bias, True, scale=scale)[:2]
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None = None) -> Tensors:
+    bias = _expanded(_bias(q, k, padding), q, k)
+    o, lse = torch._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
     # The rows of its logsumexp are padded to a multiple of 32.
     return o, lse[..., : q.shape[2]].contiguous()
 
 
 def _efficient_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, padding: Tensor | None = None
 ) -> Tensors:
-    bias = _expanded(_bias(q, k, lengths), q, k)
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+    bias = _expanded(_bias(q, k, padding), q, k)
+    padded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
     wanted = [True, True, True, False]
     return aten._scaled_dot_product_efficient_attention_backward.default(
         *(g, q, k, v, bias, o, padded, *_no_dropout(q), 0.0, wanted, False), scale=scale
@@ -148,12 +149,21 @@ _BACKENDS = {
     )
 }
 
+_MARKED = "efficient"  # the one that takes marks
+
 # PyTorch's own guards know GPUs and library versions on which a kernel is unavailable or wrong.
 _GUARDS = {
     "cudnn": torch.backends.cuda.can_use_cudnn_attention,
     "flash": torch.backends.cuda.can_use_flash_attention,
     "efficient": torch.backends.cuda.can_use_efficient_attention,
 }
+
+
+def choose_for(direction: str, q: Tensor, k: Tensor, padding: Tensor | None) -> Backend:
+    """As `choose`, for this padding."""
+    if is_marks(padding) and q.is_cuda and not only_plain(q):
+        return _BACKENDS[_MARKED]
+    return choose(direction, q, k, padding is not None)
 
 
 def choose(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> Backend:
@@ -242,7 +252,7 @@ def _refused(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> dict
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Candidates:
     """Makes the trials of all implementations that may serve this shape."""
 

@@ -20,20 +20,28 @@ def is_key(lengths: Tensor, keys: int) -> Tensor:
     return (torch.arange(keys, device=lengths.device) < lengths[:, None])[:, None, None]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(o [B, H, M, D], lse [B, H, M] in fp32 or wider) of q [B, H, M, D] and k, v [B, H, N, D]; lengths: [B]."""
+def is_marks(padding: Tensor | None) -> bool:
+    """Whether what tells padding apart is `marks` [B, N] and not `lengths` [B]."""
+    return padding is not None and padding.ndim == 2
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(o [B, H, M, D], lse [B, H, M] in fp32 or wider) of q [B, H, M, D] and k, v [B, H, N, D].
+
+    padding: lengths [B], or marks [B, N] where M = N.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = k.to(wide), v.to(wide)
     o, lse = _like_rows(q, q.dtype), q.new_empty(q.shape[:-1], dtype=wide)
     for rows in _pieces(q, k):
-        logits = _logits(q[:, :, rows].to(wide), keys, scale, lengths)
+        logits = _logits(q[:, :, rows].to(wide), keys, scale, padding, rows)
         lse[:, :, rows] = logits.logsumexp(-1)
         o[:, :, rows] = (logits.softmax(-1) @ values).to(o.dtype)
     return o, lse
 
 
 def backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, lengths: Tensor | None = None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient g of o; o and lse are not read."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -41,7 +49,7 @@ def backward(
     dq, dk, dv = _like_rows(q, q.dtype), _like_rows(k, wide).zero_(), _like_rows(v, wide).zero_()
     for rows in _pieces(q, k):
         queries, gradients = q[:, :, rows].to(wide), g[:, :, rows].to(wide)
-        weights = _logits(queries, keys, scale, lengths).softmax(-1)
+        weights = _logits(queries, keys, scale, padding, rows).softmax(-1)
         d_weights = gradients @ values.mT
         d_logits = scale * weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
         dq[:, :, rows] = (d_logits @ keys).to(dq.dtype)
@@ -50,9 +58,14 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
+def _logits(q: Tensor, k: Tensor, scale: float, padding: Tensor | None, rows: slice) -> Tensor:
+    """Of the queries in these rows."""
     logits = scale * (q @ k.mT)
-    return logits if lengths is None else logits.where(is_key(lengths, k.shape[2]), -torch.inf)
+    if padding is None:
+        return logits
+    if is_marks(padding):
+        return logits + padding[:, None, rows, None].to(logits.dtype) * padding[:, None, None]
+    return logits.where(is_key(padding, k.shape[2]), -torch.inf)
 
 
 def _pieces(q: Tensor, k: Tensor) -> Iterator[slice]:

@@ -6,9 +6,8 @@ process, with one line, and the plain path takes over (`ops.switched_off`).
 """
 
 from collections.abc import Callable
-from functools import wraps
 from importlib.util import find_spec
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch._subclasses import FakeTensor
 from alignprop_fast.ops import switched_off
 from alignprop_fast.ops.errors import is_out_of_memory
 
-Arguments = ParamSpec("Arguments")
+Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -59,10 +58,9 @@ def only_plain(x: torch.Tensor) -> bool:
 
 def attempt(
     name: str,
-    first: Callable[Arguments, Result],
-    plain: Callable[Arguments, Result],
-    *arguments: Arguments.args,
-    **keywords: Arguments.kwargs,
+    first: Callable[[*Arguments], Result],
+    plain: Callable[[*Arguments], Result],
+    *arguments: *Arguments,
 ) -> Result:
     """first(*arguments); after its first failure in this process plain(*arguments), which returns the same.
 
@@ -72,15 +70,15 @@ def attempt(
     name: the name that is switched off after a failure.
     """
     if switched_off.reason(name) is not None:
-        return plain(*arguments, **keywords)
+        return plain(*arguments)
     try:
-        return first(*arguments, **keywords)
+        return first(*arguments)
     except Exception as error:  # compilers, drivers and libraries raise anything
         if is_out_of_memory(error) or _is_capturing():
             raise
         reason = f"{type(error).__name__}: {error}"
     # Outside the handler, whose traceback would keep the failed call's tensors alive.
-    result = plain(*arguments, **keywords)
+    result = plain(*arguments)
     switched_off.switch_off(name, reason)
     return result
 
@@ -89,15 +87,14 @@ class Function(torch.autograd.Function):
     """An op's autograd function, with a shorter way in.
 
     PyTorch's `apply` first searches the arguments for what functorch's transforms left in them, which takes as long as
-    an aten operator. These ops serve no such transform. torch.compile knows `apply` by its name and never runs it.
+    an aten operator. These ops serve no such transform, so this is the one behind it. torch.compile knows `apply` by
+    its name and never runs it.
     """
 
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+    apply = torch._C._FunctionBase.__dict__["apply"]
 
 
-class Launch(Generic[Arguments, Result]):
+class Launch(Generic[*Arguments, Result]):
     """Launches an op's kernels: by a direct call, or as a custom operator where torch.compile or fake tensors trace it.
 
     A call through the operator costs several times the host time of a direct one.
@@ -107,32 +104,37 @@ class Launch(Generic[Arguments, Result]):
 
     Args:
         op: its name in `switched_off`.
-        kernel: launches the kernels; its annotations are the operator's.
+        kernel: launches the kernels. Of several results, those that a call does not have are None.
         plain: takes over if the kernels fail (`attempt`).
-        fake: the result for fake tensors.
+        fake: the results for fake tensors, empty tensors instead of None; its annotations are the operator's.
     """
 
     def __init__(
         self,
         name: str,
         op: str,
-        kernel: Callable[Arguments, Result],
-        plain: Callable[Arguments, Result],
-        fake: Callable[Arguments, Result],
+        kernel: Callable[[*Arguments], Result],
+        plain: Callable[[*Arguments], Result],
+        fake: Callable[[*Arguments], Any],
     ):
-        @wraps(kernel)
-        def direct(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-            return attempt(f"{op}.triton", kernel, plain, *arguments, **keywords)
-
         self._name, self._kernel, self._plain = f"{op}.triton", kernel, plain
-        self.operator: Any = torch.library.custom_op(f"alignprop_fast::{name}", direct, mutates_args=())
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        name = f"alignprop_fast::{name}"
+        self.operator: Any = torch.library.custom_op(name, self._filled, mutates_args=(), schema=schema)
         self.operator.register_fake(fake)
 
-    def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-        first = arguments[0]
+    def __call__(self, *arguments: *Arguments) -> Result:
+        first: Any = arguments[0]  # type: ignore[misc]  # mypy: the tuple may be empty
         if is_traced(first[0] if isinstance(first, list) else first):
-            return self.operator(*arguments, **keywords)
-        return attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
+            return self.operator(*arguments)
+        return attempt(self._name, self._kernel, self._plain, *arguments)
+
+    def _filled(self, *arguments: *Arguments) -> Any:
+        """As the operator, whose results are all tensors."""
+        results = attempt(self._name, self._kernel, self._plain, *arguments)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(results[0].new_empty(0) if result is None else result for result in results)
 
 
 def _is_capturing() -> bool:

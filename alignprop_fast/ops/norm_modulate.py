@@ -9,6 +9,8 @@ It keeps s and one or two numbers per token. Weights are frozen. Modulations mos
 them; their gradients, and what these need, are made only if asked for.
 """
 
+from functools import cache
+from types import ModuleType
 from typing import Any, overload
 
 import torch
@@ -36,8 +38,9 @@ def norm_modulate_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain PyTorch; see `norm_modulate`."""
     s = _sum(x, branch, gate)
-    shape = s.shape[-1:]
-    y = torch.rms_norm(s, shape, weight, eps) if rms else torch.layer_norm(s, shape, weight, None, eps)
+    shape, wide = s.shape[-1:], s if weight is None else s.to(weight.dtype)
+    y = torch.rms_norm(wide, shape, weight, eps) if rms else torch.layer_norm(wide, shape, weight, None, eps)
+    y = y.to(s.dtype)
     if scale is not None:
         y = y * (one + scale)
     if shift is not None:
@@ -70,14 +73,14 @@ def _plain_forward(
     eps: float,
     one: float,
     rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel's results: y, s (empty without a branch), mean (empty for rms) and rstd [T]."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The kernel's results: y, s (None without a branch), mean (None for rms) and rstd [T]."""
     s = x if branch is None else _sum(x, branch, gate).contiguous()
     if rms:
         wide = _wide(s)
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        y, mean = (wide * rstd).to(s.dtype), rstd.new_empty(0)
-        y = y if weight is None else y * weight
+        xhat, mean = wide * rstd, None
+        y = xhat.to(s.dtype) if weight is None else (xhat.to(weight.dtype) * weight).to(s.dtype)
     else:
         # A shift of all tokens without a scale is the layer norm's own.
         beta = shift if scale is None and shift is not None and shift.ndim == 1 else None
@@ -87,7 +90,7 @@ def _plain_forward(
         y = y * (one + scale) if shift is None else torch.addcmul(shift, y, one + scale)
     elif shift is not None:
         y = y + shift
-    return y, x.new_empty(0) if branch is None else s, mean.flatten(), rstd.flatten()
+    return y, None if branch is None else s, None if mean is None else mean.flatten(), rstd.flatten()
 
 
 def _plain_backward(
@@ -97,63 +100,46 @@ def _plain_backward(
     gate: Tensor | None,
     weight: Tensor | None,
     scale: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     one: float,
     rms: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the branch (empty without a gate); mean and rstd may come from the kernel."""
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and of the branch (None without a gate); mean and rstd may come from the kernel."""
     c = g if scale is None else g * (one + scale)
     if rms:
         c, xhat = _wide(c if weight is None else c * weight), _normed(x, None, mean, rstd)
         along = (c * xhat).mean(-1, keepdim=True)
         dx = ((c - xhat * along) * rstd.view(*x.shape[:-1], 1)).to(x.dtype)
     else:
-        statistics = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
+        statistics = (None if t is None else t.view(*x.shape[:-1], 1) for t in (mean, rstd))
         wanted = [True, False, False]
         dx = torch.ops.aten.native_layer_norm_backward(c, x, x.shape[-1:], *statistics, weight, None, wanted)[0]
     dx = dx if h is None else dx.add_(h)
-    return dx, x.new_empty(0) if gate is None else dx * gate
+    return dx, None if gate is None else dx * gate
 
 
-def _normed(x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+def _normed(x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor) -> Tensor:
     """xhat * weight from the statistics, at least in fp32."""
-    centred = _wide(x) if mean.numel() == 0 else _wide(x) - mean.view(*x.shape[:-1], 1)
+    centred = _wide(x) if mean is None else _wide(x) - mean.view(*x.shape[:-1], 1)
     xhat = centred * rstd.view(*x.shape[:-1], 1)
     return xhat if weight is None else xhat * weight
 
 
-def _launch_forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    one: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@cache
+def _kernels() -> ModuleType:
+    """Imported at the first call: Triton may be missing."""
     from alignprop_fast.kernels import norm_modulate as kernels
 
-    return kernels.norm_modulate_forward(x, branch, gate, weight, scale, shift, eps, one, rms)
+    return kernels
 
 
-def _launch_backward(
-    g: Tensor,
-    h: Tensor | None,
-    x: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    one: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor]:
-    from alignprop_fast.kernels import norm_modulate as kernels
+def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    return _kernels().norm_modulate_forward(*inputs)
 
-    return kernels.norm_modulate_backward(g, h, x, gate, weight, scale, mean, rstd, one, rms)
+
+def _launch_backward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    return _kernels().norm_modulate_backward(*inputs)
 
 
 def _fake_forward(
@@ -180,7 +166,7 @@ def _fake_backward(
     gate: Tensor | None,
     weight: Tensor | None,
     scale: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     one: float,
     rms: bool,
@@ -192,12 +178,13 @@ _triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forwa
 _triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _plain_backward, _fake_backward)
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (x without a branch), mean and rstd [T]."""
-    x, branch = inputs[:2]
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """y, s (x without a branch), mean (None for rms) and rstd [T]."""
+    x = inputs[0]
     run = _triton_forward if backend(x) == "triton" else _plain_forward
-    y, total, mean, rstd = run(*inputs)
-    return y, x if branch is None else total, mean, rstd
+    y, s, mean, rstd = run(*inputs)
+    # A traced call returns empty tensors in place of None.
+    return y, x if s is None or inputs[1] is None else s, None if inputs[-1] else mean, rstd
 
 
 class _NormModulate(Function):
@@ -205,7 +192,7 @@ class _NormModulate(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         _, branch, gate, weight, scale, shift, _, ctx.one, ctx.rms = inputs
         y, s, mean, rstd = _forward(*inputs)
-        gate_learns = ctx.needs_input_grad[2]
+        gate_learns = gate is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(s, gate, weight, scale, mean, rstd, branch if gate_learns else None)
         ctx.added = branch is not None
         ctx.shift_shape = None if shift is None else shift.shape
@@ -272,7 +259,7 @@ def norm_modulate(
         x: [B, ..., C], any strides.
         scale, shift: of the result, in x's dtype: [B, 1, C], [1, 1, C], or a row for each token like x; a shift may
             also be [C]. None: no scale (also no `one`), no shift.
-        weight: [C], frozen, in x's dtype; None for a weight of one.
+        weight: [C], frozen, in x's dtype, for rms also in fp32; None for a weight of one.
         eps: added to the variance, for rms to the mean square.
         one: added to the scale.
         rms: RMS norm instead of layer norm.

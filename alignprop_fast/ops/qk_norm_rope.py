@@ -9,6 +9,8 @@ in the backward pass, so only the projections are kept. The scales gamma are fro
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,8 @@ MAX_TRITON_HEAD_DIM = 256  # kernels.qk_norm_rope.MAX_HEAD_DIM
 class Part(NamedTuple):
     """Projections of one part of the sequence, [B, N, H D] each; q can have more heads than k and v.
 
-    scales: gamma [D] of q and of k; None: no norm. angles: cos and sin [B or 1, N, D / 2], fp32; None: no rotation.
+    scales: gamma [D] of q and of k, in their dtype or fp32; None: no norm. angles: cos and sin [B or 1, N, D / 2] in
+    fp32; None: no rotation.
     """
 
     q: Tensor
@@ -76,7 +79,7 @@ def normed_and_turned(
     x_BNHD: Tensor, scale: Tensor | None, angles: tuple[Tensor, Tensor] | None, eps: float, halved: bool = False
 ) -> Tensor:
     """Queries or keys of one part in plain PyTorch, [B, N, H, D]; the rotation is fp32 or wider."""
-    x = x_BNHD if scale is None else F.rms_norm(x_BNHD, scale.shape, scale, eps)
+    x = x_BNHD if scale is None else F.rms_norm(x_BNHD.to(scale.dtype), scale.shape, scale, eps)
     if angles is not None:
         cos, sin = angles
         x = _turned(x.to(_wide(x)), cos, sin, halved)
@@ -101,8 +104,8 @@ def _turned(x_BNHD: Tensor, cos_BNP: Tensor, sin_BNP: Tensor, halved: bool) -> T
 
 def _plain_forward(
     projections: list[Tensor], gammas: list[Tensor], angles: list[Tensor], head_dim: int, eps: float, halved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's results: q, k and v of the sequence, [B, S, H, D]; v is empty if there is only one part."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The kernel's results: q, k and v of the sequence, [B, S, H, D]; v is None if there is only one part."""
     heads = [x.unflatten(-1, (-1, head_dim)) for x in projections]
     parts = range(len(heads) // 3)
     pairs = [(angles[2 * part], angles[2 * part + 1]) if angles else None for part in parts]
@@ -116,7 +119,7 @@ def _plain_forward(
         for one in (0, 1)
     )
     if len(parts) == 1:
-        return q[0], k[0], projections[0].new_empty(0)
+        return q[0], k[0], None
     return torch.cat(q, 1), torch.cat(k, 1), torch.cat(heads[2::3], 1)
 
 
@@ -156,26 +159,20 @@ def _plain_gradient(
     return c.to(x.dtype).flatten(2)
 
 
-def _launch_forward(
-    projections: list[Tensor], gammas: list[Tensor], angles: list[Tensor], head_dim: int, eps: float, halved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+@cache
+def _kernels() -> ModuleType:
+    """Imported at the first call: Triton may be missing."""
     from alignprop_fast.kernels import qk_norm_rope as kernels
 
-    return kernels.qk_norm_rope_forward(projections, gammas, angles, head_dim, eps, halved)
+    return kernels
 
 
-def _launch_backward(
-    dq: Tensor,
-    dk: Tensor,
-    projections: list[Tensor],
-    gammas: list[Tensor],
-    angles: list[Tensor],
-    eps: float,
-    halved: bool,
-) -> list[Tensor]:
-    from alignprop_fast.kernels import qk_norm_rope as kernels
+def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    return _kernels().qk_norm_rope_forward(*inputs)
 
-    return kernels.qk_norm_rope_backward(dq, dk, projections, gammas, angles, eps, halved)
+
+def _launch_backward(*inputs: Any) -> list[Tensor]:
+    return _kernels().qk_norm_rope_backward(*inputs)
 
 
 def _fake_forward(
@@ -209,11 +206,12 @@ def prepared(form: Form, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Ten
 
 
 def _prepared_by(
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]], form: Form, tensors: Sequence[Tensor]
+    run: Callable[..., tuple[Tensor, Tensor, Tensor | None]], form: Form, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     projections, gammas, angles = form.split(tensors)
     q, k, v = run(projections, gammas, angles, form.head_dim, form.eps, form.halved)
-    return q, k, v if form.parts > 1 else projections[2].unflatten(-1, (-1, form.head_dim))
+    # A single part's values are a view. A traced call returns an empty tensor for them.
+    return q, k, projections[2].unflatten(-1, (-1, form.head_dim)) if v is None or form.parts == 1 else v
 
 
 def gradients(form: Form, tensors: Sequence[Tensor], dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:

@@ -59,17 +59,19 @@ def checkpoint_contexts(
     return _Store(kinds, results, False, away), _Store(kinds, results, True, back)
 
 
-def reuse_or_compute(kind: Kind | None, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """compute(), or what it returned in the block's first run. For use inside an autograd function's forward.
+def reuse_or_compute(
+    kind: Kind | None, compute: Callable[..., tuple[torch.Tensor, ...]], *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    """compute(*arguments), or what it returned in the block's first run. For use inside an autograd function's forward.
 
     kind: of the result; None: it is always computed.
     """
     store = _stores.open[-1] if _stores.open else None
     if store is None or kind not in store.kinds:
-        return compute()
+        return compute(*arguments)
     if store.reading:
         return tuple(store.move(result) for result in store.results.popleft())
-    results = compute()
+    results = compute(*arguments)
     # Detached: the tensor that is returned will carry the graph, and the graph this store.
     store.results.append(tuple(store.move(result.detach()) for result in results))
     return results

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
+from alignprop_fast.models.casting import cast_weights
 from alignprop_fast.planner.optimizer_state import average_bytes, merges, optimizer_bytes
 from alignprop_fast.training.config import AlignPropConfig
 
@@ -68,6 +69,8 @@ def make_sampler(pipeline: Any, config: AlignPropConfig, reward: Any) -> Differe
         config.memory_budget,
         guidance_rescale=config.guidance_rescale,
         true_cfg_scale=config.true_cfg_scale,
+        cfg_normalization=config.cfg_normalization,
+        cfg_truncation=config.cfg_truncation,
         height=config.height,
         width=config.width,
         draw_unused_noise=True,
@@ -94,7 +97,7 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     A denoiser that is trained whole stays in fp32 and runs under autocast, because gradient scaling needs fp32
     gradients. With fp16, a VAE that declares that it overflows in fp16 (`force_upcast`, SDXL) stays in fp32. With
     `cache_text` the text encoders stay on the CPU and move to the device only to encode. On the meta device nothing is
-    encoded, so they stay there.
+    encoded, so they stay there. Weights that their class keeps in fp32 stay so.
     """
     dtype = compute_dtype(config)
     encoders_device = torch.device("cpu") if config.cache_text and device.type != "meta" else device
@@ -110,8 +113,5 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
 
 
 def _move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    # Only what a file holds, as in loading in that dtype: Qwen3 computes the angles of its positions in fp32.
-    for tensor in module.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    cast_weights(module, dtype)
     module.to(device)

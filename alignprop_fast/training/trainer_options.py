@@ -160,13 +160,32 @@ class TrainerOptions:
     )
     true_cfg_scale: float = option(
         1.0,
-        "FLUX.1 and Qwen-Image only: classifier-free guidance against the negative prompt; 1 or less turns it off. "
-        "Qwen-Image has no other (diffusers' default is 4). For FLUX.1, --guidance-scale is an input of the network.",
+        "FLUX.1 and Qwen-Image only: classifier-free guidance against --negative-prompt; none without that prompt. "
+        "1 or less turns it off. Qwen-Image has no other. For FLUX.1, --guidance-scale is an input of the network.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         at_least=0,
         at_most=100,
         changes_plan=True,
+    )
+    cfg_normalization: float = option(
+        0.0,
+        "Z-Image only, as in its pipeline: the norm of the guided prediction is at most this many times that of the "
+        "prediction with the prompt; 0 sets no limit.",
+        Panel.SAMPLING,
+        commands=TRAIN | PICTURES,
+        at_least=0,
+        remedy="0 (off) or more",
+        changes_plan=True,
+    )
+    cfg_truncation: float = option(
+        1.0,
+        "Z-Image only, as in its pipeline: steps at which more than this share of the noise is gone run without "
+        "guidance, in half the time; 1: none of them. Plans count every step as guided.",
+        Panel.SAMPLING,
+        commands=TRAIN | PICTURES,
+        at_least=0,
+        at_most=1,
     )
     cuda_graphs: str = option(
         "auto",

@@ -181,7 +181,8 @@ class Comparison:
 
 def four_steps(pipe: Any) -> Painter:
     pipe.set_progress_bar_config(disable=True)
-    return Painter(pipe, *sampling_of(SETTINGS))
+    own = sampling_of(SETTINGS)
+    return Painter(pipe, own.num_inference_steps, own.guidance_scale)
 
 
 def compared_prompts() -> list[str]:

@@ -3,7 +3,8 @@
     python -m benchmarks.ops.host_cost --output benchmarks/results/cpu/host_cost.csv
 
 Tensors are tiny and on the CPU, and a launch of a kernel does nothing, so both sides spend their time in Python and the
-dispatcher. The two take turns in one process; the ratio is that of their medians. Triton's own launch is not in it.
+dispatcher. The two take turns in one process; the ratio is the median of those of the turns, because the speed of a
+busy machine changes from turn to turn. Triton's own launch is not in it.
 "forward" records autograd's graph, "both" includes the backward pass, "sampled" has gradients off.
 """
 
@@ -58,13 +59,19 @@ def pairs() -> Iterator[tuple[str, Run, Run, list[torch.Tensor]]]:
     )
 
 
+class NoLaunch(Calls):
+    """Does not even count."""
+
+    def launch(self, *arguments: Any) -> None: ...
+
+
 def both(run: Run, learning: list[torch.Tensor]) -> Callable[[], Any]:
     g = torch.ones_like(run())
     return lambda: torch.autograd.grad(run(), learning, g)
 
 
-def microseconds(runs: tuple[Callable[[], Any], Callable[[], Any]], repeats: int) -> list[float]:
-    """Median time of a call of each, taking turns."""
+def microseconds(runs: tuple[Callable[[], Any], Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """Times of a call of each, which take turns."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, found in zip(runs, times, strict=True):
@@ -72,7 +79,7 @@ def microseconds(runs: tuple[Callable[[], Any], Callable[[], Any]], repeats: int
             for _ in range(10):
                 run()
             found.append((time.process_time() - start) * 1e5)
-    return [statistics.median(found) for found in times]
+    return times
 
 
 def measure(repeats: int) -> Iterator[dict[str, Any]]:
@@ -83,7 +90,9 @@ def measure(repeats: int) -> Iterator[dict[str, Any]]:
         for way, runs in ways.items():
             with torch.set_grad_enabled(way != "sampled"):
                 mine, theirs = microseconds(runs, repeats)
-            times = {"ours_us": round(mine, 1), "aten_us": round(theirs, 1), "ratio": round(mine / theirs, 2)}
+            ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+            medians = [round(statistics.median(found), 1) for found in (mine, theirs)]
+            times = {"ours_us": medians[0], "aten_us": medians[1], "ratio": round(ratio, 2)}
             yield {"commit": commit(), "torch": torch.__version__, "op": op, "way": way, **times}
 
 
@@ -94,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # all work in one thread, whose own time is measured
     rows = []
-    with as_on_a_gpu(Calls(), "triton"):
+    with as_on_a_gpu(NoLaunch(), "triton"):
         for row in measure(args.repeats):
             print(f"{row['op']:>16} {row['way']:>8}: {row['ours_us']} us, aten {row['aten_us']}, ratio {row['ratio']}")
             rows.append(row)

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models.architectures import architecture
+from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
-from alignprop_fast.models.pipeline_adapter import Conditioning
 from alignprop_fast.rewards import Reward
 from alignprop_fast.rewards.architectures import architecture_reward
 from alignprop_fast.runtime import LiveBytes, operator_seconds

@@ -11,29 +11,38 @@ from alignprop_fast.making.random_weights import make_z_image_folder
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
+from .runs import PROMPTS
+
 SIZE = ("--height", "16", "--width", "24")
-FEW = ("--num-inference-steps", "2", "--prompts", "demo", "--device", "cpu")
+FEW = ("--num-inference-steps", "2", *PROMPTS, "--device", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("kind", "scheduler", "targets"),
-    [("sdxl", "dpm++2m", "all"), ("flux", "flow-euler", "attention+ff")],
+    ("kind", "scheduler", "targets", "guidance"),
+    [
+        ("sdxl", "dpm++2m", "all", ()),
+        ("flux", "flow-euler", "attention+ff", ()),
+        ("qwen_image", "flow-euler", "attention+ff", ("--negative-prompt", " ")),
+        ("krea2", "flow-euler", "attention+ff", ("--negative-prompt", "dog")),
+    ],
 )
-def test_train_then_sample(command, request, tmp_path, kind, scheduler, targets):
-    folder, run = request.getfixturevalue(f"tiny_{kind}_folder"), tmp_path / "run"
+def test_train_then_sample(command, request, tmp_path, kind, scheduler, targets, guidance):
+    folder, run, prompts = request.getfixturevalue(f"tiny_{kind}_folder"), tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("red cat\n")
+    how = ("--num-inference-steps", "2", "--device", "cpu", *SIZE, "--scheduler", scheduler, *guidance)
     code, _, err = command(
-        *("train", "--model", folder, "--reward", "colorfulness", "--steps", "1", "--batch-size", "1", *FEW, *SIZE),
-        *("--scheduler", scheduler, "--lora-targets", targets, "--output-dir", run, "--truncation", "last:1"),
+        *("train", "--model", folder, "--reward", "colorfulness", "--steps", "1", "--batch-size", "1", *how),
+        *("--prompts", prompts, "--lora-targets", targets, "--output-dir", run, "--truncation", "last:1"),
     )
     assert code == 0, err
     options = yaml.safe_load((run / "config.yaml").read_text())
     assert options["scheduler"] == scheduler and options["lora_targets"] == targets
     names = load_file(run / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("unet." if kind == "sdxl" else "transformer.") for name in names)
-    assert any(".ff." in name for name in names)
+    assert any(".ff." in name or ".img_mlp." in name for name in names)
     code, _, err = command(
-        *("sample", "--model", folder, "--lora", run, "--prompt", "red cat", *FEW, *SIZE),
-        *("--scheduler", scheduler, "--output-dir", tmp_path / "pictures"),
+        *("sample", "--model", folder, "--lora", run, "--prompt", "red cat", *how),
+        *("--output-dir", tmp_path / "pictures"),
     )
     assert code == 0, err
     assert Image.open(tmp_path / "pictures" / "000_red-cat_seed0.png").size == (24, 16)

@@ -25,6 +25,7 @@ SHARED = sorted(values(DEFAULTS, Command.TRAIN).keys() & {field.name for field i
 OTHER = {
     "adapter_dtype": "bf16",
     "base_dtype": "int8",
+    "cfg_truncation": 0.5,
     "cuda_graphs": "off",
     "ema_decay": 0.5,
     "host_memory": 3 * 2**30,
@@ -210,5 +211,5 @@ def test_the_files_of_earlier_runs_are_read(train, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(old, sort_keys=False))
     expected = {"output_dir": "o", "reward_model": ("a",), "steps": 7, "lora_alpha": 4.0, "mixed_precision": "no"}
-    expected |= {"num_inference_steps": 50, "guidance_scale": 5.0, "truncation": "uniform"}
+    expected |= {"num_inference_steps": 50, "guidance_scale": 5.0, "true_cfg_scale": 1.0, "truncation": "uniform"}
     assert train("--config", file) == replace(DEFAULTS, **expected, memory_budget="none")

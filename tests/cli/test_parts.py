@@ -41,6 +41,7 @@ CHANGES = {
     "num_inference_steps": (3, {}),
     "guidance_scale": (1.0, {}),
     "true_cfg_scale": (1.0, GUIDED_FLUX),
+    "cfg_normalization": (1.0, {"model": "{z_image}", "height": 16, "width": 16}),
     "scheduler": ("euler", {}),
     "height": (24, {}),
     "width": (24, {}),
@@ -63,6 +64,7 @@ ELSEWHERE = {"cache_text", "cuda_graphs", "deterministic", "model_config"}
 # Those that change no plan, and why.
 CHANGES_NOTHING = {
     "allow_pickle": "the weights are the same in every file",
+    "cfg_truncation": "plans count every step as guided",
     "compiled": "its speed is not measured yet",
     "config": "names a file of other options",
     "device": "plan has --gpu and --measure for it",
@@ -89,7 +91,7 @@ CHANGES_NOTHING = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, tiny_sd_folder, tiny_sdxl_folder, tiny_flux_folder):
+def places(tmp_path_factory, tiny_sd_folder, tiny_sdxl_folder, tiny_flux_folder, tiny_z_image_folder):
     """The files for the names in braces. clip: half as deep as the bundled one."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -102,7 +104,7 @@ def places(tmp_path_factory, tiny_sd_folder, tiny_sdxl_folder, tiny_flux_folder)
         "def score(images, prompts, metadata):\n"
         "    return images.repeat(1, len(prompts[0]), 1, 1).square().mean((1, 2, 3)), {}\n"
     )
-    models = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "flux": tiny_flux_folder}
+    models = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "flux": tiny_flux_folder, "z_image": tiny_z_image_folder}
     return {"": folder, "clip": folder / "clip", "prompts": folder / "prompts.txt", **models}
 
 

@@ -15,8 +15,11 @@ from alignprop_fast.models.architectures import NAMES
 from alignprop_fast.planner import find_gpu, load_table, simulate
 from alignprop_fast.rewards.clip import ClipScore
 
+from .runs import PROMPTS
+
 GIB = 2**30
 SHORT = ("--num-inference-steps", "4", "--batch-size", "2")
+TINY = ("--num-inference-steps", "2", "--batch-size", "2", *PROMPTS)  # to train with
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +174,7 @@ def test_it_measures_a_model_with_weights(plan, tiny_sd_folder):
 
 
 def test_training_begins_with_its_plan_and_ends_with_its_peak(command, plan, tiny_sd_folder):
-    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *SHORT)
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *TINY)
     code, out, err = command(*common, "--steps", 1, "--memory-budget", "2GiB", "--output-dir", "with")
     assert (code, err) == (0, "")
     before, after = out.split("step 1/1")
@@ -185,7 +188,7 @@ def test_training_begins_with_its_plan_and_ends_with_its_peak(command, plan, tin
 
 def test_training_is_held_to_the_device(command, plan, tiny_sd_folder, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2 * GIB)
-    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *SHORT)
+    common = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--device", "cpu", *TINY)
     code, out, _ = command(*common, "--steps", 1, "--memory-budget", "2.1GiB", "--output-dir", "out")
     assert code == 0 and "this computer has 2.00 GiB: the budget of 2.10 GiB is reduced to 2.00 GiB" in out
     assert "of 2.00 GiB, in the phase" in out

@@ -11,6 +11,10 @@ from accelerate import PartialState
 from alignprop_fast.cli.support import existing_as_absolute, fail, run_errors
 from alignprop_fast.training.checkpoint import checkpoints, read_checkpoint
 
+from .runs import PROMPTS
+
+TINY = ("--num-inference-steps", 1, "--batch-size", 1, "--device", "cpu", *PROMPTS)
+
 
 def test_a_message_is_one_line_whatever_is_in_it(capsys):
     fail("a  b [v2]\n   c\u2028d")
@@ -42,8 +46,8 @@ def test_what_the_device_says(capsys, tmp_path):
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(command, files_up_to, tiny_sd_folder, tmp_path):
     out = tmp_path / "out"
-    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 1, "--batch-size", 1)
-    options = (*options, "--device", "cpu", "--save-every", 1, "--sample-every", 1000)
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", *TINY)
+    options = (*options, "--save-every", 1, "--sample-every", 1000)
     assert command("train", *options, "--steps", 1, "--output-dir", out)[0] == 0
     first = checkpoints(out / "checkpoints")[-1]
     with files_up_to(max(file.stat().st_size for file in first.iterdir()) - 1000):
@@ -81,12 +85,11 @@ def test_a_launchers_variable_without_a_number(command, monkeypatch, tmp_path, n
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("names", [("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("OMPI_COMM_WORLD_SIZE",)])
-def test_an_empty_launchers_variable_is_unset(command, monkeypatch, tiny_sd_folder, tmp_path, names):
-    for name in names:
+def test_empty_variables_of_launchers_are_unset(command, monkeypatch, tiny_sd_folder, tmp_path):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
-    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 1, "--batch-size", 1)
-    code, _, err = command("train", *options, "--steps", 1, "--device", "cpu", "--output-dir", tmp_path / "out")
+    options = ("--model", tiny_sd_folder, "--reward", "colorfulness", *TINY)
+    code, _, err = command("train", *options, "--steps", 1, "--output-dir", tmp_path / "out")
     assert (code, err) == (0, "")
 
 

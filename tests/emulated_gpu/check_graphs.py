@@ -29,7 +29,7 @@ def run(sampler, prompts, seed, grad_steps):
     return images.detach(), grads
 
 
-RECORDED = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")  # not Z-Image and Qwen-Image, whose texts differ in length
+RECORDED = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")  # without those whose texts differ in length
 RESCALED = pytest.mark.slow("guidance is rescaled alike in every architecture, and not in FLUX")
 
 
@@ -62,9 +62,9 @@ def test_graphs_give_the_same_bits(pipe, rescale):
     assert len(graphed.fast.graphs._graphs) == 3
 
 
-@pytest.mark.parametrize("adapted", ["tiny_z_image"], indirect=True)
+@pytest.mark.parametrize("adapted", ["tiny_z_image", "tiny_qwen_image", "tiny_krea2"], indirect=True)
 def test_captions_of_other_lengths_run_the_same_recording(pipe, monkeypatch):
-    """Their longest has as many tokens after rounding up to a multiple of 32: 43 and 41, beside 19 to 22."""
+    """Their longest has as many tokens after rounding up to a multiple of 32, beside a shorter one."""
     size = {"height": 16, "width": 16, "memory_budget": None}
     plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way, **size) for way in ("off", "on"))
     captions = (["a red cat", "a dog" * 12], ["sun", "a dog" * 11])

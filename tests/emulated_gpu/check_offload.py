@@ -3,12 +3,14 @@
 import contextlib
 import gc
 import logging
+from itertools import cycle
 
 import pytest
 import torch
 from torch import nn
 
-from alignprop_fast.planner import BlockOption
+from alignprop_fast import DifferentiableSampler
+from alignprop_fast.planner import BlockOption, Plan
 from alignprop_fast.runtime import Block, HostPool, Offloader, apply_options, link_rate
 from alignprop_fast.runtime.host_pool import IDLE_CHAINS
 
@@ -140,3 +142,23 @@ def test_no_link_where_nothing_is_locked(emulated, monkeypatch):
     monkeypatch.setattr(emulated, "lockable_bytes", 0)
     assert link_rate(CUDA) is None
     torch.ones(2, device="cuda").sum()  # the driver's error must not appear as the next kernel's
+
+
+@pytest.mark.parametrize("adapted", ["tiny_qwen_image", "tiny_krea2"], indirect=True)
+def test_an_offloaded_run_of_texts_with_padding_gives_the_bits_of_a_resident_one(adapted, plain_kernels, monkeypatch):
+    """Each block has another option that offloads."""
+    sampler = DifferentiableSampler(adapted.to("cuda"), 2, memory_budget=None, height=16, width=16)
+    pool = HostPool(CUDA)
+    monkeypatch.setattr(sampler.renderer, "_offloader", lambda plan: Offloader(CUDA, pool, smallest_bytes=1))
+    offloading = cycle(option for option in BlockOption if option.offload)
+    mixed = {block.name: next(offloading) for block in sampler.denoiser_blocks}
+    results = []
+    for options in ({"*": BlockOption.KEEP}, mixed):
+        plan = Plan(2, (0, 1), (), (options, options))
+        images = sampler(["a red cat", "a dog" * 12], None, torch.Generator().manual_seed(3), plan=plan)
+        (images * torch.linspace(0, 1, 16, device="cuda")).mean().backward()
+        results.append([images.detach(), *(parameter.grad for parameter in sampler.model.trainable())])
+        adapted.transformer.zero_grad()
+        assert bool(pool.size_bytes) == (options is mixed)
+    assert all(torch.equal(resident, moved) for resident, moved in zip(*results, strict=True))
+    assert all(grad.any() for grad in results[0][1:])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignprop_fast import DifferentiableSampler
+from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.runtime import run_chain
 
 pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
@@ -13,10 +14,14 @@ pytestmark = pytest.mark.usefixtures("plain_kernels", "steady_clock")
 STEPS, PROMPTS = 4, ["a red cat", "a dog" * 12]  # of different lengths for Z-Image and Qwen-Image
 UNSIZED = (
     "FluxPipeline",
+    "ChromaPipeline",
     "ZImagePipeline",
     "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
+    "Lumina2Pipeline",
+    "SanaPipeline",
 )  # whose default pictures are large for every model
 
 
@@ -26,36 +31,45 @@ def pipes(adapted):
     return adapted, deepcopy(adapted).to("cuda")
 
 
+def is_measured_as_klein(pipe):
+    """Whether the blocks are klein's. To measure them again would take half a minute."""
+    return type(pipe).__name__ == "Flux2Pipeline"
+
+
 def run(pipe, budget):
     size = {"height": 16, "width": 16} if type(pipe).__name__ in UNSIZED else {}
     sampler = DifferentiableSampler(pipe, STEPS, memory_budget=budget, **size)
     images = sampler(PROMPTS, None, torch.Generator().manual_seed(3), grad_steps=[1, 3])
     (images * torch.linspace(0, 1, 16, device=images.device)).mean().backward()
-    grads = [p.grad for p in sampler.model.trainable()]
+    trained = sampler.model.trainable()
+    grads = [p.grad for p in trained]
     assert all(g is not None and g.device == images.device for g in grads)
-    return images.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu(), sampler
+    for parameter in trained:
+        parameter.grad = None
+    return images.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu(), sampler.plan
 
 
-# A budget that keeps everything, one that runs everything again, and no budget.
-@pytest.mark.parametrize("budget", ["10GiB", "least", None])
-def test_images_and_gradients_are_those_of_the_cpu(pipes, budget):
+def test_images_and_gradients_are_those_of_the_cpu(pipes):
+    """With a budget that keeps everything, one that runs everything again, and no budget."""
     on_cpu, on_gpu = pipes
-    if budget == "least":
-        from alignprop_fast.planner import BudgetInfeasible
-
+    images, grads, _ = run(on_cpu, None)
+    budgets: list = [None]
+    if not is_measured_as_klein(on_gpu):
         with pytest.raises(BudgetInfeasible) as error:
             run(on_gpu, 1)
-        budget = error.value.smallest_bytes
-    images, grads, _ = run(on_cpu, None)
-    ours, our_grads, sampler = run(on_gpu, budget)
-    # fp32 on both; attention and norms sum in another order.
-    assert (images - ours).abs().max() <= 1e-5
-    assert (grads - our_grads).abs().max() <= 1e-4 * grads.abs().max()
-    assert budget is None or sampler.plan.peak_bytes <= 10 * 2**30
+        budgets += ["10GiB", error.value.smallest_bytes]
+    for budget in budgets:
+        ours, our_grads, plan = run(on_gpu, budget)
+        # fp32 on both; attention and norms sum in another order.
+        assert (images - ours).abs().max() <= 1e-5, budget
+        assert (grads - our_grads).abs().max() <= 1e-4 * grads.abs().max(), budget
+        assert budget is None or plan.peak_bytes <= 10 * 2**30
 
 
 def test_no_step_waits_for_the_device(pipes, emulated):
     _, on_gpu = pipes
+    if is_measured_as_klein(on_gpu):
+        pytest.skip("measuring takes half a minute")
     size = {"height": 16, "width": 16} if type(on_gpu).__name__ in UNSIZED else {}
     sampler = DifferentiableSampler(on_gpu, STEPS, **size)
     cond = sampler.model.blank_conditioning(2, type(on_gpu).__name__ != "FluxPipeline", sampler.size)

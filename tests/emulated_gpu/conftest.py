@@ -29,8 +29,8 @@ def ways(monkeypatch):
 
 @pytest.fixture(
     params=[
-        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"),
-        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"),
+        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_z_image"),
+        *("tiny_flux2_klein", "tiny_flux2_dev", "tiny_qwen_image", "tiny_krea2", "tiny_lumina2", "tiny_sana"),
     ]
 )
 def adapted(request, emulated):

@@ -16,10 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from interpreter_bf16 import bf16_of_the_interpreter
 
@@ -87,6 +89,9 @@ class Emulated:
     def set_limit(self, size_bytes: int) -> None:
         """Limit the memory of this process; other programs have the rest."""
         self.library.emulated_set_limit(ctypes.c_int64(size_bytes))
+
+    def set_fraction(self, fraction: float, device=None) -> None:
+        self.set_limit(int(fraction * TOTAL_BYTES))
 
     def memory(self, device=None) -> tuple[int, int]:
         """(free bytes, total bytes)."""
@@ -358,6 +363,27 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     import torch
 
     device.set_limit(TOTAL_BYTES)
+    device.operators = _fused_attention()
+    _guards()
+    bf16_of_the_interpreter()
+    _checked_launches()
+    replaced = {**_one_device(name, capability), **_streams(device), **_memory(device), **_random_numbers()}
+    for attribute, value in replaced.items():
+        assert hasattr(torch.cuda, attribute), attribute
+        setattr(torch.cuda, attribute, value)
+    for internal in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+        setattr(torch._C, internal, lambda: None)
+    torch._C._cuda_getDriverVersion = lambda: 13000
+    torch._C._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes looks for it when it is imported
+    _started.append(device)
+    return device
+
+
+# What replaces functions of torch.cuda, by their names.
+Replaced = dict[str, Callable[..., Any]]
+
+
+def _one_device(name: str, capability: tuple[int, int]) -> Replaced:
     properties = SimpleNamespace(
         name=name,
         major=capability[0],
@@ -369,9 +395,7 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         shared_memory_per_block_optin=99 * 1024,
         L2_cache_size=72 * 2**20,
     )
-    main = Stream.current = Stream()
-    runtime = SimpleNamespace(cudaHostRegister=device.register, cudaHostUnregister=device.unregister)
-    replaced = {
+    return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,
@@ -385,6 +409,12 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "get_device_name": lambda device=None: name,
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: properties,
+    }
+
+
+def _streams(device: Emulated) -> Replaced:
+    main = Stream.current = Stream()
+    return {
         "synchronize": current.check,
         "current_stream": lambda device=None: Stream.current,
         "default_stream": lambda device=None: main,
@@ -394,38 +424,36 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
         "is_current_stream_capturing": lambda: device.library.emulated_is_capturing(),
         "CUDAGraph": CUDAGraph,
         "graph_pool_handle": next_pool,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+    }
+
+
+def _memory(emulated: Emulated) -> Replaced:
+    runtime = SimpleNamespace(cudaHostRegister=emulated.register, cudaHostUnregister=emulated.unregister)
+    return {
         "cudart": lambda: runtime,
-        "memory_allocated": device.allocated,
-        "max_memory_allocated": device.peak,
-        "memory_reserved": device.reserved,
-        "max_memory_reserved": device.peak_reserved,
-        "reset_peak_memory_stats": device.reset_peak,
+        "memory_allocated": emulated.allocated,
+        "max_memory_allocated": emulated.peak,
+        "memory_reserved": emulated.reserved,
+        "max_memory_reserved": emulated.peak_reserved,
+        "reset_peak_memory_stats": emulated.reset_peak,
         "empty_cache": lambda: None,
-        "mem_get_info": device.memory,
+        "mem_get_info": emulated.memory,
         "get_per_process_memory_fraction": lambda device=None: 1.0,  # the limit shows in mem_get_info
-        "set_per_process_memory_fraction": lambda fraction, device=None: emulated.set_limit(
-            int(fraction * TOTAL_BYTES)
-        ),
+        "set_per_process_memory_fraction": emulated.set_fraction,
+    }
+
+
+def _random_numbers() -> Replaced:
+    """The emulated device draws from the CPU's generator."""
+    import torch
+
+    return {
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "get_rng_state_all": lambda: [torch.get_rng_state()],
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
         "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
-        "get_sync_debug_mode": lambda: 0,
-        "set_sync_debug_mode": lambda mode: None,
-        "manual_seed": lambda seed: None,  # the emulated device draws from the CPU's generator
+        "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
     }
-    emulated = device
-    device.operators = _fused_attention()
-    _guards()
-    bf16_of_the_interpreter()
-    _checked_launches()
-    for attribute, value in replaced.items():
-        assert hasattr(torch.cuda, attribute), attribute
-        setattr(torch.cuda, attribute, value)
-    for internal in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
-        setattr(torch._C, internal, lambda: None)
-    torch._C._cuda_getDriverVersion = lambda: 13000
-    torch._C._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes looks for it when it is imported
-    _started.append(device)
-    return device

@@ -5,8 +5,6 @@ The kernels for few keys also run in fp32 here, because fp32 shows mistakes that
 the general kernels.
 """
 
-import math
-
 import pytest
 import torch
 
@@ -22,14 +20,7 @@ QUICK = torch.float16 if DEVICE == "cuda" else torch.float32
 HALF = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that a kernel does not write is NaN instead of leftover numbers."""
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
-
-
-empty, empty_like = torch.empty, torch.empty_like
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def plain(q, k, v, g, scale):
@@ -48,16 +39,13 @@ def inputs(m, n, d, dtype, b=1, h=2):
 
 
 def ours(module, q, k, v, g, scale):
-    o, lse = module.forward(q, k, v, scale)
+    """(o, lse, dq, dk, dv) by one of the modules, or by the two public functions."""
+    if module is kernels:
+        o, lse = kernels.attention_forward(q, k, v, scale)
+        return o, lse, *kernels.attention_backward(g, q, k, v, o, lse, scale)
+    o, lse = module.Forward(q, k, v, scale)(q, k, v)
     # For few keys the backward pass needs no o.
-    return o, lse, *module.backward(g, q, k, v, *(() if module is short else (o,)), lse, scale)
-
-
-class Public:
-    """The two public functions, with the function names of the modules behind them."""
-
-    forward = staticmethod(kernels.attention_forward)
-    backward = staticmethod(kernels.attention_backward)
+    return o, lse, *module.Backward(g, q, k, v, *(() if module is short else (o,)), scale)(g, q, k, v, o, lse)
 
 
 def assert_right(module, q, k, v, g, scale=None):
@@ -117,7 +105,7 @@ def test_padded_keys(dtype, d, valid):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("m", "n", "d"), [(257, 257, 64), (4097 if DEVICE == "cuda" else 131, 257, 40)])
 def test_longer_sequences(dtype, m, n, d):
-    assert_right(Public, *inputs(m, n, d, dtype, h=1))
+    assert_right(kernels, *inputs(m, n, d, dtype, h=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -132,7 +120,7 @@ def test_few_keys(dtype, m, n, d):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(("m", "d"), [(1, 64), (50, 40), (20, 160)])
 def test_one_key(dtype, m, d):
-    _, _, dq, dk, dv = assert_right(Public, *inputs(m, 1, d, dtype))
+    _, _, dq, dk, dv = assert_right(kernels, *inputs(m, 1, d, dtype))
     assert not dq.any() and not dk.any()
     assert all(t.transpose(1, 2).is_contiguous() for t in (dq, dk, dv))
 
@@ -141,7 +129,7 @@ def test_few_keys_and_a_large_head():
     """Forward by the kernel for few keys, backward by the general ones: they share o and lse."""
     q, k, v, g = inputs(40, 77, 128, torch.float16)
     assert short.serves_forward(q, k) and not short.serves_backward(q, k)
-    assert_right(Public, q, k, v, g)
+    assert_right(kernels, q, k, v, g)
 
 
 @pytest.mark.parametrize("module", [general, short])
@@ -164,14 +152,14 @@ def test_odd_strides(module):
 
 def test_a_gradient_expanded_from_one_number():
     q, k, v, g = inputs(20, 77, 40, torch.float16)
-    assert_right(Public, q, k, v, g[:, :, :1, :1].expand_as(q))
+    assert_right(kernels, q, k, v, g[:, :, :1, :1].expand_as(q))
 
 
 @pytest.mark.parametrize("n", [77, 140])
 def test_memory_of_the_results(n):
     """The next projection moves the heads back into the rows; this must not copy."""
     q, k, v, g = inputs(20, n, 32, torch.float16)
-    o, lse, dq, dk, dv = ours(Public, q, k, v, g, 0.2)
+    o, lse, dq, dk, dv = ours(kernels, q, k, v, g, 0.2)
     for t, like in ((o, q), (dq, q), (dk, k), (dv, v)):
         assert t.shape == like.shape and t.dtype == like.dtype and t.transpose(1, 2).is_contiguous()
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32 and lse.is_contiguous()
@@ -184,7 +172,7 @@ def test_large_logits_do_not_overflow(n):
     q, k, v, g = inputs(40, n, 32, torch.float16)
     k = k.abs()
     q[:, :, :20] = -q[:, :, :20].abs()
-    found = assert_right(Public, 16 * q, 16 * k, v, g, scale=1.0)
+    found = assert_right(kernels, 16 * q, 16 * k, v, g, scale=1.0)
     assert found[1].min() < -1000 and found[1].max() > 1000
     assert all(t.isfinite().all() for t in found)
 
@@ -200,7 +188,7 @@ def test_two_runs_are_bit_equal(module):
 def test_inputs_are_left_alone(n):
     tensors = inputs(40, n, 40, torch.float16)
     before = [t.clone() for t in tensors]
-    ours(Public, *tensors, 0.2)
+    ours(kernels, *tensors, 0.2)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 

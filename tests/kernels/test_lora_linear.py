@@ -19,13 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALES = (0.5, 1.5, 2.0)
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Every buffer the launchers take is NaN until a kernel has written it."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def case(tokens, n_in, outs, ranks, dtype, adapter_dtype=None, strided=False, bias=(True, False, True)):
@@ -143,7 +137,7 @@ def test_programs_for_an_h100(tokens, width):
 def test_partial_sums_of_a_wide_layer_are_small(monkeypatch):
     """FLUX's widest layer at rank 128: 432 MiB for dB alone, when each 64 tokens had a part of their own."""
     sizes = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, grid, *arguments, **options: sizes.append(arguments[2]))
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, arguments, options: sizes.append(arguments[2]))
     monkeypatch.setattr(backward, "add_parts", lambda parts: torch.zeros(parts.shape[1], device="meta"))
     x, u, g = (torch.empty(4608, n, device="meta", dtype=torch.bfloat16) for n in (3072, 128, 12288))
     backward.adapter_grads(x, u, [g], u, (128,), (1.0,))

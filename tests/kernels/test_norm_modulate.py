@@ -15,7 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 NAMES = ("branch", "gate", "weight", "scale", "shift")
-# What the models ask for: layer norm with an affine map; adaLN; FLUX's second norm; Z-Image's first and second; all.
+# What the models ask for: layer norm with an affine map; adaLN; FLUX's second; Z-Image's first and second;
+# Krea 2's; all.
 FORMS = {
     "plain": ((), 1.0, False),
     "affine": (("weight", "shift of all"), 1.0, False),
@@ -23,6 +24,7 @@ FORMS = {
     "adaLN": (("scale", "shift"), 1.0, False),
     "adaLN after a gated branch": (("branch", "gate", "scale", "shift"), 1.0, False),
     "RMS": (("weight", "scale"), 1.0, True),
+    "RMS with a weight in fp32": (("branch", "gate", "weight in fp32", "scale", "shift"), 1.0, True),
     "RMS on a branch": (("weight", "scale", "shift of tokens"), 0.0, True),
     "all": (("branch", "gate of tokens", "weight", "scale of tokens", "shift of tokens"), 0.5, True),
 }
@@ -44,6 +46,8 @@ def inputs(shape, dtype, form):
     for name in NAMES:
         size = {"branch": shape, "weight": shape[-1:]}.get(name, sizes.get(kinds.get(name)))
         found.append(draw(size)[..., : shape[-1]] if name in kinds else None)
+    if kinds.get("weight") == "in fp32":  # with values that do not fit a narrower dtype
+        found[NAMES.index("weight")] = 1 + found[NAMES.index("weight")].float() / 3
     return [x, *found, EPS, one, rms], g, h
 
 

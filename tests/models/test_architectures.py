@@ -5,8 +5,8 @@ import torch
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.architectures import NAMES, architecture, parameters
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.load.pipeline import load_pipeline
-from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 # Frozen denoiser, VAE, text encoders: elements in the published weights.
 PUBLISHED = {
@@ -14,11 +14,14 @@ PUBLISHED = {
     "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
     "sd35-medium": (2_243_171_520, 83_819_683, 123_650_304 + 694_659_840 + 4_762_310_656),
     "flux-dev": (11_901_408_320, 83_819_683, 123_060_480 + 4_762_310_656),
+    "chroma": (8_899_983_424, 83_819_683, 4_762_310_656),  # the file of Chroma1-HD has 17.8 GB in bf16
     **dict.fromkeys(("z-image", "z-image-turbo"), (6_154_908_736, 83_819_683, 4_022_468_096)),
     "flux2-klein-4b": (3_875_544_576, 84_046_115, 4_022_468_096),
     "flux2-klein-9b": (9_078_581_248, 84_046_115, 8_190_735_360),
     "flux2-dev": (32_223_281_152, 84_046_115, 24_011_361_280),
     "qwen-image": (20_430_401_088, 126_892_531, 8_292_166_656),
+    "sana": (1_604_462_752, 312_250_275, 2_614_341_888),
+    "lumina2": (2_609_769_152, 83_819_683, 2_614_341_888),
     # We had no access to Krea 2's weights: this is the number of diffusers' default configuration.
     "krea2": (12_820_073_036, 126_892_531, 4_437_815_808),
 }
@@ -55,15 +58,15 @@ def test_default_dtype_is_left_alone():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, z-image, z-image-turbo, flux2-klein-4b"):
+    with pytest.raises(ValueError, match="sd15, sdxl, sd35-medium, flux-dev, chroma, z-image, z-image-turbo"):
         architecture("sd16")
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image"),
-        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"),
+        *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_z_image"),
+        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2", "tiny_lumina2", "tiny_sana"),
     ],
 )
 def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):

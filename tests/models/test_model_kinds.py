@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.making.random_weights import make_flux_folder, make_sdxl_folder
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
-from alignprop_fast.models.pipeline_adapter import PromptBatch
 
 SIZE = {"height": 16, "width": 16}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -21,7 +21,7 @@ from torch import nn
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
-from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.models.conditioning import PromptBatch
 
 from ..loadable import Format
 

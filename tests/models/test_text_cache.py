@@ -5,7 +5,7 @@ import torch
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models import adapt
-from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.text_cache import TextCache
 
 SIZE = (16, 16)

@@ -21,9 +21,12 @@ def inputs(m, n, d, dtype):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype).transpose(1, 2) for s in shapes]
 
 
-def by_autograd(q, k, v, g, lengths=None):
+def by_autograd(q, k, v, g, lengths=None, bias=None):
     learning = [t.detach().requires_grad_() for t in (q, k, v)]
-    o = attention_reference(*learning, 0.2, lengths)
+    if bias is None:
+        o = attention_reference(*learning, 0.2, lengths)
+    else:
+        o = torch.nn.functional.scaled_dot_product_attention(*learning, bias, scale=0.2)
     return [o.detach(), *torch.autograd.grad(o, learning, g)]
 
 
@@ -53,6 +56,19 @@ def test_padded_keys_in_pieces(monkeypatch):
     o, lse = attention_plain.forward(q, k, v, 0.2, lengths)
     ours = [o, *attention_plain.backward(g, q, k, v, o, lse, 0.2, lengths)]
     for a, b in zip(ours, by_autograd(q, k, v, g, lengths), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [attention_backends.PLAIN, attention_backends.CPU], ids=lambda one: one.name)
+def test_marked_tokens_have_one_added_to_their_logits(monkeypatch, backend):
+    monkeypatch.setattr(attention_plain, "LOGITS_BYTES", 4 * 6 * 20 * 7)
+    tensors = [t.cpu() for t in inputs(20, 20, 8, torch.float64)]
+    q, k, v, g = tensors
+    marks = torch.tensor([[1.0] * 5 + [0.0] * 9 + [1.0] * 6, [1.0] * 20])
+    o, lse = backend.forward(q, k, v, 0.2, marks)
+    ours = [o, *backend.backward(g, q, k, v, o, lse, 0.2, marks)]
+    bias = (marks[:, None, :, None] * marks[:, None, None]).double()
+    for a, b in zip(ours, by_autograd(*tensors, bias=bias), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
 
 

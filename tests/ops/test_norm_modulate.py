@@ -16,6 +16,7 @@ FORMS = {
     "adaLN": (("scale", "shift"), {}),
     "adaLN after a gated branch": (("branch", "gate", "scale", "shift"), {}),
     "RMS": (("weight", "scale"), {"rms": True}),
+    "RMS with a weight in fp32": (("branch", "gate", "wide weight", "scale", "shift"), {"rms": True}),
     "RMS of a branch, added to tokens": (("weight", "scale", "tokens"), {"rms": True, "one": 0.0}),
     "weight and shift after a branch": (("branch", "weight", "shift"), {}),
 }
@@ -24,7 +25,7 @@ FORMS = {
 def inputs(form, shape=(2, 7, 40), dtype=torch.float64):
     """x, the other inputs by name, and gradients of both results."""
     generator = torch.Generator().manual_seed(sum(shape))
-    sizes = {"branch": shape, "weight": shape[-1:], "tokens": shape}
+    sizes = {"branch": shape, "weight": shape[-1:], "wide weight": shape[-1:], "tokens": shape}
     given, more = FORMS[form]
 
     def draw(size):
@@ -33,6 +34,8 @@ def inputs(form, shape=(2, 7, 40), dtype=torch.float64):
     found = {name: draw(sizes.get(name, (shape[0], 1, shape[-1]))) for name in given}
     if "tokens" in found:
         found["shift"] = found.pop("tokens")
+    if "wide weight" in found:  # whose values do not fit a narrower dtype
+        found["weight"] = 1 + found.pop("wide weight").to(torch.promote_types(dtype, torch.float32)) / 3
     return draw(shape), found, more, [draw(shape), draw(shape)]
 
 

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 
 
-def inputs(lengths, heads, head_dim, dtype, normed=True, turned=True, wide=False):
+def inputs(lengths, heads, head_dim, dtype, normed=True, turned=True, wide=False, scale_dtype=None):
     """(parts of these lengths, gradients of q, k and v). wide: the same numbers in float64."""
     generator = torch.Generator().manual_seed(sum(lengths))
 
@@ -32,7 +32,7 @@ def inputs(lengths, heads, head_dim, dtype, normed=True, turned=True, wide=False
     parts = []
     for index, length in enumerate(lengths):
         q, k, v = (draw(2, length, count * head_dim) for count in (heads[0], heads[1], heads[1]))
-        scales = (draw(head_dim), draw(head_dim))
+        scales = (draw(head_dim, of=scale_dtype or dtype), draw(head_dim, of=scale_dtype or dtype))
         angles = 3 * draw(2 if index else 1, length, head_dim // 2, of=torch.float32)
         cos_and_sin = (angles.cos(), angles.sin())
         parts.append(Part(q, k, v, scales if normed else None, cos_and_sin if turned else None))
@@ -54,10 +54,12 @@ def plain(parts, gs, head_dim, halved=False):
     return [*(t.detach() for t in outputs), *(g for i, g in enumerate(grads) if i % 3 < 2)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+)
 @pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("lengths", [(5,), (3, 6)])
-def test_values_and_gradients(dtype, halved, lengths):
+def test_values_and_gradients(dtype, scale_dtype, halved, lengths):
     def run(given, fn):
         parts, wanted = learning(given[0])
         outputs = fn(parts)
@@ -66,9 +68,9 @@ def test_values_and_gradients(dtype, halved, lengths):
     def reference(parts):
         return qk_norm_rope_reference(parts, 8, EPS, halved)
 
-    given = inputs(lengths, (4, 2), 8, dtype)
+    given = inputs(lengths, (4, 2), 8, dtype, scale_dtype=scale_dtype)
     ours = run(given, lambda parts: qk_norm_rope(parts, 8, EPS, halved))
-    exact = run(inputs(lengths, (4, 2), 8, dtype, wide=True), reference)
+    exact = run(inputs(lengths, (4, 2), 8, dtype, wide=True, scale_dtype=scale_dtype), reference)
     for a, b, c in zip(ours, run(given, reference), exact, strict=True):
         assert a.dtype == dtype and a.shape == c.shape
         assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 1e-6
@@ -89,16 +91,19 @@ def test_the_reference_is_diffusers(halved):
         assert torch.allclose(normed_and_turned(x, part.scales[0], part.angles, EPS), theirs, atol=1e-6)
 
 
-def test_attention_of_parts_keeps_the_projections_and_what_attention_returns():
-    parts, _ = inputs((3, 6), (2, 2), 16, torch.float32)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_attention_of_parts_keeps_the_projections_and_what_attention_returns(heads):
+    """Also where heads of q share those of k and v."""
+    parts, _ = inputs((3, 6), heads, 16, torch.float32)
     parts, wanted = learning(parts)
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         o = attention_of_parts(parts, 16, EPS)
     tokens, shared = 2 * 9, sum(t.numel() for part in parts for pair in part[3:] for t in pair)
-    assert sum(t.numel() for t in saved.values()) == tokens * (3 * 32 + 32 + 2) + shared
+    assert sum(t.numel() for t in saved.values()) == tokens * (16 * (2 * heads[0] + 2 * heads[1]) + heads[0]) + shared
     grads = torch.autograd.grad(o.square().sum(), wanted)
     q, k, v = (t.transpose(1, 2) for t in qk_norm_rope_reference(parts, 16, EPS))
+    k, v = (t.repeat_interleave(heads[0] // heads[1], 1) for t in (k, v))
     expected = attention_reference(q, k, v).transpose(1, 2).flatten(2)
     # Sums of 16 products in another order.
     assert torch.allclose(o, expected, atol=1e-5)

@@ -1,11 +1,13 @@
 """Checkpoints are complete or absent, even if writing them fails."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -102,31 +104,43 @@ def test_a_full_disk_is_said_by_the_system_and_leaves_no_half(files_up_to, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
-WRITER = """
-import itertools, pathlib, random, sys
+WRITERS = """
+import itertools, os, pathlib, random, sys
 from alignprop_fast.training.checkpoint import new_checkpoint
-for number in itertools.count(1):
-    with new_checkpoint(sys.argv[1], number, {"step": number}, 2) as folder:
-        for name in "abcd":
-            (folder / name).write_bytes(random.randbytes(200_000))
+
+def write(root):
+    for number in itertools.count(1):
+        with new_checkpoint(root, number, {"step": number}, 2) as folder:
+            for name in "abcd":
+                (folder / name).write_bytes(random.randbytes(200_000))
+
+for root in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        write(root)
+    print(child, flush=True)
+for root in sys.argv[1:]:
+    os.wait()
 """
 
 
 def test_kill_while_writing_leaves_whole_checkpoints(tmp_path):
-    """SIGKILL at random moments of a process that only writes and prunes: every folder with the name is good."""
+    """SIGKILL at random moments of processes that only write and prune: every folder with the name is good."""
     roots = [tmp_path / str(kill) for kill in range(3)]
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(root)]) for root in roots]
+    parent = subprocess.Popen([sys.executable, "-c", WRITERS, *map(str, roots)], stdout=subprocess.PIPE, text=True)
+    writers = [int(parent.stdout.readline()) for root in roots]
     try:
         for root, writer in zip(roots, writers, strict=True):
             while len(checkpoints(root)) < 2:
-                assert writer.poll() is None, "the writer failed"
+                os.kill(writer, 0)  # raises ProcessLookupError if the writer has failed
                 time.sleep(0.001)
             time.sleep(random.uniform(0, 0.05))
-            writer.send_signal(signal.SIGKILL)
+            os.kill(writer, signal.SIGKILL)
     finally:
         for writer in writers:
-            writer.kill()
-            writer.wait()
+            with suppress(ProcessLookupError):
+                os.kill(writer, signal.SIGKILL)
+        parent.communicate()
     for root in roots:
         assert checkpoints(root)
         for folder in checkpoints(root):

@@ -166,8 +166,10 @@ def test_arguments_that_ask_for_nothing_else(monkeypatch, fresh_process, caplog,
 
 
 def test_the_command_refuses_and_follows(command, monkeypatch, tiny_sd_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
     options = ("train", "--model", tiny_sd_folder, "--reward", "colorfulness", "--num-inference-steps", 2)
-    options = (*options, "--batch-size", 1, "--steps", 1, "--output-dir", tmp_path / "out")
+    options = (*options, "--batch-size", 1, "--steps", 1, "--output-dir", tmp_path / "out", "--prompts", prompts)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     code, _, err = command(*options)
     assert code == 2 and len(err.splitlines()) == 1 and "set up for FSDP" in err and not (tmp_path / "out").exists()

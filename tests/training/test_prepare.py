@@ -42,13 +42,26 @@ def test_the_sampler_refuses_such_a_vae_in_fp16(tiny_sdxl):
     adapt(tiny_sdxl)
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image"])
-def test_loading_in_bf16_gives_the_bits_of_casting_after_loading(model, request):
-    folder, config = request.getfixturevalue(f"tiny_{model}_folder"), AlignPropConfig(mixed_precision="bf16")
-    found = [DefaultDDPOStableDiffusionPipeline(str(folder), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    for own, dtype in zip(found, (torch.float32, torch.bfloat16), strict=True):
-        assert {p.dtype for p in own.unet.parameters()} == {dtype}
+KEPT_IN_FP32 = {("krea2", "bf16"), ("sd3", "fp16")}  # norms of the denoiser, and the last products of T5
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        *((name, "bf16") for name in ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2")),
+        ("sd3", "fp16"),
+    ],
+)
+def test_loading_in_a_dtype_gives_the_bits_of_casting_after_loading(model, precision, request):
+    folder, config = request.getfixturevalue(f"tiny_{model}_folder"), AlignPropConfig(mixed_precision=precision)
+    dtypes = torch.float32, DTYPES[precision]
+    found = [DefaultDDPOStableDiffusionPipeline(str(folder), dtype=dtype) for dtype in dtypes]
+    for own, dtype in zip(found, dtypes, strict=True):
+        assert own.unet.dtype == dtype
+        own.vae.register_to_config(force_upcast=False)
         place_model(own, torch.device("cpu"), config)
+    placed_dtypes = {p.dtype for part in (found[0].unet, *found[0].text_encoders) for p in part.parameters()}
+    assert placed_dtypes == {DTYPES[precision]} | ({torch.float32} if (model, precision) in KEPT_IN_FP32 else set())
     for cast, loaded in zip(*([p.unet, p.vae, *p.text_encoders] for p in found), strict=True):
         others = dict([*loaded.named_parameters(), *loaded.named_buffers()])
         for name, tensor in (*cast.named_parameters(), *cast.named_buffers()):

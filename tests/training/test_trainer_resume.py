@@ -27,15 +27,6 @@ PROMPTS = ("the red cat", "a dog", "the cat and the dog")
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def draw_prompt():
     return random.choice(PROMPTS), {}
 
@@ -96,6 +87,7 @@ OTHERS = pytest.mark.slow("trains three times for each optimizer")
 )
 def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtype):
     options = {"optimizer": optimizer, "adapter_dtype": dtype, "train_gradient_accumulation_steps": 2, **SCHEDULED}
+    options["num_epochs"] = 3
     make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train()
     parts = {**options, "save_freq": 2}
     make_trainer(tiny_sd_folder, tmp_path / "parts", **parts).train(2)
@@ -103,25 +95,19 @@ def test_resuming_gives_the_same_bytes(tiny_sd_folder, tmp_path, optimizer, dtyp
     resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **parts)
     assert (resumed.first_epoch, resumed.global_step) == (2, 2)
     resumed.train()
-    assert [path.name for path in checkpoints(tmp_path / "parts" / "checkpoints")] == [
-        "checkpoint_2",
-        "checkpoint_4",
-        "checkpoint_5",
-    ]
-    assert adapter_bytes(newest(tmp_path / "parts")) == adapter_bytes(newest(tmp_path / "whole"))
-    assert adapter_bytes(newest(tmp_path / "whole")) != adapter_bytes(
-        newest(tmp_path / "whole").with_name("checkpoint_4")
-    )
+    saved = checkpoints(tmp_path / "parts" / "checkpoints")
+    assert [path.name for path in saved] == ["checkpoint_2", "checkpoint_3"]
+    assert adapter_bytes(saved[1]) == adapter_bytes(newest(tmp_path / "whole")) != adapter_bytes(saved[0])
     assert torch.equal(average(newest(tmp_path / "parts")), average(newest(tmp_path / "whole")))
 
 
 @pytest.mark.parametrize("base", ["int8", *(["nf4"] if find_spec("bitsandbytes") else [])])
 def test_resuming_on_a_quantised_base(tiny_sd_folder, tmp_path, base):
     options = {"base_dtype": base, "train_learning_rate": 1e-2}
-    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train(3)
+    make_trainer(tiny_sd_folder, tmp_path / "whole", **options).train(2)
     make_trainer(tiny_sd_folder, tmp_path / "parts", **options).train(1)
     resumed = make_trainer(tiny_sd_folder, tmp_path / "parts", resume_from=str(tmp_path / "parts"), **options)
-    resumed.train(3)
+    resumed.train(2)
     assert adapter_bytes(newest(tmp_path / "parts")) == adapter_bytes(newest(tmp_path / "whole"))
     assert is_quantized(resumed.sd_pipeline.unet)
     # The same adapters on the same base model draw the same pictures outside the trainer.

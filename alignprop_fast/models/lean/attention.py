@@ -90,7 +90,10 @@ class LeanJointAttnProcessor(JointAttnProcessor2_0):
 
 
 class LeanFluxAttnProcessor(FluxAttnProcessor):
-    """`diffusers` attention of FLUX with rotary positions: text tokens, then image tokens; or both in one stream."""
+    """`diffusers` attention of FLUX with rotary positions: text tokens, then image tokens; or both in one stream.
+
+    A mask [B, S] has the marks of `attention_of_parts` (Chroma).
+    """
 
     def __call__(
         self,
@@ -102,13 +105,19 @@ class LeanFluxAttnProcessor(FluxAttnProcessor):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         text = encoder_hidden_states
         norms = head_norms(attn, text is not None)
-        if norms is None or attention_mask is not None or autocasts(hidden_states) or attn.fused_projections:
-            return super().__call__(attn, hidden_states, text, attention_mask, image_rotary_emb)
-        o = rotary_attention(attn, norms, hidden_states, text, image_rotary_emb)
+        served = attention_mask is None or (attention_mask.ndim == 2 and attention_mask.is_floating_point())
+        if norms is None or not served or autocasts(hidden_states) or attn.fused_projections:
+            return super().__call__(attn, hidden_states, text, of_pairs(attention_mask), image_rotary_emb)
+        o = rotary_attention(attn, norms, hidden_states, text, image_rotary_emb, attention_mask)
         if text is None:
             return o
         text, o = o.split([text.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](o)), attn.to_add_out(text)
+
+
+def of_pairs(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask of tokens [B, S] as one of pairs [B, 1, S, S]; any other as it is."""
+    return mask if mask is None or mask.ndim != 2 else mask[:, None, :, None] * mask[:, None, None]
 
 
 class HeadNorms(NamedTuple):
@@ -152,10 +161,11 @@ def rotary_attention(
     image: torch.Tensor,
     text: torch.Tensor | None,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
+    marks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention [B, N, C] over text tokens, then image tokens, whose q and k are normed and turned (FLUX.1 and 2)."""
     parts = turned(projected_parts(attn, norms, image, text)[::-1], angles)
-    return attention_of_parts(parts, parts[0].q.shape[2] // attn.heads, norms.eps)
+    return attention_of_parts(parts, parts[0].q.shape[2] // attn.heads, norms.eps, marks=marks)
 
 
 def turned(parts: Sequence[Part], angles: tuple[torch.Tensor, torch.Tensor] | None) -> list[Part]:
@@ -208,7 +218,7 @@ def is_plain(attn: nn.Module) -> bool:
     """Whether this is a transformer block's attention, with nothing before or after its projections."""
     processor: Any = getattr(attn, "processor", None)
     if issubclass(type(processor), tuple(DISPATCHED)):
-        return processor._attention_backend is None
+        return getattr(processor, "_attention_backend", None) is None
     if not isinstance(attn, Attention):
         return False
     norms = [attn.spatial_norm, attn.group_norm, attn.norm_cross]
@@ -258,7 +268,8 @@ _LEAN: dict[type, type] = {
     JointAttnProcessor2_0: LeanJointAttnProcessor,
 }
 DISPATCHED: dict[Any, type] = {FluxAttnProcessor: LeanFluxAttnProcessor}
-"""Processors that are made for one model, where users can choose another backend. Files of single models add theirs."""
+"""Processors that are made for one model, in most of which users can choose another backend. Files of single models add
+theirs."""
 _LEAN_OVER_AN_IMAGE: dict[type, type] = {AttnProcessor2_0: LeanImageAttnProcessor}
 
 

@@ -13,6 +13,28 @@ from alignprop_fast.ops.norm_modulate import gated_sum
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
+def double_stream(
+    block: Any, image: torch.Tensor, text: torch.Tensor, tembs: tuple[torch.Tensor, torch.Tensor], **attention: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text, image) after a block of FLUX.1 or Chroma. tembs: what the norms of image and of text take."""
+    image_normed, *of_image = block.norm1(image, emb=tembs[0])
+    text_normed, *of_text = block.norm1_context(text, emb=tembs[1])
+    branch, text_branch = block.attn(hidden_states=image_normed, encoder_hidden_states=text_normed, **attention)
+    text, image = fed_forward(
+        Stream(text, text_branch, [t[:, None] for t in of_text], block.norm2_context, block.ff_context.net),
+        Stream(image, branch, [t[:, None] for t in of_image], block.norm2, block.ff.net),
+    )
+    return clipped(text), image
+
+
+def single_stream(block: Any, x: torch.Tensor, temb: torch.Tensor, **attention: Any) -> torch.Tensor:
+    """Text and image tokens x after a block of FLUX.1 or Chroma."""
+    normed, gate = block.norm(x, emb=temb)
+    projection = block.proj_mlp(normed)
+    o = block.attn(hidden_states=normed, **attention)
+    return clipped(gated_sum(x, gate[:, None], block.proj_out(gelu_tanh(projection, beside=o))))
+
+
 class LeanFluxTransformerBlock(FluxTransformerBlock):
     """`diffusers` double-stream block of FLUX.1."""
 
@@ -27,16 +49,7 @@ class LeanFluxTransformerBlock(FluxTransformerBlock):
         image, text = hidden_states, encoder_hidden_states
         if joint_attention_kwargs or not serves(image, self.norm2, self.norm2_context):
             return super().forward(image, text, temb, image_rotary_emb, joint_attention_kwargs)
-        image_normed, *of_image = self.norm1(image, emb=temb)
-        text_normed, *of_text = self.norm1_context(text, emb=temb)
-        branch, text_branch = self.attn(
-            hidden_states=image_normed, encoder_hidden_states=text_normed, image_rotary_emb=image_rotary_emb
-        )
-        text, image = fed_forward(
-            Stream(text, text_branch, [t[:, None] for t in of_text], self.norm2_context, self.ff_context.net),
-            Stream(image, branch, [t[:, None] for t in of_image], self.norm2, self.ff.net),
-        )
-        return clipped(text), image
+        return double_stream(self, image, text, (temb, temb), image_rotary_emb=image_rotary_emb)
 
 
 class LeanFluxSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -53,11 +66,7 @@ class LeanFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         image, text = hidden_states, encoder_hidden_states
         if joint_attention_kwargs or not serves(image, self.norm.norm):
             return super().forward(image, text, temb, image_rotary_emb, joint_attention_kwargs)
-        x = torch.cat([text, image], dim=1)
-        normed, gate = self.norm(x, emb=temb)
-        projection = self.proj_mlp(normed)
-        o = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-        x = clipped(gated_sum(x, gate[:, None], self.proj_out(gelu_tanh(projection, beside=o))))
+        x = single_stream(self, torch.cat([text, image], dim=1), temb, image_rotary_emb=image_rotary_emb)
         text, image = x.split([text.shape[1], image.shape[1]], dim=1)
         return text, image
 

@@ -28,9 +28,9 @@ BASE_DTYPES = ("fp8", "int8", "nf4")
 
 SMALLEST = 2**12  # weights in a layer that is worth packing
 _NF4_BLOCK = 64
-# Embeddings of time, text and size, and layers that modulate norms, are small and the model is sensitive to them.
-# Adapters learn.
-_SKIPPED = ("emb", "norm", "modulation", "lora_")
+# Embeddings of time, text and size, and layers that modulate norms, are small and the model is sensitive to them. Not
+# small are those of Qwen-Image (img_mod, txt_mod), a third of its weights, so they are packed. Adapters learn.
+_SKIPPED = ("emb", "norm", "modulation", "mod_proj", "lora_")
 
 
 class QuantizedWeight(torch.Tensor):

@@ -123,6 +123,9 @@ _ALONE = (
 _FLUX2, _TOLD_GUIDANCE = _any("double_stream_modulation_img."), _any("guidance_in.", "guidance_embedder.")
 _DENOISERS = {
     "Krea2Pipeline": _any("text_fusion.projector."),
+    "ChromaPipeline": _any("distilled_guidance_layer."),
+    "Lumina2Pipeline": _any("time_caption_embed."),
+    "SanaPipeline": _any("caption_norm.weight"),
     "QwenImagePipeline": _any("transformer_blocks.0.img_mod.1."),
     "Flux2Pipeline": lambda shapes: _FLUX2(shapes) and _TOLD_GUIDANCE(shapes),
     "Flux2KleinPipeline": _FLUX2,
@@ -145,16 +148,16 @@ def check_kind(file: Path, shapes: Shapes) -> str:
     found = [name for name, seen in _DENOISERS.items() if seen(shapes)]
     if found:
         # In diffusers' names FLUX.1 has everything that SD3 has, and single blocks; FLUX.2 also shared modulation.
-        # Qwen-Image has SD3's attention.
-        first = ("QwenImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline", "FluxPipeline")
+        # Qwen-Image has SD3's attention, and Chroma has FLUX.1's blocks.
+        first = ("QwenImagePipeline", "ChromaPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "FluxPipeline")
         return next(one for one in (*first, *found) if one in found)
     for kind in _ALONE:
         if kind.seen(shapes):
             raise ValueError(f"{file} holds {kind.name}: {kind.remedy}")
     names = ", ".join(sorted(shapes)[:3])
     raise ValueError(
-        f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or "
-        "Qwen-Image model"
+        f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, Chroma, FLUX.2, Z-Image, "
+        "Krea 2, Lumina 2, SANA or Qwen-Image model"
     )
 
 

@@ -1,4 +1,4 @@
-"""The number of steps and the guidance scale that a model was made for, read from its configuration without torch."""
+"""The steps and scales of guidance that a model was made for, read from its configuration without torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MadeFor:
-    """is_distilled: whether the model learned to draw without guidance. has_true_cfg: that scale alone guides it."""
+    """is_distilled: whether the model learned to draw without guidance. true_cfg_scale: above 1, that alone guides."""
 
     steps: int
     guidance_scale: float
     is_distilled: bool = False
-    has_true_cfg: bool = False
+    true_cfg_scale: float = 1.0
 
 
 _USUAL = MadeFor(50, 5.0)
@@ -24,7 +24,10 @@ _Z_IMAGE_TURBO = MadeFor(8, 0.0, is_distilled=True)
 _KLEIN = MadeFor(4, 1.0, is_distilled=True)
 _KLEIN_BASE = _FLUX2_DEV = MadeFor(50, 4.0)
 _KREA2, _KREA2_DISTILLED = MadeFor(28, 4.5), MadeFor(8, 0.0, is_distilled=True)
-_QWEN_IMAGE = MadeFor(50, 1.0, has_true_cfg=True)
+_QWEN_IMAGE = MadeFor(50, 1.0, true_cfg_scale=4.0)
+_CHROMA = MadeFor(35, 5.0)
+_LUMINA2 = MadeFor(30, 4.0)
+_SANA = MadeFor(20, 4.5)
 _BY_NAME = {
     "demo": MadeFor(12, 2.0),
     "demo-twin": MadeFor(4, 1.0, is_distilled=True),
@@ -34,6 +37,9 @@ _BY_NAME = {
     "flux2-dev": _FLUX2_DEV,
     "qwen-image": _QWEN_IMAGE,
     "krea2": _KREA2,
+    "chroma": _CHROMA,
+    "lumina2": _LUMINA2,
+    "sana": _SANA,
 }
 
 
@@ -64,6 +70,12 @@ def _of_folder(folder: Path) -> MadeFor:
         return _FLUX2_DEV
     if index.get("_class_name") == "QwenImagePipeline":
         return _QWEN_IMAGE
+    if index.get("_class_name") == "ChromaPipeline":
+        return _CHROMA
+    if index.get("_class_name") == "Lumina2Pipeline":
+        return _LUMINA2
+    if index.get("_class_name") == "SanaPipeline":
+        return _SANA
     if index.get("_class_name") == "Krea2Pipeline":
         return _KREA2_DISTILLED if index.get("is_distilled") else _KREA2
     if index.get("_class_name") != "ZImagePipeline":

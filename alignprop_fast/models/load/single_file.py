@@ -80,7 +80,7 @@ def _check_fit(file: Path, shapes: Shapes, kind: str, config: Path, index: Mappi
             f"{file} holds the denoiser of a {kind}, but {config} a {index['_class_name']}: give the folder of a model "
             "of the same architecture as the model config"
         )
-    if kind == "FluxPipeline":
+    if kind in ("FluxPipeline", "ChromaPipeline"):
         _check_flux(file, shapes)
     if kind != "StableDiffusionPipeline":
         return

@@ -20,7 +20,7 @@ from alignprop_fast.models.lora.keys import listed
 from alignprop_fast.models.lora.kohya_names import LAYOUTS, MLP_RATIO, PREFIX, swapped
 from alignprop_fast.models.lora.names import families, family_of, published_names
 from alignprop_fast.models.lora.targets import denoiser
-from alignprop_fast.models.pipeline_adapter import native_size
+from alignprop_fast.models.picture_size import native_size
 
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 _TAGS = 100  # the most prompts that the metadata lists

@@ -62,6 +62,8 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
     "z-image": {"transformer": ("z-image",)},
     "qwen-image": {"transformer": ("qwen-image",)},
     "krea2": {"transformer": ("krea2",)},
+    "lumina2": {"transformer": ("lumina2",)},
+    "sana": {"transformer": ("sana",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -107,6 +109,10 @@ class Names:
             return "qwen-image"
         if "text_fusion_projector" in paths:
             return "krea2"
+        if "time_caption_embed_caption_embedder_1" in paths:
+            return "lumina2"
+        if "caption_projection_linear_1" in paths:
+            return "sana"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:
@@ -221,7 +227,7 @@ def find_modules(places: Mapping[str, Places], file: Path, pipe: Any = None) -> 
     Raises:
         ValueError: a name matches no module, or different modules in two families.
     """
-    found = _read_alone(places, file) if pipe is None else {name: names_of(pipe).modules(name) for name in places}
+    found = _read_alone(places, file) if pipe is None else _read_by(names_of(pipe), places)
     unknown = [name for name, modules in found.items() if not modules]
     if pipe is None:
         # Names in diffusers' naming need no model to look them up.
@@ -231,9 +237,13 @@ def find_modules(places: Mapping[str, Places], file: Path, pipe: Any = None) -> 
     return {name: modules or (name,) for name, modules in found.items()}
 
 
+def _read_by(names: Names, places: Iterable[str]) -> Modules:
+    return {name: names.modules(name) for name in places}
+
+
 def _read_alone(places: Mapping[str, Places], file: Path) -> Modules:
     """The reading of the published family that has the most of the names, then the most of the proportions."""
-    readings = {family: {name: published_names(family).modules(name) for name in places} for family in families()}
+    readings = {family: _read_by(published_names(family), places) for family in families()}
     ranks = {
         family: (sum(map(bool, modules.values())), _proportional(family, modules, places))
         for family, modules in readings.items()

@@ -15,11 +15,13 @@ _JOINT_FEED_FORWARD = (*_FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.
 # Residual blocks, up- and downsamplers ("conv"), and the projections around the transformer blocks, which are
 # convolutions in some UNets. The first and last layer are left out.
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
+# proj_out of a single-stream block takes the outputs of both its attention and its feed-forward part.
+_FLUX = ((*_ATTENTION, *_JOINT), (*_JOINT_FEED_FORWARD, "proj_mlp", "proj_out"), ())
 _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "UNet2DConditionModel": (_ATTENTION, _FEED_FORWARD, _CONVOLUTIONS),
     "SD3Transformer2DModel": ((*_ATTENTION, *_JOINT), _JOINT_FEED_FORWARD, ()),
-    # proj_out of a single-stream block takes the outputs of both its attention and its feed-forward part.
-    "FluxTransformer2DModel": ((*_ATTENTION, *_JOINT), (*_JOINT_FEED_FORWARD, "proj_mlp", "proj_out"), ()),
+    "FluxTransformer2DModel": _FLUX,
+    "ChromaTransformer2DModel": _FLUX,
     # The single-stream blocks join attention and feed-forward part in two matrices; # stands for a block's number.
     "Flux2Transformer2DModel": (
         (*_ATTENTION, *_JOINT, "to_qkv_mlp_proj", "single_transformer_blocks.#.attn.to_out"),
@@ -29,6 +31,12 @@ _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
     "QwenImageTransformer2DModel": (
         (*_ATTENTION, *_JOINT),
         ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        (),
+    ),
+    "SanaTransformer2DModel": (_ATTENTION, (), ()),  # its feed-forward part consists of convolutions
+    "Lumina2Transformer2DModel": (
+        _ATTENTION,
+        ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),
         (),
     ),
     "Krea2Transformer2DModel": (_ATTENTION, ("ff.gate", "ff.up", "ff.down"), ()),

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from alignprop_fast.models import adapt
-from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.ops.activation import geglu
 from alignprop_fast.ops.guided_step import guided_step
 from alignprop_fast.ops.layer_norm import layer_norm

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_fast.models import adapt
+from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.lora.adapters import add_lora
-from alignprop_fast.models.pipeline_adapter import PromptBatch
+from alignprop_fast.models.lora.learning import learning_adapters_off
 from alignprop_fast.runtime import step_gradients
 
 
@@ -87,9 +88,9 @@ def test_a_network_in_fp32_and_adapters_that_are_off_have_no_copies(model):
     assert copies.size_bytes == 2 * sum(p.numel() for p in parameters)
     with torch.no_grad(), copies.in_place():
         on = model.predict(x, torch.tensor(300.0), cond)
-        with model.adapters_off():
+        with learning_adapters_off(model.denoiser):
             off = model.predict(x, torch.tensor(300.0), cond)
-    with torch.no_grad(), model.adapters_off():
+    with torch.no_grad(), learning_adapters_off(model.denoiser):
         assert torch.equal(off, model.predict(x, torch.tensor(300.0), cond))
     assert not torch.equal(on, off)
     model.denoiser.float()

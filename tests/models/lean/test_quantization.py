@@ -37,22 +37,27 @@ def images_and_gradients(pipe):
     sampler = DifferentiableSampler(pipe, num_inference_steps=2, height=16, width=16)
     images = sampler("a dog", generator=torch.Generator().manual_seed(0))
     (images * torch.linspace(0, 1, images.shape[-1])).mean().backward()
-    return images.detach(), [p.grad for p in denoiser(pipe).parameters() if p.requires_grad]
+    return images.detach(), {name: p.grad for name, p in denoiser(pipe).named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
         *(("sd", kind) for kind in KINDS),
-        *((model, kind) for model in ("z_image", "flux2_klein") for kind in KINDS if kind != "int8"),
+        *(
+            (model, kind)
+            for model in ("z_image", "flux2_klein", "qwen_image", "krea2")
+            for kind in KINDS
+            if kind != "int8"
+        ),
     ],
 )
 def test_chain_and_gradients_are_those_of_the_dequantised_model(request, model, kind):
     pipe = request.getfixturevalue(f"tiny_{model}")
     original = copy.deepcopy(denoiser(pipe).state_dict())
-    names = quantize_linears(denoiser(pipe), kind, CPU, torch.float32, smallest=0)
+    names = quantize_linears(denoiser(pipe), kind, CPU, torch.float32, smallest=4)
     parameters = add_lora(pipe, rank=4)
-    assert len(names) > 15 and not any("emb" in name or "norm" in name for name in names)
+    assert len(names) > 15 and not any(word in name for word in ("emb", "norm", "time_mod") for name in names)
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=0.1)
@@ -61,9 +66,10 @@ def test_chain_and_gradients_are_those_of_the_dequantised_model(request, model, 
     assert any((original[f"{name}.weight"] != changed.get(f"{name}.weight", 0)).any() for name in names)
     (images, grads), (expected_images, expected_grads) = images_and_gradients(pipe), images_and_gradients(twin)
     torch.testing.assert_close(images, expected_images, rtol=0, atol=1e-6)
-    assert len(grads) == len(expected_grads) == len(parameters)
-    for grad, expected in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    # Qwen-Image's last block does not use its text, so the adapters there get no gradient.
+    assert grads.keys() == expected_grads.keys() and len(grads) >= 0.8 * len(parameters)
+    for name, expected in expected_grads.items():
+        torch.testing.assert_close(grads[name], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(("kind", "bits", "error"), [("fp8", 8.2, 0.03), ("int8", 8.2, 0.01), ("nf4", 4.25, 0.1)])

@@ -33,6 +33,9 @@ class Shelf:
     flux2_dev: Path
     qwen_image: Path
     krea2: Path
+    chroma: Path
+    lumina2: Path
+    sana: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -101,6 +104,21 @@ def _(shelf):
 @read("folder of FLUX.1", "flux")
 def _(shelf):
     return shelf.flux, None
+
+
+@read("folder of Chroma", "chroma")
+def _(shelf):
+    return shelf.chroma, None
+
+
+@read("folder of Lumina 2", "lumina2")
+def _(shelf):
+    return shelf.lumina2, None
+
+
+@read("folder of SANA", "sana")
+def _(shelf):
+    return shelf.sana, None
 
 
 @read("folder of Z-Image or Z-Image-Turbo", "z_image")
@@ -187,6 +205,21 @@ def _(shelf):
 @read("transformer of FLUX.2-dev alone, in its original names or diffusers'", "flux2_dev", ALONE)
 def _(shelf):
     return shelf.write(original_layout.flux2(weights(shelf.flux2_dev / "transformer"))), shelf.flux2_dev
+
+
+@read("transformer of Chroma alone in diffusers' names", "chroma", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.chroma / "transformer")), shelf.chroma
+
+
+@read("transformer of Lumina 2 alone in diffusers' names", "lumina2", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.lumina2 / "transformer")), shelf.lumina2
+
+
+@read("transformer of SANA alone in diffusers' names", "sana", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.sana / "transformer")), shelf.sana
 
 
 @read("transformer of Qwen-Image alone", "qwen_image", ALONE)
@@ -311,7 +344,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
+        "give an SD, SDXL, SD3, FLUX, Chroma, FLUX.2, Z-Image, Krea 2, Lumina 2, SANA or Qwen-Image model",
     ),
 }
 BYTES = {
@@ -440,11 +473,8 @@ def _(shelf):
 
 
 NOT_YET = {
-    "Chroma": ("ChromaPipeline", "one network computes the modulation of all its blocks"),
-    "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
-    "PixArt-Sigma": ("PixArtSigmaPipeline", "its network also predicts the variance of the noise"),
+    "PixArt-Sigma": ("PixArtSigmaPipeline", "diffusers cannot add LoRA adapters to its network, nor load them"),
     "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
-    "SANA": ("SanaPipeline", "its autoencoder (DC-AE) and its linear attention have no ops here"),
 }
 
 
@@ -474,7 +504,8 @@ FORMATS = [case.format for case in CASES]
 @pytest.fixture
 def shelf(request, tmp_path):
     kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
-    return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
+    folders = [request.getfixturevalue(f"tiny_{kind}_folder") for kind in (*kinds, "chroma", "lumina2", "sana")]
+    return Shelf(*folders, tmp_path)
 
 
 def _named(answer):

@@ -1,7 +1,10 @@
 """Names in LoRA files are looked up among the layers; each means one layer, in every spelling."""
 
+from pathlib import Path
+
 import pytest
 
+from alignprop_fast.models.lora import names
 from alignprop_fast.models.lora.names import find_modules, names_of, published_names
 from alignprop_fast.models.published import published_layers
 
@@ -11,14 +14,14 @@ from ..load import original_layout
 @pytest.mark.parametrize(("network", "levels"), [("sd15", 4), ("sdxl", 3)])
 def test_every_layer_of_a_published_unet_in_three_spellings(network, levels):
     paths = list(published_layers(network))
-    names, old = published_names("unet"), original_layout.unet({f"{path}.weight": path for path in paths}, levels, 2)
+    known, old = published_names("unet"), original_layout.unet({f"{path}.weight": path for path in paths}, levels, 2)
     spellings = {
         **{f"lora_unet_{path.replace('.', '_')}": path for path in paths},
         **{f"base_model.model.{path}": path for path in paths},
         **{f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": path for name, path in old.items()},
     }
     assert len(spellings) == 3 * len(paths)  # all are different
-    assert all(names.modules(name) == (f"unet.{path}",) for name, path in spellings.items())
+    assert all(known.modules(name) == (f"unet.{path}",) for name, path in spellings.items())
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,14 @@ def test_a_pipeline_has_its_own_layers_alone(tiny_sd, tiny_sdxl):
     assert find_modules(square(name), "file", tiny_sdxl) == {name: ("unet.add_embedding.linear_2",)}
     with pytest.raises(ValueError, match=f"do not fit this model, which has no layer {name}: load"):
         find_modules(square(name), "file", tiny_sd)
+
+
+def test_a_pipeline_is_searched_once_for_a_whole_file(tiny_sd, monkeypatch):
+    """For each of SDXL's 700 modules it would take 11 s."""
+    searched = []
+    monkeypatch.setattr(names, "names_of", lambda pipe: searched.append(pipe) or names_of(pipe))
+    found = names.find_modules({"unet.conv_in": (32, 4, 3, 3), "lora_unet_conv_out": (4, 32, 3, 3)}, Path("f"), tiny_sd)
+    assert list(found.values()) == [("unet.conv_in",), ("unet.conv_out",)] and searched == [tiny_sd]
 
 
 def test_t5_alone_is_of_two_models(tiny_sd3, tiny_flux):
