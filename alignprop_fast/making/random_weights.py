@@ -28,6 +28,7 @@ from alignprop_fast.making.random_networks import (
     vae,
 )
 from alignprop_fast.making.random_tokenizers import (
+    KREA_MARKS,
     MISTRAL_CHAT,
     clip_tokenizer,
     end_id,
@@ -449,7 +450,7 @@ def make_krea2_folder(
             ),
             vae=qwen_vae(vae_widths),
             text_encoder=qwen3_vl(text_width),
-            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            tokenizer=qwen_tokenizer(folder / "tokenizer", marks=KREA_MARKS),
             transformer=transformer,
             text_encoder_select_layers=(1, 3),
             is_distilled=distilled,
