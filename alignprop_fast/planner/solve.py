@@ -111,17 +111,15 @@ class Solver:
         room = budget_bytes - self.table.base_bytes(len(steps))
         all_curves = self.curves(len(steps))
         uses = [GraphUse.NONE] if self.table.graphs is None else list(GraphUse)
-        found: list[tuple[float, int, int, int, int]] = []
-        candidates: list[Candidate] = []
+        found: dict[tuple[float, int, int, int, int], Candidate] = {}
         for order, use in enumerate(uses):
             for which, curves in enumerate(all_curves):
                 for candidate in curves.candidates(len(steps), room, use, lambda: min(found, default=_NONE)[0]):
-                    found.append((candidate.seconds, candidate.need, which, order, candidate.resident))
-                    candidates.append(candidate)
+                    found[candidate.seconds, candidate.need, which, order, candidate.resident] = candidate
         if not found:
             return None
         best = min(found)
-        return price(self.table, all_curves[best[2]].plan(steps, candidates[found.index(best)]))
+        return price(self.table, all_curves[best[2]].plan(steps, found[best]))
 
     def _smallest(self, steps: tuple[int, ...]) -> Plan:
         """The leanest plan."""
