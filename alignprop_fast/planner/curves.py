@@ -15,7 +15,7 @@ from alignprop_fast.planner.block_option import Options
 from alignprop_fast.planner.cuda_graphs import GraphUse
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
 from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.repeat import Repeated
+from alignprop_fast.planner.repeat import Repeated, hull
 from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier
 
@@ -63,6 +63,7 @@ class Curves:
 
     Attributes:
         recorded: has the frontier of replays that run as CUDA graphs, which may not offload.
+        prices: of a byte in host memory, in seconds, under which bounds are looked for.
 
     Args:
         price: seconds that a byte in host memory is charged, so that rows with less of it are found too.
@@ -70,7 +71,7 @@ class Curves:
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int, price: float = 0.0):
         self.table, self.num_steps, self.most_grad_steps = table, num_steps, most_grad_steps
-        self.price, self.recorded = price, self
+        self.price, self.recorded, self.prices = price, self, [0.0]
         # Alive beside a step's own worst moment: the images, the sums of the gradients, and offloaded tensors in
         # transfer.
         self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
@@ -152,32 +153,42 @@ class Curves:
         fastest = np.minimum.accumulate(frontier.seconds[rows])
         return rows[np.flatnonzero(np.diff(fastest, prepend=np.inf))]
 
-    def least_seconds(self, room: int) -> np.ndarray:
-        """For 0, 1, ... resident steps with decoder and reward: seconds that no allowed plan within the room beats.
+    @cached_property
+    def _hulls(self) -> list[tuple[Frontier, np.ndarray]]:
+        """The labels of a resident step under each price of `prices`, and the rows on their lower convex hull."""
+        steps = [replace(self._steps.step, price=price) for price in self.prices]
+        return [(step, hull(step)) for step in steps]
 
-        No sum of a step's labels lies below its convex hull. Under a price, a plan pays at most that of the host limit.
+    def _least_seconds(self, room: int) -> np.ndarray:
+        """For 0, 1, ... resident steps with decoder and reward: seconds that no allowed row within the room beats.
+
+        No sum of a step's labels lies below their convex hull. That holds under each price of a byte in host memory, of
+        which a row pays at most the host limit.
         """
+        counts = np.arange(self.most_grad_steps + 1)
         if self._exact is not None:
-            return np.zeros(self.most_grad_steps + 1)
-        step, counts = self._steps.step, np.arange(self.most_grad_steps + 1)[:, None]
-        vertices = self._steps.vertices
-        tails = [tail.pareto(TAIL_LABELS) for tail in self._tails]
-        least = []
-        for tail in tails:
-            each = (room - tail.need + counts) / np.maximum(counts, 1)  # a byte more, against rounding
-            cost = np.interp(each, step.need[vertices], step.cost[vertices], left=np.inf)
-            least.append(counts * np.where(counts > 0, cost, 0.0) + tail.cost)
-        found = np.where(counts[:, 0] == self.num_steps, least[1].min(axis=1), least[0].min(axis=1))
-        return found - self.price * (self.table.host_limit_bytes or 0)
+            return np.zeros(len(counts))
+        bounds = []
+        for step, rows in self._hulls:
+            cost = np.minimum.accumulate(step.cost[rows])
+            least = []
+            for tail in self._tails:
+                each = (room - tail.need + counts[:, None]) / np.maximum(counts, 1)[:, None]  # a byte more for rounding
+                taken = counts[:, None] * np.where(
+                    counts[:, None] > 0, np.interp(each, step.need[rows], cost, np.inf), 0
+                )
+                least.append((taken + tail.seconds + step.price * tail.host).min(axis=1))
+            bound = np.where(counts == self.num_steps, least[1], least[0])
+            bounds.append(bound - step.price * (self.table.host_limit_bytes or 0))
+        return np.max(bounds, axis=0)
 
-    def candidates(
-        self, grad_steps: int, room: int, use: GraphUse, least: np.ndarray, best: Callable[[], float]
-    ) -> Iterator[Candidate]:
+    def candidates(self, grad_steps: int, room: int, use: GraphUse, best: Callable[[], float]) -> Iterator[Candidate]:
         """The fastest for each number of resident steps, the most promising number first.
 
-        least: `least_seconds`, or a larger bound. best: () -> the fewest seconds of a candidate so far; numbers of
-        resident steps that cannot reach them are left out.
+        best: () -> the fewest seconds of a candidate so far; numbers of resident steps that cannot reach them are left
+        out.
         """
+        least = self._least_seconds(room - self.table.pool_bytes(use, 0))
         replays, ratio = self._replays(room, use), self.table.replay_ratio_of(use)
         quickest = float(replays.seconds.min()) if len(replays.rows) else np.inf
         bounds = {

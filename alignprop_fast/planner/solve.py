@@ -99,31 +99,27 @@ class Solver:
         if plain is not None and (self.table.transfer_bytes or free.exceed_host_limit()):
             free.recorded = Curves(plain, self.num_steps, most)
             yield free.recorded
-        for byte_seconds in _host_prices(self.table) if free.exceed_host_limit() else []:
-            priced = Curves(self.table, self.num_steps, most, byte_seconds)
-            priced.recorded = free.recorded
-            yield priced
+        if free.exceed_host_limit():
+            prices = _host_prices(self.table)
+            free.prices = [0.0, *prices]
+            for byte_seconds in prices:
+                priced = Curves(self.table, self.num_steps, most, byte_seconds)
+                priced.recorded, priced.prices = free.recorded, free.prices
+                yield priced
 
     def _fastest(self, steps: tuple[int, ...], budget_bytes: int) -> Plan | None:
         room = budget_bytes - self.table.base_bytes(len(steps))
         all_curves = self.curves(len(steps))
         uses = [GraphUse.NONE] if self.table.graphs is None else list(GraphUse)
-        found: list[tuple[float, int, int, int, int]] = []
-        candidates: list[Candidate] = []
+        found: dict[tuple[float, int, int, int, int], Candidate] = {}
         for order, use in enumerate(uses):
-            inside = room - self.table.pool_bytes(use, 0)
-            bounds = [curves.least_seconds(inside) for curves in all_curves]
-            # With and without a price the plans are the same, so the tightest bound holds for all of them.
-            tightest = np.max([least for c, least in zip(all_curves, bounds, strict=True) if c.table is self.table], 0)
-            for which, (curves, own) in enumerate(zip(all_curves, bounds, strict=True)):
-                least = tightest if curves.table is self.table else own
-                for candidate in curves.candidates(len(steps), room, use, least, lambda: min(found, default=_NONE)[0]):
-                    found.append((candidate.seconds, candidate.need, which, order, candidate.resident))
-                    candidates.append(candidate)
+            for which, curves in enumerate(all_curves):
+                for candidate in curves.candidates(len(steps), room, use, lambda: min(found, default=_NONE)[0]):
+                    found[candidate.seconds, candidate.need, which, order, candidate.resident] = candidate
         if not found:
             return None
         best = min(found)
-        return price(self.table, all_curves[best[2]].plan(steps, candidates[found.index(best)]))
+        return price(self.table, all_curves[best[2]].plan(steps, found[best]))
 
     def _smallest(self, steps: tuple[int, ...]) -> Plan:
         """The leanest plan."""
