@@ -5,6 +5,7 @@ No network, random weights, under a second each.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from contextlib import contextmanager
@@ -28,6 +29,16 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: begun last, one of them would run alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_emulated_gpu.py")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so collections of garbage need not search it: some tests make hundreds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries report leaks when the process ends
 
 
 @pytest.fixture(scope="session", autouse=True)

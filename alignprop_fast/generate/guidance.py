@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from alignprop_fast.sampling import limited_guidance, normed_guidance, rescaled_guidance
 
 Scale = float | torch.Tensor
+
+
+class GuidedModel(Protocol):
+    """What guidance asks of a model (`PipelineAdapter`)."""
+
+    @property
+    def heeds_guidance(self) -> bool: ...
+    @property
+    def unguided_scale(self) -> float: ...
+    @property
+    def has_true_cfg(self) -> bool: ...
+    @property
+    def keeps_norm(self) -> str: ...
+    @property
+    def limits_guidance(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -42,30 +57,32 @@ class Guidance:
     @classmethod
     def of(
         cls,
+        model: GuidedModel,
         scale: Scale,
-        true_cfg_scale: Scale,
-        rescale: Any,
-        has_true_cfg: bool,
-        unguided: float = 1.0,
-        keeps_norm: str = "",
+        true_cfg_scale: Scale = 1.0,
+        rescale: Any = 0.0,
         norm_limit: Any = 0.0,
         until: Any = 1.0,
     ) -> Guidance:
-        """From a sampler's arguments, and `has_true_cfg`, `unguided_scale` and `keeps_norm` of its model.
+        """From a sampler's arguments, for a model.
 
         Raises:
-            ValueError: a tensor holds several numbers, or requires a gradient but must be a number; or the model
-                rescales in its own way.
+            ValueError: a tensor holds several numbers, or requires a gradient but must be a number; or the model does
+                not have an option, or rescales in its own way.
         """
-        scale, true_cfg_scale = _one_number(scale), _one_number(true_cfg_scale)
-        own, rescale = true_cfg_scale if has_true_cfg else scale, plain_number("guidance_rescale", rescale)
-        if rescale and keeps_norm:
+        for name, is_given in (("cfg_normalization", norm_limit != 0), ("cfg_truncation", until != 1)):
+            if is_given and not model.limits_guidance:
+                raise ValueError(f"{name} is an option of Z-Image: leave it out for other models")
+        unguided = model.unguided_scale
+        scale, true_cfg_scale = _one_number(scale if model.heeds_guidance else unguided), _one_number(true_cfg_scale)
+        own, rescale = true_cfg_scale if model.has_true_cfg else scale, plain_number("guidance_rescale", rescale)
+        if rescale and model.keeps_norm:
             raise ValueError("this model keeps the norm of its predictions under guidance: leave guidance_rescale out")
         norm_limit = plain_number("cfg_normalization", norm_limit)
         if norm_limit and rescale:
             raise ValueError("guidance_rescale and cfg_normalization both change the guided prediction: give one")
         until = plain_number("cfg_truncation", until)
-        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm, norm_limit, until)
+        return cls(own, unguided, scale, rescale, model.has_true_cfg, model.keeps_norm, norm_limit, until)
 
     @property
     def cfg_scale(self) -> Scale:

@@ -134,18 +134,8 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
-        for name, is_given in (("cfg_normalization", cfg_normalization != 0), ("cfg_truncation", cfg_truncation != 1)):
-            if is_given and not self.model.limits_guidance:
-                raise ValueError(f"{name} is an option of Z-Image: leave it out for other models")
         self.guidance = Guidance.of(
-            guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
-            true_cfg_scale,
-            guidance_rescale,
-            self.model.has_true_cfg,
-            self.model.unguided_scale,
-            self.model.keeps_norm,
-            cfg_normalization,
-            cfg_truncation,
+            self.model, guidance_scale, true_cfg_scale, guidance_rescale, cfg_normalization, cfg_truncation
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)

@@ -333,7 +333,7 @@ def make_flux2_klein_folder(
 def make_flux2_dev_folder(folder: str | Path, *, heads: int = 2, text_width: int = 16, seed: int = 0) -> Path:
     """Write a `Flux2Pipeline` with random weights. Arguments as in `make_flux2_klein_folder`.
 
-    Its tokenizer is none of texts and pictures, as that of the published model, because those need torchvision.
+    Its tokenizer reads texts alone. That of the published model reads pictures too and so needs torchvision.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 

@@ -28,11 +28,15 @@ def hull(frontier: Frontier) -> np.ndarray:
 
 
 class Repeated:
-    """Frontiers of copies of a step, whose needs add up."""
+    """Frontiers of copies of a step, whose needs add up.
+
+    Attributes:
+        vertices: rows of the step on its lower convex hull.
+    """
 
     def __init__(self, step: Frontier):
         self.step = step
-        vertices = hull(step)
+        vertices = self.vertices = hull(step)
         lower, upper, free = [], [], []
         for index in range(max(len(vertices) - 1, 1)):
             window = vertices[max(index - 1, 0)], vertices[min(index + 2, len(vertices) - 1)]

@@ -8,13 +8,14 @@ import numpy as np
 
 from alignprop_fast.planner.budget import BudgetInfeasible
 from alignprop_fast.planner.cuda_graphs import GraphUse
-from alignprop_fast.planner.curves import Curves
+from alignprop_fast.planner.curves import Candidate, Curves
 from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.remedies import remedies
 from alignprop_fast.planner.simulate import price
 from alignprop_fast.planner.table import CostTable, Segment, Stage
 
 HOST_PRICES = 4
+_NONE = (np.inf, 0, 0, 0, 0)
 
 
 def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
@@ -107,16 +108,22 @@ class Solver:
         room = budget_bytes - self.table.base_bytes(len(steps))
         all_curves = self.curves(len(steps))
         uses = [GraphUse.NONE] if self.table.graphs is None else list(GraphUse)
-        found = [
-            (candidate.seconds, candidate.need, which, candidate)
-            for which, curves in enumerate(all_curves)
-            for use in uses
-            for candidate in curves.candidates(len(steps), room, use)
-        ]
+        found: list[tuple[float, int, int, int, int]] = []
+        candidates: list[Candidate] = []
+        for order, use in enumerate(uses):
+            inside = room - self.table.pool_bytes(use, 0)
+            bounds = [curves.least_seconds(inside) for curves in all_curves]
+            # With and without a price the plans are the same, so the tightest bound holds for all of them.
+            tightest = np.max([least for c, least in zip(all_curves, bounds, strict=True) if c.table is self.table], 0)
+            for which, (curves, own) in enumerate(zip(all_curves, bounds, strict=True)):
+                least = tightest if curves.table is self.table else own
+                for candidate in curves.candidates(len(steps), room, use, least, lambda: min(found, default=_NONE)[0]):
+                    found.append((candidate.seconds, candidate.need, which, order, candidate.resident))
+                    candidates.append(candidate)
         if not found:
             return None
-        _, _, which, candidate = min(found, key=lambda entry: entry[:3])
-        return price(self.table, all_curves[which].plan(steps, candidate))
+        best = min(found)
+        return price(self.table, all_curves[best[2]].plan(steps, candidates[found.index(best)]))
 
     def _smallest(self, steps: tuple[int, ...]) -> Plan:
         """The leanest plan."""
