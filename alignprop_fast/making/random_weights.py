@@ -529,8 +529,9 @@ def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
             file.unlink()
         write_clip_tokenizer(folder / name, pad_token)
     index = folder / "model_index.json"
-    # The class name in every published model; transformers 5 merged the two classes under the slow one's name.
-    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
+    # Class names that transformers 4 knows too; the first is that of every published model.
+    text = index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"')
+    index.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
     if pad_tokens:
         _restore_prefix(folder / "text_encoder" / "model.safetensors")
     return folder

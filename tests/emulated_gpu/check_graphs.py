@@ -38,13 +38,13 @@ RESCALED = pytest.mark.slow("guidance is rescaled alike in every architecture, a
     [
         *(("tiny_sd", 0.3), ("tiny_sdxl", 0.0), ("tiny_sd3", 0.0), ("tiny_flux", 0.0)),
         pytest.param("tiny_sd", 0.0, marks=RESCALED),
-        *(pytest.param(name, 0.3, marks=RESCALED) for name in ("tiny_sdxl", "tiny_sd3", "tiny_flux")),
+        *(pytest.param(name, 0.3, marks=RESCALED) for name in ("tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma")),
     ],
     indirect=["adapted"],
 )
 def test_graphs_give_the_same_bits(pipe, rescale):
     """With other prompts, noise, gates and weights than the recorded ones, and after another batch size."""
-    size = {"height": 16, "width": 16} if type(pipe).__name__ == "FluxPipeline" else {}
+    size = {"height": 16, "width": 16} if type(pipe).__name__ in ("FluxPipeline", "ChromaPipeline") else {}
     options = {"guidance_rescale": rescale, "memory_budget": None, **size}
     plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way, **options) for way in ("off", "on"))
     runs = ((PROMPTS, 1, [1, 3]), (["a dog", "sun"], 2, [0, 1, 2]), (["sun"], 3, [2]), (PROMPTS, 4, [3]))
@@ -62,7 +62,7 @@ def test_graphs_give_the_same_bits(pipe, rescale):
     assert len(graphed.fast.graphs._graphs) == 3
 
 
-@pytest.mark.parametrize("adapted", ["tiny_z_image", "tiny_qwen_image", "tiny_krea2"], indirect=True)
+@pytest.mark.parametrize("adapted", ["tiny_z_image", "tiny_qwen_image", "tiny_krea2", "tiny_lumina2"], indirect=True)
 def test_captions_of_other_lengths_run_the_same_recording(pipe, monkeypatch):
     """Their longest has as many tokens after rounding up to a multiple of 32, beside a shorter one."""
     size = {"height": 16, "width": 16, "memory_budget": None}
