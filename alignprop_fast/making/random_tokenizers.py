@@ -100,6 +100,8 @@ _QWEN_MERGES = (
     *("Ġ the", "Ġ red", "Ġ cat", "Ġ dog", "Ġ and"),
 )
 QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Krea 2 counts five tokens in the end of its chat, of which this word is one.
+KREA_MARKS = (*QWEN_MARKS, "assistant")
 _QWEN_CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -117,7 +119,7 @@ def qwen_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(dict.fromkeys([*_byte_letters(), *merged]))}
 
 
-def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT) -> Any:
+def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT, marks: tuple[str, ...] = QWEN_MARKS) -> Any:
     """A tokenizer like that of Qwen3. chat: the template; the default writes what Qwen3's writes for one message."""
     from transformers import Qwen2TokenizerFast
 
@@ -127,7 +129,7 @@ def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT) -> Any:
         "model_max_length": QWEN_LENGTH,
         "added_tokens_decoder": {
             str(len(qwen_vocabulary()) + index): {"content": mark, "special": True, "normalized": False}
-            for index, mark in enumerate(QWEN_MARKS)
+            for index, mark in enumerate(marks)
         },
         "pad_token": "<|endoftext|>",
         "eos_token": "<|im_end|>",
@@ -139,3 +141,18 @@ def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT) -> Any:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_QWEN_MERGES]) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return Qwen2TokenizerFast.from_pretrained(folder)
+
+
+def gemma_tokenizer(folder: Path) -> Any:
+    """Qwen's tokenizer with a mark before each text, as Gemma's has, so that an empty text has a token."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    begin, qwen = "<|im_start|>", qwen_tokenizer(folder)
+    inner = qwen.backend_tokenizer
+    inner.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, qwen.convert_tokens_to_ids(begin))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=begin, pad_token="<|endoftext|>", model_max_length=QWEN_LENGTH
+    )

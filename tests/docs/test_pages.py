@@ -72,6 +72,13 @@ def test_every_option_on_a_command_line_exists(page):
                 opt for parameter in commands[words[1]].params for opt in (*parameter.opts, *parameter.secondary_opts)
             }
             assert {word for word in words[2:] if word.startswith("--")} <= known | {"--help"}, line
+            for reward in ("--reward", "--watch-reward"):
+                if words[1] != "plan" and reward in words and needs_weights(words[words.index(reward) + 1]):
+                    assert f"{reward}-model" in words, line
+
+
+def needs_weights(reward):
+    return bool({"aesthetic", "hpsv2", "imagereward", "pickscore"} & set(re.split("[:,]", reward)))
 
 
 def triples(text):

@@ -116,6 +116,13 @@ def parts_with_weights(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_tokenizers(index: Mapping[str, Any]) -> None:
+    """Raises ValueError if diffusers or transformers is too old for a tokenizer, or lacks a package for it."""
+    for name, entry in index.items():
+        if name.startswith("tokenizer") and _is_class(entry):
+            library_class(*entry)
+
+
 def _is_class(entry: Any) -> bool:
     match entry:
         case ["diffusers" | "transformers", str()]:
@@ -261,10 +268,11 @@ def load_folder(
         given: parts that are not read from the folder.
 
     Raises:
-        ValueError: the files do not form the pipeline, or its weights are quantised.
+        ValueError: the files do not form the pipeline, its weights are quantised, or a tokenizer cannot run here.
     """
     from diffusers import DiffusionPipeline
 
+    check_tokenizers(index)
     check_dense(folder, [part for part in parts_with_weights(index) if part not in given])
     # diffusers must be told again which parts (such as T5) were left out when the folder was saved.
     absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignprop_fast.models.load.folder import Weights, check_index, choose_weights, parts_with_weights
+from alignprop_fast.models.load.folder import (
+    Weights,
+    check_index,
+    check_tokenizers,
+    choose_weights,
+    parts_with_weights,
+)
 from alignprop_fast.ops.errors import first_line
 
 
@@ -17,7 +23,7 @@ def fetch(model: str, revision: str, allow_pickle: bool) -> tuple[Path, dict[str
 
     Raises:
         OSError: the Hub cannot be reached or has no such model.
-        ValueError: as `check_index` and `choose_weights`.
+        ValueError: as `check_index`, `check_tokenizers` and `choose_weights`.
     """
     from diffusers import DiffusionPipeline
     from huggingface_hub import HfApi, hf_hub_download
@@ -32,6 +38,7 @@ def fetch(model: str, revision: str, allow_pickle: bool) -> tuple[Path, dict[str
     except Exception as error:
         raise _unreachable(model, offline or error) from error
     index = check_index(file, model)
+    check_tokenizers(index)
     if files is None:
         files = [path.relative_to(file.parent).as_posix() for path in file.parent.glob("*/*")]
     weights = choose_weights(files, parts_with_weights(index), model, allow_pickle)
