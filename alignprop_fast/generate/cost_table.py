@@ -45,7 +45,6 @@ from alignprop_fast.runtime import (
     link_rate,
     nobody,
     operator_seconds,
-    quick_collections,
     remembered_results,
     reward_stages,
     step_costs,
@@ -108,13 +107,8 @@ def measured_table(step: TrainingStep, decoders: Decoders, told: Told = nobody) 
     origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
-
-    def costs() -> CostTable:
-        with quick_collections(device):
-            return _costs(step, origin, None, link, decoders, told)
-
     rewards = _rewards(step, None)
-    return _completed(_remembered(origin, costs), step, rewards)
+    return _completed(_remembered(origin, lambda: _costs(step, origin, None, link, decoders, told)), step, rewards)
 
 
 def roofline_on(

@@ -8,6 +8,7 @@ import torch
 
 from alignprop_fast.making.random_tokenizers import (
     CONTEXT_LENGTH,
+    KREA_MARKS,
     QWEN_MARKS,
     clip_vocabulary,
     end_id,
@@ -180,7 +181,7 @@ def qwen3_vl(width: int) -> torch.nn.Module:
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     text = {
-        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
+        "vocab_size": len(qwen_vocabulary()) + len(KREA_MARKS),
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 3,

@@ -100,6 +100,8 @@ _QWEN_MERGES = (
     *("Ġ the", "Ġ red", "Ġ cat", "Ġ dog", "Ġ and"),
 )
 QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Krea 2 counts five tokens in the end of its chat, of which this word is one.
+KREA_MARKS = (*QWEN_MARKS, "assistant")
 _QWEN_CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -117,7 +119,7 @@ def qwen_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(dict.fromkeys([*_byte_letters(), *merged]))}
 
 
-def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT) -> Any:
+def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT, marks: tuple[str, ...] = QWEN_MARKS) -> Any:
     """A tokenizer like that of Qwen3. chat: the template; the default writes what Qwen3's writes for one message."""
     from transformers import Qwen2TokenizerFast
 
@@ -127,7 +129,7 @@ def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT) -> Any:
         "model_max_length": QWEN_LENGTH,
         "added_tokens_decoder": {
             str(len(qwen_vocabulary()) + index): {"content": mark, "special": True, "normalized": False}
-            for index, mark in enumerate(QWEN_MARKS)
+            for index, mark in enumerate(marks)
         },
         "pad_token": "<|endoftext|>",
         "eos_token": "<|im_end|>",

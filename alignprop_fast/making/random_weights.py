@@ -28,6 +28,7 @@ from alignprop_fast.making.random_networks import (
     vae,
 )
 from alignprop_fast.making.random_tokenizers import (
+    KREA_MARKS,
     MISTRAL_CHAT,
     clip_tokenizer,
     end_id,
@@ -449,7 +450,7 @@ def make_krea2_folder(
             ),
             vae=qwen_vae(vae_widths),
             text_encoder=qwen3_vl(text_width),
-            tokenizer=qwen_tokenizer(folder / "tokenizer"),
+            tokenizer=qwen_tokenizer(folder / "tokenizer", marks=KREA_MARKS),
             transformer=transformer,
             text_encoder_select_layers=(1, 3),
             is_distilled=distilled,
@@ -528,8 +529,9 @@ def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
             file.unlink()
         write_clip_tokenizer(folder / name, pad_token)
     index = folder / "model_index.json"
-    # The class name in every published model; transformers 5 merged the two classes under the slow one's name.
-    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
+    # Class names that transformers 4 knows too; the first is that of every published model.
+    text = index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"')
+    index.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
     if pad_tokens:
         _restore_prefix(folder / "text_encoder" / "model.safetensors")
     return folder

@@ -15,6 +15,7 @@ from alignprop_fast.models.schedules import dynamic_shift
 from alignprop_fast.prompts.limits import TextReader
 
 TEXT_TOKENS = 256  # that are read, with the system's prompt
+_MULTIPLE = 32  # to which texts of different lengths are padded, so that a CUDA graph serves more of them
 
 
 class Lumina2Adapter(FlowTransformerAdapter):
@@ -73,7 +74,7 @@ class Lumina2Adapter(FlowTransformerAdapter):
         counted = torch.tensor(lengths, dtype=torch.int32, device="cpu")
         turned = turns(self.denoiser, self.grid(size), embeds.shape[1], counted)
         added = {"lengths": counted.to(embeds.device), "turns": turned.to(embeds.device)}
-        return Conditioning(embeds, added, 1 + guided, lengths=lengths)
+        return Conditioning(embeds, added, 1 + guided, lengths=lengths, multiple=_MULTIPLE)
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         added, (longest, alike) = cond.added or {}, cond.extent

@@ -21,7 +21,7 @@ MADE_FROM_OTHERS = {
 
 _REASONS = {
     "PixArtSigmaPipeline": "diffusers cannot add LoRA adapters to its network, nor load them",
-    "QwenImage21Pipeline": "its text encoder reads prompts through a processor of pictures",
+    "QwenImage21Pipeline": "its network keeps a cache of the text between steps, and its VAE is its own",
 }
 
 

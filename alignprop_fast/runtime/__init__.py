@@ -14,14 +14,7 @@ from alignprop_fast.runtime.estimate import operator_seconds
 from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_pool import HostPool
-from alignprop_fast.runtime.measure import (
-    LiveBytes,
-    PeakMeter,
-    Stopwatch,
-    allocated_bytes,
-    link_rate,
-    quick_collections,
-)
+from alignprop_fast.runtime.measure import LiveBytes, PeakMeter, Stopwatch, allocated_bytes, link_rate
 from alignprop_fast.runtime.meta_results import remembered_results
 from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
@@ -59,7 +52,6 @@ __all__ = [
     "link_rate",
     "nobody",
     "operator_seconds",
-    "quick_collections",
     "raise_if_changed",
     "remembered_results",
     "reward_stages",

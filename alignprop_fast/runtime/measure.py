@@ -4,8 +4,7 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -189,24 +188,6 @@ class Workspaces:
         if self.device.type == "cuda":
             gc.collect()
             self.size_bytes = max(torch.cuda.memory_allocated(self.device) - self._start_bytes, 0)
-
-
-@contextmanager
-def quick_collections(device: torch.device) -> Iterator[None]:
-    """Inside, where a GPU is measured, collections of garbage do not search what was there before.
-
-    A GPU's allocator counts garbage, so each of some hundred measurements collects it first. The imported libraries are
-    a million objects, and searching them takes a quarter of a second.
-    """
-    if device.type != "cuda" or gc.get_freeze_count():  # frozen already, by the program around this
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class Stopwatch:

@@ -186,6 +186,22 @@ def test_z_image_with_limits_of_guidance(tiny_z_image, limits):
     check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=make_plan((0, 2))))
 
 
+def test_a_step_alone_is_guided_as_in_its_chain(tiny_z_image):
+    add_adapters(tiny_z_image)
+    kinds = {"some": (4.0, 0.1), "all": (4.0, 1.0), "none": (0.0, 1.0)}
+    samplers = {
+        name: DifferentiableSampler(tiny_z_image, STEPS, scale, cfg_truncation=until, **SIZE)
+        for name, (scale, until) in kinds.items()
+    }
+    latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    for step, same in ((1, "all"), (2, "none")):
+        images = {
+            name: sampler.renoise(latents, PROMPTS, None, torch.Generator().manual_seed(1), step=step)
+            for name, sampler in samplers.items()
+        }
+        assert torch.equal(images["some"], images[same]) and not torch.equal(images["all"], images["none"])
+
+
 @pytest.mark.parametrize("limit", [{"cfg_normalization": 1.0}, {"cfg_truncation": 0.5}])
 def test_limits_of_guidance_are_options_of_z_image(tiny_sd, limit):
     with pytest.raises(ValueError, match=r"cfg_\w+ is an option of Z-Image: leave it out for other models"):

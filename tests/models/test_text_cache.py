@@ -50,6 +50,13 @@ def test_embeddings_are_those_of_each_prompt_alone(pipe, guided):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # other sums in a batch of three
 
 
+@pytest.mark.parametrize("model", ["tiny_z_image", "tiny_qwen_image", "tiny_krea2"])
+def test_a_text_longer_than_the_model_reads_beside_a_short_one(request, model):
+    cache = TextCache(adapt(request.getfixturevalue(model)))
+    found = cache.encode(PromptBatch(["red", "cat " * 600], None, False, SIZE))
+    assert found.embeds.shape[:2] == (2, 512) and found.lengths[0] < found.lengths[1] == 512
+
+
 def test_each_prompt_is_encoded_once(tiny_sd):
     model = Counted(adapt(tiny_sd))
     cache = TextCache(model)

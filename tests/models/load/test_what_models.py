@@ -474,7 +474,10 @@ def _(shelf):
 
 NOT_YET = {
     "PixArt-Sigma": ("PixArtSigmaPipeline", "diffusers cannot add LoRA adapters to its network, nor load them"),
-    "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
+    "Qwen-Image 2.1": (
+        "QwenImage21Pipeline",
+        "its network keeps a cache of the text between steps, and its VAE is its own",
+    ),
 }
 
 
