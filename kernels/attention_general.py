@@ -64,26 +64,9 @@ _PLAIN = ["H", "M", "N"] + [f"{t}_{axis}" for t in "qkvgo" for axis in "bhr"]
 
 @triton.jit
 def _add_keys(
-    o0,
-    o1,
-    top,
-    total,
-    q0,
-    q1,
-    k_ptr,
-    v_ptr,
-    start,
-    k_r,
-    v_r,
-    N,
-    scale2,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    o0, o1, top, total, q0, q1, k_ptr, v_ptr, start, k_r, v_r, N, scale2, HEAD: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(o, top, total) after one more block of keys. `top` is the running maximum of s scale2, `total` the sum."""
     keys = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
@@ -105,33 +88,10 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] not in "go"])
 def attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    lengths_ptr,
-    scale,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, scale, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One block of queries against all keys, with a running maximum and sum."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -167,28 +127,9 @@ def attention_forward_kernel(
 
 @triton.jit
 def _add_dq(
-    dq0,
-    dq1,
-    q0,
-    q1,
-    g0,
-    g1,
-    lse2,
-    delta,
-    k_ptr,
-    v_ptr,
-    start,
-    k_r,
-    v_r,
-    N,
-    scale2,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dq0, dq1, q0, q1, g0, g1, lse2, delta, k_ptr, v_ptr, start, k_r, v_r, N, scale2, HEAD: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dq / scale after one more block of keys."""
     keys = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_pair(k_ptr, keys, k_r * ALIGN, N, HEAD, D0, D1, MASK)
@@ -203,42 +144,11 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=_PLAIN)
 def attention_backward_dq_kernel(
-    g_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    dq_ptr,
-    delta_ptr,
-    lengths_ptr,
-    scale,
-    g_b,
-    g_h,
-    g_r,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    o_b,
-    o_h,
-    o_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    g_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, dq_ptr, delta_ptr, lengths_ptr, scale,
+    g_b, g_h, g_r, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, o_b, o_h, o_r, H, M, N,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dq of one block of queries, and its delta, which the next kernel reads."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -269,43 +179,39 @@ def attention_backward_dq_kernel(
     store_pair(dq_ptr + (b * M * H + h) * HEAD, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
 
 
+@triton.jit
+def _add_dk_dv(
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start, q_r, g_r, M, scale2,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """(dk / scale, dv) after one more block of queries. S is transposed, so that P^T and dS^T need no transposition."""
+    rows = start + tl.arange(0, BLOCK_M)
+    q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
+    g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
+    if MASK:
+        # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
+        lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=rows < M, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + rows)
+        delta = tl.load(delta_ptr + rows)
+    s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
+    p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
+    dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+    ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
+    dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    return dk0, dk1, dv0, dv1
+
+
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "o"])
 def attention_backward_dk_dv_kernel(
-    g_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    lengths_ptr,
-    scale,
-    g_b,
-    g_h,
-    g_r,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dk and dv of one block of keys. S is computed transposed, so that P^T and dS^T need no transposition.
+    g_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, scale,
+    g_b, g_h, g_r, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys.
 
     MASK: M is not a multiple of BLOCK_M. Keys beyond the last affect only their own rows, which are not stored, or
     stored as zeros if they are padding.
@@ -315,6 +221,8 @@ def attention_backward_dk_dv_kernel(
     b, h = head // H, head % H
     q_ptr += (b * q_b + h * q_h) * ALIGN
     g_ptr += (b * g_b + h * g_h) * ALIGN
+    lse_ptr += head * M
+    delta_ptr += head * M
     k0, k1 = load_pair(k_ptr + (b * k_b + h * k_h) * ALIGN, keys, k_r * ALIGN, N, HEAD, D0, D1, True)
     v0, v1 = load_pair(v_ptr + (b * v_b + h * v_h) * ALIGN, keys, v_r * ALIGN, N, HEAD, D0, D1, True)
     dk0, dk1 = zeros_pair(BLOCK_N, D0, D1)
@@ -325,21 +233,10 @@ def attention_backward_dk_dv_kernel(
         valid = tl.load(lengths_ptr + b)
         stop = tl.where(tl.program_id(0) * BLOCK_N < valid, M, 0)
     for start in range(0, stop, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q0, q1 = load_pair(q_ptr, rows, q_r * ALIGN, M, HEAD, D0, D1, MASK)
-        g0, g1 = load_pair(g_ptr, rows, g_r * ALIGN, M, HEAD, D0, D1, MASK)
-        if MASK:
-            # Beyond the last query q and g are zero, so these rows add zero as long as their P is finite.
-            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=0.0)
-            delta = tl.load(delta_ptr + head * M + rows, mask=rows < M, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + head * M + rows)
-            delta = tl.load(delta_ptr + head * M + rows)
-        s_T = rows_by_rows(k0, k1, q0, q1, D1) * scale2
-        p_T = tl.exp2(s_T - (lse * 1.4426950408889634)[None, :])
-        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
-        ds_T = p_T * (rows_by_rows(v0, v1, g0, g1, D1) - delta[None, :])
-        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+        dk0, dk1, dv0, dv1 = _add_dk_dv(
+            *(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, g_ptr, lse_ptr, delta_ptr, start),
+            *(q_r, g_r, M, scale2, HEAD, D0, D1, ALIGN, MASK, BLOCK_M),
+        )
     if PADDED:
         inside = (keys < valid)[:, None]
         dk0, dv0 = tl.where(inside, dk0, 0.0), tl.where(inside, dv0, 0.0)

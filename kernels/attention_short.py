@@ -53,32 +53,10 @@ _PLAIN = ["H", "M", "N", "blocks_per_split"] + [f"{t}_{axis}" for t in "qkvg" fo
 
 @triton.jit(do_not_specialize=[name for name in _PLAIN if name[0] != "g"])
 def attention_short_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    scale,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    HEAD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, scale, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N,
+    HEAD: tl.constexpr, ALIGN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """One block of queries against all keys at once."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -126,41 +104,25 @@ def _probabilities(q0, q1, g0, g1, lse2, k0, k1, v0, v1, keys, N, scale2, D1: tl
     return tl.exp2(s_T * scale2 - lse2[None, :]), rows_by_rows(v0, v1, g0, g1, D1)
 
 
+@triton.jit
+def _add_tile(
+    dk0, dk1, dv0, dv1, dq0, dq1, p_T, dp_T, delta, q0, q1, g0, g1, k0, k1, D1: tl.constexpr
+):  # fmt: skip
+    """(dk, dv, dq) with what some rows and some keys add, without the scale."""
+    dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
+    ds_T = (p_T * (dp_T - delta[None, :])).to(q0.dtype)
+    dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
+    dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), k0, k1, D1)
+    return dk0, dk1, dv0, dv1, dq0, dq1
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def attention_short_backward_kernel(
-    g_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    dq_ptr,
-    dk_parts_ptr,
-    dv_parts_ptr,
-    scale,
-    g_b,
-    g_h,
-    g_r,
-    q_b,
-    q_h,
-    q_r,
-    k_b,
-    k_h,
-    k_r,
-    v_b,
-    v_h,
-    v_r,
-    H,
-    M,
-    N,
-    blocks_per_split,
-    HEAD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
+    g_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, dq_ptr, dk_parts_ptr, dv_parts_ptr, scale,
+    g_b, g_h, g_r, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, H, M, N, blocks_per_split,
+    HEAD: tl.constexpr, ALIGN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """dq of one split of the queries and its part of dk and dv: [splits, B, N, H, D] in fp32."""
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -203,15 +165,14 @@ def attention_short_backward_kernel(
             more_p_T = more_p_T / total[None, :]
             delta += tl.sum(more_p_T * more_dp_T, 0)
         dq0, dq1 = zeros_pair(BLOCK_M, D0, D1)
-        dv0, dv1 = add_product(dv0, dv1, p_T, g0, g1, D1)
-        ds_T = (p_T * (dp_T - delta[None, :])).to(q0.dtype)
-        dk0, dk1 = add_product(dk0, dk1, ds_T, q0, q1, D1)
-        dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), k0, k1, D1)
+        dk0, dk1, dv0, dv1, dq0, dq1 = _add_tile(
+            dk0, dk1, dv0, dv1, dq0, dq1, p_T, dp_T, delta, q0, q1, g0, g1, k0, k1, D1
+        )
         if N1 > 0:
-            more_dv0, more_dv1 = add_product(more_dv0, more_dv1, more_p_T, g0, g1, D1)
-            ds_T = (more_p_T * (more_dp_T - delta[None, :])).to(q0.dtype)
-            more_dk0, more_dk1 = add_product(more_dk0, more_dk1, ds_T, q0, q1, D1)
-            dq0, dq1 = add_product(dq0, dq1, tl.trans(ds_T), more_k0, more_k1, D1)
+            more_dk0, more_dk1, more_dv0, more_dv1, dq0, dq1 = _add_tile(
+                *(more_dk0, more_dk1, more_dv0, more_dv1, dq0, dq1, more_p_T, more_dp_T, delta),
+                *(q0, q1, g0, g1, more_k0, more_k1, D1),
+            )
         store_pair(dq_ptr, dq0 * scale, dq1 * scale, rows, H * HEAD, M, HEAD, D0, D1)
     # [splits, B, N, H, D]: this part starts at row (split B + b) N.
     out = ((split * (tl.num_programs(1) // H) + b) * N * H + h) * HEAD

@@ -132,8 +132,8 @@ def lora_narrow_kernel(
 
 @triton.jit
 def lora_product_kernel(
-    x_ptr, t_ptr, w0_ptr, w1_ptr, w2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, b0_ptr, b1_ptr, b2_ptr,
-    y0_ptr, y1_ptr, y2_ptr, scale0, scale1, scale2, n_tokens, n_in, x_stride, o0, o1, o2, r0, r1, r2,
+    x_ptr, t_ptr, w0_ptr, bias0_ptr, b0_ptr, y0_ptr, w1_ptr, bias1_ptr, b1_ptr, y1_ptr,
+    w2_ptr, bias2_ptr, b2_ptr, y2_ptr, scale0, scale1, scale2, n_tokens, n_in, x_stride, o0, o1, o2, r0, r1, r2,
     BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     blocks0, blocks1, blocks2 = tl.cdiv(o0, BLOCK_N), tl.cdiv(o1, BLOCK_N), tl.cdiv(o2, BLOCK_N)
@@ -173,9 +173,9 @@ def lora_add_kernel(
     store_tile(y_ptr, y, rows, n_tokens, n_out, columns, n_out)
 
 
-def three(items: Sequence[Any]) -> Sequence[Any]:
-    """Padded to three with the first, whose pointer is then never read."""
-    return (*items, *items, *items)[:MAX_PROJECTIONS]
+def three(items: Sequence[Any], each: int = 1) -> Sequence[Any]:
+    """Padded to those of three projections with the first, whose pointers are then never read. each: of one."""
+    return (*items, *items, *items)[: each * MAX_PROJECTIONS]
 
 
 def three_sizes(sizes: Sequence[int]) -> list[int]:
@@ -241,7 +241,7 @@ class _Forward:
 
     Attributes:
         down: writes t, from (x, three A, t).
-        product: writes each y, from (x, t, three W, three b, three B, three y).
+        product: writes each y, from (x, t, three times W, b, B, y).
         t, ys: shape and strides of the results.
     """
 
@@ -278,19 +278,21 @@ def lora_linear_forward(
     downs: Sequence[torch.Tensor],
     ups: Sequence[torch.Tensor],
     scales: tuple[float, ...],
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """One to three projections of x [..., I] in two launches; shapes as in the module docstring.
 
-    Weights and biases have x's dtype, adapters any. Returns ([y_p [..., O_p]], t [T, sum R]) in x's dtype.
+    Weights and biases have x's dtype, adapters any. Returns ((y_p [..., O_p], ...), t [T, sum R]) in x's dtype.
     """
     rows = rows_contiguous(x)
     outs, ranks = tuple([w.shape[0] for w in weights]), tuple([b.shape[1] for b in ups])
     has_bias = tuple([bias is not None for bias in biases])
     plan = _forward(x.dtype, x.shape, rows.stride(-2), outs, ranks, scales, has_bias)
-    t, ys = x.new_empty_strided(*plan.t), [x.new_empty_strided(*y) for y in plan.ys]
+    t, ys = x.new_empty_strided(*plan.t), tuple([x.new_empty_strided(*y) for y in plan.ys])
     plan.down(rows, *three(contiguous(downs)), t)
-    given = three([x if bias is None else bias.contiguous() for bias in biases])
-    plan.product(rows, t, *three(contiguous(weights)), *given, *three(contiguous(ups)), *three(ys))
+    given: list[torch.Tensor] = []
+    for weight, bias, up, y in zip(weights, biases, ups, ys, strict=True):
+        given += (weight.contiguous(), x if bias is None else bias.contiguous(), up.contiguous(), y)
+    plan.product(rows, t, *three(given, 4))
     return ys, t
 
 
@@ -312,9 +314,10 @@ def lora_linear_forward_split(
     downs: Sequence[torch.Tensor],
     ups: Sequence[torch.Tensor],
     scales: tuple[float, ...],
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """As `lora_linear_forward`, but torch computes x W^T + b and a kernel adds s t B^T in place."""
-    t, ys, offset = lora_down(x, downs), [], 0
+    t, offset = lora_down(x, downs), 0
+    ys: list[torch.Tensor] = []
     ranks = tuple([up.shape[1] for up in ups])
     for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
         y, rank = torch.nn.functional.linear(x, weight, bias), up.shape[1]
@@ -323,7 +326,7 @@ def lora_linear_forward_split(
         )
         offset += rank
         ys.append(y)
-    return ys, t
+    return tuple(ys), t
 
 
 def from_column(t: torch.Tensor, offset: int) -> torch.Tensor:

@@ -362,6 +362,7 @@ def qk_norm_rope_forward(
     heads = q.shape[2] // head_dim, k.shape[2] // head_dim
     out_q, out_k = (q.new_empty((batch, total, count, head_dim)) for count in heads)
     out_v = torch.empty_like(out_k) if joins else None
+    out = out_q, out_k, out_k if out_v is None else out_v
     start = 0
     for part in range(len(projections) // 3):
         q, k, v = projections[3 * part : 3 * part + 3]
@@ -369,17 +370,7 @@ def qk_norm_rope_forward(
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *of_angles)
         sizes = batch, start, q.shape[1], total
         run = _forward(sizes, heads, strides, head_dim, eps, halved, bool(gammas), bool(angles), joins)
-        run(
-            q,
-            k,
-            v,
-            *(gammas[2 * part : 2 * part + 2] or (q, k)),
-            cos,
-            sin,
-            out_q,
-            out_k,
-            out_k if out_v is None else out_v,
-        )
+        run(q, k, v, *(gammas[2 * part : 2 * part + 2] or (q, k)), cos, sin, *out)
         start += q.shape[1]
     return out_q, out_k, out_v
 

@@ -5,6 +5,7 @@ No network, random weights, under a second each.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from contextlib import contextmanager
@@ -28,6 +29,16 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: begun last, one of them would run alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_emulated_gpu.py")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so collections of garbage need not search it: some tests make hundreds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries report leaks when the process ends
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -120,6 +131,22 @@ def tiny_krea2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_krea2_folder(tmp_path_factory.mktemp("models") / "tiny_krea2")
 
 
+@pytest.fixture(scope="session")
+def tiny_lumina2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `Lumina2Pipeline` folder: Gemma 2, texts of their own lengths; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_lumina2_folder
+
+    return make_lumina2_folder(tmp_path_factory.mktemp("models") / "tiny_lumina2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `SanaPipeline` folder: Gemma 2, linear attention, DC-AE, DPM-Solver; ask for images of 16 x 16 or so."""
+    from alignprop_fast.making.random_weights import make_sana_folder
+
+    return make_sana_folder(tmp_path_factory.mktemp("models") / "tiny_sana")
+
+
 @pytest.fixture
 def tiny_sd(tiny_sd_folder: Path):
     """The pipeline of `tiny_sd_folder`, freshly loaded, fp32 on the CPU, DDIM, all weights frozen."""
@@ -200,11 +227,32 @@ def tiny_krea2(tiny_krea2_folder: Path):
     return _fresh(Krea2Pipeline, tiny_krea2_folder)
 
 
+@pytest.fixture
+def tiny_lumina2(tiny_lumina2_folder: Path):
+    """The pipeline of `tiny_lumina2_folder`, freshly loaded, fp32 on the CPU, flow-match Euler, weights frozen."""
+    from diffusers import Lumina2Pipeline
+
+    return _fresh(Lumina2Pipeline, tiny_lumina2_folder)
+
+
+@pytest.fixture
+def tiny_sana(tiny_sana_folder: Path):
+    """The pipeline of `tiny_sana_folder`, freshly loaded, fp32 on the CPU, DPM-Solver for flow matching, frozen."""
+    from diffusers import SanaPipeline
+
+    return _fresh(SanaPipeline, tiny_sana_folder)
+
+
 _loaded: dict[Path, Any] = {}
 
 
 def _fresh(pipeline_class, folder: Path):
-    """A copy of the folder's pipeline, which takes a third of the time of loading it again."""
+    """A copy of the folder's pipeline, which takes a third of the time of loading it again.
+
+    Tokenizers are loaded again, because a copy of CLIP's decodes differently.
+    """
+    from transformers import PreTrainedTokenizerBase
+
     if folder not in _loaded:
         pipe = pipeline_class.from_pretrained(folder, local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
@@ -212,7 +260,13 @@ def _fresh(pipeline_class, folder: Path):
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
         _loaded[folder] = pipe
-    return deepcopy(_loaded[folder])
+    pipe = _loaded[folder]
+    tokenizers = {
+        id(part): type(part).from_pretrained(folder / name)
+        for name, part in pipe.components.items()
+        if isinstance(part, PreTrainedTokenizerBase)
+    }
+    return deepcopy(pipe, tokenizers)
 
 
 @pytest.fixture(scope="module")

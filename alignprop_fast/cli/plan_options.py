@@ -17,8 +17,8 @@ class PlanOptions(TrainOptions):
         InputOptions,
         "model",
         help="sd15, sdxl, sd35-medium, flux-dev, chroma, z-image, z-image-turbo, flux2-klein-4b, flux2-klein-9b, "
-        "flux2-dev, qwen-image or krea2: the published architecture, no weights needed; a folder in the diffusers "
-        "format, whose configuration files are enough; a Hub id (owner/name); or demo.",
+        "flux2-dev, qwen-image, krea2, lumina2 or sana: the published architecture, no weights needed; a folder in the "
+        "diffusers format, whose configuration files are enough; a Hub id (owner/name); or demo.",
     )
     resolution: int | None = option(
         None, "Height and width in pixels.", Panel.SAMPLING, commands=Command.PLAN, shown="the model's own", at_least=8

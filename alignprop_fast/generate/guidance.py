@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from alignprop_fast.sampling import limited_guidance, normed_guidance, rescaled_guidance
 
 Scale = float | torch.Tensor
+
+
+class GuidedModel(Protocol):
+    """What guidance asks of a model (`PipelineAdapter`)."""
+
+    @property
+    def heeds_guidance(self) -> bool: ...
+    @property
+    def unguided_scale(self) -> float: ...
+    @property
+    def has_true_cfg(self) -> bool: ...
+    @property
+    def keeps_norm(self) -> str: ...
+    @property
+    def limits_guidance(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,8 @@ class Guidance:
     embedded_scale: the input of a denoiser with distilled guidance (FLUX).
     rescale: phi of Lin et al. 2023; 0 turns it off.
     needs_negative: classifier-free guidance is used only with negative prompts, as in FLUX.
-    keeps_norm: each patch of the guided prediction keeps the norm of that with the prompt, as in Qwen-Image.
+    keeps_norm: the parts, such as patches, in which the guided prediction keeps the norm of that with the prompt, as in
+        Qwen-Image; empty: none.
     norm_limit: the guided prediction of a picture has at most this many times the norm of that with the prompt, as in
         Z-Image; 0: no limit.
     until: guidance is off in steps at which a larger share of the noise is gone, as in Z-Image; 1: it is never off.
@@ -34,37 +50,39 @@ class Guidance:
     embedded_scale: Scale
     rescale: float
     needs_negative: bool
-    keeps_norm: bool = False
+    keeps_norm: str = ""
     norm_limit: float = 0.0
     until: float = 1.0
 
     @classmethod
     def of(
         cls,
+        model: GuidedModel,
         scale: Scale,
-        true_cfg_scale: Scale,
-        rescale: Any,
-        has_true_cfg: bool,
-        unguided: float = 1.0,
-        keeps_norm: bool = False,
+        true_cfg_scale: Scale = 1.0,
+        rescale: Any = 0.0,
         norm_limit: Any = 0.0,
         until: Any = 1.0,
     ) -> Guidance:
-        """From a sampler's arguments, and `has_true_cfg`, `unguided_scale` and `keeps_norm` of its model.
+        """From a sampler's arguments, for a model.
 
         Raises:
-            ValueError: a tensor holds several numbers, or requires a gradient but must be a number; or the model
-                rescales in its own way.
+            ValueError: a tensor holds several numbers, or requires a gradient but must be a number; or the model does
+                not have an option, or rescales in its own way.
         """
-        scale, true_cfg_scale = _one_number(scale), _one_number(true_cfg_scale)
-        own, rescale = true_cfg_scale if has_true_cfg else scale, plain_number("guidance_rescale", rescale)
-        if rescale and keeps_norm:
+        for name, is_given in (("cfg_normalization", norm_limit != 0), ("cfg_truncation", until != 1)):
+            if is_given and not model.limits_guidance:
+                raise ValueError(f"{name} is an option of Z-Image: leave it out for other models")
+        unguided = model.unguided_scale
+        scale, true_cfg_scale = _one_number(scale if model.heeds_guidance else unguided), _one_number(true_cfg_scale)
+        own, rescale = true_cfg_scale if model.has_true_cfg else scale, plain_number("guidance_rescale", rescale)
+        if rescale and model.keeps_norm:
             raise ValueError("this model keeps the norm of its predictions under guidance: leave guidance_rescale out")
         norm_limit = plain_number("cfg_normalization", norm_limit)
         if norm_limit and rescale:
             raise ValueError("guidance_rescale and cfg_normalization both change the guided prediction: give one")
         until = plain_number("cfg_truncation", until)
-        return cls(own, unguided, scale, rescale, has_true_cfg, keeps_norm, norm_limit, until)
+        return cls(own, unguided, scale, rescale, model.has_true_cfg, model.keeps_norm, norm_limit, until)
 
     @property
     def cfg_scale(self) -> Scale:
@@ -80,7 +98,9 @@ class Guidance:
         """The prediction [B, C, h, w] from those without and with the prompt [2 B, C, h, w], at this `cfg_scale`."""
         if self.norm_limit:
             return limited_guidance(y, scale, self.norm_limit)
-        return normed_guidance(y, scale) if self.keeps_norm else rescaled_guidance(y, scale, self.rescale)
+        if self.keeps_norm:
+            return normed_guidance(y, scale, self.keeps_norm)
+        return rescaled_guidance(y, scale, self.rescale)
 
     def reaches(self, timestep: float) -> bool:
         """Whether a step at this timestep, 1000 (noise) to 0, is guided. In fp32, as in Z-Image's pipeline."""

@@ -54,10 +54,11 @@ class DifferentiableSampler:
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with a scheduler of DDIM, Euler, Euler
             ancestral or DPM-Solver++ 2M; a `StableDiffusion3Pipeline`, `FluxPipeline`, `ChromaPipeline`,
-            `Flux2Pipeline`, `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline` or `Krea2Pipeline` with
-            flow-match Euler. Give its denoiser adapters with `pipe.unet.add_adapter(...)` or
-            `pipe.transformer.add_adapter(...)`. The sampler freezes VAE and text encoders, unless something in them is
-            frozen already. The plan does not count what learns there: use `reserve` for it.
+            `Flux2Pipeline`, `Flux2KleinPipeline`, `ZImagePipeline`, `QwenImagePipeline`, `Krea2Pipeline` or
+            `Lumina2Pipeline` with flow-match Euler; a `SanaPipeline` with that or DPM-Solver++ 2M. Give its denoiser
+            adapters with `pipe.unet.add_adapter(...)` or `pipe.transformer.add_adapter(...)`. The sampler freezes VAE
+            and text encoders, unless something in them is frozen already. The plan does not count what learns there:
+            use `reserve` for it.
         num_inference_steps: steps T of the chain.
         guidance_scale: of classifier-free guidance, in the pipeline's own meaning: 1 or less turns it off, for Z-Image
             and Krea 2 0. For FLUX it is the input of the denoiser's distilled guidance. A number, or a tensor of one
@@ -133,18 +134,8 @@ class DifferentiableSampler:
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
         self.draw_noise = self.table.noisy or draw_unused_noise
-        for name, is_given in (("cfg_normalization", cfg_normalization != 0), ("cfg_truncation", cfg_truncation != 1)):
-            if is_given and not self.model.limits_guidance:
-                raise ValueError(f"{name} is an option of Z-Image: leave it out for other models")
         self.guidance = Guidance.of(
-            guidance_scale if self.model.heeds_guidance else self.model.unguided_scale,
-            true_cfg_scale,
-            guidance_rescale,
-            self.model.has_true_cfg,
-            self.model.unguided_scale,
-            self.model.keeps_norm,
-            cfg_normalization,
-            cfg_truncation,
+            self.model, guidance_scale, true_cfg_scale, guidance_rescale, cfg_normalization, cfg_truncation
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
@@ -202,8 +193,8 @@ class DifferentiableSampler:
                 `renoise_steps`, each by `renoise`.
             embeddings: of the prompts, used instead of their texts, under the names in the pipeline's own call:
                 `prompt_embeds`, `negative_prompt_embeds` and so on, B rows each. Z-Image's are lists of B texts,
-                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`; Chroma's come with
-                `prompt_attention_mask`.
+                those of Qwen-Image and Krea 2 too, or one tensor with `prompt_embeds_mask`. Those of Chroma and
+                Lumina 2 come with `prompt_attention_mask`.
 
         Raises:
             BudgetInfeasible: no plan keeps the memory budget; raised before the chain runs.

@@ -116,6 +116,26 @@ def qwen3(width: int, num_layers: int = 3, causal_lm: bool = False) -> torch.nn.
     return Qwen3ForCausalLM(config) if causal_lm else Qwen3Model(config)
 
 
+def gemma2(width: int) -> torch.nn.Module:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
 def mistral3(width: int) -> torch.nn.Module:
     """Mistral 3 with 30 layers, of which FLUX.2-dev reads the 10th, 20th and 30th, and without use for its eyes."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
@@ -192,6 +212,24 @@ def qwen_vae(widths: tuple[int, ...]) -> torch.nn.Module:
         if name.endswith("gamma"):
             torch.nn.init.normal_(parameter, 1.0, 0.2)  # one when made anew, but not in published weights
     return found
+
+
+def dc_ae() -> torch.nn.Module:
+    """A deep-compression autoencoder with one block of linear attention; it shrinks by 8."""
+    from diffusers import AutoencoderDC
+
+    sides = ("encoder", "decoder")
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        **{f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) for side in sides},
+        **{f"{side}_block_out_channels": (8,) * 4 for side in sides},
+        **{f"{side}_layers_per_block": (1,) * 4 for side in sides},
+        **{f"{side}_qkv_multiscales": ((), (), (), (5,)) for side in sides},
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    )
 
 
 def diffusion_scheduler() -> Any:

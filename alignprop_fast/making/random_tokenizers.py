@@ -141,3 +141,18 @@ def qwen_tokenizer(folder: Path, chat: str = _QWEN_CHAT, marks: tuple[str, ...] 
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_QWEN_MERGES]) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return Qwen2TokenizerFast.from_pretrained(folder)
+
+
+def gemma_tokenizer(folder: Path) -> Any:
+    """Qwen's tokenizer with a mark before each text, as Gemma's has, so that an empty text has a token."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    begin, qwen = "<|im_start|>", qwen_tokenizer(folder)
+    inner = qwen.backend_tokenizer
+    inner.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, qwen.convert_tokens_to_ids(begin))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=begin, pad_token="<|endoftext|>", model_max_length=QWEN_LENGTH
+    )

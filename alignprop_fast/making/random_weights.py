@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from alignprop_fast.making.random_networks import (
+    dc_ae,
     diffusion_scheduler,
     flux2_vae,
+    gemma2,
     mistral3,
     qwen2_5_vl,
     qwen3,
@@ -30,6 +32,7 @@ from alignprop_fast.making.random_tokenizers import (
     MISTRAL_CHAT,
     clip_tokenizer,
     end_id,
+    gemma_tokenizer,
     qwen_tokenizer,
     t5_tokenizer,
     write_clip_tokenizer,
@@ -455,6 +458,70 @@ def make_krea2_folder(
     return _save(pipe, folder, {})
 
 
+def make_lumina2_folder(
+    folder: str | Path, *, heads: int = 2, head_width: int = 16, text_width: int = 32, seed: int = 0
+) -> Path:
+    """Write a `Lumina2Pipeline` with random weights. Arguments as in `make_z_image_folder`.
+
+    Its VAE shrinks by 8, because the pipeline takes that for granted.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Lumina2Transformer2DModel(
+            hidden_size=heads * head_width,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=heads,
+            num_kv_heads=1,
+            multiple_of=8,
+            axes_dim_rope=(head_width // 4, 3 * head_width // 8, 3 * head_width // 8),
+            cap_feat_dim=text_width,
+        )
+        for name, parameter in transformer.named_parameters():
+            if parameter.ndim == 1 and name.endswith("weight"):
+                torch.nn.init.normal_(parameter, 1.0, 0.2)  # norms; one when made anew, but not in published weights
+        pipe = Lumina2Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=vae((8, 8, 8, 16), 8, scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=gemma2(text_width),
+            tokenizer=gemma_tokenizer(folder / "tokenizer"),
+        )
+    return _save(pipe, folder, {})
+
+
+def make_sana_folder(folder: str | Path, *, text_width: int = 32, seed: int = 0) -> Path:
+    """Write a `SanaPipeline` with random weights. Arguments as in `make_z_image_folder`."""
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = SanaPipeline(
+            tokenizer=gemma_tokenizer(folder / "tokenizer"),
+            text_encoder=gemma2(text_width),
+            vae=dc_ae(),
+            transformer=SanaTransformer2DModel(
+                in_channels=4,
+                out_channels=4,
+                num_attention_heads=4,
+                attention_head_dim=8,
+                num_layers=2,
+                num_cross_attention_heads=2,
+                cross_attention_head_dim=16,
+                cross_attention_dim=32,
+                caption_channels=text_width,
+            ),
+            scheduler=DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+            ),
+        )
+    return _save(pipe, folder, {})
+
+
 def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
     pipe.save_pretrained(folder)
     for name, pad_token in pad_tokens.items():  # transformers 5 writes tokenizers that transformers 4 cannot read
@@ -462,8 +529,9 @@ def _save(pipe: Any, folder: Path, pad_tokens: dict[str, str]) -> Path:
             file.unlink()
         write_clip_tokenizer(folder / name, pad_token)
     index = folder / "model_index.json"
-    # The class name in every published model; transformers 5 merged the two classes under the slow one's name.
-    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
+    # Class names that transformers 4 knows too; the first is that of every published model.
+    text = index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"')
+    index.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
     if pad_tokens:
         _restore_prefix(folder / "text_encoder" / "model.safetensors")
     return folder

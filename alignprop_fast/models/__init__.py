@@ -20,6 +20,8 @@ _ADAPTERS = {
     "ZImagePipeline": "z_image.ZImageAdapter",  # since 0.36
     "QwenImagePipeline": "qwen_image.QwenImageAdapter",  # since 0.35
     "Krea2Pipeline": "krea2.Krea2Adapter",
+    "Lumina2Pipeline": "lumina2.Lumina2Adapter",  # since 0.33
+    "SanaPipeline": "sana.SanaAdapter",  # since 0.32
 }
 SUPPORTED = tuple(_ADAPTERS)
 """Pipelines of diffusers that have an adapter, some of which only newer releases have."""

@@ -28,6 +28,7 @@ from alignprop_fast.models.published import (
     CLIP_L,
     clip_text,
     denoiser_network,
+    gemma2_text,
     mistral3_text,
     qwen2_5_vl_text,
     qwen3_text,
@@ -230,6 +231,32 @@ def _qwen_image(name: str) -> Any:
     )
 
 
+def _lumina2(name: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return diffusers_class("Lumina2Pipeline")(
+        transformer=denoiser_network(name),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae_network(name),
+        text_encoder=gemma2_text(),
+        tokenizer=None,
+    )
+
+
+def _sana(name: str) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    with torch.device("cpu"):  # it copies its levels there
+        scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    return diffusers_class("SanaPipeline")(
+        tokenizer=None,
+        text_encoder=gemma2_text(),
+        vae=vae_network(name),
+        transformer=denoiser_network(name),
+        scheduler=scheduler,
+    )
+
+
 def _krea2(name: str) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -257,5 +284,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
     "flux2-dev": _flux2_dev,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
+    "lumina2": _lumina2,
+    "sana": _sana,
 }
 NAMES = tuple(_BUILDERS)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock, ChromaTransformerBlock
 
 import alignprop_fast.models.lean.chroma  # noqa: F401  # enters this model's layers in the table of ops
+from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.flux import T5_TOKENS, FluxAdapter
-from alignprop_fast.models.pipeline_adapter import Conditioning, Embeddings
 from alignprop_fast.prompts.limits import TextReader
 
 

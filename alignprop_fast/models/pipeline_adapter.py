@@ -46,8 +46,8 @@ class PipelineAdapter(ABC):
     """Names of the pipeline's parts that encode prompts."""
     has_true_cfg = False
     """Whether classifier-free guidance is that of `true_cfg_scale`, with negative prompts alone (FLUX, Qwen-Image)."""
-    keeps_norm = False
-    """Whether the guided prediction of each patch of 2 x 2 latents keeps the norm of that with the prompt."""
+    keeps_norm: ClassVar[str] = ""
+    """The parts in which the guided prediction keeps the norm of that with the prompt (`normed_guidance`), if any."""
     limits_guidance = False
     """Whether the pipeline can limit the norm and the steps of guidance (`cfg_normalization`, `cfg_truncation`)."""
     embedding_names: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds")

@@ -148,6 +148,8 @@ _DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2-klein-9b": ("Flux2Transformer2DModel", _FLUX2_KLEIN_9B),
     "flux2-dev": ("Flux2Transformer2DModel", _FLUX2_DEV),
     "qwen-image": ("QwenImageTransformer2DModel", _QWEN_IMAGE),
+    "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+    "sana": ("SanaTransformer2DModel", {}),  # of 1.6 B parameters
     "krea2": ("Krea2Transformer2DModel", {}),  # the class's own defaults
 }
 
@@ -174,6 +176,15 @@ _VAES: dict[str, dict[str, Any]] = {
     "flux-dev": _FLUX_VAE,
     "chroma": _FLUX_VAE,
     "z-image": _FLUX_VAE,
+    "lumina2": _FLUX_VAE,
+}
+
+
+_DC_AE: dict[str, Any] = {
+    **{f"{part}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 for part in ("encoder", "decoder")},
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
 }
 
 
@@ -204,6 +215,17 @@ _T5_XXL = {
     "num_layers": 24,
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
+}
+
+
+_GEMMA2_2B = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
 }
 
 
@@ -269,6 +291,8 @@ def vae_network(name: str) -> nn.Module:
 
     if name.startswith("flux2"):
         return diffusers_class("AutoencoderKLFlux2")(**VAE)
+    if name == "sana":
+        return diffusers_class("AutoencoderDC")(**_DC_AE)
     if name in ("qwen-image", "krea2"):
         return diffusers_class("AutoencoderKLQwenImage")()
     return AutoencoderKL(**VAE, **_VAES[name])
@@ -284,6 +308,12 @@ def t5_text() -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(T5Config(**_T5_XXL))
+
+
+def gemma2_text() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(**_GEMMA2_2B))
 
 
 def qwen3_text(name: str) -> nn.Module:

@@ -18,7 +18,7 @@ class QwenImageAdapter(QwenFamilyAdapter):
     """`QwenImagePipeline` (Qwen Team 2025, arXiv 2508.02324); see `PipelineAdapter`."""
 
     has_true_cfg = True
-    keeps_norm = True
+    keeps_norm = "patches"
     blocks = (QwenImageTransformerBlock,)
 
     def _texts(self, prompts: list[str], given: Embeddings, side: str) -> list[torch.Tensor]:

@@ -20,10 +20,8 @@ MADE_FROM_OTHERS = {
 """Pipelines whose text-to-image model may be supported."""
 
 _REASONS = {
-    "Lumina2Pipeline": "its text encoder is Gemma 2, and its guidance keeps the norm of each row of latents",
     "PixArtSigmaPipeline": "diffusers cannot add LoRA adapters to its network, nor load them",
-    "QwenImage21Pipeline": "its text encoder reads prompts through a processor of pictures",
-    "SanaPipeline": "its autoencoder (DC-AE) and its linear attention have no ops here",
+    "QwenImage21Pipeline": "its network keeps a cache of the text between steps, and its VAE is its own",
 }
 
 

@@ -14,6 +14,7 @@ _CLASSES = {
 }
 DIFFUSION = ("ddim", "euler", "euler-ancestral", "dpm++2m")
 FLOW = ("flow-euler",)
+FLOW_SOLVER = ("dpm++2m", "flow-euler")  # SANA's
 
 
 def make_scheduler(name: str, config: Any) -> Any:
@@ -23,7 +24,12 @@ def make_scheduler(name: str, config: Any) -> Any:
     """
     import diffusers
 
-    fixed = {"clip_sample": False, "thresholding": False} if name == "ddim" else {}
+    fixed: dict[str, Any] = {"clip_sample": False, "thresholding": False} if name == "ddim" else {}
+    # The two schedulers of SANA give one setting two names.
+    if name == "flow-euler" and "flow_shift" in config and "shift" not in config:
+        fixed = {"shift": config["flow_shift"]}
+    if name == "dpm++2m" and "shift" in config and "flow_shift" not in config:
+        fixed = {"flow_shift": config["shift"], "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     return getattr(diffusers, _CLASSES[name]).from_config(config, **fixed)
 
 
@@ -37,7 +43,7 @@ def check_family(scheduler: Any, supported: Sequence[str]) -> None:
     """
     config, name = scheduler.config, type(scheduler).__name__
     is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if bool(is_flow) != (tuple(supported) == FLOW):
+    if bool(is_flow) != ("flow-euler" in supported):
         own, wanted = ("flow matching", "diffusion") if is_flow else ("diffusion", "flow matching")
         raise ValueError(
             f"the model's own scheduler, {name}, is for {own}, but its class is supported only with {wanted}: use "
@@ -76,8 +82,14 @@ def check_scheduler(scheduler: Any, supported: Sequence[str]) -> str:
             f"DPM-Solver with algorithm_type={config.algorithm_type!r} and solver_order={config.solver_order} is not "
             "supported: set algorithm_type='dpmsolver++' and solver_order=2"
         )
-    if name == "dpm++2m" and (config.get("use_flow_sigmas") or config.prediction_type == "flow_prediction"):
-        raise ValueError("DPM-Solver for flow matching is not supported: use FlowMatchEulerDiscreteScheduler")
+    if name == "dpm++2m":
+        flows = {bool(config.get("use_flow_sigmas")), config.prediction_type == "flow_prediction"}
+        if "flow-euler" in supported and flows != {True}:
+            raise ValueError(
+                "this model uses flow matching: set use_flow_sigmas=True, prediction_type='flow_prediction'"
+            )
+        if "flow-euler" not in supported and flows != {False}:
+            raise ValueError("DPM-Solver for flow matching is not supported: use FlowMatchEulerDiscreteScheduler")
     if name == "flow-euler" and (config.get("stochastic_sampling") or config.get("invert_sigmas")):
         raise ValueError(
             "set stochastic_sampling=False and invert_sigmas=False in the scheduler: other values are not supported"
@@ -110,7 +122,7 @@ def schedule(name: str, scheduler: Any) -> dict[str, Any]:
         return {
             **common,
             "kind": "dpm-solver",
-            "prediction_type": config.prediction_type,
+            "prediction_type": config.prediction_type.replace("flow_prediction", "flow"),
             "solver_type": config.solver_type,
             "second_order_steps": _second_order_steps(config, len(timesteps)),
         }

@@ -21,7 +21,7 @@ _ANEW = "load the pipeline again without it"
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum", "quanto")
 _WITH_PICTURES = ("text_image", "image", "image_hint", "image_proj", "text_image_proj", "ip_image_proj")
 _METHODS = ("forward", "decode")
-_NEWER_VAES = ("AutoencoderKLFlux2", "AutoencoderKLQwenImage")
+_NEWER_VAES = ("AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderDC")
 _VAES: tuple[type, ...] = (
     *(AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL),
     *(getattr(diffusers, name) for name in _NEWER_VAES if hasattr(diffusers, name)),

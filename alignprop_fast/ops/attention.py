@@ -34,7 +34,7 @@ def attention_reference(
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None) -> tuple[Tensor, ...]:
     """(o, lse) by the chosen implementation, or by plain PyTorch if it fails."""
     chosen = backends.choose_for("forward", q, k, padding)
-    arguments = (q, k, v, scale, *backends.last_arguments(padding))
+    arguments = (q, k, v, scale) if padding is None else (q, k, v, scale, padding)
     if is_traced(q):
         return chosen.forward(*arguments)
     return attempt(f"attention.{chosen.name}.forward", chosen.forward, backends.PLAIN.forward, *arguments)
@@ -45,7 +45,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dv) by the chosen implementation, or by plain PyTorch if it fails."""
     chosen = backends.choose_for("backward", q, k, padding)
-    arguments = (g, q, k, v, o, lse, scale, *backends.last_arguments(padding))
+    arguments = (g, q, k, v, o, lse, scale) if padding is None else (g, q, k, v, o, lse, scale, padding)
     if is_traced(q):
         return chosen.backward(*arguments)
     return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
@@ -70,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengt
     """softmax(scale q k^T) v, differentiable in all three.
 
     Args:
-        q: [B, H, M, D]; k, v: [B, H, N, D]; any strides with a contiguous last dimension.
+        q: [B, H, M, D]; k, v: [B, H, N, D]; any strides. They are copied if the last dimension is not contiguous.
         scale: None means D ** -0.5.
         lengths: valid keys of each batch element, 1 to N, [B] in int32 on the device; the others are padding. None: N.
 
@@ -78,6 +78,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, lengt
         [B, H, M, D] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:  # the kernels of libraries give garbage
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, scale, lengths)
     return _forward(q, k, v, scale, lengths)[0]

@@ -42,14 +42,9 @@ class Backend:
     pads: bool = False
 
 
-def last_arguments(padding: Tensor | None) -> Tensors:
-    """The last arguments of an implementation."""
-    return () if padding is None else (padding,)
-
-
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None = None) -> Tensors:
     bias = _bias(q, k, padding)
-    return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=bias, scale=scale)
+    return torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _cpu_backward(
@@ -74,7 +69,7 @@ def _bias(q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor | None:
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    return aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[:2]
+    return torch._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
 
 
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensors:
@@ -84,7 +79,7 @@ def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: 
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    o, lse = aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, True, scale=scale)[:2]
+    o, lse = torch._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
     return o, lse.view(q.shape[:-1])
 
 
@@ -104,7 +99,7 @@ def _laid_out_like(q: Tensor, t: Tensor) -> Tensor:
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None = None) -> Tensors:
     bias = _expanded(_bias(q, k, padding), q, k)
-    o, lse = aten._scaled_dot_product_efficient_attention.default(q, k, v, bias, True, scale=scale)[:2]
+    o, lse = torch._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
     # The rows of its logsumexp are padded to a multiple of 32.
     return o, lse[..., : q.shape[2]].contiguous()
 
@@ -257,7 +252,7 @@ def _refused(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> dict
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Candidates:
     """Makes the trials of all implementations that may serve this shape."""
 

@@ -7,7 +7,7 @@ process, with one line, and the plain path takes over (`ops.switched_off`).
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 from alignprop_fast.ops import switched_off
 from alignprop_fast.ops.errors import is_out_of_memory
 
-Arguments = ParamSpec("Arguments")
+Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -58,10 +58,9 @@ def only_plain(x: torch.Tensor) -> bool:
 
 def attempt(
     name: str,
-    first: Callable[Arguments, Result],
-    plain: Callable[Arguments, Result],
-    *arguments: Arguments.args,
-    **keywords: Arguments.kwargs,
+    first: Callable[[*Arguments], Result],
+    plain: Callable[[*Arguments], Result],
+    *arguments: *Arguments,
 ) -> Result:
     """first(*arguments); after its first failure in this process plain(*arguments), which returns the same.
 
@@ -71,15 +70,15 @@ def attempt(
     name: the name that is switched off after a failure.
     """
     if switched_off.reason(name) is not None:
-        return plain(*arguments, **keywords)
+        return plain(*arguments)
     try:
-        return first(*arguments, **keywords)
+        return first(*arguments)
     except Exception as error:  # compilers, drivers and libraries raise anything
         if is_out_of_memory(error) or _is_capturing():
             raise
         reason = f"{type(error).__name__}: {error}"
     # Outside the handler, whose traceback would keep the failed call's tensors alive.
-    result = plain(*arguments, **keywords)
+    result = plain(*arguments)
     switched_off.switch_off(name, reason)
     return result
 
@@ -95,7 +94,7 @@ class Function(torch.autograd.Function):
     apply = torch._C._FunctionBase.__dict__["apply"]
 
 
-class Launch(Generic[Arguments, Result]):
+class Launch(Generic[*Arguments, Result]):
     """Launches an op's kernels: by a direct call, or as a custom operator where torch.compile or fake tensors trace it.
 
     A call through the operator costs several times the host time of a direct one.
@@ -114,9 +113,9 @@ class Launch(Generic[Arguments, Result]):
         self,
         name: str,
         op: str,
-        kernel: Callable[Arguments, Result],
-        plain: Callable[Arguments, Result],
-        fake: Callable[Arguments, Any],
+        kernel: Callable[[*Arguments], Result],
+        plain: Callable[[*Arguments], Result],
+        fake: Callable[[*Arguments], Any],
     ):
         self._name, self._kernel, self._plain = f"{op}.triton", kernel, plain
         schema = torch.library.infer_schema(fake, mutates_args=())
@@ -124,15 +123,15 @@ class Launch(Generic[Arguments, Result]):
         self.operator: Any = torch.library.custom_op(name, self._filled, mutates_args=(), schema=schema)
         self.operator.register_fake(fake)
 
-    def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-        first = arguments[0]
+    def __call__(self, *arguments: *Arguments) -> Result:
+        first: Any = arguments[0]  # type: ignore[misc]  # mypy: the tuple may be empty
         if is_traced(first[0] if isinstance(first, list) else first):
-            return self.operator(*arguments, **keywords)
-        return attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
+            return self.operator(*arguments)
+        return attempt(self._name, self._kernel, self._plain, *arguments)
 
-    def _filled(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Any:
+    def _filled(self, *arguments: *Arguments) -> Any:
         """As the operator, whose results are all tensors."""
-        results = attempt(self._name, self._kernel, self._plain, *arguments, **keywords)
+        results = attempt(self._name, self._kernel, self._plain, *arguments)
         if not isinstance(results, tuple):
             return results
         return tuple(results[0].new_empty(0) if result is None else result for result in results)

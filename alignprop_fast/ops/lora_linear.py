@@ -41,17 +41,17 @@ class _LoraLinear(Function):
         """tensors: those of the layers once more, because autograd sees only arguments."""
         # Without an adapter that learns, the gradient needs only the weights. They are not saved by autograd, because a
         # checkpointed block repeats all that comes before the last tensor that is.
-        learns = any(ctx.needs_input_grad[4:])
-        ctx.frozen = None if learns else tensors
-        if learns:
+        if True in ctx.needs_input_grad[4:]:
             ctx.save_for_backward(x, *tensors)
-        ctx.scales = tuple([layer.scale for layer in layers])
+        else:
+            ctx.frozen = (None, *tensors)
+        ctx.scales = [layer.scale for layer in layers]
         return reuse_or_compute(keep, _outputs, x, layers, known)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors if ctx.frozen is None else (None, *ctx.frozen)
+        x, *tensors = ctx.saved_tensors or ctx.frozen
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
         learn = [(wants[6 + 4 * p], wants[7 + 4 * p]) for p in range(len(layers))]
         served = x is not None and all(map(all, learn))
@@ -106,10 +106,13 @@ def lora_linears(
     """
     if is_rounding() and run_rounded(layers, x):
         return rounded_outputs(x, layers)
-    exact = [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
+    exact: list[Layer] = []
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        exact.append(layer.exact if isinstance(layer, RoundedLayer) else layer)
+        tensors += exact[-1][:4]
     if not torch.is_grad_enabled():
         return _outputs(x, exact, known)
-    tensors = [tensor for layer in exact for tensor in layer[:4]]
     return _LoraLinear.apply(x, exact, keep, known, *tensors)
 
 

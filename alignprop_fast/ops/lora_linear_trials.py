@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> Problem:
     """The key under which `ops.autotune` remembers these shapes."""
-    outs, ranks = tuple([len(layer.weight) for layer in layers]), tuple([len(layer.down) for layer in layers])
+    outs, ranks = tuple([layer.weight.shape[0] for layer in layers]), tuple([layer.down.shape[0] for layer in layers])
     n_in = x.shape[-1]
     return Problem(direction, x.dtype, layers[0].down.dtype, x.numel() // n_in, n_in, outs, ranks)
 

@@ -29,12 +29,12 @@ def _backward_kernels() -> ModuleType:
 
 def run_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """y [..., O] of each layer by the kernels."""
-    return tuple(_kernels().lora_linear_forward(x, *zip(*layers, strict=True))[0])
+    return _kernels().lora_linear_forward(x, *zip(*layers, strict=True))[0]
 
 
 def run_split_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """As `run_forward`, but the large product is PyTorch's, and a kernel adds the adapter to it in place."""
-    return tuple(_kernels().lora_linear_forward_split(x, *zip(*layers, strict=True))[0])
+    return _kernels().lora_linear_forward_split(x, *zip(*layers, strict=True))[0]
 
 
 FORWARDS = {"triton": run_forward, "split": run_split_forward}

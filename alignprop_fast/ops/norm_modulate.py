@@ -180,11 +180,11 @@ _triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_bac
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """y, s (x without a branch), mean (None for rms) and rstd [T]."""
-    x, branch, *_, rms = inputs
+    x = inputs[0]
     run = _triton_forward if backend(x) == "triton" else _plain_forward
     y, s, mean, rstd = run(*inputs)
     # A traced call returns empty tensors in place of None.
-    return y, x if branch is None or s is None else s, None if rms else mean, rstd
+    return y, x if s is None or inputs[1] is None else s, None if inputs[-1] else mean, rstd
 
 
 class _NormModulate(Function):
@@ -192,7 +192,7 @@ class _NormModulate(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         _, branch, gate, weight, scale, shift, _, ctx.one, ctx.rms = inputs
         y, s, mean, rstd = _forward(*inputs)
-        gate_learns = ctx.needs_input_grad[2]
+        gate_learns = gate is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(s, gate, weight, scale, mean, rstd, branch if gate_learns else None)
         ctx.added = branch is not None
         ctx.shift_shape = None if shift is None else shift.shape

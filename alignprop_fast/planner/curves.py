@@ -5,7 +5,7 @@ resident steps answers every budget. Replays have their own frontier. Small tabl
 of all segments of all resident steps. In large tables the frontier of one step is repeated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from alignprop_fast.planner.block_option import Options
 from alignprop_fast.planner.cuda_graphs import GraphUse
 from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
 from alignprop_fast.planner.plan import Plan
-from alignprop_fast.planner.repeat import Repeated
+from alignprop_fast.planner.repeat import Repeated, hull
 from alignprop_fast.planner.table import CostTable
 from alignprop_fast.planner.tail import tail_choices, tail_frontier
 
@@ -24,6 +24,7 @@ EXACT_LABELS = 4096
 STEP_LABELS = 384
 REPLAY_LABELS = 1024
 TAIL_LABELS = 64
+ROUNDING = 1e-9  # relative, of seconds that are sums in another order
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,28 @@ class Candidate:
     use: GraphUse = GraphUse.NONE
 
 
+@dataclass(frozen=True)
+class _Replays:
+    """Rows of a replay's frontier. pools: bytes that graphs reserve. needs: bytes beside those. seconds: of one replay
+    without a graph."""
+
+    rows: np.ndarray
+    pools: np.ndarray
+    needs: np.ndarray
+    seconds: np.ndarray
+
+    @classmethod
+    def none(cls, pool_bytes: int) -> "_Replays":
+        """What stands for the replay where every gradient step is resident."""
+        return cls(np.array([-1]), np.array([pool_bytes]), np.zeros(1, np.int64), np.zeros(1))
+
+
 class Curves:
     """Frontiers of one table: one for each number of resident steps, and one of a replay.
 
     Attributes:
         recorded: has the frontier of replays that run as CUDA graphs, which may not offload.
+        prices: of a byte in host memory, in seconds, under which bounds are looked for.
 
     Args:
         price: seconds that a byte in host memory is charged, so that rows with less of it are found too.
@@ -53,7 +71,7 @@ class Curves:
 
     def __init__(self, table: CostTable, num_steps: int, most_grad_steps: int, price: float = 0.0):
         self.table, self.num_steps, self.most_grad_steps = table, num_steps, most_grad_steps
-        self.price, self.recorded = price, self
+        self.price, self.recorded, self.prices = price, self, [0.0]
         # Alive beside a step's own worst moment: the images, the sums of the gradients, and offloaded tensors in
         # transfer.
         self.above = table.image_bytes + table.sums_of(most_grad_steps) + table.transfer_bytes
@@ -135,63 +153,97 @@ class Curves:
         fastest = np.minimum.accumulate(frontier.seconds[rows])
         return rows[np.flatnonzero(np.diff(fastest, prepend=np.inf))]
 
-    def candidates(self, grad_steps: int, room: int, use: GraphUse = GraphUse.NONE) -> list[Candidate]:
-        """The fastest for each number of resident steps: the last allowed row."""
-        if use.replays:
-            return self._candidates_with_recorded_replays(grad_steps, room)
-        pool_bytes = self.table.pool_bytes(use, 0)
-        room -= pool_bytes
-        replays = self._allowed(self.replay, room)
-        found = []
-        for resident in range(grad_steps + 1):
-            replayed = grad_steps - resident
-            frontier = self.resident(resident)
-            rows = self._allowed(frontier, room)
-            if len(rows) == 0 or (replayed and len(replays) == 0):
-                continue
-            row, replay_row = int(rows[-1]), int(replays[-1]) if replayed else -1
-            seconds = float(frontier.seconds[row]) + self._sampling_seconds(grad_steps, resident, use)
-            need = int(frontier.need[row])
-            if replayed:
-                seconds += replayed * float(self.replay.seconds[replay_row])
-                need = max(need, int(self.replay.need[replay_row]))
-            found.append(Candidate(seconds, need + pool_bytes, resident, row, replay_row, use))
-        return found
+    @cached_property
+    def _hulls(self) -> list[tuple[Frontier, np.ndarray]]:
+        """The labels of a resident step under each price of `prices`, and the rows on their lower convex hull."""
+        steps = [replace(self._steps.step, price=price) for price in self.prices]
+        return [(step, hull(step)) for step in steps]
 
-    def _candidates_with_recorded_replays(self, grad_steps: int, room: int) -> list[Candidate]:
-        """For each number of resident steps the best pair of rows: a faster replay reserves more memory, which resident
-        steps, decoder and reward then lack.
+    def _least_seconds(self, room: int) -> np.ndarray:
+        """For 0, 1, ... resident steps with decoder and reward: seconds that no allowed row within the room beats.
+
+        No sum of a step's labels lies below their convex hull. That holds under each price of a byte in host memory, of
+        which a row pays at most the host limit.
+        """
+        counts = np.arange(self.most_grad_steps + 1)
+        if self._exact is not None:
+            return np.zeros(len(counts))
+        bounds = []
+        for step, rows in self._hulls:
+            cost = np.minimum.accumulate(step.cost[rows])
+            least = []
+            for tail in self._tails:
+                each = (room - tail.need + counts[:, None]) / np.maximum(counts, 1)[:, None]  # a byte more for rounding
+                taken = counts[:, None] * np.where(
+                    counts[:, None] > 0, np.interp(each, step.need[rows], cost, np.inf), 0
+                )
+                least.append((taken + tail.seconds + step.price * tail.host).min(axis=1))
+            bound = np.where(counts == self.num_steps, least[1], least[0])
+            bounds.append(bound - step.price * (self.table.host_limit_bytes or 0))
+        return np.max(bounds, axis=0)
+
+    def candidates(self, grad_steps: int, room: int, use: GraphUse, best: Callable[[], float]) -> Iterator[Candidate]:
+        """The fastest for each number of resident steps, the most promising number first.
+
+        best: () -> the fewest seconds of a candidate so far; numbers of resident steps that cannot reach them are left
+        out.
+        """
+        least = self._least_seconds(room - self.table.pool_bytes(use, 0))
+        replays, ratio = self._replays(room, use), self.table.replay_ratio_of(use)
+        quickest = float(replays.seconds.min()) if len(replays.rows) else np.inf
+        bounds = {
+            resident: least[resident]
+            + self._sampling_seconds(grad_steps, resident, use)
+            + (grad_steps - resident) * ratio * (quickest if resident < grad_steps else 0.0)
+            for resident in range(grad_steps + (0 if use.replays else 1))
+        }
+        for resident in sorted(bounds, key=bounds.__getitem__):
+            if bounds[resident] * (1 - ROUNDING) > best():
+                return
+            mine = replays if resident < grad_steps else _Replays.none(self.table.pool_bytes(use, 0))
+            if (found := self._candidate(grad_steps, room, use, resident, mine)) is not None:
+                yield found
+
+    def _candidate(
+        self, grad_steps: int, room: int, use: GraphUse, resident: int, replays: "_Replays"
+    ) -> Candidate | None:
+        """The best pair of rows: a faster replay in a graph reserves more memory, which resident steps, decoder and
+        reward then lack.
 
         A step without gradient runs inside the reserved memory. Its own is counted beside the resident steps all the
         same, where the decoder needs more anyway.
         """
-        use, replay, above = GraphUse.ALL, self.recorded.replay, self.recorded.above
+        frontier = self.resident(resident)
+        rows = self._allowed(frontier, np.inf)
+        fits = np.searchsorted(frontier.need[rows], room - replays.pools, side="right") - 1
+        possible = np.flatnonzero(fits >= 0)
+        if len(possible) == 0:
+            return None
+        ratio = self.table.replay_ratio_of(use)
+        seconds = frontier.seconds[rows[fits[possible]]] + (grad_steps - resident) * ratio * replays.seconds[possible]
+        best = int(np.argmin(seconds))
+        which = possible[best]
+        row = int(rows[fits[which]])
+        return Candidate(
+            float(seconds[best]) + self._sampling_seconds(grad_steps, resident, use),
+            int(replays.pools[which]) + max(int(frontier.need[row]), int(replays.needs[which])),
+            resident,
+            row,
+            int(replays.rows[which]),
+            use,
+        )
+
+    def _replays(self, room: int, use: GraphUse) -> "_Replays":
+        """The replays that may be the best: the fastest within the room, or as graphs all within it."""
+        if not use.replays:
+            pool_bytes = self.table.pool_bytes(use, 0)
+            rows = self._allowed(self.replay, room - pool_bytes)[-1:]
+            pools = np.full(len(rows), pool_bytes)
+            return _Replays(rows, pools, self.replay.need[rows], self.replay.seconds[rows])
+        replay, above = self.recorded.replay, self.recorded.above
         pools = np.array([self.table.pool_bytes(use, int(need) - above) for need in replay.need])
-        found = []
-        for resident in range(grad_steps):
-            frontier = self.resident(resident)
-            rows = self._allowed(frontier, np.inf)
-            fits = np.searchsorted(frontier.need[rows], room - pools, side="right") - 1
-            possible = np.flatnonzero((fits >= 0) & (pools + above <= room))
-            if len(possible) == 0:
-                continue
-            seconds = frontier.seconds[rows[fits[possible]]] + (
-                (grad_steps - resident) * self.table.replay_ratio_of(use) * replay.seconds[possible]
-            )
-            best = int(np.argmin(seconds))
-            replay_row = int(possible[best])
-            row = int(rows[fits[replay_row]])
-            found.append(
-                Candidate(
-                    float(seconds[best]) + self._sampling_seconds(grad_steps, resident, use),
-                    int(pools[replay_row]) + max(int(frontier.need[row]), above),
-                    resident,
-                    row,
-                    replay_row,
-                    use,
-                )
-            )
-        return found
+        rows = np.flatnonzero(pools + above <= room)
+        return _Replays(rows, pools[rows], np.full(len(rows), above), replay.seconds[rows])
 
     def _sampling_seconds(self, grad_steps: int, resident: int, use: GraphUse) -> float:
         """Seconds of all evaluations without gradient: first runs of replayed steps, and closed steps."""

@@ -8,13 +8,14 @@ import numpy as np
 
 from alignprop_fast.planner.budget import BudgetInfeasible
 from alignprop_fast.planner.cuda_graphs import GraphUse
-from alignprop_fast.planner.curves import Curves
+from alignprop_fast.planner.curves import Candidate, Curves
 from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.remedies import remedies
 from alignprop_fast.planner.simulate import price
 from alignprop_fast.planner.table import CostTable, Segment, Stage
 
 HOST_PRICES = 4
+_NONE = (np.inf, 0, 0, 0, 0)
 
 
 def solve(table: CostTable, num_steps: int, grad_steps: Sequence[int], budget_bytes: int) -> Plan:
@@ -98,25 +99,27 @@ class Solver:
         if plain is not None and (self.table.transfer_bytes or free.exceed_host_limit()):
             free.recorded = Curves(plain, self.num_steps, most)
             yield free.recorded
-        for byte_seconds in _host_prices(self.table) if free.exceed_host_limit() else []:
-            priced = Curves(self.table, self.num_steps, most, byte_seconds)
-            priced.recorded = free.recorded
-            yield priced
+        if free.exceed_host_limit():
+            prices = _host_prices(self.table)
+            free.prices = [0.0, *prices]
+            for byte_seconds in prices:
+                priced = Curves(self.table, self.num_steps, most, byte_seconds)
+                priced.recorded, priced.prices = free.recorded, free.prices
+                yield priced
 
     def _fastest(self, steps: tuple[int, ...], budget_bytes: int) -> Plan | None:
         room = budget_bytes - self.table.base_bytes(len(steps))
         all_curves = self.curves(len(steps))
         uses = [GraphUse.NONE] if self.table.graphs is None else list(GraphUse)
-        found = [
-            (candidate.seconds, candidate.need, which, candidate)
-            for which, curves in enumerate(all_curves)
-            for use in uses
-            for candidate in curves.candidates(len(steps), room, use)
-        ]
+        found: dict[tuple[float, int, int, int, int], Candidate] = {}
+        for order, use in enumerate(uses):
+            for which, curves in enumerate(all_curves):
+                for candidate in curves.candidates(len(steps), room, use, lambda: min(found, default=_NONE)[0]):
+                    found[candidate.seconds, candidate.need, which, order, candidate.resident] = candidate
         if not found:
             return None
-        _, _, which, candidate = min(found, key=lambda entry: entry[:3])
-        return price(self.table, all_curves[which].plan(steps, candidate))
+        best = min(found)
+        return price(self.table, all_curves[best[2]].plan(steps, found[best]))
 
     def _smallest(self, steps: tuple[int, ...]) -> Plan:
         """The leanest plan."""

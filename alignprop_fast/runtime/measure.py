@@ -41,7 +41,8 @@ class _Living:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate inside the block, until they are freed.
 
-    `enter(label)` starts a part of the block, and `peaks` holds the most bytes alive in each part. Bytes are charged to
+    `enter(label)` starts a part of the block. `peaks` holds the most bytes alive in each part, `starts` those at its
+    (first) start. Bytes are charged to
     the part that allocated them, or to the one part that takes them (`take`). `on_operator` is called for each
     operator: (function, arguments, result, what is known of it).
 
@@ -52,6 +53,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live_bytes = 0
         self.peaks: dict[Hashable, int] = {None: 0}
+        self.starts: dict[Hashable, int] = {}
         self._label: Hashable = None
         self._alive: dict[int, _Living] = {}
         self._on_operator = on_operator
@@ -77,6 +79,7 @@ class LiveBytes(TorchDispatchMode):
     def enter(self, label: Hashable) -> None:
         self._leave()
         self._label = label
+        self.starts.setdefault(label, self.live_bytes)
         self.peaks[label] = max(self.peaks.get(label, 0), self.live_bytes)
 
     def _leave(self) -> None:

@@ -6,10 +6,12 @@ takes as its input is charged to that block, because the block's option decides 
 options are sums over the blocks (`planner.table` has the arithmetic).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import add
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from alignprop_fast.planner import BlockOption, Option, Options
 from alignprop_fast.runtime.blocks import Block, apply_options
+from alignprop_fast.runtime.equal_blocks import EqualBlocks, module_kind
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
 from alignprop_fast.runtime.meta_results import Known
@@ -138,10 +141,17 @@ def trace(work: Work, options: Options) -> Trace:
     offloads = any(option.offload for option in options.values())
     seconds = {} if work.operator_seconds or offloads else _timed(work, options)
     counts = _Counts(work)
+    equal = EqualBlocks(work.blocks, work.leaves) if _are_equal(work, options) else None
     with counts.live:
-        calls = _run(work, options, counts, counts.pool)
-    kept = counts.kept if work.pull else {}
-    return Trace(_intervals(calls, kept, counts.moved, counts.live.peaks, counts.seconds or seconds), counts.owned)
+        calls = _run(work, options, counts, counts.pool, equal)
+    stands = {} if equal is None else equal.stands
+    return Trace(_intervals(calls, counts, counts.seconds_of(stands) or seconds, stands), counts.owned)
+
+
+def _are_equal(work: Work, options: Options) -> bool:
+    """Whether one of several equal blocks may stand for others: where they are counted, and under one option."""
+    counted = work.device.type == "meta" and work.operator_seconds is not None and work.pull is not None
+    return counted and set(options) <= {"*"} and not any(option.offload for option in options.values())
 
 
 class Meter(Protocol):
@@ -170,9 +180,8 @@ class _Counts:
     Attributes:
         live: the mode to run under; it counts what is alive and its peaks.
         pool: counts what is offloaded.
-        kept: bytes that the forward pass keeps; moved: bytes that it offloads.
+        kept: bytes that the forward pass keeps for a backward pass; moved: bytes that it offloads.
         owned: storages that one block alone takes as its input.
-        seconds: estimates, where the work has them.
     """
 
     def __init__(self, work: Work):
@@ -182,8 +191,8 @@ class _Counts:
         self.kept: dict[Hashable, int] = {}
         self.moved: dict[Hashable, int] = {}
         self.owned: frozenset[int] = frozenset()
-        self.seconds: dict[Hashable, float] = {}
-        self._output_kept = work.output_kept
+        self._seconds: dict[Hashable, list[Callable[[], float]]] = defaultdict(list)
+        self._goes_back, self._output_kept = work.pull is not None, work.output_kept
         self._part: Hashable = None
 
     def enter(self, part: Part) -> None:
@@ -195,9 +204,10 @@ class _Counts:
         self.live.take(tensors, part)
 
     def forward_done(self, out: torch.Tensor) -> None:
-        self.kept.update(self.live.charged())
         self.owned = self.live.owned()
-        if not self._output_kept:
+        if self._goes_back:
+            self.kept.update(self.live.charged())
+        if self._goes_back and not self._output_kept:
             self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
 
     def _add_seconds(
@@ -208,7 +218,14 @@ class _Counts:
             seconds = operator_seconds(func, arguments, out)
             if known is not None:
                 known.seconds = seconds
-        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + seconds()
+        self._seconds[self._part].append(seconds)
+
+    def seconds_of(self, stands: Mapping[int, int]) -> dict[Hashable, float]:
+        """Estimated seconds by part, where the work has them. stands: calls that others stand for."""
+        taken = dict(self._seconds)
+        for index, other in stands.items():
+            taken.update({(name, index): self._seconds[name, other] for name in ("forward", "backward")})
+        return {part: reduce(add, (operator() for operator in operators), 0.0) for part, operators in taken.items()}
 
 
 def _timed(work: Work, options: Options) -> dict[Hashable, float]:
@@ -221,13 +238,18 @@ def _timed(work: Work, options: Options) -> dict[Hashable, float]:
     return min(runs, key=lambda run: sum(run.values()))
 
 
-def _run(work: Work, options: Options, meter: Meter, pool: HostPool | None = None) -> list[Call]:
-    """One run, reported to the meter. Returns the blocks' calls in their order."""
+def _run(
+    work: Work, options: Options, meter: Meter, pool: HostPool | None = None, equal: EqualBlocks | None = None
+) -> list[Call]:
+    """One run, reported to the meter. Returns the blocks' calls in their order. equal: decides which blocks run."""
     offloader = Offloader(work.device, pool)
-    ends = _Ends(meter, len(work.blocks))
+    ends = _Ends(meter, len(work.blocks), equal)
     with ends.watched(work.blocks):
         meter.enter(("before", 0))
         with apply_options(options, work.blocks, offloader):
+            if equal is not None:
+                for block in work.blocks:
+                    block.module.forward = partial(equal.run, block.module.forward)
             out = work.forward()
         offloader.settle()
         meter.forward_done(out)
@@ -241,8 +263,8 @@ def _run(work: Work, options: Options, meter: Meter, pool: HostPool | None = Non
 class _Ends:
     """Hooks that tell a meter when blocks begin and end, forward and backward. calls: of the blocks so far."""
 
-    def __init__(self, meter: Meter, blocks: int):
-        self.meter, self.calls = meter, list[Call]()
+    def __init__(self, meter: Meter, blocks: int, equal: EqualBlocks | None):
+        self.meter, self.equal, self.calls = meter, equal, list[Call]()
         self._reached = blocks  # the block that the backward pass has reached
 
     @contextmanager
@@ -260,8 +282,9 @@ class _Ends:
     def _begin(self, block: Block, module: Any, args: Any, kwargs: Any) -> None:
         index, tensors = len(self.calls), _tensors((args, kwargs))
         inputs = tree_map(_like, (args, kwargs))
-        self.calls.append(Call(block, _kind(block, inputs), inputs))
-        self.meter.take(tensors, ("forward", index))
+        self.calls.append(call := Call(block, _kind(block, inputs), inputs))
+        if self.equal is None or self.equal.begin(index, block, call.kind, tensors):
+            self.meter.take(tensors, ("forward", index))
         for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._end_backward, index))
@@ -269,6 +292,8 @@ class _Ends:
 
     def _end(self, module: Any, args: Any, out: Any) -> None:
         index = len(self.calls) - 1
+        if self.equal is not None:
+            self.equal.end(out)
         self.meter.enter(("before", index + 1))
         for tensor in _tensors(out):
             if tensor.requires_grad:
@@ -307,40 +332,54 @@ def _kind(block: Block, inputs: Any) -> Hashable:
     given = tuple(
         (x.shape, x.stride, x.dtype, x.requires_grad) if isinstance(x, Like) else repr(x) for x in tree_leaves(inputs)
     )
-    modules = list(block.module.modules())
-    settings = tuple((type(m), *_plain_settings(m)) for m in modules)
-    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    return block.group, given, settings, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
-
-
-def _plain_settings(module: torch.nn.Module) -> Iterator[Hashable]:
-    """The module's numbers and texts, such as its number of attention heads, which no weight shows."""
-    return (item for item in vars(module).items() if isinstance(item[1], int | float | str))
+    return block.group, given, module_kind(block.module)
 
 
 def _intervals(
-    calls: list[Call],
-    kept: Mapping[Hashable, int],
-    moved: Mapping[Hashable, int],
-    peaks: Mapping[Hashable, int],
-    seconds: Mapping[Hashable, float],
+    calls: list[Call], counts: _Counts, seconds: Mapping[Hashable, float], stands: Mapping[int, int]
 ) -> list[Interval]:
+    """stands: calls that did not run -> the calls that stand for them."""
     result: list[Interval] = []
-    beside_bytes, before_bytes = 0, 0
+    kept, moved, peaks = counts.kept, counts.moved, counts.live.peaks
+    beside_bytes, before_bytes, beside = 0, 0, dict[int, int]()
+    gradients = {other: _gradients(counts, other) for other in stands.values()}
+    # Later blocks' gradients that would be alive in each backward pass, but were not made.
+    unmade = [sum(gradients[stands[k]][1] for k in stands if k > index) for index in range(len(calls) + 1)]
     for index, call in enumerate([*calls, None]):
+        if (other := stands.get(index)) is not None:
+            more_bytes = unmade[other] - (index - other) * gradients[other][0]
+            result.append(replace(result[other], call=call, **_transients(peaks, other, beside[other], more_bytes)))
+            continue
         before, forward, backward, after = ((name, index) for name in ("before", "forward", "backward", "after"))
         kept_bytes = kept.get(before, 0) + kept.get(forward, 0)
         beside_bytes += kept_bytes
+        beside[index] = beside_bytes + before_bytes
         result.append(
             Interval(
                 call=call,
                 kept_bytes=kept_bytes,
                 host_bytes=moved.get(forward, 0),
-                block_transient=max(peaks.get(forward, 0), peaks.get(backward, 0)) - beside_bytes - before_bytes,
-                gap_transient=max(peaks.get(before, 0), peaks.get(after, 0)) - beside_bytes - before_bytes,
+                **_transients(peaks, index, beside[index], unmade[index]),
                 block_seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
                 gap_seconds=seconds.get(before, 0.0) + seconds.get(after, 0.0),
             )
         )
         before_bytes = moved.get(forward, 0)
     return result
+
+
+def _gradients(counts: _Counts, second: int) -> tuple[int, int]:
+    """Bytes of the gradients of the leaves of the second of equal blocks, and by how much those that a block makes that
+    does not run are smaller. (Gradients may be parts of larger tensors.)"""
+    starts = [counts.live.starts["backward", index] for index in (second - 1, second, second + 1)]
+    freed_bytes = sum(counts.kept.get((name, second), 0) for name in ("before", "forward"))
+    own_bytes = starts[0] + freed_bytes - starts[1]
+    return own_bytes, own_bytes - (starts[1] - starts[2])
+
+
+def _transients(peaks: Mapping[Hashable, int], index: int, beside_bytes: int, more_bytes: int) -> dict[str, int]:
+    """Transient bytes of a call and of its gap. more_bytes: alive in the backward pass beside what was counted."""
+    forward = [peaks.get((name, index), 0) for name in ("forward", "before")]
+    backward = [peaks.get((name, index), 0) + more_bytes for name in ("backward", "after")]
+    block, gap = (max(pair) - beside_bytes for pair in zip(forward, backward, strict=True))
+    return {"block_transient": block, "gap_transient": gap}

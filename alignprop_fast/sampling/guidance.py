@@ -18,13 +18,17 @@ def rescaled_guidance(y: torch.Tensor, scale: float | torch.Tensor, rescale: flo
     return guided * (rescale * ratio + (1 - rescale))
 
 
-def normed_guidance(y: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance that keeps, in each patch of 2 x 2 latents, the norm of the conditional prediction.
+def normed_guidance(y: torch.Tensor, scale: float | torch.Tensor, parts: str) -> torch.Tensor:
+    """Classifier-free guidance that keeps, in each part of a picture, the norm of the conditional prediction.
 
-    y: [2 B, C, h, w], unconditional half first; returns [B, C, h, w]. Source: `QwenImagePipeline` of diffusers.
+    y: [2 B, C, h, w], unconditional half first; returns [B, C, h, w]. parts: "patches" of 2 x 2 latents with all
+    channels, as in diffusers' `QwenImagePipeline`, or "rows" of one channel, as in its `Lumina2Pipeline`.
     """
     unconditional, conditional = y.chunk(2)
     guided = unconditional + scale * (conditional - unconditional)
+    if parts == "rows":
+        norm, own = (torch.linalg.vector_norm(x, dim=3, keepdim=True) for x in (conditional, guided))
+        return guided * (norm / own)
     ratio = _patch_norm(conditional) / _patch_norm(guided)
     return guided * ratio.repeat_interleave(2, 2).repeat_interleave(2, 3)
 

@@ -25,8 +25,9 @@ class InputOptions:
 
     model: str = option(
         "demo",
-        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Chroma, Z-Image, Qwen-Image or Krea 2), a .safetensors "
-        "file, a Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps without guidance.",
+        "Folder in the diffusers format (SD, SDXL, SD3, FLUX, Chroma, Z-Image, Qwen-Image, Krea 2, Lumina 2 or SANA), "
+        "a .safetensors file, a Hub id (owner/name), or a bundled model: demo, or demo-twin, which draws in 4 steps "
+        "without guidance.",
         Panel.MODEL,
         commands=TRAIN | PICTURES,
         changes_plan=True,
@@ -93,7 +94,7 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_num_steps",
-        shown="the model's own: 4 or 8 for distilled ones, 28 for Krea 2, 35 for Chroma, 50 for others",
+        shown="the model's own: 4 or 8 for distilled ones, 20 to 35 for Krea 2, Chroma, Lumina 2, SANA; else 50",
         at_least=1,
         changes_plan=True,
     )
@@ -103,15 +104,15 @@ class InputOptions:
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         field="sample_guidance_scale",
-        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2's others, 4.5 for Krea 2, else 5",
+        shown="the model's own: none if distilled or Qwen-Image, 4 for FLUX.2, Lumina 2, 4.5 for Krea 2, SANA, else 5",
         at_least=0,
         at_most=100,
         changes_plan=True,
     )
     scheduler: str = option(
         "auto",
-        "Solver of the denoising steps, with the settings of the model's own scheduler. auto: ddim, or flow-euler for "
-        "transformers, which support no other.",
+        "Solver of the denoising steps, with the settings of the model's own scheduler. auto: ddim; flow-euler for "
+        "transformers, which support no other; dpm++2m for SANA.",
         Panel.SAMPLING,
         commands=TRAIN | PICTURES,
         choices=("auto", "ddim", "euler", "euler-ancestral", "dpm++2m", "flow-euler"),

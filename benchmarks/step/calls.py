@@ -64,7 +64,8 @@ class Calls(TorchDispatchMode):
         if not func.is_view and name not in _ALLOCATIONS:
             self.counts[name] += 1
         out = func(*args, **(kwargs or {}))
-        if name == "convolution" and not args[1].is_contiguous():  # as a GPU's, unlike the meta device's
+        # As a GPU's, unlike the meta device's. A kernel of one pixel is contiguous in both memory formats.
+        if name == "convolution" and not (args[0].is_contiguous() and args[1].is_contiguous()):
             return out.contiguous(memory_format=torch.channels_last)
         return out
 

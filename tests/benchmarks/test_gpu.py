@@ -1,4 +1,4 @@
-"""The driver of the first minutes on a GPU: a fault in any section costs no other its facts; README's block."""
+"""The driver of the first minutes on a GPU: a fault in one section leaves the others' figures; README's block."""
 
 import json
 import os

@@ -11,7 +11,7 @@ from alignprop_fast.making.random_weights import make_z_image_folder
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
-from .quick import PROMPTS
+from .runs import PROMPTS
 
 SIZE = ("--height", "16", "--width", "24")
 FEW = ("--num-inference-steps", "2", *PROMPTS, "--device", "cpu")

@@ -15,7 +15,7 @@ from alignprop_fast.models.architectures import NAMES
 from alignprop_fast.planner import find_gpu, load_table, simulate
 from alignprop_fast.rewards.clip import ClipScore
 
-from .quick import PROMPTS
+from .runs import PROMPTS
 
 GIB = 2**30
 SHORT = ("--num-inference-steps", "4", "--batch-size", "2")

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from alignprop_fast.cli.support import existing_as_absolute, fail, run_errors
 from alignprop_fast.training.checkpoint import checkpoints, read_checkpoint
 
-from .quick import PROMPTS
+from .runs import PROMPTS
 
 TINY = ("--num-inference-steps", 1, "--batch-size", 1, "--device", "cpu", *PROMPTS)
 

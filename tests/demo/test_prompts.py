@@ -1,4 +1,4 @@
-"""The prompt sets are what they claim: speakable by the model, and apart from each other."""
+"""The prompt sets are what they claim: of words that the model knows, and held-out prompts combine them anew."""
 
 import pytest
 

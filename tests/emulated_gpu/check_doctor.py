@@ -76,6 +76,7 @@ def test_a_wrong_kernel_is_switched_off(monkeypatch):
     assert "gradient 0" in report.off["activation.triton"] and report.remedies["activation.triton"]
     assert all(check.off == "activation.triton" for check in report.checks if check.fault)
     # From here on the plain path serves.
+    monkeypatch.setattr(op_cases, "kernel_cases", lambda draw, large, quick: op_cases._activation(draw, large))
     again = examine(CUDA, quick=True)
     assert {check.implementation for check in again.checks if check.op == "geglu"} == {"reference"}
     assert not [check for check in again.checks if check.fault]
@@ -159,12 +160,16 @@ def test_a_lost_device_ends_the_examination_with_the_name_of_what_lost_it(replac
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
-    """Gives other processes the emulated GPU too; they run what tests append to the returned file."""
+    """Gives other processes the emulated GPU too; they run what tests append to the returned file.
+
+    They examine the activations alone.
+    """
     site = tmp_path / "sitecustomize.py"
     site.write_text(
         "import emulate; emulate.start()\n"
         "from alignprop_fast.doctor import attention, op_cases\n"
-        "attention.SMALL, op_cases._lora_linear = (), lambda draw, large: ()\n"
+        "op_cases.kernel_cases = lambda draw, large, quick: op_cases._activation(draw, large)\n"
+        "attention.SMALL = ()\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
     monkeypatch.setattr(first_time, "cache_folder", lambda: tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""What a plan predicts is what the allocator counts: no less, but for 0.3 %, and no more than is on its way
+"""What a plan predicts is what the allocator counts: at most 0.3 % less, and more at most by what is on its way
 between blocks.
 
 The bundled model in bf16, so small that a plan's bytes are mostly those of a few blocks.

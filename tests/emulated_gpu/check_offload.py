@@ -144,7 +144,17 @@ def test_no_link_where_nothing_is_locked(emulated, monkeypatch):
     torch.ones(2, device="cuda").sum()  # the driver's error must not appear as the next kernel's
 
 
-@pytest.mark.parametrize("adapted", ["tiny_qwen_image", "tiny_krea2"], indirect=True)
+SLOW = pytest.mark.slow("the same code as of the others")
+
+
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        *("tiny_qwen_image", "tiny_krea2"),
+        *(pytest.param(name, marks=SLOW) for name in ("tiny_chroma", "tiny_lumina2", "tiny_sana")),
+    ],
+    indirect=True,
+)
 def test_an_offloaded_run_of_texts_with_padding_gives_the_bits_of_a_resident_one(adapted, plain_kernels, monkeypatch):
     """Each block has another option that offloads."""
     sampler = DifferentiableSampler(adapted.to("cuda"), 2, memory_budget=None, height=16, width=16)

@@ -20,6 +20,8 @@ UNSIZED = (
     "Flux2Pipeline",
     "QwenImagePipeline",
     "Krea2Pipeline",
+    "Lumina2Pipeline",
+    "SanaPipeline",
 )  # whose default pictures are large for every model
 
 

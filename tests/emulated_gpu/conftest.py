@@ -31,6 +31,10 @@ def ways(monkeypatch):
     params=[
         *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_z_image"),
         *("tiny_flux2_klein", "tiny_flux2_dev", "tiny_qwen_image", "tiny_krea2"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow("ops and loops that the others run too"))
+            for name in ("tiny_lumina2", "tiny_sana")
+        ),
     ]
 )
 def adapted(request, emulated):

@@ -59,20 +59,19 @@ def assert_right(module, q, k, v, g, scale=None):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(
-    ("m", "n", "d"),
-    [
-        (130, 64, 32),
-        (33, 129, 40),
-        (70, 130, 59),
-        (64, 128, 64),
-        (17, 77, 80),
-        (20, 33, 128),
-        (33, 17, 160),
-        (1, 70, 40),
-    ],
-)
+ANY = [
+    *((130, 64, 32), (33, 129, 40), (70, 130, 59), (64, 128, 64), (17, 77, 80), (20, 33, 128), (33, 17, 160)),
+    (1, 70, 40),
+]
+FEW = [(130, 77, 64), (97, 77, 40), (33, 77, 80), (70, 128, 59), (40, 100, 32), (64, 5, 16), (1, 77, 64)]
+
+
+def shared_out(shapes):
+    """Each shape in fp32, and in one of the half types: masks do not depend on the dtype, nor rounding on the shape."""
+    return [*((torch.float32, *shape) for shape in shapes), *((HALF[i % 2], *shapes[i]) for i in range(len(shapes)))]
+
+
+@pytest.mark.parametrize(("dtype", "m", "n", "d"), shared_out(ANY))
 def test_any_shape(dtype, m, n, d):
     assert_right(general, *inputs(m, n, d, dtype))
 
@@ -108,11 +107,7 @@ def test_longer_sequences(dtype, m, n, d):
     assert_right(kernels, *inputs(m, n, d, dtype, h=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(
-    ("m", "n", "d"),
-    [(130, 77, 64), (97, 77, 40), (33, 77, 80), (70, 128, 59), (40, 100, 32), (64, 5, 16), (1, 77, 64)],
-)
+@pytest.mark.parametrize(("dtype", "m", "n", "d"), shared_out(FEW))
 def test_few_keys(dtype, m, n, d):
     assert_right(short, *inputs(m, n, d, dtype))
 

@@ -1,4 +1,4 @@
-"""The twin's losses on small networks: steps are DDIM's, the teacher leads where it says, what is equal is zero."""
+"""The twin's losses on small networks: steps are DDIM's, the teacher lands where DDIM does, equals have no loss."""
 
 import copy
 

@@ -20,6 +20,8 @@ PUBLISHED = {
     "flux2-klein-9b": (9_078_581_248, 84_046_115, 8_190_735_360),
     "flux2-dev": (32_223_281_152, 84_046_115, 24_011_361_280),
     "qwen-image": (20_430_401_088, 126_892_531, 8_292_166_656),
+    "sana": (1_604_462_752, 312_250_275, 2_614_341_888),
+    "lumina2": (2_609_769_152, 83_819_683, 2_614_341_888),
     # We had no access to Krea 2's weights: this is the number of diffusers' default configuration.
     "krea2": (12_820_073_036, 126_892_531, 4_437_815_808),
 }
@@ -64,7 +66,7 @@ def test_an_unknown_name_is_refused():
     "model",
     [
         *("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_z_image"),
-        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2"),
+        *("tiny_flux2_klein", "tiny_qwen_image", "tiny_krea2", "tiny_lumina2", "tiny_sana"),
     ],
 )
 def test_blank_conditioning_has_the_shapes_of_encoded_prompts(model, request):

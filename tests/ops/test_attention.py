@@ -72,6 +72,15 @@ def test_scale_is_passed_on():
         assert torch.allclose(a, b)
 
 
+def test_any_strides():
+    tensors = qkv(1, 2, 20, 30, 16)
+    expected = value_and_gradients(attention, tensors)
+    for i in range(3):
+        columns = [t.mT.contiguous().mT if i == j else t for j, t in enumerate(tensors)]
+        for a, b in zip(value_and_gradients(attention, columns), expected, strict=True):
+            assert torch.allclose(a, b)
+
+
 def test_keeps_q_k_v_o_and_the_logsumexp():
     q, k, v = (t.requires_grad_() for t in qkv(2, 3, 50, 20, 8, torch.float32))
     saved = []

@@ -22,6 +22,7 @@ from alignprop_fast.planner import (
     simulate,
     solve,
 )
+from alignprop_fast.planner.curves import Curves
 
 
 def random_segments(rng, prefix, count):
@@ -284,6 +285,24 @@ def offloading(table, limit):
         for segment in table.step
     )
     return replace(table, step=step, host_limit_bytes=limit)
+
+
+def test_bounds_leave_out_no_faster_plan(monkeypatch):
+    """The method for large tables finds the same plan if it tries every number of resident steps."""
+    monkeypatch.setattr("alignprop_fast.planner.curves.EXACT_SEGMENTS", 0)
+
+    def plans():
+        for seed, limit in product(range(3), (None, 40, 120)):
+            solver = Solver(offloading(random_table(random.Random(seed)), limit), 6, 6)
+            for budget, grad_steps in product(range(150, 700, 130), (range(6), range(3, 6))):
+                try:
+                    yield solver.plan(grad_steps, budget)
+                except BudgetInfeasible as error:
+                    yield error.smallest_bytes
+
+    bounded = list(plans())
+    monkeypatch.setattr(Curves, "_least_seconds", lambda self, room: np.zeros(self.most_grad_steps + 1))
+    assert bounded == list(plans())
 
 
 def test_host_memory_is_kept_to_its_limit():

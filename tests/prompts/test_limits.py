@@ -15,6 +15,7 @@ WORDS = ("the", "red", "cat", "dog", "and")  # a token each, for all tiny tokeni
 CLIP, T5_SD3, T5_FLUX = 75, 255, 511  # words beside the marks: the limits of diffusers' pipelines
 QWEN_IMAGE, KREA2 = 412, 407  # beside the 134 tokens of the instructions, of which the pipelines drop 34
 QWEN = 506  # beside the 6 marks before the text; a text this long leaves no room for the 13 after it
+GEMMA = 98  # beside the 158 of the system's prompt
 MISTRAL = 330  # beside the 182 of the system's message and the marks
 
 
@@ -43,6 +44,8 @@ def said(caplog):
         ("sd3", {"CLIP": (CLIP, 77, 602), "T5": (T5_SD3, 256, 601)}),
         ("flux", {"CLIP": (CLIP, 77, 602), "T5": (T5_FLUX, 512, 601)}),
         ("chroma", {"T5": (T5_FLUX, 512, 601)}),
+        ("lumina2", {"Gemma 2": (GEMMA, 256, 758)}),
+        ("sana", {"Gemma 2": (299, 1287, 1588)}),
         ("z_image", {"Qwen3": (QWEN, 512, 619)}),
         ("flux2_klein", {"Qwen3": (QWEN, 512, 638)}),
         ("flux2_dev", {"Mistral 3": (MISTRAL, 512, 789)}),

@@ -1,4 +1,4 @@
-"""Specifications, weighted sums, users' own functions, and the messages about errors in them."""
+"""Names of rewards, weighted sums, users' own functions, and the messages about errors in them."""
 
 from __future__ import annotations
 

@@ -12,15 +12,6 @@ from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.trainer import AlignPropTrainer
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 class Reward:
     """Distance to a ramp, not finite in the given calls."""
 

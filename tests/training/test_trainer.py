@@ -10,49 +10,8 @@ import torch
 
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
-from alignprop_fast.training.config import AlignPropConfig
-from alignprop_fast.training.trainer import AlignPropTrainer
 
-PROMPTS = ("the red cat", "a dog", "the cat and the dog")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process, so a trainer of another precision would be refused."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def draw_prompt():
-    return random.choice(PROMPTS), {"drawn": True}
-
-
-def ramp_reward(images_BCHW, prompts, metadata):
-    """Smooth and different for every pixel: minus the squared distance to a ramp."""
-    ramp_W = torch.linspace(0, 1, images_BCHW.shape[-1])
-    scores = -((images_BCHW - ramp_W) ** 2).mean(dim=(1, 2, 3))
-    return scores, {"left": scores.detach() * 2, "note": "not a number"}
-
-
-def make_config(tmp_path, **options):
-    defaults = {
-        "mixed_precision": "no",
-        "sample_num_steps": 3,
-        "train_batch_size": 2,
-        "truncated_rand_backprop_minmax": (0, 3),
-        "num_epochs": 3,
-        "save_freq": 1000,
-        "output_dir": str(tmp_path / "run"),
-    }
-    return AlignPropConfig(**{**defaults, **options})
-
-
-def make_trainer(folder, config, reward=ramp_reward, use_lora=True, hook=None):
-    pipeline = DefaultDDPOStableDiffusionPipeline(str(folder), use_lora=use_lora)
-    return AlignPropTrainer(config, reward, draw_prompt, pipeline, hook)
+from .tiny_trainer import PROMPTS, draw_prompt, make_config, make_trainer, ramp_reward, same, weights
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
@@ -72,14 +31,6 @@ def test_the_device_is_examined_before_the_model_takes_its_memory(
         make_trainer(tiny_sd_folder, make_config(tmp_path, mixed_precision=precision))
     ((device, asked),) = examined
     assert isinstance(device, torch.device) and asked is dtype
-
-
-def weights(trainer):
-    return [parameter.detach().clone() for parameter in trainer.trainable_layers]
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 class Recorded:
@@ -330,44 +281,6 @@ def test_sdxl_trains(tiny_sdxl_folder, tmp_path):
     assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
 
 
-def test_full_fine_tuning_under_bf16_keeps_fp32_weights(tiny_sd_folder, tmp_path):
-    config = make_config(tmp_path, mixed_precision="bf16", truncation="last:1", num_epochs=1)
-    trainer = make_trainer(tiny_sd_folder, config, use_lora=False)
-    assert {weight.dtype for weight in weights(trainer)} == {torch.float32}
-    assert trainer.sd_pipeline.vae.dtype == torch.bfloat16
-    before = weights(trainer)
-    trainer.train()
-    assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
-
-
-def test_lora_under_bf16(tiny_sd_folder, tmp_path):
-    config = make_config(tmp_path, mixed_precision="bf16", truncation="last:1", num_epochs=1)
-    trainer = make_trainer(tiny_sd_folder, config)
-    assert trainer.sd_pipeline.unet.conv_in.weight.dtype == torch.bfloat16
-    assert {weight.dtype for weight in weights(trainer)} == {torch.float32}
-    trainer.train()
-    assert trainer.metrics.status == "ok"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
-def test_fp16_without_a_gpu_is_refused(tiny_sd_folder, tmp_path):
-    with pytest.raises(ValueError, match='needs a GPU: use "no"'):
-        make_trainer(tiny_sd_folder, make_config(tmp_path, mixed_precision="fp16"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they work on a GPU")
-@pytest.mark.parametrize(("name", "value"), [("cuda_graphs", "on"), ("compiled", True)])
-def test_what_needs_a_gpu_is_refused_without_one(tiny_sd_folder, tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name} needs a GPU, but the model is on the CPU: leave it out"):
-        make_trainer(tiny_sd_folder, make_config(tmp_path, **{name: value}))
-
-
-def test_graphs_are_refused_under_autocast(tiny_sd_folder, tmp_path):
-    config = make_config(tmp_path, mixed_precision="bf16", cuda_graphs="on")
-    with pytest.raises(ValueError, match="train adapters, or leave it out"):
-        make_trainer(tiny_sd_folder, config, use_lora=False)
-
-
 def test_unknown_truncation_is_refused(tiny_sd_folder, tmp_path):
     with pytest.raises(ValueError, match=r"unknown truncation .* last:K"):
         make_trainer(tiny_sd_folder, make_config(tmp_path, truncation="first:2"))
@@ -430,88 +343,3 @@ def test_the_curve_is_the_same_with_and_without_the_frozen_aware_ops(tmp_path):
         curves.append(np.array(recorded.scores))
     assert np.ptp(curves[0]) > 1e-3
     assert np.allclose(curves[0], curves[1], rtol=1e-4)
-
-
-class FailsOnce:
-    """A reward that runs out of memory at its third call in training."""
-
-    def __init__(self, times=1):
-        self.times, self.calls, self.seen = times, 0, []
-
-    def __call__(self, images_BCHW, prompts, metadata):
-        if not images_BCHW.detach().any():  # black pictures, used to measure costs
-            return ramp_reward(images_BCHW, prompts, metadata)
-        if self.calls == 2 and self.times:
-            self.times -= 1
-            torch.rand(3), random.random()
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-        self.calls += 1
-        self.seen.append(tuple(prompts))
-        return ramp_reward(images_BCHW, prompts, metadata)
-
-
-def test_out_of_memory_repeats_the_step_with_a_leaner_plan(tiny_sd_folder, tmp_path, caplog):
-    """The same prompts, noise and weights as a run that never failed; the budget is lower from then on. Learning rate
-    and average change once per step."""
-    trainers, rates = [], []
-    for name, times in (("never", 0), ("once", 1)):
-        config = make_config(tmp_path / name, memory_budget="8GiB", lr_scheduler="linear", ema_decay=0.5)
-        trainer = make_trainer(tiny_sd_folder, config, FailsOnce(times))
-        rates.append([metrics.learning_rate for metrics in trainer.steps()])
-        trainers.append(trainer)
-    never, once = trainers
-    assert rates[0] == rates[1] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
-    averages = [trainer.update.average.state_dict() for trainer in trainers]
-    assert averages[0]["updates"] == averages[1]["updates"] == 3
-    torch.testing.assert_close(averages[0]["weights"], averages[1]["weights"], rtol=0, atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(never), weights(once), strict=True))
-    assert once.reward_fn.seen == never.reward_fn.seen
-    assert once.sampler.budget_bytes < never.sampler.budget_bytes == 8 * 2**30
-    lines = [record.message for record in caplog.records if "out of memory" in record.message]
-    assert len(lines) == 1 and "repeated" in lines[0]
-
-
-def test_out_of_memory_in_a_noising_repeats_that_one_alone(tiny_sd_folder, tmp_path):
-    """The third reward query is for the second noising, after two backward passes that must not count twice."""
-    trainers = []
-    for name, times in (("never", 0), ("once", 1)):
-        config = make_config(tmp_path / name, memory_budget="8GiB", truncation="lv:2", num_epochs=2)
-        trainers.append(make_trainer(tiny_sd_folder, config, FailsOnce(times)))
-        trainers[-1].train()
-    # A leaner plan sums in another order, which Adam's first steps amplify; counting twice moves weights by 5e-4.
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*map(weights, trainers), strict=True))
-    assert trainers[1].sampler.budget_bytes < trainers[0].sampler.budget_bytes
-
-
-def test_out_of_memory_without_a_leaner_plan_says_what_to_change(tiny_sd_folder, tmp_path):
-    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, memory_budget="8GiB"), FailsOnce(times=1000))
-    with pytest.raises(torch.OutOfMemoryError, match=r"no leaner plan: use .*batch"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("base", ["int8", "fp8"])
-def test_lora_on_a_quantised_base(tmp_path, base):
-    config = make_config(tmp_path, mixed_precision="bf16", truncation="last:1", num_epochs=1, base_dtype=base)
-    trainer = make_trainer("demo", config)
-    assert any(name.endswith("attn1.to_q.base_layer.packed") for name, _ in trainer.sd_pipeline.unet.named_buffers())
-    before = weights(trainer)
-    trainer.train()
-    assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
-    with pytest.raises(ValueError, match="quantised: save only its adapters"):
-        trainer.save_pretrained(tmp_path / "saved")
-
-
-def test_a_quantised_base_cannot_be_trained_itself(tiny_sd_folder, tmp_path):
-    with pytest.raises(ValueError, match="use adapters"):
-        make_trainer(tiny_sd_folder, make_config(tmp_path, base_dtype="int8"), use_lora=False)
-
-
-def test_bf16_adapters(tiny_sd_folder, tmp_path):
-    options = {"mixed_precision": "bf16", "truncation": "last:1", "num_epochs": 1}
-    trainer = make_trainer(tiny_sd_folder, make_config(tmp_path, adapter_dtype="bf16", **options))
-    before = weights(trainer)
-    assert {weight.dtype for weight in before} == {torch.bfloat16}
-    trainer.train()
-    assert trainer.metrics.status == "ok" and not same(before, weights(trainer))
-    with pytest.raises(ValueError, match="the whole denoiser is trained"):
-        make_trainer(tiny_sd_folder, make_config(tmp_path / "2", adapter_dtype="bf16", **options), use_lora=False)

@@ -19,15 +19,6 @@ NAME = "pytorch_lora_weights.safetensors"
 PROMPTS = ("red", "a dog")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def make_trainer(folder, output_dir, **options):
     from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
     from alignprop_fast.training.config import AlignPropConfig

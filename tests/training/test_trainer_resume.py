@@ -27,15 +27,6 @@ PROMPTS = ("the red cat", "a dog", "the cat and the dog")
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def draw_prompt():
     return random.choice(PROMPTS), {}
 

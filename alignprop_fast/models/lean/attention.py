@@ -218,7 +218,7 @@ def is_plain(attn: nn.Module) -> bool:
     """Whether this is a transformer block's attention, with nothing before or after its projections."""
     processor: Any = getattr(attn, "processor", None)
     if issubclass(type(processor), tuple(DISPATCHED)):
-        return processor._attention_backend is None
+        return getattr(processor, "_attention_backend", None) is None
     if not isinstance(attn, Attention):
         return False
     norms = [attn.spatial_norm, attn.group_norm, attn.norm_cross]
@@ -268,7 +268,8 @@ _LEAN: dict[type, type] = {
     JointAttnProcessor2_0: LeanJointAttnProcessor,
 }
 DISPATCHED: dict[Any, type] = {FluxAttnProcessor: LeanFluxAttnProcessor}
-"""Processors that are made for one model, where users can choose another backend. Files of single models add theirs."""
+"""Processors that are made for one model, in most of which users can choose another backend. Files of single models add
+theirs."""
 _LEAN_OVER_AN_IMAGE: dict[type, type] = {AttnProcessor2_0: LeanImageAttnProcessor}
 
 

@@ -8,6 +8,7 @@ from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
+    RMSNorm,
     SD35AdaLayerNormZeroX,
 )
 from torch import nn
@@ -27,6 +28,16 @@ def serves(x: torch.Tensor, *norms: nn.Module) -> bool:
 def modulated(norm: nn.LayerNorm, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """norm(x) * (1 + scale) + shift; x: [B, N, C], scale and shift: [B, 1, C]."""
     return norm_modulate(x, scale, shift, norm.weight, norm.eps)
+
+
+def rms_normed(norm: RMSNorm, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """norm(x) * (1 + scale)."""
+    return norm_modulate(x, scale, None, norm.weight, norm.eps, rms=True)
+
+
+def rms_added(x: torch.Tensor, branch: torch.Tensor, norm: RMSNorm, gate: torch.Tensor | None) -> torch.Tensor:
+    """x + gate * norm(branch)."""
+    return norm_modulate(branch, gate, x, norm.weight, norm.eps, one=0.0, rms=True)
 
 
 class Stream(NamedTuple):

@@ -6,10 +6,11 @@ option), the module's original forward runs. Attention gets another processor, a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -194,6 +195,44 @@ class LeanLayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps)
 
 
+class LeanTransformerBlock(BasicTransformerBlock):
+    """`diffusers` BasicTransformerBlock that adds the attentions' branches in the same pass as the norms after them."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        norms = (self.norm1, self.norm2, self.norm3) if self.norm_type == "layer_norm" else ()
+        if (
+            not (norms and all(isinstance(norm, LeanLayerNorm) for norm in norms) and applies(hidden_states, *norms))
+            or self.only_cross_attention
+            or self.pos_embed is not None
+            or self._chunk_size is not None
+            or cross_attention_kwargs
+        ):
+            return super().forward(
+                *(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask),
+                *(timestep, cross_attention_kwargs, class_labels, added_cond_kwargs),
+            )
+        branch = self.attn1(self.norm1(hidden_states), attention_mask=attention_mask)
+        y, h = _added_and_normed(hidden_states, branch, self.norm2)
+        branch = self.attn2(y, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+        y, h = _added_and_normed(h, branch, self.norm3)
+        return self.ff(y) + h
+
+
+def _added_and_normed(x: torch.Tensor, branch: torch.Tensor, norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + branch), x + branch)."""
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, branch)
+
+
 LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FrozenConv2d,
     GEGLU: LeanGEGLU,
@@ -201,6 +240,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     LoraLinear: LeanLoraLinear,
     nn.GroupNorm: LeanGroupNorm,
     nn.LayerNorm: LeanLayerNorm,
+    BasicTransformerBlock: LeanTransformerBlock,
 }
 """The class that takes a stock class's place. Files of single models add theirs."""
 KEPT: dict[type[nn.Module], Mapping[str, Product]] = {

@@ -5,7 +5,6 @@ diffusers has these layers since 0.36, so nothing imports this file before a Z-I
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_z_image import (
     FeedForward,
     ZImageTransformerBlock,
@@ -13,10 +12,10 @@ from diffusers.models.transformers.transformer_z_image import (
 )
 
 from alignprop_fast.models.lean.attention import DISPATCHED, autocasts, head_norms, projected_parts
+from alignprop_fast.models.lean.modulation import rms_added, rms_normed
 from alignprop_fast.models.lean.surgery import KEPT, LEAN, applies
 from alignprop_fast.ops.activation import swiglu
 from alignprop_fast.ops.attention import attention_of_parts
-from alignprop_fast.ops.norm_modulate import norm_modulate
 
 
 class LeanZSingleStreamAttnProcessor(ZSingleStreamAttnProcessor):
@@ -69,20 +68,10 @@ class LeanZImageTransformerBlock(ZImageTransformerBlock):
         if self.modulation:
             scale, gate, scale_mlp, gate_mlp = self.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
             gate, gate_mlp = gate.tanh(), gate_mlp.tanh()
-        normed = _normed(self.attention_norm1, x, scale)
+        normed = rms_normed(self.attention_norm1, x, scale)
         branch = self.attention(normed, attention_mask=attn_mask, freqs_cis=freqs_cis)
-        x = _added(x, branch, self.attention_norm2, gate)
-        return _added(x, self.feed_forward(_normed(self.ffn_norm1, x, scale_mlp)), self.ffn_norm2, gate_mlp)
-
-
-def _normed(norm: RMSNorm, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """norm(x) * (1 + scale)."""
-    return norm_modulate(x, scale, None, norm.weight, norm.eps, rms=True)
-
-
-def _added(x: torch.Tensor, branch: torch.Tensor, norm: RMSNorm, gate: torch.Tensor | None) -> torch.Tensor:
-    """x + gate * norm(branch)."""
-    return norm_modulate(branch, gate, x, norm.weight, norm.eps, one=0.0, rms=True)
+        x = rms_added(x, branch, self.attention_norm2, gate)
+        return rms_added(x, self.feed_forward(rms_normed(self.ffn_norm1, x, scale_mlp)), self.ffn_norm2, gate_mlp)
 
 
 DISPATCHED[ZSingleStreamAttnProcessor] = LeanZSingleStreamAttnProcessor

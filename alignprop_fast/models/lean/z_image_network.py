@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
+from alignprop_fast.models.lean.patches import as_tokens, from_tokens, is_before
+
 PATCH = "2-1"  # sides and frames of a patch
 
 
@@ -39,26 +41,23 @@ def run_network(
     caption, caption_turns = _caption(network, text_BLC, lengths_B, longest)
     for block in network.noise_refiner:
         image = block(image, None, image_turns, modulation)
-    mask = None if alike else _is_before(longest, read_B)
+    mask = None if alike else is_before(longest, read_B)
     for block in network.context_refiner:
         caption = block(caption, mask, caption_turns)
     tokens, turns = torch.cat([image, caption], 1), torch.cat([image_turns, caption_turns], 1)
-    mask = None if alike else _is_before(tokens.shape[1], image.shape[1] + read_B)
+    mask = None if alike else is_before(tokens.shape[1], image.shape[1] + read_B)
     for block in network.layers:
         tokens = block(tokens, mask, turns, modulation)
     rows, columns = (side // 2 for side in x_BCHW.shape[2:])
-    y = network.all_final_layer[PATCH](tokens, c=modulation)[:, : rows * columns]
-    patches = y.unflatten(2, (2, 2, -1)).unflatten(1, (rows, columns))  # [B, R, S, 2, 2, C]
-    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return from_tokens(network.all_final_layer[PATCH](tokens, c=modulation)[:, : rows * columns], rows)
 
 
 def _image(network: Any, x_BCHW: torch.Tensor, read_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and angles of the image; its positions lie behind its caption's, on the first axis."""
-    patches = x_BCHW.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 3, 5, 1)  # [B, R, S, 2, 2, C]
-    tokens = network.all_x_embedder[PATCH](patches.flatten(3).flatten(1, 2))
+    tokens = network.all_x_embedder[PATCH](as_tokens(x_BCHW))
     missing = -tokens.shape[1] % SEQ_MULTI_OF
     tokens = torch.cat([tokens, network.x_pad_token.expand(len(tokens), missing, -1)], 1)
-    rows, columns = (torch.arange(side, device=read_B.device) for side in patches.shape[1:3])
+    rows, columns = (torch.arange(side // 2, device=read_B.device) for side in x_BCHW.shape[2:])
     grid = F.pad(torch.cartesian_prod(rows, columns), (1, 0))
     places = F.pad(grid + F.pad((read_B + 1)[:, None, None], (0, 2)), (0, 0, 0, missing))
     return tokens, network.rope_embedder(places.flatten(0, 1)).unflatten(0, places.shape[:2])
@@ -69,12 +68,7 @@ def _caption(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and angles of the captions."""
     text = F.pad(text_BLC, (0, 0, 0, longest - text_BLC.shape[1]))
-    is_text = _is_before(longest, lengths_B)[:, :, None]
+    is_text = is_before(longest, lengths_B)[:, :, None]
     tokens = torch.where(is_text, network.cap_embedder(text), network.cap_pad_token)
     places = F.pad(torch.arange(1, longest + 1, device=lengths_B.device)[:, None], (0, 2))
     return tokens, network.rope_embedder(places).expand(len(tokens), -1, -1)
-
-
-def _is_before(count: int, ends_B: torch.Tensor) -> torch.Tensor:
-    """[B, count], True for places before the end."""
-    return torch.arange(count, device=ends_B.device) < ends_B[:, None]

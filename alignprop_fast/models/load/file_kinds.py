@@ -124,6 +124,8 @@ _FLUX2, _TOLD_GUIDANCE = _any("double_stream_modulation_img."), _any("guidance_i
 _DENOISERS = {
     "Krea2Pipeline": _any("text_fusion.projector."),
     "ChromaPipeline": _any("distilled_guidance_layer."),
+    "Lumina2Pipeline": _any("time_caption_embed."),
+    "SanaPipeline": _any("caption_norm.weight"),
     "QwenImagePipeline": _any("transformer_blocks.0.img_mod.1."),
     "Flux2Pipeline": lambda shapes: _FLUX2(shapes) and _TOLD_GUIDANCE(shapes),
     "Flux2KleinPipeline": _FLUX2,
@@ -155,7 +157,7 @@ def check_kind(file: Path, shapes: Shapes) -> str:
     names = ", ".join(sorted(shapes)[:3])
     raise ValueError(
         f"{file} holds no known denoiser (but {names}): give an SD, SDXL, SD3, FLUX, Chroma, FLUX.2, Z-Image, "
-        "Krea 2 or Qwen-Image model"
+        "Krea 2, Lumina 2, SANA or Qwen-Image model"
     )
 
 

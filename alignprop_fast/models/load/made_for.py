@@ -26,6 +26,8 @@ _KLEIN_BASE = _FLUX2_DEV = MadeFor(50, 4.0)
 _KREA2, _KREA2_DISTILLED = MadeFor(28, 4.5), MadeFor(8, 0.0, is_distilled=True)
 _QWEN_IMAGE = MadeFor(50, 1.0, true_cfg_scale=4.0)
 _CHROMA = MadeFor(35, 5.0)
+_LUMINA2 = MadeFor(30, 4.0)
+_SANA = MadeFor(20, 4.5)
 _BY_NAME = {
     "demo": MadeFor(12, 2.0),
     "demo-twin": MadeFor(4, 1.0, is_distilled=True),
@@ -36,6 +38,8 @@ _BY_NAME = {
     "qwen-image": _QWEN_IMAGE,
     "krea2": _KREA2,
     "chroma": _CHROMA,
+    "lumina2": _LUMINA2,
+    "sana": _SANA,
 }
 
 
@@ -68,6 +72,10 @@ def _of_folder(folder: Path) -> MadeFor:
         return _QWEN_IMAGE
     if index.get("_class_name") == "ChromaPipeline":
         return _CHROMA
+    if index.get("_class_name") == "Lumina2Pipeline":
+        return _LUMINA2
+    if index.get("_class_name") == "SanaPipeline":
+        return _SANA
     if index.get("_class_name") == "Krea2Pipeline":
         return _KREA2_DISTILLED if index.get("is_distilled") else _KREA2
     if index.get("_class_name") != "ZImagePipeline":

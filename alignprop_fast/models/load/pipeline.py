@@ -23,7 +23,7 @@ from alignprop_fast.models.load.folder import (
 from alignprop_fast.models.load.hub import fetch, fetch_configs
 from alignprop_fast.models.load.made_for import is_hub_id
 from alignprop_fast.models.load.single_file import load_single_file
-from alignprop_fast.models.schedules import DIFFUSION, FLOW, check_family, check_scheduler, make_scheduler
+from alignprop_fast.models.schedules import DIFFUSION, FLOW, FLOW_SOLVER, check_family, check_scheduler, make_scheduler
 from alignprop_fast.ops.errors import first_line
 
 SCHEDULERS = ("auto", *DIFFUSION, *FLOW)
@@ -47,7 +47,7 @@ def load_pipeline(
             bundled model: "demo", or "demo-twin", which draws in 4 steps without guidance.
         revision: of a Hub model.
         scheduler: one of SCHEDULERS, with those settings of the model's own scheduler that it knows. auto: DDIM without
-            clipping, or flow-euler for models of flow matching.
+            clipping; flow-euler for models of flow matching, dpm++2m for SANA.
         model_config: for a single file, the folder of a model of the same architecture. Configurations and tokenizers
             come from there. If the file holds only the denoiser, as most files of SD3 and FLUX do, everything else
             comes from there too. If a whole file of SD or SDXL lacks the VAE, the VAE comes from there.
@@ -163,7 +163,8 @@ def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> An
 
 
 def pick_scheduler(pipe: Any, name: str) -> Any:
-    supported = DIFFUSION if "unet" in pipe.components else FLOW
+    flow = FLOW_SOLVER if type(pipe).__name__ == "SanaPipeline" else FLOW
+    supported = DIFFUSION if "unet" in pipe.components else flow
     name = supported[0] if name == "auto" else name
     if name not in supported:
         raise ValueError(f"scheduler {name!r} does not fit a {type(pipe).__name__}: use {', '.join(supported)} or auto")

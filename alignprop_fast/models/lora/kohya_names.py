@@ -150,6 +150,28 @@ _KREA2_ENDS = (
 )
 
 
+_LUMINA2 = (
+    *(f"attn.{leaf}" for leaf in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"feed_forward.linear_{number}" for number in (1, 2, 3)),
+    "norm1.linear",
+)
+_LUMINA2_ENDS = (
+    *("x_embedder", "time_caption_embed.caption_embedder.1", "norm_out.linear_1", "norm_out.linear_2"),
+    *(f"time_caption_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+)
+
+
+_SANA = (
+    *(f"attn{number}.{leaf}" for number in (1, 2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"ff.conv_{leaf}" for leaf in ("inverted", "depth", "point")),
+)
+_SANA_ENDS = (
+    *("patch_embed.proj", "time_embed.linear", "proj_out"),
+    *(f"time_embed.emb.timestep_embedder.linear_{number}" for number in (1, 2)),
+    *(f"caption_projection.linear_{number}" for number in (1, 2)),
+)
+
+
 def _as_in_diffusers(blocks: Mapping[str, tuple[str, ...]], ends: tuple[str, ...]) -> tuple[_Blocks, Mapping[str, str]]:
     """The layers of a family whose files have diffusers' names. blocks: their layers."""
     flat = {
@@ -185,6 +207,10 @@ LAYOUTS: dict[str, tuple[_Blocks, Mapping[str, str]]] = {
     "sd3": (_MMDIT_BLOCKS, {**_MMDIT_ENDS, **_LAST}),
     "z-image": (_Z_IMAGE_BLOCKS, _Z_IMAGE_ENDS),
     "qwen-image": _as_in_diffusers({"transformer_blocks": _QWEN_IMAGE}, _QWEN_IMAGE_ENDS),
+    "lumina2": _as_in_diffusers(
+        {block: _LUMINA2 for block in ("layers", "noise_refiner", "context_refiner")}, _LUMINA2_ENDS
+    ),
+    "sana": _as_in_diffusers({"transformer_blocks": _SANA}, _SANA_ENDS),
     "krea2": _as_in_diffusers(
         {
             block: _KREA2

@@ -62,6 +62,8 @@ _PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {  # the possible networks o
     "z-image": {"transformer": ("z-image",)},
     "qwen-image": {"transformer": ("qwen-image",)},
     "krea2": {"transformer": ("krea2",)},
+    "lumina2": {"transformer": ("lumina2",)},
+    "sana": {"transformer": ("sana",)},
 }
 _UNET_LAYERS = 2  # residual layers of a block in every published UNet
 _BLOCK = re.compile(r"((?:blocks?|layers|attentions|resnets|refiner)[._])(\d+)")
@@ -107,6 +109,10 @@ class Names:
             return "qwen-image"
         if "text_fusion_projector" in paths:
             return "krea2"
+        if "time_caption_embed_caption_embedder_1" in paths:
+            return "lumina2"
+        if "caption_projection_linear_1" in paths:
+            return "sana"
         return "flux" if "x_embedder" in paths else "z-image" if "cap_embedder_1" in paths else "sd3"
 
     def _part(self, kind: str) -> str:

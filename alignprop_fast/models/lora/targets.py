@@ -33,6 +33,12 @@ _BY_CLASS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
         ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
         (),
     ),
+    "SanaTransformer2DModel": (_ATTENTION, (), ()),  # its feed-forward part consists of convolutions
+    "Lumina2Transformer2DModel": (
+        _ATTENTION,
+        ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),
+        (),
+    ),
     "Krea2Transformer2DModel": (_ATTENTION, ("ff.gate", "ff.up", "ff.down"), ()),
     "ZImageTransformer2DModel": (_ATTENTION, ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"), ()),
 }

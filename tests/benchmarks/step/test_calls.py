@@ -4,11 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
 
 pytest.importorskip("triton")
 
 from alignprop_fast.models import adapt
 from alignprop_fast.models.conditioning import PromptBatch
+from alignprop_fast.models.lean.surgery import put_ops_in
 from alignprop_fast.ops.activation import geglu
 from alignprop_fast.ops.guided_step import guided_step
 from alignprop_fast.ops.layer_norm import layer_norm
@@ -62,6 +65,16 @@ def test_three_projections_by_products():
     found = calls_of(lambda: both(lora_linears(x, qkv), [x, *(t for layer in qkv for t in layer[2:4])]), "plain")
     # Forward x A^T, and for each x W^T and += t B^T; back g B, g^T t for each, x A^T, u^T x, and g W as sums.
     assert found == {"mm": 1 + 3 + 3 + 3 + 1 + 1 + 1, "addmm_": 3 + 2 + 1}
+
+
+def test_the_norms_of_a_unet_block_add_the_branches_before_them():
+    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=8).requires_grad_(False)
+    put_ops_in(nn.ModuleList([block]))
+    x, text = torch.randn(1, 4, 16, requires_grad=True), torch.randn(1, 3, 8)
+    found = calls_of(lambda: both([block(x, encoder_hidden_states=text)], [x]))
+    assert found["norm_modulate_forward_kernel"] == found["norm_modulate_backward_kernel"] == 3
+    # Forward the feed-forward part, and back the gradients of the input of the block, and of q, k and v.
+    assert found["add"] == 1 + 1 + 2
 
 
 def test_the_floor_is_what_products_and_attention_leave(tiny_flux):

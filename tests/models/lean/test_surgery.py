@@ -19,6 +19,7 @@ from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.lean.attention import LeanAttnProcessor, LeanFluxAttnProcessor, LeanJointAttnProcessor
 from alignprop_fast.models.lean.flux2 import LeanFlux2AttnProcessor, LeanFlux2ParallelSelfAttnProcessor
 from alignprop_fast.models.lean.krea2 import LeanKrea2AttnProcessor
+from alignprop_fast.models.lean.lumina2 import LeanLumina2AttnProcessor
 from alignprop_fast.models.lean.qwen_image import LeanQwenDoubleStreamAttnProcessor
 from alignprop_fast.models.lean.surgery import (
     FrozenConv2d,
@@ -68,6 +69,7 @@ def test_values_and_gradients_stay(unet):
         ("tiny_sd3", LeanJointAttnProcessor, "red cat"),
         ("tiny_flux", LeanFluxAttnProcessor, "red cat"),
         ("tiny_chroma", LeanFluxAttnProcessor, "red cat"),
+        *(("tiny_lumina2", LeanLumina2AttnProcessor, prompt) for prompt in ("", "red cat" * 12)),
         ("tiny_flux2_klein", LeanFlux2AttnProcessor, "red cat"),
         ("tiny_flux2_klein", LeanFlux2ParallelSelfAttnProcessor, "red cat"),
         *(("tiny_krea2", LeanKrea2AttnProcessor, prompt) for prompt in ("", "red cat" * 12)),
@@ -92,11 +94,12 @@ def test_values_and_gradients_of_transformers_stay(model, processor, prompt, req
         "norm1.linear",
         "img_mod.1",
         "ff.gate",
+        "linear_2",
     ]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     adapter = adapt(pipe)
-    cond = adapter.encode(PromptBatch([prompt], None, True, (16, 24)))
-    x = torch.randn(1, *adapter.latent_shape((16, 24)), requires_grad=True)
+    cond = adapter.encode(PromptBatch([prompt], None, True, (16, 32)))
+    x = torch.randn(1, *adapter.latent_shape((16, 32)), requires_grad=True)
     wanted = [x, *adapter.trainable()]
     results = []
     for swap, option in ((take_ops_out, BlockOption.KEEP), *((put_ops_in, option) for option in GRADES)):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from alignprop_fast.models.load.folder import choose_weights
 from alignprop_fast.models.load.pipeline import load_pipeline
 
-KINDS = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2", "chroma")
+KINDS = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2", "chroma", "lumina2", "sana")
 SMALL = "16KB"  # so that the small networks take several files
 
 

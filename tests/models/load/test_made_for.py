@@ -44,9 +44,10 @@ def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
     assert sampled(model=str(tiny_flux2_klein_folder)) == (50, 4.0)
 
 
-def test_chroma(tiny_chroma_folder):
-    for model in (tiny_chroma_folder, "chroma"):
-        assert sampling_of(TrainOptions(model=str(model))) == (35, 5.0)
+@pytest.mark.parametrize(("model", "steps", "scale"), [("chroma", 35, 5.0), ("lumina2", 30, 4.0), ("sana", 20, 4.5)])
+def test_models_with_guidance_in_fewer_steps(model, steps, scale, request):
+    for given in (model, request.getfixturevalue(f"tiny_{model}_folder")):
+        assert sampled(model=str(given)) == (steps, scale)
 
 
 def test_krea2(tiny_krea2_folder):

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from alignprop_fast.models import adapt
 from alignprop_fast.models.load.pipeline import SCHEDULERS, load_outline, load_pipeline
 from alignprop_fast.models.lora.targets import denoiser
+from alignprop_fast.models.schedules import make_scheduler
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_file_of_another_kind(copied):
     assert "not a .safetensors file" in _one_line(error)
 
 
-FLOWS = ("sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2", "chroma")
+FLOWS = ("sd3", "flux", "z_image", "flux2_klein", "qwen_image", "krea2", "chroma", "lumina2")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -73,6 +74,16 @@ def test_every_scheduler_that_fits(kind, scheduler, request):
     default = "flow-euler" if kind in FLOWS else "ddim"
     assert adapt(pipe).scheduler_name == (default if scheduler == "auto" else scheduler)
     assert not any(parameter.requires_grad for parameter in denoiser(pipe).parameters())
+
+
+def test_the_schedulers_of_sana(tiny_sana_folder):
+    """Two for flow matching, which call the shift by two names."""
+    for scheduler, name in (("auto", "dpm++2m"), ("dpm++2m", "dpm++2m"), ("flow-euler", "flow-euler")):
+        pipe = load_pipeline(tiny_sana_folder, scheduler=scheduler)
+        assert adapt(pipe).scheduler_name == name
+    assert pipe.scheduler.config.shift == 3 == make_scheduler("dpm++2m", pipe.scheduler.config).config.flow_shift
+    with pytest.raises(ValueError, match="does not fit"):
+        load_pipeline(tiny_sana_folder, scheduler="ddim")
 
 
 def test_folder_without_index(copied):
@@ -107,11 +118,11 @@ def test_missing_weights(copied):
 
 def test_unsupported_class_is_named(copied):
     index = json.loads((copied / "model_index.json").read_text())
-    index["_class_name"] = "SanaPipeline"
+    index["_class_name"] = "PixArtSigmaPipeline"
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError) as error:
         load_pipeline(copied)
-    assert "SanaPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)
+    assert "PixArtSigmaPipeline" in _one_line(error) and "StableDiffusionXLPipeline" in _one_line(error)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

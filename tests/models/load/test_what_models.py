@@ -34,6 +34,8 @@ class Shelf:
     qwen_image: Path
     krea2: Path
     chroma: Path
+    lumina2: Path
+    sana: Path
     here: Path
 
     def write(self, state: dict[str, torch.Tensor]) -> Path:
@@ -107,6 +109,16 @@ def _(shelf):
 @read("folder of Chroma", "chroma")
 def _(shelf):
     return shelf.chroma, None
+
+
+@read("folder of Lumina 2", "lumina2")
+def _(shelf):
+    return shelf.lumina2, None
+
+
+@read("folder of SANA", "sana")
+def _(shelf):
+    return shelf.sana, None
 
 
 @read("folder of Z-Image or Z-Image-Turbo", "z_image")
@@ -198,6 +210,16 @@ def _(shelf):
 @read("transformer of Chroma alone in diffusers' names", "chroma", ALONE)
 def _(shelf):
     return shelf.write(weights(shelf.chroma / "transformer")), shelf.chroma
+
+
+@read("transformer of Lumina 2 alone in diffusers' names", "lumina2", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.lumina2 / "transformer")), shelf.lumina2
+
+
+@read("transformer of SANA alone in diffusers' names", "sana", ALONE)
+def _(shelf):
+    return shelf.write(weights(shelf.sana / "transformer")), shelf.sana
 
 
 @read("transformer of Qwen-Image alone", "qwen_image", ALONE)
@@ -322,7 +344,7 @@ NO_MODEL = {
     ),
     "model of another architecture": (
         only("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.weight"),
-        "give an SD, SDXL, SD3, FLUX, Chroma, FLUX.2, Z-Image, Krea 2 or Qwen-Image model",
+        "give an SD, SDXL, SD3, FLUX, Chroma, FLUX.2, Z-Image, Krea 2, Lumina 2, SANA or Qwen-Image model",
     ),
 }
 BYTES = {
@@ -451,10 +473,11 @@ def _(shelf):
 
 
 NOT_YET = {
-    "Lumina 2": ("Lumina2Pipeline", "its text encoder is Gemma 2"),
     "PixArt-Sigma": ("PixArtSigmaPipeline", "diffusers cannot add LoRA adapters to its network, nor load them"),
-    "Qwen-Image 2.1": ("QwenImage21Pipeline", "its text encoder reads prompts through a processor of pictures"),
-    "SANA": ("SanaPipeline", "its autoencoder (DC-AE) and its linear attention have no ops here"),
+    "Qwen-Image 2.1": (
+        "QwenImage21Pipeline",
+        "its network keeps a cache of the text between steps, and its VAE is its own",
+    ),
 }
 
 
@@ -483,8 +506,9 @@ FORMATS = [case.format for case in CASES]
 
 @pytest.fixture
 def shelf(request, tmp_path):
-    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2", "chroma")
-    return Shelf(*(request.getfixturevalue(f"tiny_{kind}_folder") for kind in kinds), tmp_path)
+    kinds = ("sd", "sdxl", "sd3", "flux", "z_image", "flux2_klein", "flux2_dev", "qwen_image", "krea2")
+    folders = [request.getfixturevalue(f"tiny_{kind}_folder") for kind in (*kinds, "chroma", "lumina2", "sana")]
+    return Shelf(*folders, tmp_path)
 
 
 def _named(answer):

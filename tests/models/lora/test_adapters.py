@@ -179,7 +179,7 @@ def test_diffusers_makes_of_kohyas_file_what_peft_adds(make, loaded, tiny_sd, tm
     "model",
     [
         *("tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_z_image", "tiny_flux2_klein", "tiny_qwen_image"),
-        "tiny_krea2",
+        *("tiny_krea2", "tiny_lumina2", "tiny_sana"),
     ],
 )
 def test_of_other_models_too(model, request, tmp_path):

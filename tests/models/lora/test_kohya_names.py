@@ -325,7 +325,7 @@ def test_both_writings_are_the_same_adapters(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "told_by_names"),
-    [("chroma", False), ("z_image", True), ("flux2_klein", True), ("qwen_image", False), ("krea2", False)],
+    [("z_image", True), ("flux2_klein", True), *((one, False) for one in ("chroma", "qwen_image", "krea2", "lumina2"))],
 )
 def test_every_layer_there_and_back(request, kind, told_by_names):
     pipe = request.getfixturevalue(f"tiny_{kind}")

@@ -1,6 +1,5 @@
-"""LoRA files of every kind: read to the deltas of diffusers, PEFT or plain arithmetic, or refused in one line."""
+"""LoRA files of every kind that is read: to the deltas of diffusers, PEFT or plain arithmetic."""
 
-import json
 import re
 
 import pytest
@@ -12,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from alignprop_fast.models.lora.factors import Factors
-from alignprop_fast.models.lora.file import DOWN, METADATA_KEY, UP, WEIGHTS_NAME, lora_of, read_lora
+from alignprop_fast.models.lora.file import DOWN, UP, lora_of, read_lora
 from alignprop_fast.models.lora.kohya_file import to_kohya
 from alignprop_fast.models.lora.load_save import load_lora
 from alignprop_fast.models.lora.targets import denoiser
@@ -20,18 +19,22 @@ from alignprop_fast.models.published import layers, published_layers
 
 from ...loadable import Format
 from ..load import original_layout
+from .lora_files import BLOCK, ENDS, KOHYA, PEFT, PLAIN, kohya_with, pair
+from .test_what_loras_refused import REFUSED, SETTINGS
 
-BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 UNET = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"]
 WIDE = [f"{BLOCK}.ff.net.0.proj", "down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv_shortcut"]
 TEXT = [f"text_model.encoder.layers.1.{leaf}" for leaf in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")]
+
+
 FLUX = [
     "transformer_blocks.0.attn.to_q",
     "transformer_blocks.0.attn.to_add_out",
     "single_transformer_blocks.1.proj_out",
 ]
+
+
 Z_IMAGE = ["layers.0.attention.to_q", "noise_refiner.0.attention.to_out.0", "context_refiner.0.feed_forward.w2"]
-ENDS = (".lora_down.weight", ".lora_up.weight")  # kohya's
 SHARED = ["transformer_blocks.0.attn.add_q_proj", "single_transformer_blocks.0.attn.to_q"]
 
 
@@ -264,7 +267,11 @@ def test_as_peft_reads_it(request, tmp_path, row):
 
 
 TITLES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3 and SD3.5", "flux": "FLUX"}
+
+
 TITLES |= {"z_image": "Z-Image", "flux2_klein": "FLUX.2", "qwen_image": "Qwen-Image"}
+
+
 ORIGINAL = {
     **{
         Format(f"{title}, {writer}", "read exactly"): (kind, prefix)
@@ -331,22 +338,6 @@ def test_our_kohya_file_of_every_layer_reads_back(part, network):
         assert torch.equal(back[module].down, one.down) and torch.equal(back[module].scaled_up(), one.scaled_up())
 
 
-PLAIN = f"unet.{BLOCK}.attn1.to_q"
-KOHYA = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
-MIDDLE = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"  # the same layer
-PEFT = f"base_model.model.{BLOCK}.attn1.to_q"
-
-
-def pair(name, down=DOWN, up=UP, dtype=torch.float32):
-    """Factors of rank 2 of a layer of 64 channels, as tiny_sd's: the product is 2 everywhere."""
-    return {name + down: torch.ones(2, 64, dtype=dtype), name + up: torch.ones(64, 2, dtype=dtype)}
-
-
-def kohya_with(**more):
-    """The pair and further tensors of the layer."""
-    return {**pair(KOHYA, *ENDS), **{f"{KOHYA}.{key}": tensor for key, tensor in more.items()}}
-
-
 # Formats that are read, and the value of every element in the delta of their only layer.
 NUMBERS = {
     Format("a LoRA without alpha: the scale is 1", "read exactly"): (kohya_with(), 2),
@@ -380,161 +371,6 @@ def test_numbers(tiny_sd, tmp_path, caplog, row):
         assert torch.equal(found[PLAIN], expected[PLAIN])
     notes = [record.message for record in caplog.records if record.name.startswith("alignprop_fast")]
     assert any(row.words in note for note in notes) if row.words else not notes
-
-
-ONE = torch.ones(1)
-FORM = "whose deltas have another form: give plain LoRA files"
-MODEL = "and no LoRA factor in diffusers', kohya's, PEFT's or ComfyUI's naming: if it is a model"
-REFUSED = {
-    Format("DoRA (`dora_scale`)", "refused", f"is a DoRA, {FORM}"): kohya_with(dora_scale=ONE),
-    Format("DoRA (`lora_magnitude_vector`)", "refused", f"is a DoRA, {FORM}"): {
-        **pair(PLAIN),
-        f"{PLAIN}.lora_magnitude_vector": ONE,
-    },
-    Format("LoHa", "refused", f"is a LoHa, {FORM}"): {f"{KOHYA}.hada_w1_a": ONE},
-    Format("LoKr", "refused", f"is a LoKr, {FORM}"): {f"{KOHYA}.lokr_w1": ONE},
-    Format("LoCon with Tucker factors", "refused", "is a LoCon with Tucker factors"): kohya_with(
-        **{"lora_mid.weight": ONE}
-    ),
-    Format("OFT", "refused", f"is an OFT, {FORM}"): {f"{KOHYA}.oft_blocks": ONE},
-    Format("BOFT", "refused", f"is an OFT, {FORM}"): {f"{PEFT}.boft_R": ONE},
-    Format("GLoRA", "refused", f"is a GLoRA, {FORM}"): {f"{KOHYA}.{one}.weight": ONE.clone() for one in ("a1", "b1")},
-    Format("IA3 of LyCORIS", "refused", f"is an IA3, {FORM}"): {f"{KOHYA}.on_input": ONE},
-    Format("IA3 of PEFT", "refused", f"is an IA3, {FORM}"): {f"{PEFT}.ia3_l": ONE},
-    Format("VeRA", "refused", f"is a VeRA, {FORM}"): {f"{PEFT}.vera_lambda_b": ONE},
-    Format("AdaLoRA", "refused", ".lora_E, which names no LoRA factor"): {
-        **pair(PEFT, ".lora_A", ".lora_B"),
-        f"{PEFT}.lora_E": ONE,
-    },
-    Format("a LoRA with biases (`lora_bias=True`)", "refused", ".lora_B.bias, which names no LoRA factor"): {
-        **pair(PLAIN),
-        f"{PLAIN}.lora_B.bias": ONE,
-    },
-    Format("a LoRA with differences of biases or norms", "refused", ".diff_b, which names no LoRA factor"): kohya_with(
-        diff_b=ONE
-    ),
-    Format("whole differences of weights (`.diff`)", "refused", "holds whole differences"): {f"{KOHYA}.diff": ONE},
-    Format("a control LoRA of FLUX", "refused", "is a control LoRA"): {
-        "double_blocks.0.img_attn.norm.query_norm.scale": ONE
-    },
-    Format("a LoRA with learned words (`bundle_emb`)", "refused", "is a LoRA with learned words"): {
-        "bundle_emb.cat.string_to_param.*": ONE
-    },
-    Format("a textual inversion", "refused", "is a textual inversion (a learned word)"): {"emb_params": ONE},
-    Format("a textual inversion of SDXL", "refused", "is a textual inversion (a learned word)"): {
-        "clip_l": ONE,
-        "clip_g": ONE.clone(),
-    },
-    Format("a textual inversion of diffusers", "refused", "is a textual inversion (a learned word)"): {"<cat>": ONE},
-    Format("a whole model in one file", "refused", MODEL): {"model.diffusion_model.input_blocks.0.0.weight": ONE},
-    Format("a UNet or transformer in place of a LoRA", "refused", MODEL): {"conv_in.weight": ONE},
-    Format("two adapters in one file", "refused", "for one layer: give a file of one adapter"): {
-        **pair(PEFT, ".lora_A.one.weight", ".lora_B.one.weight"),
-        **pair(PEFT, ".lora_A.two.weight", ".lora_B.two.weight"),
-    },
-    Format("two names for one layer", "refused", f"has both {KOHYA!r} and {MIDDLE!r} for {PLAIN}"): {
-        **kohya_with(),
-        **pair(MIDDLE, *ENDS),
-    },
-    Format("a name of no layer", "refused", "has lora_unet_mid_block_attn_q, no name of kohya's"): pair(
-        "lora_unet_mid_block_attn_q", *ENDS
-    ),
-    Format("alpha that is no number", "refused", "is not a finite number"): kohya_with(alpha=torch.tensor(torch.nan)),
-    Format("alpha of several numbers", "refused", "is not a finite number"): kohya_with(alpha=torch.ones(2)),
-    Format("alpha of a layer without factors", "refused", "x.alpha, which names no LoRA factor"): {
-        **kohya_with(),
-        "x.alpha": ONE,
-    },
-    Format("a layer with one factor", "refused", "the LoRA factor up is missing"): {
-        f"{KOHYA}.lora_down.weight": torch.ones(2, 64)
-    },
-    Format(
-        "a pickle (.bin, .pt, .ckpt)", "refused", "which could run code when it is loaded: give a .safetensors file"
-    ): None,
-    Format("a GGUF file", "refused", "is a GGUF"): b"GGUF\x03\x00\x00\x00" + bytes(64),
-    Format("the pointer of a file that git lfs has not fetched", "refused", "fetch the file with git lfs pull"): (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    ),
-    Format("a web page saved in place of the file", "refused", "is a web page"): b"<html>not found</html>",
-    Format("an empty file", "refused", "is empty (0 bytes), damaged"): b"",
-}
-
-
-@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
-def test_refused_in_one_line(tmp_path, row):
-    file, content = tmp_path / "x.safetensors", REFUSED[row]
-    if content is None:
-        torch.save(kohya_with(), file)
-    elif isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        save_file(content, file)
-    with pytest.raises(ValueError) as caught:
-        read_lora(file)
-    assert row.words in str(caught.value) and str(caught.value).startswith((str(file), "the ", f"{file} "))
-    assert "\n" not in str(caught.value)
-
-
-SETTINGS = {
-    Format(
-        "PiSSA, OLoRA, CorDA, LoftQ (`init_lora_weights`)",
-        "refused",
-        "='pissa', which changed the base model: save it again",
-    ): {"init_lora_weights": "pissa"},
-    Format("DoRA (`use_dora` in the settings)", "refused", f"is a DoRA, {FORM}"): {"use_dora": True},
-    Format("another kind of PEFT's (`peft_type` in the settings)", "refused", f"is a ADALORA, {FORM}"): {
-        "peft_type": "ADALORA"
-    },
-}
-
-
-@pytest.mark.parametrize("beside", [True, False], ids=["adapter_config.json", "header"])
-@pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.name)
-def test_refused_by_the_settings(tmp_path, row, beside):
-    settings = SETTINGS[row]
-    if beside:
-        save_file(pair(PEFT), tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    else:
-        header = json.dumps({f"unet.{key}": value for key, value in settings.items()})
-        save_file(pair(PLAIN), tmp_path / WEIGHTS_NAME, {METADATA_KEY: header})
-    with pytest.raises(ValueError) as caught:
-        read_lora(tmp_path)
-    assert row.words in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("prefix", "shape", "name", "beyond"),
-    [
-        ("lora_unet_", (1280, 1280, 3, 3), "mid_block_resnets_{}_conv1", 7),
-        ("lora_transformer_", (3072, 3072), "transformer_blocks_{}_attn_to_q", 99),
-        ("lora_unet_", (9216, 3072), "double_blocks_{}_img_attn_qkv", 19),
-        ("lora_te1_", (3072, 768), "text_model_encoder_layers_{}_mlp_fc1", 12),
-    ],
-)
-@pytest.mark.parametrize("is_published", [True, False])
-def test_a_block_that_the_published_model_lacks(prefix, shape, name, beyond, is_published):
-    """The shapes tell which model a file is for; a file without published shapes may have any number of blocks."""
-    rows, width, *kernel = shape if is_published else (3 * 40, 40, *shape[2:])
-    tensors = {}
-    for i in (0, 1, beyond):
-        tensors[f"{prefix}{name.format(i)}.lora_down.weight"] = torch.ones(1, width, *kernel)
-        tensors[f"{prefix}{name.format(i)}.lora_up.weight"] = torch.ones(rows, 1, *(1 for _ in kernel))
-    if is_published:
-        with pytest.raises(ValueError, match=f"has {prefix}{name.format(beyond)}, no name of kohya's"):
-            lora_of(tensors, "file")
-    else:
-        assert len(lora_of(tensors, "file")) in (3, 9)
-
-
-def test_diffusers_does_not_widen_flux_for_a_file(tiny_flux, tmp_path):
-    """As for FLUX's control LoRAs, whose first layer also takes a picture."""
-    before = tiny_flux.transformer.x_embedder.weight.shape
-    wide = {f"transformer.x_embedder{DOWN}": torch.ones(2, 128), f"transformer.x_embedder{UP}": torch.ones(32, 2)}
-    save_file(wide, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"do not fit this model, which has transformer\.x_embedder in another shape"):
-        load_lora(tiny_flux, tmp_path / "x.safetensors")
-    assert tiny_flux.transformer.x_embedder.weight.shape == before
 
 
 def test_text_encoders_of_every_prefix(tiny_sd3, tmp_path):

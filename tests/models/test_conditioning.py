@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignprop_fast.models.pipeline_adapter import Conditioning
+from alignprop_fast.models.conditioning import Conditioning
 
 
 @pytest.mark.parametrize(
