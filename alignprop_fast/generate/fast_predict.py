@@ -83,7 +83,7 @@ class FastPredict:
         if self.graphs is not None and state is not None:
             tensors = [*cond.tensors(), *texts.tensors()]
             run = partial(_sample, self._compiled, _StandIns(cond, texts, list(map(id, tensors))))
-            kind = "sample", precision, self.compiled_pays, cond.extent
+            kind = "sample", precision, self.compiled_pays, cond.branches, cond.extent
             found = self.graphs(run, (x, timestep, *tensors), (state, cond.settings()), kind)
             if found is not None and found[0] is not None:
                 return found[0]
@@ -115,7 +115,8 @@ class FastPredict:
         run = partial(_gradients, self.model.predict, stand_ins, guide, parameters, wants_gx)
         # The gradient is last: both kinds of recording have the others at the same places, and share their memory.
         inputs = (x.detach(), timestep, *tensors, gy)
-        return self.graphs(run, inputs, (state, cond.settings()), ("gradients", kind, wants_gx, cond.extent))
+        whole_kind = "gradients", kind, wants_gx, cond.branches, cond.extent
+        return self.graphs(run, inputs, (state, cond.settings()), whole_kind)
 
     def forget_recordings(self) -> None:
         """Free the memory of all recordings; they are made again when needed."""

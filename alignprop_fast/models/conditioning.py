@@ -59,9 +59,9 @@ class Conditioning:
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
     def settings(self) -> Hashable:
-        """Everything besides `tensors()` and `extent`."""
+        """Everything besides `tensors()`, `branches` and `extent`, which may differ from step to step."""
         guidance = None if isinstance(self.embedded_guidance, torch.Tensor) else self.embedded_guidance
-        return self.branches, guidance, tuple(self.added or ())
+        return guidance, tuple(self.added or ())
 
     def exchanged(self, others: Mapping[int, torch.Tensor]) -> "Conditioning":
         """A copy with some tensors replaced, by their ids."""

@@ -67,12 +67,21 @@ def test_captions_of_other_lengths_run_the_same_recording(pipe, monkeypatch):
     """Their longest has as many tokens after rounding up to a multiple of 32, beside a shorter one."""
     size = {"height": 16, "width": 16, "memory_budget": None}
     plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way, **size) for way in ("off", "on"))
-    captions = (["a red cat", "a dog" * 12], ["sun", "a dog" * 11])
+    captions = (["a red cat", "a dog" * 14], ["sun", "a dog" * 13])
     expected = [run(plain, prompts, seed, [1, 3]) for seed, prompts in enumerate(captions)]
     for seed in (0, 0):  # the first recording of a replay drops that of an evaluation
         assert_same(expected[0], run(graphed, captions[0], seed, [1, 3]))
     monkeypatch.setattr(type(graphed.model), "predict", None)
     assert_same(expected[1], run(graphed, captions[1], 1, [1, 3]))
+
+
+@pytest.mark.parametrize("adapted", ["tiny_z_image"], indirect=True)
+def test_steps_without_guidance_have_recordings_of_their_own(pipe):
+    size = {"height": 16, "width": 16, "memory_budget": None, "cfg_truncation": 0.1}
+    plain, graphed = (DifferentiableSampler(pipe, STEPS, cuda_graphs=way, **size) for way in ("off", "on"))
+    for seed in (0, 0, 1):
+        assert_same(run(plain, PROMPTS, seed, [1, 3]), run(graphed, PROMPTS, seed, [1, 3]))
+    assert len(graphed.fast.graphs._graphs) == 4, "an evaluation and a replay with guidance, and without"
 
 
 @pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
