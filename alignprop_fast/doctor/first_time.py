@@ -100,6 +100,9 @@ def _examined(device: torch.device, dtype: torch.dtype) -> _Answer:
 def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], seconds: float) -> _Answer:
     """The answer of one process within the given seconds.
 
+    A whole report counts whatever the exit code is: a process can still crash as it ends, when threads of autograd
+    have not let go of their objects.
+
     Raises:
         OSError, subprocess.SubprocessError, ValueError, KeyError: it could not start, took too long or gave no answer.
     """
@@ -119,10 +122,11 @@ def _ask(device: torch.device, dtype: torch.dtype, off: Mapping[str, str], secon
         text=True,
         timeout=seconds,
     )
-    if run.returncode != 0:
+    try:
+        report = json.loads(run.stdout)
+    except ValueError:
         last = run.stderr.strip().rpartition("\n")[2]
-        raise ValueError(f"the examination ended with exit code {run.returncode}: {last}")
-    report = json.loads(run.stdout)
+        raise ValueError(f"the examination ended with exit code {run.returncode}: {last}") from None
     return _Answer(len(report["checks"]), report["lost"], report["off"], report["wrong"])
 
 
@@ -141,6 +145,7 @@ def main() -> None:
     # If the process dies, its last line says where.
     report = examine(torch.device(question["device"]), True, [dtype], tell=partial(print, flush=True))
     output.write(report.to_json())
+    output.flush()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ MODELS = {
     "flux2-dev": ("fp8",),
     "qwen-image": ("auto", "fp8"),
     "krea2": ("auto", "fp8"),
+    "chroma": ("auto", "fp8"),
+    "lumina2": ("auto",),
+    "sana": ("auto",),
 }
 GPU_NAMES = ("RTX 4090", "RTX 5090", "A100 80GB", "H100 SXM")
 SIZES_GB = (12, 16, 24, 32, 40, 48, 80)

@@ -177,6 +177,8 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_before_the_first_step_once(elsewhere, caplog):
+    with elsewhere.open("a") as file:
+        file.write("import atexit, os\natexit.register(os._exit, 134)\n")  # a crash after the report costs nothing
     first_time.examine_once(CUDA, torch.bfloat16)
     (said,) = caplog.messages
     assert "all right" in said and not switched_off.everything()
