@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -55,7 +56,8 @@ def plan(ctx: typer.Context, options: PlanOptions) -> None:
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
         if options.save_table is not None:
-            write_table(prediction.table, Path(options.save_table).expanduser())
+            origin = {**prediction.table.origin, "steps": str(question.num_steps)}  # of the next question, if not given
+            write_table(replace(prediction.table, origin=origin), Path(options.save_table).expanduser())
         if options.json is not None:
             write_json(Path(options.json).expanduser(), prediction, question.facts)
     console.print(f"picture: {folder.path / 'plan.png'}", soft_wrap=True)

@@ -94,9 +94,10 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
         raise ValueError(
             f"--{idle[0].replace('_', '-')} is determined by --table: leave it out, or estimate without --table"
         )
-    config = make_config(resolved(options, "no"), "cpu", "")
-    wanted_bytes = _wanted_bytes(config)
     table = load_table(file)
+    steps = options.num_inference_steps or int(table.origin.get("steps", 50))
+    config = make_config(resolved(replace(options, num_inference_steps=steps), "no"), "cpu", "")
+    wanted_bytes = _wanted_bytes(config)
     if config.host_memory is not None:
         table = replace(table, host_limit_bytes=int(config.host_memory))
     origin = table.origin

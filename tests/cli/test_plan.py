@@ -114,6 +114,10 @@ def test_plans_come_from_saved_tables_too(plan, table):
     least = re.search(r"needs ([\d.]+ MiB)", err)[1]
     assert plan(*arguments, "--memory-budget", least)[0] == 0
     lean = json.loads(Path("plan.json").read_text())
+    # Saved again, and asked without a number of steps: the table has that of its own question.
+    assert plan(*arguments, "--save-table", "again.json")[0] == 0
+    assert plan("--table", "again.json", "--json", "again_plan.json")[0] == 0
+    assert json.loads(Path("again_plan.json").read_text())["num_inference_steps"] == 4
     assert lean["peak_bytes"] <= facts["peak_bytes"] and lean["seconds_per_step"] > facts["seconds_per_step"]
 
 
