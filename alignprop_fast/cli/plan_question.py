@@ -95,6 +95,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
             f"--{idle[0].replace('_', '-')} is determined by --table: leave it out, or estimate without --table"
         )
     table = load_table(file)
+    # Tables of earlier versions do not say the steps, whose default was 50 then.
     steps = options.num_inference_steps or int(table.origin.get("steps", 50))
     config = make_config(resolved(replace(options, num_inference_steps=steps), "no"), "cpu", "")
     wanted_bytes = _wanted_bytes(config)
