@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows, spread
+from alignprop_fast.training.declaration import flag
 from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | 
     if options.watch_reward is None and options.watch_prompts is None:
         for name in ("patience", "watch_reward_model", "diversity_model"):
             if getattr(options, name):
-                raise ValueError(f"--{name.replace('_', '-')} needs something to watch: add --watch-reward clip")
+                raise ValueError(f"{flag(name)} needs something to watch: add --watch-reward clip")
         return None
     from alignprop_fast.evaluation.watch import IMAGES_PER_PROMPT, Watch
     from alignprop_fast.rewards.diversity import ImageEmbedder

@@ -34,6 +34,7 @@ from alignprop_fast.planner import (
     scaled,
 )
 from alignprop_fast.prompts.rows import load_rows
+from alignprop_fast.training.declaration import flag
 from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
         ValueError: the table or the budget is bad, or an option is given that the table determines.
     """
     if idle := [name for name in given if name not in kept_tables.BESIDE_TABLE]:
-        raise ValueError(
-            f"--{idle[0].replace('_', '-')} is determined by --table: leave it out, or estimate without --table"
-        )
+        raise ValueError(f"{flag(idle[0])} is determined by --table: leave it out, or estimate without --table")
     table = load_table(file)
     # Tables of earlier versions do not say the steps, whose default was 50 then.
     steps = options.num_inference_steps or int(table.origin.get("steps", 50))
