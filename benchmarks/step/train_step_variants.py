@@ -159,11 +159,11 @@ def small_pipeline() -> Any:
     """Stable Diffusion with UNet widths 32 and 64 and images of 16 x 16, fp32, random weights, on the CPU."""
     from diffusers import StableDiffusionPipeline
 
-    from alignprop_fast.making.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_folder
     from alignprop_fast.models.lora.adapters import add_lora
 
     with tempfile.TemporaryDirectory() as folder:
-        pipe = StableDiffusionPipeline.from_pretrained(make_sd_folder(Path(folder) / "small"), local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(make_folder("sd", Path(folder) / "small"), local_files_only=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()

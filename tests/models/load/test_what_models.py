@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from alignprop_fast.making.random_weights import make_sd_folder, make_sdxl_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models.load.pipeline import load_pipeline
 
 from ...loadable import Format
@@ -242,7 +242,7 @@ def _(shelf):
     "lacks SDXL's second text encoder: give a whole file, or one with only the UNet",
 )
 def _(shelf):
-    folder = make_sdxl_folder(shelf.here / "sdxl", second_text_width=32)
+    folder = make_folder("sdxl", shelf.here / "sdxl", second_text_width=32)
     file = whole_file(folder, shelf.here / "model.safetensors")
     state = {name: tensor for name, tensor in load_file(file).items() if "embedders.1" not in name}
     return shelf.write(state), folder
@@ -258,7 +258,7 @@ def _(shelf):
     "(SD 1 has 768, SD 2 1024, SDXL 2048): give the folder of a model of the same architecture",
 )
 def _(shelf):
-    other = make_sd_folder(shelf.here / "other", text_width=16)
+    other = make_folder("sd", shelf.here / "other", text_width=16)
     return whole_file(shelf.sd, shelf.here / "model.safetensors"), other
 
 
