@@ -344,7 +344,7 @@ def step_origin(step: TrainingStep) -> dict[str, str]:
         "height": str(step.size[0]),
         "width": str(step.size[1]),
         "branches": str(step.cond.branches),
-        "guidance": "in the network" if step.chain.combines else "in the update",
+        "guidance": "in the network" if step.chain.updates.combines else "in the update",
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
         "sampling_precision": "exact" if step.chain.precision is None else step.chain.precision.name,
         "mode": "training" if model.denoiser.training else "evaluation",  # dropout keeps its result, also at rate 0
