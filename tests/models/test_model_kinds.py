@@ -1,7 +1,8 @@
 """Kinds of models that people use (fine-tunes for v, few steps, no T5), and those that are refused by name.
 
 What works draws the pictures of diffusers' own pipeline with the model's own scheduler. Tolerance 1e-5 as in
-test_sampler.py; at zero terminal SNR 1e-4, since diffusers' Euler starts from latents of 4096 there, in fp32.
+tests/generate/plain_autograd.py; at zero terminal SNR 1e-4, since diffusers' Euler starts from latents of 4096 there,
+in fp32.
 """
 
 import json
