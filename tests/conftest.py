@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import pytest
 # On tensors this small a second thread costs time, and on a busy machine a great deal of it. Read once, when torch is
 # imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell ignores Ctrl-C for its background jobs, and their child processes inherit that, to which tests send Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

@@ -154,7 +154,7 @@ def _outline_part(folder: Path, name: str, entry: list[str | None] | None) -> An
         return None
     module: Any = __import__(library)
     part_class = getattr(module, str(class_name))
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "scheduler" else "meta"):  # a scheduler computes its numbers at once
         if library == "transformers":
             if not (folder / name / "config.json").is_file():  # without it transformers would use defaults
                 raise OSError(f"no config.json in {folder / name}")

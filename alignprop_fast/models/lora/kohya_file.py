@@ -191,7 +191,8 @@ def _joined(parts: tuple[str, ...], held: list[Factors | None]) -> Factors:
     at, width = 0, present[0].down.shape[1]
     for part, factors in zip(parts, held, strict=True):
         if factors is None:
-            ups.append(torch.zeros((MLP_RATIO if part == "proj_mlp" else 1) * width, columns))
+            rows = (MLP_RATIO if part == "proj_mlp" else 1) * width
+            ups.append(present[0].up.new_zeros(rows, columns))
             continue
         up = factors.up if factors.scale == scale else factors.scaled_up()
         ups.append(torch.nn.functional.pad(up, (at, columns - at - factors.rank)))

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -142,6 +143,20 @@ def test_an_outline_is_the_pipeline_without_weights(kind, request, tmp_path):
             k: (v.shape, v.dtype, v.requires_grad) for k, v in expected.items()
         }
         assert all(tensor.is_meta for tensor in own.values()) and not outline.components[name].training
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep", "HeunDiscrete"],
+)
+def test_an_outline_of_a_folder_with_any_scheduler(copied, name):
+    """SDXL's has EulerDiscreteScheduler. Most schedulers compute their numbers as soon as they are made."""
+    getattr(diffusers, f"{name}Scheduler")().save_pretrained(copied / "scheduler")
+    index = json.loads((copied / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", f"{name}Scheduler"]
+    (copied / "model_index.json").write_text(json.dumps(index))
+    outline = load_outline(copied)
+    assert outline.scheduler.config == load_pipeline(copied).scheduler.config and outline.unet.device.type == "meta"
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])

@@ -189,6 +189,15 @@ def test_parts_of_different_scales():
         torch.testing.assert_close(back[module].delta(), factors.delta(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shapes", [SD3, FLUX_ATTENTION])
+def test_joined_matrices_stay_on_the_device_of_their_parts(shapes):
+    """A GPU's adapters: the zeros of a part without adapter must not lie on the CPU, nor widen the others to fp32."""
+    far = ("meta", torch.bfloat16)
+    lora = {name: Factors(f.down.to(*far), f.up.to(*far), f.scale) for name, f in made(shapes).items()}
+    factors = [tensor for name, tensor in to_kohya(lora).items() if not name.endswith(".alpha")]
+    assert all(tensor.is_meta and tensor.dtype is torch.bfloat16 for tensor in factors)
+
+
 def test_adapters_that_have_not_learned_yet_keep_their_places():
     zeros = {name: Factors(f.down, torch.zeros_like(f.up), f.scale) for name, f in made(SD3).items()}
     back = lora_of(to_kohya(zeros), "file")
