@@ -1,11 +1,14 @@
 """The command `plan`: its predictions, without weights and for GPUs that are not here, and its errors."""
 
+import gc
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from alignprop_fast.cli import plan_question
