@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,11 +148,11 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     name, budget_bytes, note = place.budget(wanted_bytes)
     tables = kept_tables.read(chosen) if place.is_named else None
     if tables is None:
-        with nullcontext() if place.gpu is None else _without_compiler():
+        with nullcontext() if place.gpu is None else _estimating():
             quiet_libraries(console)
             sampler = sampler_to_plan(chosen, config, place.device)
-        start = time.perf_counter()
-        tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
+            start = time.perf_counter()
+            tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
         if place.gpu is None:
             say_measured(console, time.perf_counter() - start)
         if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
@@ -287,24 +288,19 @@ def _is_known(options: PlanOptions) -> bool:
 
 
 @contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Inside, libraries that compile functions when they are imported (bitsandbytes) do not load torch's compiler.
+def _estimating() -> Iterator[None]:
+    """Inside, an estimate does without what serves others and costs it seconds.
 
-    It takes longer to load than everything else, and an estimate compiles nothing.
+    - The compiler: libraries (bitsandbytes) load it to compile functions when they are imported. It takes longer to
+      load than everything else, and an estimate compiles nothing.
+    - Threads: counting has no data to share among them, and on a busy machine they would wait for each other.
+    - The garbage collector: it would look through all objects of the libraries and the model ten times. What an
+      estimate drops is freed without it.
     """
     name = "TORCHDYNAMO_DISABLE"
-    added = name not in os.environ
+    added, collects = name not in os.environ, gc.isenabled()
     os.environ.setdefault(name, "1")
-    try:
-        yield
-    finally:
-        if added:
-            del os.environ[name]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Counting has no data to share among threads, and on a busy machine they would wait for each other."""
+    gc.disable()
     import torch
 
     threads = torch.get_num_threads()
@@ -313,6 +309,10 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+        if collects:
+            gc.enable()
+        if added:
+            del os.environ[name]
 
 
 def _tables(
@@ -323,7 +323,7 @@ def _tables(
 
     how = "measuring" if gpu is None else "counting operators"
     tables: dict[int, CostTable] = {}
-    with Waiting(console, how, parts=2) as waiting, nullcontext() if gpu is None else _one_thread():
+    with Waiting(console, how, parts=2) as waiting:
         for size in kept_tables.batches(batch):
             table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, negative_prompt, waiting.next_part()))
             if not isinstance(table, OutOfMemory):

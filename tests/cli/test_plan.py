@@ -1,11 +1,14 @@
 """The command `plan`: its predictions, without weights and for GPUs that are not here, and its errors."""
 
+import gc
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from alignprop_fast.cli import plan_question
@@ -261,6 +264,15 @@ def test_without_a_gpu_one_must_be_named(plan, configs, monkeypatch):
     assert code == 2 and "name one by --gpu" in err and "A100 80GB" in err
 
 
+def test_an_estimate_gives_back_what_it_switched_off(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match="bad input"), plan_question._estimating():
+        assert not gc.isenabled() and torch.get_num_threads() == 1
+        raise ValueError("bad input")
+    assert gc.isenabled() and torch.get_num_threads() == threads and "TORCHDYNAMO_DISABLE" not in os.environ
+
+
 def test_estimates_are_remembered(plan, configs, monkeypatch, home):
     arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--json", "plan.json")
     assert plan(*arguments)[0] == 0
@@ -272,8 +284,6 @@ def test_estimates_are_remembered(plan, configs, monkeypatch, home):
 
 
 def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypatch):
-    import os
-
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     plan("--help")
