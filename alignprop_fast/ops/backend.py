@@ -32,7 +32,7 @@ def backend(x: torch.Tensor, op: str) -> str:
     """
     if not (x.is_cuda and x.dtype in _DTYPES and _HAS_TRITON and x.numel() > 0) or only_plain(x):
         return "reference"
-    if not is_traced(x) and x.device not in _probed:
+    if x.device not in _probed and not is_traced(x):
         _probe(x.device)
     off = switched_off.reason("triton") or switched_off.reason(f"{op}.triton")
     return "triton" if off is None else "reference"

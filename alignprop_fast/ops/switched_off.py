@@ -24,6 +24,11 @@ def reason(name: str) -> str | None:
     return _reasons.get(name)
 
 
+def count() -> int:
+    """How many names are off: a choice that was made before another one went off is made again."""
+    return len(_reasons)
+
+
 def everything() -> dict[str, str]:
     """The reason for each name that is off."""
     return dict(_reasons)
