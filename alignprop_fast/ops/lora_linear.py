@@ -111,9 +111,9 @@ def lora_linears(
         return _outputs(x, exact, known)
     tensors: list[Any] = []
     scales: list[float] = []
-    for *four, scale in exact:
-        tensors += four
-        scales.append(scale)
+    for layer in exact:
+        tensors += layer[:4]
+        scales.append(layer[4])
     return _LoraLinear.apply(x, exact, scales, keep, known, *tensors)
 
 

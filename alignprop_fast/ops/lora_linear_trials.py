@@ -36,11 +36,12 @@ def backward(x: Tensor, layers: Sequence[Any]) -> str:
 
 
 def _key(direction: str, x: Tensor, layers: Sequence[Any]) -> Hashable:
-    sizes = [
-        (weight.shape, bias is None, None if down is None else (down.shape, down.dtype, up.dtype), scale)
-        for weight, bias, down, up, scale in layers
-    ]
-    return "lora_linear", direction, x.dtype, x.shape, x.stride(), *sizes
+    key = ["lora_linear", direction, x.dtype, x.shape, x.stride()]
+    for weight, bias, down, up, scale in layers:
+        key += (weight.shape, bias is None, scale)
+        if down is not None:
+            key += (down.shape, down.dtype, up.dtype)
+    return tuple(key)
 
 
 def _fastest(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
