@@ -57,7 +57,7 @@ def remembered(problem: Hashable, choose: Callable[..., Choice], device: torch.d
     It is asked again after an implementation was switched off, and each time while a CUDA graph is captured, where
     nothing can be measured.
     """
-    key = device, torch.are_deterministic_algorithms_enabled(), switched_off.count(), problem
+    key = device, torch.are_deterministic_algorithms_enabled(), len(switched_off.reasons), problem
     choice: Choice | None = _choices.get(key)
     if choice is None:
         choice = choose(*arguments)
