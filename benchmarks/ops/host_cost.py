@@ -4,7 +4,7 @@
 
 Tensors are tiny and on the CPU, and a launch of a kernel does nothing, so both sides spend their time in Python and the
 dispatcher. The two take turns in one process; the ratio is the median of those of the turns, because the speed of a
-busy machine changes from turn to turn. Triton's own launch is not in it.
+busy machine changes from turn to turn. The choice between implementations is in it, Triton's own launch is not.
 "forward" records autograd's graph, "both" includes the backward pass, "sampled" has gradients off.
 """
 
