@@ -257,6 +257,7 @@ def steady_clock():
     """Options take the seconds of their order, the richest the fewest, where they are measured; not those of a clock,
     which on a busy machine says at times that to recompute is faster than to keep. For checks of one plan's peak."""
     import importlib
+    from collections import defaultdict
 
     from alignprop_fast.planner import GRADES
 
@@ -266,7 +267,7 @@ def steady_clock():
         timer = trace._Timer(work.device)
         trace._run(work, options, timer)
         rank = min((GRADES.index(option) for option in options.values()), default=0)
-        return dict.fromkeys(timer.seconds(), 1e-3 * (1 + rank))
+        return defaultdict(float, dict.fromkeys(timer.seconds(), 1e-3 * (1 + rank)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_timed", timed)

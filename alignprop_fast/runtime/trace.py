@@ -18,15 +18,15 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from alignprop_fast.planner import BlockOption, Option, Options
+from alignprop_fast.planner import BlockOption, Operator, Operators, Option, Options, Time
 from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.equal_blocks import EqualBlocks, module_kind
+from alignprop_fast.runtime.estimate import counted_operator
 from alignprop_fast.runtime.host_pool import CountedPool, HostPool
 from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
 from alignprop_fast.runtime.meta_results import Known
 from alignprop_fast.runtime.offload import Offloader
 
-Operator = Callable[[Any, Any, Any], Callable[[], float]]
 # ("before", i): the gap before block i, forward. ("forward", i), ("backward", i): block i. ("after", i): the gap before
 # block i, backward.
 Part = tuple[str, int]
@@ -34,12 +34,11 @@ Part = tuple[str, int]
 
 @dataclass(frozen=True)
 class Work:
-    """A network to measure.
+    """A network to measure. On meta tensors its operators are counted; elsewhere the device is timed.
 
     forward: () -> output with its graph; runs inside `apply_options`.
     pull: (output, leaves): runs the backward pass, which consumes the output; None: forward only.
     leaves: the tensors that get a gradient.
-    operator_seconds: (function, arguments, result) -> () -> estimated seconds; None: the device is timed.
     output_kept: whether the output counts as kept.
     around_block: the context in which a block runs alone.
     repeats: runs that are timed; the shortest one counts, because the first one warms up.
@@ -50,10 +49,13 @@ class Work:
     blocks: Sequence[Block]
     device: torch.device
     leaves: Sequence[torch.Tensor] = ()
-    operator_seconds: Operator | None = None
     output_kept: bool = True
     around_block: Callable[[], AbstractContextManager[Any]] = nullcontext
     repeats: int = 2
+
+    @property
+    def is_counted(self) -> bool:
+        return self.device.type == "meta"
 
 
 @dataclass(frozen=True)
@@ -96,19 +98,22 @@ class Interval:
     host_bytes: int
     block_transient: int
     gap_transient: int
-    block_seconds: float
-    gap_seconds: float
+    block_seconds: Time
+    gap_seconds: Time
 
     @property
     def transient_bytes(self) -> int:
         return max(self.block_transient, self.gap_transient, 0)
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> Any:
         return self.block_seconds + self.gap_seconds
 
     def option(self, name: BlockOption) -> Option:
-        return Option(name, self.kept_bytes, self.transient_bytes, self.seconds, self.host_bytes)
+        seconds = self.seconds
+        if not isinstance(seconds, Operators):
+            seconds = max(seconds, 0.0)  # a difference of two short times
+        return Option(name, self.kept_bytes, self.transient_bytes, seconds, self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,8 @@ class Trace:
         return peak
 
     @property
-    def seconds(self) -> float:
-        return sum(interval.seconds for interval in self.intervals)
+    def seconds(self) -> Any:
+        return reduce(add, (interval.seconds for interval in self.intervals))
 
 
 def trace(work: Work, options: Options) -> Trace:
@@ -139,19 +144,24 @@ def trace(work: Work, options: Options) -> Trace:
     only bytes are counted, without host memory, and the backward pass gets zeros.
     """
     offloads = any(option.offload for option in options.values())
-    seconds = {} if work.operator_seconds or offloads else _timed(work, options)
+    seconds = defaultdict(float) if work.is_counted or offloads else _timed(work, options)
     counts = _Counts(work)
     equal = EqualBlocks(work.blocks, work.leaves) if _are_equal(work, options) else None
     with counts.live:
         calls = _run(work, options, counts, counts.pool, equal)
     stands = {} if equal is None else equal.stands
-    return Trace(_intervals(calls, counts, counts.seconds_of(stands) or seconds, stands), counts.owned)
+    times = counts.operators(stands) if work.is_counted else seconds
+    return Trace(_intervals(calls, counts, times, stands), counts.owned)
 
 
 def _are_equal(work: Work, options: Options) -> bool:
     """Whether one of several equal blocks may stand for others: where they are counted, and under one option."""
-    counted = work.device.type == "meta" and work.operator_seconds is not None and work.pull is not None
-    return counted and set(options) <= {"*"} and not any(option.offload for option in options.values())
+    return (
+        work.is_counted
+        and work.pull is not None
+        and set(options) <= {"*"}
+        and not any(option.offload for option in options.values())
+    )
 
 
 class Meter(Protocol):
@@ -175,7 +185,7 @@ class _Timer(Stopwatch):
 
 
 class _Counts:
-    """Bytes and estimated seconds of one run, by part.
+    """Bytes and operators of one run, by part.
 
     Attributes:
         live: the mode to run under; it counts what is alive and its peaks.
@@ -185,13 +195,12 @@ class _Counts:
     """
 
     def __init__(self, work: Work):
-        on_operator = partial(self._add_seconds, work.operator_seconds) if work.operator_seconds else None
-        self.live = LiveBytes(on_operator, work.device)
+        self.live = LiveBytes(self._add_operator if work.is_counted else None, work.device)
         self.pool = CountedPool(work.device)
         self.kept: dict[Hashable, int] = {}
         self.moved: dict[Hashable, int] = {}
         self.owned: frozenset[int] = frozenset()
-        self._seconds: dict[Hashable, list[Callable[[], float]]] = defaultdict(list)
+        self._operators: dict[Hashable, list[Operator]] = defaultdict(list)
         self._goes_back, self._output_kept = work.pull is not None, work.output_kept
         self._part: Hashable = None
 
@@ -210,25 +219,25 @@ class _Counts:
         if self._goes_back and not self._output_kept:
             self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
 
-    def _add_seconds(
-        self, operator_seconds: Operator, func: Any, arguments: Any, out: Any, known: Known | None
-    ) -> None:
-        seconds = None if known is None else known.seconds
-        if seconds is None:
-            seconds = operator_seconds(func, arguments, out)
+    def _add_operator(self, func: Any, arguments: Any, out: Any, known: Known | None) -> None:
+        if known is not None and known.is_counted:
+            counted = known.counted
+        else:
+            counted = counted_operator(func, arguments, out)
             if known is not None:
-                known.seconds = seconds
-        self._seconds[self._part].append(seconds)
+                known.counted, known.is_counted = counted, True
+        if counted is not None:
+            self._operators[self._part].append(counted)
 
-    def seconds_of(self, stands: Mapping[int, int]) -> dict[Hashable, float]:
-        """Estimated seconds by part, where the work has them. stands: calls that others stand for."""
-        taken = dict(self._seconds)
+    def operators(self, stands: Mapping[int, int]) -> defaultdict[Hashable, Operators]:
+        """The operators by part. stands: calls that others stand for."""
+        ran = dict(self._operators)
         for index, other in stands.items():
-            taken.update({(name, index): self._seconds[name, other] for name in ("forward", "backward")})
-        return {part: reduce(add, (operator() for operator in operators), 0.0) for part, operators in taken.items()}
+            ran.update({(name, index): self._operators[name, other] for name in ("forward", "backward")})
+        return defaultdict(Operators, {part: Operators(operators) for part, operators in ran.items()})
 
 
-def _timed(work: Work, options: Options) -> dict[Hashable, float]:
+def _timed(work: Work, options: Options) -> defaultdict[Hashable, float]:
     """Seconds of each part in the shortest run."""
     runs = []
     for _ in range(work.repeats):
@@ -336,7 +345,7 @@ def _kind(block: Block, inputs: Any) -> Hashable:
 
 
 def _intervals(
-    calls: list[Call], counts: _Counts, seconds: Mapping[Hashable, float], stands: Mapping[int, int]
+    calls: list[Call], counts: _Counts, seconds: defaultdict[Hashable, Any], stands: Mapping[int, int]
 ) -> list[Interval]:
     """stands: calls that did not run -> the calls that stand for them."""
     result: list[Interval] = []
@@ -360,8 +369,8 @@ def _intervals(
                 kept_bytes=kept_bytes,
                 host_bytes=moved.get(forward, 0),
                 **_transients(peaks, index, beside[index], unmade[index]),
-                block_seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
-                gap_seconds=seconds.get(before, 0.0) + seconds.get(after, 0.0),
+                block_seconds=seconds[forward] + seconds[backward],
+                gap_seconds=seconds[before] + seconds[after],
             )
         )
         before_bytes = moved.get(forward, 0)
