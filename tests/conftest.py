@@ -44,7 +44,7 @@ def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
     """Cost tables that tests measure do not mix with the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("alignprop_fast.generate.cost_table", "alignprop_fast.cli.kept_tables"):
+        for module in ("alignprop_fast.generate.cost_table", "alignprop_fast.cli.kept_counts"):
             patch.setattr(f"{module}.cache_folder", lambda: folder)
         yield
 

@@ -104,7 +104,8 @@ def measured_table(step: TrainingStep, decoders: Decoders, told: Told = nobody) 
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
     table = _remembered(origin, lambda: _costs(step, origin, link is not None, decoders, told))
-    completed = _completed(table, step, _rewards(step))
+    rewards = () if step.reward is None else _scoring(step.reward, _images(step), step.prompts, step.metadata)
+    completed = _completed(table, step, rewards)
     return completed if link is None else completed.with_copies(link)
 
 
@@ -124,17 +125,29 @@ def counted_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told =
     """
     if step.chain.precision is not None:
         step.chain.precision.decide_by(partial(roofline_on, gpu))
+    rewards = () if step.reward is None else counted_scoring(step.reward, _images(step), step.prompts, step.metadata)
+    origin = {**step_origin(step), "source": "estimated"}
+    table = _costs(step, origin, True, decoders, told)
+    fixed = {"workspace": _ESTIMATED_WORKSPACE_BYTES}
+    return CountedTable(_completed(replace(table, fixed=fixed), step, rewards))
+
+
+@remembered_results()
+def counted_scoring(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+) -> tuple[Stage, ...]:
+    """The costs of scoring images [B, 3, H, W] on the meta device.
+
+    Raises:
+        ValueError: the reward needs data.
+    """
     try:
-        rewards = _rewards(step)
+        return _scoring(reward, images, prompts, metadata)
     except Exception as error:  # the user's own code may raise anything
         raise ValueError(
             f"the reward does not run without data ({str(error).partition(chr(10))[0]}): "
             "use --measure, or plan with a reward of this package of the same size"
         ) from error
-    origin = {**step_origin(step), "source": "estimated"}
-    table = _costs(step, origin, True, decoders, told)
-    fixed = {"workspace": _ESTIMATED_WORKSPACE_BYTES}
-    return CountedTable(_completed(replace(table, fixed=fixed), step, rewards))
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
@@ -237,13 +250,13 @@ def _penalised(table: CostTable, step: TrainingStep) -> CostTable:
     )
 
 
-def _rewards(step: TrainingStep) -> tuple[Stage, ...]:
-    if step.reward is None:
-        return ()
+def _scoring(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+) -> tuple[Stage, ...]:
     # A reward may draw random numbers; measuring it must not change those of training.
-    devices = [step.model.device] if step.model.device.type == "cuda" else []
+    devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        return reward_stages(step.reward, _images(step), step.prompts, step.metadata, by_image=step.reward.by_image)
+        return reward_stages(reward, images, prompts, metadata, by_image=reward.by_image)
 
 
 def latents(step: TrainingStep) -> torch.Tensor:

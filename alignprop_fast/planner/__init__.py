@@ -10,7 +10,7 @@ from alignprop_fast.planner.budget import (
     parse_budget,
     parse_bytes,
 )
-from alignprop_fast.planner.counted import CountedGraphs, CountedTable, seconds_on
+from alignprop_fast.planner.counted import CountedGraphs, CountedReward, CountedTable, seconds_on
 from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
 from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
@@ -21,7 +21,7 @@ from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, scoring_seconds, simulate
 from alignprop_fast.planner.solve import Solver, solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
-from alignprop_fast.planner.tablefile import load_table, save_table
+from alignprop_fast.planner.tablefile import load_table, packed, save_table, unpacked
 
 __all__ = [
     "AUTO",
@@ -32,6 +32,7 @@ __all__ = [
     "BudgetInfeasible",
     "CostTable",
     "CountedGraphs",
+    "CountedReward",
     "CountedTable",
     "Gpu",
     "GraphCosts",
@@ -57,6 +58,7 @@ __all__ = [
     "load_table",
     "lockable_bytes",
     "option_of",
+    "packed",
     "parse_budget",
     "parse_bytes",
     "price",
@@ -69,4 +71,5 @@ __all__ = [
     "simulate",
     "solve",
     "summary",
+    "unpacked",
 ]

@@ -27,11 +27,24 @@ class CountedGraphs:
 
 
 @dataclass(frozen=True)
+class CountedReward:
+    """The costs of scoring a batch of pictures on any GPU. weight_bytes: of the reward's networks."""
+
+    stages: tuple[Stage[Operators], ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
 class CountedTable:
-    """The costs of one training step for any GPU. graphs: None: it uses none."""
+    """The costs of one training step on any GPU. graphs: None: it uses none."""
 
     costs: CostTable[Operators]
     graphs: CountedGraphs | None = None
+
+    def scored_by(self, reward: CountedReward) -> CountedTable:
+        """The costs with those of a reward, in place of what it had."""
+        fixed = {**self.costs.fixed, "reward": reward.weight_bytes}
+        return replace(self, costs=replace(self.costs, rewards=reward.stages, fixed=fixed))
 
     def on(self, gpu: Gpu) -> CostTable[float]:
         """The costs on a GPU by the roofline model."""
