@@ -126,7 +126,9 @@ def counted_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told =
     if step.chain.precision is not None:
         step.chain.precision.decide_by(partial(roofline_on, gpu))
     rewards = () if step.reward is None else counted_scoring(step.reward, _images(step), step.prompts, step.metadata)
-    origin = {**step_origin(step), "source": "estimated"}
+    # Counts of one version are equal wherever they are made.
+    versions = {"alignprop_fast": __version__, "torch": torch.__version__.partition("+")[0]}
+    origin = {**step_origin(step), **versions, "source": "estimated"}
     table = _costs(step, origin, True, decoders, told)
     fixed = {"workspace": _ESTIMATED_WORKSPACE_BYTES}
     return CountedTable(_completed(replace(table, fixed=fixed), step, rewards))

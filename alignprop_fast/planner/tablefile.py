@@ -104,7 +104,7 @@ def unpacked(data: bytes) -> CountedTable | CountedReward:
             return CountedReward(_stages(counted["stages"]), counted["weight_bytes"])
         graphs = counted["graphs"]
         return CountedTable(_table(counted["costs"]), graphs and CountedGraphs(**graphs))
-    except (OSError, EOFError, zlib.error, LookupError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged counts: {error}") from error
 
 
