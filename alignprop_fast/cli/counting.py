@@ -104,7 +104,9 @@ class Counting:
         from alignprop_fast.rewards.user_function import is_function_name
 
         specs = [spec for spec in (self.options.reward, self.options.watch_reward) if spec]
-        return not any(is_function_name(name) for spec in specs for name, _ in parsed_spec(spec, [])[0])
+        names = [name for spec in specs for name, _ in parsed_spec(spec, [])[0]]
+        models = (*self.options.reward_model, *self.options.watch_reward_model)
+        return not any(map(is_function_name, (*names, *models, *(model.partition("=")[2] for model in models))))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -51,13 +52,14 @@ class Part:
         idle = BESIDE_COUNTS | _OF_REWARD | {"batch_size"}
         if options.sampling_precision == "exact":
             idle |= {"gpu"}
-        chosen = {name: value for name, value in asdict(options).items() if name not in idle}
+        chosen = {name: value for name, value in _given(options).items() if name not in idle}
+        chosen["negative_prompt"] = options.negative_prompt is not None  # its text does not matter
         return cls(Path(options.model).name, batch, chosen)
 
     @classmethod
     def reward(cls, options: PlanOptions, batch: int, size: tuple[int, int]) -> Part:
         """Scoring pictures of this size (height, width)."""
-        chosen = {name: value for name, value in asdict(options).items() if name in _OF_REWARD | _OF_BOTH}
+        chosen = {name: value for name, value in _given(options).items() if name in _OF_REWARD | _OF_BOTH}
         return cls("reward", batch, {**chosen, "size": size})
 
     def read(self) -> Any:
@@ -96,6 +98,12 @@ def batches(batch: int) -> tuple[int, int]:
     return batch, 2 if batch == 1 else 1
 
 
+def _given(options: PlanOptions) -> dict[str, Any]:
+    """The options that are not the defaults, so that a new option leaves the file names as they are."""
+    defaults = asdict(PlanOptions())
+    return {name: value for name, value in asdict(options).items() if value != defaults[name]}
+
+
 def _hash(known: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -106,8 +114,9 @@ def _named(chosen: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         for text in value if isinstance(value, list | tuple) else (value,):
             if not isinstance(text, str):
                 continue
-            for path in (Path(text).expanduser(), Path(text.partition("=")[2]).expanduser()):
-                if path.name and path.exists():
+            for name in map(os.path.expanduser, (text, text.partition("=")[2])):
+                if os.path.exists(name):  # unlike Path, it takes any text
+                    path = Path(name)
                     yield from map(_state, sorted(path.rglob("*")) if path.is_dir() else [path])
 
 

@@ -20,7 +20,8 @@ from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
 from alignprop_fast.runtime.told import Told, nobody, within
-from alignprop_fast.runtime.trace import Trace, Work, trace
+from alignprop_fast.runtime.trace import trace
+from alignprop_fast.runtime.work import Trace, Work
 
 __all__ = [
     "DECODER_STAGES",

@@ -1,6 +1,6 @@
 """Costs of a network's blocks under each option, from one run of the network and runs of one block of each kind.
 
-The network runs once under the leanest option. Blocks of one kind cost the same (`trace.Call`), so the other options
+The network runs once under the leanest option. Blocks of one kind cost the same (`work.Call`), so the other options
 run on the first block of each kind alone, on inputs like those it had. What an option changes there, it changes for
 each block of the kind.
 """
@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from alignprop_fast.planner import BlockOption, Option, Segment
 from alignprop_fast.runtime.told import Told, nobody
-from alignprop_fast.runtime.trace import Call, Interval, Like, Work, trace
+from alignprop_fast.runtime.trace import trace
+from alignprop_fast.runtime.work import Call, Interval, Like, Work
 
 LEANEST = BlockOption.RECOMPUTE
 

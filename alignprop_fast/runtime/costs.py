@@ -19,7 +19,8 @@ from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.measure import Workspaces
 from alignprop_fast.runtime.told import Told, nobody, within
-from alignprop_fast.runtime.trace import Trace, Work, trace
+from alignprop_fast.runtime.trace import trace
+from alignprop_fast.runtime.work import Trace, Work
 
 logger = logging.getLogger(__name__)
 
