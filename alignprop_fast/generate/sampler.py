@@ -25,7 +25,7 @@ from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.lora.learning import has_learning_adapters
 from alignprop_fast.models.pipeline_adapter import Generator
-from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
+from alignprop_fast.planner import AUTO, CostTable, CountedTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
 from alignprop_fast.sampling import (
@@ -322,7 +322,18 @@ class DifferentiableSampler:
 
         told: is told which share of the work is done, from 0 to 1.
         """
-        return self.planner.costs(self._blank_step(batch, negative_prompt), gpu, told)
+        if gpu is not None:
+            return self.counted_table(batch, gpu, negative_prompt, told).on(gpu)
+        return self.planner.measured(self._blank_step(batch, negative_prompt), told)
+
+    def counted_table(
+        self, batch: int, gpu: Gpu, negative_prompt: str | None = None, told: Told = nobody
+    ) -> CountedTable:
+        """Costs of a training step at this batch size for any GPU, of a model on meta tensors.
+
+        gpu: decides which products are rounded under `sampling_precision`. Nothing else depends on it.
+        """
+        return self.planner.counted(self._blank_step(batch, negative_prompt), gpu, told)
 
     def tighten(self, factor: float = 0.9) -> int:
         """From now on plan with less memory than the last call took, because the device ran out; returns the budget.

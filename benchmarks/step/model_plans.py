@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_fast.cli.options import make_config
-from alignprop_fast.cli.parts import resolved
+from alignprop_fast.cli.parts import open_rewards, open_sampler, resolved
 from alignprop_fast.cli.plan_options import PlanOptions
-from alignprop_fast.cli.plan_question import sampler_to_plan
 from alignprop_fast.cli.plan_summary import predict
 from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, budget_on, find_gpu
 from benchmarks.rows import KeptRows
@@ -42,7 +41,7 @@ SIZES_GB = (12, 16, 24, 32, 40, 48, 80)
 
 def table_of(options: PlanOptions, gpu: Gpu) -> CostTable:
     """The costs of a training step, without memory on the host."""
-    sampler = sampler_to_plan(options, make_config(options, "meta", ""), "meta")
+    sampler = open_sampler(options, make_config(options, "meta", ""), "meta", open_rewards(options, "meta"))
     return replace(sampler.cost_table(options.batch_size, gpu), host_limit_bytes=0)
 
 
