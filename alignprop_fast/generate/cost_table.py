@@ -116,7 +116,7 @@ def roofline_on(gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype) -> f
 
 @remembered_results()
 def counted_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told = nobody) -> CountedTable:
-    """The costs of a step on meta tensors, whose operators are counted.
+    """The costs of a step on meta tensors, whose operators are counted. Any host memory is allowed.
 
     gpu: decides which products are rounded, if any are. Nothing else depends on it.
 
@@ -131,7 +131,8 @@ def counted_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told =
     origin = {**step_origin(step), **versions, "source": "estimated"}
     table = _costs(step, origin, True, decoders, told)
     fixed = {"workspace": _ESTIMATED_WORKSPACE_BYTES}
-    return CountedTable(_completed(replace(table, fixed=fixed), step, rewards))
+    completed = _completed(replace(table, fixed=fixed), step, rewards)
+    return CountedTable(replace(completed, host_limit_bytes=None))
 
 
 @remembered_results()

@@ -7,6 +7,7 @@ for the backward pass.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -323,7 +324,8 @@ class DifferentiableSampler:
         told: is told which share of the work is done, from 0 to 1.
         """
         if gpu is not None:
-            return self.counted_table(batch, gpu, negative_prompt, told).on(gpu)
+            estimated = self.counted_table(batch, gpu, negative_prompt, told).on(gpu)
+            return replace(estimated, host_limit_bytes=self.renderer.host_pool.limit_bytes or 0)
         return self.planner.measured(self._blank_step(batch, negative_prompt), told)
 
     def counted_table(
