@@ -96,13 +96,21 @@ class DifferentiableSampler:
             without the learning adapters, over the gradient steps. It is differentiable: a regulariser to add to the
             loss (`DenoisingChain.penalty`). Each gradient step then has one more evaluation without gradient, and one
             more with gradient if the gradient passes through the step's input.
-
         sampling_precision: of steps without gradient, in calls that have steps with gradient: "exact", "bf16" (for a
             model in fp32), "int8" or "fp8" (`SamplingPrecision`). Place the model on its device and freeze it first.
 
     Raises:
         ValueError: the pipeline, the scheduler or an option is not supported; the message names the remedy.
     """
+
+    # Of the last call.
+    plan: Plan | None = None
+    truncation: Truncation | None = None
+    latents: torch.Tensor | None = None
+    base_mse: torch.Tensor | None = None
+    # A trainer sets these.
+    gradient_sink: GradientSink | None = None
+    keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
 
     def __init__(
         self,
@@ -154,13 +162,7 @@ class DifferentiableSampler:
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
         self.precision = SamplingPrecision.wanted(self.model, sampling_precision, compiled)
-        self.gradient_sink: GradientSink | None = None
-        self.keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
         self.denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
-        self.base_mse: torch.Tensor | None = None
-        self.plan: Plan | None = None
-        self.truncation: Truncation | None = None
-        self.latents: torch.Tensor | None = None
 
     def __call__(
         self,
