@@ -97,10 +97,12 @@ def go_on_by(folder: Path) -> str:
 
 
 def known_error(error: Exception) -> str:
-    """The message for a device error: out of memory, or no deterministic algorithm; "" for other errors."""
+    """The message for a RuntimeError that the user can mend: of the device, or of a path like "~ann"; "" for others."""
     from alignprop_fast.ops.errors import is_out_of_memory
 
     text = str(error)
+    if "Could not determine home directory" in text:  # as `Path.expanduser` says it
+        return "a path begins with ~, but there is no such user here: write the whole path"
     if "does not have a deterministic implementation" in text:
         return f"{text.partition(',')[0]}: leave --deterministic out, or use another reward"
     if not is_out_of_memory(error):

@@ -111,8 +111,7 @@ def test_what_is_not_finite_is_refused(train, value):
                 declaration.check("x", float(value))
 
 
-@pytest.mark.parametrize("name", ["memory_budget", "host_memory"])
-@pytest.mark.parametrize("size", ["0", "much"])
+@pytest.mark.parametrize(("name", "size"), [("memory_budget", "0"), ("memory_budget", "much"), ("host_memory", "much")])
 def test_a_size_that_is_none_is_refused_by_its_flag(name, size):
     with pytest.raises(ValueError, match=f"^{flag(name)} '{size}' .*24GiB"):
         make_config(replace(RESOLVED, **{name: size}), "cpu", "")
