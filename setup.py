@@ -10,8 +10,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = [
-    *("cli", "demo", "doctor", "evaluation", "generate", "making", "models", "models.lean", "models.load"),
-    *("models.lora", "ops", "planner", "prompts", "report", "rewards", "runtime", "sampling", "training"),
+    *("cli", "demo", "doctor", "evaluation", "generate", "making", "making.random_weights"),
+    *("models", "models.lean", "models.load", "models.lora", "ops", "planner", "prompts", "report", "rewards"),
+    *("runtime", "sampling", "training"),
 ]
 # Root folders that reach the package under its name alone, each through a link in it: a top-level package `kernels`
 # would shadow the one that diffusers and transformers probe.

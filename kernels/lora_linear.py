@@ -22,7 +22,7 @@ g three times (u, dB, gx) and x once. The partial sums of dA and dB are fp32 [ch
 67.5 MiB for FLUX's widest layer at rank 128.
 
 It loses if O or I is small (launches) and whenever cuBLAS is faster at the large product. On Hopper we expect that
-always, because this product uses no bulk copies; `lora_linear_forward_split` gives it to cuBLAS and makes one more pass
+always, because this product uses no bulk copies; `split_forward` gives it to cuBLAS and makes one more pass
 over y. The fused product stays for GPUs where it measures faster. Registers and shared memory alone decided the block
 sizes; nothing here has been timed on a GPU.
 """
@@ -40,6 +40,8 @@ from alignprop_fast.kernels.launch import Prepared, cdiv
 from alignprop_fast.kernels.lora_blocks import FEW_PROGRAMS, MAX_PROJECTIONS, config, rank_block
 
 SUM_BLOCK = 32
+# W, b, A, B and s of one projection.
+Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float]
 
 
 @triton.jit
@@ -231,64 +233,45 @@ def narrow_blocks(n_tokens: int, dtype: torch.dtype, block_r: int) -> dict[str, 
     return blocks if cdiv(n_tokens, blocks["BLOCK_T"]) >= FEW_PROGRAMS else config("few", dtype, block_r)
 
 
-class _Forward:
-    """Launches of the forward pass on inputs of certain sizes.
+class Forward:
+    """The forward pass of one to three projections in two launches, for an x and layers like these.
 
-    Attributes:
-        down: writes t, from (x, three A, t).
-        product: writes each y, from (x, t, three times W, b, B, y).
-        t_shape, y_shapes: of the results.
+    Like these are those of the same dtypes, sizes, strides of x and scales, with a bias where these have one.
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        shape: torch.Size,
-        x_stride: int,
-        outs: tuple[int, ...],
-        ranks: tuple[int, ...],
-        scales: tuple[float, ...],
-        has_bias: tuple[bool, ...],
-    ):
-        *rows, n_in = shape
+    def __init__(self, x: torch.Tensor, layers: Sequence[Layer]):
+        *rows, n_in = x.shape
+        stride = rows_contiguous(x).stride(-2)
+        outs, ranks = [w.shape[0] for w, *_ in layers], tuple([up.shape[1] for _, _, _, up, _ in layers])
         n_tokens, columns = math.prod(rows), sum(ranks)
-        blocks = config("product", dtype, rank_block(max(ranks)))
+        blocks = config("product", x.dtype, rank_block(max(ranks)))
         programs = cdiv(n_tokens, blocks["BLOCK_T"]) * sum(cdiv(n, blocks["BLOCK_N"]) for n in outs)
-        self.down = narrow(dtype, n_tokens, n_in, x_stride, columns, ranks, 1.0)
-        self.product = Prepared(
+        self._down = narrow(x.dtype, n_tokens, n_in, stride, columns, ranks, 1.0)
+        self._product = Prepared(
             lora_product_kernel, (programs,),
-            *three([float(s) for s in scales]), n_tokens, n_in, x_stride, *three_sizes(outs), *three_sizes(ranks),
-            BIAS=sum([1 << p for p, has in enumerate(has_bias) if has]), **blocks,
+            *three([float(scale) for *_, scale in layers]), n_tokens, n_in, stride,
+            *three_sizes(outs), *three_sizes(ranks),
+            BIAS=sum([1 << p for p, (_, bias, *_) in enumerate(layers) if bias is not None]), **blocks,
         )  # fmt: skip
-        self.t_shape, self.y_shapes = (n_tokens, columns), [(*rows, n) for n in outs]
+        self._t_shape, self._y_shapes = (n_tokens, columns), [(*rows, n) for n in outs]
 
+    def __call__(self, x: torch.Tensor, layers: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
+        """y [..., O] of each layer in x's dtype, from x [..., I]; the other shapes are in the module docstring.
 
-_forward = cache(_Forward)
-
-
-def lora_linear_forward(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    downs: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor],
-    scales: tuple[float, ...],
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """One to three projections of x [..., I] in two launches; shapes as in the module docstring.
-
-    Weights and biases have x's dtype, adapters any. Returns ((y_p [..., O_p], ...), t [T, sum R]) in x's dtype.
-    """
-    rows = rows_contiguous(x)
-    outs, ranks = tuple([w.shape[0] for w in weights]), tuple([b.shape[1] for b in ups])
-    has_bias = tuple([bias is not None for bias in biases])
-    plan = _forward(x.dtype, x.shape, rows.stride(-2), outs, ranks, scales, has_bias)
-    t, ys = x.new_empty(*plan.t_shape), tuple([x.new_empty(*shape) for shape in plan.y_shapes])
-    plan.down(rows, *three(contiguous(downs)), t)
-    given: list[torch.Tensor] = []
-    for weight, bias, up, y in zip(weights, biases, ups, ys, strict=True):
-        given += (weight.contiguous(), x if bias is None else bias.contiguous(), up.contiguous(), y)
-    plan.product(rows, t, *three(given, 4))
-    return ys, t
+        Weights and biases have x's dtype, adapters any.
+        """
+        rows, t = rows_contiguous(x), x.new_empty(*self._t_shape)
+        ys: list[torch.Tensor] = []
+        downs: list[torch.Tensor] = []
+        given: list[torch.Tensor] = []
+        for (weight, bias, down, up, _), shape in zip(layers, self._y_shapes, strict=True):
+            y = x.new_empty(*shape)
+            ys.append(y)
+            downs.append(down.contiguous())
+            given += (weight.contiguous(), x if bias is None else bias.contiguous(), up.contiguous(), y)
+        self._down(rows, *three(downs), t)
+        self._product(rows, t, *three(given, 4))
+        return tuple(ys)
 
 
 @cache
@@ -302,26 +285,19 @@ def _add(
     return Prepared(lora_add_kernel, grid, *sizes, BLOCK_R=rank_block(rank), **blocks)
 
 
-def lora_linear_forward_split(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    downs: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor],
-    scales: tuple[float, ...],
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """As `lora_linear_forward`, but torch computes x W^T + b and a kernel adds s t B^T in place."""
-    t, offset = lora_down(x, downs), 0
+def split_forward(x: torch.Tensor, layers: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
+    """As `Forward`, but torch computes x W^T + b and a kernel adds s t B^T in place."""
+    t, offset = lora_down(x, [down for _, _, down, _, _ in layers]), 0
     ys: list[torch.Tensor] = []
-    ranks = tuple([up.shape[1] for up in ups])
-    for weight, bias, up, scale in zip(weights, biases, ups, scales, strict=True):
+    ranks = tuple([up.shape[1] for _, _, _, up, _ in layers])
+    for weight, bias, _, up, scale in layers:
         y, rank = torch.nn.functional.linear(x, weight, bias), up.shape[1]
         _add(x.dtype, t.shape[0], y.shape[-1], t.shape[1], rank, ranks, scale)(
             from_column(t, offset), up.contiguous(), y
         )
         offset += rank
         ys.append(y)
-    return tuple(ys), t
+    return tuple(ys)
 
 
 def from_column(t: torch.Tensor, offset: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from alignprop_fast.prompts.rows import PROMPT_SETS, PromptRow, load_rows, spread
+from alignprop_fast.training.declaration import flag
 from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.rewards.normalise import NormalisedSum
+    from alignprop_fast.training.config import AlignPropConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ class Rewards:
     def trained(self) -> WeightedSum:
         """The reward that gives the gradient."""
         return self.normalised or self.reward
+
+    @property
+    def watched_bytes(self) -> int:
+        """Bytes of the watched reward's weights, beside those of the trained one."""
+        return 0 if self.watch is None else self.watch.weight_bytes(self.reward)
 
 
 def resolved(options: T, precision: str) -> T:
@@ -117,6 +124,32 @@ def open_model(options: TrainOptions, device: str) -> DefaultDDPOStableDiffusion
     )
 
 
+def open_sampler(
+    options: TrainOptions, config: AlignPropConfig, device: str, rewards: Rewards | None
+) -> DifferentiableSampler:
+    """The sampler that training makes from these options, to measure it or to count what it runs. rewards: None: it
+    scores nothing.
+
+    Raises:
+        ValueError, OSError: the model cannot be loaded, or is an architecture without weights on a real device.
+    """
+    import torch
+
+    from alignprop_fast.models.architectures import NAMES
+    from alignprop_fast.training.prepare import make_sampler, prepare_model
+
+    if options.model in NAMES and device != "meta":
+        raise ValueError(f"{options.model} is an architecture without weights: give --measure a folder or a Hub id")
+    if not device.startswith("cuda"):  # the budget is not this computer's free memory
+        config = replace(config, memory_budget=None)
+    pipeline = open_model(options, device)
+    prepare_model(pipeline, torch.device(device), config)
+    sampler = make_sampler(pipeline, config, None if rewards is None else rewards.trained)
+    if rewards is not None:
+        tell_sampler(sampler, rewards, load_rows(options.prompts)[0])
+    return sampler
+
+
 def make_stopping(options: TrainOptions) -> EarlyStopping | None:
     """Early stopping, or None without --patience. Raises ValueError if its values cannot work."""
     from alignprop_fast.evaluation.early_stopping import EarlyStopping
@@ -127,8 +160,7 @@ def make_stopping(options: TrainOptions) -> EarlyStopping | None:
 def tell_sampler(sampler: DifferentiableSampler, rewards: Rewards, first: PromptRow) -> None:
     """Make the sampler's plans count the watched reward's weights. first: the prompts' first row, to measure the reward
     with."""
-    if rewards.watch is not None:
-        sampler.reward_bytes += rewards.watch.weight_bytes(rewards.reward)
+    sampler.reward_bytes += rewards.watched_bytes
     sampler.example = (first.prompt, dict(first.metadata))
 
 
@@ -137,7 +169,7 @@ def _watch(options: TrainOptions, trained: WeightedSum, device: str) -> Watch | 
     if options.watch_reward is None and options.watch_prompts is None:
         for name in ("patience", "watch_reward_model", "diversity_model"):
             if getattr(options, name):
-                raise ValueError(f"--{name.replace('_', '-')} needs something to watch: add --watch-reward clip")
+                raise ValueError(f"{flag(name)} needs something to watch: add --watch-reward clip")
         return None
     from alignprop_fast.evaluation.watch import IMAGES_PER_PROMPT, Watch
     from alignprop_fast.rewards.diversity import ImageEmbedder

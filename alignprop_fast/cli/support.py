@@ -17,6 +17,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from alignprop_fast.cli.flags import in_flags
 from alignprop_fast.training.launcher import COUNT, INDEX, first_number
 
 FAILED, BAD_INPUT, BY_SIGNAL = 1, 2, 128  # exit codes; after a signal: BY_SIGNAL + its number
@@ -57,14 +58,17 @@ def fail(message: str) -> None:
 
 @contextmanager
 def setup_errors() -> Iterator[None]:
-    """Turn the set-up's errors for the user (ValueError, OSError) into one line and exit code 2; a lost process: 1."""
+    """Turn the set-up's errors for the user (ValueError, OSError) into one line and exit code 2; a lost process: 1.
+
+    The line names options by their flags.
+    """
     try:
         yield
     except RuntimeError as error:
         _end_if_lost(error)
         raise
     except (ValueError, OSError) as error:
-        fail(str(error) or type(error).__name__)
+        fail(in_flags(str(error)) or type(error).__name__)
         raise typer.Exit(BAD_INPUT) from error
 
 

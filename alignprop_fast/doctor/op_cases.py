@@ -233,7 +233,8 @@ def _lora_plain(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> l
 def _lora_triton(count: int, inputs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
     x, *tensors = inputs
     layers = _layers(count, tensors)
-    return _in_order(lora_linear_triton.run_forward(x, layers), *lora_linear_triton.run_backward(gs, x, layers, True))
+    ys = lora_linear_triton.prepared_forward(x, layers)(x, layers)
+    return _in_order(ys, *lora_linear_triton.run_backward(gs, x, layers, True))
 
 
 def _in_order(

@@ -16,13 +16,14 @@ import torch
 
 from alignprop_fast.generate.fast_predict import FastPredict
 from alignprop_fast.generate.guidance import Guidance, Scale
+from alignprop_fast.generate.guided_updates import GuidedUpdates
 from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.lora.learning import learning_adapters_off
 from alignprop_fast.models.pipeline_adapter import Generator
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime import Block, Chain, GradientSink, autocast_dtype, version, versions
-from alignprop_fast.sampling import Leaps, StepTable, Truncation, Update
+from alignprop_fast.sampling import Leaps, StepTable, Truncation
 
 
 class DenoisingChain(Chain):
@@ -68,12 +69,10 @@ class DenoisingChain(Chain):
     ):
         scale = guidance.cfg_scale
         conditions = _conditions(cond, scale)
-        if conditions and (compare_with_base or gradient_sink is not None):
-            option = "compare_with_base" if compare_with_base else "an optimizer in the backward pass"
-            raise ValueError(
-                f"embeddings or guidance require a gradient, but {option} gives gradients only to the denoiser's "
-                "parameters: leave one of the two out"
-            )
+        if conditions and compare_with_base:
+            raise _no_gradient_for_conditions("compare_with_base")
+        if conditions and gradient_sink is not None:
+            raise _no_gradient_for_conditions("an optimizer in the backward pass")
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in conditions}
         parameters = model.trainable()
         # Autocast casts the adapters itself.
@@ -88,26 +87,17 @@ class DenoisingChain(Chain):
             conditions=conditions,
             leaves=list(leaves.values()),
         )
+        self.model, self.table, self.timesteps, self.generator = model, table, timesteps, generator
+        self.draw_noise, self.shift, self.precision = draw_noise, shift, precision
         self.gates = {} if truncation is None else {gate.step: gate for gate in truncation.gates}
-        self.shift = shift
         self.leaps = Leaps(truncation) if truncation is not None and truncation.leaps else None
-        self.model, self.timesteps, self.generator, self.draw_noise = model, timesteps, generator, draw_noise
-        self.guidance, self.given_cond = guidance, cond
-        self.cond = cond.exchanged(leaves)
-        self.scale = leaves.get(id(scale), scale)
-        # The update blends the two branches of a prediction. `predict` does it instead if guidance is not linear in
-        # them or its scale learns.
-        if isinstance(self.scale, torch.Tensor) or cond.branches == 1 or not guidance.is_linear:
-            self.combines, self.update = cond.branches == 2, Update(table, (1.0,))
-        else:
-            self.combines, self.update = False, Update(table, (1 - self.scale, self.scale))
-        self.unguided_update = Update(table, (1.0,))
-        self.truncated = [cond.branches == 2 and not guidance.reaches(timestep) for timestep in table.timesteps]
-        self.texts, self.precision = model.text_projections(self.cond), precision
+        self.given_cond, self.cond = cond, cond.exchanged(leaves)
+        self.updates = GuidedUpdates(table, guidance, leaves.get(id(scale), scale), cond.branches)
+        self.texts = model.text_projections(self.cond)
         # A recording would keep the graph of the conditions alive, and would not follow a scale that is a tensor.
         self.fast = None if conditions else fast
         # Where shapes follow the length of a text exactly, nearly every batch would need one of its own.
-        records = not isinstance(self.scale, torch.Tensor) and cond.recurs
+        records = not isinstance(self.updates.scale, torch.Tensor) and cond.recurs
         self.fast_state = self.fast.state() if self.fast is not None and records else None
 
     def last_alone(self) -> DenoisingChain:
@@ -115,10 +105,10 @@ class DenoisingChain(Chain):
         return DenoisingChain(
             self.model,
             self.blocks,
-            self.update.table.alone(self.num_steps - 1)[0],
+            self.table.alone(self.num_steps - 1)[0],
             self.timesteps[-1:],
             self.given_cond,
-            self.guidance,
+            self.updates.guidance,
             None,
             draw_noise=self.draw_noise,
             compare_with_base=self.has_penalty,
@@ -141,16 +131,17 @@ class DenoisingChain(Chain):
             return self._predict(i, x)
 
     def _predict(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        return self._guided(i, self.model.predict(self.update.model_input(i, x), self.timesteps[i], self._cond(i)))
+        y = self.model.predict(self._seen(i, x), self.timesteps[i], self.updates.cond(i, self.cond))
+        return self.updates.guided(i, y)
 
     def sample(self, i: int, x: torch.Tensor, recorded: bool) -> torch.Tensor:
         precision = self.precision if self.precision is not None and self.precision.is_in_place else None
         if self.fast is None or (precision is not None and not precision.in_graphs):
             return self.predict(i, x)
         state, name = self.fast_state if recorded else None, "exact" if precision is None else precision.name
-        seen, timestep = self.update.model_input(i, x), self.timesteps[i]
+        seen, cond = self._seen(i, x), self.updates.cond(i, self.cond)
         with self.texts.in_place():
-            return self._guided(i, self.fast.sample(seen, timestep, self._cond(i), self.texts, state, name))
+            return self.updates.guided(i, self.fast.sample(seen, self.timesteps[i], cond, self.texts, state, name))
 
     def around_block(self) -> AbstractContextManager[None]:
         return self.texts.in_place(of_any_text=True)
@@ -170,10 +161,10 @@ class DenoisingChain(Chain):
         through_input = self.input_scale(i) != 0
         with torch.enable_grad():
             x = x.detach().requires_grad_(through_input)
-            seen = self.update.model_input(i, x)
-        kind = self.scale, self.guidance, self.combines, tuple(sorted(options.items()))
+            seen = self._seen(i, x)
+        cond, kind = self.updates.cond(i, self.cond), (self.updates.kind, tuple(sorted(options.items())))
         found = self.fast.gradients(
-            *(seen, self.timesteps[i], self._cond(i), self.texts, partial(self._guided, i)),
+            *(seen, self.timesteps[i], cond, self.texts, partial(self.updates.guided, i)),
             *(gy, self.stand_ins, self.fast_state, kind),
         )
         if found is None or not through_input:
@@ -181,28 +172,24 @@ class DenoisingChain(Chain):
         *grads, g_seen = found
         return [*grads, *torch.autograd.grad(seen, x, g_seen)]
 
-    def _guided(self, i: int, y: torch.Tensor) -> torch.Tensor:
-        return self.guidance.guided(y, self.scale) if self.combines and not self.truncated[i] else y
-
-    def _cond(self, i: int) -> Conditioning:
-        return self.cond.of_prompts() if self.truncated[i] else self.cond
-
-    def _update(self, i: int) -> Update:
-        return self.unguided_update if self.truncated[i] else self.update
+    def _seen(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The network's input at step i, [B, C, h, w]."""
+        return self.updates.at(i).model_input(i, x)
 
     def advance(self, i: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The scheduler's update, with noise in the shape of the latents if the chain draws noise."""
-        noise = self.model.noise(self.update.latents(x), self.generator) if self.draw_noise else None
+        update = self.updates.at(i)
+        noise = self.model.noise(update.latents(x), self.generator) if self.draw_noise else None
         if self.leaps is None:
-            return self._update(i).advance(i, x, y, noise)
-        self.leaps.see(i, x, self._update(i).blended(y))
-        x_next = self._update(i).advance(i, x, y, noise)
+            return update.advance(i, x, y, noise)
+        self.leaps.see(i, x, update.blended(y))
+        x_next = update.advance(i, x, y, noise)
         self.leaps.land(i + 1, x_next)
         return x_next
 
     def adjoint(self, i: int, g: torch.Tensor, y_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         gate = self.gates.get(i)
-        return self._update(i).adjoint(i, g, y_dtype, 1.0 if gate is None else gate.weight)
+        return self.updates.at(i).adjoint(i, g, y_dtype, 1.0 if gate is None else gate.weight)
 
     def input_scale(self, i: int) -> float:
         gate = self.gates.get(i)
@@ -221,14 +208,15 @@ class DenoisingChain(Chain):
         with torch.inference_mode(), learning_adapters_off(self.model.denoiser):
             base = self._predict(i, x)  # the texts' projections are those with adapters
         wide = torch.promote_types(y.dtype, torch.float32)
-        delta = self._update(i).blended(y.to(wide) - base.to(wide))
-        return delta.square().mean(), self._update(i).blended_adjoint(2 / delta.numel() * delta)
+        update = self.updates.at(i)
+        delta = update.blended(y.to(wide) - base.to(wide))
+        return delta.square().mean(), update.blended_adjoint(2 / delta.numel() * delta)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
-        return self.update.start(x)
+        return self.updates.plain.start(x)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.update.latents(x)
+        x = self.updates.plain.latents(x)
         return x if self.shift is None else x + self.shift
 
     def state(self) -> Hashable:
@@ -241,3 +229,10 @@ def _conditions(cond: Conditioning, scale: Scale) -> list[torch.Tensor]:
     read = [*cond.tensors(), *([scale] if isinstance(scale, torch.Tensor) else ())]
     found = {id(tensor): tensor for tensor in read if tensor.requires_grad}.values()
     return list(found) if torch.is_grad_enabled() else []
+
+
+def _no_gradient_for_conditions(option: str) -> ValueError:
+    return ValueError(
+        f"embeddings or guidance require a gradient, but {option} gives gradients only to the denoiser's parameters: "
+        "leave one of the two out"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.generate.chain_steps import ChainSteps
 from alignprop_fast.generate.cost_table import TrainingStep
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.generate.fast_predict import FastPredict
@@ -25,7 +26,7 @@ from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.lora.learning import has_learning_adapters
 from alignprop_fast.models.pipeline_adapter import Generator
-from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
+from alignprop_fast.planner import AUTO, CostTable, CountedTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
 from alignprop_fast.sampling import (
@@ -33,7 +34,6 @@ from alignprop_fast.sampling import (
     Gate,
     StepTable,
     Truncation,
-    checked,
     draw_gates,
     draw_truncation,
     make_table,
@@ -133,6 +133,7 @@ class DifferentiableSampler:
         self.model = adapt(pipe)
         self.size = self.model.image_size(height, width)
         self.table = make_table(self.model.schedule(num_inference_steps, self.size), plain_number("eta", eta))
+        self.steps = ChainSteps(self.table)
         self.draw_noise = self.table.noisy or draw_unused_noise
         self.guidance = Guidance.of(
             self.model, guidance_scale, true_cfg_scale, guidance_rescale, cfg_normalization, cfg_truncation
@@ -152,7 +153,7 @@ class DifferentiableSampler:
             raise ValueError("a comparison with the base model needs adapters that learn: add a LoRA")
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
-        self.precision = self._precision(sampling_precision, compiled)
+        self.precision = SamplingPrecision.wanted(self.model, sampling_precision, compiled)
         self.gradient_sink: GradientSink | None = None
         self.keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
         self.denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
@@ -160,7 +161,6 @@ class DifferentiableSampler:
         self.plan: Plan | None = None
         self.truncation: Truncation | None = None
         self.latents: torch.Tensor | None = None
-        self._timesteps: dict[Any, torch.Tensor] = {}
 
     def __call__(
         self,
@@ -201,8 +201,8 @@ class DifferentiableSampler:
             ValueError: the gates do not fit the chain, the numbers of prompts differ, the denoiser has dropout,
                 or something requires a gradient but cannot get one.
         """
-        self.truncation = self._truncation(truncation, grad_steps)
-        table = self._table_of(self.truncation)
+        self.truncation = self.steps.truncation(truncation, grad_steps)
+        table = self.steps.run_under(self.truncation)
         prompts, cond = self._encode(prompts, negative_prompts, embeddings)
         chain = self._chain(cond, generator, table, self.truncation)
         step = self._training_step(chain, cond, prompts, metadata)
@@ -323,7 +323,19 @@ class DifferentiableSampler:
 
         told: is told which share of the work is done, from 0 to 1.
         """
-        return self.planner.costs(self._blank_step(batch, negative_prompt), gpu, told)
+        if gpu is not None:
+            estimated = self.counted_table(batch, gpu, negative_prompt, told).on(gpu)
+            return replace(estimated, host_limit_bytes=self.renderer.host_pool.limit_bytes or 0)
+        return self.planner.measured(self._blank_step(batch, negative_prompt), told)
+
+    def counted_table(
+        self, batch: int, gpu: Gpu, negative_prompt: str | None = None, told: Told = nobody
+    ) -> CountedTable:
+        """Costs of a training step at this batch size for any GPU, of a model on meta tensors.
+
+        gpu: decides which products are rounded under `sampling_precision`. Nothing else depends on it.
+        """
+        return self.planner.counted(self._blank_step(batch, negative_prompt), gpu, told)
 
     def tighten(self, factor: float = 0.9) -> int:
         """From now on plan with less memory than the last call took, because the device ran out; returns the budget.
@@ -354,22 +366,6 @@ class DifferentiableSampler:
         self.latents = rendered.latents
         return rendered.images
 
-    def _truncation(
-        self, given: Truncation | Sequence[Gate] | str | None, grad_steps: Iterable[int] | None
-    ) -> Truncation:
-        if given is None:
-            given = Truncation.at(range(len(self.table)) if grad_steps is None else grad_steps)
-        elif grad_steps is not None:
-            raise ValueError("grad_steps and truncation both set which steps carry gradient: give one of them")
-        if isinstance(given, str):
-            given = draw_truncation(given, self.table)
-        truncation = given if isinstance(given, Truncation) else Truncation(tuple(given))
-        return replace(truncation, gates=checked(truncation.gates, len(self._table_of(truncation))))
-
-    def _table_of(self, truncation: Truncation) -> StepTable:
-        """The steps that the chain runs."""
-        return self.table if truncation.last_step is None else self.table.ending_at(truncation.last_step)
-
     def _chain(
         self,
         cond: Conditioning,
@@ -382,7 +378,7 @@ class DifferentiableSampler:
             self.model,
             self.denoiser_blocks,
             table,
-            self._timesteps_of(table),
+            self.steps.timesteps(table, self.model.device),
             cond,
             self.guidance,
             generator,
@@ -394,21 +390,6 @@ class DifferentiableSampler:
             fast=self.fast,
             precision=self.precision,
         )
-
-    def _precision(self, name: str, compiled: bool) -> SamplingPrecision | None:
-        if name == "exact":
-            return None
-        if compiled:
-            raise ValueError(f"sampling_precision {name} does not support compiled blocks: leave one of the two out")
-        return SamplingPrecision(name, self.model.denoiser, self.model.step_groups()["transformers"])
-
-    def _timesteps_of(self, table: StepTable) -> torch.Tensor:
-        """The chain's timesteps on the device, copied there once because each copy waits for the device."""
-        known = self._timesteps.get(table.timesteps)
-        if known is None or known.device != self.model.device:
-            known = torch.tensor(table.timesteps, device=self.model.device)
-            self._timesteps[table.timesteps] = known
-        return known
 
     def _blank_step(self, batch: int, negative_prompt: str | None) -> TrainingStep:
         """A training step without text, for measuring."""

@@ -16,7 +16,7 @@ deterministic backward passes, and cuDNN's is not used.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from alignprop_fast.ops import attention_packages, attention_plain, attention_triton, autotune, switched_off
 from alignprop_fast.ops.attention_plain import is_key, is_marks
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
-from alignprop_fast.ops.autotune import fastest
+from alignprop_fast.ops.autotune import fastest, remembered
 from alignprop_fast.ops.backend import backend, is_traced, only_plain
 
 Tensor = torch.Tensor
@@ -180,8 +180,12 @@ def _choose_on_gpu(direction: str, q: Tensor, k: Tensor, padded: bool) -> Backen
     # Traced code does not run, so nothing can be timed.
     if is_traced(q):
         return _BACKENDS[_untimed(q, padded)]
-    candidates = _Candidates(direction, q, k, padded)
-    return _BACKENDS[fastest(_problem(direction, q, k, padded), candidates, q.device)]
+    key = "attention", direction, q.dtype, q.shape, k.shape, padded
+    return _BACKENDS[remembered(key, _fastest, q.device, direction, q, k, padded)]
+
+
+def _fastest(direction: str, q: Tensor, k: Tensor, padded: bool) -> str:
+    return fastest(_problem(direction, q, k, padded), _Candidates(direction, q, k, padded).trials(), q.device)
 
 
 def explain(direction: str, q: Tensor, k: Tensor) -> str:
@@ -205,26 +209,11 @@ def offered(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> list[
     return [one for name, one in _cuda_backends().items() if name not in refused]
 
 
-class _Problem(NamedTuple):
-    """What the fastest implementation depends on, as a key of `ops.autotune`."""
-
-    direction: str
-    dtype: torch.dtype
-    b: int
-    h: int
-    m: int
-    d: int
-    n: int
-    padded: bool
-
-    def __str__(self) -> str:
-        dtype, padded = str(self.dtype).removeprefix("torch."), " padded" if self.padded else ""
-        return f"attention {self.direction} {dtype} B{self.b} H{self.h} M{self.m} N{self.n} D{self.d}{padded}"
-
-
-def _problem(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> _Problem:
+def _problem(direction: str, q: Tensor, k: Tensor, padded: bool = False) -> str:
+    """What the fastest implementation depends on: the key under which `ops.autotune` remembers the times."""
     b, h, m, d = q.shape
-    return _Problem(direction, q.dtype, b, h, m, d, k.shape[2], padded)
+    dtype = str(q.dtype).removeprefix("torch.")
+    return f"attention {direction} {dtype} B{b} H{h} M{m} N{k.shape[2]} D{d}{' padded' if padded else ''}"
 
 
 def _untimed(q: Tensor, padded: bool) -> str:
@@ -261,7 +250,7 @@ class _Candidates:
     k: Tensor
     padded: bool
 
-    def __call__(self) -> dict[str, ForwardTrial | BackwardTrial]:
+    def trials(self) -> dict[str, ForwardTrial | BackwardTrial]:
         first = _untimed(self.q, self.padded)
         candidates = offered(self.direction, self.q, self.k, self.padded)
         in_order = sorted(candidates, key=lambda one: one.name != first)

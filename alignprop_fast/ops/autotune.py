@@ -15,7 +15,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from filelock import FileLock
@@ -32,7 +32,10 @@ _LIBRARIES = ("triton", "flash_attn_3", "flash-attn-4")
 _KERNELS = Path(__file__).parents[1] / "kernels"
 
 _failures: dict[tuple[str, str], dict[str, str]] = {}
-_chosen: dict[tuple[str, Hashable, int], str] = {}
+_choices: dict[tuple[torch.device, bool, int, Hashable], Any] = {}
+
+
+Choice = TypeVar("Choice")
 
 
 class Candidate(Protocol):
@@ -48,7 +51,22 @@ class Candidate(Protocol):
 Candidates = Mapping[str, Candidate]
 
 
-def fastest(problem: Hashable, candidates: Callable[[], Candidates], device: torch.device) -> str:
+def remembered(problem: Hashable, choose: Callable[..., Choice], device: torch.device, *arguments: Any) -> Choice:
+    """choose(*arguments), asked once for each problem, device and torch's flag for deterministic algorithms.
+
+    It is asked again after an implementation was switched off, and each time while a CUDA graph is captured, where
+    nothing can be measured.
+    """
+    key = device, torch.are_deterministic_algorithms_enabled(), len(switched_off.reasons), problem
+    choice: Choice | None = _choices.get(key)
+    if choice is None:
+        choice = choose(*arguments)
+        if not _is_capturing(device):
+            _choices[key] = choice
+    return choice
+
+
+def fastest(problem: str, offered: Candidates, device: torch.device) -> str:
     """Name of the fastest candidate with correct results on this problem.
 
     Candidates are checked and timed on first use. The times are remembered in the user's cache folder, by device and
@@ -56,10 +74,9 @@ def fastest(problem: Hashable, candidates: Callable[[], Candidates], device: tor
     torch's flag for deterministic algorithms the first candidate with correct results is used, regardless of its time.
 
     Args:
-        problem: operator, direction, dtype and shape, which distinguish this problem from others: a text, or a tuple
-            with a text, which a call that was answered before need not write.
-        candidates: makes the implementations by name; the first is used without a trial. Names that it does not make
-            are never chosen, even if they are remembered.
+        problem: operator, direction, dtype and shape, which distinguish this problem from others.
+        offered: the implementations by name; the first is used without a trial. Others are never chosen, even if they
+            are remembered.
         device: where they run.
 
     Raises:
@@ -67,20 +84,19 @@ def fastest(problem: Hashable, candidates: Callable[[], Candidates], device: tor
         torch.OutOfMemoryError: the same, but one of them might succeed with more memory.
     """
     key = device_name(device)
-    # An implementation that was switched off since must not be chosen.
-    memo = (key, problem, len(switched_off.everything()))
-    if memo not in _chosen:
-        offered, text = candidates(), str(problem)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _best(_table(key).get(text, {}), offered) or next(iter(offered))
-        _measure(key, text, offered, device)
-        _chosen[memo] = _best(_table(key)[text], offered) or _refuse(text, _failures.pop((key, text)))
-    return _chosen[memo]
+    if _is_capturing(device):
+        return _best(_table(key).get(problem, {}), offered) or next(iter(offered))
+    _measure(key, problem, offered, device)
+    return _best(_table(key)[problem], offered) or _refuse(problem, _failures.pop((key, problem)))
 
 
-def explain(asked: Hashable, device: torch.device) -> str:
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def explain(problem: str, device: torch.device) -> str:
     """The times, in milliseconds, behind a choice of `fastest`; for a failed or wrong candidate, the reason."""
-    key, problem = device_name(device), str(asked)
+    key = device_name(device)
     lines = [f"{name} {time:.3f} ms" for name, time in _table(key).get(problem, {}).items()]
     lines += [f"{name}: {reason}" for name, reason in _failures.get((key, problem), {}).items()]
     return f"{problem} on {key}: " + (", ".join(lines) or "not measured yet")
@@ -90,7 +106,7 @@ def forget() -> None:
     """Read the tables from disk again and forget failures, for tests."""
     _table.cache_clear()
     _failures.clear()
-    _chosen.clear()
+    _choices.clear()
 
 
 def difference(found: Sequence[Any], plain: Sequence[Any], exact: Sequence[Any], relative: float = 0.0) -> float:

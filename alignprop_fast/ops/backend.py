@@ -32,10 +32,10 @@ def backend(x: torch.Tensor, op: str) -> str:
     """
     if not (x.is_cuda and x.dtype in _DTYPES and _HAS_TRITON and x.numel() > 0) or only_plain(x):
         return "reference"
-    if not is_traced(x) and x.device not in _probed:
+    if x.device not in _probed and not is_traced(x):
         _probe(x.device)
-    off = switched_off.reason("triton") or switched_off.reason(f"{op}.triton")
-    return "triton" if off is None else "reference"
+    off = switched_off.reasons
+    return "reference" if "triton" in off or f"{op}.triton" in off else "triton"
 
 
 def is_traced(x: object) -> bool:
@@ -69,7 +69,7 @@ def attempt(
 
     name: the name that is switched off after a failure.
     """
-    if switched_off.reason(name) is not None:
+    if name in switched_off.reasons:
         return plain(*arguments)
     try:
         return first(*arguments)

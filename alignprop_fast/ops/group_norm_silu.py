@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import extension, switched_off
-from alignprop_fast.ops.backend import Function, only_plain
+from alignprop_fast.ops.autotune import remembered
+from alignprop_fast.ops.backend import Function, is_traced, only_plain
 
 # Elements of one thread block or one task of a CPU thread, and the largest number of pieces of an image.
 CHUNK_ELEMENTS = {"cuda": 8192, "cpu": 65536}
@@ -106,7 +107,7 @@ class _CompiledGroupNormSiLU(Function):
         x, t_BC, gamma, beta, mean, rstd = ctx.saved_tensors
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         moments = mean.new_empty((*mean.shape, 2))
-        torch.ops.alignprop_fast.group_norm_silu_backward(
+        torch.ops.alignprop_fast.group_norm_silu_backward.default(
             *(_channels_last(g), x, _per_image(t_BC, x), gamma, beta, mean, rstd, ctx.silu),
             *(dx, _partial(x, ctx.groups), moments),
         )
@@ -125,9 +126,9 @@ def _compiled_forward(
     """x in channels_last, y, mean and rstd."""
     x = _channels_last(x)
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
+    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    torch.ops.alignprop_fast.group_norm_silu_forward(
+    torch.ops.alignprop_fast.group_norm_silu_forward.default(
         x, _per_image(t_BC, x), gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
     )
     return x, y, mean, rstd
@@ -184,9 +185,9 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
     """Workspace for two numbers per image, group and chunk of rows; its shape tells the kernels how to cut the rows."""
-    rows = x.shape[2] * x.shape[3]
-    wanted = rows * x.shape[1] // CHUNK_ELEMENTS["cuda" if x.is_cuda else "cpu"]
-    return x.new_empty((x.shape[0], groups, max(1, min(wanted, rows, MAX_CHUNKS)), 2), dtype=torch.float32)
+    b, c, h, w = x.shape
+    wanted = h * w * c // CHUNK_ELEMENTS["cuda" if x.is_cuda else "cpu"]
+    return x.new_empty(b, groups, max(1, min(wanted, h * w, MAX_CHUNKS)), 2, dtype=torch.float32)
 
 
 @torch.compiler.assume_constant_result
@@ -223,9 +224,21 @@ def _why_aten(x: torch.Tensor, *small: torch.Tensor | None) -> str | None:
     return switched_off.reason("group_norm_silu.csrc") or _extension_missing(device)
 
 
-def backend(x: torch.Tensor) -> str:
-    """The implementation for x: "csrc", or "aten: " and the reason. May build the kernels for a CUDA tensor."""
-    reason = _why_aten(x)
+def backend(x: torch.Tensor, *small: torch.Tensor | None) -> str:
+    """The implementation for x with `small` as in `_why_aten`: "csrc", or "aten: " and the reason.
+
+    It looks once at each shape. It may build the kernels for a CUDA tensor.
+    """
+    if is_traced(x):
+        return _implementation(x, *small)
+    key = ["group_norm_silu", x.dtype, x.shape, x.stride()]
+    for t in small:
+        key.append(None if t is None else t.dtype)
+    return remembered(tuple(key), _implementation, x.device, x, *small)
+
+
+def _implementation(x: torch.Tensor, *small: torch.Tensor | None) -> str:
+    reason = _why_aten(x, *small)
     return "csrc" if reason is None else f"aten: {reason}"
 
 
@@ -256,6 +269,6 @@ def group_norm_silu(
         return group_norm_silu_reference(x, groups, gamma, beta, eps, silu, addend_BC)
     t_BC = None if addend_BC is None else addend_BC.to(x.dtype).contiguous()
     arguments = (x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)
-    if _why_aten(x, gamma, beta, t_BC):
+    if backend(x, gamma, beta, t_BC) != "csrc":
         return _GroupNormSiLU.apply(*arguments)
     return _CompiledGroupNormSiLU.apply(*arguments) if torch.is_grad_enabled() else _compiled_forward(*arguments)[1]

@@ -18,12 +18,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from alignprop_fast.kernels.lora_blocks import partial_sums
+from alignprop_fast.ops import lora_linear_trials as trials
 from alignprop_fast.ops import lora_linear_triton as fused
 from alignprop_fast.ops.backend import Function, attempt
-from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients, plain_outputs
-from alignprop_fast.ops.lora_linear_trials import chosen, problem, serves
+from alignprop_fast.ops.lora_linear_plain import Layer, plain_gradients
 from alignprop_fast.ops.reuse import Kind, reuse_or_compute
-from alignprop_fast.ops.rounded_linear import RoundedLayer, is_rounding, rounded_outputs, run_rounded
+from alignprop_fast.ops.rounded_linear import RoundedLayer, exact_layers, is_rounding, rounded_outputs, run_rounded
 
 Tensor = torch.Tensor
 
@@ -34,18 +34,19 @@ class _LoraLinear(Function):
         ctx: Any,
         x: Tensor,
         layers: Sequence[Layer],
+        scales: Sequence[float],
         keep: Kind | None,
         known: tuple[Tensor, ...] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """tensors: those of the layers once more, because autograd sees only arguments."""
+        """tensors: those of the layers once more, because autograd sees only arguments. scales: of the layers."""
         # Without an adapter that learns, the gradient needs only the weights. They are not saved by autograd, because a
         # checkpointed block repeats all that comes before the last tensor that is.
-        if True in ctx.needs_input_grad[4:]:
+        if True in ctx.needs_input_grad[5:]:
             ctx.save_for_backward(x, *tensors)
         else:
             ctx.frozen = (None, *tensors)
-        ctx.scales = [layer.scale for layer in layers]
+        ctx.scales = scales
         return reuse_or_compute(keep, _outputs, x, layers, known)
 
     @staticmethod
@@ -53,22 +54,22 @@ class _LoraLinear(Function):
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors or ctx.frozen
         layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
-        learn = [(wants[6 + 4 * p], wants[7 + 4 * p]) for p in range(len(layers))]
+        learn = [(wants[7 + 4 * p], wants[8 + 4 * p]) for p in range(len(layers))]
         served = x is not None and all(map(all, learn))
-        if not served or chosen("backward", x, layers) == "plain":
+        if not served or trials.backward(x, layers) == "plain":
             dx, d_downs, d_ups = plain_gradients(gs, x, layers, wants[0], learn)
             if served and x.is_meta:
                 _count_partial_sums(x, layers)
         else:
             dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
         rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
-        return dx, None, None, None, *rest
+        return dx, None, None, None, None, *rest
 
 
 def _count_partial_sums(x: Tensor, layers: Sequence[Layer]) -> None:
     """Allocate for a moment what the kernels' partial sums take: plans without a GPU count memory on meta tensors."""
-    if serves(layers) and x.dtype != torch.float64:
-        shapes = problem("backward", x, layers)
+    if trials.serves(layers) and x.dtype != torch.float64:
+        shapes = trials.problem("backward", x, layers)
         _, chunks, sizes = partial_sums(shapes.tokens, shapes.n_in, shapes.outs, shapes.ranks, shapes.dtype)
         torch.empty(chunks, sum(sizes), dtype=torch.float32, device=x.device)
 
@@ -76,10 +77,7 @@ def _count_partial_sums(x: Tensor, layers: Sequence[Layer]) -> None:
 def _outputs(x: Tensor, layers: Sequence[Layer], known: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     if known is not None:  # as new tensors, because other calls return the same ones
         return tuple(y.detach() for y in known)
-    name = chosen("forward", x, layers)
-    if name == "plain":
-        return plain_outputs(x, layers)
-    return attempt(fused.NAME, fused.FORWARDS[name], plain_outputs, x, layers)
+    return trials.forward(x, layers)(x, layers)
 
 
 def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
@@ -104,16 +102,19 @@ def lora_linears(
     Returns:
         y [..., O] of each layer in x's dtype.
     """
-    if is_rounding() and run_rounded(layers, x):
-        return rounded_outputs(x, layers)
-    exact: list[Layer] = []
-    tensors: list[Tensor | None] = []
-    for layer in layers:
-        exact.append(layer.exact if isinstance(layer, RoundedLayer) else layer)
-        tensors += exact[-1][:4]
+    exact: Sequence[Any] = layers
+    if is_rounding():
+        if run_rounded(layers, x):
+            return rounded_outputs(x, layers)
+        exact = exact_layers(layers)
     if not torch.is_grad_enabled():
         return _outputs(x, exact, known)
-    return _LoraLinear.apply(x, exact, keep, known, *tensors)
+    tensors: list[Any] = []
+    scales: list[float] = []
+    for layer in exact:
+        tensors += layer[:4]
+        scales.append(layer[4])
+    return _LoraLinear.apply(x, exact, scales, keep, known, *tensors)
 
 
 def lora_linear(

@@ -1,25 +1,53 @@
 """Chooses between the package's LoRA kernels and PyTorch's products."""
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from alignprop_fast.kernels.lora_blocks import MAX_PROJECTIONS, MAX_RANK
-from alignprop_fast.ops.autotune import Candidate, difference, fastest
-from alignprop_fast.ops.backend import backend, is_traced
+from alignprop_fast.ops.autotune import Candidate, difference, fastest, remembered
+from alignprop_fast.ops.backend import attempt, backend, is_traced
 from alignprop_fast.ops.lora_linear_plain import plain_gradients, plain_outputs
-from alignprop_fast.ops.lora_linear_triton import FORWARDS, run_backward
+from alignprop_fast.ops.lora_linear_triton import FORWARDS, NAME, Forward, run_backward
 
 Tensor = torch.Tensor
 
 
-def chosen(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
-    """ "plain", "triton" or (forward) "split" for these layers of x [..., I]; on a GPU measured once per shape."""
-    if is_traced(x) or backend(x, "lora_linear") != "triton" or not serves(layers):
+def forward(x: Tensor, layers: Sequence[Any]) -> Forward:
+    """What computes y of these layers of x [..., I], from both; on a GPU the fastest, measured once per shape."""
+    return plain_outputs if is_traced(x) else remembered(_key("forward", x, layers), _forward, x.device, x, layers)
+
+
+def _forward(x: Tensor, layers: Sequence[Any]) -> Forward:
+    name = _fastest("forward", x, layers)
+    if name == "plain":
+        return plain_outputs
+    run = FORWARDS[name](x, layers)
+    return partial(attempt, NAME, run, plain_outputs)  # type: ignore[arg-type]  # mypy: attempt's arguments come later
+
+
+def backward(x: Tensor, layers: Sequence[Any]) -> str:
+    """ "plain" or "triton", whichever computes gradients of these layers of x [..., I]; chosen as `forward` is."""
+    if is_traced(x):
         return "plain"
-    return fastest(problem(direction, x, layers), lambda: _candidates(direction, x, layers), x.device)
+    return remembered(_key("backward", x, layers), _fastest, x.device, "backward", x, layers)
+
+
+def _key(direction: str, x: Tensor, layers: Sequence[Any]) -> Hashable:
+    key = ["lora_linear", direction, x.dtype, x.shape, x.stride()]
+    for weight, bias, down, up, scale in layers:
+        key += (weight.shape, bias is None, scale)
+        if down is not None:
+            key += (down.shape, down.dtype, up.dtype)
+    return tuple(key)
+
+
+def _fastest(direction: str, x: Tensor, layers: Sequence[Any]) -> str:
+    if backend(x, "lora_linear") != "triton" or not serves(layers):
+        return "plain"
+    return fastest(str(problem(direction, x, layers)), _candidates(direction, x, layers), x.device)
 
 
 def serves(layers: Sequence[Any]) -> bool:
@@ -34,7 +62,7 @@ def serves(layers: Sequence[Any]) -> bool:
 
 
 class Problem(NamedTuple):
-    """What the fastest products depend on, as a key of `ops.autotune`."""
+    """What the fastest products depend on; its text is the key under which `ops.autotune` remembers their times."""
 
     direction: str
     dtype: torch.dtype
@@ -51,7 +79,6 @@ class Problem(NamedTuple):
 
 
 def problem(direction: str, x: Tensor, layers: Sequence[Any]) -> Problem:
-    """The key under which `ops.autotune` remembers these shapes."""
     outs, ranks = tuple([layer.weight.shape[0] for layer in layers]), tuple([layer.down.shape[0] for layer in layers])
     n_in = x.shape[-1]
     return Problem(direction, x.dtype, layers[0].down.dtype, x.numel() // n_in, n_in, outs, ranks)
@@ -127,10 +154,14 @@ class _KernelTrial:
     def __init__(self, name: str, direction: str, inputs: _Inputs):
         self.name, self.direction, self.inputs = name, direction, inputs
 
+    @cached_property
+    def _forward(self) -> Forward:
+        return FORWARDS[self.name](self.inputs.x, self.inputs.layers)
+
     def run(self) -> Sequence[Tensor | None]:
         inputs = self.inputs
         if self.direction == "forward":
-            return FORWARDS[self.name](inputs.x, inputs.layers)
+            return self._forward(inputs.x, inputs.layers)
         dx, d_downs, d_ups = run_backward(inputs.gs, inputs.x, inputs.layers, True)
         return [dx, *d_downs, *d_ups]
 

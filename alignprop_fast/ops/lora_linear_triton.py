@@ -1,6 +1,6 @@
 """The package's LoRA kernels on tensors of any number of dimensions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -10,6 +10,7 @@ from alignprop_fast.ops.lora_linear_plain import Gradients, Layer
 
 Tensor = torch.Tensor
 NAME = "lora_linear.triton"
+Forward = Callable[[Tensor, Sequence[Layer]], tuple[Tensor, ...]]
 
 
 @cache
@@ -27,17 +28,17 @@ def _backward_kernels() -> ModuleType:
     return lora_linear_backward
 
 
-def run_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """y [..., O] of each layer by the kernels."""
-    return _kernels().lora_linear_forward(x, *zip(*layers, strict=True))[0]
+def prepared_forward(x: Tensor, layers: Sequence[Layer]) -> Forward:
+    """What computes y [..., O] of each layer by the kernels; see `Forward` in `kernels.lora_linear`."""
+    return _kernels().Forward(x, layers)
 
 
-def run_split_forward(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """As `run_forward`, but the large product is PyTorch's, and a kernel adds the adapter to it in place."""
-    return _kernels().lora_linear_forward_split(x, *zip(*layers, strict=True))[0]
+def split_forward(x: Tensor, layers: Sequence[Layer]) -> Forward:
+    """As `prepared_forward`, but the large product is PyTorch's, and a kernel adds the adapter to it in place."""
+    return _kernels().split_forward
 
 
-FORWARDS = {"triton": run_forward, "split": run_split_forward}
+FORWARDS = {"triton": prepared_forward, "split": split_forward}
 
 
 def run_backward(gs: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], wants_gx: bool) -> Gradients:

@@ -77,6 +77,11 @@ def run_rounded(layers: Sequence[Layer | RoundedLayer], x: Tensor) -> TypeGuard[
     return len(rounded) == len(layers) and _rounding.pays is not None and _rounding.pays(x, rounded)
 
 
+def exact_layers(layers: Sequence[Layer | RoundedLayer]) -> list[Layer]:
+    """The layers without their 8-bit weights."""
+    return [layer.exact if isinstance(layer, RoundedLayer) else layer for layer in layers]
+
+
 def plain_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`round_rows` by plain PyTorch."""
     scale = (x.float().abs().amax(dim=1, keepdim=True) / LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)

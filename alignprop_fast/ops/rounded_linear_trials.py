@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from alignprop_fast.ops.autotune import Candidate, fastest
+from alignprop_fast.ops.autotune import Candidate, fastest, remembered
 from alignprop_fast.ops.backend import is_traced
-from alignprop_fast.ops.lora_linear_plain import Layer, plain_outputs
-from alignprop_fast.ops.lora_linear_trials import chosen
-from alignprop_fast.ops.lora_linear_triton import run_forward
+from alignprop_fast.ops.lora_linear_plain import Layer
+from alignprop_fast.ops.lora_linear_trials import forward
 from alignprop_fast.ops.rounded_linear import RoundedLayer, rounded_outputs
 
 Tensor = torch.Tensor
@@ -22,7 +21,15 @@ def pays(x: Tensor, layers: Sequence[RoundedLayer]) -> bool:
     """Whether these layers of x [..., I] shall run in 8 bits: on a GPU, if that measured faster; elsewhere always."""
     if x.device.type != "cuda" or is_traced(x):
         return True
-    return fastest(_problem(x, layers), lambda: _candidates(x, layers), x.device) == "rounded"
+    sizes = [
+        (weight.values.dtype, weight.values.shape, None if exact.down is None else exact.down.shape)
+        for weight, exact in layers
+    ]
+    return remembered(("rounded_linear", x.dtype, x.shape, *sizes), _fastest, x.device, x, layers) == "rounded"
+
+
+def _fastest(x: Tensor, layers: Sequence[RoundedLayer]) -> str:
+    return fastest(_problem(x, layers), _candidates(x, layers), x.device)
 
 
 def pays_by(roofline: Roofline, x: Tensor, layers: Sequence[RoundedLayer]) -> bool:
@@ -43,7 +50,7 @@ def pays_by(roofline: Roofline, x: Tensor, layers: Sequence[RoundedLayer]) -> bo
 
 
 def _problem(x: Tensor, layers: Sequence[RoundedLayer]) -> str:
-    """The key under which `ops.autotune` remembers these shapes."""
+    """The key under which `ops.autotune` remembers the times."""
     dtypes = f"{layers[0].weight.values.dtype} {x.dtype}".replace("torch.", "")
     outs = "+".join(str(layer.weight.values.shape[0]) for layer in layers)
     ranks = "+".join("0" if layer.exact.down is None else str(layer.exact.down.shape[0]) for layer in layers)
@@ -66,9 +73,7 @@ class _ExactTrial:
         self.x, self.layers = x, layers
 
     def run(self) -> Sequence[Tensor]:
-        if chosen("forward", self.x, self.layers) == "plain":
-            return plain_outputs(self.x, self.layers)
-        return run_forward(self.x, self.layers)
+        return forward(self.x, self.layers)(self.x, self.layers)
 
     def fault(self) -> str | None:
         return None

@@ -9,26 +9,26 @@ import logging
 
 log = logging.getLogger(__name__)
 
-_reasons: dict[str, str] = {}
+reasons: dict[str, str] = {}  # for each name that is off
 
 
 def switch_off(name: str, reason: str) -> None:
     """Use the plain path from now on, and log one line, once."""
-    if name not in _reasons:
-        _reasons[name] = " ".join(reason.split())[:200]
-        log.warning("%s is switched off: %s", name, _reasons[name])
+    if name not in reasons:
+        reasons[name] = " ".join(reason.split())[:200]
+        log.warning("%s is switched off: %s", name, reasons[name])
 
 
 def reason(name: str) -> str | None:
     """Why this implementation is off, or None if it may be used."""
-    return _reasons.get(name)
+    return reasons.get(name)
 
 
 def everything() -> dict[str, str]:
     """The reason for each name that is off."""
-    return dict(_reasons)
+    return dict(reasons)
 
 
 def forget() -> None:
     """Switch everything on again, for tests."""
-    _reasons.clear()
+    reasons.clear()

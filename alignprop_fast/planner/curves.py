@@ -13,7 +13,7 @@ import numpy as np
 
 from alignprop_fast.planner.block_option import Options
 from alignprop_fast.planner.cuda_graphs import GraphUse
-from alignprop_fast.planner.frontier import Frontier, chain, in_front, together
+from alignprop_fast.planner.frontier import Frontier, chain, in_front, least_need, together
 from alignprop_fast.planner.plan import Plan
 from alignprop_fast.planner.repeat import Repeated, hull
 from alignprop_fast.planner.table import CostTable
@@ -252,8 +252,8 @@ class Curves:
 
     def leanest_bytes(self, grad_steps: int) -> int:
         """No candidate needs less room than this."""
-        replay = chain(self.table.step if grad_steps else (), Frontier.start(), 2, self.above)
-        return int(max(replay.need[0], self.tail.need[0]))
+        replay = least_need(self.table.step, self.above) if grad_steps else 0
+        return max(replay, int(self.tail.need[0]))
 
     def fits(self, grad_steps: int, room: int) -> bool:
         """Whether there is a candidate within the room."""

@@ -74,7 +74,7 @@ def best(need: np.ndarray, cost: np.ndarray, most: int) -> tuple[np.ndarray, boo
     If there are more than `most`, labels at even distances along the frontier are kept. The choice does not depend on a
     budget, so a larger budget never gives a slower plan. The leanest and the cheapest label are always kept.
     """
-    order = np.argsort(need)
+    order = np.argsort(need, kind="stable")  # which finds that the labels are a few ascending runs
     least = np.minimum.accumulate(cost[order])
     rows = order[np.concatenate(([True], least[1:] < least[:-1]))]
     rows = rows[np.concatenate((need[rows][1:] > need[rows][:-1], [True]))]  # among equal needs the cheapest is last
@@ -111,6 +111,14 @@ def chain(segments: Sequence[Segment], rest: Frontier, most: int, above: int = 0
     for segment in reversed(segments):
         rest = in_front(segment, rest, most, above)
     return rest
+
+
+def least_need(segments: Sequence[Segment], above: int = 0) -> int:
+    """The least need on the frontier of segments alone, without the frontier."""
+    least = 0
+    for segment in reversed(segments):
+        least = min(option.kept_bytes + max(option.transient_bytes + above, least) for option in segment.options)
+    return least
 
 
 def together(first: Frontier, second: Frontier, need: np.ndarray, most: int) -> Frontier:

@@ -4,7 +4,7 @@
 
 Tensors are tiny and on the CPU, and a launch of a kernel does nothing, so both sides spend their time in Python and the
 dispatcher. The two take turns in one process; the ratio is the median of those of the turns, because the speed of a
-busy machine changes from turn to turn. Triton's own launch is not in it.
+busy machine changes from turn to turn. The choice between implementations is in it, Triton's own launch is not.
 "forward" records autograd's graph, "both" includes the backward pass, "sampled" has gradients off.
 """
 
@@ -14,12 +14,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+from alignprop_fast.kernels import launch
+from alignprop_fast.ops import attention_backends, backend, lora_linear_trials
 from alignprop_fast.ops.activation import geglu, geglu_reference
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
@@ -28,7 +32,6 @@ from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.lora_linear import lora_linear
 from benchmarks.provenance import commit
 from benchmarks.rows import write_rows
-from benchmarks.step.calls import Calls, as_on_a_gpu
 
 Run = Callable[[], torch.Tensor]
 
@@ -59,10 +62,19 @@ def pairs() -> Iterator[tuple[str, Run, Run, list[torch.Tensor]]]:
     )
 
 
-class NoLaunch(Calls):
-    """Does not even count."""
-
-    def launch(self, *arguments: Any) -> None: ...
+@contextmanager
+def as_on_a_known_gpu() -> Iterator[None]:
+    """Inside, ops take CPU tensors for those of a GPU on which everything was measured, and start no kernel."""
+    cpu = attention_backends.CPU
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(backend, "_probed", {torch.device("cpu")}),
+        mock.patch.object(launch, "launch", lambda *arguments: None),
+        mock.patch.object(lora_linear_trials, "_fastest", lambda *arguments: "triton"),
+        mock.patch.object(attention_backends, "_fastest", lambda *arguments: cpu.name),
+        mock.patch.dict(attention_backends._BACKENDS, {cpu.name: cpu}),
+    ):
+        yield
 
 
 def both(run: Run, learning: list[torch.Tensor]) -> Callable[[], Any]:
@@ -103,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # all work in one thread, whose own time is measured
     rows = []
-    with as_on_a_gpu(NoLaunch(), "triton"):
+    with as_on_a_known_gpu():
         for row in measure(args.repeats):
             print(f"{row['op']:>16} {row['way']:>8}: {row['ours_us']} us, aten {row['aten_us']}, ratio {row['ratio']}")
             rows.append(row)

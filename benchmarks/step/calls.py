@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignprop_fast.kernels import launch
 from alignprop_fast.models.architectures import NAMES, architecture
 from alignprop_fast.models.lean.surgery import products_of, take_ops_out
-from alignprop_fast.ops import backend, group_norm_silu, lora_linear
+from alignprop_fast.ops import autotune, backend, group_norm_silu, lora_linear_trials
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.planner import BlockOption
 from alignprop_fast.runtime import LiveBytes, apply_options, blocks_of, step_gradients
@@ -87,14 +87,15 @@ def as_on_a_gpu(calls: Calls, products: str) -> Iterator[None]:
         for owner, name, stand_in in (
             (launch, "launch", calls.launch),
             (backend, "backend", lambda x, op: "triton"),
-            (lora_linear, "chosen", partial(_chosen, products)),
+            (lora_linear_trials, "_fastest", partial(_fastest, products)),
             (group_norm_silu, "_why_aten", lambda *tensors: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
+        stack.enter_context(mock.patch.dict(autotune._choices, clear=True))
         yield
 
 
-def _chosen(products: str, direction: str, x: torch.Tensor, layers: Any) -> str:
+def _fastest(products: str, direction: str, x: torch.Tensor, layers: Any) -> str:
     return products if all(layer.down is not None for layer in layers) else "plain"
 
 

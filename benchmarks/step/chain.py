@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from alignprop_fast import DifferentiableSampler
-from alignprop_fast.making.random_weights import make_sd_folder, make_sdxl_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models.published import UNETS, VAE
 from alignprop_fast.planner import BudgetInfeasible, parse_bytes
 from alignprop_fast.runtime import PeakMeter
@@ -37,11 +37,11 @@ def make_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         if model == "small":
-            make_sd_folder(folder, unet_widths=(64, 128, 256), latent_size=32, vae_widths=(32, 64, 128, 128))
+            make_folder("sd", folder, unet_widths=(64, 128, 256), latent_size=32, vae_widths=(32, 64, 128, 128))
         elif model == "sdxl":
-            make_sdxl_folder(folder, text_width=1024)
+            make_folder("sdxl", folder, text_width=1024)
         else:
-            make_sd_folder(folder, text_width=768)
+            make_folder("sd", folder, text_width=768)
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)  # called `dtype` since diffusers 0.36
     if model in UNETS:
         conditioning = {k: pipe.unet.config[k] for k in ("addition_embed_type", "addition_time_embed_dim")}

@@ -46,14 +46,14 @@ def write_model(name: str, folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from alignprop_fast.making.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_folder
     from alignprop_fast.models.published import UNETS, VAE
 
     if name == "small":
-        make_sd_folder(folder)
+        make_folder("sd", folder)
         return
     # Do not save the tokenizer again, because trl's environment cannot read what a newer library saves.
-    make_sd_folder(folder, text_width=UNETS[name]["cross_attention_dim"])
+    make_folder("sd", folder, text_width=UNETS[name]["cross_attention_dim"])
     UNet2DConditionModel(**UNETS[name]).to(torch.bfloat16).save_pretrained(folder / "unet")
     AutoencoderKL(**VAE, scaling_factor=0.18215).to(torch.bfloat16).save_pretrained(folder / "vae")
 

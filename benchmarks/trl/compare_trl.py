@@ -52,9 +52,10 @@ def parse() -> argparse.Namespace:
 
 
 def build_model(folder: Path) -> Path:
-    from alignprop_fast.making.random_weights import make_sd_folder
+    from alignprop_fast.making.random_weights import make_folder
 
-    return make_sd_folder(
+    return make_folder(
+        "sd",
         folder,
         unet_widths=(64, 128, 256),
         latent_size=32,

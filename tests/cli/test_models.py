@@ -7,7 +7,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignprop_fast.making.random_weights import make_z_image_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
@@ -78,7 +78,7 @@ def test_bad_input_for_z_image(command, tiny_z_image_folder, tmp_path, arguments
 
 
 def test_what_is_said_once_of_a_distilled_model(command, tmp_path):
-    folder = make_z_image_folder(tmp_path / "turbo", turbo=True)
+    folder = make_folder("z_image", tmp_path / "turbo", turbo=True)
     texts = ("--prompt", "red cat", "--prompt", "cat " * 600)
     code, out, err = command(
         *("sample", "--model", folder, *FEW[:2], *texts, *SIZE, "--device", "cpu", "--guidance-scale", "2"),

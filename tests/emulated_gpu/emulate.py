@@ -6,9 +6,7 @@ out of memory, how often the host waits, and what the streams have been told to 
 real kernels (Triton's run in its interpreter).
 """
 
-import contextlib
 import ctypes
-import functools
 import hashlib
 import itertools
 import os
@@ -23,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from emulated_attention import allow_fused_attention, fused_attention
+from emulated_streams import Event, Stream, current, on_stream
 from interpreter_bf16 import bf16_of_the_interpreter
 
 SOURCE = Path(__file__).with_name("device.cpp")
@@ -52,8 +52,7 @@ class Emulated:
 
     def __init__(self, library: ctypes.PyDLL):
         self.library = library
-        # Changes the results of a fused attention, by its name ("cudnn_backward"): (results, arguments) -> results.
-        self.faults = {}
+        self.faults = {}  # of `fused_attention`
         library.emulated_capture_begin.restype = ctypes.c_void_p
         library.emulated_is_capturing.restype = ctypes.c_bool
         for name in ("allocated", "peak", "reserved", "peak_reserved", "waits", "limit"):
@@ -108,197 +107,6 @@ class Emulated:
     def unregister(self, address: int) -> int:
         del self.registered[address]
         return 0
-
-
-def _scores(q, k, scale, bias):
-    scores = (q.float() @ k.float().transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is None:
-        return scores
-    assert bias.shape == scores.shape and all(stride % 8 == 0 for stride in bias.stride()[:3]), "as the kernels demand"
-    return scores + bias.float()
-
-
-def _attention(q, k, v, scale, bias=None):
-    """(o, probabilities, logsumexp) of the formula, by plain operators."""
-    scores = _scores(q, k, scale, bias)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()
-    return (weights @ v.float()).to(q.dtype), weights, lse
-
-
-def _attention_gradients(g, q, k, v, o, lse, scale, bias=None):
-    weights = (_scores(q, k, scale, bias) - lse[..., None]).exp()
-    dv = weights.transpose(-2, -1) @ g.float()
-    d_weights = g.float() @ v.float().transpose(-2, -1)
-    d_scores = weights * (d_weights - (g.float() * o.float()).sum(-1, keepdim=True)) * scale
-    return tuple(t.to(q.dtype) for t in (d_scores @ k.float(), d_scores.transpose(-2, -1) @ q.float(), dv))
-
-
-def _fused_attention():
-    """Register a GPU's fused attention with its names, shapes and argument lists. Returns the object that keeps it."""
-    import torch
-
-    library = torch.library.Library("aten", "IMPL", "CUDA")
-
-    def flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-        o, _, lse = _attention(q, k, v, scale)
-        none, state = q.new_empty(0), q.new_zeros(2, dtype=torch.uint64)
-        return o, lse, none, none, q.shape[2], k.shape[2], state, none, none
-
-    def flash_backward(g, q, k, v, o, lse, *rest, scale=None):
-        assert lse.shape == q.shape[:-1]
-        return _attention_gradients(g, q, k, v, o, lse, scale)
-
-    def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
-        o, _, lse = _attention(q, k, v, scale, bias)
-        padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-        state = q.new_zeros((), dtype=torch.int64)
-        return o, padded, state, state
-
-    def efficient_backward(g, q, k, v, bias, o, lse, *rest, scale=None):
-        assert lse.shape[-1] % 32 == 0
-        return *_attention_gradients(g, q, k, v, o, lse[..., : q.shape[2]], scale, bias), q.new_empty(0)
-
-    def cudnn(
-        q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None
-    ):
-        o, _, lse = _attention(q, k, v, scale)
-        none, state = q.new_empty(0), q.new_zeros((), dtype=torch.int64)
-        return o, lse[..., None], none, none, q.shape[2], k.shape[2], state, state, none
-
-    def cudnn_backward(g, q, k, v, o, lse, *rest, scale=None):
-        assert lse.shape == (*q.shape[:-1], 1)
-        return _attention_gradients(g, q, k, v, o, lse[..., 0], scale)
-
-    def register(name, end, function):
-        @functools.wraps(function)
-        def run(*arguments, **options):
-            results = function(*arguments, **options)
-            fault = started().faults.get(name + end)
-            return results if fault is None else fault(results, arguments)
-
-        library.impl(f"_scaled_dot_product_{name}_attention{end}", run)
-
-    for function in (flash, efficient, cudnn):
-        register(function.__name__, "", function)
-    for name, function in (("flash", flash_backward), ("efficient", efficient_backward), ("cudnn", cudnn_backward)):
-        register(name, "_backward", function)
-    return library
-
-
-class Current:
-    """The current device. All tensors are on device 0, so allocating or measuring on another one is an error."""
-
-    def __init__(self):
-        self.index = 0
-
-    def exchange(self, index: int) -> int:
-        before, self.index = self.index, index if index >= 0 else self.index
-        return before
-
-    def set(self, device) -> None:
-        import torch
-
-        self.index = torch.device("cuda", device).index if isinstance(device, int) else torch.device(device).index or 0
-
-    def check(self, device=None) -> None:
-        import torch
-
-        index = None if device is None else device if isinstance(device, int) else torch.device(device).index
-        if (self.index if index is None else index) != 0:
-            raise RuntimeError("on cuda:1, where nothing runs: the device was not named")
-
-
-current = Current()
-
-
-def _guards():
-    """Replaces PyTorch's guards, which refuse without a GPU."""
-    import torch
-
-    def halves_only(params, debug=False):
-        return params.query.dtype in (torch.float16, torch.bfloat16)
-
-    torch.backends.cuda.can_use_cudnn_attention = torch.backends.cuda.can_use_flash_attention = halves_only
-    torch.backends.cuda.can_use_efficient_attention = lambda params, debug=False: True
-
-
-class Stream:
-    """A stream. All work runs in the order of the calls, on every stream.
-
-    `seen` tells what a GPU would have finished before this stream's next task: for each stream, a number of tasks.
-    """
-
-    made = 0
-    current: "Stream"
-
-    def __init__(self, device=None, priority=0):
-        import torch
-
-        current.check(device)
-        self.device = torch.device("cuda", 0)
-        self.cuda_stream = 0
-        self.number, Stream.made = Stream.made, Stream.made + 1
-        self.seen = {self.number: 0}
-
-    def work(self) -> tuple[int, int]:
-        """Add a task to the stream; returns (stream, number of the task)."""
-        self.seen[self.number] += 1
-        return self.number, self.seen[self.number]
-
-    def comes_after(self, work: tuple[int, int]) -> bool:
-        """Whether a task given to the stream now would wait for that one."""
-        return self.seen.get(work[0], 0) >= work[1]
-
-    def wait_stream(self, stream) -> None:
-        self._wait(stream.seen)
-
-    def wait_event(self, event) -> None:
-        self._wait(event.seen)
-
-    def _wait(self, seen) -> None:
-        self.seen = {number: max(self.seen.get(number, 0), seen.get(number, 0)) for number in {**self.seen, **seen}}
-
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event=None):
-        event = event or Event()
-        event.record(self)
-        return event
-
-
-@contextlib.contextmanager
-def on_stream(stream):
-    before, Stream.current = Stream.current, stream or Stream.current
-    try:
-        yield
-    finally:
-        Stream.current = before
-
-
-class Event:
-    def __init__(self, enable_timing=False, blocking=False, interprocess=False):
-        self._seconds = 0.0
-        self.seen: dict[int, int] = {}  # an event that was never recorded waits for nothing
-
-    def record(self, stream=None) -> None:
-        import time
-
-        current.check(None if stream is None else stream.device)
-        self._seconds = time.perf_counter()
-        self.seen = dict((stream or Stream.current).seen)
-
-    def elapsed_time(self, end: "Event") -> float:
-        return (end._seconds - self._seconds) * 1000
-
-    def wait(self, stream=None) -> None:
-        (stream or Stream.current).wait_event(self)
-
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
 
 
 _pools = itertools.count(1)
@@ -363,8 +171,8 @@ def start(name: str = "NVIDIA GeForce RTX 4090", capability: tuple[int, int] = (
     import torch
 
     device.set_limit(TOTAL_BYTES)
-    device.operators = _fused_attention()
-    _guards()
+    device.operators = fused_attention(device.faults)
+    allow_fused_attention()
     bf16_of_the_interpreter()
     _checked_launches()
     replaced = {**_one_device(name, capability), **_streams(device), **_memory(device), **_random_numbers()}

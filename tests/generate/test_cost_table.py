@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from alignprop_fast.generate import cost_table
 from alignprop_fast.generate.sampler import DifferentiableSampler
-from alignprop_fast.making.random_weights import make_sd_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.planner import BudgetInfeasible, Solver, find_gpu
 from alignprop_fast.rewards import FunctionReward
 from alignprop_fast.runtime import LiveBytes
@@ -26,8 +26,8 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     """Activations several times the weights, as with the real models."""
-    folder = make_sd_folder(
-        tmp_path_factory.mktemp("models") / "sd", unet_widths=(32, 64), latent_size=16, vae_widths=(32, 32, 32)
+    folder = make_folder(
+        "sd", tmp_path_factory.mktemp("models") / "sd", unet_widths=(32, 64), latent_size=16, vae_widths=(32, 32, 32)
     )
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):

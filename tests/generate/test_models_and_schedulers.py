@@ -1,22 +1,21 @@
 """Every model with every scheduler that fits it, in fp32: images and gradients equal those of diffusers' pipeline.
 
 The reference is plain autograd through diffusers: the pipeline's `__call__` without its `no_grad`, with detached
-predictions in steps without gradient. Tolerances as in test_sampler.py: 1e-5 and 1e-4.
+predictions in steps without gradient. Tolerances as in `plain_autograd`.
 """
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch.utils._pytree import tree_map
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models.schedules import make_scheduler
 from alignprop_fast.planner import BlockOption, Plan
 
-PROMPTS = ["red cat", "dog and cat"]
-NEGATIVE = ["dog", "cat"]
+from .plain_autograd import PROMPTS, UNET_TARGETS, add_adapters, assert_equal_gradient, denoiser_of, gradients, reward
+
+NEGATIVE, LONG = ["dog", "cat"], ["dog", "cat " * 9]
 STEPS, SIZE = 4, {"height": 16, "width": 24}
-UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 JOINT_TARGETS = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 SCHEDULERS = {
     "ddim": ("ddim", {}),
@@ -26,20 +25,6 @@ SCHEDULERS = {
     "dpm++2m": ("dpm++2m", {}),
     "dpm++2m-karras": ("dpm++2m", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
 }
-
-
-def denoiser_of(pipe):
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
-def add_adapters(pipe, targets=UNET_TARGETS):
-    """LoRA with both factors random. With B = 0, as PEFT starts, A would get no gradient to compare."""
-    denoiser_of(pipe).add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in denoiser_of(pipe).named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    return pipe
 
 
 def reference(pipe, grad_steps, **arguments):
@@ -56,32 +41,15 @@ def reference(pipe, grad_steps, **arguments):
 
     model.forward = forward
     try:
-        return (
-            type(pipe)
-            .__call__.__wrapped__(
-                pipe,
-                prompt=list(PROMPTS),  # Z-Image's pipeline writes into it
-                num_inference_steps=STEPS,
-                generator=torch.Generator().manual_seed(1),
-                output_type="pt",
-                **{**SIZE, **arguments},
-            )
-            .images
-        )
+        return own_images(pipe, prompt=list(PROMPTS), **arguments)  # Z-Image's pipeline writes into the prompts
     finally:
         del model.forward
 
 
-def reward(images):
-    """A smooth scalar of the images with no symmetry that could hide a wrong index."""
-    ramp = torch.linspace(-1, 2, images[0].numel()).reshape(images[0].shape)
-    return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
-
-
-def gradients(pipe, images):
-    named = {n: p for n, p in denoiser_of(pipe).named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(reward(images), list(named.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+def own_images(pipe, **arguments):
+    """The pipeline's call, with a graph."""
+    settings = {"num_inference_steps": STEPS, "output_type": "pt", **SIZE, **arguments}
+    return type(pipe).__call__.__wrapped__(pipe, generator=torch.Generator().manual_seed(1), **settings).images
 
 
 def make_plan(grad_steps):
@@ -106,6 +74,31 @@ def check(pipe, theirs, images):
         assert (ours_grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
+def shifted(pipe, dynamic):
+    """With flow-match Euler, whose shift follows the size of the picture if it is dynamic."""
+    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": dynamic})
+    return pipe
+
+
+def compare(pipe, grad_steps, negative=None, size=SIZE, only_theirs=None, **guidance):
+    """Images and gradients of the adapters are those of the pipeline. only_theirs: arguments of the pipeline alone."""
+    texts = {} if negative is None else {"negative_prompt": list(negative)}
+    theirs = reference(pipe, grad_steps, **texts, **guidance, **size, **(only_theirs or {}))
+    sampler = DifferentiableSampler(pipe, STEPS, **guidance, **size)
+    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=make_plan(grad_steps)))
+
+
+def compare_leaves(pipe, leaves, embeddings, **guidance):
+    """Images, and gradients of the embeddings and the scale of guidance, are those of the pipeline."""
+    theirs = own_images(pipe, **embeddings, **guidance)
+    sampler, generator = DifferentiableSampler(pipe, STEPS, **guidance, **SIZE), torch.Generator().manual_seed(1)
+    images = sampler(PROMPTS, None, generator, plan=make_plan((0, 1, 2, 3)), embeddings=embeddings)
+    assert (images - theirs).abs().max() < 1e-5
+    expected = torch.autograd.grad(reward(theirs), leaves)
+    for ours, grad in zip(torch.autograd.grad(reward(images), leaves), expected, strict=True):
+        assert_equal_gradient(ours, grad)
+
+
 @pytest.mark.parametrize(
     ("model", "scale", "grad_steps", "scheduler"),
     [
@@ -118,21 +111,14 @@ def test_unets(model, scale, grad_steps, scheduler, request):
     pipe = add_adapters(request.getfixturevalue(model))
     name, options = SCHEDULERS[scheduler]
     pipe.scheduler = make_scheduler(name, {**pipe.scheduler.config, **options})
-    theirs = reference(pipe, grad_steps, negative_prompt=NEGATIVE, guidance_scale=scale, eta=1.0)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, NEGATIVE, torch.Generator().manual_seed(1), plan=plan))
+    compare(pipe, grad_steps, NEGATIVE, only_theirs={"eta": 1.0}, guidance_scale=scale)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("scale", "grad_steps"), [(5.0, (0, 2)), (1.0, (0, 1, 2, 3))])
 def test_sd3(tiny_sd3, scale, grad_steps, dynamic):
-    pipe = add_adapters(tiny_sd3, JOINT_TARGETS)
-    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": dynamic})
-    theirs = reference(pipe, grad_steps, negative_prompt=NEGATIVE, guidance_scale=scale)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, NEGATIVE, torch.Generator().manual_seed(1), plan=plan))
+    pipe = shifted(add_adapters(tiny_sd3, JOINT_TARGETS), dynamic)
+    compare(pipe, grad_steps, NEGATIVE, guidance_scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -140,38 +126,23 @@ def test_sd3(tiny_sd3, scale, grad_steps, dynamic):
 )
 def test_flux(tiny_flux, true_cfg_scale, negative, grad_steps):
     pipe = add_adapters(tiny_flux, JOINT_TARGETS)
-    guidance = {"guidance_scale": 3.5, "true_cfg_scale": true_cfg_scale}
-    theirs = reference(pipe, grad_steps, negative_prompt=negative, **guidance)
-    sampler = DifferentiableSampler(pipe, STEPS, **guidance, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+    compare(pipe, grad_steps, negative, guidance_scale=3.5, true_cfg_scale=true_cfg_scale)
 
 
-@pytest.mark.parametrize(
-    ("scale", "negative", "grad_steps"), [(5.0, ["dog", "cat " * 9], (1, 2)), (1.0, None, (0, 1, 2, 3))]
-)
+@pytest.mark.parametrize(("scale", "negative", "grad_steps"), [(5.0, LONG, (1, 2)), (1.0, None, (0, 1, 2, 3))])
 def test_chroma(tiny_chroma, scale, negative, grad_steps):
     """Texts of different lengths, whose padding the denoiser sees less than the rest."""
-    pipe = add_adapters(tiny_chroma, [*JOINT_TARGETS, "proj_mlp"])
-    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": scale == 1})
-    theirs = reference(pipe, grad_steps, negative_prompt=negative, guidance_scale=scale)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+    pipe = shifted(add_adapters(tiny_chroma, [*JOINT_TARGETS, "proj_mlp"]), dynamic=scale == 1)
+    compare(pipe, grad_steps, negative, guidance_scale=scale)
 
 
 @pytest.mark.parametrize(
     ("scale", "negative", "grad_steps"),
-    [(4.0, ("dog", "cat " * 40), (0, 2)), (4.0, None, (0, 1, 2, 3)), (0.0, None, (1, 2))],
+    [(4.0, ["dog", "cat " * 40], (0, 2)), (4.0, None, (0, 1, 2, 3)), (0.0, None, (1, 2))],
 )
 def test_z_image(tiny_z_image, scale, negative, grad_steps):
     """With captions of different lengths, each padded to a multiple of 32 tokens by the network."""
-    pipe = add_adapters(tiny_z_image)
-    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": scale == 0})
-    theirs = reference(pipe, grad_steps, negative_prompt=negative and list(negative), guidance_scale=scale)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative and list(negative), torch.Generator().manual_seed(1), plan=plan))
+    compare(shifted(add_adapters(tiny_z_image), dynamic=scale == 0), grad_steps, negative, guidance_scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -214,119 +185,59 @@ def test_what_else_learns_with_z_image(tiny_z_image):
     leaves = [torch.tensor(3.0), *(text.detach() for text in (*captions, *negative))]
     scale, *texts = (leaf.requires_grad_() for leaf in leaves)
     embeddings = {"prompt_embeds": texts[:2], "negative_prompt_embeds": texts[2:]}
-    theirs = type(tiny_z_image).__call__.__wrapped__(
-        tiny_z_image,
-        **embeddings,
-        guidance_scale=scale,
-        num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(1),
-        output_type="pt",
-        **SIZE,
-    )
-    sampler = DifferentiableSampler(tiny_z_image, STEPS, scale, **SIZE)
-    plan = make_plan((0, 1, 2, 3))
-    images = sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan, embeddings=embeddings)
-    assert (images - theirs.images).abs().max() < 1e-5
-    expected = torch.autograd.grad(reward(theirs.images), leaves)
-    for ours, grad in zip(torch.autograd.grad(reward(images), leaves), expected, strict=True):
-        assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
+    compare_leaves(tiny_z_image, leaves, embeddings, guidance_scale=scale)
 
 
 @pytest.mark.parametrize(
-    ("scale", "negative", "grad_steps"),
-    [(4.0, ["dog", "cat " * 9], (1, 2)), (4.0, None, (0, 1, 2, 3)), (1.0, NEGATIVE, (0, 3))],
+    ("scale", "negative", "grad_steps"), [(4.0, LONG, (1, 2)), (4.0, None, (0, 1, 2, 3)), (1.0, NEGATIVE, (0, 3))]
 )
 def test_qwen_image(tiny_qwen_image, scale, negative, grad_steps):
     """Without a negative prompt it is not guided. Texts differ in length, and are longer in the unguided branch."""
     pipe = add_adapters(tiny_qwen_image, [*JOINT_TARGETS, "txt_mlp.net.2"])
-    theirs = reference(pipe, grad_steps, negative_prompt=negative, true_cfg_scale=scale)
-    sampler = DifferentiableSampler(pipe, STEPS, true_cfg_scale=scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+    compare(pipe, grad_steps, negative, true_cfg_scale=scale)
 
 
 def test_what_else_learns_with_qwen_image(tiny_qwen_image):
     """Embeddings with their masks, and the scale of guidance that keeps the norm of predictions."""
     given = {}
-    for side, texts in (("", PROMPTS), ("negative_", ["dog", "cat " * 9])):
+    for side, texts in (("", PROMPTS), ("negative_", LONG)):
         embeds, mask = tiny_qwen_image.encode_prompt(texts)
         given |= {f"{side}prompt_embeds": embeds.detach(), f"{side}prompt_embeds_mask": mask}
     leaves = [torch.tensor(3.0), given["prompt_embeds"], given["negative_prompt_embeds"]]
     scale, *_ = (leaf.requires_grad_() for leaf in leaves)
-    theirs = type(tiny_qwen_image).__call__.__wrapped__(
-        tiny_qwen_image,
-        **given,
-        true_cfg_scale=scale,
-        num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(1),
-        output_type="pt",
-        **SIZE,
-    )
-    sampler = DifferentiableSampler(tiny_qwen_image, STEPS, true_cfg_scale=scale, **SIZE)
-    plan = make_plan((0, 1, 2, 3))
-    images = sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan, embeddings=given)
-    assert (images - theirs.images).abs().max() < 1e-5
-    expected = torch.autograd.grad(reward(theirs.images), leaves)
-    for ours, grad in zip(torch.autograd.grad(reward(images), leaves), expected, strict=True):
-        assert grad.any() and (ours - grad).abs().max() <= 1e-4 * grad.abs().max()
+    compare_leaves(tiny_qwen_image, leaves, given, true_cfg_scale=scale)
 
 
 @pytest.mark.parametrize("grad_steps", [(0, 2), (0, 1, 2, 3)])
 def test_flux2_dev(tiny_flux2_dev, grad_steps):
-    pipe = add_adapters(tiny_flux2_dev, [*JOINT_TARGETS, "to_qkv_mlp_proj"])
-    theirs = reference(pipe, grad_steps, guidance_scale=3.5)
-    sampler = DifferentiableSampler(pipe, STEPS, 3.5, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan))
+    compare(add_adapters(tiny_flux2_dev, [*JOINT_TARGETS, "to_qkv_mlp_proj"]), grad_steps, guidance_scale=3.5)
 
 
-@pytest.mark.parametrize(
-    ("scale", "negative", "grad_steps"), [(4.0, ["dog", "cat " * 9], (1, 2)), (0.0, None, (0, 1, 2, 3))]
-)
+@pytest.mark.parametrize(("scale", "negative", "grad_steps"), [(4.0, LONG, (1, 2)), (0.0, None, (0, 1, 2, 3))])
 def test_krea2(tiny_krea2, scale, negative, grad_steps):
     pipe = add_adapters(tiny_krea2, [*UNET_TARGETS, "to_gate", "ff.down"])
     pipe.register_to_config(is_distilled=scale == 0)
-    theirs = reference(pipe, grad_steps, negative_prompt=negative, guidance_scale=scale)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+    compare(pipe, grad_steps, negative, guidance_scale=scale)
 
 
 @pytest.mark.parametrize(("scale", "grad_steps"), [(4.0, (0, 2)), (1.0, (0, 1, 2, 3))])
 def test_flux2_klein(tiny_flux2_klein, scale, grad_steps):
-    pipe = add_adapters(tiny_flux2_klein, [*JOINT_TARGETS, "to_qkv_mlp_proj"])
-    theirs = reference(pipe, grad_steps, guidance_scale=scale)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **SIZE)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, None, torch.Generator().manual_seed(1), plan=plan))
+    compare(add_adapters(tiny_flux2_klein, [*JOINT_TARGETS, "to_qkv_mlp_proj"]), grad_steps, guidance_scale=scale)
 
 
-@pytest.mark.parametrize(
-    ("scale", "negative", "grad_steps"), [(4.0, ["dog", "cat " * 9], (1, 2)), (1.0, None, (0, 1, 2, 3))]
-)
+@pytest.mark.parametrize(("scale", "negative", "grad_steps"), [(4.0, LONG, (1, 2)), (1.0, None, (0, 1, 2, 3))])
 def test_lumina2(tiny_lumina2, scale, negative, grad_steps):
     """Guidance keeps the norm of each row of latents. Texts differ in length."""
-    pipe, size = add_adapters(tiny_lumina2, [*UNET_TARGETS, "linear_2", "norm1.linear"]), {"height": 32, "width": 48}
-    pipe.scheduler = make_scheduler("flow-euler", {**pipe.scheduler.config, "use_dynamic_shifting": scale == 1})
-    theirs = reference(pipe, grad_steps, negative_prompt=negative, guidance_scale=scale, **size)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **size)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+    pipe = add_adapters(tiny_lumina2, [*UNET_TARGETS, "linear_2", "norm1.linear"])
+    size = {"height": 32, "width": 48}
+    compare(shifted(pipe, dynamic=scale == 1), grad_steps, negative, size, guidance_scale=scale)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "scale", "negative", "grad_steps"),
-    [
-        ("dpm++2m", 4.5, ["dog", "cat " * 9], (1, 2)),
-        ("dpm++2m", 1.0, None, (0, 1, 2, 3)),
-        ("flow-euler", 4.5, None, (0, 2)),
-    ],
+    [("dpm++2m", 4.5, LONG, (1, 2)), ("dpm++2m", 1.0, None, (0, 1, 2, 3)), ("flow-euler", 4.5, None, (0, 2))],
 )
 def test_sana(tiny_sana, scheduler, scale, negative, grad_steps):
     pipe, size = add_adapters(tiny_sana), {"height": 32, "width": 64}
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
-    guidance = {"negative_prompt": negative or "", "guidance_scale": scale}
-    theirs = reference(pipe, grad_steps, use_resolution_binning=False, **guidance, **size)
-    sampler = DifferentiableSampler(pipe, STEPS, scale, **size)
-    plan = make_plan(grad_steps)
-    check(pipe, theirs, sampler(PROMPTS, negative, torch.Generator().manual_seed(1), plan=plan))
+    compare(pipe, grad_steps, negative, size, {"use_resolution_binning": False}, guidance_scale=scale)

@@ -1,44 +1,20 @@
-"""The sampler against diffusers' own pipeline (images) and against plain autograd (gradients), in fp32.
-
-Tolerances: images and gradients of fp32 chains differ only by rounding. Measured: 1e-6 (images), 1e-5 (gradients,
-relative to the largest element of the tensor). Asserted: ten times that, 1e-5 and 1e-4. The contract is 1e-3.
-"""
+"""The sampler against diffusers' own pipeline (images) and against plain autograd (gradients), in fp32."""
 
 import copy
-import random
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 
 from alignprop_fast.generate.sampler import DifferentiableSampler, Gate, Truncation
 from alignprop_fast.models.lean.surgery import take_ops_out
 from alignprop_fast.models.schedules import make_scheduler
-from alignprop_fast.planner import GRADES, BlockOption, BudgetInfeasible, Plan, StageChoice
-from alignprop_fast.runtime import HostPool, Offloader, PeakMeter
 
-PROMPTS = ["red cat", "dog and cat"]
-STEPS = 4
-DECODERS = {
-    "resident": StageChoice("batch", {"*": BlockOption.KEEP}),
-    "replayed": StageChoice("image", {"*": BlockOption.KEEP}),
-    "mixed": StageChoice("image", {"*": BlockOption.RECOMPUTE}),
-}
-
-
-def add_adapters(pipe):
-    """LoRA with both factors random. With B = 0, as PEFT starts, A would get no gradient to compare."""
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
-    pipe.unet.add_adapter(config)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in pipe.unet.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    return pipe
+from .plain_autograd import PROMPTS, add_adapters, assert_equal_gradients, gradients, reward
+from .plans import STEPS, make_plan
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sdxl"])
@@ -46,24 +22,20 @@ def pipe(request):
     return add_adapters(request.getfixturevalue(request.param))
 
 
-def reward(images):
-    """A smooth scalar of the images with no symmetry that could hide a wrong index."""
-    ramp = torch.linspace(-1, 2, images[0].numel()).reshape(images[0].shape)
-    return (images * ramp).sin().sum() + (images**2 * ramp.flip(-1)).sum()
+@torch.no_grad()
+def texts_of(pipe, negative):
+    """The UNet's embeddings, without the prompts and with them, and SDXL's added conditions."""
+    if not hasattr(pipe, "text_encoder_2"):
+        cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative)
+        return torch.cat([uncond, cond]), None
+    cond, uncond, pooled, neg_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=negative)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    ids = torch.tensor([[side, side, 0, 0, side, side]] * 4, dtype=cond.dtype)
+    return torch.cat([uncond, cond]), {"text_embeds": torch.cat([neg_pooled, pooled]), "time_ids": ids}
 
 
 def plain_chain(
-    pipe,
-    grad_steps,
-    scale,
-    eta,
-    rescale=0.0,
-    seed=5,
-    negative=None,
-    latents=None,
-    stop_input=False,
-    last=None,
-    again=0,
+    pipe, grad_steps, scale, eta, rescale=0.0, negative=None, latents=None, stop_input=False, last=None, again=0
 ):
     """Images of the same chain, written with diffusers' scheduler and plain autograd.
 
@@ -71,23 +43,15 @@ def plain_chain(
     again: also return the images of this many noisings of the final latents, denoised by the last step (in a list,
     after the chain's).
     """
-    with torch.no_grad():
-        if hasattr(pipe, "text_encoder_2"):
-            cond, uncond, pooled, neg_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=negative)
-            side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-            ids = torch.tensor([[side, side, 0, 0, side, side]] * 4, dtype=cond.dtype)
-            added = {"text_embeds": torch.cat([neg_pooled, pooled]), "time_ids": ids}
-        else:
-            cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative)
-            added = None
-    generator = torch.Generator().manual_seed(seed)
+    texts, added = texts_of(pipe, negative)
+    generator = torch.Generator().manual_seed(5)
     size = pipe.unet.config.sample_size
     x = latents if latents is not None else torch.randn(2, 4, size, size, generator=generator)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
 
     def predict(x, t):
-        y = pipe.unet(torch.cat([x, x]), t, torch.cat([uncond, cond]), added_cond_kwargs=added).sample
+        y = pipe.unet(torch.cat([x, x]), t, texts, added_cond_kwargs=added).sample
         y_uncond, y_cond = y.chunk(2)
         y = y_uncond + scale * (y_cond - y_uncond)
         return rescale_noise_cfg(y, y_cond, rescale) if rescale else y
@@ -107,30 +71,6 @@ def plain_chain(
         noised = scheduler.add_noise(x.detach(), torch.randn(x.shape, generator=generator), t)
         images.append(decode(scheduler.step(predict(noised, t), t, noised).pred_original_sample))
     return images
-
-
-def gradients(pipe, images, more=0.0):
-    named = {n: p for n, p in pipe.unet.named_parameters() if p.requires_grad}
-    for parameter in named.values():
-        parameter.grad = None
-    (reward(images) + more).backward()
-    return {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
-
-
-def assert_equal_gradients(ours, theirs, tolerance=1e-4):
-    assert theirs and ours.keys() == theirs.keys()
-    for name, theirs_grad in theirs.items():
-        scale = theirs_grad.abs().max()
-        assert scale > 0
-        assert (ours[name] - theirs_grad).abs().max() <= tolerance * scale, name
-
-
-def make_plan(kind, grad_steps):
-    """Resident, replayed, or mixed (the last step resident, the others replayed) with every block recomputed."""
-    resident = {"resident": grad_steps, "replayed": (), "mixed": grad_steps[-1:]}[kind]
-    option = {"*": BlockOption.RECOMPUTE if kind == "mixed" else BlockOption.KEEP}
-    replayed = tuple(i for i in grad_steps if i not in resident)
-    return Plan(STEPS, resident, replayed, (option,) * len(resident), option, DECODERS[kind])
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -278,53 +218,6 @@ def test_the_last_step_of_other_schedulers_predicts_the_clean_latents(tiny_sd, s
     assert 1e-4 < (again - results[1][0]).abs().mean() < 0.2 and gradients(tiny_sd, again)
 
 
-def test_two_ways_to_name_the_gradient_steps_are_refused(tiny_sd):
-    with pytest.raises(ValueError, match="give one of them"):
-        DifferentiableSampler(tiny_sd, STEPS)(PROMPTS, grad_steps=(1,), truncation="full")
-
-
-def test_every_plan_gives_the_same_bits(pipe):
-    results = []
-    for kind in DECODERS:
-        sampler = DifferentiableSampler(pipe, STEPS)
-        images = sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=make_plan(kind, (1, 2, 3)))
-        results.append((images.detach(), gradients(pipe, images)))
-    for images, grads in results[1:]:
-        assert (images - results[0][0]).abs().max() < 1e-5
-        assert_equal_gradients(grads, results[0][1], tolerance=1e-4)
-
-
-@pytest.mark.parametrize("option", [option for option in GRADES if option != "keep"])
-def test_every_option_of_a_step_gives_the_same_bits(pipe, option):
-    sampler = DifferentiableSampler(pipe, STEPS)
-    results = []
-    for name in (BlockOption.KEEP, option):
-        options = {"*": name}
-        plan = Plan(STEPS, (2, 3), (1,), (options, options), options)
-        results.append(gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan)))
-    assert all(torch.equal(grad, results[0][name]) for name, grad in results[1].items())
-
-
-def test_mixtures_of_options_by_block_give_the_same_bits(pipe, monkeypatch):
-    """Every block of every step gets its own option, offloaded or not."""
-    sampler, rng = DifferentiableSampler(pipe, STEPS), random.Random(0)
-    device = torch.device("cpu")
-    monkeypatch.setattr(
-        sampler.renderer, "_offloader", lambda plan: Offloader(device, HostPool(device), smallest_bytes=1)
-    )
-
-    def mixture():
-        names = [*BlockOption]
-        return {block.name: rng.choice(names) for block in sampler.denoiser_blocks}
-
-    plain = Plan(STEPS, (2, 3), (1,), ({}, {}), {})
-    expected = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plain))
-    for _ in range(3):
-        plan = Plan(STEPS, (2, 3), (1,), (mixture(), mixture()), mixture())
-        grads = gradients(pipe, sampler(PROMPTS, None, torch.Generator().manual_seed(5), plan=plan))
-        assert all(torch.equal(grad, expected[name]) for name, grad in grads.items())
-
-
 def test_gradient_of_the_initial_latents(tiny_sd):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     add_adapters(tiny_sd)
@@ -338,44 +231,6 @@ def test_gradient_of_the_initial_latents(tiny_sd):
     assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[1].abs().max()
 
 
-def test_budget_decides_what_is_resident(tiny_sd):
-    add_adapters(tiny_sd)
-    sampler = DifferentiableSampler(tiny_sd, STEPS, memory_budget="8GiB")
-    sampler(PROMPTS)
-    fastest = sampler.plan
-    with pytest.raises(BudgetInfeasible) as error:
-        DifferentiableSampler(tiny_sd, STEPS, memory_budget="1MiB")(PROMPTS)
-    smallest = error.value.smallest_bytes
-    lean = DifferentiableSampler(tiny_sd, STEPS, memory_budget=int(smallest * 1.02))
-    lean(PROMPTS)
-    assert fastest.peak_bytes > lean.plan.peak_bytes
-    assert len(fastest.resident_steps) > len(lean.plan.resident_steps)
-    assert "resident" in lean.plan.explain()
-
-
-def test_budget_error_comes_before_any_random_number_is_drawn(tiny_sd):
-    add_adapters(tiny_sd)
-    sampler = DifferentiableSampler(tiny_sd, STEPS, memory_budget="1MiB")
-    state = torch.get_rng_state()
-    with pytest.raises(BudgetInfeasible, match="raise the budget"):
-        sampler(PROMPTS)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_memory_is_that_of_one_step_whatever_the_length(tiny_sd):
-    """Replayed: from 3 to 12 gradient steps the peak grows at most by the kept latents."""
-    add_adapters(tiny_sd)
-    peaks = []
-    for steps in (3, 12):
-        sampler = DifferentiableSampler(tiny_sd, steps)
-        with PeakMeter(torch.device("cpu")) as meter:
-            reward(sampler(PROMPTS)).backward()
-        peaks.append(meter.peak_bytes)
-        tiny_sd.unet.zero_grad()
-    latent_bytes = 2 * 4 * 8 * 8 * 4
-    assert peaks[0] <= peaks[1] <= peaks[0] + 2 * 9 * latent_bytes
-
-
 def test_no_gradient_without_steps_or_under_no_grad(tiny_sd):
     add_adapters(tiny_sd)
     sampler = DifferentiableSampler(tiny_sd, STEPS)
@@ -383,59 +238,3 @@ def test_no_gradient_without_steps_or_under_no_grad(tiny_sd):
     with torch.no_grad():
         assert not sampler(PROMPTS).requires_grad
     assert sampler.plan.replayed_steps == ()
-
-
-def test_unused_noise_is_drawn_on_request(tiny_sd):
-    """trl draws step noise also at eta = 0: the images are the same, the random state is not."""
-    states, images = [], []
-    for draw in (False, True):
-        generator = torch.Generator().manual_seed(1)
-        images.append(DifferentiableSampler(tiny_sd, STEPS, eta=0.0, draw_unused_noise=draw)(PROMPTS, None, generator))
-        states.append(generator.get_state())
-    assert torch.equal(*images) and not torch.equal(*states)
-
-
-def test_adapters_stay_ordinary_peft_parameters(tiny_sd, tmp_path):
-    add_adapters(tiny_sd)
-    before = {name: value.clone() for name, value in tiny_sd.unet.state_dict().items()}
-    reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS)).backward()
-    after = tiny_sd.unet.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(tiny_sd.unet))
-    tiny_sd.save_lora_weights(tmp_path, unet_lora_layers=lora)
-    tiny_sd.unload_lora_weights()
-    tiny_sd.load_lora_weights(tmp_path)
-    reloaded = tiny_sd.unet.state_dict()
-    assert all(torch.equal(before[n], reloaded[n.replace("default", "default_0")]) for n in before if "lora_A" in n)
-
-
-@pytest.mark.parametrize(
-    ("change", "arguments", "message"),
-    [
-        ({}, {"eta": 2.0}, "eta"),
-        ({}, {"num_inference_steps": 0}, "inference steps"),
-        ({}, {"height": 13}, "multiple of 8"),
-        ({}, {"memory_budget": "much"}, "24GiB"),
-        ({"clip_sample": True}, {}, "clip_sample=False"),
-    ],
-)
-def test_bad_settings_are_refused_with_a_remedy(tiny_sd, change, arguments, message):
-    tiny_sd.scheduler = DDIMScheduler.from_config({**tiny_sd.scheduler.config, **change})
-    with pytest.raises(ValueError, match=message):
-        DifferentiableSampler(tiny_sd, **arguments)
-
-
-def test_other_schedulers_and_pipelines_are_refused(tiny_sd):
-    with pytest.raises(ValueError, match="StableDiffusionPipeline"):
-        DifferentiableSampler(tiny_sd.unet)
-    tiny_sd.scheduler = PNDMScheduler.from_config(tiny_sd.scheduler.config)
-    with pytest.raises(ValueError, match=r"DDIMScheduler\.from_config"):
-        DifferentiableSampler(tiny_sd)
-
-
-def test_second_backward_is_refused(tiny_sd):
-    add_adapters(tiny_sd)
-    loss = reward(DifferentiableSampler(tiny_sd, STEPS)(PROMPTS))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="sample again"):
-        loss.backward()

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from alignprop_fast.ops import attention_triton, lora_linear_trials, lora_linear_triton
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.ops.lora_linear import lora_linears
-from alignprop_fast.ops.lora_linear_plain import Layer
+from alignprop_fast.ops.lora_linear_plain import Layer, plain_outputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,7 +35,7 @@ def test_lora_linear_by_the_kernels_equals_plain():
         layer.down.requires_grad_()
         layer.up.requires_grad_()
     ys = lora_linears(x, layers)
-    for fused, plain in zip(lora_linear_triton.run_forward(x, layers), ys, strict=True):
+    for fused, plain in zip(lora_linear_triton.prepared_forward(x, layers)(x, layers), ys, strict=True):
         # Sums of 40 products in another order: to the largest element, since one may be near zero.
         assert (fused - plain).abs().max() <= 1e-5 * plain.abs().max()
     gs = [torch.ones_like(y) * (p + 1) for p, y in enumerate(ys)]
@@ -65,6 +65,6 @@ def test_attention_by_the_kernels_equals_the_op(keys):
 def test_what_the_kernels_do_not_serve_goes_the_plain_way():
     x, layers = randn(9, 40), make_layers()
     frozen = [Layer(layers[0].weight)]
-    assert lora_linear_trials.chosen("forward", x, frozen) == "plain"
-    assert lora_linear_trials.chosen("forward", x.double(), layers) == "plain"
-    assert lora_linear_trials.chosen("forward", x.cpu(), layers) == "plain"
+    for given, of in ((x, frozen), (x.double(), layers), (x.cpu(), layers)):
+        assert lora_linear_trials.forward(given, of) is plain_outputs
+        assert lora_linear_trials.backward(given, of) == "plain"

@@ -53,8 +53,13 @@ def plain(x, weights, biases, downs, ups, scales, gs, dtype=None):
     return [y.detach() for y in ys] + list(grads)
 
 
+def projections(*parts):
+    return list(zip(*parts, strict=True))
+
+
 def fused(x, weights, biases, downs, ups, scales, gs):
-    ys, t = kernels.lora_linear_forward(x, weights, biases, downs, ups, scales)
+    layers, t = projections(weights, biases, downs, ups, scales), kernels.lora_down(x, downs)
+    ys = kernels.Forward(x, layers)(x, layers)
     gx, d_downs, d_ups = backward.lora_linear_backward(gs, x, t, weights, downs, ups, scales, True)
     assert all(d.dtype == torch.float32 for d in (*d_downs, *d_ups))
     return [*ys, gx, *(d.to(downs[0].dtype) for d in (*d_downs, *d_ups))]
@@ -108,9 +113,9 @@ def test_one_token_and_several_chunks(tokens):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_split(dtype):
     arguments = case(77, 40, (48, 129, 33), (16, 5, 20), dtype, strided=True)
-    ys, t = kernels.lora_linear_forward_split(*arguments[:-1])
+    x, *parts, _ = arguments
+    ys = kernels.split_forward(x, projections(*parts))
     within(ys, plain(*arguments)[:3], plain(*arguments, dtype=torch.float64)[:3])
-    assert torch.equal(t, kernels.lora_linear_forward(*arguments[:-1])[1])
 
 
 def test_input_gradient_only_if_wanted():
@@ -147,5 +152,6 @@ def test_partial_sums_of_a_wide_layer_are_small(monkeypatch):
 
 
 def test_rank_above_the_limit():
+    x, *parts, _ = case(2, 16, (16,), (129,), torch.float32)
     with pytest.raises(ValueError, match="rank 129"):
-        kernels.lora_linear_forward(*case(2, 16, (16,), (129,), torch.float32)[:-1])
+        kernels.Forward(x, projections(*parts))

@@ -1,7 +1,8 @@
 """Kinds of models that people use (fine-tunes for v, few steps, no T5), and those that are refused by name.
 
 What works draws the pictures of diffusers' own pipeline with the model's own scheduler. Tolerance 1e-5 as in
-test_sampler.py; at zero terminal SNR 1e-4, since diffusers' Euler starts from latents of 4096 there, in fp32.
+tests/generate/plain_autograd.py; at zero terminal SNR 1e-4, since diffusers' Euler starts from latents of 4096 there,
+in fp32.
 """
 
 import json
@@ -12,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from alignprop_fast.generate.sampler import DifferentiableSampler
-from alignprop_fast.making.random_weights import make_flux_folder, make_sdxl_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models import adapt
 from alignprop_fast.models.conditioning import PromptBatch
 from alignprop_fast.models.load.pipeline import load_outline, load_pipeline
@@ -94,7 +95,7 @@ def test_few_steps_without_guidance(edited, name, class_name, scale, steps):
 
 
 def test_schnell(tmp_path):
-    folder = make_flux_folder(tmp_path / "schnell", guidance_embeds=False)
+    folder = make_folder("flux", tmp_path / "schnell", guidance_embeds=False)
     assert_equal(ours(folder, 4, 5.0), theirs(folder, 4, 0.0))
 
 
@@ -183,7 +184,7 @@ def test_noise_of_another_family(edited, kind, settings, message):
 
 
 def test_an_sdxl_of_two_text_encoders_of_their_own_widths(tmp_path):
-    folder = make_sdxl_folder(tmp_path / "sdxl", second_text_width=32)
+    folder = make_folder("sdxl", tmp_path / "sdxl", second_text_width=32)
     assert_equal(ours(folder, 3, 5.0, eta=1.0), theirs(folder, 3, 5.0, eta=1.0))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignprop_fast.ops import extension
+from alignprop_fast.ops import autotune, extension
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +16,4 @@ def compiled_kernels():
             pytest.skip(f"csrc/ not built: {error}")
     # A test before this one may have found nothing.
     extension.missing.cache_clear()
+    autotune.forget()

@@ -53,7 +53,7 @@ def refuses():
 
 
 def chosen(made):
-    return autotune.fastest("product", lambda: made, CPU)
+    return autotune.fastest("product", made, CPU)
 
 
 def test_the_fastest_is_taken_and_the_others_explained():
@@ -98,8 +98,8 @@ def test_a_full_device_skips_a_candidate_and_is_an_error_only_where_none_is_left
     assert "full: out of memory" in autotune.explain("product", CPU)
     for _ in range(2):  # the second time, after room was made, is a new trial
         with pytest.raises(torch.OutOfMemoryError):
-            autotune.fastest("other", lambda: {"full": full}, CPU)
-    assert autotune.fastest("other", lambda: {"full": Product()}, CPU) == "full"
+            autotune.fastest("other", {"full": full}, CPU)
+    assert autotune.fastest("other", {"full": Product()}, CPU) == "full"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_processes_keep_each_other_s_times(file):
         f"import pathlib; pathlib.Path.home = lambda: pathlib.Path({str(Path.home())!r})\n"
         "import torch; from alignprop_fast.ops import autotune\n"
         "class Nothing:\n    run = fault = lambda self: None\n"
-        "autotune.fastest('theirs', lambda: {'one': Nothing()}, torch.device('cpu'))"
+        "autotune.fastest('theirs', {'one': Nothing()}, torch.device('cpu'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     chosen(candidates())
@@ -160,7 +160,7 @@ def test_what_is_switched_off_later_is_not_chosen_again():
 
 def test_nothing_can_run():
     with pytest.raises(RuntimeError, match="needs another GPU"):
-        autotune.fastest("none", lambda: {"refuses": refuses()}, CPU)
+        autotune.fastest("none", {"refuses": refuses()}, CPU)
 
 
 def test_difference_sees_nan_and_twice_the_error():

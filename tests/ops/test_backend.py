@@ -20,7 +20,7 @@ from alignprop_fast.kernels import lora_linear_backward as backward_of_lora
 from alignprop_fast.kernels import norm_modulate as norm_kernels
 from alignprop_fast.kernels import qk_norm_rope as rope_kernels
 from alignprop_fast.ops import activation as activation_op
-from alignprop_fast.ops import attention_backends, attention_triton, backend, switched_off
+from alignprop_fast.ops import attention_backends, attention_triton, autotune, backend, switched_off
 from alignprop_fast.ops import guided_step as guided_step_op
 from alignprop_fast.ops import layer_norm as layer_norm_op
 from alignprop_fast.ops import qk_norm_rope as rope_op
@@ -100,7 +100,7 @@ OPS = {
     "norm_modulate": (run_norm, norm_kernels, "norm_modulate_forward", norm_kernels, "norm_modulate_backward"),
     "activation": (run_activation, activation_kernels, "activation_forward", activation_kernels, "activation_backward"),
     "guided_step": (run_guided_step, guided_step_kernels, "guided_step", guided_step_kernels, "guided_step_adjoint"),
-    "lora_linear": (run_lora_linear, lora_kernels, "lora_linear_forward", backward_of_lora, "lora_linear_backward"),
+    "lora_linear": (run_lora_linear, lora_kernels.Forward, "__call__", backward_of_lora, "lora_linear_backward"),
     "qk_norm_rope": (
         *(run_qk_norm_rope, rope_kernels, "qk_norm_rope_forward"),
         *(rope_kernels, "qk_norm_rope_backward"),
@@ -114,6 +114,7 @@ def all_on():
     switched_off.forget()
     yield
     switched_off.forget()
+    autotune.forget()
 
 
 @pytest.fixture
@@ -123,8 +124,11 @@ def by_the_kernels(monkeypatch):
     def serves(x, op):
         return "reference" if switched_off.reason(f"{op}.triton") else "triton"
 
+    def serves_layers(direction, x, layers):
+        return "plain" if switched_off.reason("lora_linear.triton") else "triton"
+
     monkeypatch.setattr(backend, "backend", serves)
-    monkeypatch.setattr("alignprop_fast.ops.lora_linear.chosen", lambda direction, x, layers: "triton")
+    monkeypatch.setattr("alignprop_fast.ops.lora_linear_trials._fastest", serves_layers)
     chosen = attention_backends.Backend("triton", attention_triton.forward, attention_triton.backward)
     monkeypatch.setattr(attention_backends, "choose", lambda *arguments: chosen)
 

@@ -60,6 +60,19 @@ class SamplingPrecision:
             raise ValueError(f"sampling_precision {name} needs a frozen base: train adapters, or use exact")
         self.size_bytes = round_linears(blocks, name)
 
+    @classmethod
+    def wanted(cls, model: Any, name: str, compiled: bool) -> SamplingPrecision | None:
+        """From the options of a sampler, for its model; None if exact.
+
+        Raises:
+            ValueError: as for the class, or with compiled blocks.
+        """
+        if name == "exact":
+            return None
+        if compiled:
+            raise ValueError(f"sampling_precision {name} does not support compiled blocks: leave one of the two out")
+        return cls(name, model.denoiser, model.step_groups()["transformers"])
+
     def decide_by(self, roofline: Roofline) -> None:
         """Run a shape in 8 bits where that is estimated to be faster, for a model on meta tensors."""
         self._pays = partial(pays_by, roofline)

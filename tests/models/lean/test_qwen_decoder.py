@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
-from alignprop_fast.making.random_networks import qwen_vae
+from alignprop_fast.making.random_weights.networks import qwen_vae
 from alignprop_fast.models.lean.banded_decoder import bandable, banded, banded_stages
 from alignprop_fast.models.lean.qwen_decoder import FrozenCausalConv3d
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out

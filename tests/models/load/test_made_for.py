@@ -3,7 +3,7 @@
 import pytest
 
 from alignprop_fast.cli.parts import sampling_of
-from alignprop_fast.making.random_weights import make_flux2_klein_folder, make_z_image_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models.load.made_for import made_for
 from alignprop_fast.training.options import TrainOptions
 
@@ -16,7 +16,7 @@ def sampled(**options):
 
 @pytest.fixture(scope="module")
 def turbo(tmp_path_factory):
-    return str(make_z_image_folder(tmp_path_factory.mktemp("models") / "turbo", turbo=True))
+    return str(make_folder("z_image", tmp_path_factory.mktemp("models") / "turbo", turbo=True))
 
 
 def test_turbo_draws_in_8_steps_without_guidance(turbo, tiny_z_image_folder, tiny_sd_folder):
@@ -37,7 +37,7 @@ def test_what_is_given_counts(turbo, caplog):
 
 
 def test_a_distilled_klein_draws_in_4_steps(tiny_flux2_klein_folder, tmp_path):
-    distilled = make_flux2_klein_folder(tmp_path / "klein", distilled=True)
+    distilled = make_folder("flux2_klein", tmp_path / "klein", distilled=True)
     assert sampled(model="flux2-dev") == (50, 4.0)
     for model in (distilled, "flux2-klein-4b", "flux2-klein-9b"):
         assert sampled(model=str(model)) == (4, 1.0)

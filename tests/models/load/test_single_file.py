@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel, StableDiffusion3Pipeline, StableDi
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from alignprop_fast.making.random_weights import make_sdxl_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models.load.pipeline import load_pipeline
 from alignprop_fast.models.lora.targets import denoiser
 
@@ -65,7 +65,7 @@ def test_stable_diffusion_in_the_original_layout(tiny_sd_folder, configuration, 
 
 def test_sdxl_in_the_original_layout(tmp_path):
     """diffusers tells SDXL's text encoders apart by their widths, 768 and 1280."""
-    folder = make_sdxl_folder(tmp_path / "sdxl", second_text_width=32)
+    folder = make_folder("sdxl", tmp_path / "sdxl", second_text_width=32)
     file = whole_file(folder, tmp_path / "model.safetensors")
     assert_same(load_pipeline(file, model_config=without_weights(folder, tmp_path / "config")), folder)
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from alignprop_fast.making.random_weights import make_sdxl_folder
+from alignprop_fast.making.random_weights import make_folder
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.factors import Factors
 from alignprop_fast.models.lora.file import DOWN, UP, lora_content, lora_of, read_lora
@@ -244,7 +244,7 @@ def test_a_file_in_sgm_names(tmp_path):
     """As kohya's scripts write SDXL; blocks of two layers, as SDXL's are."""
     from diffusers import StableDiffusionXLPipeline
 
-    folder = make_sdxl_folder(tmp_path / "sdxl", layers_per_block=2)
+    folder = make_folder("sdxl", tmp_path / "sdxl", layers_per_block=2)
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
     train_a_little(add_lora(pipe, 2, 3, "attention+ff"))
     blocks = {n.replace(".", "_"): o.replace(".", "_") for n, o in original_layout.unet_blocks(2, 2).items()}

@@ -1,4 +1,4 @@
-"""Small tokenizers in the real formats of CLIP, T5 and Qwen, for pipelines with random weights."""
+"""The tokenizers of the pipelines: small, in the real formats of CLIP, T5 and Qwen."""
 
 from __future__ import annotations
 

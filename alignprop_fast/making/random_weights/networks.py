@@ -1,4 +1,4 @@
-"""The networks of the pipelines that `random_weights` writes: the real classes of diffusers and transformers, small."""
+"""The networks of the pipelines: the real classes of diffusers and transformers, small."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alignprop_fast.making.random_tokenizers import (
+from alignprop_fast.making.random_weights.tokenizers import (
     CONTEXT_LENGTH,
     KREA_MARKS,
     QWEN_MARKS,
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig
 
 
+HEADS, HEAD_WIDTH = 2, 16  # of the transformers
+HEAD_SIZES = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_WIDTH}
+ROPE_AXES = (4, 6, 6)  # their sum is HEAD_WIDTH
+FLUX_SCALES = (0.3611, 0.1159)  # scaling and shift of the latents, of FLUX.1 and of others that use its VAE
+_EYES = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+
+
 def unet(
-    widths: tuple[int, ...],
-    latent_size: int,
     cross_width: int,
-    norm_groups: int,
-    heads: int,
     layers_per_block: int,
-    conditioning: dict[str, Any] | None = None,
+    widths: tuple[int, ...] = (32, 64),
+    latent_size: int = 8,
+    norm_groups: int = 8,
+    heads: int = 2,
+    **conditioning: Any,
 ) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
@@ -41,12 +48,16 @@ def unet(
         cross_attention_dim=cross_width,
         attention_head_dim=heads,  # diffusers reads this field as the number of heads
         norm_num_groups=norm_groups,
-        **(conditioning or {}),
+        **conditioning,
     )
 
 
 def vae(
-    widths: tuple[int, ...], norm_groups: int, scaling_factor: float, shift_factor: float | None = None
+    scaling_factor: float,
+    shift_factor: float | None = None,
+    *,
+    widths: tuple[int, ...] = (16, 32),
+    norm_groups: int = 8,
 ) -> torch.nn.Module:
     """A VAE; with a shift it is like that of SD3 and FLUX: 16 channels, no convolutions around the latents."""
     from diffusers import AutoencoderKL
@@ -66,18 +77,17 @@ def vae(
     )
 
 
-def flux2_vae(widths: tuple[int, ...], norm_groups: int) -> torch.nn.Module:
+def flux2_vae() -> torch.nn.Module:
     """FLUX.2's VAE, with statistics of its patches that are not those of a new batch norm."""
     from diffusers import AutoencoderKLFlux2
 
-    levels = len(widths)
     found = AutoencoderKLFlux2(
-        block_out_channels=widths,
+        block_out_channels=(16, 32),
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
-        norm_num_groups=norm_groups,
+        norm_num_groups=8,
     )
     found.bn.running_mean.normal_(std=0.2)
     found.bn.running_var.uniform_(0.5, 2)
@@ -100,56 +110,37 @@ def t5(width: int) -> torch.nn.Module:
     )
 
 
-def qwen3(width: int, num_layers: int = 3, causal_lm: bool = False) -> torch.nn.Module:
+def _decoder(width: int, num_layers: int, marks: tuple[str, ...] = QWEN_MARKS) -> dict[str, Any]:
+    """Sizes of a language model."""
+    return {
+        "vocab_size": len(qwen_vocabulary()) + len(marks),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+
+
+def qwen3(num_layers: int = 3, causal_lm: bool = False) -> torch.nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-    config = Qwen3Config(
-        vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=True,
-    )
+    config = Qwen3Config(**_decoder(16, num_layers), head_dim=8, tie_word_embeddings=True)
     return Qwen3ForCausalLM(config) if causal_lm else Qwen3Model(config)
 
 
-def gemma2(width: int) -> torch.nn.Module:
+def gemma2() -> torch.nn.Module:
     from transformers import Gemma2Config, Gemma2Model
 
-    return Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(qwen_vocabulary()) + len(QWEN_MARKS),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    return Gemma2Model(Gemma2Config(**_decoder(32, 2), **tokens, head_dim=8, query_pre_attn_scalar=8))
 
 
-def mistral3(width: int) -> torch.nn.Module:
+def mistral3() -> torch.nn.Module:
     """Mistral 3 with 30 layers, of which FLUX.2-dev reads the 10th, 20th and 30th, and without use for its eyes."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    text = {
-        "model_type": "mistral",
-        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-    }
+    text = {"model_type": "mistral", **_decoder(16, 30), "head_dim": 8}
     eyes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
     config = Mistral3Config(
         text_config=text, vision_config={"model_type": "pixtral", **eyes}, tie_word_embeddings=False
@@ -157,41 +148,24 @@ def mistral3(width: int) -> torch.nn.Module:
     return Mistral3ForConditionalGeneration(config)
 
 
-def qwen2_5_vl(width: int) -> torch.nn.Module:
+def qwen2_5_vl() -> torch.nn.Module:
     """Qwen2.5-VL without use for its eyes: a pipeline shows it no picture."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text = {
-        "vocab_size": len(qwen_vocabulary()) + len(QWEN_MARKS),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_scaling": {"type": "mrope", "mrope_section": [width // 8, width // 16, width // 16]},
-    }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    text = {**_decoder(32, 2), **tokens, "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}}
+    eyes = {**_EYES, "out_hidden_size": 32}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes))
 
 
-def qwen3_vl(width: int) -> torch.nn.Module:
+def qwen3_vl() -> torch.nn.Module:
     """Qwen3-VL without use for its eyes: a pipeline shows it no picture. It has three layers."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
-    text = {
-        "vocab_size": len(qwen_vocabulary()) + len(KREA_MARKS),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": width // 2,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [width // 8, width // 16, width // 16]},
-    }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**eyes, "deepstack_visual_indexes": [0]}))
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    text = {**_decoder(32, 3, KREA_MARKS), "head_dim": 16, "rope_scaling": rope}
+    eyes = {**_EYES, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eyes))
 
 
 def qwen_vae(widths: tuple[int, ...]) -> torch.nn.Module:
