@@ -81,7 +81,7 @@ class DifferentiableSampler:
             metadata) -> (scores [B], info).
         reward_bytes: of the reward's weights on the device; None: the reward's own `weight_bytes()`.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
-            together; None: half of what is free.
+            together; 0: it moves nothing; None: half of what is free.
         cuda_graphs: whether evaluations without gradient and replays run as CUDA graphs, recorded at their first use.
             "auto": on a GPU, where a measurement at first use says that they are faster and where the memory that they
             keep has no better use; on the CPU never. "on": even if they measure no faster. "off": never.
@@ -148,10 +148,10 @@ class DifferentiableSampler:
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
-        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory", or_zero=True)
         self.renderer = Renderer(self.model, locked_bytes)
         self.planner = StepPlanner(self.model, self.budget, self.renderer, len(self.table))
-        self.reserve_bytes = parse_bytes(reserve, "reserve") if reserve else 0
+        self.reserve_bytes = parse_bytes(reserve, "reserve", or_zero=True)
         self.reward = None if reward is None else as_reward(reward)
         own_bytes = 0 if self.reward is None else self.reward.weight_bytes()
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
