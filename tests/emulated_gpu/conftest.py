@@ -62,6 +62,6 @@ def plain_kernels():
         patch.setattr("alignprop_fast.ops.backend._HAS_TRITON", False)
         patch.setattr(
             "alignprop_fast.ops.attention_backends.fastest",
-            lambda problem, candidates, device: next(iter(candidates())),
+            lambda problem, candidates, device: next(iter(candidates)),
         )
         yield
