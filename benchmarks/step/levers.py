@@ -7,8 +7,8 @@ adapters on the attention's projections, in bf16. FLUX does not fit an RTX 4090 
 stored in fp8 (int8 for the lever int8), and the lever needs no second copy of the weights.
 
 Levers: text, always on: keys and values of the text are projected once (none: in each step). Each of the others alone
-beside it. merged, int8 and fp8: `--sampling-precision`. graphs: `--cuda-graphs auto`. host: `--host-memory`; the other rows have none. all:
-fp8, graphs and 64 GiB of host memory. The budget is the card's whole memory.
+beside it. merged, int8 and fp8: `--sampling-precision`. graphs: `--cuda-graphs auto`. host: `--host-memory`; the other
+rows have none. all: fp8, graphs and 64 GiB of host memory. The budget is the card's whole memory.
 """
 
 from __future__ import annotations

@@ -145,10 +145,9 @@ def test_the_layers_in_8_bits_and_their_bytes_in_the_plan(tiny_sd, monkeypatch):
     assert table.fixed["second weights"] == held == sampler.precision.size_bytes
     assert table.closed_bytes and table.closed_seconds and table.closed == (table.closed_bytes, table.closed_seconds)
     merged = DifferentiableSampler(pipe, 4, sampling_precision="merged").cost_table(1)
-    layers = [m for n, m in pipe.unet.named_modules() if isinstance(m, LeanLoraLinear)]
-    sizes = [
-        4 * m.in_features * m.out_features for m in layers if m.in_features != pipe.unet.config.cross_attention_dim
-    ]
+    layers = {name: m for name, m in pipe.unet.named_modules() if isinstance(m, LeanLoraLinear)}
+    of_text = {name for name in layers if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    sizes = [4 * m.in_features * m.out_features for name, m in layers.items() if name not in of_text]
     assert merged.fixed["second weights"] == sum(sizes) > 0
     exact = DifferentiableSampler(pipe, 4).cost_table(1)
     assert "second weights" not in exact.fixed and exact.closed == (exact.sampling_bytes, exact.sampling_seconds)
