@@ -5,7 +5,8 @@ examine.py      the sections of an examination; a section that fails does not en
 facts.py        versions, driver, compilers, memory
 ceilings.py     measured rates: matrix product, copy, host link
 checking.py     one implementation against its reference: error, finite numbers, the same bits twice
-op_cases.py     the ops, each at a real and a ragged shape
+op_cases.py     the ops with kernels, each at a real and a ragged shape
+plain_cases.py  the ops of PyTorch's operators, and those operators
 attention.py    every forward pass with every backward pass of attention's backends
 speeds.py       the fastest implementations, and their lead
 remedies.py     what to install or do when something is switched off

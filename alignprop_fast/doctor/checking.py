@@ -57,6 +57,11 @@ class Draw:
         return (torch.randn(shape, generator=self._generator) * std).to(self.device, dtype or self.dtype)
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape in a case's name, such as 2x1024x320."""
+    return "x".join(map(str, shape))
+
+
 def autograd_of(fn: Callable[..., Any], learning: int) -> Implementation:
     """An implementation from a function of tensors with its own backward pass."""
     return partial(_by_autograd, fn, learning)

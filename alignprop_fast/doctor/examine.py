@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from alignprop_fast.doctor import attention, facts, op_cases, speeds
+from alignprop_fast.doctor import attention, facts, op_cases, plain_cases, speeds
 from alignprop_fast.doctor.ceilings import ceilings, product_rate
 from alignprop_fast.doctor.checking import Case, DeviceLost, Draw, check
 from alignprop_fast.doctor.remedies import remedy
@@ -102,7 +102,7 @@ class _Examination:
 
     def _pytorch(self) -> None:
         for draw in self._draws():
-            self._check(op_cases.pytorch_cases(draw))
+            self._check(plain_cases.pytorch_cases(draw))
 
     def _kernels(self) -> None:
         for draw in self._draws():
@@ -110,7 +110,7 @@ class _Examination:
 
     def _plain(self) -> None:
         for draw in self._draws():
-            self._check(op_cases.plain_cases(draw, self.large))
+            self._check(plain_cases.plain_cases(draw, self.large))
 
     def _attention(self) -> None:
         sizes = attention.LARGE if self.large else attention.SMALL

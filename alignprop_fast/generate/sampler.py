@@ -81,7 +81,7 @@ class DifferentiableSampler:
             metadata) -> (scores [B], info).
         reward_bytes: of the reward's weights on the device; None: the reward's own `weight_bytes()`.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
-            together; None: half of what is free.
+            together; 0: it moves nothing; None: half of what is free.
         cuda_graphs: whether evaluations without gradient and replays run as CUDA graphs, recorded at their first use.
             "auto": on a GPU, where a measurement at first use says that they are faster and where the memory that they
             keep has no better use; on the CPU never. "on": even if they measure no faster. "off": never.
@@ -96,7 +96,6 @@ class DifferentiableSampler:
             without the learning adapters, over the gradient steps. It is differentiable: a regulariser to add to the
             loss (`DenoisingChain.penalty`). Each gradient step then has one more evaluation without gradient, and one
             more with gradient if the gradient passes through the step's input.
-
         sampling_precision: of steps without gradient, in calls that have steps with gradient: "exact", "bf16" (for a
             model in fp32), "int8", "fp8" or "merged" (`SamplingPrecision`). Place the model on its device, freeze it
             and add its adapters first.
@@ -104,6 +103,15 @@ class DifferentiableSampler:
     Raises:
         ValueError: the pipeline, the scheduler or an option is not supported; the message names the remedy.
     """
+
+    # Of the last call.
+    plan: Plan | None = None
+    truncation: Truncation | None = None
+    latents: torch.Tensor | None = None
+    base_mse: torch.Tensor | None = None
+    # A trainer sets these.
+    gradient_sink: GradientSink | None = None
+    keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
 
     def __init__(
         self,
@@ -141,10 +149,10 @@ class DifferentiableSampler:
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
-        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory", or_zero=True)
         self.renderer = Renderer(self.model, locked_bytes)
         self.planner = StepPlanner(self.model, self.budget, self.renderer, len(self.table))
-        self.reserve_bytes = parse_bytes(reserve, "reserve") if reserve else 0
+        self.reserve_bytes = parse_bytes(reserve, "reserve", or_zero=True)
         self.reward = None if reward is None else as_reward(reward)
         own_bytes = 0 if self.reward is None else self.reward.weight_bytes()
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
@@ -155,13 +163,7 @@ class DifferentiableSampler:
         self.compare_with_base = compare_with_base
         self.fast = FastPredict.wanted(self.model, cuda_graphs, compiled)
         self.precision = SamplingPrecision.wanted(self.model, sampling_precision, compiled)
-        self.gradient_sink: GradientSink | None = None
-        self.keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
         self.denoiser_blocks = blocks_of(self.model.denoiser, self.model.step_groups())
-        self.base_mse: torch.Tensor | None = None
-        self.plan: Plan | None = None
-        self.truncation: Truncation | None = None
-        self.latents: torch.Tensor | None = None
 
     def __call__(
         self,

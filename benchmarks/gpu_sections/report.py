@@ -9,9 +9,9 @@ from benchmarks.gpu_sections.facts import Fact
 
 BEGIN = "<!-- figures of a GPU: written by benchmarks/gpu.py --report -->"
 END = "<!-- end of the figures of a GPU -->"
-NONE = """No figure from a GPU yet: `python benchmarks/gpu.py` takes them in one call, and they are owed: speed beside
-eager diffusers and torch.compile, peak against plan, overlap of offloading, what CUDA graphs and `compiled` save, the
-real kernels' rounding in bf16."""
+NONE = """No figure from a GPU yet. `python benchmarks/gpu.py` takes them all in one call: speed beside eager diffusers
+and torch.compile, peak against plan, overlap of offloading, what CUDA graphs and `compiled` save, the real
+kernels' rounding in bf16."""
 GIB = 2**30
 ABOUT = ("section", "fact", "gpu", "torch", "triton", "cuda", "cudnn", "commit", "dry", "at")
 

@@ -160,8 +160,9 @@ def test_another_budget_is_answered_without_the_model(plan, table, configs, monk
 
 def test_host_memory_limits_offloading(plan, table):
     lean = ("--table", table, "--num-inference-steps", 4, "--json", "plan.json")
-    assert plan(*lean, "--host-memory", "1MiB")[0] == 0
-    assert json.loads(Path("plan.json").read_text())["host_bytes"] <= 2**20
+    for size, most in (("1MiB", 2**20), ("0", 0)):
+        assert plan(*lean, "--host-memory", size)[0] == 0
+        assert json.loads(Path("plan.json").read_text())["host_bytes"] <= most
 
 
 def test_a_card_of_24_gb_is_asked_for_24_gib(plan, table):

@@ -23,10 +23,10 @@ def cudnn_is_fastest(emulated, monkeypatch):
     backends = {name: backend for name, backend in attention_backends._cuda_backends().items() if name in FAST}
     monkeypatch.setattr(attention_backends, "_cuda_backends", lambda: backends)
     monkeypatch.setattr(autotune, "_save", lambda *arguments: None)
-    emulated.faults = {}
+    emulated.faults.clear()
     autotune.forget()
     yield
-    emulated.faults = {}
+    emulated.faults.clear()
     autotune.forget()
     switched_off.forget()
 

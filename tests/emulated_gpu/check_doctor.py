@@ -135,7 +135,7 @@ def test_what_always_raises_is_switched_off_and_what_raises_for_a_dtype_is_not(r
 def test_plain_pytorch_wrong_is_exit_code_1(monkeypatch):
     product = torch.nn.functional.linear
     monkeypatch.setattr(
-        "alignprop_fast.doctor.op_cases.F.linear", lambda x, w: product(x, w) * (1.1 if x.is_cuda else 1)
+        "alignprop_fast.doctor.plain_cases.F.linear", lambda x, w: product(x, w) * (1.1 if x.is_cuda else 1)
     )
     monkeypatch.setattr(op_cases, "kernel_cases", lambda draw, large, quick: ())
     monkeypatch.setattr(attention, "SMALL", ())

@@ -49,7 +49,10 @@ class SamplingPrecision:
         self._merged: MergedAdapters | None = None
         if name == "bf16":
             if denoiser.dtype != torch.float32:
-                raise ValueError(f"sampling_precision bf16 is for fp32 runs, but this one is in {_word(denoiser)}")
+                raise ValueError(
+                    f"sampling_precision bf16 is for fp32 runs, but this one is in {_word(denoiser)}: use exact, or "
+                    "int8 or fp8 for less than 16 bits"
+                )
             return
         if name == "merged":
             self._merged = MergedAdapters(denoiser)

@@ -41,6 +41,15 @@ _BY_NAME = {
     "lumina2": _LUMINA2,
     "sana": _SANA,
 }
+_BY_CLASS = {  # as it is, and with `is_distilled` in its index
+    "Flux2KleinPipeline": (_KLEIN_BASE, _KLEIN),
+    "Flux2Pipeline": (_FLUX2_DEV, _FLUX2_DEV),
+    "Krea2Pipeline": (_KREA2, _KREA2_DISTILLED),
+    "QwenImagePipeline": (_QWEN_IMAGE, _QWEN_IMAGE),
+    "ChromaPipeline": (_CHROMA, _CHROMA),
+    "Lumina2Pipeline": (_LUMINA2, _LUMINA2),
+    "SanaPipeline": (_SANA, _SANA),
+}
 
 
 def made_for(model: str, model_config: str | None = None) -> MadeFor:
@@ -64,22 +73,14 @@ def made_for(model: str, model_config: str | None = None) -> MadeFor:
 
 def _of_folder(folder: Path) -> MadeFor:
     index = _read(folder / "model_index.json")
-    if index.get("_class_name") == "Flux2KleinPipeline":
-        return _KLEIN if index.get("is_distilled") else _KLEIN_BASE
-    if index.get("_class_name") == "Flux2Pipeline":
-        return _FLUX2_DEV
-    if index.get("_class_name") == "QwenImagePipeline":
-        return _QWEN_IMAGE
-    if index.get("_class_name") == "ChromaPipeline":
-        return _CHROMA
-    if index.get("_class_name") == "Lumina2Pipeline":
-        return _LUMINA2
-    if index.get("_class_name") == "SanaPipeline":
-        return _SANA
-    if index.get("_class_name") == "Krea2Pipeline":
-        return _KREA2_DISTILLED if index.get("is_distilled") else _KREA2
-    if index.get("_class_name") != "ZImagePipeline":
-        return _USUAL
+    name = str(index.get("_class_name"))  # of a pipeline of the user's own a list
+    if name == "ZImagePipeline":
+        return _z_image(folder)
+    usual, distilled = _BY_CLASS.get(name, (_USUAL, _USUAL))
+    return distilled if index.get("is_distilled") else usual
+
+
+def _z_image(folder: Path) -> MadeFor:
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     # Z-Image has shift 6.
     is_turbo = scheduler.get("shift") == 3 and not scheduler.get("use_dynamic_shifting")

@@ -71,10 +71,7 @@ def load_pipeline(
     else:
         pipe = load_folder(*fetch(source, revision, allow_pickle), dtype)
     _check_complete(pipe, model)
-    pipe.scheduler = pick_scheduler(pipe, scheduler)
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval()
+    _make_ready(pipe, scheduler)
     return pipe.to(device)
 
 
@@ -107,12 +104,18 @@ def load_outline(
             raise ValueError(
                 f"cannot read the configuration in {folder}: {first_line(error)}; copy it again"
             ) from error
-    pipe.scheduler = pick_scheduler(pipe, scheduler)
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval()
-            cast_weights(module, dtype)
+    for module in _make_ready(pipe, scheduler):
+        cast_weights(module, dtype)
     return pipe
+
+
+def _make_ready(pipe: Any, scheduler: str) -> list[torch.nn.Module]:
+    """Give the pipeline its scheduler and freeze its networks; returns them."""
+    pipe.scheduler = pick_scheduler(pipe, scheduler)
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for network in networks:
+        network.requires_grad_(False).eval()
+    return networks
 
 
 def _config_folder(model: str | Path, revision: str, model_config: str | Path | None) -> Path:
