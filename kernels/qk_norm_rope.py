@@ -74,35 +74,31 @@ def _load_scale(gamma_ptr, HEAD: tl.constexpr, PAIRS: tl.constexpr, HALVED: tl.c
 
 
 @triton.jit
-def _load_angles(cos_ptr, sin_ptr, row, row_stride, pair_stride, inside, HEAD: tl.constexpr, PAIRS: tl.constexpr):
-    pair = tl.arange(0, PAIRS)
-    mask = inside[:, None] & (pair[None, :] < HEAD // 2)
-    at = row[:, None] * row_stride + pair[None, :] * pair_stride
-    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
+def _tokens(
+    cos_ptr, sin_ptr, angle_b, angle_n, angle_p, N,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """(batch element, rows of this program's tokens, which of them exist, cos and sin [rows, PAIRS] of their pairs)."""
+    b = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = row < N
+    if TURN:
+        pair = tl.arange(0, PAIRS)
+        mask = inside[:, None] & (pair[None, :] < HEAD // 2)
+        at = row[:, None] * angle_n + pair[None, :] * angle_p
+        cos = tl.load(cos_ptr + b * angle_b + at, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * angle_b + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        cos, sin = 0.0, 0.0
+    return b, row, inside, cos, sin
 
 
 @triton.jit
 def _prepared(
-    x_ptr,
-    y_ptr,
-    gamma_ptr,
-    first,
-    heads,
-    eps,
-    cos,
-    sin,
-    row,
-    x_row,
-    y_row,
-    inside,
-    HEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    HALVED: tl.constexpr,
-    NORM: tl.constexpr,
-    TURN: tl.constexpr,
+    x_ptr, y_ptr, gamma_ptr, first, heads, eps, cos, sin, row, x_row, y_row, inside,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, HALVED: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
     HEADS: tl.constexpr,
-):
+):  # fmt: skip
     """y of some tokens and of the heads from `first`."""
     if NORM:
         gamma_a, gamma_b = _load_scale(gamma_ptr, HEAD, PAIRS, HALVED)
@@ -118,50 +114,14 @@ def _prepared(
 
 @triton.jit
 def qk_norm_rope_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_gamma_ptr,
-    k_gamma_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    v_out_ptr,
-    q_b,
-    q_n,
-    k_b,
-    k_n,
-    v_b,
-    v_n,
-    angle_b,
-    angle_n,
-    angle_p,
-    start,
-    N,
-    S,
-    q_heads,
-    k_heads,
-    eps,
-    HEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    HALVED: tl.constexpr,
-    NORM: tl.constexpr,
-    TURN: tl.constexpr,
-    COPY: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, q_gamma_ptr, k_gamma_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, q_b, q_n, k_b,
+    k_n, v_b, v_n, angle_b, angle_n, angle_p, start, N, S, q_heads, k_heads, eps,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, HALVED: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+    COPY: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Some tokens and heads of one part. COPY: values go into the joint buffer too."""
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = row < N
+    b, row, inside, cos, sin = _tokens(cos_ptr, sin_ptr, angle_b, angle_n, angle_p, N, HEAD, PAIRS, TURN, TOKENS)
     first = tl.program_id(1) * HEADS
-    b = tl.program_id(2).to(tl.int64)
-    if TURN:
-        offset = b * angle_b
-        cos, sin = _load_angles(cos_ptr + offset, sin_ptr + offset, row, angle_n, angle_p, inside, HEAD, PAIRS)
-    else:
-        cos, sin = 0.0, 0.0
     into = (b * S + start) * HEAD
     _prepared(
         *(q_ptr + b * q_b, q_out_ptr + into * q_heads, q_gamma_ptr, first, q_heads, eps, cos, sin),
@@ -180,27 +140,10 @@ def qk_norm_rope_forward_kernel(
 
 @triton.jit
 def _gradient(
-    g_ptr,
-    x_ptr,
-    dx_ptr,
-    gamma_ptr,
-    first,
-    heads,
-    eps,
-    cos,
-    sin,
-    row,
-    g_row,
-    g_head,
-    x_row,
-    inside,
-    HEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    HALVED: tl.constexpr,
-    NORM: tl.constexpr,
-    TURN: tl.constexpr,
+    g_ptr, x_ptr, dx_ptr, gamma_ptr, first, heads, eps, cos, sin, row, g_row, g_head, x_row, inside,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, HALVED: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
     HEADS: tl.constexpr,
-):
+):  # fmt: skip
     """dx of some tokens and of the heads from `first`."""
     if NORM:
         gamma_a, gamma_b = _load_scale(gamma_ptr, HEAD, PAIRS, HALVED)
@@ -219,51 +162,14 @@ def _gradient(
 
 @triton.jit
 def qk_norm_rope_backward_kernel(
-    dq_ptr,
-    dk_ptr,
-    q_ptr,
-    k_ptr,
-    q_gamma_ptr,
-    k_gamma_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    dq_b,
-    dq_n,
-    dq_h,
-    dk_b,
-    dk_n,
-    dk_h,
-    q_b,
-    q_n,
-    k_b,
-    k_n,
-    angle_b,
-    angle_n,
-    angle_p,
-    N,
-    q_heads,
-    k_heads,
-    eps,
-    HEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    HALVED: tl.constexpr,
-    NORM: tl.constexpr,
-    TURN: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    dq_ptr, dk_ptr, q_ptr, k_ptr, q_gamma_ptr, k_gamma_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, dq_b, dq_n, dq_h,
+    dk_b, dk_n, dk_h, q_b, q_n, k_b, k_n, angle_b, angle_n, angle_p, N, q_heads, k_heads, eps,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, HALVED: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Gradients of the projections of one part, some tokens and heads; dq and dk point to the part's first row."""
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = row < N
+    b, row, inside, cos, sin = _tokens(cos_ptr, sin_ptr, angle_b, angle_n, angle_p, N, HEAD, PAIRS, TURN, TOKENS)
     first = tl.program_id(1) * HEADS
-    b = tl.program_id(2).to(tl.int64)
-    if TURN:
-        offset = b * angle_b
-        cos, sin = _load_angles(cos_ptr + offset, sin_ptr + offset, row, angle_n, angle_p, inside, HEAD, PAIRS)
-    else:
-        cos, sin = 0.0, 0.0
     _gradient(
         *(dq_ptr + b * dq_b, q_ptr + b * q_b, q_out_ptr + b * N * q_heads * HEAD, q_gamma_ptr, first, q_heads, eps),
         *(cos, sin, row, dq_n, dq_h, q_n, inside, HEAD, PAIRS, HALVED, NORM, TURN, HEADS),

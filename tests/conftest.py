@@ -49,7 +49,7 @@ def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
     """Cost tables that tests measure do not mix with the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("alignprop_fast.generate.cost_table", "alignprop_fast.cli.kept_tables"):
+        for module in ("alignprop_fast.generate.cost_table", "alignprop_fast.cli.kept_counts"):
             patch.setattr(f"{module}.cache_folder", lambda: folder)
         yield
 
@@ -99,6 +99,7 @@ def steady_clock():
     """Options take the seconds of their order, the richest the fewest, where they are measured; not those of a clock,
     which on a busy machine says at times that to recompute is faster than to keep. For checks of one plan's peak."""
     import importlib
+    from collections import defaultdict
 
     from alignprop_fast.planner import GRADES
 
@@ -108,7 +109,7 @@ def steady_clock():
         timer = trace._Timer(work.device)
         trace._run(work, options, timer)
         rank = min((GRADES.index(option) for option in options.values()), default=0)
-        return dict.fromkeys(timer.seconds(), 1e-3 * (1 + rank))
+        return defaultdict(float, dict.fromkeys(timer.seconds(), 1e-3 * (1 + rank)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_timed", timed)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
     from alignprop_fast.rewards.mixture import WeightedSum
     from alignprop_fast.rewards.normalise import NormalisedSum
+    from alignprop_fast.training.config import AlignPropConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,11 @@ class Rewards:
     def trained(self) -> WeightedSum:
         """The reward that gives the gradient."""
         return self.normalised or self.reward
+
+    @property
+    def watched_bytes(self) -> int:
+        """Bytes of the watched reward's weights, beside those of the trained one."""
+        return 0 if self.watch is None else self.watch.weight_bytes(self.reward)
 
 
 def resolved(options: T, precision: str) -> T:
@@ -118,6 +124,32 @@ def open_model(options: TrainOptions, device: str) -> DefaultDDPOStableDiffusion
     )
 
 
+def open_sampler(
+    options: TrainOptions, config: AlignPropConfig, device: str, rewards: Rewards | None
+) -> DifferentiableSampler:
+    """The sampler that training makes from these options, to measure it or to count what it runs. rewards: None: it
+    scores nothing.
+
+    Raises:
+        ValueError, OSError: the model cannot be loaded, or is an architecture without weights on a real device.
+    """
+    import torch
+
+    from alignprop_fast.models.architectures import NAMES
+    from alignprop_fast.training.prepare import make_sampler, prepare_model
+
+    if options.model in NAMES and device != "meta":
+        raise ValueError(f"{options.model} is an architecture without weights: give --measure a folder or a Hub id")
+    if not device.startswith("cuda"):  # the budget is not this computer's free memory
+        config = replace(config, memory_budget=None)
+    pipeline = open_model(options, device)
+    prepare_model(pipeline, torch.device(device), config)
+    sampler = make_sampler(pipeline, config, None if rewards is None else rewards.trained)
+    if rewards is not None:
+        tell_sampler(sampler, rewards, load_rows(options.prompts)[0])
+    return sampler
+
+
 def make_stopping(options: TrainOptions) -> EarlyStopping | None:
     """Early stopping, or None without --patience. Raises ValueError if its values cannot work."""
     from alignprop_fast.evaluation.early_stopping import EarlyStopping
@@ -128,8 +160,7 @@ def make_stopping(options: TrainOptions) -> EarlyStopping | None:
 def tell_sampler(sampler: DifferentiableSampler, rewards: Rewards, first: PromptRow) -> None:
     """Make the sampler's plans count the watched reward's weights. first: the prompts' first row, to measure the reward
     with."""
-    if rewards.watch is not None:
-        sampler.reward_bytes += rewards.watch.weight_bytes(rewards.reward)
+    sampler.reward_bytes += rewards.watched_bytes
     sampler.example = (first.prompt, dict(first.metadata))
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alignprop_fast.cli import kept_tables
+from alignprop_fast.cli.counting import Counting
+from alignprop_fast.cli.kept_counts import BESIDE_COUNTS, batches
 from alignprop_fast.cli.options import make_config
-from alignprop_fast.cli.parts import open_model, open_rewards, resolved, tell_sampler
+from alignprop_fast.cli.parts import open_rewards, open_sampler, resolved
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.plan_summary import Prediction, predict
 from alignprop_fast.cli.screen import Waiting, say_measured
@@ -34,9 +32,7 @@ from alignprop_fast.planner import (
     lockable_bytes,
     scaled,
 )
-from alignprop_fast.prompts.rows import load_rows
 from alignprop_fast.training.declaration import flag
-from alignprop_fast.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from alignprop_fast.generate.sampler import DifferentiableSampler
@@ -92,7 +88,7 @@ def from_table(options: PlanOptions, file: Path, given: Sequence[str]) -> Questi
     Raises:
         ValueError: the table or the budget is bad, or an option is given that the table determines.
     """
-    if idle := [name for name in given if name not in kept_tables.BESIDE_TABLE]:
+    if idle := [name for name in given if name not in BESIDE_COUNTS]:
         raise ValueError(f"{flag(idle[0])} is determined by --table: leave it out, or estimate without --table")
     table = load_table(file)
     # Tables of earlier versions do not say the steps, whose default was 50 then.
@@ -146,23 +142,17 @@ def from_model(console: Console, options: PlanOptions) -> Question:
     wanted_bytes, steps, batch = _wanted_bytes(config), config.sample_num_steps, chosen.batch_size
     gate_count(chosen.truncation, steps)
     name, budget_bytes, note = place.budget(wanted_bytes)
-    tables = kept_tables.read(chosen) if place.is_named else None
-    if tables is None:
-        with nullcontext() if place.gpu is None else _estimating():
-            quiet_libraries(console)
-            sampler = sampler_to_plan(chosen, config, place.device)
-            start = time.perf_counter()
-            tables = _tables(console, sampler, batch, chosen.negative_prompt, place.gpu)
-        if place.gpu is None:
-            say_measured(console, time.perf_counter() - start)
+    if place.gpu is None:
+        quiet_libraries(console)
+        sampler = open_sampler(chosen, config, place.device, open_rewards(chosen, place.device))
+        tables = _measured(console, sampler, batch, chosen.negative_prompt)
         if place.device.startswith("cuda"):  # the free memory is known only after everything was measured
             held_bytes, note = sampler.settled_budget(batch, chosen.negative_prompt), sampler.budget_note
             budget_bytes = budget_bytes if held_bytes is None else held_bytes
-        if place.is_named and _is_known(chosen):
-            kept_tables.keep(chosen, tables)
-    if place.gpu is not None:
+    else:
         host_bytes = lockable_bytes(None if config.host_memory is None else int(config.host_memory))
-        tables = {size: replace(table, host_limit_bytes=host_bytes) for size, table in tables.items()}
+        counted = Counting(console, chosen, config, place.gpu).tables()
+        tables = {size: replace(one.on(place.gpu), host_limit_bytes=host_bytes) for size, one in counted.items()}
     height, width = (int(tables[batch].origin[side]) for side in ("height", "width"))
     source = "measured" if place.gpu is None else "estimated"
     facts = {
@@ -185,13 +175,11 @@ def from_model(console: Console, options: PlanOptions) -> Question:
 class _Place:
     """Where a training step is measured, or for which GPU it is estimated. device: a torch device; "meta" estimates.
 
-    is_named: whether the GPU is that of --gpu, whose data sheet does not depend on this computer.
     precision: the meaning of --mixed-precision auto there.
     """
 
     device: str
     gpu: Gpu | None
-    is_named: bool = False
 
     @property
     def precision(self) -> str:
@@ -206,7 +194,7 @@ class _Place:
 
 def _place(options: PlanOptions) -> _Place:
     if not options.measure:
-        return _Place("meta", _gpu(options.gpu), is_named=options.gpu is not None)
+        return _Place("meta", _gpu(options.gpu))
     import torch
 
     from alignprop_fast.training.placement import make_deterministic
@@ -254,80 +242,19 @@ def _gpu(name: str | None) -> Gpu:
         ) from error
 
 
-def sampler_to_plan(options: TrainOptions, config: AlignPropConfig, device: str) -> DifferentiableSampler:
-    """The sampler that training makes from these options."""
-    import torch
-
-    from alignprop_fast.models.architectures import NAMES
-    from alignprop_fast.training.prepare import make_sampler, prepare_model
-
-    if options.model in NAMES and device != "meta":
-        raise ValueError(f"{options.model} is an architecture without weights: give --measure a folder or a Hub id")
-    row = load_rows(options.prompts)[0]
-    rewards = open_rewards(options, device)
-    if not device.startswith("cuda"):  # the budget is not this computer's free memory
-        config = replace(config, memory_budget=None)
-    pipeline = open_model(options, device)
-    prepare_model(pipeline, torch.device(device), config)
-    sampler = make_sampler(pipeline, config, rewards.trained)
-    tell_sampler(sampler, rewards, row)
-    return sampler
-
-
-def _is_known(options: PlanOptions) -> bool:
-    """Whether this package and local files determine the tables: no model of the Hub and no function of the user."""
-    from alignprop_fast.models.architectures import NAMES
-    from alignprop_fast.rewards.registry import parsed_spec
-    from alignprop_fast.rewards.user_function import is_function_name
-
-    specs = [spec for spec in (options.reward, options.watch_reward) if spec]
-    parts = [name for spec in specs for name, _ in parsed_spec(spec, [])[0]]
-    return (options.model in (*NAMES, "demo") or Path(options.model).expanduser().exists()) and not any(
-        map(is_function_name, parts)
-    )
-
-
-@contextmanager
-def _estimating() -> Iterator[None]:
-    """Inside, an estimate does without what serves others and costs it seconds.
-
-    - The compiler: libraries (bitsandbytes) load it to compile functions when they are imported. It takes longer to
-      load than everything else, and an estimate compiles nothing.
-    - Threads: counting has no data to share among them, and on a busy machine they would wait for each other.
-    - The garbage collector: it would look through all objects of the libraries and the model ten times. What an
-      estimate drops is freed without it.
-    """
-    name = "TORCHDYNAMO_DISABLE"
-    added, collects = name not in os.environ, gc.isenabled()
-    os.environ.setdefault(name, "1")
-    gc.disable()
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if collects:
-            gc.enable()
-        if added:
-            del os.environ[name]
-
-
-def _tables(
-    console: Console, sampler: DifferentiableSampler, batch: int, negative_prompt: str | None, gpu: Gpu | None
+def _measured(
+    console: Console, sampler: DifferentiableSampler, batch: int, negative_prompt: str | None
 ) -> dict[int, CostTable]:
     """The tables of two batch sizes, or only of `batch` if the device lacks the memory for the other one."""
     from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 
-    how = "measuring" if gpu is None else "counting operators"
-    tables: dict[int, CostTable] = {}
-    with Waiting(console, how, parts=2) as waiting:
-        for size in kept_tables.batches(batch):
-            table = unless_out_of_memory(partial(sampler.cost_table, size, gpu, negative_prompt, waiting.next_part()))
+    start, tables = time.perf_counter(), dict[int, CostTable]()
+    with Waiting(console, "measuring", parts=2) as waiting:
+        for size in batches(batch):
+            table = unless_out_of_memory(partial(sampler.cost_table, size, None, negative_prompt, waiting.next_part()))
             if not isinstance(table, OutOfMemory):
                 tables[size] = table
             elif size == batch:
                 raise ValueError(f"{table.reason} at batch size {batch}: use a smaller --batch-size or --resolution")
+    say_measured(console, time.perf_counter() - start)
     return tables

@@ -101,10 +101,15 @@ def go_on_by(folder: Path) -> str:
 
 
 def known_error(error: Exception) -> str:
-    """The message for a device error: out of memory, or no deterministic algorithm; "" for other errors."""
+    """The message for a RuntimeError that the user can mend: of the device, a library or a path; "" for others."""
     from alignprop_fast.ops.errors import is_out_of_memory
 
     text = str(error)
+    if "Could not determine home directory" in text:  # as `Path.expanduser` says it
+        return "a path begins with ~, but there is no such user here: write the whole path"
+    if "CPU-only version of bitsandbytes" in text:
+        why = "bitsandbytes found no CUDA library (python -m bitsandbytes says why)"
+        return f"{why}: install it anew, or use --base-dtype fp8 and --optimizer adamw"
     if "does not have a deterministic implementation" in text:
         return f"{text.partition(',')[0]}: leave --deterministic out, or use another reward"
     if not is_out_of_memory(error):

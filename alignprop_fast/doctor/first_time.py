@@ -49,7 +49,7 @@ def examine_once(device: torch.device, dtype: torch.dtype) -> None:
     if device.index is None:  # the other process has its own current device
         device = torch.device("cuda", torch.cuda.current_device())
     mark = _mark(device, dtype)
-    if mark.exists():
+    if os.path.exists(mark):  # False, too, where the folder may not be read
         return
     begin, name = time.perf_counter(), torch.cuda.get_device_name(device)
     try:

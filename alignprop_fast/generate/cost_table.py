@@ -1,6 +1,6 @@
-"""The planner's cost table of a training step, measured on the device or estimated for a GPU by name.
+"""The planner's cost table of a training step, measured on the device or counted for any GPU.
 
-Tables are kept in the user's cache folder. The file name is a hash of everything that their numbers depend on.
+Measured tables are kept in the user's cache folder. The file name is a hash of everything that their numbers depend on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from alignprop_fast.files import cache_folder
 from alignprop_fast.generate.denoising import DenoisingChain
 from alignprop_fast.planner import (
     GRADES,
-    GRAPH_LAUNCH_SECONDS,
-    LAUNCH_SECONDS,
     CostTable,
+    CountedTable,
     Gpu,
-    GraphCosts,
     Option,
     Segment,
     Stage,
@@ -37,14 +35,13 @@ from alignprop_fast.runtime import (
     DECODER_STAGES,
     Block,
     DecoderCosts,
-    Operator,
     Told,
     allocated_bytes,
     autocast_dtype,
     device_name,
     link_rate,
     nobody,
-    operator_seconds,
+    rated_dtype,
     remembered_results,
     reward_stages,
     step_costs,
@@ -55,7 +52,6 @@ from alignprop_fast.version import __version__
 
 # cuBLAS and cuDNN workspaces and the allocator's rounding, assumed if there is no device to measure them.
 _ESTIMATED_WORKSPACE_BYTES = 160 * 2**20
-_ON_TENSOR_CORES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 # What decoders cost, by all that this depends on except the batch size.
@@ -107,73 +103,54 @@ def measured_table(step: TrainingStep, decoders: Decoders, told: Told = nobody) 
     origin = {**step_origin(step), "source": "measured", "device": device_name(device)}
     if link is None:  # a table without offloading must not be used once the driver locks memory
         origin["offload"] = "none"
-    rewards = _rewards(step, None)
-    return _completed(_remembered(origin, lambda: _costs(step, origin, None, link, decoders, told)), step, rewards)
+    table = _remembered(origin, lambda: _costs(step, origin, link is not None, decoders, told))
+    rewards = () if step.reward is None else _scoring(step.reward, _images(step), step.prompts, step.metadata)
+    completed = _completed(table, step, rewards)
+    return completed if link is None else completed.with_copies(link)
 
 
-def roofline_on(
-    gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype, launch_seconds: float = LAUNCH_SECONDS
-) -> float:
+def roofline_on(gpu: Gpu, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
     """Estimated seconds of an operator on tensors of this dtype on the GPU."""
-    name = str(dtype).removeprefix("torch.")
-    name = name if name in _ON_TENSOR_CORES else "float32"
-    return roofline_seconds(flop, size_bytes, gpu, name, launch_seconds=launch_seconds)
+    return roofline_seconds(flop, size_bytes, gpu, rated_dtype(dtype))
 
 
 @remembered_results()
-def estimated_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told = nobody) -> CostTable:
-    """The table of a step on meta tensors, with the seconds of its operators on the GPU by the roofline model.
+def counted_table(step: TrainingStep, gpu: Gpu, decoders: Decoders, told: Told = nobody) -> CountedTable:
+    """The costs of a step on meta tensors, whose operators are counted. Any host memory is allowed.
 
-    It is remembered like a measured one, because counting the operators of a large model takes seconds.
+    gpu: decides which products are rounded, if any are. Nothing else depends on it.
 
     Raises:
         ValueError: the reward needs data.
     """
-
-    roofline = _Roofline(gpu)
-    formula = operator_seconds(roofline)
-    origin = {**step_origin(step), "source": "estimated", "device": gpu.name, "data_sheet": _hash(gpu)}
     if step.chain.precision is not None:
         step.chain.precision.decide_by(partial(roofline_on, gpu))
+    rewards = () if step.reward is None else counted_scoring(step.reward, _images(step), step.prompts, step.metadata)
+    # Counts of one version are equal wherever they are made.
+    versions = {"alignprop_fast": __version__, "torch": torch.__version__.partition("+")[0]}
+    origin = {**step_origin(step), **versions, "source": "estimated"}
+    table = _costs(step, origin, True, decoders, told)
+    fixed = {"workspace": _ESTIMATED_WORKSPACE_BYTES}
+    completed = _completed(replace(table, fixed=fixed), step, rewards)
+    return CountedTable(replace(completed, host_limit_bytes=None))
+
+
+@remembered_results()
+def counted_scoring(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+) -> tuple[Stage, ...]:
+    """The costs of scoring images [B, 3, H, W] on the meta device.
+
+    Raises:
+        ValueError: the reward needs data.
+    """
     try:
-        rewards = _rewards(step, formula)
+        return _scoring(reward, images, prompts, metadata)
     except Exception as error:  # the user's own code may raise anything
         raise ValueError(
             f"the reward does not run without data ({str(error).partition(chr(10))[0]}): "
             "use --measure, or plan with a reward of this package of the same size"
         ) from error
-
-    def costs() -> CostTable:
-        table = _costs(step, origin, formula, gpu.link, decoders, told)
-        return replace(table, graphs=GraphCosts(roofline.graph_ratio, roofline.graph_ratio, 0))
-
-    table = _remembered(origin, costs)
-    return _completed(replace(table, fixed={"workspace": _ESTIMATED_WORKSPACE_BYTES}), step, rewards)
-
-
-class _Roofline:
-    """Seconds of operators on a GPU, by the roofline model.
-
-    graph_ratio: seconds of all operators so far inside CUDA graphs, over those of single launches.
-    """
-
-    def __init__(self, gpu: Gpu):
-        self._gpu, self._seconds, self._seconds_in_graphs = gpu, 0.0, 0.0
-        self._known: dict[tuple[float, int, torch.dtype], tuple[float, float]] = {}
-
-    def __call__(self, flop: float, size_bytes: int, dtype: torch.dtype) -> float:
-        key = flop, size_bytes, dtype
-        if key not in self._known:
-            in_graphs = roofline_on(self._gpu, *key, GRAPH_LAUNCH_SECONDS)
-            self._known[key] = roofline_on(self._gpu, *key), in_graphs
-        seconds, in_graphs = self._known[key]
-        self._seconds += seconds
-        self._seconds_in_graphs += in_graphs
-        return seconds
-
-    @property
-    def graph_ratio(self) -> float:
-        return self._seconds_in_graphs / self._seconds if self._seconds else 1.0
 
 
 def _remembered(origin: Mapping[str, str], costs: Callable[[], CostTable]) -> CostTable:
@@ -209,8 +186,7 @@ def _read(path: Path) -> CostTable | None:
 def _costs(
     step: TrainingStep,
     origin: Mapping[str, str],
-    formula: Operator | None,
-    link: float | None,
+    offload: bool,
     decoders: Decoders,
     told: Told,
 ) -> CostTable:
@@ -219,8 +195,8 @@ def _costs(
     image_bytes = _bytes([_images(step)])
     key = model.decode, *(item for item in origin.items() if item[0] != "batch")
     if key not in decoders:
-        decoders[key] = DecoderCosts(model.decode, model.decode_by_bands, step.decoder_blocks, formula)
-    costs = step_costs(step.chain, x, formula, link, within(told, 0, 0.7))
+        decoders[key] = DecoderCosts(model.decode, model.decode_by_bands, step.decoder_blocks)
+    costs = step_costs(step.chain, x, offload, within(told, 0, 0.7))
     return CostTable(
         fixed={"workspace": costs.workspace_bytes},
         latent_bytes=_bytes([step.chain.start(x)]),
@@ -261,31 +237,29 @@ def _penalised(table: CostTable, step: TrainingStep) -> CostTable:
     """
     y_bytes = step.cond.branches * table.latent_bytes
 
-    def twice(option: Option, transient_bytes: int = 0, seconds: float = 0.0) -> Option:
-        transient_bytes = max(option.transient_bytes, transient_bytes)
-        return replace(option, transient_bytes=transient_bytes, seconds=2 * option.seconds + seconds)
+    def twice(option: Option) -> Option:
+        return replace(option, seconds=option.seconds * 2)
+
+    def last(option: Option) -> Option:
+        transient_bytes = max(option.transient_bytes, table.sampling_bytes + 3 * y_bytes)
+        return replace(option, transient_bytes=transient_bytes, seconds=option.seconds * 2 + table.sampling_seconds)
 
     *blocks, rest = table.step
     doubled = [Segment(block.name, tuple(map(twice, block.options))) for block in blocks]
-    transient_bytes = table.sampling_bytes + 3 * y_bytes
-    last = [twice(option, transient_bytes, table.sampling_seconds) for option in rest.options]
-    return replace(table, step=(*doubled, Segment(rest.name, tuple(last))), latent_bytes=table.latent_bytes + y_bytes)
+    return replace(
+        table,
+        step=(*doubled, Segment(rest.name, tuple(map(last, rest.options)))),
+        latent_bytes=table.latent_bytes + y_bytes,
+    )
 
 
-def _rewards(step: TrainingStep, formula: Operator | None) -> tuple[Stage, ...]:
-    if step.reward is None:
-        return ()
+def _scoring(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+) -> tuple[Stage, ...]:
     # A reward may draw random numbers; measuring it must not change those of training.
-    devices = [step.model.device] if step.model.device.type == "cuda" else []
+    devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        return reward_stages(
-            step.reward,
-            _images(step),
-            step.prompts,
-            step.metadata,
-            by_image=step.reward.by_image,
-            operator_seconds=formula,
-        )
+        return reward_stages(reward, images, prompts, metadata, by_image=reward.by_image)
 
 
 def latents(step: TrainingStep) -> torch.Tensor:

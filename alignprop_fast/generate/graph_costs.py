@@ -9,6 +9,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from alignprop_fast.files import write_whole
 from alignprop_fast.generate.cost_table import TrainingStep, cache_file, latents, step_origin
 from alignprop_fast.generate.denoising import DenoisingChain
-from alignprop_fast.planner import CostTable, GraphCosts, leanest
+from alignprop_fast.planner import CountedGraphs, GraphCosts, leanest
 from alignprop_fast.runtime import (
     OutOfMemory,
     Stopwatch,
@@ -55,12 +56,13 @@ def graph_costs(step: TrainingStep) -> GraphCosts | None:
     return _costs(step, sampling, seconds.get("replay graphs", 1.0) / seconds.get("replay eager", 1.0))
 
 
-def estimated_graph_costs(step: TrainingStep, table: CostTable) -> GraphCosts | None:
-    """The same for a table that was estimated, which holds the ratios alone."""
-    if step.chain.fast is None or step.chain.fast_state is None or table.graphs is None:
+def counted_graphs(step: TrainingStep) -> CountedGraphs | None:
+    """The same where nothing is timed."""
+    fast = step.chain.fast
+    if fast is None or step.chain.fast_state is None:
         return None
-    replay = 1.0 if step.chain.gradient_sink is not None else table.graphs.replay_ratio
-    return _costs(step, table.graphs.sampling_ratio, replay)
+    replays = step.chain.gradient_sink is None
+    return CountedGraphs(_static_bytes(step), replays, ORDERED if fast.by_order else 1.0)
 
 
 def _costs(step: TrainingStep, sampling: float, replay: float) -> GraphCosts:
@@ -87,8 +89,9 @@ def _remembered(step: TrainingStep) -> Mapping[str, float]:
     if isinstance(seconds, OutOfMemory):
         logger.warning("evaluations are launched kernel by kernel, since other ways fail here: %s", seconds.reason)
         return {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(seconds).encode())
+    with suppress(OSError):  # the next process measures again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(seconds).encode())
     logger.info("ways to run a step, in ms: %s", ", ".join(f"{way} {1e3 * s:.1f}" for way, s in seconds.items()))
     return seconds
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from alignprop_fast.generate.cost_table import Decoders, TrainingStep, estimated_table, measured_table
-from alignprop_fast.generate.graph_costs import estimated_graph_costs, graph_costs
+from alignprop_fast.generate.cost_table import Decoders, TrainingStep, counted_table, measured_table
+from alignprop_fast.generate.graph_costs import counted_graphs, graph_costs
 from alignprop_fast.generate.memory_budget import MemoryBudget
 from alignprop_fast.generate.render import Renderer
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, GraphCosts, Plan, Solver, leanest
+from alignprop_fast.planner import BudgetInfeasible, CostTable, CountedTable, Gpu, GraphCosts, Plan, Solver, leanest
 from alignprop_fast.runtime import Chain, Told, autocast_dtype, nobody
 
 
@@ -83,13 +83,15 @@ class StepPlanner:
             self.graphs[key] = graph_costs(step)
         return self.graphs[key]
 
-    def costs(self, step: TrainingStep, gpu: Gpu | None, told: Told = nobody) -> CostTable:
-        """Costs of such a step: measured, or estimated for a GPU that need not be in this computer."""
+    def measured(self, step: TrainingStep, told: Told = nobody) -> CostTable:
+        """Costs of such a step on the device."""
         with torch.enable_grad():
-            if gpu is None:
-                return self._measured(step, told)
-            table = estimated_table(step, gpu, self.decoders, told)
-            return replace(table, graphs=estimated_graph_costs(step, table))
+            return self._measured(step, told)
+
+    def counted(self, step: TrainingStep, gpu: Gpu, told: Told = nobody) -> CountedTable:
+        """Costs of such a step for any GPU. gpu: decides which products are rounded, if any are."""
+        with torch.enable_grad():
+            return replace(counted_table(step, gpu, self.decoders, told), graphs=counted_graphs(step))
 
     def settled_bytes(self, step: TrainingStep) -> int:
         """The budget in bytes; on a GPU reduced to its free memory after such a step has run once."""

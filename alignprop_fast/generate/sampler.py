@@ -7,6 +7,7 @@ for the backward pass.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.lora.learning import has_learning_adapters
 from alignprop_fast.models.pipeline_adapter import Generator
-from alignprop_fast.planner import AUTO, CostTable, Gpu, Plan, Solver, parse_bytes
+from alignprop_fast.planner import AUTO, CostTable, CountedTable, Gpu, Plan, Solver, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
 from alignprop_fast.sampling import (
@@ -80,7 +81,7 @@ class DifferentiableSampler:
             metadata) -> (scores [B], info).
         reward_bytes: of the reward's weights on the device; None: the reward's own `weight_bytes()`.
         host_memory: bytes (or "16GiB") that offloading may lock of this computer's memory, by all processes of the run
-            together; None: half of what is free.
+            together; 0: it moves nothing; None: half of what is free.
         cuda_graphs: whether evaluations without gradient and replays run as CUDA graphs, recorded at their first use.
             "auto": on a GPU, where a measurement at first use says that they are faster and where the memory that they
             keep has no better use; on the CPU never. "on": even if they measure no faster. "off": never.
@@ -147,10 +148,10 @@ class DifferentiableSampler:
         )
         self.budget = MemoryBudget(memory_budget, self.model.device)
         self.text = PromptEncoder(self.model, self.guidance, self.size, self._room_bytes if cache_text else None)
-        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+        locked_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory", or_zero=True)
         self.renderer = Renderer(self.model, locked_bytes)
         self.planner = StepPlanner(self.model, self.budget, self.renderer, len(self.table))
-        self.reserve_bytes = parse_bytes(reserve, "reserve") if reserve else 0
+        self.reserve_bytes = parse_bytes(reserve, "reserve", or_zero=True)
         self.reward = None if reward is None else as_reward(reward)
         own_bytes = 0 if self.reward is None else self.reward.weight_bytes()
         self.reward_bytes = own_bytes if reward_bytes is None else reward_bytes
@@ -324,7 +325,19 @@ class DifferentiableSampler:
 
         told: is told which share of the work is done, from 0 to 1.
         """
-        return self.planner.costs(self._blank_step(batch, negative_prompt), gpu, told)
+        if gpu is not None:
+            estimated = self.counted_table(batch, gpu, negative_prompt, told).on(gpu)
+            return replace(estimated, host_limit_bytes=self.renderer.host_pool.limit_bytes or 0)
+        return self.planner.measured(self._blank_step(batch, negative_prompt), told)
+
+    def counted_table(
+        self, batch: int, gpu: Gpu, negative_prompt: str | None = None, told: Told = nobody
+    ) -> CountedTable:
+        """Costs of a training step at this batch size for any GPU, of a model on meta tensors.
+
+        gpu: decides which products are rounded under `sampling_precision`. Nothing else depends on it.
+        """
+        return self.planner.counted(self._blank_step(batch, negative_prompt), gpu, told)
 
     def tighten(self, factor: float = 0.9) -> int:
         """From now on plan with less memory than the last call took, because the device ran out; returns the budget.

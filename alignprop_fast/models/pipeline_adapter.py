@@ -156,7 +156,14 @@ class PipelineAdapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype
+        """The dtype of the denoiser's input: of its first weight that its class does not keep in fp32."""
+        # Not `denoiser.dtype`: see `device`.
+        kept = self.denoiser._keep_in_fp32_modules or ()
+        return next(
+            parameter.dtype
+            for name, parameter in self.denoiser.named_parameters()
+            if parameter.is_floating_point() and not any(part in name for part in kept)
+        )
 
     @property
     def heeds_guidance(self) -> bool:

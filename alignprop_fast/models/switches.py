@@ -21,6 +21,7 @@ _ANEW = "load the pipeline again without it"
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum", "quanto")
 _WITH_PICTURES = ("text_image", "image", "image_hint", "image_proj", "text_image_proj", "ip_image_proj")
 _METHODS = ("forward", "decode")
+_TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NEWER_VAES = ("AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderDC")
 _VAES: tuple[type, ...] = (
     *(AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL),
@@ -42,7 +43,8 @@ class Switch:
 
 
 def _is_on(flag: str) -> Callable[[Any], bool]:
-    return lambda module: bool(getattr(module, flag, False))
+    # A module looks for an attribute that it lacks in three more places, and thousands of modules lack it.
+    return lambda module: (flag in vars(module) or hasattr(type(module), flag)) and bool(getattr(module, flag))
 
 
 def _option(module: Any, name: str) -> Any:
@@ -61,8 +63,7 @@ def _has_hook(word: str) -> Callable[[Any], bool]:
 
 
 def _has_torch_hooks(module: nn.Module) -> bool:
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return any(vars(module).get(f"_{kind}_hooks") for kind in kinds)
+    return any(vars(module).get(hooks) for hooks in _TORCH_HOOKS)
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -77,9 +78,9 @@ def _is_patched(module: nn.Module) -> bool:
 
 def _is_quantized(module: nn.Module) -> bool:
     """Whether another library quantised the weights; this package's own quantisation is allowed."""
-    classes = [type(module), *(type(parameter) for parameter in module.parameters(recurse=False))]
+    classes = [type(module), *map(type, module._parameters.values())]
     return (
-        bool(getattr(module, "is_quantized", False))
+        _is_on("is_quantized")(module)
         or any(one.__module__.split(".")[0] in _QUANTIZERS for one in classes)
         or any(one.__name__.startswith("GGUF") for one in classes)
     )
@@ -94,9 +95,9 @@ def _is_fused(attn: Any) -> bool:
 
 def _sees_pictures(module: nn.Module) -> bool:
     """Whether the module is an IP-Adapter, or a UNet that takes a picture beside the text."""
-    if getattr(module, "image_proj", None) is not None:  # SD3's
+    if module._modules.get("image_proj") is not None:  # SD3's
         return True
-    projection = getattr(module, "encoder_hid_proj", None)
+    projection = module._modules.get("encoder_hid_proj")
     is_flux = projection is not None and _option(module, "encoder_hid_dim_type") is None
     kinds = (_option(module, "encoder_hid_dim_type"), _option(module, "addition_embed_type"))
     return is_flux or any(kind in _WITH_PICTURES for kind in kinds)
@@ -168,7 +169,7 @@ SWITCHES = (
     ),
     Switch(
         "class conditioning",
-        lambda module: getattr(module, "class_embedding", None) is not None,
+        lambda module: module._modules.get("class_embedding") is not None,
         "use a model that draws only from text",
     ),
 )

@@ -10,31 +10,36 @@ from alignprop_fast.planner.budget import (
     parse_budget,
     parse_bytes,
 )
+from alignprop_fast.planner.counted import CountedGraphs, CountedReward, CountedTable, seconds_on
 from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
 from alignprop_fast.planner.describe import by_group, ranges, summary
-from alignprop_fast.planner.gpus import GPUS, GRAPH_LAUNCH_SECONDS, LAUNCH_SECONDS, Gpu, find_gpu, roofline_seconds
+from alignprop_fast.planner.gpus import GPUS, Gpu, find_gpu, roofline_seconds
 from alignprop_fast.planner.host_memory import lockable_bytes
+from alignprop_fast.planner.operators import Operator, Operators, Time
 from alignprop_fast.planner.plan import Plan, StageChoice, leanest
 from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, scoring_seconds, simulate
 from alignprop_fast.planner.solve import Solver, solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
-from alignprop_fast.planner.tablefile import load_table, save_table
+from alignprop_fast.planner.tablefile import load_table, packed, save_table, unpacked
 
 __all__ = [
     "AUTO",
     "GPUS",
     "GRADES",
-    "GRAPH_LAUNCH_SECONDS",
-    "LAUNCH_SECONDS",
     "MOST_BATCH",
     "BlockOption",
     "BudgetInfeasible",
     "CostTable",
+    "CountedGraphs",
+    "CountedReward",
+    "CountedTable",
     "Gpu",
     "GraphCosts",
     "GraphUse",
     "Moment",
+    "Operator",
+    "Operators",
     "Option",
     "Options",
     "Plan",
@@ -42,6 +47,7 @@ __all__ = [
     "Solver",
     "Stage",
     "StageChoice",
+    "Time",
     "budget_from_free",
     "budget_on",
     "by_group",
@@ -52,6 +58,7 @@ __all__ = [
     "load_table",
     "lockable_bytes",
     "option_of",
+    "packed",
     "parse_budget",
     "parse_bytes",
     "price",
@@ -60,7 +67,9 @@ __all__ = [
     "save_table",
     "scaled",
     "scoring_seconds",
+    "seconds_on",
     "simulate",
     "solve",
     "summary",
+    "unpacked",
 ]

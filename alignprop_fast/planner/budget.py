@@ -46,10 +46,10 @@ def parse_budget(budget: int | str | None) -> Budget:
     return "auto" if budget == AUTO else parse_bytes(budget)
 
 
-def parse_bytes(size: int | str, what: str = "memory_budget") -> int:
+def parse_bytes(size: int | str, what: str = "memory_budget", or_zero: bool = False) -> int:
     """Bytes from 25769803776, "24GiB", "512 MiB" or "24GB" (powers of ten without the i).
 
-    what: the name of the size in the error message.
+    what: the name of the size in the error message. or_zero: whether it may be 0.
 
     Raises:
         ValueError: the text is not a positive size.
@@ -58,7 +58,7 @@ def parse_bytes(size: int | str, what: str = "memory_budget") -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{what} {size!r} is not a size: write bytes or, for example, 24GiB or 512MiB")
     size_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size_bytes <= 0:
+    if not size_bytes and not or_zero:
         raise ValueError(f"{what} {size!r} must be more than zero, for example 24GiB")
     return size_bytes
 

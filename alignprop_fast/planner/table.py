@@ -8,10 +8,15 @@ j. Then the chain adds at most max_j (P_j + transient_j) bytes: the kept bytes s
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 from alignprop_fast.planner.block_option import BlockOption
 from alignprop_fast.planner.cuda_graphs import GraphCosts, GraphUse
+from alignprop_fast.planner.operators import Operators
+
+# Numbers, or `Operators` in a table for any GPU.
+Seconds = TypeVar("Seconds")
 
 
 def _require(holds: bool, what: str) -> None:
@@ -19,12 +24,15 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(f"no cost table: {what}; measure or estimate the table again")
 
 
-def _require_costs(owner: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
+def _require_costs(owner: str, sizes: Sequence[int], seconds: Sequence[Any]) -> None:
     _require(all(isinstance(size, int) and size >= 0 for size in sizes), f"{owner}: bytes are whole and never negative")
-    _require(
-        all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in seconds),
-        f"{owner}: seconds are finite and never negative",
-    )
+    _require(all(map(_is_time, seconds)), f"{owner}: seconds are finite and never negative")
+
+
+def _is_time(value: Any) -> bool:
+    if isinstance(value, Operators):
+        return True
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _require_distinct(owner: str, names: Sequence[str]) -> None:
@@ -32,7 +40,7 @@ def _require_distinct(owner: str, names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Option:
+class Option(Generic[Seconds]):
     """One way to carry a segment from its forward to its backward pass.
 
     name: which one it is.
@@ -46,25 +54,32 @@ class Option:
     name: BlockOption
     kept_bytes: int
     transient_bytes: int
-    seconds: float
+    seconds: Seconds
     host_bytes: int = 0
 
     def __post_init__(self) -> None:
         _require_costs(f"option {self.name}", (self.kept_bytes, self.transient_bytes, self.host_bytes), (self.seconds,))
 
+    def with_copies(self: "Option[float]", link: float) -> "Option[float]":
+        """With the seconds of copies that its computation does not hide. About a third of it is forward, the rest
+        backward. link: bytes/s to host memory."""
+        copy_seconds = self.host_bytes / link
+        exposed = max(copy_seconds - self.seconds / 3, 0) + max(copy_seconds - self.seconds * 2 / 3, 0)
+        return replace(self, seconds=self.seconds + exposed)
+
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Generic[Seconds]):
     """A part of the network with an option of its own."""
 
     name: str
-    options: tuple[Option, ...]
+    options: tuple[Option[Seconds], ...]
 
     def __post_init__(self) -> None:
         _require(len(self.options) > 0, f"segment {self.name} has no option")
         _require_distinct(f"segment {self.name}", [option.name for option in self.options])
 
-    def option(self, name: BlockOption) -> Option:
+    def option(self, name: BlockOption) -> Option[Seconds]:
         """The option of this name.
 
         Raises:
@@ -78,7 +93,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[Seconds]):
     """One way to run the decoder or the reward: the whole batch at once, or piece by piece in the backward pass.
 
     name: "batch", "image", "chunk:2", ...
@@ -90,11 +105,11 @@ class Stage:
     """
 
     name: str
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment[Seconds], ...]
     runs: int = 1
     replayed: bool = False
     forward_bytes: int = 0
-    forward_seconds: float = 0.0
+    forward_seconds: Seconds | float = 0.0
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name}"
@@ -106,7 +121,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class CostTable:
+class CostTable(Generic[Seconds]):
     """Costs of one training step at one batch size, resolution and dtype, on one device.
 
     fixed: bytes that are always alive, by name: weights, adapters, gradients, optimizer, workspace.
@@ -130,18 +145,18 @@ class CostTable:
     fixed: Mapping[str, int]
     latent_bytes: int
     image_bytes: int
-    step: tuple[Segment, ...]
+    step: tuple[Segment[Seconds], ...]
     sampling_bytes: int
-    sampling_seconds: float
-    decoders: tuple[Stage, ...]
-    rewards: tuple[Stage, ...] = ()
+    sampling_seconds: Seconds
+    decoders: tuple[Stage[Seconds], ...]
+    rewards: tuple[Stage[Seconds], ...] = ()
     reserve_bytes: int = 0
     optimizer_seconds: float = 0.0
     sums_bytes: int = 0
     transfer_bytes: int = 0
     host_limit_bytes: int | None = None
     closed_bytes: int | None = None
-    closed_seconds: float | None = None
+    closed_seconds: Seconds | None = None
     graphs: GraphCosts | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
@@ -156,8 +171,13 @@ class CostTable:
         _require_distinct("decoders", [stage.name for stage in self.decoders])
         _require_distinct("rewards", [stage.name for stage in self.rewards])
 
+    def with_copies(self: "CostTable[float]", link: float) -> "CostTable[float]":
+        """The table with the seconds of copies that no computation hides. link: bytes/s to host memory."""
+        step = (replace(s, options=tuple(option.with_copies(link) for option in s.options)) for s in self.step)
+        return replace(self, step=tuple(step))
+
     @property
-    def closed(self) -> tuple[int, float]:
+    def closed(self) -> tuple[int, Seconds]:
         """Transient bytes and seconds of one denoising step that carries no gradient."""
         if self.closed_bytes is None or self.closed_seconds is None:
             return self.sampling_bytes, self.sampling_seconds
@@ -167,12 +187,12 @@ class CostTable:
         """Bytes of the sums of this number of steps' gradients; zero for one step, whose gradient is its own sum."""
         return self.sums_bytes if grad_steps > 1 else 0
 
-    def sampling_seconds_of(self, use: GraphUse) -> float:
+    def sampling_seconds_of(self: "CostTable[float]", use: GraphUse) -> float:
         """Seconds of one evaluation without gradient."""
         ratio = self.graphs.sampling_ratio if self.graphs is not None and use.sampling else 1.0
         return ratio * self.sampling_seconds
 
-    def closed_seconds_of(self, use: GraphUse) -> float:
+    def closed_seconds_of(self: "CostTable[float]", use: GraphUse) -> float:
         """Seconds of one denoising step that carries no gradient. Graphs are assumed to save the same share of it."""
         ratio = self.graphs.sampling_ratio if self.graphs is not None and use.sampling else 1.0
         return ratio * self.closed[1]

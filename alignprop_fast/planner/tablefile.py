@@ -1,13 +1,17 @@
-"""Cost tables as JSON files."""
+"""Cost tables as JSON files; counted ones are compressed."""
 
+import gzip
 import json
 import os
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from alignprop_fast.planner.block_option import BlockOption
+from alignprop_fast.planner.counted import CountedGraphs, CountedReward, CountedTable
 from alignprop_fast.planner.cuda_graphs import GraphCosts
+from alignprop_fast.planner.operators import Operator, Operators
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
 
 FORMAT_VERSION = 2
@@ -71,3 +75,48 @@ def _table(entries: dict[str, Any]) -> CostTable:
     return CostTable(
         **{**entries, **parts, "decoders": _stages(entries["decoders"]), "rewards": _stages(entries["rewards"])}
     )
+
+
+def packed(counted: CountedTable | CountedReward) -> bytes:
+    """The counts as compressed JSON. Equal counts give equal bytes."""
+    places: dict[Operator, int] = {}
+
+    def numbers(operators: Operators) -> list[int]:
+        """The place of an operator and its times, and so on."""
+        return [n for one, times in operators.times.items() for n in (places.setdefault(one, len(places)), times)]
+
+    text = json.dumps(asdict(counted), default=numbers, separators=(",", ":"))
+    known = json.dumps([*places], separators=(",", ":"))
+    return gzip.compress(f'{{"operators":{known},"counted":{text}}}'.encode(), mtime=0)
+
+
+def unpacked(data: bytes) -> CountedTable | CountedReward:
+    """The counts that `packed` wrote.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        content = json.loads(gzip.decompress(data))
+        known = [Operator(*entry) for entry in content["operators"]]
+        counted = _with_operators(content["counted"], known)
+        if "stages" in counted:
+            return CountedReward(_stages(counted["stages"]), counted["weight_bytes"])
+        graphs = counted["graphs"]
+        return CountedTable(_table(counted["costs"]), graphs and CountedGraphs(**graphs))
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged counts: {error}") from error
+
+
+def _with_operators(tree: Any, known: list[Operator]) -> Any:
+    """The tree with `Operators` where seconds are lists of numbers."""
+    if isinstance(tree, list):
+        return [_with_operators(item, known) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        name: Operators(dict(zip(map(known.__getitem__, value[::2]), value[1::2], strict=True)))
+        if name.endswith("seconds") and isinstance(value, list)
+        else _with_operators(value, known)
+        for name, value in tree.items()
+    }

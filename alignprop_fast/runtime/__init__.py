@@ -10,7 +10,7 @@ from alignprop_fast.runtime.changed import raise_if_changed
 from alignprop_fast.runtime.compiled import CompiledBlocks
 from alignprop_fast.runtime.costs import DECODER_STAGES, DecoderCosts, reward_stages, step_costs
 from alignprop_fast.runtime.device_memory import device_memory, driver_bytes, use_growing_segments
-from alignprop_fast.runtime.estimate import operator_seconds
+from alignprop_fast.runtime.estimate import counted_operator, rated_dtype
 from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.graphs import GraphedCalls
 from alignprop_fast.runtime.host_pool import HostPool
@@ -20,7 +20,8 @@ from alignprop_fast.runtime.offload import Offloader
 from alignprop_fast.runtime.run_chain import autocast_dtype, run_chain, run_penalised_chain
 from alignprop_fast.runtime.stages import run_decoder_stage, score_in_chunks
 from alignprop_fast.runtime.told import Told, nobody, within
-from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
+from alignprop_fast.runtime.trace import trace
+from alignprop_fast.runtime.work import Trace, Work
 
 __all__ = [
     "DECODER_STAGES",
@@ -34,7 +35,6 @@ __all__ = [
     "HostPool",
     "LiveBytes",
     "Offloader",
-    "Operator",
     "OutOfMemory",
     "PeakMeter",
     "Stopwatch",
@@ -45,14 +45,15 @@ __all__ = [
     "apply_options",
     "autocast_dtype",
     "blocks_of",
+    "counted_operator",
     "device_memory",
     "device_name",
     "driver_bytes",
     "first_line",
     "link_rate",
     "nobody",
-    "operator_seconds",
     "raise_if_changed",
+    "rated_dtype",
     "remembered_results",
     "reward_stages",
     "run_chain",

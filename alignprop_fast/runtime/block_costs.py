@@ -1,6 +1,6 @@
 """Costs of a network's blocks under each option, from one run of the network and runs of one block of each kind.
 
-The network runs once under the leanest option. Blocks of one kind cost the same (`trace.Call`), so the other options
+The network runs once under the leanest option. Blocks of one kind cost the same (`work.Call`), so the other options
 run on the first block of each kind alone, on inputs like those it had. What an option changes there, it changes for
 each block of the kind.
 """
@@ -15,18 +15,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from alignprop_fast.planner import BlockOption, Option, Segment
 from alignprop_fast.runtime.told import Told, nobody
-from alignprop_fast.runtime.trace import Call, Interval, Like, Work, trace
+from alignprop_fast.runtime.trace import trace
+from alignprop_fast.runtime.work import Call, Interval, Like, Work
 
 LEANEST = BlockOption.RECOMPUTE
 
 
-def segments(work: Work, link: float | None = None, told: Told = nobody) -> tuple[Segment, ...]:
+def segments(work: Work, offload: bool = False, told: Told = nobody) -> tuple[Segment, ...]:
     """The segments of the work, each with all its options.
 
     If the network fits under the leanest option, one block alone fits under each.
 
-    link: bytes/s to host memory. If given, an option also has a variant whose kept tensors are offloaded, unless all
-        are too small to be moved.
+    offload: whether an option also has a variant whose kept tensors are offloaded, unless all are too small to be
+        moved. Its seconds are without the copies (`CostTable.with_copies`).
     told: is told which share of the work is done.
 
     Raises:
@@ -37,8 +38,8 @@ def segments(work: Work, link: float | None = None, told: Told = nobody) -> tupl
     for index, interval in enumerate(lean.intervals):
         told(0.3 + 0.7 * index / len(lean.intervals))
         if (call := interval.call) is not None and call.kind not in alone:
-            alone[call.kind] = _alone(work, call, lean.owned, link is not None)
-    return tuple(_segment(interval, alone, link) for interval in lean.intervals)
+            alone[call.kind] = _alone(work, call, lean.owned, offload)
+    return tuple(_segment(interval, alone) for interval in lean.intervals)
 
 
 def transfer_bytes(found: Sequence[Segment]) -> int:
@@ -46,7 +47,7 @@ def transfer_bytes(found: Sequence[Segment]) -> int:
     return max((option.host_bytes for segment in found for option in segment.options), default=0)
 
 
-def _segment(lean: Interval, alone: Mapping[Hashable, Mapping[BlockOption, Interval]], link: float | None) -> Segment:
+def _segment(lean: Interval, alone: Mapping[Hashable, Mapping[BlockOption, Interval]]) -> Segment:
     """The segment of an interval that was measured under the leanest option."""
     if lean.call is None:
         return Segment("rest", (lean.option(BlockOption.KEEP),))
@@ -55,9 +56,9 @@ def _segment(lean: Interval, alone: Mapping[Hashable, Mapping[BlockOption, Inter
     for name in block.grades():
         option = _changed(lean, found[LEANEST], found[name]).option(name)
         options.append(option)
-        if link is not None and found[name.offloaded].host_bytes:
+        if name.offloaded in found and found[name.offloaded].host_bytes:
             there = _changed(lean, found[LEANEST], found[name.offloaded]).option(name.offloaded)
-            options.append(replace(there, seconds=_with_copies(option.seconds, there.host_bytes / link)))
+            options.append(replace(there, seconds=option.seconds))
     return Segment(block.name, tuple(options))
 
 
@@ -70,13 +71,8 @@ def _changed(interval: Interval, lean: Interval, other: Interval) -> Interval:
         host_bytes=other.host_bytes,
         block_transient=interval.block_transient + other.block_transient - lean.block_transient,
         gap_transient=interval.gap_transient - more_bytes,
-        block_seconds=max(interval.block_seconds + other.block_seconds - lean.block_seconds, 0.0),
+        block_seconds=interval.block_seconds + other.block_seconds - lean.block_seconds,
     )
-
-
-def _with_copies(seconds: float, copy_seconds: float) -> float:
-    """The copies overlap with the block's own time: about a third of it is forward, the rest backward."""
-    return seconds + max(copy_seconds - seconds / 3, 0) + max(copy_seconds - seconds * 2 / 3, 0)
 
 
 def _alone(work: Work, call: Call, owned: frozenset[int], offload: bool) -> dict[BlockOption, Interval]:

@@ -1,6 +1,6 @@
 """Costs of the parts of a training step for the planner's table: denoising step, decoder, reward.
 
-On a device the parts are run and timed. On meta tensors their operators are counted, and a formula gives the seconds.
+On a device the parts are run and timed. On meta tensors their operators are counted.
 """
 
 import logging
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from alignprop_fast.ops.errors import unless_out_of_memory
-from alignprop_fast.planner import Segment, Stage
+from alignprop_fast.planner import Segment, Stage, Time
 from alignprop_fast.runtime.block_costs import segments
 from alignprop_fast.runtime.blocks import Block
 from alignprop_fast.runtime.chain import Chain
 from alignprop_fast.runtime.gradients import step_gradients
 from alignprop_fast.runtime.measure import Workspaces
 from alignprop_fast.runtime.told import Told, nobody, within
-from alignprop_fast.runtime.trace import Operator, Trace, Work, trace
+from alignprop_fast.runtime.trace import trace
+from alignprop_fast.runtime.work import Trace, Work
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +38,16 @@ class StepCosts:
 
     segments: tuple[Segment, ...]
     sampling_bytes: int
-    sampling_seconds: float
+    sampling_seconds: Time
     workspace_bytes: int
     closed_bytes: int | None = None
-    closed_seconds: float | None = None
+    closed_seconds: Time | None = None
 
 
-def step_costs(
-    chain: Chain,
-    x: torch.Tensor,
-    operator_seconds: Operator | None = None,
-    link: float | None = None,
-    told: Told = nobody,
-) -> StepCosts:
+def step_costs(chain: Chain, x: torch.Tensor, offload: bool = False, told: Told = nobody) -> StepCosts:
     """Costs of one step of the chain at latents x [B, ...]; runs the prediction of step 0 and draws no random number.
 
-    operator_seconds: estimates the seconds (on meta tensors). link: bytes/s to host memory, for
-    offloading. told: is told which share of the work is done.
+    offload: whether blocks can move tensors to host memory. told: is told which share of the work is done.
     """
     x = chain.start(x)
     start = x.detach().requires_grad_()
@@ -63,7 +57,6 @@ def step_costs(
         leaves=[start, *chain.receivers],
         blocks=chain.blocks,
         device=x.device,
-        operator_seconds=operator_seconds,
         around_block=chain.around_block,
     )
     with Workspaces(x.device) as held, chain.reading():
@@ -73,7 +66,7 @@ def step_costs(
             with chain.approximation():
                 closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
         told(0.1)
-        options = segments(work, link, within(told, 0.1, 1))
+        options = segments(work, offload, within(told, 0.1, 1))
     costs = StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
     return costs if closed is None else replace(costs, closed_bytes=closed.peak_bytes, closed_seconds=closed.seconds)
 
@@ -121,7 +114,6 @@ class DecoderCosts:
     Args:
         decode, banded: from latents [B, ...] to images; banded in less memory.
         blocks: of `decode`.
-        operator_seconds: as in `step_costs`.
     """
 
     def __init__(
@@ -129,9 +121,7 @@ class DecoderCosts:
         decode: Callable[[torch.Tensor], torch.Tensor],
         banded: Callable[[torch.Tensor], torch.Tensor],
         blocks: Sequence[Block],
-        operator_seconds: Operator | None = None,
     ):
-        self.operator_seconds = operator_seconds
         self._ways: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Sequence[Block]]]
         self._ways = {"image": (decode, blocks), "bands": (banded, ())}
         self._one: dict[str, Again] = {}
@@ -155,7 +145,7 @@ class DecoderCosts:
         # While one image is decoded again, all images and the gradients of the others are alive.
         others_bytes = image_bytes * (len(x) - 1) // len(x)
         higher = tuple(_with_more_transient(segment, others_bytes) for segment in one.segments)
-        return Stage(name, higher, len(x), True, one.forward.peak_bytes, len(x) * one.forward.seconds)
+        return Stage(name, higher, len(x), True, one.forward.peak_bytes, one.forward.seconds * len(x))
 
     def _one_image(self, name: str, x: torch.Tensor) -> Again:
         if name not in self._one:
@@ -172,7 +162,6 @@ class DecoderCosts:
             leaves=[start],
             blocks=blocks,
             device=x.device,
-            operator_seconds=self.operator_seconds,
             output_kept=False,
         )
 
@@ -182,7 +171,6 @@ def reward_stages(
     images: torch.Tensor,
     *lists: Sequence[Any],
     by_image: bool = False,
-    operator_seconds: Operator | None = None,
 ) -> tuple[Stage, ...]:
     """The reward score(images [B, 3, H, W], *lists): the whole batch at once and, if allowed, in chunks.
 
@@ -201,7 +189,6 @@ def reward_stages(
             leaves=[part],
             blocks=(),
             device=images.device,
-            operator_seconds=operator_seconds,
         )
 
     @cache
@@ -212,7 +199,7 @@ def reward_stages(
         runs = -(-len(images) // chunk)
         forward = _without_graph(work(chunk))
         found = tuple(_with_more_transient(segment, image_bytes) for segment in whole(chunk))
-        return Stage(f"chunk:{chunk}", found, runs, True, forward.peak_bytes, runs * forward.seconds)
+        return Stage(f"chunk:{chunk}", found, runs, True, forward.peak_bytes, forward.seconds * runs)
 
     image_bytes = images.numel() * images.element_size()
     ways = {"batch": lambda: Stage("batch", whole(len(images)))}

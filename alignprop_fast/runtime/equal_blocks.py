@@ -1,6 +1,6 @@
 """Runs of equal blocks on meta tensors: the first, the second and the last one run, and the second stands for the rest.
 
-In a run each block has the kind (`trace.Call`) of the one before and takes all its results. So all but the first and
+In a run each block has the kind (`work.Call`) of the one before and takes all its results. So all but the first and
 the last have the same neighbours and cost the same. A block that does not run returns the results of the one before. In
 the backward pass it makes the gradients of its leaves, which are alive while earlier blocks go back.
 """

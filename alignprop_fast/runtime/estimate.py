@@ -1,18 +1,17 @@
-"""Estimated seconds of an operator: the larger of the times for its arithmetic and its memory traffic.
+"""Counts the arithmetic and the memory traffic of an operator.
 
 On meta tensors the package's ops run as plain PyTorch expressions. So memory passes that the fused kernels save are
-counted, and those estimates are too slow.
+counted, and estimates from them are too slow.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from alignprop_fast.planner import Operator
 from alignprop_fast.runtime.meta_results import tensors_in
-from alignprop_fast.runtime.trace import Operator
 
 aten = torch.ops.aten
 # They only change a shape or allocate; dropout in evaluation returns its input.
@@ -21,23 +20,26 @@ _FREE = {
     *(aten.new_empty, aten.new_empty_strided),
 }
 _IN_8_BITS = (aten._int_mm, aten._scaled_mm)
+_ON_TENSOR_CORES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
-def operator_seconds(roofline: Callable[[float, int, torch.dtype], float]) -> Operator:
-    """(function, arguments, result) -> () -> seconds, by roofline(FLOP, bytes, dtype) -> seconds."""
+def counted_operator(func: Any, arguments: Any, out: Any) -> Operator | None:
+    """What an operator computes and moves; None if it takes no time. arguments: (args, kwargs)."""
+    if func.overloadpacket in _FREE or _is_view(func):
+        return None
+    tensors = tensors_in(*arguments, out)
+    if not tensors:
+        return None
+    size_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    # int8 products have int32 results, and fp8 products bf16 ones.
+    widest = tensors[0] if func.overloadpacket in _IN_8_BITS else max(tensors, key=lambda t: t.numel())
+    return Operator(_flop(func, arguments, out), size_bytes, rated_dtype(widest.dtype))
 
-    def seconds(func: Any, arguments: Any, out: Any) -> Callable[[], float]:
-        if func.overloadpacket in _FREE or _is_view(func):
-            return float
-        tensors = tensors_in(*arguments, out)
-        if not tensors:
-            return float
-        size_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        # int8 products have int32 results, and fp8 products bf16 ones.
-        widest = tensors[0] if func.overloadpacket in _IN_8_BITS else max(tensors, key=lambda t: t.numel())
-        return partial(roofline, _flop(func, arguments, out), size_bytes, widest.dtype)
 
-    return seconds
+def rated_dtype(dtype: torch.dtype) -> str:
+    """The dtype whose rate a data sheet gives: "float32" for all that tensor cores do not compute."""
+    name = str(dtype).removeprefix("torch.")
+    return name if name in _ON_TENSOR_CORES else "float32"
 
 
 @cache

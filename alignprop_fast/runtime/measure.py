@@ -205,12 +205,12 @@ class Stopwatch:
             stamp = time.perf_counter()
         self._stamps.append((label, stamp))
 
-    def seconds(self) -> dict[Hashable, float]:
+    def seconds(self) -> defaultdict[Hashable, float]:
         """Seconds of each part, the last one until now."""
         self.enter(None)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        totals: dict[Hashable, float] = defaultdict(float)
+        totals: defaultdict[Hashable, float] = defaultdict(float)
         for (label, start), (_, end) in zip(self._stamps, self._stamps[1:], strict=False):
             totals[label] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
         return totals

@@ -4,12 +4,14 @@ operator, and a plan needs those of one block a dozen times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from alignprop_fast.planner import Operator
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 # Not `list | tuple`, which Python would build anew at each of a million uses.
@@ -24,12 +26,13 @@ class Known:
     """What is known of an operator on tensors of certain layouts with certain numbers.
 
     result: None: it must run. allocates: whether its result may have a storage that is not an argument's.
-    seconds: gives its estimate, once somebody has made one.
+    counted: once somebody has counted it, what it computes and moves; None if it takes no time.
     """
 
     result: _Result | None
     allocates: bool = True
-    seconds: Callable[[], float] | None = None
+    counted: Operator | None = None
+    is_counted: bool = False
 
 
 _known: dict[Hashable, Known] | None = None

@@ -1,134 +1,26 @@
 """Traces one forward and backward run of a network, split at the ends of its blocks: bytes and seconds per interval.
 
-An interval is a block and the gap before it: whatever runs between it and the previous block. The last one is
-everything after all blocks. Each byte is charged to the interval that allocated it, but a tensor that one block alone
-takes as its input is charged to that block, because the block's option decides whether it stays. So the costs of mixed
-options are sums over the blocks (`planner.table` has the arithmetic).
+`work` says what an interval is, and `counts` to which one a byte belongs.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from alignprop_fast.planner import BlockOption, Option, Options
+from alignprop_fast.planner import Options
 from alignprop_fast.runtime.blocks import Block, apply_options
+from alignprop_fast.runtime.counts import Counts, intervals
 from alignprop_fast.runtime.equal_blocks import EqualBlocks, module_kind
-from alignprop_fast.runtime.host_pool import CountedPool, HostPool
-from alignprop_fast.runtime.measure import LiveBytes, Stopwatch, storage_key
-from alignprop_fast.runtime.meta_results import Known
+from alignprop_fast.runtime.host_pool import HostPool
+from alignprop_fast.runtime.measure import Stopwatch, storage_key
 from alignprop_fast.runtime.offload import Offloader
-
-Operator = Callable[[Any, Any, Any], Callable[[], float]]
-# ("before", i): the gap before block i, forward. ("forward", i), ("backward", i): block i. ("after", i): the gap before
-# block i, backward.
-Part = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Work:
-    """A network to measure.
-
-    forward: () -> output with its graph; runs inside `apply_options`.
-    pull: (output, leaves): runs the backward pass, which consumes the output; None: forward only.
-    leaves: the tensors that get a gradient.
-    operator_seconds: (function, arguments, result) -> () -> estimated seconds; None: the device is timed.
-    output_kept: whether the output counts as kept.
-    around_block: the context in which a block runs alone.
-    repeats: runs that are timed; the shortest one counts, because the first one warms up.
-    """
-
-    forward: Callable[[], torch.Tensor]
-    pull: Callable[[torch.Tensor, Sequence[torch.Tensor]], Any] | None
-    blocks: Sequence[Block]
-    device: torch.device
-    leaves: Sequence[torch.Tensor] = ()
-    operator_seconds: Operator | None = None
-    output_kept: bool = True
-    around_block: Callable[[], AbstractContextManager[Any]] = nullcontext
-    repeats: int = 2
-
-
-@dataclass(frozen=True)
-class Like:
-    """The layout of a tensor. storage: the identity of its storage, whose size is storage_bytes."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    requires_grad: bool
-    storage: int
-    storage_bytes: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """A run of a block.
-
-    inputs: (args, kwargs) with a `Like` for each tensor. kind: blocks of one kind cost the same.
-    """
-
-    block: Block
-    kind: Hashable
-    inputs: Any
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Costs of one interval under one option.
-
-    call: of its block; None: what follows all blocks.
-    host_bytes: moved to host memory. The previous block's tensors that are being copied are not counted.
-    block_transient, gap_transient: bytes at the worst moment of the block and of the gap, beside all kept ones, the
-        interval's included. A gap may take less than those, so that the number is negative.
-    """
-
-    call: Call | None
-    kept_bytes: int
-    host_bytes: int
-    block_transient: int
-    gap_transient: int
-    block_seconds: float
-    gap_seconds: float
-
-    @property
-    def transient_bytes(self) -> int:
-        return max(self.block_transient, self.gap_transient, 0)
-
-    @property
-    def seconds(self) -> float:
-        return self.block_seconds + self.gap_seconds
-
-    def option(self, name: BlockOption) -> Option:
-        return Option(name, self.kept_bytes, self.transient_bytes, self.seconds, self.host_bytes)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Intervals in the order of execution. owned: storages that one block alone takes as its input."""
-
-    intervals: list[Interval]
-    owned: frozenset[int] = field(default_factory=frozenset)
-
-    @property
-    def peak_bytes(self) -> int:
-        kept, peak = 0, 0
-        for interval in self.intervals:
-            kept += interval.kept_bytes
-            peak = max(peak, kept + interval.transient_bytes)
-        return peak
-
-    @property
-    def seconds(self) -> float:
-        return sum(interval.seconds for interval in self.intervals)
+from alignprop_fast.runtime.work import Call, Like, Part, Trace, Work
 
 
 def trace(work: Work, options: Options) -> Trace:
@@ -139,19 +31,24 @@ def trace(work: Work, options: Options) -> Trace:
     only bytes are counted, without host memory, and the backward pass gets zeros.
     """
     offloads = any(option.offload for option in options.values())
-    seconds = {} if work.operator_seconds or offloads else _timed(work, options)
-    counts = _Counts(work)
+    seconds = defaultdict(float) if work.is_counted or offloads else _timed(work, options)
+    counts = Counts(work)
     equal = EqualBlocks(work.blocks, work.leaves) if _are_equal(work, options) else None
     with counts.live:
         calls = _run(work, options, counts, counts.pool, equal)
     stands = {} if equal is None else equal.stands
-    return Trace(_intervals(calls, counts, counts.seconds_of(stands) or seconds, stands), counts.owned)
+    times = counts.operators(stands) if work.is_counted else seconds
+    return Trace(intervals(calls, counts, times, stands), counts.owned)
 
 
 def _are_equal(work: Work, options: Options) -> bool:
     """Whether one of several equal blocks may stand for others: where they are counted, and under one option."""
-    counted = work.device.type == "meta" and work.operator_seconds is not None and work.pull is not None
-    return counted and set(options) <= {"*"} and not any(option.offload for option in options.values())
+    return (
+        work.is_counted
+        and work.pull is not None
+        and set(options) <= {"*"}
+        and not any(option.offload for option in options.values())
+    )
 
 
 class Meter(Protocol):
@@ -174,61 +71,7 @@ class _Timer(Stopwatch):
         pass
 
 
-class _Counts:
-    """Bytes and estimated seconds of one run, by part.
-
-    Attributes:
-        live: the mode to run under; it counts what is alive and its peaks.
-        pool: counts what is offloaded.
-        kept: bytes that the forward pass keeps for a backward pass; moved: bytes that it offloads.
-        owned: storages that one block alone takes as its input.
-    """
-
-    def __init__(self, work: Work):
-        on_operator = partial(self._add_seconds, work.operator_seconds) if work.operator_seconds else None
-        self.live = LiveBytes(on_operator, work.device)
-        self.pool = CountedPool(work.device)
-        self.kept: dict[Hashable, int] = {}
-        self.moved: dict[Hashable, int] = {}
-        self.owned: frozenset[int] = frozenset()
-        self._seconds: dict[Hashable, list[Callable[[], float]]] = defaultdict(list)
-        self._goes_back, self._output_kept = work.pull is not None, work.output_kept
-        self._part: Hashable = None
-
-    def enter(self, part: Part) -> None:
-        self.moved[self._part] = self.pool.size_bytes - sum(self.moved.values())
-        self.live.enter(part)
-        self._part = part
-
-    def take(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
-        self.live.take(tensors, part)
-
-    def forward_done(self, out: torch.Tensor) -> None:
-        self.owned = self.live.owned()
-        if self._goes_back:
-            self.kept.update(self.live.charged())
-        if self._goes_back and not self._output_kept:
-            self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
-
-    def _add_seconds(
-        self, operator_seconds: Operator, func: Any, arguments: Any, out: Any, known: Known | None
-    ) -> None:
-        seconds = None if known is None else known.seconds
-        if seconds is None:
-            seconds = operator_seconds(func, arguments, out)
-            if known is not None:
-                known.seconds = seconds
-        self._seconds[self._part].append(seconds)
-
-    def seconds_of(self, stands: Mapping[int, int]) -> dict[Hashable, float]:
-        """Estimated seconds by part, where the work has them. stands: calls that others stand for."""
-        taken = dict(self._seconds)
-        for index, other in stands.items():
-            taken.update({(name, index): self._seconds[name, other] for name in ("forward", "backward")})
-        return {part: reduce(add, (operator() for operator in operators), 0.0) for part, operators in taken.items()}
-
-
-def _timed(work: Work, options: Options) -> dict[Hashable, float]:
+def _timed(work: Work, options: Options) -> defaultdict[Hashable, float]:
     """Seconds of each part in the shortest run."""
     runs = []
     for _ in range(work.repeats):
@@ -333,53 +176,3 @@ def _kind(block: Block, inputs: Any) -> Hashable:
         (x.shape, x.stride, x.dtype, x.requires_grad) if isinstance(x, Like) else repr(x) for x in tree_leaves(inputs)
     )
     return block.group, given, module_kind(block.module)
-
-
-def _intervals(
-    calls: list[Call], counts: _Counts, seconds: Mapping[Hashable, float], stands: Mapping[int, int]
-) -> list[Interval]:
-    """stands: calls that did not run -> the calls that stand for them."""
-    result: list[Interval] = []
-    kept, moved, peaks = counts.kept, counts.moved, counts.live.peaks
-    beside_bytes, before_bytes, beside = 0, 0, dict[int, int]()
-    gradients = {other: _gradients(counts, other) for other in stands.values()}
-    # Later blocks' gradients that would be alive in each backward pass, but were not made.
-    unmade = [sum(gradients[stands[k]][1] for k in stands if k > index) for index in range(len(calls) + 1)]
-    for index, call in enumerate([*calls, None]):
-        if (other := stands.get(index)) is not None:
-            more_bytes = unmade[other] - (index - other) * gradients[other][0]
-            result.append(replace(result[other], call=call, **_transients(peaks, other, beside[other], more_bytes)))
-            continue
-        before, forward, backward, after = ((name, index) for name in ("before", "forward", "backward", "after"))
-        kept_bytes = kept.get(before, 0) + kept.get(forward, 0)
-        beside_bytes += kept_bytes
-        beside[index] = beside_bytes + before_bytes
-        result.append(
-            Interval(
-                call=call,
-                kept_bytes=kept_bytes,
-                host_bytes=moved.get(forward, 0),
-                **_transients(peaks, index, beside[index], unmade[index]),
-                block_seconds=seconds.get(forward, 0.0) + seconds.get(backward, 0.0),
-                gap_seconds=seconds.get(before, 0.0) + seconds.get(after, 0.0),
-            )
-        )
-        before_bytes = moved.get(forward, 0)
-    return result
-
-
-def _gradients(counts: _Counts, second: int) -> tuple[int, int]:
-    """Bytes of the gradients of the leaves of the second of equal blocks, and by how much those that a block makes that
-    does not run are smaller. (Gradients may be parts of larger tensors.)"""
-    starts = [counts.live.starts["backward", index] for index in (second - 1, second, second + 1)]
-    freed_bytes = sum(counts.kept.get((name, second), 0) for name in ("before", "forward"))
-    own_bytes = starts[0] + freed_bytes - starts[1]
-    return own_bytes, own_bytes - (starts[1] - starts[2])
-
-
-def _transients(peaks: Mapping[Hashable, int], index: int, beside_bytes: int, more_bytes: int) -> dict[str, int]:
-    """Transient bytes of a call and of its gap. more_bytes: alive in the backward pass beside what was counted."""
-    forward = [peaks.get((name, index), 0) for name in ("forward", "before")]
-    backward = [peaks.get((name, index), 0) + more_bytes for name in ("backward", "after")]
-    block, gap = (max(pair) - beside_bytes for pair in zip(forward, backward, strict=True))
-    return {"block_transient": block, "gap_transient": gap}

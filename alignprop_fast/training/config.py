@@ -121,7 +121,7 @@ class AlignPropConfig(TrainerOptions, TrlFields):
         self._check_truncation()
         self.memory_budget = parse_budget(self.memory_budget)
         if self.host_memory is not None:
-            self.host_memory = parse_bytes(self.host_memory, "host_memory")
+            self.host_memory = parse_bytes(self.host_memory, "host_memory", or_zero=True)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, flat: a nested dictionary becomes "field/key" entries, as in trl."""

@@ -105,9 +105,11 @@ def place_model(pipeline: Any, device: torch.device, config: AlignPropConfig) ->
     for encoder in pipeline.text_encoders:
         _move(encoder, encoders_device, dtype)
     _move(pipeline.vae, device, torch.float32 if overflows else dtype)
-    if config.base_dtype != "auto":
+    if config.base_dtype == "auto":
+        _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
+    else:
         pipeline.quantize_base(config.base_dtype, device, dtype)
-    _move(pipeline.unet, device, dtype if pipeline.use_lora else torch.float32)
+        pipeline.unet.to(device)  # without another cast, which would round the scales
     if device.type == "cuda":  # undoes TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
 

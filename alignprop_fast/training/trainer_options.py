@@ -40,7 +40,7 @@ class TrainerOptions:
     )
     host_memory: int | str | None = option(
         None,
-        "Host memory that offloading may lock, for all processes together, such as 16GiB.",
+        "Host memory that offloading may lock, for all processes together, such as 16GiB. 0: nothing is offloaded.",
         Panel.DEVICE,
         shown="half of what is free here",
         changes_plan=True,

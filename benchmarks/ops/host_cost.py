@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from alignprop_fast.kernels import launch
-from alignprop_fast.ops import attention_backends, backend, lora_linear_trials
+from alignprop_fast.ops import attention_backends, autotune, backend, lora_linear_trials
 from alignprop_fast.ops.activation import geglu, geglu_reference
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.ops.group_norm_silu import group_norm_silu
@@ -73,6 +73,7 @@ def as_on_a_known_gpu() -> Iterator[None]:
         mock.patch.object(lora_linear_trials, "_fastest", lambda *arguments: "triton"),
         mock.patch.object(attention_backends, "_fastest", lambda *arguments: cpu.name),
         mock.patch.dict(attention_backends._BACKENDS, {cpu.name: cpu}),
+        mock.patch.dict(autotune._choices, clear=True),
     ):
         yield
 

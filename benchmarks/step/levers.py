@@ -30,8 +30,8 @@ from alignprop_fast.models.lean.attention import over_a_text
 from alignprop_fast.models.lean.quantization import quantize_linears
 from alignprop_fast.models.lean.surgery import LeanLoraLinear
 from alignprop_fast.models.lora.adapters import add_lora
-from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, budget_on, find_gpu, roofline_seconds
-from alignprop_fast.runtime import Operator, Work, operator_seconds, trace
+from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, budget_on, find_gpu, roofline_seconds, seconds_on
+from alignprop_fast.runtime import Work, trace
 from benchmarks.rows import write_rows
 
 STEPS, GRAD_STEPS = 50, 25
@@ -48,7 +48,7 @@ def sampler_of(model: str, rank: int, base: str | None, precision: str = "exact"
     return DifferentiableSampler(pipe, STEPS, memory_budget=None, cache_text=True, sampling_precision=precision)
 
 
-def seconds(run: Callable[[], Any], formula: Operator) -> float:
+def seconds(run: Callable[[], Any], gpu: Gpu) -> float:
     """Estimated seconds of a run without gradient."""
 
     @torch.inference_mode()
@@ -56,19 +56,19 @@ def seconds(run: Callable[[], Any], formula: Operator) -> float:
         run()
         return torch.empty(0)
 
-    return trace(Work(forward, None, (), META, operator_seconds=formula), {}).seconds
+    return seconds_on(gpu)(trace(Work(forward, None, (), META), {}).seconds)
 
 
-def closed(sampler: DifferentiableSampler, gpu: Gpu, formula: Operator) -> float:
+def closed(sampler: DifferentiableSampler, gpu: Gpu) -> float:
     """Estimated seconds of one step without gradient."""
     chain, x = sampler._blank_step(1, None).chain, sampler.model.initial_latents(1, sampler.size, None, None)
     if chain.precision is not None:
         chain.precision.decide_by(partial(roofline_on, gpu))
     with chain.approximation():
-        return seconds(partial(chain.predict, 0, x), formula)
+        return seconds(partial(chain.predict, 0, x), gpu)
 
 
-def text(sampler: DifferentiableSampler, formula: Operator) -> tuple[float, int]:
+def text(sampler: DifferentiableSampler, gpu: Gpu) -> tuple[float, int]:
     """Estimated seconds of the text's projections in one step, and bytes of their results."""
     embeds = sampler.text.blank(1, None).embeds
     found: list[torch.Tensor] = []
@@ -77,7 +77,7 @@ def text(sampler: DifferentiableSampler, formula: Operator) -> tuple[float, int]
         for attn in over_a_text(sampler.model.denoiser):
             found.extend((attn.to_k(embeds), attn.to_v(embeds)))
 
-    return seconds(project, formula), sum(t.numel() * t.element_size() for t in found)
+    return seconds(project, gpu), sum(t.numel() * t.element_size() for t in found)
 
 
 def merging(sampler: DifferentiableSampler, rank: int, gpu: Gpu) -> tuple[float, int]:
@@ -96,25 +96,22 @@ def planned(table: CostTable, gpu: Gpu, closed_seconds: float, size_bytes: int) 
 
 
 def rows(model: str, rank: int, gpu: Gpu) -> list[dict[str, Any]]:
-    formula, base = (
-        operator_seconds(partial(roofline_on, gpu)),
-        "fp8" if model == "flux-dev" and gpu.name == "RTX 4090" else None,
-    )
+    base = "fp8" if model == "flux-dev" and gpu.name == "RTX 4090" else None
     sampler = sampler_of(model, rank, base)
     given = sampler.cost_table(1, gpu)
     table = replace(given, graphs=None, host_limit_bytes=0)
     exact = table.sampling_seconds
-    text_seconds, text_bytes = text(sampler, formula)
+    text_seconds, text_bytes = text(sampler, gpu)
     found = [("none", table, exact + text_seconds, -text_bytes, 0.0), ("text", table, exact, 0, text_seconds)]
     for kind in ("int8", "fp8"):
         rounded = sampler_of(model, rank, base and kind, kind)
         assert rounded.precision is not None
-        found.append((kind, table, closed(rounded, gpu, formula), rounded.precision.size_bytes, 0.0))
+        found.append((kind, table, closed(rounded, gpu), rounded.precision.size_bytes, 0.0))
     fp8 = found[-1][2:4]
     if base is None:
         sampler.model.denoiser.disable_adapters()
         once, merged_bytes = merging(sampler, rank, gpu)
-        found.append(("merged", table, closed(sampler, gpu, formula), merged_bytes, once))
+        found.append(("merged", table, closed(sampler, gpu), merged_bytes, once))
     found.append(("graphs", replace(table, graphs=given.graphs), exact, 0, 0.0))
     found += [(f"host {gib} GiB", replace(table, host_limit_bytes=gib * GIB), exact, 0, 0.0) for gib in (16, 64)]
     found.append(("all", replace(given, host_limit_bytes=64 * GIB), *fp8, 0.0))

@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from alignprop_fast.cli.counting import Counting
 from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import resolved
 from alignprop_fast.cli.plan_options import PlanOptions
-from alignprop_fast.cli.plan_question import sampler_to_plan
 from alignprop_fast.cli.plan_summary import predict
-from alignprop_fast.planner import BudgetInfeasible, CostTable, Gpu, budget_on, find_gpu
+from alignprop_fast.planner import BudgetInfeasible, CountedTable, Gpu, budget_on, find_gpu
 from benchmarks.rows import KeptRows
 
 GIB = 2**30
@@ -40,22 +42,20 @@ GPU_NAMES = ("RTX 4090", "RTX 5090", "A100 80GB", "H100 SXM")
 SIZES_GB = (12, 16, 24, 32, 40, 48, 80)
 
 
-def table_of(options: PlanOptions, gpu: Gpu) -> CostTable:
-    """The costs of a training step, without memory on the host."""
-    sampler = sampler_to_plan(options, make_config(options, "meta", ""), "meta")
-    return replace(sampler.cost_table(options.batch_size, gpu), host_limit_bytes=0)
+def counted(options: PlanOptions) -> CountedTable:
+    """The costs of a training step on any GPU."""
+    config = make_config(options, "meta", "")
+    return Counting(Console(quiet=True), options, config, find_gpu(GPU_NAMES[0])).tables()[options.batch_size]
 
 
-def rows(model: str, base: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
+def rows(base: str, gpu: Gpu, options: PlanOptions, costs: CountedTable) -> Iterator[dict[str, Any]]:
     """A row for each budget that the GPU has."""
-    options = PlanOptions(model=model, base_dtype=base, batch_size=1, reward="hpsv2")
-    options = resolved(options, "bf16")
-    table = table_of(options, gpu)
+    table = replace(costs.on(gpu), host_limit_bytes=0)
     steps = options.num_inference_steps
     assert steps is not None
     for size in (one for one in SIZES_GB if one <= -(-gpu.memory_bytes // GIB)):
         budget, _ = budget_on(gpu.name, gpu.memory_bytes, size * GIB)
-        row: dict[str, Any] = {"model": model, "base": base.replace("auto", "bf16"), "gpu": gpu.name, "size_gb": size}
+        row: dict[str, Any] = {"model": options.model, "base": base, "gpu": gpu.name, "size_gb": size}
         row |= {"budget_gib": round(budget / GIB, 2), "steps": steps, "guidance": options.guidance_scale}
         row |= dict.fromkeys(("seconds", "worst_seconds", "peak_gib", "resident_steps", "least_gib"), "")
         try:
@@ -75,13 +75,18 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", default=GPU_NAMES)
     arguments = parser.parse_args()
     kept = KeptRows(arguments.output, ("model", "base", "gpu"))
-    for gpu in map(find_gpu, arguments.gpus):
-        for model in arguments.models:
-            for base in MODELS[model]:
-                if not kept.has(model, base.replace("auto", "bf16"), gpu.name):
-                    found = list(rows(model, base, gpu))
-                    print(*found, sep="\n", flush=True)
-                    kept.add(found)
+    for model in arguments.models:
+        for base in MODELS[model]:
+            name = base.replace("auto", "bf16")
+            missing = [gpu for gpu in map(find_gpu, arguments.gpus) if not kept.has(model, name, gpu.name)]
+            if not missing:
+                continue
+            options = resolved(PlanOptions(model=model, base_dtype=base, batch_size=1, reward="hpsv2"), "bf16")
+            costs = counted(options)
+            for gpu in missing:
+                found = list(rows(name, gpu, options, costs))
+                print(*found, sep="\n", flush=True)
+                kept.add(found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from alignprop_fast.models.conditioning import Conditioning
 from alignprop_fast.models.lean.surgery import put_ops_in, take_ops_out
 from alignprop_fast.rewards import Reward
 from alignprop_fast.rewards.architectures import architecture_reward
-from alignprop_fast.runtime import LiveBytes, operator_seconds
+from alignprop_fast.runtime import LiveBytes, counted_operator
 from benchmarks.step.chain import PROMPTS
 
 GUIDANCE = 5.0
@@ -202,11 +202,11 @@ def guided(unet: torch.nn.Module, cond: Conditioning, x: torch.Tensor, timestep:
 
 def _flop(run: Callable[[], Any]) -> float:
     total = 0.0
-    count = operator_seconds(lambda flop, size_bytes, dtype: flop)
 
     def add(func: Any, arguments: Any, out: Any, known: Any) -> None:
         nonlocal total
-        total += count(func, arguments, out)()
+        counted = counted_operator(func, arguments, out)
+        total += 0.0 if counted is None else counted.flop
 
     with LiveBytes(add):
         run()

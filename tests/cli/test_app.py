@@ -113,6 +113,7 @@ BAD = {
     "unknown option": (["--batchsize", "2"], "--batch-size"),
     "resume of nothing": (["--resume"], "nothing to resume"),
     "resume from nothing": (["--resume-from", "{tmp}/empty"], "nothing to resume"),
+    "the folder of nobody": (["--model", "~nobody-of-this-name/model"], "write the whole path"),
     "a file in the way": (["--output-dir", "{tmp}/empty.txt/out"], "is a file"),
     "a folder nobody can write": (["--output-dir", "/proc/none"], "cannot write to /proc"),
     "no config": (["--config", "{tmp}/none.yaml"], "cannot read the config file"),

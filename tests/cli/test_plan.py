@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignprop_fast.cli import plan_question
+from alignprop_fast.cli import counting
 from alignprop_fast.cli.plan_summary import predict
 from alignprop_fast.demo import clip_path
 from alignprop_fast.models.architectures import NAMES
@@ -146,7 +146,7 @@ def test_another_budget_is_answered_without_the_model(plan, table, configs, monk
     """The `table` was estimated with the same options; a file that changes makes the answer outdated."""
     arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--host-memory", "1GiB")
     saved = ("--table", table, "--num-inference-steps", 4, "--host-memory", "1GiB")
-    monkeypatch.setattr(plan_question, "sampler_to_plan", lambda *_: pytest.fail("the model was made again"))
+    monkeypatch.setattr(counting, "open_sampler", lambda *_: pytest.fail("the model was made again"))
     figures = []
     for which in (arguments, saved):
         assert plan(*which, "--memory-budget", "170MiB", "--json", "plan.json")[0] == 0
@@ -160,8 +160,9 @@ def test_another_budget_is_answered_without_the_model(plan, table, configs, monk
 
 def test_host_memory_limits_offloading(plan, table):
     lean = ("--table", table, "--num-inference-steps", 4, "--json", "plan.json")
-    assert plan(*lean, "--host-memory", "1MiB")[0] == 0
-    assert json.loads(Path("plan.json").read_text())["host_bytes"] <= 2**20
+    for size, most in (("1MiB", 2**20), ("0", 0)):
+        assert plan(*lean, "--host-memory", size)[0] == 0
+        assert json.loads(Path("plan.json").read_text())["host_bytes"] <= most
 
 
 def test_a_card_of_24_gb_is_asked_for_24_gib(plan, table):
@@ -267,20 +268,30 @@ def test_without_a_gpu_one_must_be_named(plan, configs, monkeypatch):
 def test_an_estimate_gives_back_what_it_switched_off(monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     threads = torch.get_num_threads()
-    with pytest.raises(ValueError, match="bad input"), plan_question._estimating():
+    with pytest.raises(ValueError, match="bad input"), counting._estimating():
         assert not gc.isenabled() and torch.get_num_threads() == 1
         raise ValueError("bad input")
     assert gc.isenabled() and torch.get_num_threads() == threads and "TORCHDYNAMO_DISABLE" not in os.environ
 
 
-def test_estimates_are_remembered(plan, configs, monkeypatch, home):
-    arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--json", "plan.json")
-    assert plan(*arguments)[0] == 0
-    first = Path("plan.json").read_text()
-    monkeypatch.setattr("alignprop_fast.generate.cost_table.step_costs", lambda *_: pytest.fail("counted again"))
-    assert plan(*arguments)[0] == 0 and Path("plan.json").read_text() == first
-    with pytest.raises(pytest.fail.Exception, match="counted again"):
-        plan(*arguments, "--resolution", 24)
+def test_a_model_and_a_reward_are_counted_once(plan, table, configs, monkeypatch):
+    """The `table` was estimated with the same options. Another GPU needs no counting, another reward not the model."""
+    arguments = ("--model", configs, *SHORT, "--output-dir", "out")
+    with monkeypatch.context() as patch:
+        for part in ("open_sampler", "open_rewards"):
+            patch.setattr(counting, part, lambda *_: pytest.fail("counted again"))
+        assert plan(*arguments, "--gpu", "4090", "--reward", "colorfulness", "--save-table", "same.json")[0] == 0
+        assert load_table(Path("same.json")).step == load_table(table).step
+        assert plan(*arguments, "--gpu", "3060", "--reward", "colorfulness", "--save-table", "slow.json")[0] == 0
+    slow, fast = load_table(Path("slow.json")), load_table(table)
+    assert slow.sampling_bytes == fast.sampling_bytes and slow.origin["device"] == "RTX 3060"
+    with monkeypatch.context() as patch:
+        patch.setattr(counting, "open_sampler", lambda *_: pytest.fail("the model was made again"))
+        assert plan(*arguments, "--gpu", "4090", "--reward", "compressibility", "--save-table", "other.json")[0] == 0
+        other = load_table(Path("other.json"))
+        assert other.step == fast.step and other.rewards != fast.rewards
+        with pytest.raises(pytest.fail.Exception):
+            plan(*arguments, "--gpu", "4090", "--reward", "colorfulness", "--resolution", 24)
 
 
 def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypatch):

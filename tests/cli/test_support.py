@@ -8,7 +8,7 @@ import torch
 import typer
 from accelerate import PartialState
 
-from alignprop_fast.cli.support import existing_as_absolute, fail, run_errors
+from alignprop_fast.cli.support import existing_as_absolute, fail, known_error, run_errors
 from alignprop_fast.training.checkpoint import checkpoints, read_checkpoint
 
 from .runs import PROMPTS
@@ -39,6 +39,8 @@ def test_what_the_device_says(capsys, tmp_path):
     assert "Traceback" in (tmp_path / "alignprop-fast-error.txt").read_text()
     with pytest.raises(torch.OutOfMemoryError), run_errors(tmp_path, "start again"):  # it has its own remedy
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    bare = "Method 'cadam_8bit_blockwise_grad_fp32' not available in CPU-only version of bitsandbytes.\nReinstall ..."
+    assert "use --base-dtype fp8 and --optimizer adamw" in known_error(RuntimeError(bare))
     with pytest.raises(typer.Exit) as leaving, run_errors(tmp_path, "start again"):
         raise typer.Exit(143)
     assert leaving.value.exit_code == 143

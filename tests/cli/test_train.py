@@ -188,7 +188,8 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.slow("starts a process, and trains for as many steps as it did")
-def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path):
+def test_ctrl_c_saves_and_leaves(command, tiny_sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("alignprop_fast.cli.session.SAMPLE_PICTURES", 8)  # as many as the other process draws
     out = tmp_path / "out"
     options = ("--model", str(tiny_sd_folder), "--reward", "colorfulness", *TINY, "--sample-every", "1000")
     process = subprocess.Popen(

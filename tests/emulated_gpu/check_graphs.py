@@ -176,6 +176,15 @@ def test_ways_are_timed_once_and_leave_nothing(pipe, monkeypatch):
     assert REMEMBERED(step) == seconds
 
 
+@pytest.mark.parametrize("adapted", ["tiny_sd"], indirect=True)
+def test_ways_are_measured_where_nothing_can_be_remembered(pipe, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(graph_costs, "cache_file", lambda origin: tmp_path / "file" / "tables" / "ways.json")
+    monkeypatch.setattr(graph_costs, "_measured", lambda step: {"eager": 1.0})
+    step = DifferentiableSampler(pipe, STEPS, memory_budget=None)._blank_step(1, None)
+    assert REMEMBERED(step) == {"eager": 1.0}
+
+
 @pytest.fixture
 def budgeted(adapted, ways, steady_clock):
     """A sampler with a budget, where graphs are faster; a plan for each use of them; bytes that others reserve.

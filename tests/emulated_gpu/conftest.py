@@ -61,7 +61,7 @@ def plain_kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignprop_fast.ops.backend._HAS_TRITON", False)
         patch.setattr(
-            "alignprop_fast.ops.attention_backends.fastest",
-            lambda problem, candidates, device: next(iter(candidates())),
+            "alignprop_fast.ops.attention_backends.fastest", lambda problem, offered, device: next(iter(offered))
         )
+        patch.setattr("alignprop_fast.ops.autotune._choices", {})
         yield

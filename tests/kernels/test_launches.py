@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from alignprop_fast.ops import attention_triton, lora_linear_trials, lora_linear_triton
+from alignprop_fast.ops import attention_triton, autotune, lora_linear_trials, lora_linear_triton
 from alignprop_fast.ops.attention import attention
 from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer, plain_outputs
@@ -43,6 +43,18 @@ def test_lora_linear_by_the_kernels_equals_plain():
     dx, d_downs, d_ups = lora_linear_triton.run_backward(gs, x, layers, True)
     for fused, plain in zip((dx, *d_downs, *d_ups), torch.autograd.grad(ys, wanted, gs), strict=True):
         assert (fused - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_what_is_prepared_for_some_layers_does_not_serve_others(monkeypatch):
+    monkeypatch.setattr(lora_linear_trials, "_fastest", lambda *arguments: "triton")
+    monkeypatch.setattr(autotune, "_choices", {})
+    x, layer = randn(3, 24), Layer(randn(16, 24), randn(16), randn(4, 24), randn(16, 4), 0.5)
+    others = [layer._replace(scale=2.0), layer._replace(bias=None), layer._replace(up=layer.up.bfloat16())]
+    for given, of in ((x, layer), (x.T.contiguous().T, layer), *((x, other) for other in others)):
+        (y,) = lora_linears(given, [of])
+        (plain,) = plain_outputs(given, [of])
+        assert (y - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert len(autotune._choices) == 5
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,21 @@ def test_what_is_switched_off_later_is_not_chosen_again():
     assert chosen(made) == "large"
 
 
+def test_a_choice_is_made_once_but_anew_after_a_failure_and_while_a_graph_is_captured(monkeypatch):
+    made = []
+
+    def choose(name):
+        made.append(name)
+        return name
+
+    assert [autotune.remembered("problem", choose, CPU, name) for name in "ab"] == ["a", "a"]
+    switched_off.switch_off("a", "for this test")
+    assert [autotune.remembered("problem", choose, CPU, name) for name in "cd"] == ["c", "c"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [autotune.remembered("problem", choose, torch.device("cuda"), name) for name in "ef"] == ["e", "f"]
+    assert made == ["a", "c", "e", "f"]
+
+
 def test_nothing_can_run():
     with pytest.raises(RuntimeError, match="needs another GPU"):
         autotune.fastest("none", {"refuses": refuses()}, CPU)

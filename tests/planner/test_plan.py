@@ -152,6 +152,7 @@ def test_budgets_in_words():
             parse_budget(text)
     with pytest.raises(ValueError, match="host memory 'much' is not a size"):
         parse_bytes("much", "host memory")
+    assert parse_bytes("0", or_zero=True) == 0
 
 
 def test_too_small_a_budget_names_the_least_and_the_remedies():

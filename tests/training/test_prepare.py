@@ -103,3 +103,15 @@ def test_the_plan_counts_optimizer_and_moving_average(tiny_sd_folder, fresh_proc
     average_bytes = sum(tensor.nbytes for tensor in update.average.state_dict()["weights"])
     assert average_bytes == 4 * sum(parameter.numel() for parameter in trained)
     assert sampler.optimizer_bytes == state_bytes(update.optimizer) + average_bytes
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_steps_without_gradient_run_in_the_8_bits_of_a_base_for_bf16(tiny_sd_folder, fresh_process, kind):
+    """A cast of the model after it was quantised rounded the scales, and products in fp8 take scales in fp32 only."""
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))
+    own = {"base_dtype": kind, "sampling_precision": kind}
+    config = AlignPropConfig(mixed_precision="bf16", sample_num_steps=2, **own)
+    prepare_model(pipeline, torch.device("cpu"), config)
+    images = make_sampler(pipeline, config, None)(["a cat"], grad_steps=[1])
+    rounded = [m.rounded for m in pipeline.unet.modules() if getattr(m, "rounded", None) is not None]
+    assert rounded and {weight.scale.dtype for weight in rounded} == {torch.float32} and images.isfinite().all()

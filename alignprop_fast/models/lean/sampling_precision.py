@@ -46,7 +46,10 @@ class SamplingPrecision:
         self._pays: Pays = pays
         if name == "bf16":
             if denoiser.dtype != torch.float32:
-                raise ValueError(f"sampling_precision bf16 is for fp32 runs, but this one is in {_word(denoiser)}")
+                raise ValueError(
+                    f"sampling_precision bf16 is for fp32 runs, but this one is in {_word(denoiser)}: use exact, or "
+                    "int8 or fp8 for less than 16 bits"
+                )
             return
         if name not in KINDS:
             raise ValueError(f"sampling_precision is {name!r}: use {', '.join(SAMPLING_PRECISIONS)}")

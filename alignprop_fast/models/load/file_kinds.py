@@ -43,7 +43,7 @@ def check_bytes(file: Path) -> None:
         if first.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(begin):
             raise ValueError(f"{file} is {what}: {remedy}")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in first):
-        raise ValueError(f"{file} is text, not a .safetensors file: give one, or the folder with model_index.json")
+        raise ValueError(f"{file} is text, not a .safetensors file: give one, or the folder that it is in")
 
 
 @dataclass(frozen=True)
