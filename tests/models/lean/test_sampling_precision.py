@@ -15,16 +15,15 @@ from alignprop_fast.models.lora.adapters import add_lora, denoiser
 from alignprop_fast.planner import BlockOption, Option, Plan, Segment, Stage, StageChoice
 from alignprop_fast.runtime import costs
 
+from ...adapters import draw_factors
+
 PROMPTS = ["a red apple", "two green pears"]
 KEEP = {"*": BlockOption.KEEP}
 PLAN = Plan(3, (2,), (1,), (KEEP,), KEEP, StageChoice("batch", KEEP))  # step 0 is closed, 1 replayed, 2 resident
 
 
 def with_adapters(pipe):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in add_lora(pipe, 4, 4):
-            parameter.normal_(std=0.05, generator=generator)
+    draw_factors(add_lora(pipe, 4, 4), std=0.05)
     return pipe
 
 
