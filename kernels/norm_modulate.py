@@ -254,10 +254,9 @@ def norm_modulate_forward(
     scales, scale_at = (x, None) if scale is None else _shared_rows(scale, rows, width)
     shifts, shift_at = (x, None) if shift is None else _shared_rows(shift, rows, width)
     start = _forward(rows, width, gate_at, scale_at, shift_at, eps, one, rms, branch is not None, weight is not None)
-    start(
-        *(x, x if branch is None else branch.contiguous(), gates, x if weight is None else weight.contiguous()),
-        *(scales, shifts, x if total is None else total, y, rstd if mean is None else mean, rstd),
-    )
+    added, sums = (x, x) if branch is None else (branch.contiguous(), total)
+    weights, means = x if weight is None else weight.contiguous(), rstd if mean is None else mean
+    start(x, added, gates, weights, scales, shifts, sums, y, means, rstd)
     return y, total, mean, rstd
 
 
