@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,5 +109,5 @@ def shareable(value: Any) -> Any:
         return ", ".join(str(shareable(entry)) for entry in value)
     if isinstance(value, str) and "/" in value:
         name, equals, path = value.rpartition("=")
-        return f"{name}{equals}{Path(path).name}" if Path(path).exists() else value
+        return f"{name}{equals}{Path(path).name}" if os.path.exists(path) else value  # takes any text, unlike Path's
     return value

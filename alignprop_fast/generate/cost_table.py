@@ -218,11 +218,11 @@ def _completed(table: CostTable, step: TrainingStep, rewards: tuple[Stage, ...])
     # A sink adds to the existing gradients. Without one, sums are made beside them, in fp32.
     added = step.chain.gradient_sink is not None and step.keeps_gradients
     sums_bytes = 0 if added else _bytes(step.chain.receivers, narrowest=4)
-    rounded = {} if step.chain.precision is None else {"rounded weights": step.chain.precision.size_bytes}
+    second = {} if step.chain.precision is None else {"second weights": step.chain.precision.size_bytes}
     return replace(
         table,
         sums_bytes=sums_bytes,
-        fixed={**_fixed(step), **table.fixed, **rounded},
+        fixed={**_fixed(step), **table.fixed, **second},
         rewards=rewards,
         reserve_bytes=step.reserve_bytes,
         host_limit_bytes=step.host_limit_bytes,

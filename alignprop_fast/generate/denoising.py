@@ -89,6 +89,7 @@ class DenoisingChain(Chain):
         )
         self.model, self.table, self.timesteps, self.generator = model, table, timesteps, generator
         self.draw_noise, self.shift, self.precision = draw_noise, shift, precision
+        self._refreshed = False  # whether `precision` knows the adapters of this chain
         self.gates = {} if truncation is None else {gate.step: gate for gate in truncation.gates}
         self.leaps = Leaps(truncation) if truncation is not None and truncation.leaps else None
         self.given_cond, self.cond = cond, cond.exchanged(leaves)
@@ -151,7 +152,12 @@ class DenoisingChain(Chain):
         return self.precision is not None
 
     def approximation(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.precision is None else self.precision.in_place()
+        if self.precision is None:
+            return nullcontext()
+        if not self._refreshed:
+            self.precision.refresh()
+            self._refreshed = True
+        return self.precision.in_place()
 
     def recorded_gradients(
         self, i: int, x: torch.Tensor, gy: torch.Tensor, options: Options

@@ -97,7 +97,8 @@ class DifferentiableSampler:
             loss (`DenoisingChain.penalty`). Each gradient step then has one more evaluation without gradient, and one
             more with gradient if the gradient passes through the step's input.
         sampling_precision: of steps without gradient, in calls that have steps with gradient: "exact", "bf16" (for a
-            model in fp32), "int8" or "fp8" (`SamplingPrecision`). Place the model on its device and freeze it first.
+            model in fp32), "int8", "fp8" or "merged" (`SamplingPrecision`). Place the model on its device, freeze it
+            and add its adapters first.
 
     Raises:
         ValueError: the pipeline, the scheduler or an option is not supported; the message names the remedy.

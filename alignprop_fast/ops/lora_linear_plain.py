@@ -29,11 +29,12 @@ def lora_linear_reference(
     return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
-def _merged(layer: Layer) -> Tensor:
-    """W + s B A. This costs O I R multiplications once, instead of (O + I) R per token and two more passes over y."""
-    weight, _, down, up, scale = layer
-    assert down is not None and up is not None
-    return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scale)
+def merged_into(weight: Tensor | None, layer: Layer) -> Tensor:
+    """W + s B A, written to `weight` or new. This costs O I R multiplications once, instead of (O + I) R per token and
+    two more passes over y."""
+    dtype = layer.weight.dtype
+    assert layer.down is not None and layer.up is not None
+    return torch.addmm(layer.weight, layer.up.to(dtype), layer.down.to(dtype), alpha=layer.scale, out=weight)
 
 
 def _merges(x: Tensor) -> bool:
@@ -98,7 +99,7 @@ def _outputs(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     if layers[0].down is None:
         return [F.linear(x, layers[0].weight, layers[0].bias)]
     if _merges(x):
-        return [F.linear(x, _merged(layers[0]), layers[0].bias)]
+        return [F.linear(x, merged_into(None, layers[0]), layers[0].bias)]
     ys = [F.linear(x, layer.weight, layer.bias) for layer in layers]
     add_adapters(ys, x, layers)
     return ys
@@ -156,7 +157,7 @@ def _gradients(
     d_downs: Sequence[Tensor | None] = [None] * len(layers)
     d_ups: Sequence[Tensor | None] = d_downs
     if wants_gx and merges:
-        dx = gs[0] @ _merged(layers[0])
+        dx = gs[0] @ merged_into(None, layers[0])
     elif wants_gx and u is not None:
         dx = _input_gradient(flat, u, layers, downs).view(*gs[0].shape[:-1], -1)
     if x is not None and u is not None and wants_downs:

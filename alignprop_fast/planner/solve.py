@@ -80,6 +80,15 @@ class Solver:
         others = made if free.leanest_bytes(grad_steps) <= room else islice(made, 1)
         return any(curves.fits(grad_steps, room) for curves in others)
 
+    def may_fit(self, grad_steps: int, budget_bytes: int) -> bool:
+        """Whether the leanest options keep the budget, whatever host memory they take. If not, no plan does."""
+        room, most = budget_bytes - self.table.base_bytes(grad_steps), self._most(grad_steps)
+        tables = (self.table, _without_offload(self.table))
+        return any(
+            table is not None and Curves(table, self.num_steps, most).leanest_bytes(grad_steps) <= room
+            for table in tables
+        )
+
     def curves(self, grad_steps: int) -> list[Curves]:
         """Frontiers for this number of gradient steps: with offloading and, if the host limit may exclude it, without
         and with less of it."""

@@ -205,9 +205,10 @@ class TrainerOptions:
         "exact",
         "Of denoising steps that carry no gradient: the gradient takes their results as constants. int8 and fp8 (from "
         "RTX 40 and H100 on): large matrix products run in 8 bits where that is faster, with a second copy of the "
-        "weights. bf16: for a run in fp32. Steps with gradient, sample pictures and evaluations stay exact.",
+        "weights. bf16: for a run in fp32. merged: adapters are added into a second copy of their weights, once per "
+        "training step. Steps with gradient, sample pictures and evaluations stay exact.",
         Panel.DEVICE,
-        choices=("exact", "bf16", "fp8", "int8"),
+        choices=("exact", "bf16", "fp8", "int8", "merged"),
         changes_plan=True,
     )
     deterministic: bool = option(

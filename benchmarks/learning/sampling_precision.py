@@ -30,6 +30,7 @@ WAYS = {  # the precision of steps without gradient, and of the model
     "fp8": ("fp8", torch.float32),
     "bf16": ("bf16", torch.float32),
     "model in bf16": ("exact", torch.bfloat16),
+    "merged in bf16": ("merged", torch.bfloat16),
 }
 
 

@@ -7,9 +7,8 @@ adapters on the attention's projections, in bf16. FLUX does not fit an RTX 4090 
 stored in fp8 (int8 for the lever int8), and the lever needs no second copy of the weights.
 
 Levers: text, always on: keys and values of the text are projected once (none: in each step). Each of the others alone
-beside it. int8 and fp8: `--sampling-precision`. merged (not built): adapters are added into a second copy of the
-weights, once per training step. graphs: `--cuda-graphs auto`. host: `--host-memory`; the other rows have none. all:
-fp8, graphs and 64 GiB of host memory. The budget is the card's whole memory.
+beside it. merged, int8 and fp8: `--sampling-precision`. graphs: `--cuda-graphs auto`. host: `--host-memory`; the other
+rows have none. all: fp8, graphs and 64 GiB of host memory. The budget is the card's whole memory.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from alignprop_fast.generate.sampler import DifferentiableSampler
 from alignprop_fast.models.architectures import architecture
 from alignprop_fast.models.lean.attention import over_a_text
 from alignprop_fast.models.lean.quantization import quantize_linears
-from alignprop_fast.models.lean.surgery import LeanLoraLinear
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.planner import CostTable, Gpu, Plan, Solver, budget_on, find_gpu, roofline_seconds, seconds_on
 from alignprop_fast.runtime import Work, trace
@@ -80,11 +78,11 @@ def text(sampler: DifferentiableSampler, gpu: Gpu) -> tuple[float, int]:
     return seconds(project, gpu), sum(t.numel() * t.element_size() for t in found)
 
 
-def merging(sampler: DifferentiableSampler, rank: int, gpu: Gpu) -> tuple[float, int]:
-    """Estimated seconds of adding all adapters into second copies of their weights, and bytes of those copies."""
-    layers = [m.base_layer for m in sampler.model.denoiser.modules() if isinstance(m, LeanLoraLinear)]
-    sizes = [(2 * layer.in_features * layer.out_features) for layer in layers]
-    return sum(roofline_seconds(rank * size, 2 * size, gpu, "bfloat16") for size in sizes), sum(sizes)
+def merging(sampler: DifferentiableSampler, rank: int, gpu: Gpu) -> float:
+    """Estimated seconds of adding all adapters into their second copies."""
+    assert sampler.precision is not None
+    size_bytes = sampler.precision.size_bytes
+    return roofline_seconds(rank * size_bytes, 2 * size_bytes, gpu, "bfloat16")
 
 
 def planned(table: CostTable, gpu: Gpu, closed_seconds: float, size_bytes: int) -> Plan:
@@ -103,15 +101,12 @@ def rows(model: str, rank: int, gpu: Gpu) -> list[dict[str, Any]]:
     exact = table.sampling_seconds
     text_seconds, text_bytes = text(sampler, gpu)
     found = [("none", table, exact + text_seconds, -text_bytes, 0.0), ("text", table, exact, 0, text_seconds)]
-    for kind in ("int8", "fp8"):
-        rounded = sampler_of(model, rank, base and kind, kind)
-        assert rounded.precision is not None
-        found.append((kind, table, closed(rounded, gpu), rounded.precision.size_bytes, 0.0))
+    for kind in ("merged", "int8", "fp8"):
+        other = sampler_of(model, rank, base if kind == "merged" else base and kind, kind)
+        assert other.precision is not None
+        once = merging(other, rank, gpu) if kind == "merged" else 0.0
+        found.append((kind, table, closed(other, gpu), other.precision.size_bytes, once))
     fp8 = found[-1][2:4]
-    if base is None:
-        sampler.model.denoiser.disable_adapters()
-        once, merged_bytes = merging(sampler, rank, gpu)
-        found.append(("merged", table, closed(sampler, gpu), merged_bytes, once))
     found.append(("graphs", replace(table, graphs=given.graphs), exact, 0, 0.0))
     found += [(f"host {gib} GiB", replace(table, host_limit_bytes=gib * GIB), exact, 0, 0.0) for gib in (16, 64)]
     found.append(("all", replace(given, host_limit_bytes=64 * GIB), *fp8, 0.0))

@@ -18,7 +18,7 @@ from alignprop_fast.demo import clip_path
 from alignprop_fast.generate import cost_table
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
 from alignprop_fast.models.lora.load_save import save_lora
-from alignprop_fast.planner import CostTable, GraphUse, Option, Segment, Stage
+from alignprop_fast.planner import CostTable, GraphUse, Operator, Operators, Option, Segment, Stage
 from alignprop_fast.training.declaration import Command, declared, taken
 from alignprop_fast.training.options import TrainOptions
 
@@ -131,14 +131,15 @@ def options(places, monkeypatch, fresh_process):
 def no_runs(monkeypatch):
     """No step or decoder is run or counted. Costs are drawn at random from the table's cache key, because they may
     depend on nothing else."""
-    described = {"source", "device", "data_sheet", "offload"}
+    described = {"source", "device", "offload", "alignprop_fast", "torch"}
 
     def costs(task, origin, *rest):
         known = {name: value for name, value in origin.items() if name not in described}
         size_bytes = int(cost_table._hash(sorted(known.items())), 16) % 2**20
-        segment = Segment("rest", (Option("keep", size_bytes, size_bytes, 1.0),))
+        time = Operators([Operator(1.0, 1, "float32")]) if task.model.device.type == "meta" else 1.0
+        segment = Segment("rest", (Option("keep", size_bytes, size_bytes, time),))
         decoders = (Stage("batch", (segment,)),)
-        return CostTable({}, size_bytes, size_bytes, (segment,), size_bytes, 1.0, decoders, origin=origin)
+        return CostTable({}, size_bytes, size_bytes, (segment,), size_bytes, time, decoders, origin=origin)
 
     monkeypatch.setattr(cost_table, "_costs", costs)
     monkeypatch.setattr(cost_table, "_remembered", lambda origin, measure: measure())
@@ -165,7 +166,8 @@ def planned(options, **how):
 def without_seconds(value):
     """A prediction, a table or a part of one as plain data: bytes and choices, without times and places."""
     if isinstance(value, dict):
-        drop = ("seconds", "source", "device", "data_sheet", "offload", "workspace", "peak_bytes", "phases")
+        drop = ("seconds", "source", "device", "offload", "alignprop_fast", "torch")
+        drop += ("workspace", "peak_bytes", "phases")
         return {k: without_seconds(v) for k, v in value.items() if not k.endswith(drop)}
     return [without_seconds(v) for v in value] if isinstance(value, list | tuple) else value
 

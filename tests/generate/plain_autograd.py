@@ -7,6 +7,8 @@ relative to the largest element of the tensor). Asserted: ten times that, 1e-5 a
 import torch
 from peft import LoraConfig
 
+from ..adapters import draw_factors, factors_of
+
 PROMPTS = ["red cat", "dog and cat"]
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
@@ -16,12 +18,8 @@ def denoiser_of(pipe):
 
 
 def add_adapters(pipe, targets=UNET_TARGETS):
-    """LoRA with both factors random. With B = 0, as PEFT starts, A would get no gradient to compare."""
     denoiser_of(pipe).add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in denoiser_of(pipe).named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
+    draw_factors(factors_of(denoiser_of(pipe)), seed=3)
     return pipe
 
 

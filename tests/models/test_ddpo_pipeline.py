@@ -12,6 +12,8 @@ from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeli
 from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
+from ..adapters import draw_factors, factors_of
+
 
 def test_attributes_are_those_of_the_pipeline(tiny_sd_folder):
     pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder), pretrained_model_revision="main")
@@ -104,14 +106,6 @@ def test_a_foreign_model_is_refused(tiny_sd_folder, tmp_path):
         pipeline.save_checkpoint([torch.nn.Linear(1, 1)], [], tmp_path)
 
 
-def drawn_factors(model):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
 def images(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
@@ -128,7 +122,7 @@ def folder_with_text_encoders(model, request, folder):
         if part in pipe.components:
             targets = ["to_q"] if part == "unet" else ["q_proj", "v_proj"]
             pipe.components[part].add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets))
-            drawn_factors(pipe.components[part])
+            draw_factors(factors_of(pipe.components[part]))
             layers[f"{part}_lora_layers"] = get_peft_model_state_dict(pipe.components[part])
     folder = shutil.copytree(request.getfixturevalue(f"{model}_folder"), folder)
     type(pipe).save_lora_weights(folder, **layers)
@@ -186,7 +180,7 @@ def test_a_lora_of_the_text_encoder_alone_beside_the_model(tiny_sd, tiny_sd_fold
     from peft.utils import get_peft_model_state_dict
 
     tiny_sd.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
-    drawn_factors(tiny_sd.text_encoder)
+    draw_factors(factors_of(tiny_sd.text_encoder))
     folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
     tiny_sd.save_lora_weights(folder, text_encoder_lora_layers=get_peft_model_state_dict(tiny_sd.text_encoder))
     pipeline = DefaultDDPOStableDiffusionPipeline(folder)

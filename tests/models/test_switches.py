@@ -11,6 +11,7 @@ from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models import adapt
 from alignprop_fast.models.conditioning import PromptBatch
 
+from ..adapters import draw_factors, factors_of
 from .switch_cases import CASES, PROJECTED, changed_unet, tiny_vae
 
 FORMATS = [case.format for case in CASES]
@@ -36,11 +37,8 @@ def test_refused_with_the_call_that_undoes_it(case, request):
 def add_adapters(pipe):
     denoiser = pipe.unet if "unet" in pipe.components else pipe.transformer
     denoiser.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"]))
-    generator = torch.Generator().manual_seed(1)
-    parameters = {name: one for name, one in denoiser.named_parameters() if one.requires_grad}
-    for parameter in parameters.values():
-        parameter.data.normal_(std=0.2, generator=generator)
-    return parameters
+    draw_factors(factors_of(denoiser))
+    return {name: one for name, one in denoiser.named_parameters() if one.requires_grad}
 
 
 def gradients(images, parameters):

@@ -258,7 +258,7 @@ def test_repeated_frontiers_come_close_to_brute_force(monkeypatch):
         with pytest.raises(BudgetInfeasible) as error:
             solver.plan(grad_steps, least - 1)
         assert error.value.smallest_bytes == least
-        assert solver.fits(2, least) and not solver.fits(2, least - 1)
+        assert solver.fits(2, least) and solver.may_fit(2, least) and not solver.fits(2, least - 1)
         before = np.inf
         for budget in np.linspace(least, most, 9).astype(int):
             plan = solver.plan(grad_steps, int(budget))

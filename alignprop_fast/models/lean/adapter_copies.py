@@ -7,7 +7,7 @@ evaluation of SDXL, and as many of their gradients.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -63,21 +63,26 @@ class AdapterCopies:
         """For each parameter the tensor that the network reads inside `in_place`: its copy, or itself."""
         return [self._copy_of.get(id(parameter), parameter) for parameter in parameters]
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Inside, the layers read the copies, which receive the gradients."""
-        before = [layer.copied for layer, _ in self._layers]
-        for layer, copied in self._layers:
-            layer.__dict__["copied"] = copied
-        try:
-            yield
-        finally:
-            for (layer, _), earlier in zip(self._layers, before, strict=True):
-                layer.__dict__["copied"] = earlier
+        return reading(self._layers)
 
     def _layer(self, layer: LeanLoraLinear, down: torch.Tensor, up: torch.Tensor, scale: float) -> Layer:
         base: Any = layer.base_layer
         return Layer(base.weight, base.bias, self._copy_of[id(down)], self._copy_of[id(up)], scale)
+
+
+@contextmanager
+def reading(copies: Sequence[tuple[LeanLoraLinear, Copied]]) -> Iterator[None]:
+    """Inside, each layer computes with its copy, while the copy's setting is active."""
+    before = [layer.copied for layer, _ in copies]
+    for layer, copied in copies:
+        layer.__dict__["copied"] = copied
+    try:
+        yield
+    finally:
+        for (layer, _), earlier in zip(copies, before, strict=True):
+            layer.__dict__["copied"] = earlier
 
 
 def key_of(network: nn.Module) -> Hashable:

@@ -1,4 +1,4 @@
-"""Lower precision for denoising steps without gradient.
+"""Lower precision or merged adapters for denoising steps without gradient.
 
 The output of such a step is a constant of the gradient's estimator. So rounding it changes the picture a little, and
 leaves the gradient through the steps after it that of the picture at hand. Only training rounds: evaluation, and steps
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_fast.models.lean.merged_adapters import MergedAdapters
 from alignprop_fast.models.lean.quantization import round_linears
 from alignprop_fast.ops.rounded_linear import KINDS, Pays, rounding, why_not
 from alignprop_fast.ops.rounded_linear_trials import Roofline, pays, pays_by
 
-SAMPLING_PRECISIONS = ("exact", "bf16", *KINDS)
+SAMPLING_PRECISIONS = ("exact", "bf16", *KINDS, "merged")
 
 
 class SamplingPrecision:
@@ -27,11 +28,12 @@ class SamplingPrecision:
 
     bf16: autocast, for a model in fp32. int8, fp8: the large linear layers of the transformer blocks, with weights
     rounded once; convolutions, norms, embeddings, attention, adapters, and the first and last layers stay exact.
+    merged: the linear layers with adapters, with weights to which these are added once per chain.
 
     Attributes:
-        name: "bf16", "int8" or "fp8".
+        name: "bf16", "int8", "fp8" or "merged".
         is_in_place: whether the program is inside `in_place`.
-        size_bytes: of the rounded weights, beside those that the model has.
+        size_bytes: of the rounded or merged weights, beside those that the model has.
 
     Args:
         denoiser: on its device; what it runs in 8 bits is frozen.
@@ -44,12 +46,19 @@ class SamplingPrecision:
     def __init__(self, name: str, denoiser: Any, blocks: Sequence[nn.Module]):
         self.name, self.device, self.size_bytes, self.is_in_place = name, denoiser.device, 0, False
         self._pays: Pays = pays
+        self._merged: MergedAdapters | None = None
         if name == "bf16":
             if denoiser.dtype != torch.float32:
                 raise ValueError(
                     f"sampling_precision bf16 is for fp32 runs, but this one is in {_word(denoiser)}: use exact, or "
                     "int8 or fp8 for less than 16 bits"
                 )
+            return
+        if name == "merged":
+            self._merged = MergedAdapters(denoiser)
+            self.size_bytes = self._merged.size_bytes
+            if not self.size_bytes:
+                raise ValueError("sampling_precision merged needs LoRA on linear layers: train adapters, or use exact")
             return
         if name not in KINDS:
             raise ValueError(f"sampling_precision is {name!r}: use {', '.join(SAMPLING_PRECISIONS)}")
@@ -82,6 +91,11 @@ class SamplingPrecision:
         """Whether CUDA graphs may record predictions in this precision; autocast would cast weights only once."""
         return self.name != "bf16"
 
+    def refresh(self) -> None:
+        """Take over the present adapters. To be called once per chain."""
+        if self._merged is not None:
+            self._merged.refresh()
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside the `with` block the denoiser runs in this precision."""
@@ -93,6 +107,8 @@ class SamplingPrecision:
             self.is_in_place = False
 
     def _context(self) -> AbstractContextManager[Any]:
+        if self._merged is not None:
+            return self._merged.in_place()
         if self.name in KINDS:
             return rounding(self._pays)
         # There is no autocast for meta tensors, so an estimate takes these steps for exact.

@@ -111,8 +111,12 @@ class LeanLoraLinear(LoraLinear):
     def _with_adapters(self, x: torch.Tensor) -> Layer | None:
         if self.copied is not None and self.copied.active is self._active_adapter:
             return self.copied.layer
+        return None if autocasts(x) else self.adapted()
+
+    def adapted(self) -> Layer | None:
+        """The frozen layer with its active adapters as one; None if the op does not serve them."""
         base, names = self.base_layer, self.served_adapters()
-        if not names or autocasts(x):
+        if not names:
             return None
         downs = [self.lora_A[name].weight for name in names]
         ups = [self.lora_B[name].weight for name in names]

@@ -15,6 +15,8 @@ from alignprop_fast.models.lora.load_save import load_lora, save_lora
 from alignprop_fast.models.lora.mix import load_loras, set_lora_weights
 from alignprop_fast.models.lora.targets import denoiser, denoiser_name
 
+from ...adapters import draw_factors
+
 KINDS = ["fp8", "int8"] + (["nf4"] if find_spec("bitsandbytes") else [])
 CPU = torch.device("cpu")
 
@@ -100,10 +102,7 @@ def test_autograd_saves_no_dense_weight():
 def lora_folder(tiny_sd_folder, tmp_path):
     """Adapters of rank 4 with random factors, alpha twice the rank."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, local_files_only=True)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in add_lora(pipe, rank=4, alpha=8):
-            parameter.normal_(std=0.2, generator=generator)
+    draw_factors(add_lora(pipe, rank=4, alpha=8))
     save_lora(pipe, tmp_path / "lora")
     return tmp_path / "lora"
 

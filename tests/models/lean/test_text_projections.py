@@ -12,16 +12,15 @@ from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.pipeline_adapter import PipelineAdapter
 from alignprop_fast.planner import BlockOption, Plan, StageChoice
 
+from ...adapters import draw_factors
+
 KEEP = {"*": BlockOption.KEEP}
 # Step 0 is closed, 1 replayed with every block run again, 2 resident.
 PLAN = Plan(3, (2,), (1,), (KEEP,), {"*": BlockOption.ATTENTION}, StageChoice("batch", KEEP))
 
 
 def with_adapters(pipe):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in add_lora(pipe, 4, 4):
-            parameter.normal_(std=0.1, generator=generator)
+    draw_factors(add_lora(pipe, 4, 4), std=0.1)
     return pipe
 
 

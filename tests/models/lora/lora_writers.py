@@ -12,6 +12,7 @@ from alignprop_fast.models.lora.file import DOWN, UP
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import layers
 
+from ...adapters import draw_factors, factors_of
 from ...loadable import Format
 from .lora_files import BLOCK
 
@@ -89,20 +90,12 @@ def saved_by_diffusers(pipe, path):
     for part, targets in ((pipe.unet, ["to_q", "to_out.0", "conv1"]), (pipe.text_encoder, ["q_proj", "fc1"])):
         config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=True, alpha_pattern={targets[0]: 5})
         part.add_adapter(config)
-        randomise(part)
+        draw_factors(factors_of(part), std=1.0)
         parts[part] = get_peft_model_state_dict(part), config.to_dict()
     (unet, unet_config), (text, text_config) = parts.values()
     configs = {"unet_lora_adapter_metadata": unet_config, "text_encoder_lora_adapter_metadata": text_config}
     type(pipe).save_lora_weights(path.parent, unet, text, weight_name=path.name, **configs)
     return path
-
-
-def randomise(model):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def kohya(pipe, path):
@@ -190,7 +183,7 @@ def peft_transformer(pipe, folder):
 
 def save_peft(model, config, folder):
     model = get_peft_model(model, config)
-    randomise(model)
+    draw_factors(factors_of(model), std=1.0)
     model.save_pretrained(folder)
     return folder
 

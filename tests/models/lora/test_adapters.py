@@ -15,6 +15,8 @@ from alignprop_fast.models.lora.kohya_file import KOHYA_NAME, save_kohya_lora
 from alignprop_fast.models.lora.load_save import load_lora, save_lora
 from alignprop_fast.models.lora.targets import denoiser
 
+from ...adapters import draw_factors, factors_of
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -25,15 +27,7 @@ def lora(**options):
 def add(pipe, config, name="default"):
     """An adapter in the denoiser with random factors."""
     denoiser(pipe).add_adapter(config, name)
-    draw_factors(denoiser(pipe))
-
-
-def draw_factors(model):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    draw_factors(factors_of(denoiser(pipe)))
 
 
 def deltas(pipe, name):
@@ -92,7 +86,7 @@ def with_text_encoder(pipe):
     # diffusers knows kohya's names of a text encoder by the output projection's
     config = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "out_proj", "fc1"])
     pipe.text_encoder.add_adapter(config, "default")
-    draw_factors(pipe.text_encoder)
+    draw_factors(factors_of(pipe.text_encoder))
 
 
 def weighted(pipe):
@@ -114,7 +108,7 @@ def padded_for_hotswap(pipe):
 
 def wrapped(pipe):
     pipe.unet = get_peft_model(pipe.unet, lora(lora_alpha=7))
-    draw_factors(pipe.unet)
+    draw_factors(factors_of(pipe.unet))
 
 
 def quantized(pipe):
@@ -190,7 +184,7 @@ def test_of_other_models_too(model, request, tmp_path):
         encoder = pipe.components[part]
         if "CLIP" in type(encoder).__name__:
             encoder.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "text_projection"]), "reward")
-            draw_factors(encoder)
+            draw_factors(factors_of(encoder))
     save_lora(pipe, tmp_path)
     other.load_lora_weights(tmp_path, adapter_name="reward")
     assert_same(deltas(pipe, "reward"), deltas(other, "reward"))

@@ -12,12 +12,7 @@ from alignprop_fast.models.lora.adapters import add_lora
 from alignprop_fast.models.lora.kohya_file import KOHYA_NAME, kohya_metadata, save_kohya_lora
 from alignprop_fast.models.lora.load_save import save_lora
 
-
-def train_a_little(parameters):
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+from ...adapters import draw_factors
 
 
 def draw(pipe):
@@ -31,7 +26,7 @@ def draw(pipe):
 def test_diffusers_draws_the_same_pictures(request, tmp_path, model, rank, alpha):
     pipe, folder = request.getfixturevalue(model), request.getfixturevalue(f"{model}_folder")
     untrained = draw(pipe)
-    train_a_little(add_lora(pipe, rank, alpha))
+    draw_factors(add_lora(pipe, rank, alpha))
     save_kohya_lora(pipe, tmp_path)
     kind = StableDiffusionXLPipeline if model == "tiny_sdxl" else StableDiffusionPipeline
     other = kind.from_pretrained(folder, local_files_only=True)
@@ -55,7 +50,7 @@ def test_names_and_alphas_are_those_of_kohya(tiny_sd, tmp_path):
 
 
 def test_a_folder_with_both_files_loads_by_itself(tiny_sd, tiny_sd_folder, tmp_path):
-    train_a_little(add_lora(tiny_sd))
+    draw_factors(add_lora(tiny_sd))
     save_lora(tiny_sd, tmp_path)
     save_kohya_lora(tiny_sd, tmp_path)
     other = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, local_files_only=True)
@@ -106,7 +101,7 @@ def test_saving_without_adapters_is_refused(tiny_sd, tmp_path):
 
 @pytest.mark.parametrize("save", [save_lora, save_kohya_lora])
 def test_a_full_disk_leaves_the_file_that_was_there(files_up_to, tiny_sd, tmp_path, save):
-    train_a_little(add_lora(tiny_sd))
+    draw_factors(add_lora(tiny_sd))
     file = save(tiny_sd, tmp_path)
     before = file.read_bytes()
     with files_up_to(500), pytest.raises(OSError, match="File too large"):

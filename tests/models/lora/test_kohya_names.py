@@ -19,6 +19,7 @@ from alignprop_fast.models.lora.names import family_of
 from alignprop_fast.models.lora.targets import denoiser
 from alignprop_fast.models.published import layers, published_layers
 
+from ...adapters import draw_factors, factors_of
 from ..load import original_layout
 
 WIDTH = 3072  # of FLUX, at which alone diffusers converts its files
@@ -171,7 +172,7 @@ def test_a_pipeline_says_whose_its_adapters_are(request, tmp_path, kind, blocks,
     """With a width that no published model has, and layers that both models have."""
     pipe = request.getfixturevalue(f"tiny_{kind}")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=rf"transformer_blocks\.\d+\.{re.escape(layer)}"))
-    train_a_little(parameter for name, parameter in pipe.transformer.named_parameters() if ".lora_" in name)
+    draw_factors(factors_of(pipe.transformer))
     file = save_kohya_lora(pipe, tmp_path)
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata()["ss_network_module"] == f"networks.lora_{kind}"
@@ -204,13 +205,6 @@ def test_adapters_that_have_not_learned_yet_keep_their_places():
     assert back.keys() >= zeros.keys() and not any(factors.up.any() for factors in back.values())
 
 
-def train_a_little(parameters):
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-
-
 def drawn(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator, size = torch.Generator().manual_seed(1), {"height": 16, "width": 16}
@@ -228,7 +222,7 @@ def drawn(pipe):
 def test_the_file_that_training_writes_loads_here(request, tmp_path, kind, targets):
     pipe = request.getfixturevalue(f"tiny_{kind}")
     untrained = drawn(pipe)
-    train_a_little(add_lora(pipe, 3, 12, targets))
+    draw_factors(add_lora(pipe, 3, 12, targets))
     file = save_kohya_lora(pipe, tmp_path)
     other = type(pipe).from_pretrained(request.getfixturevalue(f"tiny_{kind}_folder"), local_files_only=True)
     load_lora(other, file)
@@ -246,7 +240,7 @@ def test_a_file_in_sgm_names(tmp_path):
 
     folder = make_folder("sdxl", tmp_path / "sdxl", layers_per_block=2)
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
-    train_a_little(add_lora(pipe, 2, 3, "attention+ff"))
+    draw_factors(add_lora(pipe, 2, 3, "attention+ff"))
     blocks = {n.replace(".", "_"): o.replace(".", "_") for n, o in original_layout.unet_blocks(2, 2).items()}
     tensors = {}
     for key, tensor in load_file(save_kohya_lora(pipe, tmp_path)).items():

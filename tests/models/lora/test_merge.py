@@ -12,6 +12,8 @@ from alignprop_fast.models.lora.load_save import save_lora
 from alignprop_fast.models.lora.merge import merge_loras
 from alignprop_fast.models.lora.mix import load_loras, set_lora_weights
 
+from ...adapters import draw_factors, factors_of
+
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -23,11 +25,7 @@ def made(folder, pipe_folder, seed, rank, alpha, targets=ATTENTION):
 
     pipe = StableDiffusionPipeline.from_pretrained(pipe_folder, local_files_only=True)
     pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in pipe.unet.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    draw_factors(factors_of(pipe.unet), seed=seed)
     if targets is ATTENTION:
         save_lora(pipe, folder)
     else:
