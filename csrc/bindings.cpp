@@ -30,8 +30,7 @@ DType dtype_of(const Tensor& x) {
 }
 
 GroupNormSiluParams params(const Tensor& x, const std::optional<Tensor>& t, const Tensor& gamma, const Tensor& beta,
-                           bool silu, const Tensor& out, const Tensor& mean, const Tensor& rstd,
-                           const Tensor& partial) {
+                           bool silu, const Tensor& out, const Tensor& statistics, const Tensor& partial) {
   STD_TORCH_CHECK(x.dim() == 4 && (x.size(1) == 1 || x.stride(1) == 1), "group_norm_silu: x must be channels_last");
   GroupNormSiluParams p{};
   p.dtype = dtype_of(x);
@@ -42,13 +41,13 @@ GroupNormSiluParams params(const Tensor& x, const std::optional<Tensor>& t, cons
   p.gamma = gamma.const_data_ptr();
   p.beta = beta.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  p.mean = static_cast<float*>(mean.data_ptr());
-  p.rstd = static_cast<float*>(rstd.data_ptr());
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
   p.images = x.size(0);
   p.channels = x.size(1);
   p.rows = x.size(2) * x.size(3);
   p.groups = partial.size(1);
+  p.mean = static_cast<float*>(statistics.data_ptr());
+  p.rstd = p.mean + p.images * p.groups;
   p.chunks = partial.size(2);
   p.silu = silu;
   return p;
@@ -60,8 +59,8 @@ void spread(const GroupNormSiluParams& p, CpuPhase phase) {
 }
 
 void forward_cpu(Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, double eps, bool silu, Tensor y,
-                 Tensor mean, Tensor rstd, Tensor partial) {
-  GroupNormSiluParams p = params(x, t, gamma, beta, silu, y, mean, rstd, partial);
+                 Tensor statistics, Tensor partial) {
+  GroupNormSiluParams p = params(x, t, gamma, beta, silu, y, statistics, partial);
   STD_TORCH_CHECK(p.dtype != DType::float16, "group_norm_silu: no float16 on the CPU");
   p.eps = static_cast<float>(eps);
   spread(p, cpu_statistics);
@@ -69,9 +68,9 @@ void forward_cpu(Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, d
   spread(p, cpu_apply);
 }
 
-void backward_cpu(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd,
+void backward_cpu(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, Tensor statistics,
                   bool silu, Tensor dx, Tensor partial, Tensor moments) {
-  GroupNormSiluParams p = params(x, t, gamma, beta, silu, dx, mean, rstd, partial);
+  GroupNormSiluParams p = params(x, t, gamma, beta, silu, dx, statistics, partial);
   STD_TORCH_CHECK(p.dtype != DType::float16, "group_norm_silu: no float16 on the CPU");
   p.g = g.const_data_ptr();
   p.moments = static_cast<float*>(moments.mutable_data_ptr());
@@ -92,17 +91,17 @@ void* current_stream(const Tensor& x) {
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "group_norm_silu: ", error == nullptr ? "" : error); }
 
 void forward_cuda(Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, double eps, bool silu, Tensor y,
-                  Tensor mean, Tensor rstd, Tensor partial) {
+                  Tensor statistics, Tensor partial) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  GroupNormSiluParams p = params(x, t, gamma, beta, silu, y, mean, rstd, partial);
+  GroupNormSiluParams p = params(x, t, gamma, beta, silu, y, statistics, partial);
   p.eps = static_cast<float>(eps);
   check(cuda_forward(p, current_stream(x)));
 }
 
-void backward_cuda(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd,
+void backward_cuda(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Tensor beta, Tensor statistics,
                    bool silu, Tensor dx, Tensor partial, Tensor moments) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  GroupNormSiluParams p = params(x, t, gamma, beta, silu, dx, mean, rstd, partial);
+  GroupNormSiluParams p = params(x, t, gamma, beta, silu, dx, statistics, partial);
   p.g = g.const_data_ptr();
   p.moments = static_cast<float*>(moments.mutable_data_ptr());
   check(cuda_backward(p, current_stream(x)));
@@ -117,9 +116,9 @@ void backward_cuda(Tensor g, Tensor x, std::optional<Tensor> t, Tensor gamma, Te
 STABLE_TORCH_LIBRARY_FRAGMENT(alignprop_fast, m) {
   m.def(
       "group_norm_silu_forward(Tensor x, Tensor? t, Tensor gamma, Tensor beta, float eps, bool silu, Tensor(a!) y, "
-      "Tensor(b!) mean, Tensor(c!) rstd, Tensor(d!) partial) -> ()");
+      "Tensor(b!) statistics, Tensor(c!) partial) -> ()");
   m.def(
-      "group_norm_silu_backward(Tensor g, Tensor x, Tensor? t, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd, "
+      "group_norm_silu_backward(Tensor g, Tensor x, Tensor? t, Tensor gamma, Tensor beta, Tensor statistics, "
       "bool silu, Tensor(a!) dx, Tensor(b!) partial, Tensor(c!) moments) -> ()");
 }
 

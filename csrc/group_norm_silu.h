@@ -6,8 +6,9 @@
 // Backward, for the gradient g of y, with xhat = (u - mean) rstd and dz = g silu'(z):
 //     m1 = mean(gamma dz)    m2 = mean(gamma dz xhat)    dx = rstd (gamma dz - m1 - xhat m2)
 //
-// Shapes: x, g, y, dx [B, N, C] in memory; t [B, C]; gamma, beta [C]; all of one dtype. In fp32: mean, rstd [B, G];
-// partial [B, G, chunks, 2]; moments [B, G, 2]. All sums are fp32 (float64 when the CPU joins chunks).
+// Shapes: x, g, y, dx [B, N, C] in memory; t [B, C]; gamma, beta [C]; all of one dtype. In fp32: mean, rstd [B, G], one
+// after the other in a tensor of [2, B, G]; partial [B, G, chunks, 2]; moments [B, G, 2]. All sums are fp32 (float64
+// when the CPU joins chunks).
 // Bytes moved, in units of x: forward 2 reads and 1 write, backward 4 reads and 1 write. An element takes about 10 and
 // 25 FLOP, so memory is the bound. The statistics of a block of rows are (mean, sum of squared deviations), joined as
 // in Chan, Golub & LeVeque (1979), so that a large mean costs no precision. Every sum has a fixed order, so two runs

@@ -167,11 +167,11 @@ _At = tuple[int, int] | None
 _UNREAD = (1, 0)
 
 
-def _shared_rows(t: torch.Tensor, x: torch.Tensor, rows: int) -> tuple[torch.Tensor, _At]:
+def _shared_rows(t: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, _At]:
     """The memory of a modulation's rows, and how they lie."""
     if t.ndim == 1:
-        return t.contiguous(), (rows, t.shape[0])
-    flat = t.reshape(-1, x.shape[-1])
+        return t.contiguous(), (rows, width)
+    flat = t.reshape(-1, width)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     return flat, (rows // flat.shape[0], flat.stride(0))
 
@@ -250,14 +250,13 @@ def norm_modulate_forward(
     rstd = x.new_empty(rows, dtype=torch.float32)
     mean = None if rms else torch.empty_like(rstd)
     # Without a modulation x takes its place and is not read.
-    gates, gate_at = (x, None) if gate is None else _shared_rows(gate, x, rows)
-    scales, scale_at = (x, None) if scale is None else _shared_rows(scale, x, rows)
-    shifts, shift_at = (x, None) if shift is None else _shared_rows(shift, x, rows)
+    gates, gate_at = (x, None) if gate is None else _shared_rows(gate, rows, width)
+    scales, scale_at = (x, None) if scale is None else _shared_rows(scale, rows, width)
+    shifts, shift_at = (x, None) if shift is None else _shared_rows(shift, rows, width)
     start = _forward(rows, width, gate_at, scale_at, shift_at, eps, one, rms, branch is not None, weight is not None)
-    start(
-        *(x, x if branch is None else branch.contiguous(), gates, x if weight is None else weight.contiguous()),
-        *(scales, shifts, x if total is None else total, y, rstd if mean is None else mean, rstd),
-    )
+    added, sums = (x, x) if branch is None else (branch.contiguous(), total)
+    weights, means = x if weight is None else weight.contiguous(), rstd if mean is None else mean
+    start(x, added, gates, weights, scales, shifts, sums, y, means, rstd)
     return y, total, mean, rstd
 
 
@@ -278,13 +277,13 @@ def norm_modulate_backward(
     Returns:
         (dx, dbranch): dbranch is None without a gate, where it equals dx.
     """
-    rows = rstd.numel()
+    rows, width = rstd.numel(), x.shape[-1]
     g, x = g.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     dbranch = None if gate is None else torch.empty_like(x)
-    gates, gate_at = (x, None) if gate is None else _shared_rows(gate, x, rows)
-    scales, scale_at = (x, None) if scale is None else _shared_rows(scale, x, rows)
-    start = _backward(rows, x.shape[-1], gate_at, scale_at, one, rms, h is not None, weight is not None)
+    gates, gate_at = (x, None) if gate is None else _shared_rows(gate, rows, width)
+    scales, scale_at = (x, None) if scale is None else _shared_rows(scale, rows, width)
+    start = _backward(rows, width, gate_at, scale_at, one, rms, h is not None, weight is not None)
     start(
         *(g, g if h is None else h.contiguous(), x, gates, x if weight is None else weight.contiguous()),
         *(scales, rstd if mean is None else mean, rstd, dx, dx if dbranch is None else dbranch),

@@ -35,7 +35,7 @@ def backend(x: torch.Tensor, op: str) -> str:
     if x.device not in _probed and not is_traced(x):
         _probe(x.device)
     off = switched_off.reasons
-    return "reference" if "triton" in off or f"{op}.triton" in off else "triton"
+    return "reference" if off and ("triton" in off or f"{op}.triton" in off) else "triton"
 
 
 def is_traced(x: object) -> bool:

@@ -96,20 +96,19 @@ class _CompiledGroupNormSiLU(Function):
         eps: float,
         silu: bool,
     ) -> torch.Tensor:
-        x, y, mean, rstd = _compiled_forward(x, t_BC, groups, gamma, beta, eps, silu)
-        ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
-        ctx.groups, ctx.silu = groups, silu
+        x, y, statistics = _compiled_forward(x, t_BC, groups, gamma, beta, eps, silu)
+        ctx.save_for_backward(x, t_BC, gamma, beta, statistics)
+        ctx.silu = silu
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, t_BC, gamma, beta, mean, rstd = ctx.saved_tensors
-        dx = torch.empty_like(x, memory_format=torch.channels_last)
-        moments = mean.new_empty((*mean.shape, 2))
+        x, t_BC, gamma, beta, statistics = ctx.saved_tensors
+        dx, moments = torch.empty_like(x), torch.empty_like(statistics)  # two numbers for each group, too
         torch.ops.alignprop_fast.group_norm_silu_backward.default(
-            *(_channels_last(g), x, _per_image(t_BC, x), gamma, beta, mean, rstd, ctx.silu),
-            *(dx, _partial(x, ctx.groups), moments),
+            *(_channels_last(g), x, _per_image(t_BC, x), gamma, beta, statistics, ctx.silu),
+            *(dx, _partial(x, statistics.shape[2]), moments),
         )
         return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
 
@@ -122,16 +121,15 @@ def _compiled_forward(
     beta: torch.Tensor,
     eps: float,
     silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x in channels_last, y, mean and rstd."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x in channels_last, y, and mean and rstd [2, B, groups]."""
     x = _channels_last(x)
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    y = torch.empty_like(x)
+    statistics = x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
     torch.ops.alignprop_fast.group_norm_silu_forward.default(
-        x, _per_image(t_BC, x), gamma, beta, eps, silu, y, mean, rstd, _partial(x, groups)
+        x, _per_image(t_BC, x), gamma, beta, eps, silu, y, statistics, _partial(x, groups)
     )
-    return x, y, mean, rstd
+    return x, y, statistics
 
 
 def _normalised(
@@ -202,11 +200,11 @@ def _extension_missing(device_type: str) -> str | None:
 @cache
 def _register_fakes() -> None:
     @torch.library.register_fake("alignprop_fast::group_norm_silu_forward")
-    def _(x, t, gamma, beta, eps, silu, y, mean, rstd, partial):
+    def _(x, t, gamma, beta, eps, silu, y, statistics, partial):
         return None
 
     @torch.library.register_fake("alignprop_fast::group_norm_silu_backward")
-    def _(g, x, t, gamma, beta, mean, rstd, silu, dx, partial, moments):
+    def _(g, x, t, gamma, beta, statistics, silu, dx, partial, moments):
         return None
 
 

@@ -190,20 +190,20 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 class _NormModulate(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        _, branch, gate, weight, scale, shift, _, one, rms = inputs
+        _, branch, gate, weight, scale, shift, _, one, _ = inputs
         y, s, mean, rstd = _forward(*inputs)
         gate_learns = gate is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(s, gate, weight, scale, mean, rstd, branch if gate_learns else None)
-        ctx.form = one, rms, branch is not None, None if shift is None else shift.shape
+        ctx.form = one, None if shift is None else shift.shape
         return y if branch is None else (y, s)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, h: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, gate, weight, scale, mean, rstd, branch = ctx.saved_tensors
-        one, rms, added, shift_shape = ctx.form
+        one, shift_shape = ctx.form
         run = _triton_backward if backend(x) == "triton" else _plain_backward
-        dx, dbranch = run(g, h, x, gate, weight, scale, mean, rstd, one, rms)
+        dx, dbranch = run(g, h, x, gate, weight, scale, mean, rstd, one, mean is None)
         dgate = dscale = dshift = None
         if branch is not None:
             dgate = (dx * branch).sum_to_size(gate.shape)
@@ -211,7 +211,7 @@ class _NormModulate(Function):
             dscale = (g * _normed(x, weight, mean, rstd)).sum_to_size(scale.shape).to(scale.dtype)
         if ctx.needs_input_grad[5]:
             dshift = g.sum_to_size(shift_shape)
-        of_branch = (dx if gate is None else dbranch) if added else None
+        of_branch = (dx if gate is None else dbranch) if ctx.needs_input_grad[1] else None
         return dx, of_branch, dgate, None, dscale, dshift, None, None, None
 
 
