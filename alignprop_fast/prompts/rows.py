@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def load_rows(spec: str | Path) -> list[PromptRow]:
         ValueError: the file is of another kind or has no prompts, or the prompt of a row is missing or not a text.
     """
     path = _FILES[str(spec)] if spec in _FILES else Path(spec).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # of a text too long for a file name Path says that it is too long
         raise FileNotFoundError(f"no prompts file {path}: give {KINDS}, or a set: {', '.join(PROMPT_SETS)}")
     read = _dataset if path.is_dir() else _READERS.get(path.suffix.lower())
     if read is None:

@@ -48,7 +48,8 @@ def test_refused_files(tmp_path, content, match):
 
 
 def test_a_missing_file_names_the_sets(tmp_path):
-    with pytest.raises(FileNotFoundError, match="animals-heldout"):
-        load_prompts(tmp_path / "none.txt")
+    for missing in (tmp_path / "none.txt", "a prompt in place of a file" * 20):
+        with pytest.raises(FileNotFoundError, match="animals-heldout"):
+            load_prompts(missing)
     with pytest.raises(ValueError, match=r"the folder .* was not written by save_to_disk"):
         load_prompts(tmp_path)
