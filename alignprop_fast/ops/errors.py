@@ -1,11 +1,12 @@
 """One-line messages of errors, and work that may run out of device memory."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from alignprop_fast.ops.garbage import collect_garbage
 
 # Messages of libraries that allocate memory themselves and do not raise OutOfMemoryError.
 _SAID = (
@@ -54,7 +55,7 @@ def unless_out_of_memory(work: Callable[[], Result]) -> Result | OutOfMemory:
             raise
         reason = str(error).partition("\n")[0]
         error.__traceback__ = None  # other code may hold the error
-    gc.collect()  # hooks and closures of the run refer to each other
+    collect_garbage()  # hooks and closures of the run refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # reserved memory is fragmented into pieces of the failed run's sizes
     return OutOfMemory(reason)

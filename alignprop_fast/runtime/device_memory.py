@@ -1,11 +1,12 @@
 """A GPU's memory as seen by this process: total, free, and expandable segments."""
 
-import gc
 import logging
 import os
 from dataclasses import dataclass
 
 import torch
+
+from alignprop_fast.ops.garbage import collect_garbage
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class DeviceMemory:
 
 def device_memory(device: torch.device) -> DeviceMemory:
     """The present state of a GPU's memory; memory that the allocator holds in reserve is returned first."""
-    gc.collect()
+    collect_garbage()
     torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(device)
     return DeviceMemory(

@@ -1,6 +1,5 @@
 """Measures bytes and seconds: live tensor bytes on the CPU, the allocator's statistics on a GPU."""
 
-import gc
 import time
 import weakref
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.meta_results import Known, meta_result, new_among, tensors_in
 
@@ -62,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> "LiveBytes":
         if self._gpu is not None:
-            gc.collect()  # earlier garbage must not be counted and then vanish midway
+            collect_garbage()  # earlier garbage must not be counted and then vanish midway
             torch.cuda.reset_peak_memory_stats(self._gpu)
             self._start_bytes = torch.cuda.memory_allocated(self._gpu)
         return super().__enter__()
@@ -149,6 +149,7 @@ class PeakMeter:
 
     def __enter__(self) -> "PeakMeter":
         if self.device.type == "cuda":
+            collect_garbage()
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start_bytes = torch.cuda.memory_allocated(self.device)
         else:
@@ -179,14 +180,14 @@ class Workspaces:
 
     def __enter__(self) -> "Workspaces":
         if self.device.type == "cuda":
-            gc.collect()
+            collect_garbage()
             torch._C._cuda_clearCublasWorkspaces()  # they may exist already
             self._start_bytes = torch.cuda.memory_allocated(self.device)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self.device.type == "cuda":
-            gc.collect()
+            collect_garbage()
             self.size_bytes = max(torch.cuda.memory_allocated(self.device) - self._start_bytes, 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alignprop_fast.ops.garbage import collect_garbage
 from benchmarks.gpu_sections.driver import Settings
 from benchmarks.gpu_sections.facts import read
 from benchmarks.step.train_step import gemm_rate, limit_memory
@@ -118,7 +118,7 @@ class Lab:
         """Free what a section left behind. Raises if the CUDA context is lost."""
         if self._bench is not None:
             self._bench.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
+        collect_garbage()
         self.synchronize()
         limit_memory(self.device, None)
 

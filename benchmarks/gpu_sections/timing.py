@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.ops.errors import is_out_of_memory
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.runtime import PeakMeter
 
 
@@ -74,7 +74,6 @@ def first_run(call: Call, device: torch.device, warm: bool = True) -> dict[str, 
         call.prepare()
         if warm:
             call.run()
-        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         with PeakMeter(device) as meter:
@@ -84,7 +83,7 @@ def first_run(call: Call, device: torch.device, warm: bool = True) -> dict[str, 
             raise
         reason = str(error).partition("\n")[0][:120]
     if reason is not None:  # outside the handler, because its traceback keeps the call's tensors alive
-        gc.collect()
+        collect_garbage()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return {"out_of_memory": reason}

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from typing import Any
 import torch
 
 from alignprop_fast.ops.errors import is_out_of_memory
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.runtime import PeakMeter
 from benchmarks import RESULTS
@@ -128,7 +128,7 @@ def first_run(case: Case, bench: Bench) -> None:
         bench.optimizer.zero_grad(set_to_none=True)
         return
     finally:
-        gc.collect()
+        collect_garbage()
     row |= {"status": "ok", "peak_bytes": there_bytes(bench) + meter.peak_bytes}
     if row["variant"] == "ours":
         assert bench.sampler.plan is not None
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace, table: Table) -> None:
             break
         if bench is None or bench.model != setting.model:
             bench = None
-            gc.collect()
+            collect_garbage()
             limit_memory(device, None)
             steps = setting.steps if args.steps is None else args.steps
             # Counted on tensors without data, because FLOP inside the package's GPU kernels cannot be counted.

@@ -1,11 +1,10 @@
 """The plan of a whole UNet that trains under autocast includes the casts of activations and weights."""
 
-import gc
-
 import pytest
 import torch
 
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.prepare import make_sampler, prepare_model
 
@@ -32,7 +31,7 @@ def test_the_plan_is_that_of_the_chain_under_autocast(sampler):
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        gc.collect()
+        collect_garbage()
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", torch.bfloat16):
             images = sampler(PROMPTS, None, torch.Generator().manual_seed(0))

@@ -1,6 +1,5 @@
 """CUDA graphs on the emulated GPU, which records operators with their memory and runs them again without Python."""
 
-import gc
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.generate import graph_costs
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.planner import BudgetInfeasible, GraphUse, price
 
 pytestmark = pytest.mark.usefixtures("plain_kernels")
@@ -177,7 +177,7 @@ def test_ways_are_timed_once_and_leave_nothing(pipe, monkeypatch):
     before = torch.cuda.memory_reserved()
     seconds = REMEMBERED(step)
     assert list(seconds) == ["eager", "graphs", "replay eager", "replay graphs"] and min(seconds.values()) > 0
-    gc.collect()
+    collect_garbage()
     assert torch.cuda.memory_reserved() <= before + 2**12
     monkeypatch.setattr(graph_costs, "_measured", None)
     assert REMEMBERED(step) == seconds
@@ -198,7 +198,7 @@ def budgeted(adapted, ways, steady_clock):
 
     Those are of checks before: Qwen-Image's network remembers its positions for good.
     """
-    gc.collect()
+    collect_garbage()
     reserved = torch.cuda.memory_reserved()
     ways.update({"graphs": 0.5, "replay graphs": 0.9})
     sampler = DifferentiableSampler(adapted.to("cuda"), STEPS, memory_budget="20GiB", optimizer_bytes=0)
@@ -225,7 +225,7 @@ def test_a_plan_counts_what_its_graphs_reserve(budgeted, emulated):
         for _ in ("records", "replays"):
             for parameter in sampler.model.trainable():
                 parameter.grad = torch.zeros_like(parameter)
-            gc.collect()
+            collect_garbage()
             torch.cuda.reset_peak_memory_stats()
             images.append(run_under(sampler, plan).cpu())  # kept there, since the next peak must not count them
             peaks.append(torch.cuda.max_memory_reserved() - reserved)

@@ -4,13 +4,12 @@ between blocks.
 The bundled model in bf16, so small that a plan's bytes are mostly those of a few blocks.
 """
 
-import gc
-
 import pytest
 import torch
 from peft import LoraConfig
 
 from alignprop_fast import DifferentiableSampler, demo
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.planner import BudgetInfeasible
 from alignprop_fast.training.out_of_memory import with_less_memory
 
@@ -37,7 +36,7 @@ def sampler(emulated, plain_kernels, steady_clock):
 def train_on(sampler, plan=None):
     for parameter in sampler.model.trainable():
         parameter.grad = torch.zeros_like(parameter)
-    gc.collect()
+    collect_garbage()
     torch.cuda.reset_peak_memory_stats()
     images = sampler(PROMPTS, None, torch.Generator().manual_seed(0), grad_steps=GRAD_STEPS, plan=plan)
     (images * torch.linspace(0, 1, images.shape[-1], device="cuda")).mean().backward()

@@ -1,11 +1,10 @@
 """With cached text, text encoders are never on the device beside the model if the budget has no room for both."""
 
-import gc
-
 import pytest
 import torch
 
 from alignprop_fast.models.ddpo_pipeline import DefaultDDPOStableDiffusionPipeline
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.training.config import AlignPropConfig
 from alignprop_fast.training.prepare import make_sampler, prepare_model
 
@@ -40,7 +39,7 @@ def size_of_blocks(sampler):
 
 
 def embeddings_and_peak(sampler, prompt):
-    gc.collect()
+    collect_garbage()
     torch.cuda.reset_peak_memory_stats()
     cond = sampler._encode(prompt, None, None)[1]
     return [cond.embeds, *(cond.added or {}).values()], torch.cuda.max_memory_allocated()
@@ -51,13 +50,13 @@ def warnings(caplog):
 
 
 def test_set_up_and_new_prompts_keep_to_what_the_model_takes(emulated, pipeline, caplog):
-    gc.collect()
+    collect_garbage()
     start = torch.cuda.memory_allocated()
     config = AlignPropConfig(mixed_precision="bf16", base_dtype="int8", lora_rank=2, sample_num_steps=2)
     emulated.reset_peak()
     prepare_model(pipeline, GPU, config)
     sampler = make_sampler(pipeline, config, Nothing())
-    gc.collect()
+    collect_garbage()
     there = torch.cuda.memory_allocated()
     encoders = size_of(*pipeline.text_encoders)
     assert there - start <= size_of(pipeline.unet, pipeline.vae) + 8 * KIB

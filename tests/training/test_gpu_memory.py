@@ -4,7 +4,6 @@ in deterministic mode. Skipped without a GPU; it has not run on one yet.
 SD1.5's architecture at 512 x 512 with random weights in bf16 is so large that the libraries' workspaces are under 1 %.
 """
 
-import gc
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from alignprop_fast import DifferentiableSampler
 from alignprop_fast.models.architectures import architecture
+from alignprop_fast.ops.garbage import collect_garbage
 from alignprop_fast.planner import BlockOption, BudgetInfeasible, Plan, StageChoice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -23,7 +23,7 @@ PROMPTS = ["a red cat", "a dog"]
 @pytest.fixture(scope="module")
 def measured():
     """(sampler, bytes allocated before there was a model)."""
-    gc.collect()
+    collect_garbage()
     before_bytes = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     pipe = architecture("sd15", device="cuda").pipe
@@ -61,7 +61,7 @@ def test_the_peak_is_the_predicted_one(measured, which):
     budget_bytes = budgets(sampler)[which]
     plan = sampler.solver(BATCH).plan(GRAD_STEPS, budget_bytes)
     gradients(sampler, plan)
-    gc.collect()
+    collect_garbage()
     torch.cuda.reset_peak_memory_stats()
     sampler(PROMPTS, plan=plan).mean().backward()
     taken_bytes = torch.cuda.max_memory_allocated() - before_bytes
