@@ -6,13 +6,14 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alignprop_fast.cli.kept_counts import Part, batches
+from alignprop_fast.cli.kept_counts import OF_DECODER, Part, batches
 from alignprop_fast.cli.parts import open_rewards, open_sampler
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.screen import Waiting
@@ -69,7 +70,8 @@ class Counting:
 
     def count_model(self, part: Part, told: Callable[[float], None] = lambda done: None) -> CountedTable:
         """The denoising steps and the decoder of these options, at the part's batch size."""
-        _ = self._rewards  # if they are wrong, say so before the long work
+        if Part.reward(self.options, part.batch, self._sampler.size).read() is None:
+            _ = self._rewards  # if they are wrong, say so before the long work
         return self._sampler.counted_table(part.batch, self.gpu, self.options.negative_prompt, told)
 
     def count_reward(self, part: Part, told: Callable[[float], None] = lambda done: None) -> CountedReward:
@@ -86,7 +88,21 @@ class Counting:
 
     @cached_property
     def _sampler(self) -> DifferentiableSampler:
-        return open_sampler(self.options, self.config, "meta", None)
+        sampler = open_sampler(self.options, self.config, "meta", None)
+        plain = Part.model(self._plain, 1)
+        if Part.model(self.options, 1) != plain and (known := plain.read()) is not None:
+            sampler.one_image = known.costs.decoders
+        return sampler
+
+    @property
+    def _plain(self) -> PlanOptions:
+        """These options where they decide what decoding costs; all others have their defaults, resolved."""
+        from alignprop_fast.models.load.made_for import made_for
+
+        plain = PlanOptions(**{name: getattr(self.options, name) for name in OF_DECODER})
+        own = made_for(plain.model, plain.model_config)
+        scales = {"guidance_scale": own.guidance_scale, "true_cfg_scale": own.true_cfg_scale}
+        return replace(plain, lora_alpha=float(plain.lora_rank), **scales)
 
     @cached_property
     def _rewards(self) -> Rewards:

@@ -32,6 +32,7 @@ _OF_REWARD = {
     *("watch_reward", "watch_reward_model", "watch_prompts", "watch_pictures", "diversity_model", "patience"),
 }
 _OF_BOTH = {"mixed_precision", "allow_pickle"}
+OF_DECODER = {"model", "model_config", "height", "width", *_OF_BOTH}
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 

@@ -81,11 +81,13 @@ def packed(counted: CountedTable | CountedReward) -> bytes:
     """The counts as compressed JSON. Equal counts give equal bytes."""
     places: dict[Operator, int] = {}
 
-    def numbers(operators: Operators) -> list[int]:
-        """The place of an operator and its times, and so on."""
-        return [n for one, times in operators.times.items() for n in (places.setdefault(one, len(places)), times)]
+    def plain(value: Any) -> Any:
+        """A dataclass as its fields; operators as the place of one and its times, and so on."""
+        if not isinstance(value, Operators):
+            return vars(value)  # `asdict` would copy all operators
+        return [n for one, times in value.times.items() for n in (places.setdefault(one, len(places)), times)]
 
-    text = json.dumps(asdict(counted), default=numbers, separators=(",", ":"))
+    text = json.dumps(counted, default=plain, separators=(",", ":"))
     known = json.dumps([*places], separators=(",", ":"))
     return gzip.compress(f'{{"operators":{known},"counted":{text}}}'.encode(), mtime=0)
 

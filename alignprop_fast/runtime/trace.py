@@ -43,12 +43,7 @@ def trace(work: Work, options: Options) -> Trace:
 
 def _are_equal(work: Work, options: Options) -> bool:
     """Whether one of several equal blocks may stand for others: where they are counted, and under one option."""
-    return (
-        work.is_counted
-        and work.pull is not None
-        and set(options) <= {"*"}
-        and not any(option.offload for option in options.values())
-    )
+    return work.is_counted and set(options) <= {"*"} and not any(option.offload for option in options.values())
 
 
 class Meter(Protocol):
