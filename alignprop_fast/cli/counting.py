@@ -37,7 +37,7 @@ class Counting:
     """
 
     def __init__(self, console: Console, options: PlanOptions, config: AlignPropConfig, gpu: Gpu):
-        self.console, self.options, self.config, self.gpu = console, options, config, gpu
+        self.console, self.options, self.config, self.gpu = console, _without_own_size(options), config, gpu
 
     def tables(self) -> dict[int, CountedTable]:
         """The counts of a training step at two batch sizes.
@@ -89,20 +89,10 @@ class Counting:
     @cached_property
     def _sampler(self) -> DifferentiableSampler:
         sampler = open_sampler(self.options, self.config, "meta", None)
-        plain = Part.model(self._plain, 1)
+        plain = Part.model(_plain(self.options), 1)
         if Part.model(self.options, 1) != plain and (known := plain.read()) is not None:
             sampler.one_image = known.costs.decoders
         return sampler
-
-    @property
-    def _plain(self) -> PlanOptions:
-        """These options where they decide what decoding costs; all others have their defaults, resolved."""
-        from alignprop_fast.models.load.made_for import made_for
-
-        plain = PlanOptions(**{name: getattr(self.options, name) for name in OF_DECODER})
-        own = made_for(plain.model, plain.model_config)
-        scales = {"guidance_scale": own.guidance_scale, "true_cfg_scale": own.true_cfg_scale}
-        return replace(plain, lora_alpha=float(plain.lora_rank), **scales)
 
     @cached_property
     def _rewards(self) -> Rewards:
@@ -124,6 +114,22 @@ class Counting:
         names = [name for spec in specs for name, _ in parsed_spec(spec, [])[0]]
         models = (*self.options.reward_model, *self.options.watch_reward_model)
         return not any(map(is_function_name, (*names, *models, *(model.partition("=")[2] for model in models))))
+
+
+def _plain(options: PlanOptions) -> PlanOptions:
+    """These options where they decide what decoding costs; the others have their defaults."""
+    plain = PlanOptions(**{name: getattr(options, name) for name in OF_DECODER})
+    return replace(plain, lora_alpha=float(plain.lora_rank))
+
+
+def _without_own_size(options: PlanOptions) -> PlanOptions:
+    """The options without a picture size that is the model's own, so that its counts are found."""
+    own = replace(options, height=None, width=None)
+    known = None if options == own else Part.model(_plain(own), 1).read()
+    if known is None:
+        return options
+    sizes = ((getattr(options, side), int(known.costs.origin[side])) for side in ("height", "width"))
+    return own if all(given in (None, usual) for given, usual in sizes) else options
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.files import cache_folder, write_whole
+from alignprop_fast.models.load.made_for import made_for
 from alignprop_fast.planner import CountedReward, CountedTable, packed, unpacked
 
 SHIPPED = Path(__file__).parent / "counts"
@@ -33,6 +34,8 @@ _OF_REWARD = {
 }
 _OF_BOTH = {"mixed_precision", "allow_pickle"}
 OF_DECODER = {"model", "model_config", "height", "width", *_OF_BOTH}
+# It matters whether they are above 0.
+_SWITCHES = {"cfg_normalization", "kl_weight", "ema_decay"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -50,12 +53,12 @@ class Part:
     @classmethod
     def model(cls, options: PlanOptions, batch: int) -> Part:
         """The denoising steps and the decoder. The GPU matters only where it decides which products are rounded."""
-        idle = BESIDE_COUNTS | _OF_REWARD | {"batch_size"}
+        idle = BESIDE_COUNTS | _OF_REWARD | {"batch_size", "deterministic"}
         if options.sampling_precision == "exact":
             idle |= {"gpu"}
         chosen = {name: value for name, value in _given(options).items() if name not in idle}
-        chosen["negative_prompt"] = options.negative_prompt is not None  # its text does not matter
-        return cls(Path(options.model).name, batch, chosen)
+        chosen |= {name: True for name in _SWITCHES & chosen.keys()}
+        return cls(Path(options.model).name, batch, chosen | _guidance(options))
 
     @classmethod
     def reward(cls, options: PlanOptions, batch: int, size: tuple[int, int]) -> Part:
@@ -92,6 +95,16 @@ class Part:
     def _known(self) -> list[Any]:
         versions = [version(name).partition("+")[0] for name in _LIBRARIES]
         return [dict(self.options), [*_named(self.options)], versions]
+
+
+def _guidance(options: PlanOptions) -> dict[str, Any]:
+    """What matters of guidance: whether there is any. A scale above 1 counts as the model's own, if that is one too.
+    A negative prompt needs a true scale to change anything, and its text never does."""
+    own, chosen = made_for(options.model, options.model_config), dict[str, Any]()
+    for name, usual in (("guidance_scale", own.guidance_scale), ("true_cfg_scale", own.true_cfg_scale)):
+        scale = getattr(options, name)
+        chosen[name] = usual if scale is None or (scale > 1 and usual > 1) else scale
+    return {**chosen, "negative_prompt": options.negative_prompt is not None and chosen["true_cfg_scale"] > 1}
 
 
 def batches(batch: int) -> tuple[int, int]:

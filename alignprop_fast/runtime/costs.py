@@ -64,7 +64,7 @@ def step_costs(chain: Chain, x: torch.Tensor, offload: bool = False, told: Told 
         closed = None
         if chain.approximates:
             with chain.approximation():
-                closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
+                closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None, kinds={}), {})
         told(0.1)
         options = segments(work, offload, within(told, 0.1, 1))
     costs = StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)

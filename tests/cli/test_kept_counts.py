@@ -17,9 +17,18 @@ def reward(size=(512, 512), **options):
 
 def test_a_model_is_counted_again_for_what_changes_its_steps_alone():
     assert model() == model(gpu="A10") == model(reward="hpsv2", prompts="other") == model(memory_budget="8GiB")
-    assert model(negative_prompt="x") == model(negative_prompt="y")
-    assert len({model(), model(lora_rank=8), model(negative_prompt="x"), model(optimizer="adamw8bit")}) == 4
+    assert model() == model(deterministic=True) and model(kl_weight=0.1) == model(kl_weight=0.2)
+    assert len({model(), model(lora_rank=8), model(kl_weight=0.1), model(optimizer="adamw8bit")}) == 4
     assert model(sampling_precision="fp8", gpu="A10") != model(sampling_precision="fp8", gpu="L4")
+
+
+def test_of_guidance_it_matters_whether_there_is_any():
+    assert model() == model(guidance_scale=5.0) == model(guidance_scale=7.5) == model(negative_prompt="x")
+    assert model(model="sdxl", guidance_scale=1.0) != model(model="sdxl") == model(model="sdxl", guidance_scale=3.0)
+    assert model(model="z-image-turbo", guidance_scale=0.0) != model(model="z-image-turbo", guidance_scale=3.0)
+    true = {"model": "flux-dev", "true_cfg_scale": 4.0}
+    assert model(**true, negative_prompt="x") == model(**true, negative_prompt="y") != model(**true)
+    assert model(**true, negative_prompt="x") != model(model="flux-dev", negative_prompt="x") == model(model="flux-dev")
 
 
 def test_a_reward_is_counted_again_for_what_changes_its_scores_alone():
