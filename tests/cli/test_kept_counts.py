@@ -3,7 +3,7 @@
 import pytest
 
 from alignprop_fast.cli import counting
-from alignprop_fast.cli.kept_counts import Part
+from alignprop_fast.cli.kept_counts import Part, archive, shipped
 from alignprop_fast.cli.plan_options import PlanOptions
 
 
@@ -34,6 +34,12 @@ def test_of_guidance_it_matters_whether_there_is_any():
 def test_a_reward_is_counted_again_for_what_changes_its_scores_alone():
     assert reward() == reward(gpu="A10") == reward(lora_rank=8)
     assert len({reward(), reward((512, 768)), reward(reward="hpsv2"), reward(watch_reward="clip")}) == 4
+
+
+def test_an_archive_gives_back_its_texts(tmp_path):
+    texts = {"1-b": '{"a":[1,2]}', "1-a": "{}"}
+    (tmp_path / "x.xz").write_bytes(archive(texts))
+    assert shipped(tmp_path / "x.xz") == texts and shipped(tmp_path / "none.xz") == {}
 
 
 @pytest.mark.parametrize("text", ["a" * 5000, "~nobody-of-this-name/x", "\0"])
