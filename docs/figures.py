@@ -1,4 +1,4 @@
-"""Draws the pictures of how-it-works.md from a cost table and from the package's own rules.
+"""Draws the pictures of plans.md from a cost table and from the package's own rules.
 
     alignprop-fast plan --model sdxl --gpu "RTX 4090" --reward hpsv2 --batch-size 1 --save-table sdxl.json
     python docs/figures.py --table sdxl.json

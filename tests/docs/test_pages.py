@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,12 +111,25 @@ def test_messages_in_troubleshooting_are_those_of_the_package():
     assert not [message for message in long if len(triples(message) & known) < len(triples(message)) / 4]
 
 
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_of_options_is_what_the_commands_say():
-    spec = importlib.util.spec_from_file_location("make_options", DOCS / "make_options.py")
-    make_options = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_options)
+    make_options = script("make_options")
     page = make_options.PAGE.read_text(encoding="utf-8")
     assert page == make_options.page(), "write it anew: python -P docs/make_options.py"
+
+
+def test_figures_in_tables_are_those_of_the_results():
+    make_tables = script("make_tables")
+    for page in make_tables.PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert text == make_tables.written(page), "write them anew: python -P docs/make_tables.py"
 
 
 @pytest.mark.slow("trains the bundled model")
