@@ -132,6 +132,16 @@ def test_figures_in_tables_are_those_of_the_results():
         assert text == make_tables.written(page), "write them anew: python -P docs/make_tables.py"
 
 
+def test_a_figure_is_written_with_the_decimals_and_the_words_around_it():
+    make_tables = script("make_tables")
+    lines = ["| what | took |", "|---|---|", "| this | 9,000.1 to 3 s (0.05) |", ""]
+    table = make_tables.Table("page", lines[0], lambda label: [[1234.56, 2.4, 0.123]])
+    assert list(table.written(lines)) == [*lines[:2], "| this | 1,234.6 to 2 s (0.12) |", ""]
+    table = make_tables.Table("page", lines[0], lambda label: [[1234.56, 2.4]])
+    with pytest.raises(ValueError, match="has 3 figures, not 2"):
+        list(table.written(lines))
+
+
 @pytest.mark.slow("trains the bundled model")
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
