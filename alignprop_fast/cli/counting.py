@@ -6,13 +6,14 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alignprop_fast.cli.kept_counts import Part, batches
+from alignprop_fast.cli.kept_counts import OF_DECODER, Part, batches
 from alignprop_fast.cli.parts import open_rewards, open_sampler
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.cli.screen import Waiting
@@ -36,7 +37,7 @@ class Counting:
     """
 
     def __init__(self, console: Console, options: PlanOptions, config: AlignPropConfig, gpu: Gpu):
-        self.console, self.options, self.config, self.gpu = console, options, config, gpu
+        self.console, self.options, self.config, self.gpu = console, _without_own_size(options), config, gpu
 
     def tables(self) -> dict[int, CountedTable]:
         """The counts of a training step at two batch sizes.
@@ -69,7 +70,8 @@ class Counting:
 
     def count_model(self, part: Part, told: Callable[[float], None] = lambda done: None) -> CountedTable:
         """The denoising steps and the decoder of these options, at the part's batch size."""
-        _ = self._rewards  # if they are wrong, say so before the long work
+        if Part.reward(self.options, part.batch, self._sampler.size).read() is None:
+            _ = self._rewards  # if they are wrong, say so before the long work
         return self._sampler.counted_table(part.batch, self.gpu, self.options.negative_prompt, told)
 
     def count_reward(self, part: Part, told: Callable[[float], None] = lambda done: None) -> CountedReward:
@@ -86,7 +88,11 @@ class Counting:
 
     @cached_property
     def _sampler(self) -> DifferentiableSampler:
-        return open_sampler(self.options, self.config, "meta", None)
+        sampler = open_sampler(self.options, self.config, "meta", None)
+        plain = Part.model(_plain(self.options), 1)
+        if Part.model(self.options, 1) != plain and (known := plain.read()) is not None:
+            sampler.one_image = known.costs.decoders
+        return sampler
 
     @cached_property
     def _rewards(self) -> Rewards:
@@ -108,6 +114,22 @@ class Counting:
         names = [name for spec in specs for name, _ in parsed_spec(spec, [])[0]]
         models = (*self.options.reward_model, *self.options.watch_reward_model)
         return not any(map(is_function_name, (*names, *models, *(model.partition("=")[2] for model in models))))
+
+
+def _plain(options: PlanOptions) -> PlanOptions:
+    """These options where they decide what decoding costs; the others have their defaults."""
+    plain = PlanOptions(**{name: getattr(options, name) for name in OF_DECODER})
+    return replace(plain, lora_alpha=float(plain.lora_rank))
+
+
+def _without_own_size(options: PlanOptions) -> PlanOptions:
+    """The options without a picture size that is the model's own, so that its counts are found."""
+    own = replace(options, height=None, width=None)
+    known = None if options == own else Part.model(_plain(own), 1).read()
+    if known is None:
+        return options
+    sizes = ((getattr(options, side), int(known.costs.origin[side])) for side in ("height", "width"))
+    return own if all(given in (None, usual) for given, usual in sizes) else options
 
 
 @contextmanager

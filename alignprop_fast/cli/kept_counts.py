@@ -2,13 +2,14 @@
 
 The file name is a hash of all that the counts depend on: options, the files that these name, the versions of the
 libraries and, in the user's folder, this package's code. The package's own counts are of built-in models and rewards
-under default options; `make_counts` makes them, and a test counts again.
+under default options and usual ranks; `make_counts` makes them, and a test counts again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +20,8 @@ from typing import Any
 
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.files import cache_folder, write_whole
-from alignprop_fast.planner import CountedReward, CountedTable, packed, unpacked
+from alignprop_fast.models.load.made_for import made_for
+from alignprop_fast.planner import CountedReward, CountedTable, from_text, packed, unpacked
 
 SHIPPED = Path(__file__).parent / "counts"
 # The options that say what is asked about counts. All others determine the counts.
@@ -32,6 +34,9 @@ _OF_REWARD = {
     *("watch_reward", "watch_reward_model", "watch_prompts", "watch_pictures", "diversity_model", "patience"),
 }
 _OF_BOTH = {"mixed_precision", "allow_pickle"}
+OF_DECODER = {"model", "model_config", "height", "width", *_OF_BOTH}
+# It matters whether they are above 0.
+_SWITCHES = {"cfg_normalization", "kl_weight", "ema_decay"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -49,12 +54,12 @@ class Part:
     @classmethod
     def model(cls, options: PlanOptions, batch: int) -> Part:
         """The denoising steps and the decoder. The GPU matters only where it decides which products are rounded."""
-        idle = BESIDE_COUNTS | _OF_REWARD | {"batch_size"}
+        idle = BESIDE_COUNTS | _OF_REWARD | {"batch_size", "deterministic"}
         if options.sampling_precision == "exact":
             idle |= {"gpu"}
         chosen = {name: value for name, value in _given(options).items() if name not in idle}
-        chosen["negative_prompt"] = options.negative_prompt is not None  # its text does not matter
-        return cls(Path(options.model).name, batch, chosen)
+        chosen |= {name: True for name in _SWITCHES & chosen.keys()}
+        return cls(Path(options.model).name, batch, chosen | _guidance(options))
 
     @classmethod
     def reward(cls, options: PlanOptions, batch: int, size: tuple[int, int]) -> Part:
@@ -64,12 +69,11 @@ class Part:
 
     def read(self) -> Any:
         """Its `CountedTable` or `CountedReward`; None if it is not kept or damaged."""
-        for path in (self.shipped, self.kept):
-            try:
-                return unpacked(path.read_bytes())
-            except (OSError, ValueError):
-                continue
-        return None
+        try:
+            text = shipped(self.shipped_in).get(self.key)
+            return unpacked(self.kept.read_bytes()) if text is None else from_text(text)
+        except (OSError, ValueError):
+            return None
 
     def keep(self, counted: CountedTable | CountedReward) -> None:
         """Write it if the disk lets us."""
@@ -80,8 +84,14 @@ class Part:
             pass  # counted again next time
 
     @property
-    def shipped(self) -> Path:
-        return SHIPPED / f"{self.name}-{self.batch}-{_hash(self._known)}.json.gz"
+    def shipped_in(self) -> Path:
+        """The package's file that has it, if any has."""
+        return SHIPPED / f"{self.name}.xz"
+
+    @property
+    def key(self) -> str:
+        """Its name there."""
+        return f"{self.batch}-{_hash(self._known)}"
 
     @property
     def kept(self) -> Path:
@@ -91,6 +101,31 @@ class Part:
     def _known(self) -> list[Any]:
         versions = [version(name).partition("+")[0] for name in _LIBRARIES]
         return [dict(self.options), [*_named(self.options)], versions]
+
+
+def _guidance(options: PlanOptions) -> dict[str, Any]:
+    """What matters of guidance: whether there is any. A scale above 1 counts as the model's own, if that is one too.
+    A negative prompt needs a true scale to change anything, and its text never does."""
+    own, chosen = made_for(options.model, options.model_config), dict[str, Any]()
+    for name, usual in (("guidance_scale", own.guidance_scale), ("true_cfg_scale", own.true_cfg_scale)):
+        scale = getattr(options, name)
+        chosen[name] = usual if scale is None or (scale > 1 and usual > 1) else scale
+    return {**chosen, "negative_prompt": options.negative_prompt is not None and chosen["true_cfg_scale"] > 1}
+
+
+@cache
+def shipped(path: Path) -> Mapping[str, str]:
+    """The texts of counts in a file of the package, by key; none if there is no such file."""
+    try:
+        lines = lzma.decompress(path.read_bytes()).decode().splitlines()
+    except OSError:
+        return {}
+    return {key: text for key, _, text in (line.partition("\t") for line in lines)}
+
+
+def archive(texts: Mapping[str, str]) -> bytes:
+    """The content of such a file. Counts under other options differ in little, so together they take little more."""
+    return lzma.compress("\n".join(f"{key}\t{texts[key]}" for key in sorted(texts)).encode())
 
 
 def batches(batch: int) -> tuple[int, int]:

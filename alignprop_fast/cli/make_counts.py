@@ -2,8 +2,9 @@
 
     python -m alignprop_fast.cli.make_counts
 
-They hold under default options for batch sizes 1, 2 and 4 (whose plans need them), on every GPU, with every published
-reward. Run it after a change of what a step runs or of the versions in `constraints.txt`: a test says when.
+They hold under default options and the ranks that people use, for batch sizes 1, 2 and 4 (whose plans need them), on
+every GPU, with every published reward. Run it after a change of what a step runs or of the versions in
+`constraints.txt`: a test says when.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from pathlib import Path
 from rich.console import Console
 
 from alignprop_fast.cli.counting import Counting
-from alignprop_fast.cli.kept_counts import SHIPPED, Part
+from alignprop_fast.cli.kept_counts import SHIPPED, Part, archive
 from alignprop_fast.cli.options import make_config
 from alignprop_fast.cli.parts import resolved
 from alignprop_fast.cli.plan_options import PlanOptions
 from alignprop_fast.files import write_whole
-from alignprop_fast.planner import GPUS, packed
+from alignprop_fast.planner import GPUS, as_text
 
 BATCHES = (1, 2, 4)
+RANKS = (4, 8, 16, 32, 64)
 REWARDS = ("clip", "hpsv2", "pickscore", "imagereward", "aesthetic")
 
 
-def counting_of(model: str, reward: str = "hpsv2") -> Counting:
-    """The counting of `plan --model MODEL --reward REWARD`."""
-    options = resolved(PlanOptions(model=model, reward=reward), "bf16")
+def counting_of(model: str, rank: int = RANKS[0], reward: str = "hpsv2") -> Counting:
+    """The counting of `plan --model MODEL --lora-rank RANK --reward REWARD`."""
+    options = resolved(PlanOptions(model=model, lora_rank=rank, reward=reward), "bf16")
     return Counting(Console(quiet=True), options, make_config(options, "meta", ""), GPUS[0])
 
 
@@ -42,26 +44,31 @@ def parts_of_reward(counting: Counting, size: tuple[int, int]) -> list[Part]:
 def main() -> None:
     from alignprop_fast.models.architectures import NAMES
 
+    SHIPPED.mkdir(exist_ok=True)
+    for path in SHIPPED.iterdir():
+        path.unlink()  # what is counted now must not take anything from them
     sizes = set()
-    made: dict[Path, bytes] = {}
     for model in NAMES:
-        counting = counting_of(model)
-        for part in parts_of_model(counting):
-            counted = counting.count_model(part)
-            made[part.shipped] = packed(counted)
-            sizes.add(tuple(int(counted.costs.origin[side]) for side in ("height", "width")))
-        print(f"{model}: {sum(map(len, made.values())) / 1000:.0f} kB so far", flush=True)
+        made: dict[str, str] = {}
+        for rank in RANKS:
+            counting = counting_of(model, rank)
+            for part in parts_of_model(counting):
+                counted = counting.count_model(part)
+                made[part.key] = as_text(counted)
+                sizes.add(tuple(int(counted.costs.origin[side]) for side in ("height", "width")))
+        _write(part.shipped_in, made)
+    made = {}
     for reward in REWARDS:
-        counting = counting_of("sdxl", reward)
+        counting = counting_of("sdxl", reward=reward)
         for height, width in sorted(sizes):
             for part in parts_of_reward(counting, (height, width)):
-                made[part.shipped] = packed(counting.count_reward(part))
-        print(f"{reward}: {sum(map(len, made.values())) / 1000:.0f} kB so far", flush=True)
-    SHIPPED.mkdir(exist_ok=True)
-    for path in set(SHIPPED.iterdir()) - set(made):
-        path.unlink()
-    for path, content in made.items():
-        write_whole(path, content)
+                made[part.key] = as_text(counting.count_reward(part))
+    _write(part.shipped_in, made)
+
+
+def _write(path: Path, texts: dict[str, str]) -> None:
+    write_whole(path, archive(texts))
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 
 if __name__ == "__main__":

@@ -210,12 +210,12 @@ def _place(options: PlanOptions) -> _Place:
 
 
 def _sized(options: PlanOptions) -> PlanOptions:
-    """With --resolution as height and width."""
+    """With --resolution as height and width, which say it all."""
     if options.resolution is None:
         return options
     if options.height or options.width:
         raise ValueError("--resolution sets --height and --width: give it or them, not both")
-    return replace(options, height=options.resolution, width=options.resolution)
+    return replace(options, height=options.resolution, width=options.resolution, resolution=None)
 
 
 def _wanted_bytes(config: AlignPropConfig) -> int | None:

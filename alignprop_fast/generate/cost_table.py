@@ -67,6 +67,7 @@ class TrainingStep:
     reward: scores the images, or None. reward_bytes: of its weights.
     reserve_bytes: memory to reserve for the reward phase if `reward` is None.
     optimizer_bytes: of the optimizer's state; None: two fp32 numbers per trainable parameter.
+    one_image: what decoding one image costs, as far as it is known already.
     resident: the model's modules that are on the device while the chain runs.
     keeps_gradients: whether gradients of earlier backward passes are kept while the chain runs.
     host_limit_bytes: the most host memory that offloading may take.
@@ -77,6 +78,7 @@ class TrainingStep:
     cond: Any
     size: tuple[int, int]
     decoder_blocks: Sequence[Block]
+    one_image: Sequence[Stage]
     resident: Sequence[nn.Module]
     prompts: Sequence[str]
     metadata: Sequence[Any]
@@ -195,7 +197,7 @@ def _costs(
     image_bytes = _bytes([_images(step)])
     key = model.decode, *(item for item in origin.items() if item[0] != "batch")
     if key not in decoders:
-        decoders[key] = DecoderCosts(model.decode, model.decode_by_bands, step.decoder_blocks)
+        decoders[key] = DecoderCosts(model.decode, model.decode_by_bands, step.decoder_blocks, step.one_image)
     costs = step_costs(step.chain, x, offload, within(told, 0, 0.7))
     return CostTable(
         fixed={"workspace": costs.workspace_bytes},

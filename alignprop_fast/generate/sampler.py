@@ -26,7 +26,7 @@ from alignprop_fast.models.conditioning import Conditioning, Embeddings
 from alignprop_fast.models.lean.sampling_precision import SamplingPrecision
 from alignprop_fast.models.lora.learning import has_learning_adapters
 from alignprop_fast.models.pipeline_adapter import Generator
-from alignprop_fast.planner import AUTO, CostTable, CountedTable, Gpu, Plan, Solver, parse_bytes
+from alignprop_fast.planner import AUTO, CostTable, CountedTable, Gpu, Plan, Solver, Stage, parse_bytes
 from alignprop_fast.rewards.reward import Reward, RewardFunction, as_reward
 from alignprop_fast.runtime import Chain, GradientSink, Told, blocks_of, nobody, raise_if_changed, score_in_chunks
 from alignprop_fast.sampling import (
@@ -112,6 +112,8 @@ class DifferentiableSampler:
     # A trainer sets these.
     gradient_sink: GradientSink | None = None
     keeps_gradients = True  # whether gradients of earlier backward passes are kept while the chain runs
+    # The command `plan` sets this.
+    one_image: Sequence[Stage] = ()  # what decoding one image costs, as far as it is known already
 
     def __init__(
         self,
@@ -410,6 +412,7 @@ class DifferentiableSampler:
             cond=cond,
             size=self.size,
             decoder_blocks=self.renderer.decoder_blocks,
+            one_image=self.one_image,
             resident=self.model.modules(with_text=self.text.encoders_stay),
             prompts=prompts,
             metadata=[{} for _ in prompts] if metadata is None else list(metadata),

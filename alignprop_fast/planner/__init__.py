@@ -21,7 +21,7 @@ from alignprop_fast.planner.scale import MOST_BATCH, largest_batch, scaled
 from alignprop_fast.planner.simulate import Moment, price, scoring_seconds, simulate
 from alignprop_fast.planner.solve import Solver, solve
 from alignprop_fast.planner.table import CostTable, Option, Segment, Stage
-from alignprop_fast.planner.tablefile import load_table, packed, save_table, unpacked
+from alignprop_fast.planner.tablefile import as_text, from_text, load_table, packed, save_table, unpacked
 
 __all__ = [
     "AUTO",
@@ -48,11 +48,13 @@ __all__ = [
     "Stage",
     "StageChoice",
     "Time",
+    "as_text",
     "budget_from_free",
     "budget_on",
     "by_group",
     "find_gpu",
     "format_bytes",
+    "from_text",
     "largest_batch",
     "leanest",
     "load_table",

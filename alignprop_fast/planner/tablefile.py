@@ -78,16 +78,8 @@ def _table(entries: dict[str, Any]) -> CostTable:
 
 
 def packed(counted: CountedTable | CountedReward) -> bytes:
-    """The counts as compressed JSON. Equal counts give equal bytes."""
-    places: dict[Operator, int] = {}
-
-    def numbers(operators: Operators) -> list[int]:
-        """The place of an operator and its times, and so on."""
-        return [n for one, times in operators.times.items() for n in (places.setdefault(one, len(places)), times)]
-
-    text = json.dumps(asdict(counted), default=numbers, separators=(",", ":"))
-    known = json.dumps([*places], separators=(",", ":"))
-    return gzip.compress(f'{{"operators":{known},"counted":{text}}}'.encode(), mtime=0)
+    """The counts as compressed text. Equal counts give equal bytes."""
+    return gzip.compress(as_text(counted).encode(), mtime=0)
 
 
 def unpacked(data: bytes) -> CountedTable | CountedReward:
@@ -97,26 +89,60 @@ def unpacked(data: bytes) -> CountedTable | CountedReward:
         ValueError: they are damaged.
     """
     try:
-        content = json.loads(gzip.decompress(data))
+        return from_text(gzip.decompress(data).decode())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"damaged counts: {error}") from error
+
+
+def as_text(counted: CountedTable | CountedReward) -> str:
+    """The counts as JSON in one line: all operators once, then all collections of them once, then the rest."""
+    places: dict[Operator, int] = {}
+    collections: dict[tuple[int, ...], int] = {}
+
+    def plain(value: Any) -> Any:
+        """A dataclass as its fields (`asdict` would copy all operators); operators as the place of their collection,
+        which has the place of an operator and its times, and so on."""
+        if not isinstance(value, Operators):
+            return vars(value)
+        numbers = tuple(n for one, times in value.times.items() for n in (places.setdefault(one, len(places)), times))
+        return [collections.setdefault(numbers, len(collections))]
+
+    text = json.dumps(counted, default=plain, separators=(",", ":"))
+    known, sums = (json.dumps([*items], separators=(",", ":")) for items in (places, collections))
+    return f'{{"operators":{known},"collections":{sums},"counted":{text}}}'
+
+
+def from_text(text: str) -> CountedTable | CountedReward:
+    """The counts of `as_text`.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        content = json.loads(text)
         known = [Operator(*entry) for entry in content["operators"]]
-        counted = _with_operators(content["counted"], known)
+        collections = [
+            Operators(dict(zip(map(known.__getitem__, numbers[::2]), numbers[1::2], strict=True)))
+            for numbers in content["collections"]
+        ]
+        counted = _with_operators(content["counted"], collections)
         if "stages" in counted:
             return CountedReward(_stages(counted["stages"]), counted["weight_bytes"])
         graphs = counted["graphs"]
         return CountedTable(_table(counted["costs"]), graphs and CountedGraphs(**graphs))
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged counts: {error}") from error
 
 
-def _with_operators(tree: Any, known: list[Operator]) -> Any:
-    """The tree with `Operators` where seconds are lists of numbers."""
+def _with_operators(tree: Any, collections: list[Operators]) -> Any:
+    """The tree with `Operators` where seconds are the place of a collection, in a list."""
     if isinstance(tree, list):
-        return [_with_operators(item, known) for item in tree]
+        return [_with_operators(item, collections) for item in tree]
     if not isinstance(tree, dict):
         return tree
     return {
-        name: Operators(dict(zip(map(known.__getitem__, value[::2]), value[1::2], strict=True)))
+        name: collections[value[0]]
         if name.endswith("seconds") and isinstance(value, list)
-        else _with_operators(value, known)
+        else _with_operators(value, collections)
         for name, value in tree.items()
     }

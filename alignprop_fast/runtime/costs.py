@@ -64,7 +64,7 @@ def step_costs(chain: Chain, x: torch.Tensor, offload: bool = False, told: Told 
         closed = None
         if chain.approximates:
             with chain.approximation():
-                closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None), {})
+                closed = trace(replace(work, forward=partial(_sample, chain, x), pull=None, kinds={}), {})
         told(0.1)
         options = segments(work, offload, within(told, 0.1, 1))
     costs = StepCosts(options, sampling.peak_bytes, sampling.seconds, held.size_bytes)
@@ -100,20 +100,13 @@ def _drop_grad(leaf: torch.Tensor) -> None:
     leaf.grad = None
 
 
-@dataclass(frozen=True)
-class Again:
-    """Costs of one image that is decoded without graph, and again in the backward pass."""
-
-    segments: tuple[Segment, ...]
-    forward: Trace
-
-
 class DecoderCosts:
     """Measures a decoder. What one image costs is measured once, for all batch sizes.
 
     Args:
         decode, banded: from latents [B, ...] to images; banded in less memory.
         blocks: of `decode`.
+        one_image: the stages of a batch of one that are known already.
     """
 
     def __init__(
@@ -121,10 +114,11 @@ class DecoderCosts:
         decode: Callable[[torch.Tensor], torch.Tensor],
         banded: Callable[[torch.Tensor], torch.Tensor],
         blocks: Sequence[Block],
+        one_image: Sequence[Stage] = (),
     ):
         self._ways: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Sequence[Block]]]
         self._ways = {"image": (decode, blocks), "bands": (banded, ())}
-        self._one: dict[str, Again] = {}
+        self._one = {stage.name: stage for stage in one_image}
 
     def stages(self, x: torch.Tensor, image_bytes: int) -> tuple[Stage, ...]:
         """The decoder on latents x [B, ...]: all images at once, or one by one or by bands, which recompute to go back.
@@ -145,12 +139,14 @@ class DecoderCosts:
         # While one image is decoded again, all images and the gradients of the others are alive.
         others_bytes = image_bytes * (len(x) - 1) // len(x)
         higher = tuple(_with_more_transient(segment, others_bytes) for segment in one.segments)
-        return Stage(name, higher, len(x), True, one.forward.peak_bytes, one.forward.seconds * len(x))
+        return Stage(name, higher, len(x), True, one.forward_bytes, one.forward_seconds * len(x))
 
-    def _one_image(self, name: str, x: torch.Tensor) -> Again:
+    def _one_image(self, name: str, x: torch.Tensor) -> Stage:
+        """One image, decoded without graph, and again in the backward pass."""
         if name not in self._one:
             work = self._work(name, x)
-            self._one[name] = Again(segments(work), _without_graph(work))
+            found, forward = segments(work), _without_graph(work)
+            self._one[name] = Stage(name, found, 1, True, forward.peak_bytes, forward.seconds)
         return self._one[name]
 
     def _work(self, name: str, x: torch.Tensor) -> Work:

@@ -28,6 +28,7 @@ class Counts:
         pool: counts what is offloaded.
         kept: bytes that the forward pass keeps for a backward pass; moved: bytes that it offloads.
         owned: storages that one block alone takes as its input.
+        goes_back: whether the run has a backward pass.
     """
 
     def __init__(self, work: Work):
@@ -37,7 +38,7 @@ class Counts:
         self.moved: dict[Hashable, int] = {}
         self.owned: frozenset[int] = frozenset()
         self._operators: dict[Hashable, list[Operator]] = defaultdict(list)
-        self._goes_back, self._output_kept = work.pull is not None, work.output_kept
+        self.goes_back, self._output_kept = work.pull is not None, work.output_kept
         self._part: Hashable = None
 
     def enter(self, part: Part) -> None:
@@ -50,9 +51,9 @@ class Counts:
 
     def forward_done(self, out: torch.Tensor) -> None:
         self.owned = self.live.owned()
-        if self._goes_back:
+        if self.goes_back:
             self.kept.update(self.live.charged())
-        if self._goes_back and not self._output_kept:
+        if self.goes_back and not self._output_kept:
             self.kept[self._part] = max(self.kept[self._part] - out.untyped_storage().nbytes(), 0)
 
     def _add_operator(self, func: Any, arguments: Any, out: Any, known: Known | None) -> None:
@@ -109,6 +110,8 @@ def intervals(
 def _gradients(counts: Counts, second: int) -> tuple[int, int]:
     """Bytes of the gradients of the leaves of the second of equal blocks, and by how much those that a block makes that
     does not run are smaller. (Gradients may be parts of larger tensors.)"""
+    if not counts.goes_back:
+        return 0, 0
     starts = [counts.live.starts["backward", index] for index in (second - 1, second, second + 1)]
     freed_bytes = sum(counts.kept.get((name, second), 0) for name in ("before", "forward"))
     own_bytes = starts[0] + freed_bytes - starts[1]

@@ -6,7 +6,7 @@ the backward pass it makes the gradients of its leaves, which are alive while ea
 """
 
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,14 @@ class EqualBlocks:
     Args:
         blocks: of the network. That "blocks.4" is the last of a run shows in the kind of "blocks.5".
         leaves: tensors that get a gradient. Those of equal blocks lie at equal distances.
+        kind_of: as `Work.kind_of`.
     """
 
-    def __init__(self, blocks: Sequence[Block], leaves: Sequence[torch.Tensor]):
+    def __init__(
+        self, blocks: Sequence[Block], leaves: Sequence[torch.Tensor], kind_of: Callable[[torch.nn.Module], Hashable]
+    ):
         self.stands: dict[int, int] = {}
+        self._kind_of = kind_of
         self._blocks = {block.name: block for block in blocks}
         self._leaves, self._places = leaves, {id(leaf): place for place, leaf in enumerate(leaves)}
         self._kind: Hashable = None
@@ -67,7 +71,7 @@ class EqualBlocks:
         """Whether the block after this one in the network's list has the same settings and weights."""
         path, _, number = block.name.rpartition(".")
         following = self._blocks.get(f"{path}.{int(number) + 1}") if number.isdecimal() else None
-        return following is not None and module_kind(following.module) == module_kind(block.module)
+        return following is not None and self._kind_of(following.module) == self._kind_of(block.module)
 
     def _leaves_of(self, place: int) -> list[torch.Tensor] | None:
         """The leaves of the block at this place of the run; None if they cannot be known."""
@@ -95,24 +99,6 @@ class EqualBlocks:
             if place is not None and not any(self._leaves[place] is tensor for tensor in self._inputs):
                 yield place
             nodes += [following for following, _ in node.next_functions if following is not None]
-
-
-def module_kind(module: torch.nn.Module) -> Hashable:
-    """The settings of a module and all inside it (numbers and texts, which no weight shows), and its weights' layouts.
-
-    Modules of one kind cost the same on inputs of the same layouts.
-    """
-    modules = list(module.modules())
-    settings = tuple((type(m), *_settings(m)) for m in modules)
-    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    return settings, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
-
-
-def _settings(module: torch.nn.Module) -> Iterator[Hashable]:
-    for name, value in vars(module).items():
-        # Z-Image's blocks know their number, and do not use it.
-        if isinstance(value, int | float | str) and name != "layer_id":
-            yield name, value
 
 
 def _passed_on(results: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]) -> Any:

@@ -4,14 +4,13 @@ On meta tensors the package's ops run as plain PyTorch expressions. So memory pa
 counted, and estimates from them are too slow.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry
 
 from alignprop_fast.planner import Operator
-from alignprop_fast.runtime.meta_results import tensors_in
+from alignprop_fast.runtime.meta_results import returns_views, tensors_in
 
 aten = torch.ops.aten
 # They only change a shape or allocate; dropout in evaluation returns its input.
@@ -25,7 +24,7 @@ _ON_TENSOR_CORES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 
 def counted_operator(func: Any, arguments: Any, out: Any) -> Operator | None:
     """What an operator computes and moves; None if it takes no time. arguments: (args, kwargs)."""
-    if func.overloadpacket in _FREE or _is_view(func):
+    if func.overloadpacket in _FREE or returns_views(func):
         return None
     tensors = tensors_in(*arguments, out)
     if not tensors:
@@ -40,12 +39,6 @@ def rated_dtype(dtype: torch.dtype) -> str:
     """The dtype whose rate a data sheet gives: "float32" for all that tensor cores do not compute."""
     name = str(dtype).removeprefix("torch.")
     return name if name in _ON_TENSOR_CORES else "float32"
-
-
-@cache
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _flop(func: Any, arguments: Any, out: Any) -> float:

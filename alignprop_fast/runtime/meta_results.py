@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def meta_result(func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tens
         known = _known[key] = Known(_described(func, args, out, inputs)) if lasting else Known(None)
         known.allocates = not lasting or bool(new_among(out, inputs))
     return out, None, known
+
+
+@cache
+def returns_views(func: Any) -> bool:
+    """Whether all results of the operator are views of its arguments, or may be."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+@cache
+def is_view(func: Any) -> bool:
+    """Whether all results of the operator are always views. (A composite one, such as reshape, may copy.)"""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return returns_views(func) and not func.has_kernel_for_dispatch_key(key)
 
 
 def new_among(out: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

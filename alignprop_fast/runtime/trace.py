@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from alignprop_fast.planner import Options
 from alignprop_fast.runtime.blocks import Block, apply_options
 from alignprop_fast.runtime.counts import Counts, intervals
-from alignprop_fast.runtime.equal_blocks import EqualBlocks, module_kind
+from alignprop_fast.runtime.equal_blocks import EqualBlocks
 from alignprop_fast.runtime.host_pool import HostPool
 from alignprop_fast.runtime.measure import Stopwatch, storage_key
 from alignprop_fast.runtime.offload import Offloader
@@ -33,7 +33,7 @@ def trace(work: Work, options: Options) -> Trace:
     offloads = any(option.offload for option in options.values())
     seconds = defaultdict(float) if work.is_counted or offloads else _timed(work, options)
     counts = Counts(work)
-    equal = EqualBlocks(work.blocks, work.leaves) if _are_equal(work, options) else None
+    equal = EqualBlocks(work.blocks, work.leaves, work.kind_of) if _are_equal(work, options) else None
     with counts.live:
         calls = _run(work, options, counts, counts.pool, equal)
     stands = {} if equal is None else equal.stands
@@ -43,12 +43,7 @@ def trace(work: Work, options: Options) -> Trace:
 
 def _are_equal(work: Work, options: Options) -> bool:
     """Whether one of several equal blocks may stand for others: where they are counted, and under one option."""
-    return (
-        work.is_counted
-        and work.pull is not None
-        and set(options) <= {"*"}
-        and not any(option.offload for option in options.values())
-    )
+    return work.is_counted and set(options) <= {"*"} and not any(option.offload for option in options.values())
 
 
 class Meter(Protocol):
@@ -86,7 +81,7 @@ def _run(
 ) -> list[Call]:
     """One run, reported to the meter. Returns the blocks' calls in their order. equal: decides which blocks run."""
     offloader = Offloader(work.device, pool)
-    ends = _Ends(meter, len(work.blocks), equal)
+    ends = _Ends(meter, work, equal)
     with ends.watched(work.blocks):
         meter.enter(("before", 0))
         with apply_options(options, work.blocks, offloader):
@@ -106,9 +101,10 @@ def _run(
 class _Ends:
     """Hooks that tell a meter when blocks begin and end, forward and backward. calls: of the blocks so far."""
 
-    def __init__(self, meter: Meter, blocks: int, equal: EqualBlocks | None):
+    def __init__(self, meter: Meter, work: Work, equal: EqualBlocks | None):
         self.meter, self.equal, self.calls = meter, equal, list[Call]()
-        self._reached = blocks  # the block that the backward pass has reached
+        self._kind_of = work.kind_of
+        self._reached = len(work.blocks)  # the block that the backward pass has reached
 
     @contextmanager
     def watched(self, blocks: Sequence[Block]) -> Iterator[None]:
@@ -125,13 +121,21 @@ class _Ends:
     def _begin(self, block: Block, module: Any, args: Any, kwargs: Any) -> None:
         index, tensors = len(self.calls), _tensors((args, kwargs))
         inputs = tree_map(_like, (args, kwargs))
-        self.calls.append(call := Call(block, _kind(block, inputs), inputs))
+        self.calls.append(call := Call(block, self._kind(block, inputs), inputs))
         if self.equal is None or self.equal.begin(index, block, call.kind, tensors):
             self.meter.take(tensors, ("forward", index))
         for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._end_backward, index))
         self.meter.enter(("forward", index))
+
+    def _kind(self, block: Block, inputs: Any) -> Hashable:
+        """Blocks of one kind cost the same: their modules' settings and the layouts of weights and inputs are equal."""
+        given = tuple(
+            (x.shape, x.stride, x.dtype, x.requires_grad) if isinstance(x, Like) else repr(x)
+            for x in tree_leaves(inputs)
+        )
+        return block.group, given, self._kind_of(block.module)
 
     def _end(self, module: Any, args: Any, out: Any) -> None:
         index = len(self.calls) - 1
@@ -168,11 +172,3 @@ def _like(value: Any) -> Any:
         storage_key(value),
         value.untyped_storage().nbytes(),
     )
-
-
-def _kind(block: Block, inputs: Any) -> Hashable:
-    """Blocks of one kind cost the same: their modules' settings and the layouts of weights and inputs are equal."""
-    given = tuple(
-        (x.shape, x.stride, x.dtype, x.requires_grad) if isinstance(x, Like) else repr(x) for x in tree_leaves(inputs)
-    )
-    return block.group, given, module_kind(block.module)

@@ -4,7 +4,7 @@ An interval is a block and the gap before it: whatever runs between it and the p
 everything after all blocks.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
@@ -31,6 +31,7 @@ class Work:
     output_kept: whether the output counts as kept.
     around_block: the context in which a block runs alone.
     repeats: runs that are timed; the shortest one counts, because the first one warms up.
+    kinds: of modules, found so far: a block runs alone a dozen times.
     """
 
     forward: Callable[[], torch.Tensor]
@@ -41,10 +42,18 @@ class Work:
     output_kept: bool = True
     around_block: Callable[[], AbstractContextManager[Any]] = nullcontext
     repeats: int = 2
+    kinds: dict[torch.nn.Module, Hashable] = field(default_factory=dict)
 
     @property
     def is_counted(self) -> bool:
         return self.device.type == "meta"
+
+    def kind_of(self, module: torch.nn.Module) -> Hashable:
+        """The settings of a module and all inside it (numbers and texts, which no weight shows), and its weights'
+        layouts. Modules of one kind cost the same on inputs of the same layouts."""
+        if module not in self.kinds:
+            self.kinds[module] = _kind_of(module)
+        return self.kinds[module]
 
 
 @dataclass(frozen=True)
@@ -123,3 +132,21 @@ class Trace:
     @property
     def seconds(self) -> Any:
         return reduce(add, (interval.seconds for interval in self.intervals))
+
+
+def _kind_of(module: torch.nn.Module) -> Hashable:
+    modules = list(module.modules())
+    settings = tuple((type(m), *_settings(m)) for m in modules)
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return settings, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
+
+
+# Not `int | float | str`, which takes Python three times as long.
+_PLAIN = (int, float, str)
+
+
+def _settings(module: torch.nn.Module) -> Iterator[Hashable]:
+    for name, value in vars(module).items():
+        # Z-Image's blocks know their number, and do not use it.
+        if isinstance(value, _PLAIN) and name != "layer_id":
+            yield name, value

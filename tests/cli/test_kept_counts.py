@@ -3,7 +3,7 @@
 import pytest
 
 from alignprop_fast.cli import counting
-from alignprop_fast.cli.kept_counts import Part
+from alignprop_fast.cli.kept_counts import Part, archive, shipped
 from alignprop_fast.cli.plan_options import PlanOptions
 
 
@@ -17,14 +17,29 @@ def reward(size=(512, 512), **options):
 
 def test_a_model_is_counted_again_for_what_changes_its_steps_alone():
     assert model() == model(gpu="A10") == model(reward="hpsv2", prompts="other") == model(memory_budget="8GiB")
-    assert model(negative_prompt="x") == model(negative_prompt="y")
-    assert len({model(), model(lora_rank=8), model(negative_prompt="x"), model(optimizer="adamw8bit")}) == 4
+    assert model() == model(deterministic=True) and model(kl_weight=0.1) == model(kl_weight=0.2)
+    assert len({model(), model(lora_rank=8), model(kl_weight=0.1), model(optimizer="adamw8bit")}) == 4
     assert model(sampling_precision="fp8", gpu="A10") != model(sampling_precision="fp8", gpu="L4")
+
+
+def test_of_guidance_it_matters_whether_there_is_any():
+    assert model() == model(guidance_scale=5.0) == model(guidance_scale=7.5) == model(negative_prompt="x")
+    assert model(model="sdxl", guidance_scale=1.0) != model(model="sdxl") == model(model="sdxl", guidance_scale=3.0)
+    assert model(model="z-image-turbo", guidance_scale=0.0) != model(model="z-image-turbo", guidance_scale=3.0)
+    true = {"model": "flux-dev", "true_cfg_scale": 4.0}
+    assert model(**true, negative_prompt="x") == model(**true, negative_prompt="y") != model(**true)
+    assert model(**true, negative_prompt="x") != model(model="flux-dev", negative_prompt="x") == model(model="flux-dev")
 
 
 def test_a_reward_is_counted_again_for_what_changes_its_scores_alone():
     assert reward() == reward(gpu="A10") == reward(lora_rank=8)
     assert len({reward(), reward((512, 768)), reward(reward="hpsv2"), reward(watch_reward="clip")}) == 4
+
+
+def test_an_archive_gives_back_its_texts(tmp_path):
+    texts = {"1-b": '{"a":[1,2]}', "1-a": "{}"}
+    (tmp_path / "x.xz").write_bytes(archive(texts))
+    assert shipped(tmp_path / "x.xz") == texts and shipped(tmp_path / "none.xz") == {}
 
 
 @pytest.mark.parametrize("text", ["a" * 5000, "~nobody-of-this-name/x", "\0"])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from alignprop_fast.cli.kept_counts import SHIPPED
-from alignprop_fast.cli.make_counts import REWARDS, counting_of, parts_of_model, parts_of_reward
+from alignprop_fast.cli.kept_counts import SHIPPED, shipped
+from alignprop_fast.cli.make_counts import RANKS, REWARDS, counting_of, parts_of_model, parts_of_reward
 from alignprop_fast.models.architectures import NAMES
-from alignprop_fast.planner import CountedReward, CountedTable, unpacked
+from alignprop_fast.planner import CountedReward, CountedTable, from_text
 
 PINNED = dict(
     line.split("==") for line in (Path(__file__).parents[2] / "constraints.txt").read_text().split() if "==" in line
@@ -22,21 +22,26 @@ REMEDY = "what a step runs has changed: python -m alignprop_fast.cli.make_counts
 
 @pytest.mark.parametrize("model", NAMES)
 def test_a_model_counts_as_shipped(model):
-    counting = counting_of(model)
-    parts = parts_of_model(counting)
-    assert all(isinstance(unpacked(part.shipped.read_bytes()), CountedTable) for part in parts), REMEDY
-    assert parts[0].read() == counting.count_model(parts[0]), REMEDY
+    for rank in RANKS:
+        counted = [from_text(shipped(part.shipped_in)[part.key]) for part in parts_of_model(counting_of(model, rank))]
+        assert all(isinstance(one, CountedTable) for one in counted), REMEDY
+    # One model at a rank other than the default one, which takes its decoder from the counts at that one.
+    counting = counting_of(model, RANKS[2] if model == "sd15" else RANKS[0])
+    part = parts_of_model(counting)[0]
+    assert part.read() == counting.count_model(part), REMEDY
 
 
 @pytest.mark.parametrize("reward", REWARDS)
 def test_a_reward_counts_as_shipped(reward):
-    counting = counting_of("sdxl", reward)
+    counting = counting_of("sdxl", reward=reward)
     parts = parts_of_reward(counting, (1024, 1024))
-    assert all(isinstance(unpacked(part.shipped.read_bytes()), CountedReward) for part in parts), REMEDY
+    assert all(isinstance(from_text(shipped(part.shipped_in)[part.key]), CountedReward) for part in parts), REMEDY
     assert parts[1].read() == counting.count_reward(parts[1]), REMEDY
 
 
 def test_nothing_else_is_shipped():
-    named = {part.shipped for model in NAMES for part in parts_of_model(counting_of(model))}
-    others = {path.name.split("-")[0] for path in set(SHIPPED.iterdir()) - named}
-    assert others == {"reward"}
+    named = {SHIPPED / f"{name}.xz" for name in (*NAMES, "reward")}
+    assert set(SHIPPED.iterdir()) == named
+    for model in NAMES:
+        keys = {part.key for rank in RANKS for part in parts_of_model(counting_of(model, rank))}
+        assert shipped(SHIPPED / f"{model}.xz").keys() == keys

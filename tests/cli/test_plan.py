@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from alignprop_fast.demo import clip_path
 from alignprop_fast.models.architectures import NAMES
 from alignprop_fast.planner import find_gpu, load_table, simulate
 from alignprop_fast.rewards.clip import ClipScore
+from alignprop_fast.runtime import costs
 
 from .runs import PROMPTS
 
@@ -55,6 +57,11 @@ def table(plan, configs, tmp_path):
     assert plan(*arguments, "--save-table", "table.json", "--output-dir", "first")[0] == 0
     shutil.rmtree(tmp_path / "first")
     return Path("table.json")
+
+
+def saved_costs(file):
+    """A saved table without the host memory that was free when it was made."""
+    return replace(load_table(Path(file)), host_limit_bytes=None)
 
 
 @pytest.mark.slow("estimates the bundled model")
@@ -292,6 +299,29 @@ def test_a_model_and_a_reward_are_counted_once(plan, table, configs, monkeypatch
         assert other.step == fast.step and other.rewards != fast.rewards
         with pytest.raises(pytest.fail.Exception):
             plan(*arguments, "--gpu", "4090", "--reward", "colorfulness", "--resolution", 24)
+
+
+@pytest.mark.slow("estimates the bundled model twice")
+def test_under_other_options_the_decoder_is_not_counted_again(plan, table, configs, monkeypatch, tmp_path):
+    """The `table` was estimated under default options, which decide what decoding one image costs."""
+    arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--lora-rank", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(costs, "_without_graph", lambda work: pytest.fail("a decoder was counted again"))
+        assert plan(*arguments, "--save-table", "found.json", "--output-dir", "found")[0] == 0
+    monkeypatch.setenv("HOME", str(tmp_path / "empty"))
+    assert plan(*arguments, "--save-table", "fresh.json", "--output-dir", "fresh")[0] == 0
+    assert saved_costs("found.json") == saved_costs("fresh.json") != saved_costs(table)
+
+
+def test_a_size_that_is_the_models_own_is_no_other_size(plan, table, configs, monkeypatch):
+    size = json.loads(table.read_text())["table"]["origin"]
+    arguments = ("--model", configs, "--gpu", "4090", "--reward", "colorfulness", *SHORT, "--output-dir", "out")
+    monkeypatch.setattr(counting, "open_sampler", lambda *_: pytest.fail("the model was made again"))
+    for own in (("--height", size["height"], "--width", size["width"]), ("--resolution", size["height"])):
+        assert plan(*arguments, *own, "--save-table", "own.json")[0] == 0
+        assert saved_costs("own.json") == saved_costs(table)
+    with pytest.raises(pytest.fail.Exception):
+        plan(*arguments, "--height", int(size["height"]) + 8)
 
 
 def test_memory_grows_in_segments_unless_the_user_says_otherwise(plan, monkeypatch):

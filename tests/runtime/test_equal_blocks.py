@@ -31,12 +31,17 @@ def costs_of(interval):
     return interval.call and interval.call.block.name, *sizes, interval.block_seconds, interval.gap_seconds
 
 
+FORWARD = "forward alone"
+
+
 @pytest.mark.parametrize(
-    ("model", "option"), [*((model, BlockOption.RECOMPUTE) for model in DEPTHS), ("flux", BlockOption.KEEP)]
+    ("model", "run"),
+    [*((model, run) for model in DEPTHS for run in (BlockOption.RECOMPUTE, FORWARD)), ("flux", BlockOption.KEEP)],
 )
-def test_one_of_equal_blocks_stands_for_the_others(model, option, request, monkeypatch):
+def test_one_of_equal_blocks_stands_for_the_others(model, run, request, monkeypatch):
     pipe = deeper(request.getfixturevalue(f"tiny_{model}"), DEPTHS[model])
     step = DifferentiableSampler(pipe, 2, height=32, width=32)._blank_step(1, None)
+    options = {} if run is FORWARD else {"*": run}
     traces, ran, begin = [], [], EqualBlocks.begin
 
     def told(*arguments):
@@ -44,12 +49,14 @@ def test_one_of_equal_blocks_stands_for_the_others(model, option, request, monke
         return ran[-1]
 
     def both(work, *_):
+        work.forward()  # Z-Image makes its table of positions once
         for how in (told, lambda *_: True):
             monkeypatch.setattr(EqualBlocks, "begin", how)
-            traces.append(trace(work, {"*": option}))
-        return ()
+            traces.append(trace(work, options))
+        return traces[-1] if run is FORWARD else ()
 
-    monkeypatch.setattr("alignprop_fast.runtime.costs.segments", both)
+    monkeypatch.setattr("alignprop_fast.runtime.costs.segments", lambda *_: ())
+    monkeypatch.setattr(f"alignprop_fast.runtime.costs.{'trace' if run is FORWARD else 'segments'}", both)
     with torch.enable_grad(), remembered_results():
         step_costs(step.chain, latents(step))
     ours, whole = traces
