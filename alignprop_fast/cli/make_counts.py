@@ -10,6 +10,9 @@ every GPU, with every published reward. Run it after a change of what a step run
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +27,7 @@ from alignprop_fast.planner import GPUS, as_text
 
 BATCHES = (1, 2, 4)
 RANKS = (4, 8, 16, 32, 64)
+Size = tuple[int, int]
 REWARDS = ("clip", "hpsv2", "pickscore", "imagereward", "aesthetic")
 
 
@@ -41,36 +45,49 @@ def parts_of_reward(counting: Counting, size: tuple[int, int]) -> list[Part]:
     return [Part.reward(counting.options, batch, size) for batch in BATCHES]
 
 
+def make_model(model: str) -> tuple[str, set[Size]]:
+    """Write the counts of a model. Returns what to print, and the sizes of its pictures (height, width)."""
+    made, sizes = dict[str, str](), set[Size]()
+    for rank in RANKS:
+        counting = counting_of(model, rank)
+        for part in parts_of_model(counting):
+            counted = counting.count_model(part)
+            made[part.key] = as_text(counted)
+            sizes.add((int(counted.costs.origin["height"]), int(counted.costs.origin["width"])))
+    return _write(part.shipped_in, made), sizes
+
+
+def make_rewards(sizes: Iterable[Size]) -> str:
+    """Write the counts of the rewards for pictures of these sizes. Returns what to print."""
+    made = dict[str, str]()
+    for reward in REWARDS:
+        counting = counting_of("sdxl", reward=reward)
+        for size in sorted(sizes):
+            for part in parts_of_reward(counting, size):
+                made[part.key] = as_text(counting.count_reward(part))
+    return _write(part.shipped_in, made)
+
+
+def _write(path: Path, texts: dict[str, str]) -> str:
+    write_whole(path, archive(texts))
+    return f"{path.name}: {path.stat().st_size / 1000:.0f} kB"
+
+
 def main() -> None:
     from alignprop_fast.models.architectures import NAMES
 
     SHIPPED.mkdir(exist_ok=True)
     for path in SHIPPED.iterdir():
         path.unlink()  # what is counted now must not take anything from them
-    sizes = set()
-    for model in NAMES:
-        made: dict[str, str] = {}
-        for rank in RANKS:
-            counting = counting_of(model, rank)
-            for part in parts_of_model(counting):
-                counted = counting.count_model(part)
-                made[part.key] = as_text(counted)
-                sizes.add(tuple(int(counted.costs.origin[side]) for side in ("height", "width")))
-        _write(part.shipped_in, made)
-    made = {}
-    for reward in REWARDS:
-        counting = counting_of("sdxl", reward=reward)
-        for height, width in sorted(sizes):
-            for part in parts_of_reward(counting, (height, width)):
-                made[part.key] = as_text(counting.count_reward(part))
-    _write(part.shipped_in, made)
-
-
-def _write(path: Path, texts: dict[str, str]) -> None:
-    write_whole(path, archive(texts))
-    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB", flush=True)
+    sizes = set[Size]()
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for line, own in pool.map(make_model, NAMES):
+            print(line, flush=True)
+            sizes |= own
+    print(make_rewards(sizes))
 
 
 if __name__ == "__main__":
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # one model on each core
     main()
