@@ -9,6 +9,7 @@ It keeps s, and without the kernel mean and rstd of each token. Weights are froz
 adapter lies before them; their gradients, and what these need, are made only if asked for.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, overload
@@ -109,7 +110,7 @@ def _plain_backward(
     eps: float,
     one: float,
     rms: bool,
-    *statistics: Tensor,
+    statistics: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and of the branch (None without a gate). Without statistics the kernel ran forward."""
     *mean, rstd = statistics or _statistics(x, eps, rms)
@@ -219,7 +220,7 @@ class _NormModulate(Function):
         x, gate, scale, branch, *statistics = ctx.saved_tensors
         weight, eps, one, rms = ctx.form
         inputs = g, h, x, gate, weight, scale, eps, one, rms
-        dx, dbranch = _triton_backward(*inputs) if backend(x) == "triton" else _plain_backward(*inputs, *statistics)
+        dx, dbranch = _triton_backward(*inputs) if backend(x) == "triton" else _plain_backward(*inputs, statistics)
         dgate = dscale = dshift = None
         if branch is not None:
             dgate = (dx * branch).sum_to_size(gate.shape)
