@@ -42,8 +42,8 @@ def group_norm_silu_reference(
     return F.silu(y) if silu else y
 
 
-# groups, gamma, beta, eps and whether there is SiLU. Frozen weights are no arguments of autograd's functions, which would
-# search them for gradients and save them.
+# groups, gamma, beta, eps and whether there is SiLU. Frozen weights are no arguments of autograd's functions, which
+# would look at each for a gradient and save it.
 Form = tuple[int, torch.Tensor, torch.Tensor, float, bool]
 
 
@@ -256,6 +256,6 @@ def group_norm_silu(
     form = groups, gamma.contiguous(), beta.contiguous(), eps, silu
     if backend(x, gamma, beta, t_BC) != "csrc":
         return _GroupNormSiLU.apply(x, t_BC, form)
-    return (
-        _CompiledGroupNormSiLU.apply(x, t_BC, form) if torch.is_grad_enabled() else _compiled_forward(x, t_BC, form)[1]
-    )
+    if torch.is_grad_enabled():
+        return _CompiledGroupNormSiLU.apply(x, t_BC, form)
+    return _compiled_forward(x, t_BC, form)[1]

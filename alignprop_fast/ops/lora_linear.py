@@ -49,8 +49,8 @@ class _LoraLinear(Function):
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         # Of the adapters autograd has checked that nobody changed them since.
-        saved: tuple[Any, ...] = ctx.saved_tensors
-        x = saved[0] if saved else None
+        saved = ctx.saved_tensors
+        x: Any = saved[0] if saved else None
         layers, wants = ctx.layers, ctx.needs_input_grad
         learn = [(wants[2 + 2 * p], wants[3 + 2 * p]) for p in range(len(layers))]
         served = x is not None and all(map(all, learn))

@@ -78,7 +78,7 @@ def _plain_forward(
     """y, s (None without a branch), and mean (not for rms) and rstd [..., 1] for `_plain_backward`."""
     s = x if branch is None else _sum(x, branch, gate).contiguous()
     if rms:
-        statistics = _statistics(s, eps, rms)
+        statistics: Sequence[Tensor] = _statistics(s, eps, rms)
         xhat = _wide(s) * statistics[0]
         y = xhat.to(s.dtype) if weight is None else (xhat.to(weight.dtype) * weight).to(s.dtype)
     else:
@@ -110,10 +110,10 @@ def _plain_backward(
     eps: float,
     one: float,
     rms: bool,
-    statistics: Sequence[Tensor] = (),
+    statistics: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and of the branch (None without a gate). Without statistics the kernel ran forward."""
-    *mean, rstd = statistics or _statistics(x, eps, rms)
+    """The gradients of x and of the branch (None without a gate)."""
+    *mean, rstd = statistics
     c = g if scale is None else g * (one + scale)
     if rms:
         c, xhat = _wide(c if weight is None else c * weight), _wide(x) * rstd
@@ -149,10 +149,16 @@ def _launch_backward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     return _kernels().norm_modulate_backward(*inputs)
 
 
-def _plain_results(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-    """As the kernel's."""
-    y, s, *_ = _plain_forward(*inputs)
-    return y, s
+# In place of the kernels, which leave no statistics and need none.
+
+
+def _forward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    return _plain_forward(*inputs)[:2]
+
+
+def _backward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    _, _, x, _, _, _, eps, _, rms = inputs
+    return _plain_backward(*inputs, statistics=_statistics(x, eps, rms))
 
 
 def _fake_forward(
@@ -183,8 +189,8 @@ def _fake_backward(
     return x.new_empty(x.shape), x.new_empty(0 if gate is None else x.shape)
 
 
-_triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forward, _plain_results, _fake_forward)
-_triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _plain_backward, _fake_backward)
+_triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forward, _forward_alone, _fake_forward)
+_triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _backward_alone, _fake_backward)
 
 
 def _forward(*inputs: Any) -> tuple[Any, ...]:
