@@ -157,8 +157,8 @@ def _forward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _backward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-    _, _, x, _, _, _, eps, _, rms = inputs
-    return _plain_backward(*inputs, statistics=_statistics(x, eps, rms))
+    g, h, x, gate, weight, scale, eps, one, rms = inputs
+    return _plain_backward(g, h, x, gate, weight, scale, eps, one, rms, _statistics(x, eps, rms))
 
 
 def _fake_forward(
