@@ -1,6 +1,7 @@
-"""Draws the pictures of how-it-works.md from a cost table and from the package's own rules.
+r"""Draws the pictures of plans.md from a cost table and from the package's own rules.
 
-    alignprop-fast plan --model sdxl --gpu "RTX 4090" --reward hpsv2 --batch-size 1 --save-table sdxl.json
+    alignprop-fast plan --model sdxl --gpu "RTX 4090" --reward hpsv2 --batch-size 1 --host-memory 11.36GiB \
+        --save-table sdxl.json
     python docs/figures.py --table sdxl.json
 
 memory.png   memory over one training step: all resident, all replayed, planned

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from alignprop_fast.ops import activation
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, optional, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, optional, randn
 
 # (name of the op, tokens, D of the activation, E of the tensor beside it)
 FUNCTIONS = ("geglu", "swiglu", "gelu_tanh")

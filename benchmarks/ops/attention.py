@@ -12,7 +12,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignprop_fast.ops.attention import attention, attention_reference
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, optional, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, optional, randn
 
 
 def _shape(model: str, heads: int, queries: int, keys: int, head_dim: int, rows: int = 2) -> Shape:

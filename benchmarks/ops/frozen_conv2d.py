@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from alignprop_fast.ops.frozen_conv2d import frozen_conv2d, frozen_conv2d_reference
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, randn
 
 # Channels in, channels out, height, width. FLUX has convolutions in its decoder alone.
 SHAPES = [

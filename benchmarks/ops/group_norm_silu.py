@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from alignprop_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, randn
 
 # Channels, height, width. The decoder takes one row per image; FLUX has group norms in its decoder alone.
 SHAPES = [

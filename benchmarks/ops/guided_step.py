@@ -13,7 +13,8 @@ from alignprop_fast.ops.guided_step import (
     guided_step_adjoint_reference,
     guided_step_reference,
 )
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, randn
 
 # The batch counts latents; the op itself makes or takes the pair.
 SHAPES = [

@@ -1,23 +1,18 @@
 """The common part of all op benches: correctness first, then alternating timing, memory, rates, provenance, CSV.
 
-A bench names its shapes and makes a `Problem` of each; `main` does the rest. Implementations take turns call by call,
-so that a drifting clock or a busy machine affects all alike. On a GPU a large buffer is written between two calls,
-which empties the L2 cache and hides the launch. If the error of "ours" against float64 exceeds its bound, nothing is
-timed. An implementation whose results at the timed shape differ from "eager" is not timed either.
+A bench names its shapes and makes a `Problem` of each; `main` does the rest. If the error of "ours" against float64
+exceeds its bound, nothing is timed. An implementation whose results at the timed shape differ from "eager" is not timed
+either.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,63 +22,12 @@ import torch
 
 from alignprop_fast.ops.errors import OutOfMemory, unless_out_of_memory
 from alignprop_fast.runtime import PeakMeter
+from benchmarks.ops.correctness import errors, gradients_of, wrong_at_size
+from benchmarks.ops.problem import Make, Problem, Shape
+from benchmarks.ops.turns import alternate, denominators, quantiles
 from benchmarks.provenance import commit
 
-Tensor = torch.Tensor
-Implementation = Callable[..., Any]
-FLUSH_BYTES = 512 * 2**20
 DIRECTIONS = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One shape of a model: the sizes after the batch dimension, and the rows of the batch per image."""
-
-    model: str
-    sizes: tuple[int, ...]
-    rows: int = 2  # a pair under classifier-free guidance
-    check_sizes: tuple[int, ...] | None = None  # smaller sizes, if float64 at full size would not fit
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work that the algorithm cannot avoid: bytes to and from memory, and FLOP of matrix products."""
-
-    moved_bytes: float = 0.0
-    flops: float = 0.0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One op at one shape. Implementations take `inputs`; "ours" and "eager" (the reference) must be among them."""
-
-    inputs: tuple[Tensor, ...]
-    learning: int  # number of leading inputs that get gradients; 0: the op has no backward pass
-    implementations: dict[str, Implementation]
-    forward: Work
-    backward: Work = field(default_factory=Work)
-    own_inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # for peers that take another form
-
-    def inputs_of(self, name: str) -> tuple[Tensor, ...]:
-        """The inputs of this implementation; the first `learning` of them get gradients."""
-        return self.own_inputs.get(name, self.inputs)
-
-
-Make = Callable[..., Problem]
-"""make(batch, *sizes, dtype=..., device=...)"""
-
-
-def optional(module: str) -> Any:
-    """The module, or None if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
-
-
-def randn(*shape: int, like: tuple[torch.dtype, torch.device], scale: float = 1.0) -> Tensor:
-    """Normal numbers from the global generator. like: (dtype, device)."""
-    return torch.randn(*shape, dtype=torch.float32, device=like[1]).mul_(scale).to(like[0])
 
 
 def provenance(device: torch.device) -> dict[str, str]:
@@ -94,133 +38,6 @@ def provenance(device: torch.device) -> dict[str, str]:
     except PackageNotFoundError:
         triton = "none"
     return {"gpu": name, "torch": torch.__version__, "triton": triton, "commit": commit()}
-
-
-def alternate(
-    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, list[float] | str]:
-    """Seconds of each call, in turns for about `seconds` in total; or the reason why it cannot run."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    times: dict[str, list[float] | str] = {}
-    for name, call in calls.items():
-        try:
-            for _ in range(2):  # the first call compiles
-                call()
-            times[name] = []
-        except Exception as error:  # peers raise anything; the row says what
-            times[name] = f"cannot run: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
-    running = [name for name in calls if isinstance(times[name], list)]
-    start, rounds = time.perf_counter(), 0
-    while running and (rounds < 3 or (time.perf_counter() - start < seconds and rounds < 200)):
-        taken = [_one(calls[name], flush) for name in running]
-        for name, value in zip(running, taken, strict=True):
-            series = times[name]
-            assert isinstance(series, list)
-            series.append(value())
-        rounds += 1
-    return times
-
-
-def _one(call: Callable[[], object], flush: Tensor | None) -> Callable[[], float]:
-    """Run once. The returned function gives the seconds; on a GPU it waits for them."""
-    if flush is None:
-        begin = time.perf_counter()
-        call()
-        taken = time.perf_counter() - begin
-        return lambda: taken
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    flush.zero_()
-    events[0].record()
-    call()
-    events[1].record()
-
-    def seconds() -> float:
-        events[1].synchronize()
-        return events[0].elapsed_time(events[1]) / 1000
-
-    return seconds
-
-
-def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """The 0.2, 0.5 and 0.8 quantiles, interpolated."""
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return cuts[1], cuts[4], cuts[7]
-
-
-def denominators(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[float, float]:
-    """(bytes per second of a large copy, FLOP per second of a large square product), measured now."""
-    n, size = (2**22, 512) if small or device.type == "cpu" else (2**28, 8192)
-    source, target = torch.zeros(n, dtype=dtype, device=device), torch.empty(n, dtype=dtype, device=device)
-    a = torch.randn(size, size, device=device).to(dtype)
-    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
-    times = alternate(calls, device, 0.5)
-    copy, product = (statistics.median(t) if isinstance(t, list) else float("inf") for t in times.values())
-    return 2 * n * dtype.itemsize / copy, 2 * size**3 / product
-
-
-def errors(problem: Problem) -> tuple[float, float]:
-    """(largest error of "ours" over its bound, that error), over the outputs and all gradients.
-
-    The bound is twice the error of "eager" in the same dtype, plus 1e-6. Errors are against "eager" in float64.
-    """
-    eager = problem.implementations["eager"]
-    exact = _results(eager, [t.detach().double() for t in problem.inputs], problem.learning, problem.inputs[0].dtype)
-    ours, plain = (
-        _results(fn, [t.detach() for t in problem.inputs], problem.learning, problem.inputs[0].dtype)
-        for fn in (problem.implementations["ours"], eager)
-    )
-    worst = (0.0, 0.0)
-    for a, b, c in zip(ours, plain, exact, strict=True):
-        error, allowed = (float((t.double() - c).abs().max()) for t in (a, b))
-        ratio = error / (2 * allowed + 1e-6)
-        # NaN must win.
-        worst = worst if ratio <= worst[0] else (ratio, error)
-    return worst
-
-
-def wrong_at_size(problem: Problem) -> dict[str, str]:
-    """By name, implementations whose results at the timed shape differ from "eager" by more than rounding.
-
-    A kernel that is right on small tensors may skip rows of large ones. Both round in different orders, so sixteen
-    times the dtype's epsilon of the largest number is accepted. Results of another shape are a peer's own form and
-    pass.
-    """
-    dtype = problem.inputs[0].dtype
-    eager = _results(problem.implementations["eager"], _leaves(problem, "eager"), problem.learning, dtype)
-    wrong: dict[str, str] = {}
-    for name, fn in problem.implementations.items():
-        try:
-            found = _results(fn, _leaves(problem, name), problem.learning, dtype)
-        except Exception:  # its row will say why
-            continue
-        for i, (ours, theirs) in enumerate(zip(found, eager, strict=False)):
-            if ours.shape != theirs.shape:
-                continue
-            error, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
-            if not error <= 16 * torch.finfo(dtype).eps * largest + 1e-6:
-                wrong[name] = f"result {i} is off by {error:.2g}, of {largest:.2g}"
-    return wrong
-
-
-def _leaves(problem: Problem, name: str) -> list[Tensor]:
-    return [t.detach() for t in problem.inputs_of(name)]
-
-
-def _results(fn: Implementation, inputs: list[Tensor], learning: int, rounded_to: torch.dtype) -> list[Tensor]:
-    leaves = [t.requires_grad_(i < learning) for i, t in enumerate(inputs)]
-    y = fn(*leaves)
-    outputs = list(y) if isinstance(y, tuple) else [y]
-    if not learning:
-        return outputs
-    gradients = _gradients_of(outputs, rounded_to)
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves[:learning], gradients)]
-
-
-def _gradients_of(outputs: list[Tensor], rounded_to: torch.dtype) -> list[Tensor]:
-    """The same numbers for every implementation and dtype."""
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    draws = [torch.randn(o.shape, generator=generator, device=o.device) for o in outputs]
-    return [draw.to(rounded_to).to(o.dtype) for draw, o in zip(draws, outputs, strict=True)]
 
 
 def _calls(problem: Problem, direction: str) -> dict[str, Callable[[], object]]:
@@ -237,7 +54,7 @@ def _calls(problem: Problem, direction: str) -> dict[str, Callable[[], object]]:
             if not graph:
                 y: Any = forward(name)()
                 outputs = list(y) if isinstance(y, tuple) else [y]
-                graph.extend([outputs, _gradients_of(outputs, outputs[0].dtype)])
+                graph.extend([outputs, gradients_of(outputs, outputs[0].dtype)])
             return torch.autograd.grad(graph[0], leaves, graph[1], retain_graph=True, allow_unused=True)
 
         return call

@@ -8,7 +8,8 @@ import torch
 
 from alignprop_fast.ops.lora_linear import lora_linear
 from alignprop_fast.ops.lora_linear_plain import lora_linear_reference
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, optional, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, optional, randn
 
 # Tokens, features in, features out.
 SHAPES = [

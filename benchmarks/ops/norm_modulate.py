@@ -6,7 +6,8 @@ import torch
 
 from alignprop_fast.ops.layer_norm import layer_norm
 from alignprop_fast.ops.norm_modulate import norm_modulate, norm_modulate_reference
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, optional, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, optional, randn
 
 # The first size is the form: 0 layer norm with weights after a residual, 1 adaLN after a gated branch, 2 RMS norm of a
 # branch that is added to the tokens.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from alignprop_fast.ops.qk_norm_rope import Part, qk_norm_rope, qk_norm_rope_reference
-from benchmarks.ops.harness import Implementation, Problem, Shape, Work, main, randn
+from benchmarks.ops.harness import main
+from benchmarks.ops.problem import Implementation, Problem, Shape, Work, randn
 
 # Tokens of text (0: one stream) and of the image, heads, head dimension.
 SHAPES = [

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,12 +111,35 @@ def test_messages_in_troubleshooting_are_those_of_the_package():
     assert not [message for message in long if len(triples(message) & known) < len(triples(message)) / 4]
 
 
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_of_options_is_what_the_commands_say():
-    spec = importlib.util.spec_from_file_location("make_options", DOCS / "make_options.py")
-    make_options = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_options)
+    make_options = script("make_options")
     page = make_options.PAGE.read_text(encoding="utf-8")
     assert page == make_options.page(), "write it anew: python -P docs/make_options.py"
+
+
+def test_figures_in_tables_are_those_of_the_results():
+    make_tables = script("make_tables")
+    for page in make_tables.PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert text == make_tables.written(page), "write them anew: python -P docs/make_tables.py"
+
+
+def test_a_figure_is_written_with_the_decimals_and_the_words_around_it():
+    make_tables = script("make_tables")
+    lines = ["| what | took |", "|---|---|", "| this | 9,000.1 to 3 s (0.05) |", ""]
+    table = make_tables.Table("page", lines[0], lambda label: [[1234.56, 2.4, 0.123]])
+    assert list(table.written(lines)) == [*lines[:2], "| this | 1,234.6 to 2 s (0.12) |", ""]
+    table = make_tables.Table("page", lines[0], lambda label: [[1234.56, 2.4]])
+    with pytest.raises(ValueError, match="has 3 figures, not 2"):
+        list(table.written(lines))
 
 
 @pytest.mark.slow("trains the bundled model")

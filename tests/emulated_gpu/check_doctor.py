@@ -187,6 +187,19 @@ def test_before_the_first_step_once(elsewhere, caplog):
     assert len(caplog.messages) == 1
 
 
+def test_before_the_first_step_where_nothing_can_be_remembered(elsewhere, caplog, monkeypatch, tmp_path):
+    """The system refuses to look into the cache folder. Root may look into any, but no name may be so long."""
+    refused = tmp_path / ("long" * 100)
+    monkeypatch.setattr(first_time, "cache_folder", lambda: refused)
+    with pytest.raises(OSError, match="too long"):
+        refused.stat()
+    with elsewhere.open("a") as file:
+        file.write("op_cases.kernel_cases = lambda draw, large, quick: ()\n")  # what is found is another test
+    first_time.examine_once(CUDA, torch.bfloat16)
+    (said,) = caplog.messages
+    assert "all right" in said
+
+
 def test_before_the_first_step_a_failure_is_off_and_not_remembered(elsewhere, caplog):
     with elsewhere.open("a") as file:
         file.write(

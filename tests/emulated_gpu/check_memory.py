@@ -22,7 +22,14 @@ STEPS, GRAD_STEPS, PROMPTS = 4, range(1, 4), ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
-def sampler(emulated, plain_kernels, steady_clock):
+def others_bytes(emulated):
+    """Held by what ran before in this process: diffusers keeps rotary tables of Qwen-Image in a cache of a class."""
+    collect_garbage()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.fixture(scope="module")
+def sampler(others_bytes, plain_kernels, steady_clock):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(demo.model_path(), local_files_only=True, torch_dtype=torch.bfloat16)
@@ -49,7 +56,7 @@ def range_of(solver):
     return error.value.smallest_bytes, solver.plan(GRAD_STEPS, 2**50).peak_bytes
 
 
-def test_the_allocator_counts_what_the_plan_predicts(sampler):
+def test_the_allocator_counts_what_the_plan_predicts(sampler, others_bytes):
     solver = sampler.solver(len(PROMPTS))
     assert solver.table.transfer_bytes > 0, "blocks have options that offload"
     least, most = range_of(solver)
@@ -57,7 +64,7 @@ def test_the_allocator_counts_what_the_plan_predicts(sampler):
     for budget in range(least, most + 1, (most - least) // 5):
         plan = solver.plan(GRAD_STEPS, budget)
         train_on(sampler, plan)
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - others_bytes
         # Blocks differ in size here, so a neighbour of the largest has less in transfer than the plan assumes.
         slack = 0.05 * peak + (solver.table.transfer_bytes if plan.host_bytes else 0)
         # The timesteps and the loss of this check, 512 bytes for each number of them.
@@ -77,12 +84,12 @@ def test_a_plan_changes_no_bit(sampler):
     assert all(torch.allclose(a, b, rtol=0.02, atol=1e-6) for a, b in zip(grads, again_grads, strict=True))
 
 
-def test_a_device_with_less_than_it_should_have(emulated, sampler):
+def test_a_device_with_less_than_it_should_have(emulated, sampler, others_bytes):
     """If another program took memory, the step runs again with less, with the same pictures."""
     _, most = range_of(sampler.solver(len(PROMPTS)))
     sampler.budget_bytes = most
     images, _ = train_on(sampler)
-    emulated.set_limit(int(0.93 * most))
+    emulated.set_limit(others_bytes + int(0.93 * most))
     try:
         again, _ = with_less_memory(sampler, lambda: train_on(sampler))
         assert sampler.plan.peak_bytes <= sampler.budget_bytes < 0.93 * most

@@ -11,6 +11,8 @@ from alignprop_fast.training.optimizers import state_bytes
 from alignprop_fast.training.prepare import make_sampler, place_model, prepare_model
 from alignprop_fast.training.weight_update import WeightUpdate
 
+from ..eight_bits import EIGHT_BITS
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
@@ -105,7 +107,7 @@ def test_the_plan_counts_optimizer_and_moving_average(tiny_sd_folder, fresh_proc
     assert sampler.optimizer_bytes == state_bytes(update.optimizer) + average_bytes
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_steps_without_gradient_run_in_the_8_bits_of_a_base_for_bf16(tiny_sd_folder, fresh_process, kind):
     """A cast of the model after it was quantised rounded the scales, and products in fp8 take scales in fp32 only."""
     pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_sd_folder))

@@ -1,8 +1,13 @@
 """The table and the plots of learning curves, from made-up runs."""
 
+import csv
+from pathlib import Path
+
 import pytest
 
 from benchmarks.learning.truncation import AXES, at, plot, summary
+
+ROOT = Path(__file__).parents[3]
 
 
 def made_up(rule, seed, speed):
@@ -26,3 +31,13 @@ def test_the_table_compares_at_equal_seconds_and_at_equal_queries():
 def test_plots_are_drawn(tmp_path):
     plot(ROWS, AXES[:2], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("file", "chain"), [("truncation", "demo-12"), ("truncation", "twin-4"), ("truncation_clip", "unguided-12")]
+)
+def test_the_page_has_the_table_of_the_results(file, chain):
+    """Its lines, in any order."""
+    with open(ROOT / "benchmarks" / "results" / "cpu" / f"{file}.csv", newline="", encoding="utf-8") as opened:
+        table = summary([row for row in csv.DictReader(opened) if row["chain"] == chain])
+    assert set(table) <= set((ROOT / "docs" / "which-rule.md").read_text(encoding="utf-8").splitlines())
