@@ -112,8 +112,8 @@ def _plain_backward(
     rms: bool,
     statistics: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and of the branch (None without a gate)."""
-    *mean, rstd = statistics
+    """The gradients of x and of the branch (None without a gate). No statistics: computed again, as the kernel does."""
+    *mean, rstd = statistics or _statistics(x, eps, rms)
     c = g if scale is None else g * (one + scale)
     if rms:
         c, xhat = _wide(c if weight is None else c * weight), _wide(x) * rstd
@@ -158,7 +158,7 @@ def _forward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
 
 def _backward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     g, h, x, gate, weight, scale, eps, one, rms = inputs
-    return _plain_backward(g, h, x, gate, weight, scale, eps, one, rms, _statistics(x, eps, rms))
+    return _plain_backward(g, h, x, gate, weight, scale, eps, one, rms, ())
 
 
 def _fake_forward(
