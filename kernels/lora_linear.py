@@ -30,7 +30,7 @@ sizes; nothing here has been timed on a GPU.
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -42,6 +42,7 @@ from alignprop_fast.kernels.lora_blocks import FEW_PROGRAMS, MAX_PROJECTIONS, co
 SUM_BLOCK = 32
 # W, b, A, B and s of one projection.
 Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float]
+Items = TypeVar("Items", list[Any], tuple[Any, ...])
 
 
 @triton.jit
@@ -175,9 +176,9 @@ def lora_add_kernel(
     store_tile(y_ptr, y, rows, n_tokens, n_out, columns, n_out)
 
 
-def three(items: Sequence[Any], each: int = 1) -> Sequence[Any]:
+def three(items: Items, each: int = 1) -> Items:
     """Padded to those of three projections with the first, whose pointers are then never read. each: of one."""
-    return (*items, *items, *items)[: each * MAX_PROJECTIONS]
+    return (items * MAX_PROJECTIONS)[: each * MAX_PROJECTIONS]
 
 
 def three_sizes(sizes: Sequence[int]) -> list[int]:
@@ -264,8 +265,8 @@ class Forward:
         ys: list[torch.Tensor] = []
         downs: list[torch.Tensor] = []
         given: list[torch.Tensor] = []
-        for (weight, bias, down, up, _), shape in zip(layers, self._y_shapes, strict=True):
-            y = x.new_empty(*shape)
+        for weight, bias, down, up, _ in layers:
+            y = x.new_empty(*self._y_shapes[len(ys)])
             ys.append(y)
             downs.append(down.contiguous())
             given += (weight.contiguous(), x if bias is None else bias.contiguous(), up.contiguous(), y)

@@ -10,13 +10,13 @@ Backward, for the gradients g of y and h of s; weights learn nothing here, nor d
     c = g * weight * (one + scale)
     dx = rstd * (c - mean(c) - xhat * mean(c * xhat)) + h        dbranch = gate * dx;  RMS: without mean(c)
 
-Shapes: x, branch, s, y, g, h, dx, dbranch [T, C]; weight [C]; mean, rstd [T] in fp32. gate, scale and shift have a row
-of C for each token, for each batch element or for all: [T / k, C], where k tokens in a row share one. All sums are
-fp32. The statistics are taken of s after rounding to its storage dtype, so that forward and backward see the same
-numbers. Elements moved, with n = T C: forward 2 n (4 n with a branch), backward 3 n (5 n with h and a gate). Each
-element takes about 12 FLOP, so memory is the bound. Registers hold a whole row, padded to a power of two. If C is just
-above a power of two (640, 1280), lanes idle; that costs issue slots, not bytes. It loses on few short rows, which do
-not fill the chip.
+Shapes: x, branch, s, y, g, h, dx, dbranch [T, C]; weight [C]. gate, scale and shift have a row of C for each token, for
+each batch element or for all: [T / k, C], where k tokens in a row share one. All sums are fp32. Mean and rstd are taken
+of s after rounding to its storage dtype, and computed again in the backward pass, which holds the row anyway: it gets
+the same numbers, and the host allocates and saves none. Elements moved, with n = T C: forward 2 n (4 n with a branch),
+backward 3 n (5 n with h and a gate). Each element takes about 12 FLOP, so memory is the bound. Registers hold a whole
+row, padded to a power of two. If C is just above a power of two (640, 1280), lanes idle; that costs issue slots, not
+bytes. It loses on few short rows, which do not fill the chip.
 """
 
 from functools import cache
@@ -40,6 +40,15 @@ def _shared(ptr, row, tokens, stride, col, inside):
 
 
 @triton.jit
+def _normed(s, inside, C, eps, RMS: tl.constexpr):
+    """xhat of rows s, which are zero outside, and their rstd."""
+    if not RMS:
+        s = tl.where(inside, s - (tl.sum(s, axis=1) / C)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(s * s, axis=1) / C + eps)[:, None]
+    return s * rstd, rstd
+
+
+@triton.jit
 def norm_modulate_forward_kernel(
     x_ptr,
     branch_ptr,
@@ -49,8 +58,6 @@ def norm_modulate_forward_kernel(
     shift_ptr,
     sum_ptr,
     y_ptr,
-    mean_ptr,
-    rstd_ptr,
     rows,
     C,
     gate_tokens,
@@ -82,14 +89,7 @@ def norm_modulate_forward_kernel(
         stored = (s + branch).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, stored, mask=inside)
         s = stored.to(tl.float32)
-    centred = s
-    if not RMS:
-        mean = tl.sum(s, axis=1) / C
-        tl.store(mean_ptr + row, mean, mask=row < rows)
-        centred = tl.where(inside, s - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = centred * rstd[:, None]
+    y, _ = _normed(s, inside, C, eps, RMS)
     if WEIGHT:
         y *= tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
     if SCALE:
@@ -107,8 +107,6 @@ def norm_modulate_backward_kernel(
     gate_ptr,
     weight_ptr,
     scale_ptr,
-    mean_ptr,
-    rstd_ptr,
     dx_ptr,
     dbranch_ptr,
     rows,
@@ -117,6 +115,7 @@ def norm_modulate_backward_kernel(
     gate_stride,
     scale_tokens,
     scale_stride,
+    eps,
     one,
     RMS: tl.constexpr,
     BRANCH: tl.constexpr,
@@ -130,22 +129,17 @@ def norm_modulate_backward_kernel(
     col = tl.arange(0, BLOCK_C)
     at = row.to(tl.int64)[:, None] * C + col[None, :]
     inside = (row[:, None] < rows) & (col[None, :] < C)
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     c = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if WEIGHT:
         c *= tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
     if SCALE:
         c *= one + _shared(scale_ptr, row, scale_tokens, scale_stride, col, inside)
-    xhat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if not RMS:
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        xhat = tl.where(inside, xhat - mean[:, None], 0.0)
-    xhat *= rstd[:, None]
+    xhat, rstd = _normed(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, C, eps, RMS)
     along = tl.sum(c * xhat, axis=1) / C
     dx = c - xhat * along[:, None]
     if not RMS:
         dx -= (tl.sum(c, axis=1) / C)[:, None]
-    dx *= rstd[:, None]
+    dx *= rstd
     if BRANCH:
         dx += tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -189,7 +183,7 @@ def _forward(
     branch: bool,
     weight: bool,
 ) -> Prepared:
-    """Takes x, branch, gate, weight, scale, shift, s, y, mean and rstd."""
+    """Takes x, branch, gate, weight, scale, shift, s and y."""
     block, rows_each, warps = config(width)
     return Prepared(
         *(norm_modulate_forward_kernel, (cdiv(rows, rows_each),)),
@@ -208,13 +202,13 @@ def _forward(
 
 @cache
 def _backward(
-    rows: int, width: int, gate: _At, scale: _At, one: float, rms: bool, branch: bool, weight: bool
+    rows: int, width: int, gate: _At, scale: _At, eps: float, one: float, rms: bool, branch: bool, weight: bool
 ) -> Prepared:
-    """Takes g, h, x, gate, weight, scale, mean, rstd, dx and dbranch."""
+    """Takes g, h, x, gate, weight, scale, dx and dbranch."""
     block, rows_each, warps = config(width)
     return Prepared(
         *(norm_modulate_backward_kernel, (cdiv(rows, rows_each),)),
-        *(rows, width, *(gate or _UNREAD), *(scale or _UNREAD), one),
+        *(rows, width, *(gate or _UNREAD), *(scale or _UNREAD), eps, one),
         RMS=rms,
         BRANCH=branch,
         GATE=gate is not None,
@@ -236,28 +230,25 @@ def norm_modulate_forward(
     eps: float,
     one: float,
     rms: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the forward kernel on x [..., C].
 
     Returns:
-        (y, s, mean, rstd): y and s like x (s is None without a branch), mean (None for rms) and rstd [T] in fp32.
+        (y, s): like x; s is None without a branch.
     """
     width = x.shape[-1]
     rows = x.numel() // width
     x = x.contiguous()
     y = torch.empty_like(x)
     total = None if branch is None else torch.empty_like(x)
-    rstd = x.new_empty(rows, dtype=torch.float32)
-    mean = None if rms else torch.empty_like(rstd)
     # Without a modulation x takes its place and is not read.
     gates, gate_at = (x, None) if gate is None else _shared_rows(gate, rows, width)
     scales, scale_at = (x, None) if scale is None else _shared_rows(scale, rows, width)
     shifts, shift_at = (x, None) if shift is None else _shared_rows(shift, rows, width)
     start = _forward(rows, width, gate_at, scale_at, shift_at, eps, one, rms, branch is not None, weight is not None)
     added, sums = (x, x) if branch is None else (branch.contiguous(), total)
-    weights, means = x if weight is None else weight.contiguous(), rstd if mean is None else mean
-    start(x, added, gates, weights, scales, shifts, sums, y, means, rstd)
-    return y, total, mean, rstd
+    start(x, added, gates, x if weight is None else weight.contiguous(), scales, shifts, sums, y)
+    return y, total
 
 
 def norm_modulate_backward(
@@ -267,8 +258,7 @@ def norm_modulate_backward(
     gate: torch.Tensor | None,
     weight: torch.Tensor | None,
     scale: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
+    eps: float,
     one: float,
     rms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -277,17 +267,16 @@ def norm_modulate_backward(
     Returns:
         (dx, dbranch): dbranch is None without a gate, where it equals dx.
     """
-    rows, width = rstd.numel(), x.shape[-1]
+    width = x.shape[-1]
+    rows = x.numel() // width
     g, x = g.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     dbranch = None if gate is None else torch.empty_like(x)
     gates, gate_at = (x, None) if gate is None else _shared_rows(gate, rows, width)
     scales, scale_at = (x, None) if scale is None else _shared_rows(scale, rows, width)
-    start = _backward(rows, width, gate_at, scale_at, one, rms, h is not None, weight is not None)
-    start(
-        *(g, g if h is None else h.contiguous(), x, gates, x if weight is None else weight.contiguous()),
-        *(scales, rstd if mean is None else mean, rstd, dx, dx if dbranch is None else dbranch),
-    )
+    start = _backward(rows, width, gate_at, scale_at, eps, one, rms, h is not None, weight is not None)
+    added, weights = g if h is None else h.contiguous(), x if weight is None else weight.contiguous()
+    start(g, added, x, gates, weights, scales, dx, dx if dbranch is None else dbranch)
     return dx, dbranch
 
 
@@ -304,7 +293,7 @@ def signatures() -> list[dict]:
 
 
 def _entry(kernel: triton.JITFunction, dtype: str, given: dict, config: str, warps: int) -> dict:
-    types = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32", "one": "fp32"}
+    types = {"eps": "fp32", "one": "fp32"}
     constexprs = {name: value for name, value in given.items() if name in kernel.arg_names}
     names = [name for name in kernel.arg_names if name not in constexprs]
     return {

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from alignprop_fast.ops import attention_backends as backends
 from alignprop_fast.ops.attention_plain import is_key
-from alignprop_fast.ops.backend import Function, attempt, is_traced
+from alignprop_fast.ops.backend import Function
 from alignprop_fast.ops.qk_norm_rope import Form, Part, form_of, gradients, prepared, tensors_of
 from alignprop_fast.ops.reuse import reuse_or_compute
 
@@ -33,22 +33,16 @@ def attention_reference(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, padding: Tensor | None) -> tuple[Tensor, ...]:
     """(o, lse) by the chosen implementation, or by plain PyTorch if it fails."""
-    chosen = backends.choose_for("forward", q, k, padding)
-    arguments = (q, k, v, scale) if padding is None else (q, k, v, scale, padding)
-    if is_traced(q):
-        return chosen.forward(*arguments)
-    return attempt(f"attention.{chosen.name}.forward", chosen.forward, backends.PLAIN.forward, *arguments)
+    run = backends.chosen("forward", q, k, padding)
+    return run(q, k, v, scale) if padding is None else run(q, k, v, scale, padding)
 
 
 def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, padding: Tensor | None
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dv) by the chosen implementation, or by plain PyTorch if it fails."""
-    chosen = backends.choose_for("backward", q, k, padding)
-    arguments = (g, q, k, v, o, lse, scale) if padding is None else (g, q, k, v, o, lse, scale, padding)
-    if is_traced(q):
-        return chosen.backward(*arguments)
-    return attempt(f"attention.{chosen.name}.backward", chosen.backward, backends.PLAIN.backward, *arguments)
+    run = backends.chosen("backward", q, k, padding)
+    return run(g, q, k, v, o, lse, scale) if padding is None else run(g, q, k, v, o, lse, scale, padding)
 
 
 class _Attention(Function):

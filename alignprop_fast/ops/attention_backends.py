@@ -15,7 +15,7 @@ deterministic backward passes, and cuDNN's is not used.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from alignprop_fast.ops import attention_packages, attention_plain, attention_tr
 from alignprop_fast.ops.attention_plain import is_key, is_marks
 from alignprop_fast.ops.attention_trials import BackwardTrial, ForwardTrial, Trials
 from alignprop_fast.ops.autotune import fastest, remembered
-from alignprop_fast.ops.backend import backend, is_traced, only_plain
+from alignprop_fast.ops.backend import attempt, backend, is_traced, only_plain
 
 Tensor = torch.Tensor
 Tensors = tuple[torch.Tensor, ...]
@@ -159,8 +159,20 @@ _GUARDS = {
 }
 
 
-def choose_for(direction: str, q: Tensor, k: Tensor, padding: Tensor | None) -> Backend:
-    """As `choose`, for this padding."""
+def chosen(direction: str, q: Tensor, k: Tensor, padding: Tensor | None) -> Callable[..., Tensors]:
+    """One direction of what `choose` names, for this padding, or plain PyTorch if it fails."""
+    if is_traced(q):
+        return getattr(_choose_for(direction, q, k, padding), direction)
+    key = "attention", direction, q.dtype, q.shape, k.shape, None if padding is None else padding.ndim
+    return remembered(key, _chosen, q.device, direction, q, k, padding)
+
+
+def _chosen(direction: str, q: Tensor, k: Tensor, padding: Tensor | None) -> Callable[..., Tensors]:
+    one = _choose_for(direction, q, k, padding)
+    return partial(attempt, f"attention.{one.name}.{direction}", getattr(one, direction), getattr(PLAIN, direction))
+
+
+def _choose_for(direction: str, q: Tensor, k: Tensor, padding: Tensor | None) -> Backend:
     if is_marks(padding) and q.is_cuda and not only_plain(q):
         return _BACKENDS[_MARKED]
     return choose(direction, q, k, padding is not None)
@@ -180,8 +192,7 @@ def _choose_on_gpu(direction: str, q: Tensor, k: Tensor, padded: bool) -> Backen
     # Traced code does not run, so nothing can be timed.
     if is_traced(q):
         return _BACKENDS[_untimed(q, padded)]
-    key = "attention", direction, q.dtype, q.shape, k.shape, padded
-    return _BACKENDS[remembered(key, _fastest, q.device, direction, q, k, padded)]
+    return _BACKENDS[_fastest(direction, q, k, padded)]
 
 
 def _fastest(direction: str, q: Tensor, k: Tensor, padded: bool) -> str:

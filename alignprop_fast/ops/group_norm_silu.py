@@ -42,88 +42,70 @@ def group_norm_silu_reference(
     return F.silu(y) if silu else y
 
 
+# groups, gamma, beta, eps and whether there is SiLU. Frozen weights are no arguments of autograd's functions, which
+# would look at each for a gradient and save it.
+Form = tuple[int, torch.Tensor, torch.Tensor, float, bool]
+
+
 class _GroupNormSiLU(Function):
     """PyTorch's own kernels, for every memory format, dtype and device."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        t_BC: torch.Tensor | None,
-        groups: int,
-        gamma: torch.Tensor,
-        beta: torch.Tensor,
-        eps: float,
-        silu: bool,
-    ) -> torch.Tensor:
-        b, c, h, w = x.shape
+    def forward(ctx: Any, x: torch.Tensor, t_BC: torch.Tensor | None, form: Form) -> torch.Tensor:
+        (b, c, h, w), (groups, gamma, beta, eps, silu) = x.shape, form
         x = x.contiguous(memory_format=_aten_format(x))
         y, mean, rstd = torch.native_group_norm(_add(x, t_BC), gamma, beta, b, c, h * w, groups, eps)
-        ctx.save_for_backward(x, t_BC, gamma, beta, mean, rstd)
-        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
+        ctx.save_for_backward(x, t_BC, mean, rstd)
+        ctx.form = form
         # Not in place in compiled code, where torch 2.11 returned a gradient of zeros.
         return F.silu(y, inplace=not torch.compiler.is_compiling()) if silu else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, t_BC, gamma, beta, mean, rstd = ctx.saved_tensors
-        b, c, h, w = x.shape
+        x, t_BC, mean, rstd = ctx.saved_tensors
+        (b, c, h, w), (groups, gamma, beta, eps, silu) = x.shape, ctx.form
         u = _add(x, t_BC)
         # native_group_norm_backward reads both tensors in the memory format of one, without a check.
         g = g.contiguous(memory_format=_aten_format(u))
-        if ctx.silu:
-            y = _normalised(u, gamma, beta, mean, rstd, ctx.groups, ctx.eps)
+        if silu:
+            y = _normalised(u, gamma, beta, mean, rstd, groups, eps)
             g = torch.ops.aten.silu_backward(g, y)
             del y
         dx = torch.ops.aten.native_group_norm_backward(
-            g, u, mean, rstd, gamma, b, c, h * w, ctx.groups, [True, False, False]
+            g, u, mean, rstd, gamma, b, c, h * w, groups, [True, False, False]
         )[0]
-        return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
+        return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, None
 
 
 class _CompiledGroupNormSiLU(Function):
     """The kernels of csrc/, for x in channels_last. Buffers are allocated here, so that memory meters see them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        t_BC: torch.Tensor | None,
-        groups: int,
-        gamma: torch.Tensor,
-        beta: torch.Tensor,
-        eps: float,
-        silu: bool,
-    ) -> torch.Tensor:
-        x, y, statistics = _compiled_forward(x, t_BC, groups, gamma, beta, eps, silu)
-        ctx.save_for_backward(x, t_BC, gamma, beta, statistics)
-        ctx.silu = silu
+    def forward(ctx: Any, x: torch.Tensor, t_BC: torch.Tensor | None, form: Form) -> torch.Tensor:
+        x, y, statistics = _compiled_forward(x, t_BC, form)
+        ctx.save_for_backward(x, t_BC, statistics)
+        ctx.form = form
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, t_BC, gamma, beta, statistics = ctx.saved_tensors
+        x, t_BC, statistics = ctx.saved_tensors
+        _, gamma, beta, _, silu = ctx.form
         dx, moments = torch.empty_like(x), torch.empty_like(statistics)  # two numbers for each group, too
         torch.ops.alignprop_fast.group_norm_silu_backward.default(
-            *(_channels_last(g), x, _per_image(t_BC, x), gamma, beta, statistics, ctx.silu),
+            *(_channels_last(g), x, _per_image(t_BC, x), gamma, beta, statistics, silu),
             *(dx, _partial(x, statistics.shape[2]), moments),
         )
-        return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, *[None] * 5
+        return dx, _addend_gradient(dx, t_BC) if ctx.needs_input_grad[1] else None, None
 
 
 def _compiled_forward(
-    x: torch.Tensor,
-    t_BC: torch.Tensor | None,
-    groups: int,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    eps: float,
-    silu: bool,
+    x: torch.Tensor, t_BC: torch.Tensor | None, form: Form
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x in channels_last, y, and mean and rstd [2, B, groups]."""
-    x = _channels_last(x)
+    x, (groups, gamma, beta, eps, silu) = _channels_last(x), form
     y = torch.empty_like(x)
     statistics = x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
     torch.ops.alignprop_fast.group_norm_silu_forward.default(
@@ -184,8 +166,13 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
     """Workspace for two numbers per image, group and chunk of rows; its shape tells the kernels how to cut the rows."""
     b, c, h, w = x.shape
-    wanted = h * w * c // CHUNK_ELEMENTS["cuda" if x.is_cuda else "cpu"]
-    return x.new_empty(b, groups, max(1, min(wanted, h * w, MAX_CHUNKS)), 2, dtype=torch.float32)
+    return x.new_empty(b, groups, _chunks(h * w, c, x.is_cuda), 2, dtype=torch.float32)
+
+
+@cache
+def _chunks(rows: int, channels: int, on_gpu: bool) -> int:
+    wanted = rows * channels // CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"]
+    return max(1, min(wanted, rows, MAX_CHUNKS))
 
 
 @torch.compiler.assume_constant_result
@@ -266,7 +253,9 @@ def group_norm_silu(
     if only_plain(x):
         return group_norm_silu_reference(x, groups, gamma, beta, eps, silu, addend_BC)
     t_BC = None if addend_BC is None else addend_BC.to(x.dtype).contiguous()
-    arguments = (x, t_BC, groups, gamma.contiguous(), beta.contiguous(), eps, silu)
+    form = groups, gamma.contiguous(), beta.contiguous(), eps, silu
     if backend(x, gamma, beta, t_BC) != "csrc":
-        return _GroupNormSiLU.apply(*arguments)
-    return _CompiledGroupNormSiLU.apply(*arguments) if torch.is_grad_enabled() else _compiled_forward(*arguments)[1]
+        return _GroupNormSiLU.apply(x, t_BC, form)
+    if torch.is_grad_enabled():
+        return _CompiledGroupNormSiLU.apply(x, t_BC, form)
+    return _compiled_forward(x, t_BC, form)[1]

@@ -1,7 +1,7 @@
 """layer_norm: normalisation over the last dimension with a frozen affine map, y = gamma xhat + beta (Ba et al. 2016).
 
-`norm_modulate` computes it: it keeps x and two numbers per token, like stock PyTorch, but never makes gradients of
-gamma and beta. The addition of a residual branch runs in the same pass, forward and backward.
+`norm_modulate` computes it: it keeps x, like stock PyTorch, but never makes gradients of gamma and beta. The addition
+of a residual branch runs in the same pass, forward and backward.
 """
 
 from typing import overload

@@ -33,28 +33,26 @@ class _LoraLinear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        layers: Sequence[Layer],
-        scales: Sequence[float],
-        keep: Kind | None,
-        known: tuple[Tensor, ...] | None,
-        *tensors: Tensor | None,
+        given: tuple[Sequence[Layer], Kind | None, tuple[Tensor, ...] | None],
+        *adapters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """tensors: those of the layers once more, because autograd sees only arguments. scales: of the layers."""
+        """given: layers, keep and known; adapters: those of the layers, because autograd sees only arguments."""
+        layers, keep, known = given
         # Without an adapter that learns, the gradient needs only the weights. They are not saved by autograd, because a
         # checkpointed block repeats all that comes before the last tensor that is.
-        if True in ctx.needs_input_grad[5:]:
-            ctx.save_for_backward(x, *tensors)
-        else:
-            ctx.frozen = (None, *tensors)
-        ctx.scales = scales
+        if True in ctx.needs_input_grad[2:]:
+            ctx.save_for_backward(x, *adapters)
+        ctx.layers = layers
         return reuse_or_compute(keep, _outputs, x, layers, known)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors or ctx.frozen
-        layers, wants = _layers(tensors, ctx.scales), ctx.needs_input_grad
-        learn = [(wants[7 + 4 * p], wants[8 + 4 * p]) for p in range(len(layers))]
+        # Of the adapters autograd has checked that nobody changed them since.
+        saved = ctx.saved_tensors
+        x: Any = saved[0] if saved else None
+        layers, wants = ctx.layers, ctx.needs_input_grad
+        learn = [(wants[2 + 2 * p], wants[3 + 2 * p]) for p in range(len(layers))]
         served = x is not None and all(map(all, learn))
         if not served or trials.backward(x, layers) == "plain":
             dx, d_downs, d_ups = plain_gradients(gs, x, layers, wants[0], learn)
@@ -62,8 +60,7 @@ class _LoraLinear(Function):
                 _count_partial_sums(x, layers)
         else:
             dx, d_downs, d_ups = attempt(fused.NAME, fused.run_backward, plain_gradients, gs, x, layers, wants[0])
-        rest = [grad for pair in zip(d_downs, d_ups, strict=True) for grad in (None, None, *pair)]
-        return dx, None, None, None, None, *rest
+        return dx, None, *[grad for pair in zip(d_downs, d_ups, strict=True) for grad in pair]
 
 
 def _count_partial_sums(x: Tensor, layers: Sequence[Layer]) -> None:
@@ -78,11 +75,6 @@ def _outputs(x: Tensor, layers: Sequence[Layer], known: tuple[Tensor, ...] | Non
     if known is not None:  # as new tensors, because other calls return the same ones
         return tuple(y.detach() for y in known)
     return trials.forward(x, layers)(x, layers)
-
-
-def _layers(tensors: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
-    fours = [tensors[4 * p : 4 * p + 4] for p in range(len(scales))]
-    return [Layer(w, b, down, up, scale) for (w, b, down, up), scale in zip(fours, scales, strict=True)]
 
 
 def lora_linears(
@@ -109,12 +101,10 @@ def lora_linears(
         exact = exact_layers(layers)
     if not torch.is_grad_enabled():
         return _outputs(x, exact, known)
-    tensors: list[Any] = []
-    scales: list[float] = []
+    adapters: list[Any] = []
     for layer in exact:
-        tensors += layer[:4]
-        scales.append(layer[4])
-    return _LoraLinear.apply(x, exact, scales, keep, known, *tensors)
+        adapters += layer[2:4]
+    return _LoraLinear.apply(x, (exact, keep, known), *adapters)
 
 
 def lora_linear(

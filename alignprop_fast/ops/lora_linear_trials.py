@@ -38,9 +38,8 @@ def backward(x: Tensor, layers: Sequence[Any]) -> str:
 def _key(direction: str, x: Tensor, layers: Sequence[Any]) -> Hashable:
     key = ["lora_linear", direction, x.dtype, x.shape, x.stride()]
     for weight, bias, down, up, scale in layers:
-        key += (weight.shape, bias is None, scale)
-        if down is not None:
-            key += (down.shape, down.dtype, up.dtype)
+        # With an adapter, B has the sizes that x does not have.
+        key += (bias is None, scale, *((weight.shape,) if down is None else (up.shape, up.dtype, down.dtype)))
     return tuple(key)
 
 

@@ -5,10 +5,11 @@
 xhat is s after layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019); scale, shift and gate are adaLN's
 modulation (Peebles & Xie 2023). With one = 0 and x' as the shift, y = x' + scale * norm(branch), as in Z-Image.
 
-It keeps s and one or two numbers per token. Weights are frozen. Modulations mostly are, since no adapter lies before
-them; their gradients, and what these need, are made only if asked for.
+It keeps s, and without the kernel mean and rstd of each token. Weights are frozen. Modulations mostly are, since no
+adapter lies before them; their gradients, and what these need, are made only if asked for.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, overload
@@ -73,24 +74,30 @@ def _plain_forward(
     eps: float,
     one: float,
     rms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The kernel's results: y, s (None without a branch), mean (None for rms) and rstd [T]."""
+) -> tuple[Any, ...]:
+    """y, s (None without a branch), and mean (not for rms) and rstd [..., 1] for `_plain_backward`."""
     s = x if branch is None else _sum(x, branch, gate).contiguous()
     if rms:
-        wide = _wide(s)
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        xhat, mean = wide * rstd, None
+        statistics: Sequence[Tensor] = _statistics(s, eps, rms)
+        xhat = _wide(s) * statistics[0]
         y = xhat.to(s.dtype) if weight is None else (xhat.to(weight.dtype) * weight).to(s.dtype)
     else:
         # A shift of all tokens without a scale is the layer norm's own.
         beta = shift if scale is None and shift is not None and shift.ndim == 1 else None
-        y, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], weight, beta, eps)
+        y, *statistics = torch.native_layer_norm(s, s.shape[-1:], weight, beta, eps)
         shift = shift if beta is None else None
     if scale is not None:
         y = y * (one + scale) if shift is None else torch.addcmul(shift, y, one + scale)
     elif shift is not None:
         y = y + shift
-    return y, None if branch is None else s, None if mean is None else mean.flatten(), rstd.flatten()
+    return y, None if branch is None else s, *statistics
+
+
+def _statistics(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, ...]:
+    """(mean, rstd), for rms (rstd,), [..., 1]."""
+    if rms:
+        return (torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps),)
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)[1:]
 
 
 def _plain_backward(
@@ -100,29 +107,29 @@ def _plain_backward(
     gate: Tensor | None,
     weight: Tensor | None,
     scale: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
+    eps: float,
     one: float,
     rms: bool,
+    statistics: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and of the branch (None without a gate); mean and rstd may come from the kernel."""
+    """The gradients of x and of the branch (None without a gate). No statistics: computed again, as the kernel does."""
+    *mean, rstd = statistics or _statistics(x, eps, rms)
     c = g if scale is None else g * (one + scale)
     if rms:
-        c, xhat = _wide(c if weight is None else c * weight), _normed(x, None, mean, rstd)
+        c, xhat = _wide(c if weight is None else c * weight), _wide(x) * rstd
         along = (c * xhat).mean(-1, keepdim=True)
-        dx = ((c - xhat * along) * rstd.view(*x.shape[:-1], 1)).to(x.dtype)
+        dx = ((c - xhat * along) * rstd).to(x.dtype)
     else:
-        statistics = (None if t is None else t.view(*x.shape[:-1], 1) for t in (mean, rstd))
         wanted = [True, False, False]
-        dx = torch.ops.aten.native_layer_norm_backward(c, x, x.shape[-1:], *statistics, weight, None, wanted)[0]
+        dx = torch.ops.aten.native_layer_norm_backward(c, x, x.shape[-1:], *mean, rstd, weight, None, wanted)[0]
     dx = dx if h is None else dx.add_(h)
     return dx, None if gate is None else dx * gate
 
 
-def _normed(x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor) -> Tensor:
-    """xhat * weight from the statistics, at least in fp32."""
-    centred = _wide(x) if mean is None else _wide(x) - mean.view(*x.shape[:-1], 1)
-    xhat = centred * rstd.view(*x.shape[:-1], 1)
+def _normed(x: Tensor, weight: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """xhat * weight, at least in fp32."""
+    x, shape = _wide(x), x.shape[-1:]
+    xhat = torch.rms_norm(x, shape, None, eps) if rms else torch.layer_norm(x, shape, None, None, eps)
     return xhat if weight is None else xhat * weight
 
 
@@ -134,12 +141,24 @@ def _kernels() -> ModuleType:
     return kernels
 
 
-def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     return _kernels().norm_modulate_forward(*inputs)
 
 
 def _launch_backward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     return _kernels().norm_modulate_backward(*inputs)
+
+
+# In place of the kernels, which leave no statistics and need none.
+
+
+def _forward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    return _plain_forward(*inputs)[:2]
+
+
+def _backward_alone(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    g, h, x, gate, weight, scale, eps, one, rms = inputs
+    return _plain_backward(g, h, x, gate, weight, scale, eps, one, rms, ())
 
 
 def _fake_forward(
@@ -152,11 +171,8 @@ def _fake_forward(
     eps: float,
     one: float,
     rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
-    return y, x.new_empty(0) if branch is None else torch.empty_like(y), mean, rstd
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0 if branch is None else x.shape)
 
 
 def _fake_backward(
@@ -166,53 +182,60 @@ def _fake_backward(
     gate: Tensor | None,
     weight: Tensor | None,
     scale: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
+    eps: float,
     one: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0 if gate is None else x.shape)
 
 
-_triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forward, _plain_forward, _fake_forward)
-_triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _plain_backward, _fake_backward)
+_triton_forward = Launch("norm_modulate_forward", "norm_modulate", _launch_forward, _forward_alone, _fake_forward)
+_triton_backward = Launch("norm_modulate_backward", "norm_modulate", _launch_backward, _backward_alone, _fake_backward)
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """y, s (x without a branch), mean (None for rms) and rstd [T]."""
-    x = inputs[0]
+def _forward(*inputs: Any) -> tuple[Any, ...]:
+    """y, s (x without a branch), and the statistics of `_plain_forward` unless the kernel ran."""
+    x, branch = inputs[:2]
     run = _triton_forward if backend(x) == "triton" else _plain_forward
-    y, s, mean, rstd = run(*inputs)
-    # A traced call returns empty tensors in place of None.
-    return y, x if s is None or inputs[1] is None else s, None if inputs[-1] else mean, rstd
+    y, s, *statistics = run(*inputs)
+    return y, x if branch is None else s, *statistics
 
 
 class _NormModulate(Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        _, branch, gate, weight, scale, shift, _, one, _ = inputs
-        y, s, mean, rstd = _forward(*inputs)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        form: tuple[Tensor | None, float, float, bool],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """form: the frozen weight, which autograd would search for gradients and save; eps, one and rms."""
+        weight, *numbers = form
+        y, s, *statistics = _forward(x, branch, gate, weight, scale, shift, *numbers)
         gate_learns = gate is not None and ctx.needs_input_grad[2]
-        ctx.save_for_backward(s, gate, weight, scale, mean, rstd, branch if gate_learns else None)
-        ctx.form = one, None if shift is None else shift.shape
+        ctx.save_for_backward(s, gate, scale, branch if gate_learns else None, *statistics)
+        ctx.form, ctx.shift_shape = form, None if shift is None else shift.shape
         return y if branch is None else (y, s)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, h: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, gate, weight, scale, mean, rstd, branch = ctx.saved_tensors
-        one, shift_shape = ctx.form
-        run = _triton_backward if backend(x) == "triton" else _plain_backward
-        dx, dbranch = run(g, h, x, gate, weight, scale, mean, rstd, one, mean is None)
+        x, gate, scale, branch, *statistics = ctx.saved_tensors
+        weight, eps, one, rms = ctx.form
+        inputs = g, h, x, gate, weight, scale, eps, one, rms
+        dx, dbranch = _triton_backward(*inputs) if backend(x) == "triton" else _plain_backward(*inputs, statistics)
         dgate = dscale = dshift = None
         if branch is not None:
             dgate = (dx * branch).sum_to_size(gate.shape)
+        if ctx.needs_input_grad[3]:
+            dscale = (g * _normed(x, weight, eps, rms)).sum_to_size(scale.shape).to(scale.dtype)
         if ctx.needs_input_grad[4]:
-            dscale = (g * _normed(x, weight, mean, rstd)).sum_to_size(scale.shape).to(scale.dtype)
-        if ctx.needs_input_grad[5]:
-            dshift = g.sum_to_size(shift_shape)
+            dshift = g.sum_to_size(ctx.shift_shape)
         of_branch = (dx if gate is None else dbranch) if ctx.needs_input_grad[1] else None
-        return dx, of_branch, dgate, None, dscale, dshift, None, None, None
+        return dx, of_branch, dgate, dscale, dshift, None
 
 
 @overload
@@ -271,10 +294,9 @@ def norm_modulate(
     """
     if only_plain(x):
         return norm_modulate_reference(x, scale, shift, weight, eps, one=one, rms=rms, branch=branch, gate=gate)
-    inputs = (x, branch, gate, weight, scale, shift, eps, one, rms)
     if torch.is_grad_enabled():
-        return _NormModulate.apply(*inputs)
-    y, s, _, _ = _forward(*inputs)
+        return _NormModulate.apply(x, branch, gate, scale, shift, (weight, eps, one, rms))
+    y, s, *_ = _forward(x, branch, gate, weight, scale, shift, eps, one, rms)
     return y if branch is None else (y, s)
 
 

@@ -66,7 +66,7 @@ def reuse_or_compute(
 
     kind: of the result; None: it is always computed.
     """
-    store = _stores.open[-1] if _stores.open else None
+    store = _stores.open[-1] if kind is not None and _stores.open else None
     if store is None or kind not in store.kinds:
         return compute(*arguments)
     if store.reading:

@@ -174,7 +174,7 @@ def test_op_bindings_and_kernels_together(library, monkeypatch, dtype, with_time
         return [y.detach(), *torch.autograd.grad(y, inputs, g.to(d))]
 
     def ours(x, t, gamma, beta):
-        return module._CompiledGroupNormSiLU.apply(x, t, 32, gamma, beta, 1e-5, True)
+        return module._CompiledGroupNormSiLU.apply(x, t, (32, gamma, beta, 1e-5, True))
 
     def reference(x, t, gamma, beta):
         return group_norm_silu_reference(x, 32, gamma, beta, 1e-5, True, t)

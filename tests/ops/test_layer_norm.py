@@ -70,7 +70,7 @@ def test_strided_input():
     assert torch.equal(one, two)
 
 
-def test_the_sum_and_two_numbers_a_token_are_kept_and_inputs_left_alone():
+def test_the_sum_is_kept_no_more_than_two_numbers_a_token_and_inputs_left_alone():
     x, r, _, _, gamma, beta = (t.float() for t in inputs((6, 64)))
     before = x.clone(), r.clone()
     saved = []
@@ -78,7 +78,7 @@ def test_the_sum_and_two_numbers_a_token_are_kept_and_inputs_left_alone():
         _, s = layer_norm(x.requires_grad_(), gamma, beta, 1e-5, r)
     large = [t for t in saved if t.numel() >= x.numel()]
     assert len(large) == 1 and large[0].data_ptr() == s.data_ptr()
-    assert sum(t.numel() for t in saved) == x.numel() + 2 * 6 + 64, "mean, rstd and the scale"
+    assert sum(t.numel() for t in saved) <= x.numel() + 2 * 6, "mean and rstd"
     assert torch.equal(x, before[0]) and torch.equal(r, before[1])
 
 

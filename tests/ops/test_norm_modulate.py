@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from alignprop_fast.ops import norm_modulate as norm
 from alignprop_fast.ops.norm_modulate import backend, gated_sum, norm_modulate, norm_modulate_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,7 +84,17 @@ def test_the_sum_and_a_number_a_token_are_kept(form):
     large = [t for t in saved.values() if t.numel() >= x.numel()]
     kept = out[1] if "branch" in given else x
     assert [t.data_ptr() for t in large] == [kept.data_ptr()]
-    assert sum(t.numel() for t in saved.values()) <= x.numel() + 2 * 14 + 5 * 80, "statistics, weights, modulations"
+    assert sum(t.numel() for t in saved.values()) <= x.numel() + 2 * 14 + 5 * 80, "statistics, modulations"
+
+
+@pytest.mark.parametrize("form", ["adaLN", "RMS"])
+def test_plain_backward_after_the_kernel_computes_the_statistics(form):
+    x, given, more, (g, _) = inputs(form)
+    weight, scale, numbers = given.get("weight"), given["scale"], (1e-6, 1.0, more.get("rms", False))
+    _, _, *statistics = norm._plain_forward(x, None, None, weight, scale, None, *numbers)
+    arguments = g, None, x, None, weight, scale, *numbers
+    without, given = norm._backward_alone(*arguments)[0], norm._plain_backward(*arguments, statistics)[0]
+    assert len(statistics) == (1 if numbers[2] else 2) and torch.allclose(without, given, atol=1e-12)
 
 
 def test_one_row_for_all_and_strided_inputs():
