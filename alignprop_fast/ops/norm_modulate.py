@@ -64,6 +64,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _as(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in this dtype. PyTorch 2.11 compiles a function to one without gradients if its result is that of a `.to` or
+    `.contiguous` that did nothing."""
+    return y if y.dtype == dtype else y.to(dtype)
+
+
 def _plain_forward(
     x: Tensor,
     branch: Tensor | None,
@@ -76,11 +82,11 @@ def _plain_forward(
     rms: bool,
 ) -> tuple[Any, ...]:
     """y, s (None without a branch), and mean (not for rms) and rstd [..., 1] for `_plain_backward`."""
-    s = x if branch is None else _sum(x, branch, gate).contiguous()
+    s = x if branch is None else _sum(x.contiguous(), branch, gate)
     if rms:
         statistics: Sequence[Tensor] = _statistics(s, eps, rms)
         xhat = _wide(s) * statistics[0]
-        y = xhat.to(s.dtype) if weight is None else (xhat.to(weight.dtype) * weight).to(s.dtype)
+        y = _as(xhat if weight is None else xhat.to(weight.dtype) * weight, s.dtype)
     else:
         # A shift of all tokens without a scale is the layer norm's own.
         beta = shift if scale is None and shift is not None and shift.ndim == 1 else None
