@@ -84,8 +84,9 @@ def _plain_forward(
     """y, s (None without a branch), and mean (not for rms) and rstd [..., 1] for `_plain_backward`."""
     s = x if branch is None else _sum(x.contiguous(), branch, gate)
     if rms:
-        statistics: Sequence[Tensor] = _statistics(s, eps, rms)
-        xhat = _wide(s) * statistics[0]
+        wide = _wide(s)
+        statistics: Sequence[Tensor] = _statistics(wide, eps, rms)
+        xhat = wide * statistics[0]
         y = _as(xhat if weight is None else xhat.to(weight.dtype) * weight, s.dtype)
     else:
         # A shift of all tokens without a scale is the layer norm's own.
