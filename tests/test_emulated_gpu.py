@@ -14,7 +14,8 @@ FOLDER = Path(__file__).with_name("emulated_gpu")
 # What shares a process, so that several can run at once and few import everything anew.
 GROUPS = {
     "training": ("autocast", "budget", "devices", "graphs", "training"),
-    "chains": ("memory", "offload", "out_of_memory", "results", "text_encoders"),
+    "chains": ("results", "text_encoders"),
+    "memory": ("memory", "offload", "out_of_memory"),
     "kernels": ("attention_autotune", "doctor", "kernels", "lora_autotune"),
 }
 

@@ -20,7 +20,12 @@ pytestmark = pytest.mark.skipif(
 REMEDY = "what a step runs has changed: python -m alignprop_fast.cli.make_counts"
 
 
-@pytest.mark.parametrize("model", NAMES)
+# One of each kind of network: a UNet, double and single blocks, single blocks, linear attention.
+OFTEN = ("sd15", "flux-dev", "z-image-turbo", "sana")
+SELDOM = [pytest.param(name, marks=pytest.mark.slow("counted like the others")) for name in NAMES if name not in OFTEN]
+
+
+@pytest.mark.parametrize("model", [*OFTEN, *SELDOM])
 def test_a_model_counts_as_shipped(model):
     for rank in RANKS:
         counted = [from_text(shipped(part.shipped_in)[part.key]) for part in parts_of_model(counting_of(model, rank))]
