@@ -54,6 +54,22 @@ def tables_of_their_own(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session")
+def compiled_kernels():
+    """Builds csrc/ for this machine, once in torch's extension cache, if there is a compiler."""
+    from alignprop_fast.ops import autotune, extension
+
+    arches = extension.present_arches()
+    if extension.installed(arches) is None:
+        try:
+            extension.build(extension.library_path(arches), arches)
+        except extension.BuildError as error:
+            pytest.skip(f"csrc/ not built: {error}")
+    # A test before this one may have found nothing.
+    extension.missing.cache_clear()
+    autotune.forget()
+
+
 def _tiny(name: str):
     """Two fixtures: the folder of the pipeline `name` of `random_weights`, and the pipeline, freshly loaded for each
     test, fp32 on the CPU, all weights frozen. Ask for pictures of 16 x 16 or so."""

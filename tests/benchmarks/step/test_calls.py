@@ -19,6 +19,9 @@ from alignprop_fast.ops.lora_linear import lora_linears
 from alignprop_fast.ops.lora_linear_plain import Layer
 from benchmarks.step.calls import Calls, as_on_a_gpu, floor_bytes
 
+# The norms of groups are counted as their own kernels.
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
 
 def calls_of(run, products="triton"):
     calls = Calls()
