@@ -23,6 +23,7 @@ def run(*arguments, environment=COMPILING):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow("twenty seconds of compiling")
 def test_small_kernels_keep_the_limits_on_sm_89(tmp_path):
     result = run("--arch", "89", "--only", "activation", "guided_step", "--json", tmp_path / "rows.json")
     assert result.returncode == 0, result.stdout + result.stderr
