@@ -115,10 +115,10 @@ def _guidance(options: PlanOptions) -> dict[str, Any]:
 
 @cache
 def shipped(path: Path) -> Mapping[str, str]:
-    """The texts of counts in a file of the package, by key; none if there is no such file."""
+    """The texts of counts in a file of the package, by key; none if there is no such file or it is damaged."""
     try:
         lines = lzma.decompress(path.read_bytes()).decode().splitlines()
-    except OSError:
+    except (OSError, lzma.LZMAError):
         return {}
     return {key: text for key, _, text in (line.partition("\t") for line in lines)}
 

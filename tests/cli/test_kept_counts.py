@@ -40,6 +40,8 @@ def test_an_archive_gives_back_its_texts(tmp_path):
     texts = {"1-b": '{"a":[1,2]}', "1-a": "{}"}
     (tmp_path / "x.xz").write_bytes(archive(texts))
     assert shipped(tmp_path / "x.xz") == texts and shipped(tmp_path / "none.xz") == {}
+    (tmp_path / "cut.xz").write_bytes(archive(texts)[:-8])
+    assert shipped(tmp_path / "cut.xz") == {}
 
 
 @pytest.mark.parametrize("text", ["a" * 5000, "~nobody-of-this-name/x", "\0"])
